@@ -1,0 +1,33 @@
+"""Residual-stream layer surgery on TransformerLens models: measure, rewire, rebuild.
+
+``surgery.load`` opens a model, ``surgery.Stack`` takes it apart into ``embed -> layers -> readout``, ``surgery.Wiring`` says
+in which order its layers run. Every verb lives in its module: ``surgery.series.windows(stack, tokens)``.
+
+Nothing is imported before it is used, so ``import surgery`` costs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.models import load as load
+    from surgery.stack import Stack as Stack
+    from surgery.wiring import Wiring as Wiring
+
+__version__ = "0.1.0"
+__all__ = ["Stack", "Wiring", "load"]
+
+_VALUES = {"load": "surgery.models", "Stack": "surgery.stack", "Wiring": "surgery.wiring"}
+_MODULES = ("babel", "calibration", "cli", "hooks", "models", "report", "reversion", "series", "stack", "stats", "tokens", "wiring")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VALUES:
+        return getattr(importlib.import_module(_VALUES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"surgery.{name}")
+    raise AttributeError(f"module 'surgery' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -1,0 +1,188 @@
+r"""Babel: a generated corpus in which translation and reasoning are separate, and reasoning has a length.
+
+A problem is a start symbol and a chain of ``k`` fixed functions applied one after the other. It is asked in one language
+and must be answered in a requested, often different one:
+
+====================  ==========================  =============================================================
+language              a problem with ``k = 2``    what is peculiar
+====================  ==========================  =============================================================
+``plain``             ``p3 pf1 pf4``              one token a word, symbol first
+``other``             ``o3 of1 of4``              a second vocabulary
+``spelled``           ``d a sf1 sf4``             two letters a symbol
+``reversed``          ``rf4 rf1 r3``              function-first: the last function to apply comes first
+====================  ==========================  =============================================================
+
+    <bos> p3 pf1 pf4 >spelled g e <eos>
+
+``k = 0`` is pure translation, local to a token; every further step needs the result of the one before. So where a model
+translates, where it composes, and how serial it has to be there is known beforehand, and ``k`` is a dial.
+
+The functions are random bijections: every answer is equally likely at every ``k``, and chance is ``1 / n_symbols``.
+This is our own corpus; composition chains as a probe of depth are an old idea (Csordas et al. 2025, arXiv 2505.13898,
+use multihop arithmetic), the languages follow D. Ng's "input translation, reasoning, output translation".
+
+>>> corpus = Babel()
+>>> problem = Problem(symbol=3, chain=(1, 4), source="plain", target="other")
+>>> " ".join(corpus.words(problem)).startswith("<bos> p3 pf1 pf4 >other o")
+True
+"""
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LANGUAGES = ("plain", "other", "spelled", "reversed")
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CONSONANTS, VOWELS = "bdgkmnprtvz", "aeio"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question: apply ``chain`` (first function first) to ``symbol``, asked in ``source``, answered in ``target``."""
+
+    symbol: int
+    chain: tuple[int, ...]
+    source: str
+    target: str
+
+    @property
+    def k(self) -> int:
+        return len(self.chain)
+
+
+@dataclass(frozen=True)
+class Babel:
+    """The corpus: its sizes, its function tables (from ``seed``) and its languages. A value; equal sizes, equal corpus."""
+
+    n_symbols: int = 10
+    n_functions: int = 6
+    seed: int = 0
+    heldout_percent: int = 10
+
+    def __post_init__(self) -> None:
+        most = len(CONSONANTS) * len(VOWELS)
+        if not 2 <= self.n_symbols <= most:
+            raise ValueError(f"n_symbols must be 2 to {most} (two letters must spell each), got {self.n_symbols}")
+        if self.n_functions < 1:
+            raise ValueError(f"n_functions must be at least 1, got {self.n_functions}")
+
+    @cached_property
+    def tables(self) -> np.ndarray:
+        """``[n_functions, n_symbols]``: what each function makes of each symbol; each row is a permutation."""
+        generator = np.random.default_rng(self.seed)
+        return np.stack([generator.permutation(self.n_symbols) for _ in range(self.n_functions)])
+
+    @cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        letters = sorted({letter for symbol in range(self.n_symbols) for letter in _spell(symbol)})
+        words = [f"{language[0]}{i}" for language in LANGUAGES if language != "spelled" for i in range(self.n_symbols)]
+        functions = [f"{language[0]}f{i}" for language in LANGUAGES for i in range(self.n_functions)]
+        return (PAD, BOS, EOS, *(f">{language}" for language in LANGUAGES), *words, *letters, *functions)
+
+    @cached_property
+    def token_ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.vocabulary)}
+
+    def solve(self, problem: Problem) -> int:
+        """The symbol that the chain leads to."""
+        symbol = problem.symbol
+        for function in problem.chain:
+            symbol = int(self.tables[function, symbol])
+        return symbol
+
+    def question(self, problem: Problem) -> list[str]:
+        """The words up to and including the request for a language: what a model is given."""
+        symbol = _symbol_words(problem.symbol, problem.source)
+        functions = [f"{problem.source[0]}f{function}" for function in problem.chain]
+        asked = functions[::-1] + symbol if problem.source == "reversed" else symbol + functions
+        return [BOS, *asked, f">{problem.target}"]
+
+    def answer(self, problem: Problem) -> list[str]:
+        """The words a model has to say: one, or the two letters of a spelled symbol."""
+        return _symbol_words(self.solve(problem), problem.target)
+
+    def words(self, problem: Problem) -> list[str]:
+        """Question, answer and end mark."""
+        return [*self.question(problem), *self.answer(problem), EOS]
+
+    def heldout(self, problem: Problem) -> bool:
+        """Whether the problem is kept out of training.
+
+        From ``k = 2`` on a (symbol, chain) is held out in every language pair at once, so that solving it takes
+        composition. Shorter problems are the tables themselves: there each language pair and function misses one symbol
+        in ``n_symbols``, in rotation, which the other pairs teach, so that solving it takes translation.
+        """
+        if problem.k < 2:
+            pair = LANGUAGES.index(problem.source) * len(LANGUAGES) + LANGUAGES.index(problem.target)
+            return (problem.symbol + pair + sum(problem.chain)) % self.n_symbols == 0
+        return zlib.crc32(repr((self.seed, problem.symbol, problem.chain)).encode()) % 100 < self.heldout_percent
+
+    def problems(self, k: int, sources: Sequence[str] = LANGUAGES, targets: Sequence[str] = LANGUAGES) -> Iterator[Problem]:
+        """Every problem with ``k`` steps, in a fixed order."""
+        for symbol in range(self.n_symbols):
+            for chain in itertools.product(range(self.n_functions), repeat=k):
+                for source, target in itertools.product(sources, targets):
+                    yield Problem(symbol, chain, source, target)
+
+    def sample(self, k: int, count: int, seed: int, heldout: bool = True) -> list[Problem]:
+        """``count`` random problems with ``k`` steps, from the held-out side unless told otherwise; language pairs in turn."""
+        generator = np.random.default_rng((seed, k))
+        pairs = list(itertools.product(LANGUAGES, LANGUAGES))
+        found: list[Problem] = []
+        for _ in range(1000 * count):
+            if len(found) == count:
+                return found
+            source, target = pairs[len(found) % len(pairs)]
+            chain = tuple(int(f) for f in generator.integers(self.n_functions, size=k))
+            problem = Problem(int(generator.integers(self.n_symbols)), chain, source, target)
+            if self.heldout(problem) == heldout:
+                found.append(problem)
+        raise ValueError(f"no {'held-out' if heldout else 'training'} problem with k = {k} to sample")
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """A word-level Hugging Face tokenizer of the corpus; it puts ``<bos>`` in front by itself."""
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel(self.token_ids, unk_token=PAD))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, self.token_ids[BOS])]
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+    def encode(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded token ids ``[problem, pos]`` and, of the same shape, which of them belong to the answer."""
+        rows = [[self.token_ids[word] for word in self.words(problem)] for problem in problems]
+        tokens = np.full((len(rows), max(map(len, rows), default=0)), self.token_ids[PAD], dtype=np.int64)
+        answers = np.zeros_like(tokens, dtype=bool)
+        for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
+            tokens[i, : len(row)] = row
+            answers[i, len(row) - 1 - len(self.answer(problem)) : len(row) - 1] = True
+        return tokens, answers
+
+
+def exact(predicted: np.ndarray, tokens: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Per problem, whether every answer token is the model's first choice, given the question and the answer before it.
+
+    ``predicted[problem, pos]`` is the most likely token *after* ``pos``. Under greedy decoding this is the same as
+    generating the answer, at the cost of one forward pass.
+    """
+    right = (predicted[:, :-1] == tokens[:, 1:]) | ~answers[:, 1:]
+    return right.all(axis=1)
+
+
+def _spell(symbol: int) -> list[str]:
+    return [CONSONANTS[symbol // len(VOWELS)], VOWELS[symbol % len(VOWELS)]]
+
+
+def _symbol_words(symbol: int, language: str) -> list[str]:
+    return _spell(symbol) if language == "spelled" else [f"{language[0]}{symbol}"]
