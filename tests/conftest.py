@@ -1,0 +1,52 @@
+"""Shared set-up: two threads, no network, and the architecture matrix saved once per run as Hugging Face folders."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fixtures
+import pytest
+import torch
+from transformer_lens import TransformerBridge
+
+import surgery
+
+torch.set_num_threads(2)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where a model of the matrix lies, written on first use."""
+    folder = tmp_path_factory.mktemp("architectures")
+
+    def of(name: str) -> Path:
+        place = folder / name
+        return place if place.exists() else fixtures.save(name, place)
+
+    return of
+
+
+@pytest.fixture
+def load(model_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge]:
+    """A fresh model of the matrix, through the real loading path (native ones are built in memory)."""
+
+    def of(name: str, dtype: torch.dtype = torch.float32) -> TransformerBridge:
+        if name in fixtures.NATIVE:
+            return fixtures.native(name, dtype=dtype)
+        return surgery.load(model_folder(name), dtype=dtype)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real model and real text from outside the repository, where they are at hand."""
+    folder = SHARED / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("the stories260K model lies beside the repository only in some checkouts; it is not here")
+    return folder
