@@ -18,7 +18,26 @@ __version__ = "0.1.0"
 __all__ = ["Stack", "Wiring", "load"]
 
 _VALUES = {"load": "surgery.models", "Stack": "surgery.stack", "Wiring": "surgery.wiring"}
-_MODULES = ("babel", "calibration", "cli", "hooks", "models", "report", "reversion", "series", "stack", "stats", "tokens", "wiring")
+_MODULES = (
+    "babel",
+    "calibration",
+    "cli",
+    "engine",
+    "figures",
+    "findings",
+    "frames",
+    "hooks",
+    "models",
+    "provenance",
+    "report",
+    "reversion",
+    "series",
+    "stack",
+    "stats",
+    "study",
+    "tokens",
+    "wiring",
+)
 
 
 def __getattr__(name: str) -> Any:

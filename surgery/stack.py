@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 
 from surgery.engine import Engine, FrozenNorm, Parts, Recording, Stream, replaced_forward
 from surgery.models import ModelError, plain
+from surgery.steps import executions
 from surgery.tokens import Tokens, encode
 from surgery.wiring import Layer, Parallel, Scaled, Step, Wiring
 
@@ -203,7 +204,7 @@ class Stack:
         wiring = Wiring.parse(wiring, self.n_layers) if isinstance(wiring, str) else wiring
         if wiring.n_layers != self.n_layers:
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
-        parts = _parts(wiring.steps)
+        parts = {layer.part for layer in executions(wiring.steps) if layer.part is not None}
         if parts and not parts <= self._exact_sublayers:
             raise ValueError(
                 f"{str(wiring)!r} runs sublayers, but the layers of {self.name} "
@@ -402,20 +403,6 @@ def _without_identity(norms: dict[str, Any]) -> dict[str, Any]:
         for key, norm in norms.items()
         if not isinstance(getattr(norm, "original_component", norm), torch.nn.Identity)
     }
-
-
-def _parts(steps: tuple[Step, ...]) -> frozenset[str]:
-    """The sublayers that a chain names."""
-    found: set[str] = set()
-    for step in steps:
-        match step:
-            case Layer(_, part):
-                found |= {part} if part is not None else set()
-            case Parallel(branches):
-                found = found.union(*map(_parts, branches))
-            case Scaled(_, body):
-                found |= _parts(body)
-    return frozenset(found)
 
 
 def _with_scale(norm: FrozenNorm, scale: Tensor) -> Callable[..., Tensor]:
