@@ -74,7 +74,9 @@ class Stack:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tolerance = TOLERANCES[self.dtype]
-        self._resident_hooks = self._count_hooks()
+        points = {id(point): point for point in model.hook_dict.values()}.values()
+        self._silent_points = [point for point in points if not point.fwd_hooks and not point.bwd_hooks]
+        self._resident = [(p, len(p.fwd_hooks), len(p.bwd_hooks)) for p in points if p.fwd_hooks or p.bwd_hooks]
         self._prove()
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -313,11 +315,12 @@ class Stack:
         """The same batch as the engine that runs now needs it (hooks may have come or gone since it was recorded)."""
         return context if context.engine is self._engine() else self.context(context.tokens)
 
-    def _count_hooks(self) -> int:
-        return sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in self.model.hook_dict.values())
-
     def _hooks_listen(self) -> bool:
-        return self._count_hooks() > self._resident_hooks
+        """Whether hooks were attached since the Stack was opened (some adapters keep hooks of their own)."""
+        for point in self._silent_points:  # a plain loop: this runs before everything, over hundreds of points
+            if point.fwd_hooks or point.bwd_hooks:
+                return True
+        return any(len(point.fwd_hooks) > fwd or len(point.bwd_hooks) > bwd for point, fwd, bwd in self._resident)
 
     def _inputs(self, tokens: Tokens) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}

@@ -29,7 +29,9 @@ class Tokens:
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
             what = f"shape {list(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(f"tokens must be integer ids [batch, pos] or what stack.tokens(texts) returns, got {what}")
-        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        unpadded = cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        unpadded.__dict__["padded_left"] = False  # known without looking
+        return unpadded
 
     def __len__(self) -> int:
         return len(self.ids)

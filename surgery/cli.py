@@ -1,0 +1,159 @@
+"""The ``surgery`` command. Torch and the rest are imported when a command needs them, so that help is instant.
+
+Exit codes: 0 done, 1 an error told in one sentence, 2 wrong usage, 130 interrupted.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import surgery
+
+NAMES = ("series", "reversion")  # surgery.study.NAMES, here without importing torch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="babel (bundled), a folder, or a name on the Hugging Face hub.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that a user can do something about into one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool = False, **options: Any) -> None:
+        try:
+            command(*args, debug=debug, **options)
+        except KeyboardInterrupt:
+            errors.print("interrupted: nothing is half-written, files that were finished stay", markup=False)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError) as error:
+            if debug:
+                raise
+            errors.print(f"error: {error}", markup=False)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"surgery {surgery.__version__}")
+        raise typer.Exit
+    return asked
+
+
+def _known(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in NAMES:
+            raise typer.BadParameter(f"there is no measurement {name!r}; there are {' and '.join(NAMES)}.")
+    return names
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Measure how serial a language model's layers are and whether its residual stream reverts to a mean.
+
+    Example: surgery study --model babel --out results
+    """
+
+
+@app.command()
+@one_sentence
+def study(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[series] [reversion]",
+            callback=lambda names: _known(names or []),
+            help="What to measure; everything if none is given.",
+        ),
+    ] = None,
+    model: Model = "babel",
+    text: Annotated[
+        Path | None,
+        typer.Option(help='Prompts: a text file, one a line, or .jsonl with a "text" a line. babel brings its own.'),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts, the first of the file.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens.")] = 128,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest window of layers; all if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure a model: CSV files, figures, report.html.
+
+    Example: surgery study series --model ./my-model --text prompts.txt --out results
+    """
+    with errors.status("starting"):
+        from surgery import report
+        from surgery import study as studies
+
+    page = studies.run(
+        names or NAMES, model, text, out, prompts=prompts, max_tokens=max_tokens, max_length=max_length, seed=seed,
+        say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
+    )  # fmt: skip
+    for sentence in report.summary(out):
+        typer.echo(f"\n{sentence}")
+    typer.echo(f"\nThe page is {page}, the numbers and figures are beside it.")
+
+
+@app.command()
+@one_sentence
+def check(model: Model = "babel", debug: Debug = False) -> None:
+    """Prove that a model is opened exactly.
+
+    Every way to run its layers is held against its own logits.
+
+    Example: surgery check --model babel
+    """
+    with errors.status(f"opening {model}"):
+        from surgery.models import load
+        from surgery.stack import Stack
+
+        checks = Stack(load(model)).checks()
+    typer.echo(
+        checks.to_string(index=False, formatters={"largest_difference": "{:.1e}".format, "tolerance": "{:.0e}".format})
+    )
+    failed = int((~checks["passed"]).sum())
+    if failed:
+        raise ValueError(f"{failed} of {len(checks)} checks failed: {model} is not opened exactly, do not measure it")
+
+
+@app.command()
+@one_sentence
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that surgery study wrote.")],
+    debug: Debug = False,
+) -> None:
+    """Write figures and report.html again.
+
+    They are made from the CSV files of a study alone.
+
+    Example: surgery report results
+    """
+    from surgery.report import build
+
+    typer.echo(f"The page is {build(folder)}.")
+
+
+def main() -> None:
+    app(prog_name="surgery")

@@ -1,0 +1,122 @@
+r"""The tokens that a measure averages over: meeting every layer on all of them, and pairing them across prompts.
+
+A measure of layers is an expectation over the real tokens of many prompts, each prompt's first left out. ``Ensemble``
+walks through them, batch by batch and layer by layer, and hands out the stream that enters and what the layer adds,
+
+    x_0 = embedding,      u_l = f_l(x_l),      x_{l+1} = x_l + u_l,
+
+in the model's order of layers or in any other. Nothing is kept: what a measure needs of a visit it adds up itself,
+prompt by prompt (``surgery.stats``). Cost: 1 F a walk. Memory: one batch's stream.
+
+``partners`` pairs every token with one of another prompt at the same place. That is the null of anything claimed for
+this very token: give each its partner's update (or stream, or whatever) and nothing should be left of the claim. As it
+is a permutation, what is exchanged keeps its mean and its size exactly.
+
+>>> from surgery import Stack, calibration
+>>> ensemble = Ensemble(Tokens.of(calibration.tokens(48)), batch_size=32)
+>>> [(visit.first, visit.layer) for visit in ensemble.visits(Stack(calibration.parallel_network(n_layers=2)))]
+[(0, 0), (0, 1), (24, 0), (24, 1)]
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.progress import track
+from torch import Tensor
+
+from surgery.stack import Context, Stack
+from surgery.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One layer met on the way through one batch."""
+
+    first: int  # the number of the batch's first prompt among all
+    layer: int
+    context: Context
+    mask: Bool[Tensor, "prompt pos"]  # the batch's tokens that are in the ensemble; elsewhere x and u may hold anything
+    x: Float[Tensor, "prompt pos d_model"]
+    u: Float[Tensor, "prompt pos d_model"]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The tokens measured, and how to go through them: even batches of at most ``batch_size`` prompts.
+
+    ``seed`` is where every random draw starts from; ``progress`` draws a bar for every walk.
+
+    Raises ValueError if no token is left to measure, or if ``batch_size`` is not positive.
+    """
+
+    tokens: Tokens
+    skip_first: bool = True
+    batch_size: int = 64
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got batch_size={self.batch_size}")
+        if not self.mask.any():
+            hint = "prompts of two tokens or more, or skip_first=False" if self.skip_first else "prompts with tokens"
+            raise ValueError(f"no token is left to measure in {len(self.tokens)} prompts: give {hint}")
+
+    @property
+    def mask(self) -> Bool[Tensor, "prompt pos"]:
+        """Which tokens are in the ensemble."""
+        return self.tokens.ensemble(self.skip_first)
+
+    def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
+        """Every layer of every batch, the layers run in ``order`` (as in the model if not given). Cost: 1 F.
+
+        ``label`` stands beside the bar. Raises ValueError on the way if the stream is not finite.
+        """
+        order = range(stack.n_layers) if order is None else order
+        batches = list(self.tokens.batches(self.batch_size))
+        total = len(batches) * len(order)
+        return track(self._walk(stack, batches, order), label, total, disable=not self.progress, transient=True)
+
+    def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
+        """Random numbers for one visit, the same whenever it is made again for the same purpose."""
+        return np.random.default_rng((self.seed, *purpose, visit.layer, visit.first))
+
+    def _walk(self, stack: Stack, batches: Sequence[Tokens], order: Sequence[int]) -> Iterator[Visit]:
+        first = 0
+        for batch in batches:
+            context = stack.context(batch)
+            mask, x = batch.ensemble(self.skip_first), context.x0
+            for layer in order:
+                u = stack.update(layer, x, context)
+                if not (x[mask].isfinite().all() and u[mask].isfinite().all()):
+                    raise ValueError(
+                        f"the stream is not finite at layer {layer}: load the model in float32, or mend its weights"
+                    )
+                yield Visit(first, layer, context, mask, x, u)
+                x = x + u
+            first += len(batch)
+
+
+def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:
+    """A random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
+
+    Each is sent to the same place, counted from its prompt's first kept token, in another prompt. The places that only
+    the longest prompt has are thrown together with the last shared one. A token that is alone stays.
+
+    >>> partners(torch.ones(2, 3, dtype=torch.bool), np.random.default_rng(0)).tolist()
+    [3, 4, 5, 0, 1, 2]
+    """
+    place = (mask.cumsum(1) - 1)[mask].cpu().numpy()
+    lengths = np.sort(mask.sum(1).cpu().numpy())
+    shared = lengths[-2] - 1 if len(lengths) > 1 else 0
+    group = np.minimum(place, max(shared, 0))
+    order = np.lexsort((generator.random(len(group)), group))
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    following = np.arange(1, len(order) + 1)
+    following[np.append(first[1:], len(order)) - 1] = first
+    partner = np.empty_like(order)
+    partner[order] = order[following]
+    return torch.from_numpy(partner).to(mask.device)

@@ -1,0 +1,319 @@
+"""From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
+
+``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv`` and ``calibration.csv`` (those that are there,
+checked against their manifests), draws the figures beside them as PNG and writes the page: what was found, in sentences
+made from the numbers; what was measured; the same measure on networks whose answer is known; the numbers with their
+intervals and nulls; what could not be told; every column explained; where it all came from. ``write_page`` is the page
+alone.
+
+>>> import tempfile
+>>> write_page(f"{tempfile.mkdtemp()}/report.html", "A page", "", [Section("one", "One", findings=["Found."])]).name
+'report.html'
+"""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas
+
+from surgery import figures, findings, frames
+
+SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
+PAGE = "report.html"
+UNTRAINED = "this model untrained"  # in calibration.csv
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """``words`` aligns left, for tables that are read rather than compared."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: str
+    png: bytes
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: sentences set off, paragraphs, a list, pictures and tables, in this order."""
+
+    anchor: str
+    title: str
+    findings: Sequence[str] = ()
+    paragraphs: Sequence[str] = ()
+    points: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The frames of one folder with their manifests, by file name."""
+
+    frames: dict[str, pandas.DataFrame]
+    manifests: dict[str, dict[str, Any]]
+
+    @property
+    def own(self) -> list[dict[str, Any]]:
+        """The manifests of what was measured on the user's model."""
+        return [manifest for name, manifest in self.manifests.items() if name != CALIBRATION]
+
+
+def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Write the page whole or not at all. It runs no script and fetches nothing: it reads offline, dark, on paper."""
+    path = Path(path)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("surgery", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template(PAGE).render(title=title, subtitle=subtitle, sections=sections)
+    frames.save({path: page.encode()})
+    return path
+
+
+def build(folder: str | Path) -> Path:
+    """Draw the figures and write ``report.html`` from the CSV files in ``folder``.
+
+    Raises ``ValueError`` if there is no measurement or a file is not the one its manifest describes, ``OSError`` if the
+    folder cannot be written to.
+    """
+    folder = Path(folder)
+    measured = _read(folder)
+    sections = [_found(measured), _what(measured)]
+    if CALIBRATION in measured.frames:
+        sections.append(_calibration(measured))
+    if SERIES in measured.frames:
+        sections.append(_series(measured.frames[SERIES]))
+    if REVERSION in measured.frames:
+        sections.append(_reversion(measured.frames[REVERSION]))
+    sections += [_untold(measured), _columns(measured), _provenance(measured)]
+    frames.save({folder / f"{part.anchor}.png": picture.png for part in sections for picture in part.pictures})
+    first = measured.own[0]
+    subtitle = f"{first['tokens']['prompts']} prompts, {first['time'][:10]}, surgery {first['versions']['surgery']}"
+    return write_page(folder / PAGE, f"Layer surgery on {_model_name(first)}", subtitle, sections)
+
+
+def summary(folder: str | Path) -> list[str]:
+    """The sentences of "What was found" about the files in ``folder``."""
+    return list(_found(_read(Path(folder))).findings)
+
+
+def _read(folder: Path) -> _Measured:
+    present = [name for name in (SERIES, REVERSION, CALIBRATION) if (folder / name).exists()]
+    if not set(present) - {CALIBRATION}:
+        raise ValueError(
+            f"{folder} holds no measurement ({SERIES} or {REVERSION}); make one with: surgery study --out {folder}"
+        )
+    return _Measured(
+        {name: frames.read(folder / name) for name in present},
+        {name: frames.read_manifest(folder / name) for name in present},
+    )
+
+
+def _model_name(manifest: dict[str, Any]) -> str:
+    name = manifest["model"]["name"]
+    return Path(name).name if name.startswith((".", "/")) else name
+
+
+def _found(measured: _Measured) -> Section:
+    sentences, untrained = [], None
+    if len({(entry["model"]["weights_sha256"], entry["tokens"]["sha256"]) for entry in measured.own}) > 1:
+        sentences.append(
+            "These files were not measured on the same model and the same prompts: do not read them together."
+        )
+    if CALIBRATION in measured.frames:
+        networks = measured.frames[CALIBRATION]
+        sentences += findings.calibration(networks)
+        fresh = networks[networks["network"] == UNTRAINED]
+        untrained = fresh if len(fresh) else None
+    if SERIES in measured.frames:
+        sentences += findings.series(measured.frames[SERIES], untrained)
+    if REVERSION in measured.frames:
+        sentences += findings.reversion(measured.frames[REVERSION])
+    return Section("found", "What was found", findings=sentences)
+
+
+def _what(measured: _Measured) -> Section:
+    rows = [
+        [
+            Cell(manifest["file"]),
+            Cell(_model_name(manifest)),
+            Cell(f"{manifest['model']['n_layers']} layers, d_model {manifest['model']['d_model']}"),
+            Cell(f"{manifest['tokens']['prompts']} prompts, {manifest['tokens']['tokens']} tokens"),
+            Cell(manifest["model"]["weights_sha256"][:12]),
+            Cell(manifest["tokens"]["sha256"][:12]),
+        ]
+        for manifest in measured.own
+    ]
+    paragraphs = [
+        "The ensemble of every expectation is all prompts and all their positions but the first. Intervals are 95 % "
+        "percentile intervals of a bootstrap over prompts: the prompt is the independent unit, the token is not."
+    ]
+    heads = ["file", "model", "size", "input", "weights (sha256)", "tokens (sha256)"]
+    return Section("what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)])
+
+
+def _calibration(measured: _Measured) -> Section:
+    networks = measured.frames[CALIBRATION]
+    paragraphs = [
+        "Before the measure is believed it is shown networks whose structure was decided when their weights were "
+        "written: parallel (every layer reads the embedding alone), serial (every layer reads only the one before), "
+        "mixtures of the two, a linear network whose layers prefer nothing (R/N must be 1), and untrained random "
+        "ones."
+    ]
+    rows = [(str(name), part) for name, part in networks.groupby("network", sort=False)]
+    pictures = []
+    if SERIES in measured.frames:
+        model = measured.frames[SERIES]
+        name = _model_name(measured.manifests[SERIES])
+        rows.append((name, model[model["start"] > 0]))
+        caption = "S on networks of known structure and on the model, every window."
+        pictures.append(Picture(caption, figures.png(figures.calibration(networks, model, name))))
+    columns = [column for column in ("S", "R", "O", "S_live", "R_over_N") if column in networks]
+    cells = [[Cell(name), Cell(str(len(part))), *(_spread(part[column]) for column in columns)] for name, part in rows]
+    caption = "Median over windows [smallest, largest]; the model's windows from layer 1 on."
+    table = Table(caption, ["network", "windows", *columns], cells)
+    return Section(
+        "calibration", "Networks whose answer is known", paragraphs=paragraphs, pictures=pictures, tables=[table]
+    )
+
+
+def _series(frame: pandas.DataFrame) -> Section:
+    paragraphs = [
+        "S = (R + O) / 2 asks whether the layers of a window depend on one another. R compares what each layer "
+        "writes with what it would write given the stream that enters the window; O compares what the whole window "
+        "writes with what its layers write side by side. Both are 0 if no layer reads another, 1 if each lives only "
+        "on the one before. The normalisation is frozen at the clean run; S_live lets it move.",
+        "A layer also changes its output because the stream has moved at all. N is how far it moved relative to its "
+        "size: R/N above 1 is response to what the window wrote beyond that, below 1 is preference for what was "
+        "there before. Compare windows of equal length.",
+    ]
+    caption = "S and R/N of every window measured; the numbers are in " + SERIES + "."
+    picture = Picture(caption, figures.png(figures.windows(frame)))
+    chosen = findings.thirds(frame) + [row for row in [findings.whole(frame)] if row is not None]
+    pairs = frame[frame["stop"] - frame["start"] == 2]
+    columns = [
+        name for name in ("S", "R", "O", "N", "R_over_N", "R_shuffled", "S_live", "loss_parallel_sum") if name in frame
+    ]
+    tables = [
+        _table("Three windows of equal length, and all layers but the first", "window", chosen, columns, _window),
+        _table("Neighbours: windows of two layers", "window", [row for _, row in pairs.iterrows()], columns, _window),
+    ]
+    return Section("series", "Series or parallel", paragraphs=paragraphs, pictures=[picture], tables=tables)
+
+
+def _reversion(frame: pandas.DataFrame) -> Section:
+    paragraphs = [
+        "kappa is the part of a token's deviation from the mean that a layer takes back, by regression of what the "
+        "layer writes on what enters it. Its nulls keep the size of the updates and destroy their direction; only "
+        "the excess over them is a finding. psi sets it against the size of the update: at 0 the stream walks at "
+        "random, at 1 its spread stays, above 1 it shrinks.",
+        "A slope is not a force: the causal kappas displace the stream at one token and read what the layer does "
+        "differently.",
+    ]
+    caption = "kappa with its nulls and interventions, and psi, by layer; the numbers are in " + REVERSION + "."
+    picture = Picture(caption, figures.png(figures.reversion(frame)))
+    names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
+    columns = [name for name in (*names, "regime", "restoring") if name in frame]
+    rows = [row for _, row in frame.iterrows()]
+    table = _table("By layer", "layer", rows, columns, lambda row: str(int(row["layer"])), digits=3)
+    return Section("reversion", "Mean reversion", paragraphs=paragraphs, pictures=[picture], tables=[table])
+
+
+def _untold(measured: _Measured) -> Section:
+    notes = []
+    for name, say in ((SERIES, findings.series_untold), (REVERSION, findings.reversion_untold)):
+        if name in measured.frames:
+            notes += say(measured.frames[name])
+    notes.append(
+        "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
+        "apart."
+    )
+    return Section("untold", "What could not be told", points=list(dict.fromkeys(notes)))
+
+
+def _columns(measured: _Measured) -> Section:
+    meanings = {name: text for manifest in measured.manifests.values() for name, text in manifest["columns"].items()}
+    rows = [
+        [Cell(name), Cell(text)]
+        for name, text in meanings.items()
+        if name.removesuffix("_low").removesuffix("_high") not in set(meanings) - {name}
+    ]
+    caption = "A column a with an interval has a_low and a_high beside it."
+    return Section(
+        "columns", "Columns of the CSV files", tables=[Table(caption, ["column", "meaning"], rows, words=True)]
+    )
+
+
+def _provenance(measured: _Measured) -> Section:
+    manifests = measured.manifests.values()
+    files = [[Cell(entry["file"]), Cell(str(entry["rows"])), Cell(entry["sha256"])] for entry in manifests]
+    rows = []
+    for key in next(iter(manifests)).keys() - {"file", "rows", "sha256", "columns"}:
+        values = {entry["file"]: _text(entry.get(key)) for entry in manifests}
+        if len(set(values.values())) == 1:
+            rows.append([Cell(key), Cell(next(iter(values.values())))])
+        else:
+            rows += [[Cell(f"{key}, {name}"), Cell(value)] for name, value in values.items()]
+    tables = [
+        Table("The files", ["file", "rows", "sha256"], files, words=True),
+        Table("How they were made", ["", ""], sorted(rows, key=lambda row: row[0].value), words=True),
+    ]
+    return Section("provenance", "Where the numbers come from", tables=tables)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _table(
+    caption: str,
+    head: str,
+    rows: Sequence[pandas.Series],
+    columns: Sequence[str],
+    label: Callable[[pandas.Series], str],
+    digits: int = 2,
+) -> Table:
+    cells = [[Cell(label(row)), *(_cell(row, column, digits) for column in columns)] for row in rows]
+    return Table(caption, [head, *columns], cells)
+
+
+def _cell(row: pandas.Series, column: str, digits: int) -> Cell:
+    value = row[column]
+    if isinstance(value, str):
+        return Cell(value)
+    if pandas.isna(value):
+        return Cell("")
+    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+    interval = "" if low is None or pandas.isna(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return Cell(f"{value:.{digits}f}", interval)
+
+
+def _spread(values: pandas.Series) -> Cell:
+    if values.isna().all():
+        return Cell("")
+    return Cell(f"{values.median():.3f}", f"[{values.min():.3f}, {values.max():.3f}]")
+
+
+def _window(row: pandas.Series) -> str:
+    return f"{int(row['start'])}:{int(row['stop'])}"

@@ -1,0 +1,175 @@
+"""One study: a model and prompts in; CSV files, manifests, figures and ``report.html`` out. ``surgery study``.
+
+    series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
+    reversion    ``reversion_layers.csv``  whether the stream reverts to a mean          (surgery.reversion.layers)
+
+With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained.
+Each file is written when its measurement is done; what an interruption leaves is whole.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+
+import surgery
+from surgery import calibration, frames, models, provenance, report, reversion, series
+from surgery.stack import Stack
+from surgery.tokens import Tokens
+
+NAMES = ("series", "reversion")
+Say = Callable[[str], Any]
+
+
+def run(
+    names: Sequence[str] = NAMES,
+    model: str = models.REFERENCE,
+    text: str | Path | None = None,
+    out: str | Path = "results",
+    *,
+    prompts: int = 128,
+    max_tokens: int = 128,
+    max_length: int | None = None,
+    seed: int = 0,
+    say: Say = lambda _: None,
+    progress: bool = False,
+) -> Path:
+    """Measure ``model`` on ``prompts`` prompts and return the path of the report.
+
+    Args:
+        names: which measurements, of ``NAMES``.
+        model: what ``surgery.load`` takes.
+        text: file of prompts (see ``read_prompts``); None means the bundled model's own problems.
+        out: folder for the results, made if need be.
+        prompts: how many prompts, the first ones of the file; max_tokens: prompts are cut to this length.
+        max_length: longest window of layers; None means all.
+        say: told, in words, what begins.
+
+    Raises:
+        ValueError: unknown name, no prompts to be had, a text file or a model that cannot be used.
+        OSError: the folder cannot be written to (found out before anything is measured), or the disk is full.
+
+    >>> run(["series"], "babel", out="results", prompts=32).name                              # doctest: +SKIP
+    'report.html'
+    """
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"there is no measurement {name!r}; there are {' and '.join(NAMES)}")
+    folder = frames.folder(out)
+    numbered = _prompts(model, text, prompts, seed)
+    say(f"opening {model}")
+    stack = Stack(surgery.load(model))
+    tokens = tokenise(stack, numbered, text, max_tokens)
+    untrained = Stack(models.untrained(stack.model, seed))
+    settings: dict[str, Any] = {
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "max_length": max_length,
+        "text": text and str(text),
+    }
+    manifest = provenance.manifest(stack, tokens, seed=seed, **settings)
+    if "series" in names:
+        say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
+        frame = series.windows(stack, tokens, max_length, seed=seed, progress=progress)
+        frames.write(frame, folder / report.SERIES, manifest)
+        say("calibration: the same measure on networks whose answer is known")
+        networks = calibrate(untrained, tokens, max_length, seed, progress)
+        frames.write(networks, folder / report.CALIBRATION, manifest)
+    if "reversion" in names:
+        say("reversion: kappa of every layer, its nulls, and the stream displaced")
+        frame = reversion.layers(stack, tokens, untrained=untrained, seed=seed, progress=progress)
+        frames.write(frame, folder / report.REVERSION, manifest)
+    say("report")
+    return report.build(folder)
+
+
+def calibrate(
+    untrained: Stack, tokens: Tokens, max_length: int | None = None, seed: int = 0, progress: bool = False
+) -> pandas.DataFrame:
+    """``series.windows`` of networks with a known answer, and of the model untrained; ``network`` says which.
+
+    The constructed ones normalise (RMS), so that their S_live shows what normalisation alone adds.
+    """
+    exact: dict[str, Any] = {"norm": "RMS", "dtype": torch.float64, "seed": seed}
+    networks = {
+        "parallel": calibration.parallel_network(**exact),
+        **{f"mixed {share}": calibration.mixed_network(share, **exact) for share in (0.25, 0.5, 0.75)},
+        "serial": calibration.serial_network(**exact),
+        "linear": calibration.linear_network(seed=seed),
+        **{f"random {i}": calibration.random_network(seed=seed + i) for i in range(3)},
+    }
+    inputs = Tokens.of(calibration.tokens(seed=seed))
+    parts = {
+        name: series.windows(Stack(network), inputs, seed=seed, damage=False) for name, network in networks.items()
+    }
+    parts[report.UNTRAINED] = series.windows(untrained, tokens, max_length, seed=seed, damage=False, progress=progress)
+    return pandas.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
+
+
+def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, str]]:
+    """The first ``most`` prompts of a file with the line each stands in, counted from 1.
+
+    ``.jsonl``: a JSON object with a ``"text"`` on each line. Anything else: text, one prompt a line; empty lines are
+    skipped.
+
+    Raises:
+        ValueError: the file is missing, empty or not text, or a line is not JSON or has no text; that line is named.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {frames.reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give a text or .jsonl file") from error
+    if any("\0" in line for line in lines):
+        raise ValueError(f"{path} is not text: it contains null bytes; give a text or .jsonl file")
+    prompts = list(_texts(path, lines, most))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: it is empty; give one prompt per line")
+    return prompts
+
+
+def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int) -> Tokens:
+    """The prompts as tokens; one that cannot be used is a ``ValueError`` that names its line."""
+    longest = min(max_tokens, stack.n_ctx)
+    for line, prompt in prompts:
+        try:
+            stack.tokens([prompt], longest)
+        except ValueError as error:
+            where = f"{text}, line {line}: " if text else ""
+            raise ValueError(where + str(error).replace("prompt 1", "the prompt", 1)) from error
+    return stack.tokens([prompt for _, prompt in prompts], longest)
+
+
+def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list[tuple[int, str]]:
+    if text is not None:
+        return read_prompts(text, count)
+    if model != models.REFERENCE:
+        raise ValueError(
+            f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
+        )
+    return list(enumerate(models.bundled_prompts(count, seed), start=1))
+
+
+def _texts(path: Path, lines: Sequence[str], most: int | None) -> Iterator[tuple[int, str]]:
+    found = 0
+    for number, line in enumerate(lines, start=1):
+        if found == most:
+            return
+        if line.strip():
+            found += 1
+            yield number, _text(path, number, line) if path.suffix == ".jsonl" else line
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError(f'{path}, line {number} has no text; expected {{"text": "..."}}')
+    return entry["text"]

@@ -1,0 +1,389 @@
+"""The command line: a whole study on a small model, every kind of bad input, interruption, and instant help."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fixtures
+import made_up
+import pandas
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import surgery
+from surgery import cli, frames, report, study
+
+REPOSITORY = Path(surgery.__file__).resolve().parent.parent
+PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
+RESULTS = {
+    *(f"{name}.csv" for name in ("series_windows", "reversion_layers", "calibration")),
+    *(f"{name}.manifest.json" for name in ("series_windows", "reversion_layers", "calibration")),
+    *(f"{name}.png" for name in ("series", "reversion", "calibration")),
+    "report.html",
+}  # fmt: skip
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *words: str) -> None:
+    """One sentence on the error stream, nothing on the other, exit code 1."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in said[0]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.fixture
+def model(model_folder) -> Path:
+    return model_folder("llama")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measurements that take no time; what is opened and written is real."""
+    monkeypatch.setattr(study.series, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
+    monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
+    monkeypatch.setattr(study.reversion, "layers", lambda *_, **__: made_up.reversion(fixtures.N_LAYERS))
+
+
+def test_a_study_leaves_everything_behind(model, text, tmp_path):
+    out = tmp_path / "results"
+    result = run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in out.iterdir()} == RESULTS
+    windows, layers = frames.read(out / report.SERIES), frames.read(out / report.REVERSION)
+    assert len(windows) == 5
+    assert set(windows["n_prompts"]) == {len(PROMPTS)}
+    assert list(layers["layer"]) == [0, 1, 2, 3]
+    assert {"kappa", "kappa_untrained", "restoring"} <= set(layers)
+    assert "read S =" in result.stdout
+    assert "the measure reads what it must" in result.stdout
+    assert str(out / "report.html") in result.stdout
+    manifest = frames.read_manifest(out / report.SERIES)
+    assert manifest["tokens"]["prompts"] == len(PROMPTS)
+    assert manifest["settings"]["text"] == str(text)
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_study_gives_the_same_numbers(model, text, tmp_path):
+    for out in ("once", "again"):
+        assert run("study", "reversion", "--model", model, "--text", text, "--out", tmp_path / out).exit_code == 0
+    assert (tmp_path / "once" / report.REVERSION).read_bytes() == (tmp_path / "again" / report.REVERSION).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "file"), [("series", report.SERIES), ("reversion", report.REVERSION)])
+def test_one_measurement_can_be_asked_for(quick, model, text, tmp_path, name, file):
+    out = tmp_path / "results"
+    assert run("study", name, "--model", model, "--text", text, "--out", out).exit_code == 0
+    left = {path.name for path in out.iterdir()}
+    assert file in left
+    assert left < RESULTS
+
+
+def test_prompts_are_the_first_of_a_jsonl_file(quick, model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": prompt}) for prompt in PROMPTS) + "\n")
+    run("study", "series", "--model", model, "--text", path, "--out", tmp_path / "jsonl", "--prompts", 3)
+    (tmp_path / "three.txt").write_text("\n\n".join(PROMPTS[:3]))
+    run("study", "series", "--model", model, "--text", tmp_path / "three.txt", "--out", tmp_path / "plain")
+    hashes = [frames.read_manifest(tmp_path / out / report.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_report_is_made_again_from_the_files(tmp_path):
+    frames.write(made_up.series(), tmp_path / report.SERIES, made_up.manifest())
+    result = run("report", tmp_path)
+    assert result.exit_code == 0
+    assert (tmp_path / "report.html").exists()
+
+
+def test_check_prints_every_check_of_the_stack(model):
+    result = run("check", "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "identity wiring" in result.stdout
+    assert "largest_difference" in result.stdout
+
+
+def test_a_failed_check_is_an_error(model, monkeypatch):
+    failing = pandas.DataFrame(
+        {"check": ["a"], "compared_with": ["b"], "largest_difference": [1.0], "tolerance": [1e-5], "passed": [False]}
+    )
+    monkeypatch.setattr(surgery.Stack, "checks", lambda self: failing)
+    result = run("check", "--model", model)
+    assert result.exit_code == 1
+    assert "1 of 1 checks failed" in result.stderr
+
+
+def test_version():
+    assert run("--version").stdout == f"surgery {surgery.__version__}\n"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_measurement_lists_what_there_is(tmp_path):
+    result = run("study", "sequels", "--out", tmp_path / "x")
+    assert result.exit_code == 2
+    assert "there is no measurement 'sequels'; there are series and reversion" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--prompts", 0], ["--max-length", 1], ["--max-tokens", 1], ["--nonsense"], ["--seed", "x"]]
+)
+def test_wrong_options_are_wrong_usage(arguments):
+    result = run("study", *arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot read", "it does not exist"]),
+        (b"", ["holds no prompt", "it is empty"]),
+        (b" \n\n \n", ["holds no prompt"]),
+        (b"\x80\x81 binary", ["is not text", "not UTF-8"]),
+        (b"some\x00thing", ["is not text", "null bytes"]),
+        (b"w1 w2 w3\n\n\nw4 w5\n\nw6", []),
+    ],
+)
+def test_a_text_file_that_cannot_be_used(quick, model, tmp_path, content, words):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    result = run("study", "--model", model, "--text", path, "--out", tmp_path / "results")
+    if words:
+        refused(result, str(path), *words)
+    else:
+        assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{text: w1}", ["line 2 is not JSON"]),
+        ('["w1"]', ["line 2 has no text", '{"text": "..."}']),
+        ('{"prompt": "w1"}', ["line 2 has no text"]),
+        ('{"text": 5}', ["line 2 has no text"]),
+    ],
+)
+def test_a_line_of_json_that_cannot_be_used_is_named(model, tmp_path, line, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "w1 w2 w3"}\n' + line)
+    refused(run("study", "--model", model, "--text", path, "--out", tmp_path / "results"), str(path), *words)
+
+
+def test_a_prompt_too_short_is_named_by_its_line(load, tmp_path):
+    stack = surgery.Stack(load("llama"))
+    stack.model.tokenizer.backend_tokenizer.post_processor = None  # no <bos>: one word is one token
+    path = tmp_path / "prompts.txt"
+    path.write_text("w1 w2 w3\n\nw4\n")
+    with pytest.raises(
+        ValueError, match=r"prompts\.txt, line 3: the prompt \('w4'\) has 1 token; a prompt needs at least 2"
+    ):
+        study.tokenise(stack, study.read_prompts(path), path, 16)
+
+
+def test_long_prompts_are_cut(load):
+    stack = surgery.Stack(load("llama"))
+    tokens = study.tokenise(stack, [(1, "w1 " * 500), (2, "w1 w2")], None, 6)
+    assert tokens.mask.sum(1).tolist() == [6, 3]
+    assert study.tokenise(stack, [(1, "w1 " * 500)], None, 10**6).ids.shape[1] == stack.n_ctx
+
+
+def test_a_directory_as_text_is_said(model, tmp_path):
+    refused(run("study", "--model", model, "--text", tmp_path, "--out", tmp_path / "r"), "it is a folder, not a file")
+
+
+def test_a_model_without_prompts_of_its_own_needs_a_text(model, tmp_path):
+    refused(run("study", "--model", model, "--out", tmp_path / "r"), "--text FILE")
+
+
+def test_an_unknown_model_is_said(text, tmp_path):
+    refused(
+        run("study", "--model", "no-such-model", "--text", text, "--out", tmp_path / "r"), "no model 'no-such-model'"
+    )
+    refused(run("check", "--model", "no-such-model"), "no model 'no-such-model'")
+
+
+def test_missing_weights_are_said(text, tmp_path):
+    folder = fixtures.save("llama", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    refused(run("study", "--model", folder, "--text", text, "--out", tmp_path / "r"), "has no weights")
+
+
+def test_weights_that_are_not_numbers_are_said(text, tmp_path):
+    broken = fixtures.hugging_face("llama")
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "model")
+    fixtures.tokenizer().save_pretrained(tmp_path / "model")
+    result = run("study", "--model", tmp_path / "model", "--text", text, "--out", tmp_path / "r")
+    refused(result, "not finite")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(surgery.models, "load", lambda *_: pytest.fail("the model was opened"))
+    (tmp_path / "taken").write_text("")
+    result = run("study", "--model", "any", "--text", text, "--out", tmp_path / "taken")
+    refused(result, "cannot write to the folder", "it is a file, not a folder", "choose another")
+
+
+def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_path, monkeypatch):
+    real, count = os.fsync, [0]
+
+    def fill(descriptor):
+        count[0] += 1
+        if count[0] > 5:  # two files each for series and calibration, then one: the disk fills with the next
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(frames.os, "fsync", fill)
+    out = tmp_path / "results"
+    refused(
+        run("study", "--model", model, "--text", text, "--out", out), "no space left on the disk", "reversion_layers"
+    )
+    assert {file.name for file in out.iterdir()} == {
+        name for name in RESULTS if name.startswith(("series_windows", "calibration.")) and not name.endswith("png")
+    }
+    assert len(frames.read(out / report.SERIES)) == 6
+
+
+def test_a_folder_without_results_has_no_report(tmp_path):
+    refused(run("report", tmp_path), "holds no measurement", "surgery study --out")
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    result = run("report", tmp_path, "--debug")
+    assert isinstance(result.exception, ValueError)
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+
+def test_an_interruption_is_a_sentence_and_130(quick, model, text, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.reversion, "layers", interrupt)
+    result = run("study", "--model", model, "--text", text, "--out", tmp_path / "results")
+    assert result.exit_code == 130
+    assert "interrupted: nothing is half-written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+SLOW = """
+import sys, time
+import made_up
+from surgery import cli, frames, study
+
+def slowly(*_, **__):
+    print("now", flush=True)
+    time.sleep(120)
+
+if sys.argv.pop(1) == "measuring":
+    study.reversion.layers = slowly
+else:
+    study.reversion.layers = lambda *_, **__: made_up.reversion(4)
+    study.series.windows = lambda *_, **__: made_up.series(4)
+    study.calibrate = lambda *_: made_up.networks()
+    real, count = frames.os.fsync, [0]
+    def fsync(descriptor):
+        count[0] += 1
+        slowly() if count[0] == 6 else real(descriptor)
+    frames.os.fsync = fsync
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "how", "code"),
+    [
+        ("measuring", signal.SIGINT, 130),
+        ("writing", signal.SIGINT, 130),
+        ("writing", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text, tmp_path, moment, how, code):
+    out = tmp_path / "results"
+    options = ["study", "--model", str(model), "--text", str(text), "--out", str(out), "--max-length", "2"]
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, moment, *options],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n", process.communicate()[1]
+        time.sleep(0.1)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert ("interrupted" in said) == (how == signal.SIGINT)
+    final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
+    assert final == {
+        "series_windows.csv", "series_windows.manifest.json", "calibration.csv", "calibration.manifest.json"
+    }  # fmt: skip
+    assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
+    frames.read(out / report.SERIES)
+    frames.read(out / report.CALIBRATION)
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["report", "-h"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    script = (
+        "import sys\nfrom surgery import cli\n"
+        "try: cli.main()\nexcept SystemExit as end: assert end.code == 0\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'torch', 'transformer_lens', 'transformers', 'pandas', 'numpy', 'matplotlib', 'jinja2'}))"
+    )
+    done = python("-c", script, *arguments)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["study", "check", "report"])
+def test_every_command_has_help_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: surgery {command}" in " ".join(result.stdout.split())
+
+
+def test_the_command_line_knows_the_measurements():
+    assert cli.NAMES == study.NAMES
+
+
+def test_python_dash_m_is_the_command():
+    done = python("-m", "surgery", "--version")
+    assert done.stdout == f"surgery {surgery.__version__}\n"

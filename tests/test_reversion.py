@@ -1,0 +1,605 @@
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformer_lens import TransformerBridge
+from transformer_lens.config import TransformerBridgeConfig
+
+from surgery import Stack, calibration, reversion
+from surgery.engine import Engine
+from surgery.reversion import Step, half_life, layers, partners, regime, restoring
+from surgery.stats import interval, weights
+from surgery.tokens import Tokens
+
+MEASURES = ("kappa", "psi", "growth", "variance_ratio_next")
+CAUSAL = [f"kappa_causal_{kind}{norm}" for kind in reversion.KINDS for norm in ("", "_frozen")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def network(maps, embedding, biases=None, norm=None, d_head=8):
+    """A model whose layer ``l`` computes ``maps[l] x + biases[l]`` exactly (relu(z) - relu(-z) = z, no attention)."""
+    n_vocab, d_model = embedding.shape
+    config = TransformerBridgeConfig(
+        n_layers=len(maps), d_model=d_model, d_mlp=2 * d_model, n_heads=1, d_head=d_head, n_ctx=32, d_vocab=n_vocab,
+        act_fn="relu", normalization_type=norm, positional_embedding_type="rotary", dtype=torch.float64, seed=0,
+        device="cpu",
+    )  # fmt: skip
+    model = TransformerBridge.boot_native(config, dtype=torch.float64)
+    weight = parameters(model)
+    weight["tok_embed.weight"][:] = embedding
+    for layer, linear in enumerate(maps):
+        weight[f"layers.{layer}.attn.o.weight"][:] = 0
+        weight[f"layers.{layer}.mlp.fc_in.weight"][:] = torch.cat([linear, -linear])
+        weight[f"layers.{layer}.mlp.fc_out.weight"][:] = torch.cat([torch.eye(d_model), -torch.eye(d_model)], 1)
+        if biases is not None:
+            weight[f"layers.{layer}.mlp.fc_out.bias"][:] = biases[layer]
+    return model
+
+
+def parameters(model):
+    return {name.replace("._original_component", ""): weight for name, weight in model.named_parameters()}
+
+
+def ou_network(kappas, d_model=16, mean=2.0, seed=0):
+    """``f(x) = -kappa (x - mean)``, one kappa a layer; embeddings scattered around the mean."""
+    maps = [-kappa * torch.eye(d_model) for kappa in kappas]
+    embedding = mean + torch.randn(calibration.D_VOCAB, d_model, generator=rng(seed))
+    return network(maps, embedding, [kappa * mean * torch.ones(d_model) for kappa in kappas])
+
+
+def ragged(side, seed=0):
+    """The same 12 prompts of 2 to 13 tokens, padded on one side with different tokens."""
+    ids = torch.randint(calibration.D_VOCAB, (12, 13), generator=rng(seed))
+    padded = torch.full((12, 15), 3 if side == "left" else 7)
+    mask = torch.zeros(12, 15, dtype=torch.bool)
+    for i, length in enumerate(range(2, 14)):
+        place = slice(15 - length, 15) if side == "left" else slice(0, length)
+        padded[i, place], mask[i, place] = ids[i, :length], True
+    return Tokens(padded, mask)
+
+
+# --- the Ornstein-Uhlenbeck stream, built exactly ---------------------------------------------------------------------
+
+
+def test_kappa_and_causal_kappa_are_recovered_exactly():
+    kappas = [0.1, 0.3, 0.5, -0.1, 0.05]
+    frame = layers(Stack(ou_network(kappas)), calibration.tokens(24, 8), resamples=100, draws=3)
+    for name in ["kappa", *CAUSAL]:
+        for end in ("", "_low", "_high"):
+            np.testing.assert_allclose(frame[name + end], kappas, atol=1e-5, err_msg=name + end)
+    np.testing.assert_allclose(frame.growth, np.abs(kappas), atol=1e-5)
+    np.testing.assert_allclose(frame.psi, 2 / np.array(kappas), rtol=1e-5)
+    np.testing.assert_allclose(frame.variance_ratio_next, (1 - np.array(kappas)) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(frame.half_life[[0, 1, 2, 4]], np.log(2) / -np.log(1 - np.array([0.1, 0.3, 0.5, 0.05])))
+    assert math.isnan(frame.half_life[3])
+    assert frame.regime.tolist() == ["reverting"] * 3 + ["growing", "reverting"]
+    assert frame.restoring.tolist() == ["yes"] * 3 + ["no", "yes"]
+    assert frame.layer.tolist() == list(range(5))
+    assert (frame.n_prompts == 24).all()
+
+
+def test_overshooting_then_nothing_left():
+    frame = layers(Stack(ou_network([1.5, 1.0, 0.3])), calibration.tokens(12, 6), resamples=50, draws=1)
+    assert frame.regime.tolist()[0] == "overshooting"
+    np.testing.assert_allclose(frame.kappa[:2], [1.5, 1.0], atol=1e-9)
+    assert math.isnan(frame.half_life[0])
+    assert frame.half_life[1] < 0.1
+    # the second layer took every token to the mean: there is no stream to revert, and no rounding is taken for one
+    assert frame.regime[2] == "undefined"
+    assert frame.restoring[2] == "undecided"
+    assert frame.loc[2, ["kappa", "psi", "growth", "half_life", *CAUSAL]].isna().all()
+
+
+def test_a_layer_that_writes_the_same_for_all_tokens_is_still():
+    model = network([torch.zeros(8, 8)], torch.randn(256, 8, generator=rng()), [torch.ones(8)])
+    row = layers(Stack(model), calibration.tokens(12, 6), resamples=50, draws=1).iloc[0]
+    assert row.regime == "still"
+    assert row.restoring == "no"
+    assert row.kappa == row.growth == 0
+    assert math.isnan(row.psi)
+    assert math.isnan(row.half_life)
+    assert row.variance_ratio_next == pytest.approx(1, abs=1e-12)
+
+
+def test_the_common_mean_does_not_matter():
+    near, far = (
+        layers(Stack(ou_network([0.2, 0.4], mean=mean)), calibration.tokens(16, 6), resamples=50, draws=2)
+        for mean in (0.0, 1000.0)
+    )
+    for name in ["kappa", "growth", "psi", "kappa_token_shuffled", "kappa_rotated", "kappa_excess", *CAUSAL]:
+        np.testing.assert_allclose(far[name], near[name], atol=1e-6, err_msg=name)
+
+
+def test_each_kind_of_displacement_reads_its_own_directions():
+    d_model, n_vocab = 8, 64
+    pull = torch.linspace(0.8, 0.1, d_model, dtype=torch.float64)
+    spread = torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.25], dtype=torch.float64)
+    noise = torch.randn(n_vocab, d_model, generator=rng(), dtype=torch.float64)
+    embedding = torch.linalg.qr(noise - noise.mean(0))[0] * spread + 5
+    every_token_once = torch.cat(
+        [torch.zeros(8, 1, dtype=torch.long), torch.randperm(64, generator=rng()).view(8, 8)], 1
+    )
+    stack = Stack(network([-pull.diag()], embedding))
+    first = layers(stack, every_token_once, draws=1, nulls=False).iloc[0]
+    assert first.kappa == pytest.approx(float((pull * spread**2).sum() / (spread**2).sum()), abs=1e-9)
+    assert first.kappa_causal_principal == pytest.approx(0.8, abs=1e-9)
+    many = layers(stack, every_token_once, draws=40, nulls=False).iloc[0]
+    assert many.kappa_causal_principal == pytest.approx(float(pull.mean()), abs=1e-9)  # all eight, in turn
+    assert many.kappa_causal_random_low < pull.mean() < many.kappa_causal_random_high
+    assert many.kappa_causal_random_high - many.kappa_causal_random_low < 0.06
+    assert abs(many.kappa_causal_difference - first.kappa) < 0.05 < abs(many.kappa_causal_difference - pull.mean())
+
+
+# --- what must read nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_layers_that_write_into_fresh_subspaces_do_not_revert(share):
+    frame = layers(
+        Stack(calibration.mixed_network(share, biases=True)), calibration.tokens(24, 8), resamples=100, draws=2
+    )
+    for name in ("kappa", "psi", "kappa_causal_difference", "kappa_causal_principal", "kappa_order_shuffled"):
+        assert frame[name].abs().max() < 1e-6, name
+    assert (frame.variance_ratio_next > 1).all()
+    assert (frame.regime == "undecided").all()
+    assert (frame.restoring == "no").all()
+    assert (frame.kappa_causal_random_low < 0).any()
+    assert (frame.kappa_causal_random.abs() < 0.1).all()
+
+
+def test_a_random_walk_covers_zero_and_psi_zero():
+    covered = 0
+    for seed in range(20):
+        x, u = torch.randn(2, 30, 6, 8, generator=rng(seed))
+        drift = Step.of(x, 0.4 * u).drift(weights(30, 200, seed))
+        (_, low, high), (_, psi_low, psi_high) = interval(drift.kappa), interval(drift.psi)
+        covered += low < 0 < high
+        assert (low < 0 < high) == (psi_low < 0 < psi_high)
+    assert covered >= 17
+
+
+def test_nulls_of_an_ou_stream_read_nothing_and_the_excess_is_kappa():
+    frame = layers(Stack(ou_network([0.3, 0.2], d_model=32)), calibration.tokens(48, 8), resamples=100, causal=False)
+    for null in ("rotated", "token_shuffled"):
+        assert (frame[f"kappa_{null}"].abs() < 0.02).all()
+        assert ((frame[f"kappa_{null}_low"] < 0) & (frame[f"kappa_{null}_high"] > 0)).all()
+    np.testing.assert_allclose(
+        frame.kappa_excess, frame.kappa - frame[["kappa_rotated", "kappa_token_shuffled"]].max(1)
+    )
+    assert (frame.kappa_excess_low > 0.15).all()
+    assert (frame.kappa_excess_low < frame.kappa).all()
+    # an OU layer does the same wherever it runs
+    np.testing.assert_allclose(frame.kappa_order_shuffled, [0.3, 0.2], atol=1e-9)
+    np.testing.assert_allclose(frame.kappa_excess_order_shuffled, 0, atol=1e-9)
+    assert "restoring" not in frame
+    assert "kappa_untrained" not in frame
+
+
+def test_rotations_spread_the_null_when_prompts_do_not():
+    # all prompts alike: only the rotation is left to vary
+    frame = layers(
+        Stack(ou_network([0.3], d_model=4)), calibration.tokens(1, 16).repeat(10, 1), resamples=20, causal=False
+    )
+    assert frame.kappa_high[0] - frame.kappa_low[0] < 1e-9
+    assert frame.kappa_rotated_high[0] - frame.kappa_rotated_low[0] > 0.05
+
+
+def test_order_shuffled_is_recomputed_at_the_place_where_the_layer_ran():
+    # the first layer halves four coordinates, the second adds the other four to them: each changes what the other meets
+    first, second = torch.zeros(2, 8, 8, dtype=torch.float64)
+    first[:4, :4], second[:4, 4:] = -torch.eye(4) / 2, torch.eye(4)
+    stack = Stack(network([first, second], torch.randn(256, 8, generator=rng())))
+    tokens = calibration.tokens(32, 8)
+    x = stack.stream(tokens)[:, :, 1:].flatten(1, 2)
+    entered = {0: [x[0], x[0] + x[0] @ second.T], 1: [x[1], x[0]]}  # in order, and the other way round
+    ensemble = reversion._Ensemble(Tokens.of(tokens), True, 64, 0, False)
+    found = reversion._orders(ensemble, stack, 12, weights(32, 5))
+    for layer, linear in ((0, first), (1, second)):
+        expected = [Step.of(x[None], x[None] @ linear.T).drift(weights(1, 0)) for x in entered[layer]]
+        kappas = [drift.kappa[0].item() for drift in found[layer]]
+        kinds = [kappa == pytest.approx(expected[0].kappa.item()) for kappa in kappas]
+        others = [kappa == pytest.approx(expected[1].kappa.item()) for kappa in kappas]
+        assert any(kinds)
+        assert any(others)
+        assert all(kind != other for kind, other in zip(kinds, others))
+    frame = layers(stack, tokens, resamples=20, draws=12, causal=False)
+    assert (frame.kappa_order_shuffled_high - frame.kappa_order_shuffled_low > 0.05).all()
+
+
+def test_the_untrained_null_is_brought_to_the_size_of_the_update():
+    trained, untrained = Stack(ou_network([0.3, 0.2])), Stack(ou_network([0.06, 0.01]))
+    frame = layers(trained, calibration.tokens(12, 6), resamples=50, draws=1, causal=False, untrained=untrained)
+    np.testing.assert_allclose(frame.growth_untrained, [0.06, 0.01], atol=1e-9)
+    np.testing.assert_allclose(frame.kappa_untrained, [0.3, 0.2], atol=1e-9)
+    np.testing.assert_allclose(frame.kappa_excess_untrained, 0, atol=1e-9)
+
+
+def test_a_rotation_a_resample_is_that_rotation_of_the_updates():
+    x, u = torch.randn(2, 6, 5, 4, generator=rng()).double()
+    rotations = [reversion._rotation(4, np.random.default_rng(seed)) for seed in (0, 1)]
+    signs = torch.randn(9, 4, generator=rng()).sign().double()
+    paired = torch.stack([((u @ rotation.T) * x).sum(1) for rotation in rotations])
+    resampled = weights(6, 8)
+    found = reversion._rotated(Step.of(x, u), rotations, paired, resampled, signs)
+    every = [
+        [Step.of(x, u @ (sign.unsqueeze(1) * rotation).T).drift(resampled).kappa for rotation in rotations]
+        for sign in signs
+    ]
+    assert found[0].item() == pytest.approx(float(torch.stack([row[0] for pair in every for row in pair]).mean()))
+    for i in range(1, 9):
+        assert found[i].item() == pytest.approx(every[i][i % 2][i].item())
+
+
+def test_the_rotated_null_is_exceeded_as_often_as_it_says():
+    # the truth is a rotation itself, so 5 in 100 lie outside, whatever the spectrum of the stream
+    outside, spectrum = 0, torch.arange(1, 17).double()
+    for seed in range(200):
+        x = torch.randn(30, 4, 16, generator=rng(seed)).double() * spectrum
+        u = x @ reversion._rotation(16, np.random.default_rng(seed)).T
+        rotations = [
+            reversion._rotation(16, np.random.default_rng((seed, draw))) for draw in range(reversion.ROTATIONS)
+        ]
+        paired = torch.stack([((u @ rotation.T) * x).sum(1) for rotation in rotations])
+        signs = torch.randn(201, 16, generator=rng(seed)).sign().double()
+        step, resampled = Step.of(x, u), weights(30, 200, seed)
+        excess = step.drift(resampled).kappa - reversion._rotated(step, rotations, paired, resampled, signs)
+        _, low, high = interval(excess)
+        outside += low > 0 or high < 0
+    assert 2 <= outside <= 20
+
+
+# --- a slope is not a force -------------------------------------------------------------------------------------------
+
+
+def test_writing_against_a_copy_kept_elsewhere_is_not_restoring():
+    kappa, half = 0.4, 8
+    value = torch.randn(256, half, generator=rng())
+    linear = torch.zeros(2 * half, 2 * half, dtype=torch.float64)
+    linear[:half, half:] = -kappa * torch.eye(half, dtype=torch.float64)
+    row = layers(Stack(network([linear], torch.cat([value, value], 1))), calibration.tokens(), resamples=200).iloc[0]
+    assert row.kappa == pytest.approx(kappa / 2, abs=1e-9)
+    assert row.regime == "reverting"
+    assert row.kappa_excess_low > 0.1
+    assert abs(row.kappa_causal_random) < 0.03
+    assert row.kappa_causal_random_low < 0 < row.kappa_causal_random_high
+    assert row.kappa_causal_difference == pytest.approx(kappa / 2, abs=1e-9)  # both copies move: no difference can tell
+    assert row.restoring == "no"
+
+
+@torch.no_grad()
+def attending_network(kappa, sharpness):
+    """Writes minus kappa times what attention fetches from the marked first token (sharp) or from all so far (0)."""
+    value = torch.cat([torch.randn(100, 8, generator=rng()), torch.zeros(100, 1)], 1).double()
+    embedding = torch.cat([value, value + torch.eye(9, dtype=torch.float64)[8]])
+    model = network([torch.zeros(9, 9)], embedding)
+    weight = parameters(model)
+    for name in "qkvo":
+        weight[f"layers.0.attn.{name}.weight"][:] = 0
+        weight[f"layers.0.attn.{name}.bias"][:] = 0
+    weight["layers.0.attn.q.bias"][-1] = 1  # the slowest rotary pair: almost no rotation over 8 positions
+    weight["layers.0.attn.k.weight"][-1, 8] = sharpness
+    weight["layers.0.attn.v.weight"][:] = torch.eye(8, 9)
+    weight["layers.0.attn.o.weight"][:] = -kappa * torch.eye(9, 8)
+    first = torch.randint(100, (40, 1), generator=rng())
+    return Stack(model), torch.cat([100 + first, first.repeat(1, 7)], 1)
+
+
+def test_writing_against_another_token_that_happens_to_be_alike_is_not_restoring():
+    stack, tokens = attending_network(0.4, sharpness=1e4)
+    row = layers(stack, tokens, resamples=100).iloc[0]
+    assert row.kappa == pytest.approx(0.4, abs=1e-6)
+    assert row.kappa_excess_low > 0.1
+    for name in CAUSAL:
+        assert abs(row[name]) < 1e-9
+        assert abs(row[f"{name}_high"]) < 1e-9
+    assert row.restoring == "no"
+
+
+def test_one_token_is_displaced_at_a_time():
+    # every token reads the mean of all so far: of its own displacement it sees 1 part in its position
+    stack, tokens = attending_network(0.4, sharpness=0)
+    row = layers(stack, tokens[:, :3], resamples=100, draws=20, nulls=False).iloc[0]
+    assert row.kappa == pytest.approx(0.4, abs=1e-6)
+    for name in ("kappa_causal_difference", "kappa_causal_difference_frozen"):
+        assert 0.4 / 3 < row[name] < 0.4 / 2
+        assert row[name] == pytest.approx(0.4 * (1 / 2 + 1 / 3) / 2, abs=0.01)
+
+
+def test_frozen_norms_see_the_pull_that_live_norms_divide_away():
+    # f(x) = -kappa x / rms(x) with rms(x) = 1: along x itself, one direction of four, only the frozen norm responds
+    embedding = torch.randn(256, 4, generator=rng(), dtype=torch.float64)
+    embedding = 2 * torch.nn.functional.normalize(embedding, dim=-1)
+    stack = Stack(network([-0.4 * torch.eye(4)], embedding, norm="RMS"))
+    row = layers(stack, calibration.tokens(48, 8), size=0.02, draws=20, nulls=False).iloc[0]
+    for kind in reversion.KINDS:
+        assert row[f"kappa_causal_{kind}_frozen"] == pytest.approx(0.4, abs=1e-3)
+    assert row.kappa_causal_random == pytest.approx(0.4 * 3 / 4, abs=0.02)
+    assert row.kappa_causal_difference == pytest.approx(0.4 * 3 / 4, abs=0.1)
+
+
+# --- identities on a real transformer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return Stack(calibration.random_network(n_layers=3, norm="LN", dtype=torch.float64))
+
+
+def test_numbers_are_those_of_the_definitions(transformer):
+    tokens = calibration.tokens(20, 9)
+    frame = layers(transformer, tokens, nulls=False, causal=False)
+    stream = transformer.stream(tokens)[:, :, 1:].flatten(1, 2).numpy()
+    for layer, row in frame.iterrows():
+        x, after = (entry - entry.mean(0) for entry in stream[layer : layer + 2])
+        u = after - x
+        assert row.kappa == pytest.approx(-(u * x).sum() / (x * x).sum(), rel=1e-9)
+        assert row.growth == pytest.approx(np.linalg.norm(u) / np.linalg.norm(x), rel=1e-9)
+        assert row.psi == pytest.approx(-2 * (u * x).sum() / (u * u).sum(), rel=1e-9)
+        assert row.variance_ratio_next == pytest.approx((after * after).sum() / (x * x).sum(), rel=1e-9)
+        assert row.variance_ratio_next == pytest.approx(1 - 2 * row.kappa + row.growth**2, rel=1e-12)
+
+
+def test_first_tokens_count_when_asked(transformer):
+    tokens = calibration.tokens(20, 9)
+    stream = transformer.stream(tokens).flatten(1, 2).numpy()
+    x, u = stream[1] - stream[1].mean(0), stream[2] - stream[1]
+    frame = layers(transformer, tokens, skip_first=False, nulls=False, causal=False)
+    assert frame.kappa[1] == pytest.approx(-(u * x).sum() / (x * x).sum(), rel=1e-9)
+
+
+def test_padding_changes_nothing(transformer):
+    left, right = (layers(transformer, ragged(side), resamples=30, draws=2) for side in ("left", "right"))
+    pd.testing.assert_frame_equal(left, right, rtol=1e-7, atol=1e-9)
+    alone = [layers(transformer, ragged("right").ids[i : i + 1, : i + 2], nulls=False, causal=False) for i in (4, 9)]
+    chosen = Tokens(ragged("left").ids[[4, 9]], ragged("left").mask[[4, 9]])
+    steps = reversion._steps(reversion._Ensemble(chosen, True, 64, 0, False), transformer, "")
+    for i, frame in enumerate(alone):
+        only = torch.eye(2, dtype=torch.float64)[i : i + 1]
+        np.testing.assert_allclose([step.drift(only).kappa[0] for step in steps], frame.kappa, rtol=1e-7)
+
+
+def test_batches_change_nothing_but_the_partners(transformer):
+    tokens = calibration.tokens(20, 9)
+    whole, split = (layers(transformer, tokens, resamples=30, draws=2, batch_size=size) for size in (64, 7))
+    same = [
+        f"{name}{end}" for name in (*MEASURES, "kappa_rotated", "kappa_order_shuffled") for end in ("", "_low", "_high")
+    ]
+    pd.testing.assert_frame_equal(whole[same], split[same], rtol=1e-9)
+
+
+def test_seed_decides_and_the_model_is_left_alone(transformer):
+    tokens = calibration.tokens(8, 6)
+    before = {name: weight.clone() for name, weight in transformer.model.named_parameters()}
+    logits = transformer.run(tokens)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (layers(transformer, tokens, resamples=20, draws=1, seed=seed) for seed in (1, 1, 2))
+    pd.testing.assert_frame_equal(first, again)
+    assert not np.allclose(first.kappa_rotated, other.kappa_rotated)
+    assert first.kappa.equals(other.kappa)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weight, before[name]) for name, weight in transformer.model.named_parameters())
+    assert torch.equal(transformer.run(tokens), logits)
+
+
+# --- uncertainty ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover_the_truth_of_a_noisy_ou_stream_with_tokens_that_hang_together():
+    kappa, noise, covered, covered_psi, n = 0.3, 0.5, 0, 0, 200
+    psi = 2 * kappa / (kappa**2 + noise**2)
+    for seed in range(n):
+        shared, own, shock, common = torch.randn(4, 40, 6, 5, generator=rng(seed))
+        x = 3 + (shared[:, :1] + own) / math.sqrt(2)
+        u = -kappa * (x - 3) + noise * (common[:, :1] + shock) / math.sqrt(2)
+        drift = Step.of(x, u).drift(weights(40, 200, seed))
+        _, low, high = interval(drift.kappa)
+        covered += low < kappa < high
+        _, low, high = interval(drift.psi)
+        covered_psi += low < psi < high
+    assert 0.88 <= covered / n <= 0.99
+    assert 0.88 <= covered_psi / n <= 0.99
+
+
+def test_one_prompt_has_an_estimate_and_no_interval(transformer):
+    row = layers(transformer, calibration.tokens(1, 12), draws=2).iloc[1]
+    for name in [*MEASURES, "kappa_excess", *CAUSAL]:
+        assert math.isfinite(row[name]), name
+        assert math.isnan(row[f"{name}_low"]), name
+        assert math.isnan(row[f"{name}_high"]), name
+    assert row.regime == "undecided"
+    assert row.restoring == "undecided"
+    assert row.n_prompts == 1
+
+
+def test_prompts_that_are_all_the_same_give_no_differences_to_move_along(transformer):
+    tokens = calibration.tokens(1, 6).repeat(8, 1)
+    tokens[:, 0] = torch.arange(8)  # what differs is not in the ensemble, and reaches it through attention later
+    frame = layers(transformer, tokens, resamples=20, draws=2, nulls=False)
+    assert math.isnan(frame.kappa_causal_difference[0])
+    assert frame.kappa_causal_difference[1:].notna().all()
+    assert frame.kappa_causal_random.notna().all()
+    assert frame.restoring[0] != "yes"
+
+
+def test_prompts_without_a_token_in_the_ensemble_add_nothing(transformer):
+    tokens = calibration.tokens(6, 5)
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    mask[6:, 1:] = False
+    more = Tokens(torch.cat([tokens, tokens[:2]]), mask)
+    with_empty, without = (layers(transformer, given, resamples=20, draws=1) for given in (more, tokens))
+    np.testing.assert_allclose(with_empty.kappa, without.kappa, rtol=1e-12)
+    assert np.isfinite(with_empty[CAUSAL]).all(axis=None)
+
+
+# --- the pure parts ---------------------------------------------------------------------------------------------------
+
+
+def test_step_ignores_what_padding_holds():
+    x, u = torch.randn(2, 4, 6, 3, generator=rng())
+    mask = torch.arange(6) < torch.tensor([[3], [6], [2], [5]])
+    clean = Step.of(x, u, mask)
+    dirty = Step.of(x.masked_fill(~mask.unsqueeze(-1), math.nan), u.masked_fill(~mask.unsqueeze(-1), math.inf), mask)
+    for field in dataclasses.fields(Step):
+        assert torch.equal(getattr(clean, field.name), getattr(dirty, field.name))
+    parts = Step.concatenate([Step.of(x[:1], u[:1], mask[:1]), Step.of(x[1:], u[1:], mask[1:])])
+    assert torch.equal(parts.drift(weights(4, 10)).kappa, clean.drift(weights(4, 10)).kappa)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_step_of_a_stream_that_does_not_vary_is_undefined(seed):
+    constant, u = torch.randn(1, 1, 5, generator=rng(seed)), torch.randn(40, 3, 5, generator=rng(seed))
+    drift = Step.of(constant.expand(40, 3, 5), u).drift(weights(40, 10))
+    assert all(getattr(drift, name).isnan().all() for name in MEASURES)
+
+
+def test_tokens_that_differ_by_rounding_give_no_direction(transformer):
+    tokens = calibration.tokens(6, 4)
+    mask = Tokens.of(tokens).ensemble()
+    x = (1000 + torch.randn(6, 4, 48, generator=rng())).float()
+    same = x[:1] * (1 + 1e-7 * torch.randn(6, 4, 48, generator=rng()))
+    for given, length in ((x, 1.0), (same, 0.0)):
+        visit = reversion._Visit(0, 0, transformer.context(tokens), mask, given, given)
+        _, _, directions = reversion._displacements(visit, torch.eye(48).double(), 0, np.random.default_rng(0))
+        torch.testing.assert_close(directions["difference"].norm(dim=-1), torch.full((6,), length).double())
+        torch.testing.assert_close(directions["random"].norm(dim=-1), torch.ones(6).double())
+
+
+@pytest.mark.parametrize(
+    ("kappa", "expected"),
+    [
+        (0.5, 1.0),
+        (0.75, 0.5),
+        (1e-9, math.log(2) * 1e9),
+        (0.0, None),
+        (-0.1, None),
+        (1.0, None),
+        (1.2, None),
+        (math.nan, None),
+    ],
+)
+def test_half_life(kappa, expected):
+    assert math.isnan(half_life(kappa)) if expected is None else half_life(kappa) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "low", "high", "growth", "expected"),
+    [
+        (0.2, 0.1, 0.3, 0.5, "reverting"),
+        (1.2, 0.9, 1.4, 1.5, "reverting"),
+        (1.2, 1.1, 1.4, 1.5, "overshooting"),
+        (-0.2, -0.3, -0.1, 0.5, "growing"),
+        (0.1, -0.1, 0.3, 0.5, "undecided"),
+        (1e-8, 5e-9, 2e-8, 0.5, "undecided"),
+        (-1e-8, -2e-8, -5e-9, 0.5, "undecided"),
+        (0.1, math.nan, math.nan, 0.5, "undecided"),
+        (0.0, 0.0, 0.0, 0.0, "still"),
+        (math.nan, math.nan, math.nan, math.nan, "undefined"),
+    ],
+)
+def test_regime(kappa, low, high, growth, expected):
+    assert regime(kappa, low, high, growth, rounding=1e-7) == expected
+
+
+@pytest.mark.parametrize(
+    ("slope", "excess", "random", "expected"),
+    [
+        ((0.2, 0.4), (0.1, 0.3), (0.1, 0.3), "yes"),
+        ((0.2, 0.4), (0.1, 0.3), (0.01, 0.02), "yes"),  # the same sign in every direction; the sizes are in the columns
+        ((0.2, 0.4), (0.1, 0.3), (-0.1, 0.1), "no"),  # not reproduced
+        ((0.2, 0.4), (0.1, 0.3), (-0.1, 0.3), "undecided"),  # too noisy to tell
+        ((0.2, 0.4), (0.1, 0.3), (-0.3, -0.1), "no"),
+        ((0.2, 0.4), (-0.1, 0.3), (0.1, 0.3), "undecided"),  # not above the nulls
+        ((-0.4, -0.2), (-0.4, -0.2), (0.1, 0.3), "no"),
+        ((-0.2, 0.2), (-0.2, 0.2), (0.1, 0.3), "undecided"),
+        ((math.nan, math.nan), (math.nan, math.nan), (0.1, 0.3), "undecided"),
+    ],
+)
+def test_restoring(slope, excess, random, expected):
+    row = dict(
+        zip(("kappa_low", "kappa_high", "kappa_excess_low", "kappa_excess_high"), (*slope, *excess), strict=True)
+    )
+    for kind, ends in (("random", random), ("difference", (0.1, 0.2)), ("principal", (0.1, 0.2))):
+        row[f"kappa_causal_{kind}_low"], row[f"kappa_causal_{kind}_high"] = ends
+    assert restoring(row, rounding=1e-7) == expected
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 7, 3, 7], [4, 9], [6], [0, 3, 0, 2], [2, 2]])
+def test_partners_are_a_permutation_within_places(lengths):
+    mask = torch.arange(10) < torch.tensor(lengths).unsqueeze(1)
+    prompt, place = mask.nonzero(as_tuple=True)
+    found = partners(mask, np.random.default_rng(0))
+    assert sorted(found.tolist()) == list(range(sum(lengths)))
+    assert (found != torch.arange(sum(lengths))).all()
+    last_shared = sorted(lengths)[-2] - 1 if len(lengths) > 1 else -1
+    before = place < last_shared
+    assert torch.equal(place[found][before], place[before])
+    assert (prompt[found][before] != prompt[before]).all()
+    assert len(found) < 5 or not torch.equal(found, partners(mask, np.random.default_rng(1)))
+
+
+def test_a_lone_token_is_its_own_partner():
+    assert partners(torch.tensor([[True]]), np.random.default_rng(0)).tolist() == [0]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (torch.zeros(3, 1, dtype=torch.long), {}, "no token is left to measure in 3 prompts"),
+        (torch.zeros(0, 5, dtype=torch.long), {}, "no token is left to measure in 0 prompts"),
+        (calibration.tokens(2, 4), {"draws": 0}, "must be positive, got draws=0"),
+        (calibration.tokens(2, 4), {"size": 0.0}, "size=0.0"),
+        (calibration.tokens(2, 4), {"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(transformer, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        layers(transformer, tokens, **options)
+
+
+def test_an_untrained_model_of_another_shape_is_refused(transformer):
+    other = Stack(calibration.random_network(n_layers=2))
+    with pytest.raises(ValueError, match="untrained has 2 layers and 256 tokens, the model 3 and 256"):
+        layers(transformer, calibration.tokens(2, 4), untrained=other)
+
+
+def test_a_stream_that_is_not_finite_is_refused():
+    stack = Stack(ou_network([0.1, 0.2, 0.3]))
+    with torch.no_grad():
+        parameters(stack.model)["layers.1.mlp.fc_out.weight"][0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite at layer 1"):
+        layers(stack, calibration.tokens(4, 4), nulls=False, causal=False)
+
+
+def test_it_costs_what_the_docstring_says(monkeypatch):
+    stack, seen = Stack(calibration.random_network(n_layers=3)), []
+    layer = Engine.layer
+    monkeypatch.setattr(
+        Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
+    )
+    tokens = calibration.tokens(4, 5)
+    for options, cost in (
+        ({"nulls": False, "causal": False}, 1),
+        ({"causal": False}, 6),
+        ({"causal": False, "untrained": stack}, 7),
+        ({}, 33),
+        ({"draws": 2}, 19),
+    ):
+        seen.clear()
+        layers(stack, tokens, resamples=5, **options)
+        assert [seen.count(index) for index in range(3)] == [cost] * 3
