@@ -1,7 +1,7 @@
 """Residual-stream layer surgery on TransformerLens models: measure, rewire, rebuild.
 
-``surgery.load`` opens a model, ``surgery.Stack`` takes it apart into ``embed -> layers -> readout``, ``surgery.Wiring`` says
-in which order its layers run. Every verb lives in its module: ``surgery.series.windows(stack, tokens)``.
+``surgery.load`` opens a model, ``surgery.Stack`` takes it apart into ``embed -> layers -> readout``, ``surgery.Wiring``
+says in which order its layers run. Every verb lives in its module: ``surgery.series.windows(stack, tokens)``.
 
 Nothing is imported before it is used, so ``import surgery`` costs no torch.
 """
@@ -22,7 +22,9 @@ _MODULES = (
     "babel",
     "calibration",
     "cli",
+    "displacement",
     "engine",
+    "ensemble",
     "figures",
     "findings",
     "frames",

@@ -40,6 +40,8 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.config import TransformerBridgeConfig
 
+from surgery.stats import rotation
+
 D_VOCAB = 256
 CONTEXT = 64
 
@@ -119,11 +121,11 @@ def linear_network(
     weights["tok_embed.weight"][:] = _normal(draw, D_VOCAB, d_model) + common
     identity = torch.eye(d_model)  # with relu(a) - relu(-a) = a the layer is linear
     for layer in range(n_layers):
-        rotation = torch.linalg.qr(_normal(draw, d_model, d_model))[0]
+        turn = rotation(_normal(draw, d_model, d_model))
         weights[f"layers.{layer}.attn.o.weight"][:] = 0
-        weights[f"layers.{layer}.mlp.fc_in.weight"][:] = torch.cat([rotation, -rotation])
+        weights[f"layers.{layer}.mlp.fc_in.weight"][:] = torch.cat([turn, -turn])
         weights[f"layers.{layer}.mlp.fc_out.weight"][:] = gain * torch.cat([identity, -identity], dim=1)
-        weights[f"layers.{layer}.mlp.fc_out.bias"][:] = -gain * rotation @ common
+        weights[f"layers.{layer}.mlp.fc_out.bias"][:] = -gain * turn @ common
     return model
 
 

@@ -93,7 +93,7 @@ def study(
         typer.Option(help='Prompts: a text file, one a line, or .jsonl with a "text" a line. babel brings its own.'),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts, the first of the file.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts, the first of the file.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens.")] = 128,
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest window of layers; all if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,

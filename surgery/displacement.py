@@ -13,8 +13,8 @@ they send each other through attention. ``d`` has a given length and one of thre
     random        anywhere, all directions alike
     principal     along one of the top principal components of the stream, either way
 
-With live norms a layer does not see a stream that grows, and takes none of that back. So every displacement is made
-again with the norms' denominators kept at the clean run's: the difference is the normalisation's doing.
+What of ``d`` only makes the stream longer, a live norm divides away again. So every displacement is made a second time
+with the norms' denominators kept at the clean run's; what that changes is the normalisation's doing.
 
 Compare with ``surgery.calibration``: where every layer writes into a fresh subspace, difference and principal read 0,
 and random reads 0 within its interval. A force shows at several lengths of ``d``.
@@ -23,6 +23,7 @@ Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model mat
 
 >>> from surgery import Stack, calibration
 >>> from surgery.stats import weights
+>>> from surgery.tokens import Tokens
 >>> stack, ensemble = Stack(calibration.parallel_network()), Ensemble(Tokens.of(calibration.tokens(48)))
 >>> found = responses(stack, ensemble, lengths=[0.1] * stack.n_layers, draws=1)
 >>> abs(round(found["difference"].slope(3, weights(48))[0].item(), 6))
@@ -42,7 +43,7 @@ from torch.nn import functional
 
 from surgery.ensemble import Ensemble, Visit, partners
 from surgery.stack import Context, Stack
-from surgery.tokens import Tokens
+from surgery.stats import ratio
 
 KINDS = ("difference", "random", "principal")
 
@@ -56,7 +57,7 @@ class Response:
 
     def slope(self, layer: int, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
         """``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer under every row of ``weights``; NaN where nothing was moved."""
-        return weights @ self.product[layer] / (weights @ self.square[layer])
+        return ratio(weights @ self.product[layer], weights @ self.square[layer])
 
 
 def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws: int) -> dict[str, Response]:

@@ -8,9 +8,9 @@ walks through them, batch by batch and layer by layer, and hands out the stream 
 in the model's order of layers or in any other. Nothing is kept: what a measure needs of a visit it adds up itself,
 prompt by prompt (``surgery.stats``). Cost: 1 F a walk. Memory: one batch's stream.
 
-``partners`` pairs every token with one of another prompt at the same place. That is the null of anything claimed for
-this very token: give each its partner's update (or stream, or whatever) and nothing should be left of the claim. As it
-is a permutation, what is exchanged keeps its mean and its size exactly.
+``partners`` pairs every token with one of another prompt at the same place. That makes the null of whatever is claimed
+for this very token: let each have its partner's vector (``exchanged``), and nothing should be left of the claim. As
+they are permuted, the vectors keep their mean and their size exactly.
 
 >>> from surgery import Stack, calibration
 >>> ensemble = Ensemble(Tokens.of(calibration.tokens(48)), batch_size=32)
@@ -120,3 +120,12 @@ def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -
     partner = np.empty_like(order)
     partner[order] = order[following]
     return torch.from_numpy(partner).to(mask.device)
+
+
+def exchanged(
+    values: Float[Tensor, "prompt pos d_model"], mask: Bool[Tensor, "prompt pos"], partner: Int[Tensor, " token"]
+) -> Float[Tensor, "prompt pos d_model"]:
+    """``values`` with the vector of every kept token replaced by that of its partner; the rest stays."""
+    found = values.clone()
+    found[mask] = values[mask][partner]
+    return found

@@ -149,6 +149,8 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
     lost = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
     if lost:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of the wrong shape, the first is {lost[0]}")
+    if getattr(config, "attn_logit_softcapping", None):
+        loaded.set_attn_implementation("eager")  # torch's fast attention cannot soft-cap; older transformers try it all the same
     if dtype == torch.float64 and getattr(config, "num_experts", None):
         loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
     return loaded

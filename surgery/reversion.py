@@ -20,10 +20,10 @@ back. So the stream is displaced by ``d`` at one token, and what the layer then 
 
     kappa_causal = -E<d, f(x + d) - f(x)> / E|d|^2
 
-One token of a prompt at a time: displacing all would add what they send each other through attention. ``d`` points to
-another prompt's token at that place (*difference*), anywhere (*random*) or along a top principal component
-(*principal*). For a layer that treats every token alone and linearly, differences repeat the slope by algebra; random
-directions are what tells a force from a correlate that is kept elsewhere in the same stream.
+``d`` points to another prompt's token at that place (*difference*), anywhere (*random*) or along a top principal
+component (*principal*), see ``surgery.displacement``. For a layer that treats every token alone and linearly,
+differences repeat the slope by algebra; random directions are what tells a force from a correlate that is kept
+elsewhere in the same stream.
 
 Compare with ``surgery.calibration``: writing into fresh subspaces reads 0, in parallel as in series. All of it is
 measured on the weights as loaded (folding or centring weights changes kappa). Layer 0 starts from the bare embedding,
@@ -40,9 +40,7 @@ True
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -50,15 +48,18 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.progress import track
 from torch import Tensor
-from torch.nn import functional
 
-from surgery.stack import Context, Stack, Tokens
-from surgery.stats import RESAMPLES, Moments, interval, weights
+from surgery.displacement import KINDS, responses
+from surgery.ensemble import Ensemble, exchanged, partners
+from surgery.stack import Stack
+from surgery.stats import RESAMPLES, Moments, columns, ratio, rotation, weights
+from surgery.tokens import Tokens
+
+Stream = Float[Tensor, "prompt pos d_model"]
+Resampled = Float[Tensor, " resample"]
 
 ROTATIONS = 4  # each serves for hundreds, see _rotated
-KINDS = ("difference", "random", "principal")
 NEGLIGIBLE = 1e-12  # a variance below this share of the second moment is the rounding of float64, not a variance
 
 
@@ -108,8 +109,8 @@ def layers(
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
     ``untrained`` has another shape, or if the stream is not finite.
     """
-    ensemble = _Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
-    _check(ensemble, stack, draws, size, untrained)
+    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    _check(stack, draws, size, untrained)
     n_prompts = len(ensemble.tokens)
     resampled = weights(n_prompts, resamples if n_prompts > 1 else 0, seed)
     rounding = torch.finfo(stack.dtype).eps
@@ -117,20 +118,18 @@ def layers(
     drifts = [step.drift(resampled) for step in steps]
     rows = [_describe(layer, drift, rounding) for layer, drift in enumerate(drifts)]
     if nulls:
-        measured = _exchanges(ensemble, stack, steps, resampled) | {
-            "order_shuffled": _orders(ensemble, stack, draws, resampled)
-        }
+        measured = _exchanges(ensemble, stack, steps, resampled)
+        measured["order_shuffled"] = _orders(ensemble, stack, draws, resampled)
         if untrained is not None:
-            alone = [step.drift(resampled) for step in _steps(ensemble, untrained, "untrained")]
-            measured["untrained"] = [[drift] for drift in alone]
+            measured["untrained"] = [[step.drift(resampled)] for step in _steps(ensemble, untrained, "untrained")]
         for layer, drift in enumerate(drifts):
             rows[layer] |= _compare(drift, {null: found[layer] for null, found in measured.items()})
     if causal:
         lengths = [size * float(step.variance(resampled[:1]).sqrt()) for step in steps]
-        responses = _responses(ensemble, stack, lengths, _principal(ensemble, stack, draws), draws)
+        found = responses(stack, ensemble, lengths, draws)
         for layer, row in enumerate(rows):
-            for name, (product, square) in responses.items():
-                row |= _columns(name, _ratio(0 - resampled @ product[layer], resampled @ square[layer]))
+            for kind, response in found.items():
+                row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
             row["restoring"] = restoring(row, rounding)
     return pandas.DataFrame(rows).assign(n_prompts=n_prompts)
 
@@ -139,10 +138,10 @@ def layers(
 class Drift:
     """What a step does, under every row of prompt weights (row 0 is the estimate). NaN where nothing varies."""
 
-    kappa: Float[Tensor, " resample"]
-    psi: Float[Tensor, " resample"]
-    growth: Float[Tensor, " resample"]
-    variance_ratio_next: Float[Tensor, " resample"]
+    kappa: Resampled
+    psi: Resampled
+    growth: Resampled
+    variance_ratio_next: Resampled
 
 
 @dataclass(frozen=True)
@@ -163,12 +162,7 @@ class Step:
     next: Float[Tensor, " prompt"]
 
     @classmethod
-    def of(
-        cls,
-        x: Float[Tensor, "prompt pos d_model"],
-        u: Float[Tensor, "prompt pos d_model"],
-        mask: Bool[Tensor, "prompt pos"] | None = None,
-    ) -> "Step":
+    def of(cls, x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"] | None = None) -> "Step":
         """The sums over the positions that ``mask`` keeps (all if not given), in float64."""
         x, u = x.double(), u.double()
         if mask is not None:  # what padding computes may be NaN, and 0 * NaN is NaN
@@ -185,15 +179,15 @@ class Step:
     def drift(self, weights: Float[Tensor, "resample prompt"]) -> Drift:
         """kappa, psi, growth and the ratio of variances under every row of ``weights``."""
         x, u = self.variance(weights), self._variance(self.sum_u, self.uu, weights)
-        kappa = _ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
+        kappa = ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
         after = self._variance(self.sum_x + self.sum_u, self.next, weights)
-        return Drift(kappa, _ratio(2 * kappa * x, u), _ratio(u, x).sqrt(), _ratio(after, x))
+        return Drift(kappa, ratio(2 * kappa * x, u), ratio(u, x).sqrt(), ratio(after, x))
 
-    def variance(self, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
+    def variance(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
         """``E|c(x)|^2``; exactly 0 where it cannot be told from rounding."""
         return self._variance(self.sum_x, self.xx, weights)
 
-    def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Float[Tensor, " resample"]:
+    def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Resampled:
         variance = Moments(self.count, total, total, square).covariance(weights)
         return torch.where(variance > NEGLIGIBLE * (weights @ square) / (weights @ self.count), variance, 0)
 
@@ -242,83 +236,9 @@ def restoring(row: dict, rounding: float = 0.0) -> str:
     return "no" if any(low <= rounding and high < row["kappa_low"] for low, high in causal) else "undecided"
 
 
-def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:
-    """A random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
-
-    Each is sent to the same place, counted from its prompt's first kept token, in another prompt. The places that only
-    the longest prompt has are thrown together with the last shared one. A token that is alone stays.
-    """
-    place = (mask.cumsum(1) - 1)[mask].cpu().numpy()
-    lengths = np.sort(mask.sum(1).cpu().numpy())
-    shared = lengths[-2] - 1 if len(lengths) > 1 else 0
-    group = np.minimum(place, max(shared, 0))
-    order = np.lexsort((generator.random(len(group)), group))
-    first = np.flatnonzero(np.diff(group[order], prepend=-1))
-    following = np.arange(1, len(order) + 1)
-    following[np.append(first[1:], len(order)) - 1] = first
-    partner = np.empty_like(order)
-    partner[order] = order[following]
-    return torch.from_numpy(partner).to(mask.device)
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """One layer met on the way through one batch; ``first`` is the batch's first prompt."""
-
-    first: int
-    layer: int
-    context: Context
-    mask: Bool[Tensor, "prompt pos"]
-    x: Float[Tensor, "prompt pos d_model"]
-    u: Float[Tensor, "prompt pos d_model"]
-
-
-@dataclass(frozen=True)
-class _Ensemble:
-    """The tokens measured, and how to go through them."""
-
-    tokens: Tokens
-    skip_first: bool
-    batch_size: int
-    seed: int
-    progress: bool
-
-    def visits(self, stack: Stack, label: str, order: Sequence[int] | None = None) -> Iterator[_Visit]:
-        """Every layer of every batch, the layers run in ``order`` (as in the model if not given). Cost: 1 F."""
-        order = range(stack.n_layers) if order is None else order
-        n_batches = math.ceil(len(self.tokens) / self.batch_size)
-        size = math.ceil(len(self.tokens) / n_batches)  # even batches: a last prompt by itself would find no partners
-        stops = [(first, layer) for first in range(0, len(self.tokens), size) for layer in order]
-        for first, layer in track(stops, description=label, disable=not self.progress, transient=True):
-            if layer == order[0]:
-                context = stack.context(self.tokens[first : first + size])
-                mask = context.tokens.ensemble(self.skip_first)
-                x = context.x0
-            u = stack.update(layer, x, context)
-            if not (x[mask].isfinite().all() and u[mask].isfinite().all()):
-                raise ValueError(
-                    f"the stream is not finite at layer {layer}: load the model in float32, or mend its weights"
-                )
-            yield _Visit(first, layer, context, mask, x, u)
-            x = x + u
-
-    def generator(self, visit: _Visit, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *purpose, visit.layer, visit.first))
-
-
-def _check(ensemble: _Ensemble, stack: Stack, draws: int, size: float, untrained: Stack | None) -> None:
-    if draws < 1 or size <= 0 or ensemble.batch_size < 1:
-        raise ValueError(
-            f"draws, size and batch_size must be positive, got draws={draws}, size={size}, "
-            f"batch_size={ensemble.batch_size}"
-        )
-    if not ensemble.tokens.ensemble(ensemble.skip_first).any():
-        hint = (
-            "give prompts of two tokens or more, or skip_first=False"
-            if ensemble.skip_first
-            else "give prompts with tokens"
-        )
-        raise ValueError(f"no token is left to measure in {len(ensemble.tokens)} prompts: {hint}")
+def _check(stack: Stack, draws: int, size: float, untrained: Stack | None) -> None:
+    if draws < 1 or size <= 0:
+        raise ValueError(f"draws and size must be positive, got draws={draws}, size={size}")
     if untrained is not None and (untrained.n_layers, untrained.d_vocab) != (stack.n_layers, stack.d_vocab):
         raise ValueError(
             f"untrained has {untrained.n_layers} layers and {untrained.d_vocab} tokens, the model {stack.n_layers} and "
@@ -326,7 +246,7 @@ def _check(ensemble: _Ensemble, stack: Stack, draws: int, size: float, untrained
         )
 
 
-def _steps(ensemble: _Ensemble, stack: Stack, label: str, order: Sequence[int] | None = None) -> list[Step]:
+def _steps(ensemble: Ensemble, stack: Stack, label: str, order: Sequence[int] | None = None) -> list[Step]:
     """Each layer's step, wherever in the order it ran. Cost: 1 F."""
     parts: list[list[Step]] = [[] for _ in range(stack.n_layers)]
     for visit in ensemble.visits(stack, label, order):
@@ -334,21 +254,21 @@ def _steps(ensemble: _Ensemble, stack: Stack, label: str, order: Sequence[int] |
     return [Step.concatenate(part) for part in parts]
 
 
-def _exchanges(ensemble: _Ensemble, stack: Stack, steps: list[Step], resampled: Tensor) -> dict[str, list[list[Drift]]]:
+def _exchanges(ensemble: Ensemble, stack: Stack, steps: list[Step], resampled: Tensor) -> dict[str, list[list[Drift]]]:
     """The nulls that keep every layer's stream and updates but not which goes with which. Cost: 1 F."""
     generator = np.random.default_rng((ensemble.seed, 1))
-    rotations = [_rotation(stack.d_model, generator) for _ in range(ROTATIONS)]
+    normal = torch.from_numpy(generator.standard_normal((ROTATIONS, stack.d_model, stack.d_model)))
+    rotations = [rotation(noise) for noise in normal]
     shuffled: list[list[Step]] = [[] for _ in steps]
     paired: list[list[Tensor]] = [[] for _ in steps]
     for visit in ensemble.visits(stack, "rotated and shuffled updates"):
         prompt = visit.mask.nonzero()[:, 0]
         x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
-        exchanged = torch.zeros_like(visit.u, dtype=torch.float64)
-        exchanged[visit.mask] = u[partners(visit.mask, ensemble.generator(visit))]
-        shuffled[visit.layer].append(Step.of(visit.x, exchanged, visit.mask))
+        other = exchanged(visit.u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
+        shuffled[visit.layer].append(Step.of(visit.x, other, visit.mask))
         sums = x.new_zeros(ROTATIONS, len(visit.mask), x.shape[1])
-        for i, rotation in enumerate(rotations):
-            sums[i].index_add_(0, prompt, u @ rotation.to(x).T * x)
+        for i, turn in enumerate(rotations):
+            sums[i].index_add_(0, prompt, u @ turn.to(x).T * x)
         paired[visit.layer].append(sums.cpu())
     signs = torch.from_numpy(generator.choice([-1.0, 1.0], (len(resampled), stack.d_model)))
     rotated = [_rotated(step, rotations, torch.cat(sums, 1), resampled, signs) for step, sums in zip(steps, paired)]
@@ -364,7 +284,7 @@ def _rotated(
     paired: Float[Tensor, "rotation prompt d_model"],
     resampled: Float[Tensor, "resample prompt"],
     signs: Float[Tensor, "resample d_model"],
-) -> Float[Tensor, " resample"]:
+) -> Resampled:
     """kappa of rotated updates, every resample with a rotation of its own; row 0 is the mean over all of them.
 
     Random signs in front of a uniformly random rotation make another one, and signs can be drawn after the sums over
@@ -374,115 +294,28 @@ def _rotated(
     mean_x = resampled @ step.sum_x / count
     covariance = torch.stack(
         [
-            resampled @ products / count - (resampled @ (step.sum_u @ rotation.T) / count) * mean_x
-            for rotation, products in zip(rotations, paired, strict=True)
+            resampled @ products / count - (resampled @ (step.sum_u @ turn.T) / count) * mean_x
+            for turn, products in zip(rotations, paired, strict=True)
         ]
     )
     rows = torch.arange(len(resampled))
     values = (covariance[rows % len(rotations), rows] * signs).sum(-1)
     values[0] = (covariance[:, 0] @ signs.T).mean()
-    return _ratio(0 - values, step.variance(resampled))
+    return ratio(0 - values, step.variance(resampled))
 
 
-def _orders(ensemble: _Ensemble, stack: Stack, draws: int, resampled: Tensor) -> list[list[Drift]]:
+def _orders(ensemble: Ensemble, stack: Stack, draws: int, resampled: Tensor) -> list[list[Drift]]:
     """Each layer's drift at the place where it ran in ``draws`` random orders of all layers. Cost: ``draws`` F."""
     generator = np.random.default_rng((ensemble.seed, 2))
-    found: list[list[Drift]] = [[] for _ in range(stack.n_layers)]
-    for _ in range(draws):
-        order = generator.permutation(stack.n_layers).tolist()
-        for layer, step in enumerate(_steps(ensemble, stack, "layers in random order", order)):
-            found[layer].append(step.drift(resampled))
-    return found
-
-
-def _rotation(d_model: int, generator: np.random.Generator) -> Float[Tensor, "d_model d_model"]:
-    """A random orthogonal matrix, uniform over all (Haar): the sign fix makes QR so."""
-    q, r = torch.linalg.qr(torch.from_numpy(generator.standard_normal((d_model, d_model))))
-    return q * r.diagonal().sign()
-
-
-def _principal(ensemble: _Ensemble, stack: Stack, count: int) -> list[Float[Tensor, "component d_model"]]:
-    """The top ``count`` principal components of the stream that enters each layer; fewer if it has fewer. Cost: 1 F."""
-    square = torch.zeros(stack.n_layers, stack.d_model, stack.d_model, dtype=torch.float64)
-    total = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
-    n_tokens = 0
-    for visit in ensemble.visits(stack, "principal components"):
-        x = visit.x[visit.mask].double()
-        square[visit.layer] += (x.T @ x).cpu()
-        total[visit.layer] += x.sum(0).cpu()
-        n_tokens += len(x) if visit.layer == 0 else 0
-    mean = total / n_tokens
-    values, vectors = torch.linalg.eigh(square / n_tokens - mean.unsqueeze(-1) * mean.unsqueeze(-2))
-    kept = (values >= 1e-9 * values[:, -1:]).flip(-1)[:, :count]
-    return [basis.T.flip(0)[:count][keep] for basis, keep in zip(vectors, kept, strict=True)]
-
-
-def _responses(
-    ensemble: _Ensemble, stack: Stack, lengths: list[float], bases: list[Float[Tensor, "component d_model"]], draws: int
-) -> dict[str, Float[Tensor, "2 layer prompt"]]:
-    """Per-prompt ``<d, f(x + d) - f(x)>`` and ``|d|^2``, summed over draws, of every kind, norm live and frozen.
-
-    Cost: 2 F and a layer for every draw, kind and norm, ``6 draws`` F.
-    """
-    sums: dict[str, Tensor] = defaultdict(
-        lambda: torch.zeros(2, stack.n_layers, len(ensemble.tokens), dtype=torch.float64)
-    )
-    for visit in ensemble.visits(stack, "displaced streams"):
-        if visit.layer == 0:
-            scales = _scales(stack, visit.context)
-        for frozen in (False, True)[: 1 if scales is None else 2]:
-            with stack.frozen(visit.context, scales) if frozen else nullcontext():
-                for draw in range(draws):
-                    generator = ensemble.generator(visit, draw)  # anew, so frozen and live are displaced alike
-                    prompt, place, directions = _displacements(visit, bases[visit.layer], draw, generator)
-                    for kind, unit in directions.items():
-                        moved = visit.x.clone()
-                        moved[prompt, place] += (lengths[visit.layer] * unit).to(moved)
-                        d = moved[prompt, place].double() - visit.x[prompt, place].double()  # what rounding left of it
-                        u = stack.update(visit.layer, moved, visit.context)[prompt, place].double()
-                        response = u - visit.u[prompt, place].double()
-                        products = torch.stack([(d * response).sum(-1), (d * d).sum(-1)]).cpu()
-                        name = f"kappa_causal_{kind}{'_frozen' * frozen}"
-                        sums[name][:, visit.layer, visit.first + prompt.cpu()] += products
-    return sums
-
-
-def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
-    try:
-        return stack.norm_scales(context)
-    except ValueError:  # a norm without a denominator to be found: live is what there is
-        return None
-
-
-def _displacements(
-    visit: _Visit, basis: Float[Tensor, "component d_model"], draw: int, generator: np.random.Generator
-) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"], dict[str, Float[Tensor, "chosen d_model"]]]:
-    """One random token of every prompt that has any: its prompt, its place, and a unit vector of each kind.
-
-    Where two tokens differ by no more than rounding there is no direction, and the vector is 0.
-    """
-    prompt, place = visit.mask.nonzero(as_tuple=True)
-    lengths = visit.mask.sum(1).cpu().numpy()
-    first = np.cumsum(lengths) - lengths
-    chosen = torch.from_numpy((first + generator.integers(np.maximum(lengths, 1)))[lengths > 0]).to(prompt.device)
-    x = visit.x[visit.mask].double()
-    noise = torch.from_numpy(generator.standard_normal((len(chosen), x.shape[1]))).to(x)
-    sign = torch.from_numpy(generator.choice([-1.0, 1.0], (len(chosen), 1))).to(x)
-    difference = x[partners(visit.mask, generator)[chosen]] - x[chosen]
-    least = 8 * torch.finfo(visit.x.dtype).eps * x[chosen].norm(dim=-1, keepdim=True)
-    differs = difference.norm(dim=-1, keepdim=True) > least
-    directions = {
-        "difference": functional.normalize(difference, dim=-1) * differs,
-        "random": functional.normalize(noise, dim=-1),
-        "principal": sign * basis[draw % len(basis)].to(x),
-    }
-    return prompt[chosen], place[chosen], directions
+    orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
+    runs = (_steps(ensemble, stack, "layers in random order", order) for order in orders)
+    return [list(drifts) for drifts in zip(*([step.drift(resampled) for step in steps] for steps in runs))]
 
 
 def _describe(layer: int, drift: Drift, rounding: float) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer}
     for field in fields(drift):
-        row |= _columns(field.name, getattr(drift, field.name))
+        row |= columns(field.name, getattr(drift, field.name))
     kappa, low, high = row["kappa"], row["kappa_low"], row["kappa_high"]
     row["half_life"] = half_life(kappa)
     defined = 0 < kappa < 1
@@ -496,11 +329,11 @@ def _compare(drift: Drift, nulls: dict[str, list[Drift]]) -> dict[str, float]:
     """The columns of the nulls; a null's interval, and that of the excess over it, pools all draws and resamples."""
     row: dict[str, float] = {}
     for name, draws in nulls.items():
-        matched = torch.stack([null.kappa * _ratio(drift.growth, null.growth) for null in draws])
-        row |= _columns(f"kappa_{name}", _pool(matched))
-        row |= _columns(f"kappa_excess_{name}", _pool(drift.kappa - matched))
+        matched = torch.stack([null.kappa * ratio(drift.growth, null.growth) for null in draws])
+        row |= columns(f"kappa_{name}", _pool(matched))
+        row |= columns(f"kappa_excess_{name}", _pool(drift.kappa - matched))
         if name in ("order_shuffled", "untrained"):
-            row |= _columns(f"growth_{name}", _pool(torch.stack([null.growth for null in draws])))
+            row |= columns(f"growth_{name}", _pool(torch.stack([null.growth for null in draws])))
     for end in ("", "_low", "_high"):
         over = row[f"kappa_excess_rotated{end}"], row[f"kappa_excess_token_shuffled{end}"]
         row[f"kappa_excess{end}"] = float(np.minimum(*over))
@@ -510,11 +343,3 @@ def _compare(drift: Drift, nulls: dict[str, list[Drift]]) -> dict[str, float]:
 def _pool(values: Float[Tensor, "draw resample"]) -> Float[Tensor, " pooled"]:
     """All resamples of all draws as one sample, with the mean over draws as its estimate."""
     return torch.cat([values[:, :1].nanmean(0), values[:, 1:].flatten()])
-
-
-def _columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
-
-
-def _ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
-    return torch.where(b > 0, a / b, math.nan)

@@ -41,18 +41,20 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+import numpy as np
 import pandas
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
-from surgery.stack import Context, Stack, Tokens
-from surgery.stats import RESAMPLES, Moments, interval, weights
+from surgery.ensemble import exchanged, partners
+from surgery.stack import Context, Stack
+from surgery.stats import RESAMPLES, Moments, columns, weights
+from surgery.tokens import Tokens
 
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
-Donors = tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
@@ -75,8 +77,8 @@ def windows(
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
     ``R_over_N``, ``R_shuffled`` and, with ``damage``, ``loss_parallel_sum``, ``loss_parallel_mean``,
     ``kl_parallel_sum``, ``kl_parallel_mean``; see the module. A window whose layers write nothing that varies is
-    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within batches of
-    about ``batch_size`` prompts; no other column depends on it.
+    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within even
+    batches of at most ``batch_size`` prompts (but three); no other column depends on it.
 
     Cost of W windows in a model of L layers: 2 + 3 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
     more. For all windows that is (3 L + 1)/2 F and (L - 1)(L - 2)/3 F: 55 F at 12 layers. Memory: three
@@ -94,8 +96,8 @@ def windows(
     longest = stack.n_layers if max_length is None else max_length
     _check(stack, tokens, longest, skip_first, batch_size)
     starts = range(stack.n_layers - 1)
-    sums, generator = _Sums(), torch.Generator().manual_seed(seed)
-    batches = list(_batches(tokens, batch_size))
+    sums, generator = _Sums(), np.random.default_rng((seed, 1))
+    batches = list(tokens.batches(max(batch_size, 3)))  # in less, a prompt could have no other to exchange with
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
@@ -104,12 +106,13 @@ def windows(
             sums.open(batch.ensemble(skip_first))
             sums.add((batch.mask[:, :-1] & batch.mask[:, 1:]).sum(1), "predictions")
             _read_stream(stream, sums)
-            donors = _donors(batch, generator)
+            partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
                     for layer, alone in _alone(stack, context, stream, start, longest, "frozen", sums):
                         written = stream[layer] - stream[start]
-                        shuffled = stack.update(layer, stream[start] + written[donors], context)
+                        entry = stream[start] + exchanged(written, batch.mask, partner)
+                        shuffled = stack.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - alone, "shuffled effect", start, layer)
                         sums.square(written, "written", start, layer)
@@ -129,7 +132,7 @@ def windows(
         for i, layer in enumerate(layers):
             row: dict[str, float] = {"start": start, "stop": layer + 1, "n_prompts": len(tokens)}
             for name, values in measures.items():
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(values[i])
+                row |= columns(name, values[i])
             rows.append(row)
     return pandas.DataFrame(rows)
 
@@ -276,34 +279,6 @@ def _losses(
 def _log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     logits = stack.readout(x)
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-
-
-def _batches(tokens: Tokens, size: int) -> Iterator[Tokens]:
-    """Even batches of at most ``size`` prompts, but of at least two: a shuffle takes another prompt."""
-    count = max(1, min(-(-len(tokens) // size), len(tokens) // 2))
-    edges = [round(i * len(tokens) / count) for i in range(count + 1)]
-    for start, stop in itertools.pairwise(edges):
-        yield tokens[start:stop]
-
-
-def _donors(tokens: Tokens, generator: torch.Generator) -> Donors:
-    """For every token one of another prompt, at the same position of that prompt; as (prompt, pos) indices.
-
-    At each position the prompts that reach so far pass on in a random ring. Where only one does, the next longest gives
-    its last token.
-    """
-    mask = tokens.mask.cpu()
-    first, length = mask.long().argmax(1), mask.sum(1)
-    ring = torch.randperm(len(tokens), generator=generator)
-    prompt = torch.arange(len(tokens)).unsqueeze(1).repeat(1, mask.shape[1])
-    place = torch.arange(mask.shape[1]).repeat(len(tokens), 1)
-    for position in range(int(length.max())):
-        holders = ring[length[ring] > position]
-        givers = holders.roll(1) if len(holders) > 1 else length.argsort(descending=True)[1:2]
-        if len(givers):
-            prompt[holders, first[holders] + position] = givers
-            place[holders, first[holders] + position] = first[givers] + (length[givers] - 1).clamp(max=position)
-    return prompt.to(tokens.mask.device), place.to(tokens.mask.device)
 
 
 class _Reading:

@@ -8,9 +8,10 @@ and the independent unit is the prompt, never the token: tokens of one prompt sh
 moment only through its count, two sum vectors and one sum of products, so a resampled data set is a vector of prompt
 weights, and the moment is exact under any weights (the mean is re-estimated in every resample). ``Moments`` keeps those
 sums; ``weights`` draws the resamples; row 0 of every result is the estimate itself, the other rows are the bootstrap.
+``rotation`` is for nulls and for networks that prefer no direction.
 
-No model code lives here. Source of the scheme: the cluster bootstrap (Cameron, Gelbach and Miller 2008), with prompts as
-clusters; percentile intervals (Efron 1981).
+No model code lives here. Source of the scheme: the cluster bootstrap (Cameron, Gelbach and Miller 2008), with prompts
+as clusters; percentile intervals (Efron 1981).
 """
 
 from collections.abc import Sequence
@@ -53,15 +54,16 @@ class Moments:
         b: Float[Tensor, "prompt pos d_model"] | None = None,
         mask: Bool[Tensor, "prompt pos"] | None = None,
     ) -> "Moments":
-        """Sums of ``a`` and ``b`` (``a`` again if not given) over the positions that ``mask`` keeps (all if not given)."""
-        b = a if b is None else b
+        """Sums of ``a`` and ``b`` (``a`` if not given) over the positions that ``mask`` keeps (all if not given)."""
         keep = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device) if mask is None else mask
         weight = keep.unsqueeze(-1).double()
-        left, right = a.double() * weight, b.double() * weight
+        left = a.double() * weight
+        right = left if b is None else b.double() * weight
+        sum_a = left.sum(1).cpu()
         return cls(
             count=keep.sum(1).double().cpu(),
-            sum_a=left.sum(1).cpu(),
-            sum_b=right.sum(1).cpu(),
+            sum_a=sum_a,
+            sum_b=sum_a if b is None else right.sum(1).cpu(),
             product=(left * right).sum((1, 2)).cpu(),
         )
 
@@ -73,12 +75,22 @@ class Moments:
     def covariance(self, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
         """``E<c(a), c(b)>`` under every row of ``weights``, the means re-estimated in each."""
         count = weights @ self.count
-        means = (weights @ self.sum_a) * (weights @ self.sum_b)
-        return weights @ self.product / count - means.sum(-1) / count**2
+        total_a = weights @ self.sum_a
+        total_b = total_a if self.sum_b is self.sum_a else weights @ self.sum_b
+        return weights @ self.product / count - (total_a * total_b).sum(-1) / count**2
 
     def norm(self, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
         """``n(c(a))``, the root mean square of the centred ensemble, for moments of ``a`` with itself."""
         return self.covariance(weights).clamp(min=0).sqrt()
+
+
+def rotation(noise: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_model d_model"]:
+    """A random orthogonal matrix, uniform over all of them (Haar), out of independent standard normal numbers.
+
+    QR alone is not uniform: it comes with conventions of its own about signs (Mezzadri 2007, arXiv math-ph/0609050).
+    """
+    q, r = torch.linalg.qr(noise)
+    return q * r.diagonal().sign()
 
 
 def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float, float]:
@@ -93,3 +105,13 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
         return estimate, float("nan"), float("nan")
     low, high = np.quantile(rest, [(1 - level) / 2, (1 + level) / 2])
     return estimate, float(low), float(high)
+
+
+def columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
+    """The ``interval`` of a measure as it stands in a row of a table: ``name``, ``name_low``, ``name_high``."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+
+
+def ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
+    """``a / b``; NaN where ``b``, a variance or a size, is 0: nothing varies there, and nothing can be said."""
+    return torch.where(b > 0, a / b, torch.nan)

@@ -30,7 +30,7 @@ def run(
     text: str | Path | None = None,
     out: str | Path = "results",
     *,
-    prompts: int = 128,
+    prompts: int = 256,
     max_tokens: int = 128,
     max_length: int | None = None,
     seed: int = 0,

@@ -1,5 +1,6 @@
 """A batch of prompts as token ids, with what is padding and what is not."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,9 @@ class Tokens:
         if isinstance(tokens, Tokens):
             return tokens
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
-            what = f"shape {list(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            what = type(tokens).__name__
+            if isinstance(tokens, Tensor):
+                what = f"shape {list(tokens.shape)}, {tokens.dtype}"
             raise ValueError(f"tokens must be integer ids [batch, pos] or what stack.tokens(texts) returns, got {what}")
         unpadded = cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
         unpadded.__dict__["padded_left"] = False  # known without looking
@@ -40,9 +43,10 @@ class Tokens:
         return Tokens(self.ids[prompts], self.mask[prompts])
 
     def batches(self, size: int) -> Iterator["Tokens"]:
-        """Consecutive prompts, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+        """Consecutive prompts, in the fewest batches of at most ``size``; their sizes differ by 1 at most."""
+        count = math.ceil(len(self) / size)
+        for i in range(count):
+            yield self[math.ceil(i * len(self) / count) : math.ceil((i + 1) * len(self) / count)]
 
     def to(self, device: "torch.device | str") -> "Tokens":
         return Tokens(self.ids.to(device), self.mask.to(device))
@@ -86,8 +90,8 @@ def encode(
         padding_side: ``"right"`` or ``"left"``.
 
     Raises:
-        ValueError: no text, a text of fewer than 2 tokens or more than the model reads, or with words that the tokenizer
-            does not know; the message names the first such prompt.
+        ValueError: no text, a text of fewer than 2 tokens or more than the model reads, or with words that the
+            tokenizer does not know; the message names the first such prompt.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:

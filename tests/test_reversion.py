@@ -5,17 +5,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformer_lens import TransformerBridge
-from transformer_lens.config import TransformerBridgeConfig
+from exact_networks import attending_network, network, ou_network, ragged, rng
 
 from surgery import Stack, calibration, reversion
+from surgery.displacement import KINDS
 from surgery.engine import Engine
-from surgery.reversion import Step, half_life, layers, partners, regime, restoring
-from surgery.stats import interval, weights
+from surgery.ensemble import Ensemble
+from surgery.reversion import Step, half_life, layers, regime, restoring
+from surgery.stats import interval, rotation, weights
 from surgery.tokens import Tokens
 
 MEASURES = ("kappa", "psi", "growth", "variance_ratio_next")
-CAUSAL = [f"kappa_causal_{kind}{norm}" for kind in reversion.KINDS for norm in ("", "_frozen")]
+CAUSAL = [f"kappa_causal_{kind}{norm}" for kind in KINDS for norm in ("", "_frozen")]
 
 
 @pytest.fixture(autouse=True)
@@ -23,51 +24,8 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@torch.no_grad()
-def network(maps, embedding, biases=None, norm=None, d_head=8):
-    """A model whose layer ``l`` computes ``maps[l] x + biases[l]`` exactly (relu(z) - relu(-z) = z, no attention)."""
-    n_vocab, d_model = embedding.shape
-    config = TransformerBridgeConfig(
-        n_layers=len(maps), d_model=d_model, d_mlp=2 * d_model, n_heads=1, d_head=d_head, n_ctx=32, d_vocab=n_vocab,
-        act_fn="relu", normalization_type=norm, positional_embedding_type="rotary", dtype=torch.float64, seed=0,
-        device="cpu",
-    )  # fmt: skip
-    model = TransformerBridge.boot_native(config, dtype=torch.float64)
-    weight = parameters(model)
-    weight["tok_embed.weight"][:] = embedding
-    for layer, linear in enumerate(maps):
-        weight[f"layers.{layer}.attn.o.weight"][:] = 0
-        weight[f"layers.{layer}.mlp.fc_in.weight"][:] = torch.cat([linear, -linear])
-        weight[f"layers.{layer}.mlp.fc_out.weight"][:] = torch.cat([torch.eye(d_model), -torch.eye(d_model)], 1)
-        if biases is not None:
-            weight[f"layers.{layer}.mlp.fc_out.bias"][:] = biases[layer]
-    return model
-
-
-def parameters(model):
-    return {name.replace("._original_component", ""): weight for name, weight in model.named_parameters()}
-
-
-def ou_network(kappas, d_model=16, mean=2.0, seed=0):
-    """``f(x) = -kappa (x - mean)``, one kappa a layer; embeddings scattered around the mean."""
-    maps = [-kappa * torch.eye(d_model) for kappa in kappas]
-    embedding = mean + torch.randn(calibration.D_VOCAB, d_model, generator=rng(seed))
-    return network(maps, embedding, [kappa * mean * torch.ones(d_model) for kappa in kappas])
-
-
-def ragged(side, seed=0):
-    """The same 12 prompts of 2 to 13 tokens, padded on one side with different tokens."""
-    ids = torch.randint(calibration.D_VOCAB, (12, 13), generator=rng(seed))
-    padded = torch.full((12, 15), 3 if side == "left" else 7)
-    mask = torch.zeros(12, 15, dtype=torch.bool)
-    for i, length in enumerate(range(2, 14)):
-        place = slice(15 - length, 15) if side == "left" else slice(0, length)
-        padded[i, place], mask[i, place] = ids[i, :length], True
-    return Tokens(padded, mask)
+def turn(d_model, seed):
+    return rotation(torch.from_numpy(np.random.default_rng(seed).standard_normal((d_model, d_model))))
 
 
 # --- the Ornstein-Uhlenbeck stream, built exactly ---------------------------------------------------------------------
@@ -120,26 +78,6 @@ def test_the_common_mean_does_not_matter():
     )
     for name in ["kappa", "growth", "psi", "kappa_token_shuffled", "kappa_rotated", "kappa_excess", *CAUSAL]:
         np.testing.assert_allclose(far[name], near[name], atol=1e-6, err_msg=name)
-
-
-def test_each_kind_of_displacement_reads_its_own_directions():
-    d_model, n_vocab = 8, 64
-    pull = torch.linspace(0.8, 0.1, d_model, dtype=torch.float64)
-    spread = torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.25], dtype=torch.float64)
-    noise = torch.randn(n_vocab, d_model, generator=rng(), dtype=torch.float64)
-    embedding = torch.linalg.qr(noise - noise.mean(0))[0] * spread + 5
-    every_token_once = torch.cat(
-        [torch.zeros(8, 1, dtype=torch.long), torch.randperm(64, generator=rng()).view(8, 8)], 1
-    )
-    stack = Stack(network([-pull.diag()], embedding))
-    first = layers(stack, every_token_once, draws=1, nulls=False).iloc[0]
-    assert first.kappa == pytest.approx(float((pull * spread**2).sum() / (spread**2).sum()), abs=1e-9)
-    assert first.kappa_causal_principal == pytest.approx(0.8, abs=1e-9)
-    many = layers(stack, every_token_once, draws=40, nulls=False).iloc[0]
-    assert many.kappa_causal_principal == pytest.approx(float(pull.mean()), abs=1e-9)  # all eight, in turn
-    assert many.kappa_causal_random_low < pull.mean() < many.kappa_causal_random_high
-    assert many.kappa_causal_random_high - many.kappa_causal_random_low < 0.06
-    assert abs(many.kappa_causal_difference - first.kappa) < 0.05 < abs(many.kappa_causal_difference - pull.mean())
 
 
 # --- what must read nothing -------------------------------------------------------------------------------------------
@@ -204,8 +142,7 @@ def test_order_shuffled_is_recomputed_at_the_place_where_the_layer_ran():
     tokens = calibration.tokens(32, 8)
     x = stack.stream(tokens)[:, :, 1:].flatten(1, 2)
     entered = {0: [x[0], x[0] + x[0] @ second.T], 1: [x[1], x[0]]}  # in order, and the other way round
-    ensemble = reversion._Ensemble(Tokens.of(tokens), True, 64, 0, False)
-    found = reversion._orders(ensemble, stack, 12, weights(32, 5))
+    found = reversion._orders(Ensemble(Tokens.of(tokens)), stack, 12, weights(32, 5))
     for layer, linear in ((0, first), (1, second)):
         expected = [Step.of(x[None], x[None] @ linear.T).drift(weights(1, 0)) for x in entered[layer]]
         kappas = [drift.kappa[0].item() for drift in found[layer]]
@@ -228,13 +165,13 @@ def test_the_untrained_null_is_brought_to_the_size_of_the_update():
 
 def test_a_rotation_a_resample_is_that_rotation_of_the_updates():
     x, u = torch.randn(2, 6, 5, 4, generator=rng()).double()
-    rotations = [reversion._rotation(4, np.random.default_rng(seed)) for seed in (0, 1)]
+    rotations = [turn(4, seed) for seed in (0, 1)]
     signs = torch.randn(9, 4, generator=rng()).sign().double()
-    paired = torch.stack([((u @ rotation.T) * x).sum(1) for rotation in rotations])
+    paired = torch.stack([((u @ turned.T) * x).sum(1) for turned in rotations])
     resampled = weights(6, 8)
     found = reversion._rotated(Step.of(x, u), rotations, paired, resampled, signs)
     every = [
-        [Step.of(x, u @ (sign.unsqueeze(1) * rotation).T).drift(resampled).kappa for rotation in rotations]
+        [Step.of(x, u @ (sign.unsqueeze(1) * turned).T).drift(resampled).kappa for turned in rotations]
         for sign in signs
     ]
     assert found[0].item() == pytest.approx(float(torch.stack([row[0] for pair in every for row in pair]).mean()))
@@ -247,11 +184,9 @@ def test_the_rotated_null_is_exceeded_as_often_as_it_says():
     outside, spectrum = 0, torch.arange(1, 17).double()
     for seed in range(200):
         x = torch.randn(30, 4, 16, generator=rng(seed)).double() * spectrum
-        u = x @ reversion._rotation(16, np.random.default_rng(seed)).T
-        rotations = [
-            reversion._rotation(16, np.random.default_rng((seed, draw))) for draw in range(reversion.ROTATIONS)
-        ]
-        paired = torch.stack([((u @ rotation.T) * x).sum(1) for rotation in rotations])
+        u = x @ turn(16, seed).T
+        rotations = [turn(16, (seed, draw)) for draw in range(reversion.ROTATIONS)]
+        paired = torch.stack([((u @ turned.T) * x).sum(1) for turned in rotations])
         signs = torch.randn(201, 16, generator=rng(seed)).sign().double()
         step, resampled = Step.of(x, u), weights(30, 200, seed)
         excess = step.drift(resampled).kappa - reversion._rotated(step, rotations, paired, resampled, signs)
@@ -278,24 +213,6 @@ def test_writing_against_a_copy_kept_elsewhere_is_not_restoring():
     assert row.restoring == "no"
 
 
-@torch.no_grad()
-def attending_network(kappa, sharpness):
-    """Writes minus kappa times what attention fetches from the marked first token (sharp) or from all so far (0)."""
-    value = torch.cat([torch.randn(100, 8, generator=rng()), torch.zeros(100, 1)], 1).double()
-    embedding = torch.cat([value, value + torch.eye(9, dtype=torch.float64)[8]])
-    model = network([torch.zeros(9, 9)], embedding)
-    weight = parameters(model)
-    for name in "qkvo":
-        weight[f"layers.0.attn.{name}.weight"][:] = 0
-        weight[f"layers.0.attn.{name}.bias"][:] = 0
-    weight["layers.0.attn.q.bias"][-1] = 1  # the slowest rotary pair: almost no rotation over 8 positions
-    weight["layers.0.attn.k.weight"][-1, 8] = sharpness
-    weight["layers.0.attn.v.weight"][:] = torch.eye(8, 9)
-    weight["layers.0.attn.o.weight"][:] = -kappa * torch.eye(9, 8)
-    first = torch.randint(100, (40, 1), generator=rng())
-    return Stack(model), torch.cat([100 + first, first.repeat(1, 7)], 1)
-
-
 def test_writing_against_another_token_that_happens_to_be_alike_is_not_restoring():
     stack, tokens = attending_network(0.4, sharpness=1e4)
     row = layers(stack, tokens, resamples=100).iloc[0]
@@ -305,28 +222,6 @@ def test_writing_against_another_token_that_happens_to_be_alike_is_not_restoring
         assert abs(row[name]) < 1e-9
         assert abs(row[f"{name}_high"]) < 1e-9
     assert row.restoring == "no"
-
-
-def test_one_token_is_displaced_at_a_time():
-    # every token reads the mean of all so far: of its own displacement it sees 1 part in its position
-    stack, tokens = attending_network(0.4, sharpness=0)
-    row = layers(stack, tokens[:, :3], resamples=100, draws=20, nulls=False).iloc[0]
-    assert row.kappa == pytest.approx(0.4, abs=1e-6)
-    for name in ("kappa_causal_difference", "kappa_causal_difference_frozen"):
-        assert 0.4 / 3 < row[name] < 0.4 / 2
-        assert row[name] == pytest.approx(0.4 * (1 / 2 + 1 / 3) / 2, abs=0.01)
-
-
-def test_frozen_norms_see_the_pull_that_live_norms_divide_away():
-    # f(x) = -kappa x / rms(x) with rms(x) = 1: along x itself, one direction of four, only the frozen norm responds
-    embedding = torch.randn(256, 4, generator=rng(), dtype=torch.float64)
-    embedding = 2 * torch.nn.functional.normalize(embedding, dim=-1)
-    stack = Stack(network([-0.4 * torch.eye(4)], embedding, norm="RMS"))
-    row = layers(stack, calibration.tokens(48, 8), size=0.02, draws=20, nulls=False).iloc[0]
-    for kind in reversion.KINDS:
-        assert row[f"kappa_causal_{kind}_frozen"] == pytest.approx(0.4, abs=1e-3)
-    assert row.kappa_causal_random == pytest.approx(0.4 * 3 / 4, abs=0.02)
-    assert row.kappa_causal_difference == pytest.approx(0.4 * 3 / 4, abs=0.1)
 
 
 # --- identities on a real transformer ---------------------------------------------------------------------------------
@@ -364,7 +259,7 @@ def test_padding_changes_nothing(transformer):
     pd.testing.assert_frame_equal(left, right, rtol=1e-7, atol=1e-9)
     alone = [layers(transformer, ragged("right").ids[i : i + 1, : i + 2], nulls=False, causal=False) for i in (4, 9)]
     chosen = Tokens(ragged("left").ids[[4, 9]], ragged("left").mask[[4, 9]])
-    steps = reversion._steps(reversion._Ensemble(chosen, True, 64, 0, False), transformer, "")
+    steps = reversion._steps(Ensemble(chosen), transformer, "")
     for i, frame in enumerate(alone):
         only = torch.eye(2, dtype=torch.float64)[i : i + 1]
         np.testing.assert_allclose([step.drift(only).kappa[0] for step in steps], frame.kappa, rtol=1e-7)
@@ -465,18 +360,6 @@ def test_step_of_a_stream_that_does_not_vary_is_undefined(seed):
     assert all(getattr(drift, name).isnan().all() for name in MEASURES)
 
 
-def test_tokens_that_differ_by_rounding_give_no_direction(transformer):
-    tokens = calibration.tokens(6, 4)
-    mask = Tokens.of(tokens).ensemble()
-    x = (1000 + torch.randn(6, 4, 48, generator=rng())).float()
-    same = x[:1] * (1 + 1e-7 * torch.randn(6, 4, 48, generator=rng()))
-    for given, length in ((x, 1.0), (same, 0.0)):
-        visit = reversion._Visit(0, 0, transformer.context(tokens), mask, given, given)
-        _, _, directions = reversion._displacements(visit, torch.eye(48).double(), 0, np.random.default_rng(0))
-        torch.testing.assert_close(directions["difference"].norm(dim=-1), torch.full((6,), length).double())
-        torch.testing.assert_close(directions["random"].norm(dim=-1), torch.ones(6).double())
-
-
 @pytest.mark.parametrize(
     ("kappa", "expected"),
     [
@@ -536,24 +419,6 @@ def test_restoring(slope, excess, random, expected):
     assert restoring(row, rounding=1e-7) == expected
 
 
-@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 7, 3, 7], [4, 9], [6], [0, 3, 0, 2], [2, 2]])
-def test_partners_are_a_permutation_within_places(lengths):
-    mask = torch.arange(10) < torch.tensor(lengths).unsqueeze(1)
-    prompt, place = mask.nonzero(as_tuple=True)
-    found = partners(mask, np.random.default_rng(0))
-    assert sorted(found.tolist()) == list(range(sum(lengths)))
-    assert (found != torch.arange(sum(lengths))).all()
-    last_shared = sorted(lengths)[-2] - 1 if len(lengths) > 1 else -1
-    before = place < last_shared
-    assert torch.equal(place[found][before], place[before])
-    assert (prompt[found][before] != prompt[before]).all()
-    assert len(found) < 5 or not torch.equal(found, partners(mask, np.random.default_rng(1)))
-
-
-def test_a_lone_token_is_its_own_partner():
-    assert partners(torch.tensor([[True]]), np.random.default_rng(0)).tolist() == [0]
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -576,14 +441,6 @@ def test_an_untrained_model_of_another_shape_is_refused(transformer):
     other = Stack(calibration.random_network(n_layers=2))
     with pytest.raises(ValueError, match="untrained has 2 layers and 256 tokens, the model 3 and 256"):
         layers(transformer, calibration.tokens(2, 4), untrained=other)
-
-
-def test_a_stream_that_is_not_finite_is_refused():
-    stack = Stack(ou_network([0.1, 0.2, 0.3]))
-    with torch.no_grad():
-        parameters(stack.model)["layers.1.mlp.fc_out.weight"][0, 0] = math.nan
-    with pytest.raises(ValueError, match="not finite at layer 1"):
-        layers(stack, calibration.tokens(4, 4), nulls=False, causal=False)
 
 
 def test_it_costs_what_the_docstring_says(monkeypatch):

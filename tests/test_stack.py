@@ -308,6 +308,10 @@ def test_reading_tokens(load):
     assert stack.tokens(TEXTS, max_length=3, prepend_bos=False).ids[0].tolist() == [5, 6, 7]
     assert tokens.ensemble().sum(1).tolist() == [9, 3, 6]
     assert [len(part) for part in tokens.batches(2)] == [2, 1]
+    many = Tokens.of(torch.arange(21).unsqueeze(1))
+    assert [len(part) for part in many.batches(5)] == [5, 4, 4, 4, 4]  # even: no prompt is left over by itself
+    assert torch.cat([part.ids for part in many.batches(8)]).equal(many.ids)
+    assert not list(many[:0].batches(5))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.stats import Moments, interval, weights
+from surgery.stats import Moments, columns, interval, ratio, rotation, weights
 
 
 def clustered(n_prompts: int, length: int = 5, d_model: int = 4, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,13 @@ def test_norm_is_the_root_of_the_covariance_with_itself(data):
     a, _, mask = data
     moments = Moments.of(a, mask=mask)
     assert torch.allclose(moments.norm(weights(7, 5)) ** 2, moments.covariance(weights(7, 5)), rtol=1e-12)
+
+
+def test_sums_that_are_one_tensor_count_as_two_alike(data):
+    a, _, mask = data
+    alone, twice = Moments.of(a, mask=mask), Moments.of(a, a.clone(), mask)
+    assert alone.sum_b is alone.sum_a
+    assert torch.equal(alone.covariance(weights(7, 5)), twice.covariance(weights(7, 5)))
 
 
 def test_norm_of_a_constant_is_zero_and_never_nan():
@@ -116,6 +123,26 @@ def test_interval_without_resamples_is_unknown_not_narrow():
     estimate, low, high = interval(torch.tensor([2.0]))
     assert estimate == 2
     assert np.isnan([low, high]).all()
+
+
+def test_columns_are_named_after_the_measure():
+    assert columns("kappa", torch.tensor([2.0, 1.0, 1.0, 1.0])) == {"kappa": 2, "kappa_low": 1, "kappa_high": 1}
+
+
+def test_ratio_is_undefined_where_nothing_varies():
+    found = ratio(torch.tensor([3.0, 3.0, 0.0]), torch.tensor([2.0, 0.0, 0.0]))
+    assert found[0] == 1.5
+    assert found[1:].isnan().all()
+
+
+def test_rotations_are_orthogonal_and_prefer_no_direction():
+    noise = torch.randn(2000, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = torch.stack([rotation(part) for part in noise])
+    assert torch.allclose(found @ found.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
+    assert found.mean(0).abs().max() < 4 / (3 * 2000) ** 0.5  # the entries of a uniform one have variance 1/3
+    assert ((found**2).mean(0) - 1 / 3).abs().max() < 0.03
+    determinants = torch.linalg.det(found)
+    assert abs(determinants.mean()) < 4 / 2000**0.5
 
 
 def test_prompt_bootstrap_covers_the_truth_where_a_token_bootstrap_would_not():

@@ -1,0 +1,33 @@
+"""The study scripts run as their docstrings say, on few prompts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from surgery import frames
+
+STUDIES = Path(__file__).parents[1] / "studies"
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "file", "said"),
+    [
+        ("series_or_parallel.py", ["--prompts", "16", "--length", "2"], "series_by_k.csv", "From k = 0 to k = 4"),
+        ("mean_reversion.py", ["--prompts", "10"], "reversion_by_size.csv", "Layers that push back at both sizes"),
+    ],
+)
+def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, STUDIES / script, "--out", tmp_path, *options], capture_output=True, text=True, check=True
+    )
+    assert said in done.stdout
+    frame = frames.read(tmp_path / file)
+    assert len(frame) == {"series_by_k.csv": 5 * 11, "reversion_by_size.csv": 2 * 12}[file]
+    assert frames.read_manifest(tmp_path / file)["model"]["name"] == "babel"
+
+
+def test_every_study_says_how_to_run_it():
+    for script in STUDIES.glob("*.py"):
+        assert f"python studies/{script.name}" in script.read_text().split('"""')[1]
