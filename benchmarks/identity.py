@@ -2,8 +2,9 @@
 
     make bench
 
-Ratios of process time, the runs interleaved, median over rounds with its quartiles: this is about overhead, and machines are
-noisy. ``plain`` is the unwrapped Hugging Face model with its fast attention; ``bridge`` is TransformerLens' forward.
+Ratios of process time, the runs interleaved, median over rounds with its quartiles: this is about overhead, and
+machines are noisy. ``plain`` is the unwrapped Hugging Face model with its fast attention; ``bridge`` is
+TransformerLens' forward.
 """
 
 import argparse
@@ -25,7 +26,9 @@ def models() -> dict[str, transformers.PreTrainedModel]:
     llama = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=12, num_attention_heads=8, vocab_size=2048
     )
-    return {name: transformers.AutoModelForCausalLM.from_config(c) for name, c in {"gpt2": gpt2, "llama": llama}.items()}
+    return {
+        name: transformers.AutoModelForCausalLM.from_config(c) for name, c in {"gpt2": gpt2, "llama": llama}.items()
+    }
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -2,9 +2,9 @@
 
     python studies/series_or_parallel.py --out results/series_or_parallel          # about a minute on 2 cores
 
-Writes ``series_by_k.csv`` (a row per window of three layers and k) and prints S of every window, asked for k = 0 (pure
-translation) to 4 (four functions in a row). The same prompts' null stands beside it: R/N above 1 is response to what the
-window itself wrote. Copy this file and put your own model and prompts in.
+Writes ``series_by_k.csv`` (a row per window of three layers and k) and prints S of every window, asked for k = 0
+(pure translation) to 4 (four functions in a row). The same prompts' null stands beside it: R/N above 1 is response to
+what the window itself wrote. Copy this file and put your own model and prompts in.
 """
 
 import argparse
@@ -44,8 +44,10 @@ def main() -> None:
     low, high = longest[longest.k == 0].set_index("start"), longest[longest.k == 4].set_index("start")
     grown = [start for start in low.index if high.S_low[start] > low.S_high[start]]
     fallen = [start for start in low.index if high.S_high[start] < low.S_low[start]]
-    print(f"\nFrom k = 0 to k = 4, S rises clearly in the windows that begin at {grown or 'no layer'}, falls clearly in "
-          f"those at {fallen or 'no layer'}; in the others the 95 % intervals overlap.")  # fmt: skip
+    print(
+        f"\nFrom k = 0 to k = 4, S rises clearly in the windows that begin at {grown or 'no layer'}, falls clearly in "
+        f"those at {fallen or 'no layer'}; in the others the 95 % intervals overlap."
+    )
 
 
 if __name__ == "__main__":

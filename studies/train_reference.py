@@ -1,10 +1,10 @@
 """Train the bundled reference model, a 12-layer Llama of 2.6M parameters, on the Babel corpus, end to end from seeds.
 
-    python studies/train_reference.py                      # writes data/reference, about an hour on 2 cores
-    python studies/train_reference.py --steps 200 --out /tmp/trial --work /tmp/trial-work      # a look at the start of it
+    python studies/train_reference.py                               # writes data/reference, an hour on 2 cores
+    python studies/train_reference.py --steps 200 --out /tmp/trial --work /tmp/trial-work       # a first look
 
-Interrupt it at any time: the same command goes on from the last checkpoint and ends with the same weights, because a batch
-is a function of (seed, step) alone. Expected: k = 0 and 1 learned by step 600, k = 2 by 2,500, k = 3 by 5,000.
+Interrupt it at any time: the same command goes on from the last checkpoint and ends with the same weights, because a
+batch is a function of (seed, step) alone. Expected: k = 0 and 1 learned by step 600, k = 2 by 2,500, k = 3 by 5,000.
 
 Matrices inside the layers are trained with Muon (Jordan 2024, as in torch.optim), the rest with AdamW; with AdamW alone
 the same steps of composition arrive about six times later.
@@ -51,7 +51,8 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         cosine = 0.5 * (1 + np.cos(np.pi * step / self.steps))
-        return self.learning_rate * min(1, (step + 1) / self.warmup) * (self.final_share + (1 - self.final_share) * cosine)
+        decayed = self.final_share + (1 - self.final_share) * cosine
+        return self.learning_rate * min(1, (step + 1) / self.warmup) * decayed
 
 
 def build(recipe: Recipe, corpus: Babel) -> LlamaForCausalLM:
@@ -169,10 +170,10 @@ def load_checkpoint(path: Path, recipe: Recipe, model: LlamaForCausalLM, opts: l
         metadata = file.metadata()
         if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(recipe))):
             raise SystemExit(f"{path} belongs to another recipe; choose another --work folder or remove it")
-        model.load_state_dict({name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("model/")})
+        model.load_state_dict({name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
         for i, optimizer in enumerate(opts):
             state: dict[int, dict] = {}
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 if name.startswith(f"optimizer/{i}/"):
                     _, _, j, key = name.split("/")
                     state.setdefault(int(j), {})[key] = file.get_tensor(name)
@@ -190,7 +191,9 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
     history = pd.read_csv(log).query("step <= @done").to_dict("records") if done and log.exists() else []
     probes = [problem for k in range(6) for problem in heldout(corpus, k, 160)]
     # torch's AdamW keeps its step count on the CPU and everything else beside the parameter; loading has put it there
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}"), console=Console(stderr=True)) as bar:
+    with Progress(
+        *Progress.get_default_columns(), TextColumn("{task.fields[loss]}"), console=Console(stderr=True)
+    ) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=done, loss="")
         for step in range(done, recipe.steps):
             tokens, answers = (tensor.to(device) for tensor in pools.batch(step))
@@ -206,7 +209,9 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
             bar.update(task, advance=1, loss=f"loss {answer.item():.3f}")
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 scores = evaluate(model, corpus, probes).groupby("k")["exact"].mean()
-                history.append({"step": step + 1, "loss": answer.item(), **{f"exact_{k}": v for k, v in scores.items()}})
+                history.append(
+                    {"step": step + 1, "loss": answer.item(), **{f"exact_{k}": v for k, v in scores.items()}}
+                )
                 save_checkpoint(checkpoint, step + 1, recipe, model, opts)
                 pd.DataFrame(history).to_csv(log, index=False)
                 bar.console.print(f"{step + 1:6d}  loss {answer.item():.3f}  exact by k: {scores.round(3).to_dict()}")
@@ -222,24 +227,28 @@ def data_card(recipe: Recipe, corpus: Babel, scores: pd.DataFrame) -> str:
         lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-    trained = len(recipe.mix) - 1
+    trained, shares = len(recipe.mix) - 1, ", ".join(f"{share:.0%}" for share in recipe.mix)
     by_k = scores.groupby("k").agg(problems=("exact", "size"), exact=("exact", "mean"), loss=("loss", "mean"))
     pairs = scores.groupby(["source", "target", "k"])["exact"].mean().unstack("k")
     worst = scores[scores.k <= 3].groupby(["source", "target", "k"])["exact"].mean().min()
     return f"""# The reference model
 
-A Llama-style decoder of {recipe.n_layers} layers (d_model {recipe.d_model}, {recipe.n_heads} heads, MLP {recipe.d_mlp}), trained from random weights on
-Babel, a corpus generated by `surgery/babel.py`: {corpus.n_symbols} symbols, {corpus.n_functions} functions (random bijections, so chance is
-{1 / corpus.n_symbols:.0%} at every k), {len(LANGUAGES)} languages ({", ".join(LANGUAGES)}). Made by `python studies/train_reference.py`; nothing here comes
+A Llama-style decoder of {recipe.n_layers} layers (d_model {recipe.d_model}, {recipe.n_heads} heads, MLP
+{recipe.d_mlp}), trained from random weights on Babel, a corpus generated by `surgery/babel.py`: {corpus.n_symbols}
+symbols, {corpus.n_functions} functions (random bijections, so chance is {1 / corpus.n_symbols:.0%} at every k),
+{len(LANGUAGES)} languages ({", ".join(LANGUAGES)}). Made by `python studies/train_reference.py`; nothing here comes
 from anywhere else. Licence: that of the project.
 
-**Trained on** chains of k = 0..{trained} steps (share of a batch: {", ".join(f"{share:.0%}" for share in recipe.mix)}), {recipe.steps:,} steps of {recipe.batch}
-problems, Muon and AdamW at {recipe.learning_rate:g} with {recipe.warmup} warm-up steps and a cosine, seed {recipe.seed}. Loss: cross entropy of the
-answer, plus {recipe.question_weight:g} times that of the other words. **Held out**: {corpus.heldout_percent} % of all (symbol, chain) from k = 2 on, in every language
-pair at once; for k = 0 and 1 one symbol in {corpus.n_symbols} of each language pair and function, in rotation. Chains longer than {trained} were never seen.
+**Trained on** chains of k = 0..{trained} steps (share of a batch: {shares}), {recipe.steps:,} steps of
+{recipe.batch} problems, Muon and AdamW at {recipe.learning_rate:g} with {recipe.warmup} warm-up steps and a cosine,
+seed {recipe.seed}. Loss: cross entropy of the answer, plus {recipe.question_weight:g} times that of the other words.
 
-**Exact answers on held-out problems**, all of them where there are at most 4,000, else 4,000 random ones (a spelled answer
-counts when both letters are right; loss in nats per answer token):
+**Held out**: {corpus.heldout_percent} % of all (symbol, chain) from k = 2 on, in every language pair at once; for k = 0
+and 1 one symbol in {corpus.n_symbols} of each language pair and function, in rotation. Chains longer than {trained}
+were never seen.
+
+**Exact answers on held-out problems**, all of them where there are at most 4,000, else 4,000 random ones (a spelled
+answer counts when both letters are right; loss in nats per answer token):
 
 {table(by_k)}
 
@@ -247,8 +256,8 @@ By language pair (asked in, answered in, k = 0, 1, ...); the lowest at k <= 3 is
 
 {table(pairs)}
 
-**What it is for.** A real, trained, known-answer model for tests and studies of layer surgery: where it must translate and where
-it must compose is known. **What it is not.** A language model of natural text.
+**What it is for.** A real, trained, known-answer model for tests and studies of layer surgery: where it must
+translate and where it must compose is known. **What it is not.** A language model of natural text.
 """
 
 
@@ -273,7 +282,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--snapshots", type=int, nargs="*", default=[], help="steps whose weights stay in --work, as fp16")
+    parser.add_argument(
+        "--snapshots", type=int, nargs="*", default=[], help="steps whose weights stay in --work, as fp16"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 r"""Babel: a generated corpus in which translation and reasoning are separate, and reasoning has a length.
 
-A problem is a start symbol and a chain of ``k`` fixed functions applied one after the other. It is asked in one language
-and must be answered in a requested, often different one:
+A problem is a start symbol and a chain of ``k`` fixed functions applied one after the other. It is asked in one
+language and must be answered in a requested, often different one:
 
 ====================  ==========================  =============================================================
 language              a problem with ``k = 2``    what is peculiar
@@ -46,7 +46,8 @@ CONSONANTS, VOWELS = "bdgkmnprtvz", "aeio"
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: apply ``chain`` (first function first) to ``symbol``, asked in ``source``, answered in ``target``."""
+    """One question: apply ``chain`` (first function first) to ``symbol``, asked in ``source``, answered in
+    ``target``."""
 
     symbol: int
     chain: tuple[int, ...]
@@ -60,7 +61,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Babel:
-    """The corpus: its sizes, its function tables (from ``seed``) and its languages. A value; equal sizes, equal corpus."""
+    """The corpus: its sizes, its function tables (from ``seed``) and its languages. A value; equal sizes, equal
+    corpus."""
 
     n_symbols: int = 10
     n_functions: int = 6
@@ -125,7 +127,9 @@ class Babel:
             return (problem.symbol + pair + sum(problem.chain)) % self.n_symbols == 0
         return zlib.crc32(repr((self.seed, problem.symbol, problem.chain)).encode()) % 100 < self.heldout_percent
 
-    def problems(self, k: int, sources: Sequence[str] = LANGUAGES, targets: Sequence[str] = LANGUAGES) -> Iterator[Problem]:
+    def problems(
+        self, k: int, sources: Sequence[str] = LANGUAGES, targets: Sequence[str] = LANGUAGES
+    ) -> Iterator[Problem]:
         """Every problem with ``k`` steps, in a fixed order."""
         for symbol in range(self.n_symbols):
             for chain in itertools.product(range(self.n_functions), repeat=k):
@@ -133,7 +137,8 @@ class Babel:
                     yield Problem(symbol, chain, source, target)
 
     def sample(self, k: int, count: int, seed: int, heldout: bool = True) -> list[Problem]:
-        """``count`` random problems with ``k`` steps, from the held-out side unless told otherwise; language pairs in turn."""
+        """``count`` random problems with ``k`` steps, from the held-out side unless told otherwise; language pairs in
+        turn."""
         generator = np.random.default_rng((seed, k))
         pairs = list(itertools.product(LANGUAGES, LANGUAGES))
         found: list[Problem] = []

@@ -1,10 +1,11 @@
 """One module with a row of layers, opened: the model's own forward with the layer loop taken out of its hands.
 
-A causal language model does four things: it embeds tokens, prepares what every layer is called with (masks, rotary tables,
-positions), runs its layers, and reads the last stream out (final norm, unembedding, soft-capping, scaling). ``Engine`` lets
-the model do the first, the second and the fourth with its own code and does the third itself: during one call of the model
-every layer's ``forward`` is stood in for. A stand-in notes what it was called with and hands the stream on unchanged; the
-last one lets the caller decide what leaves the stack. So nothing here knows an architecture by name.
+A causal language model does four things: it embeds tokens, prepares what every layer is called with (masks, rotary
+tables, positions), runs its layers, and reads the last stream out (final norm, unembedding, soft-capping, scaling).
+``Engine`` lets the model do the first, the second and the fourth with its own code and does the third itself: during
+one call of the model every layer's ``forward`` is stood in for. A stand-in notes what it was called with and hands
+the stream on unchanged; the last one lets the caller decide what leaves the stack. So nothing here knows an
+architecture by name.
 
 Stand-ins are instance attributes and are removed on every way out; no weight, hook or config field is touched.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 Stream = Float[Tensor, "batch pos d_model"]
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Carries the recording out of the model's forward."""
 
 
@@ -85,12 +86,13 @@ class Engine:
         """Embed a batch and note every layer's call; no layer runs, nor the head."""
         try:
             self._forward(None, **inputs)
-        except _Stop as stop:
+        except _StopError as stop:
             return stop.args[0]
         raise RuntimeError(f"{type(self.module).__name__} did not call its layers")
 
     def forward(self, finish: Callable[[Recording], Stream], **inputs: Any) -> Tensor:
-        """Embed a batch, let ``finish`` make of it the stream that leaves the stack, and return what the head makes of that."""
+        """Embed a batch, let ``finish`` make of it the stream that leaves the stack, and return what the head makes
+        of that."""
         return _logits(self._forward(finish, **inputs))
 
     def _forward(self, finish: Callable[[Recording], Stream] | None, **inputs: Any) -> Any:
@@ -107,7 +109,7 @@ class Engine:
                         return self._like(layer, x)
                     recording = Recording(first[0], tuple(calls))
                     if finish is None:
-                        raise _Stop(recording)
+                        raise _StopError(recording)
                     standing_in.close()  # the real layers are back in place when the caller runs them
                     return self._like(layer, finish(recording))
 
@@ -158,9 +160,10 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 class FrozenNorm:
     """A norm whose denominator is given instead of computed.
 
-    A norm is ``A(x) / s(x) + b`` with ``A`` linear and ``s`` the root of mean square (or variance) plus epsilon. Which of
-    the two, and ``b``, are found by asking the module, so every RMSNorm and LayerNorm variant is covered: ``norm(0)`` is
-    ``b``; a norm that centres does not see a constant added. Frozen: ``(norm(x) - b) s(x) / s_given + b``.
+    A norm is ``A(x) / s(x) + b`` with ``A`` linear and ``s`` the root of mean square (or variance) plus epsilon.
+    Which of the two, and ``b``, are found by asking the module, so every RMSNorm and LayerNorm variant is covered:
+    ``norm(0)`` is ``b``; a norm that centres does not see a constant added. Frozen: ``(norm(x) - b) s(x) / s_given +
+    b``.
     """
 
     def __init__(self, module: nn.Module, probe: Float[Tensor, "n d_model"]) -> None:
@@ -176,7 +179,9 @@ class FrozenNorm:
         doubled = (self._forward(2 * probe) - bias) * self.scale(2 * probe)
         once = (plain - bias) * self.scale(probe)
         if not torch.allclose(doubled, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max())):
-            raise ValueError(f"{type(module).__name__} is not a linear map over a root mean square; it cannot be frozen")
+            raise ValueError(
+                f"{type(module).__name__} is not a linear map over a root mean square; it cannot be frozen"
+            )
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """The denominator that the norm would use on ``x``."""
@@ -185,7 +190,9 @@ class FrozenNorm:
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide.pow(2).mean(-1, keepdim=True) + self._eps).sqrt()
 
-    def with_scale(self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]) -> Float[Tensor, "... d_model"]:
+    def with_scale(
+        self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]
+    ) -> Float[Tensor, "... d_model"]:
         """The norm of ``x`` with another denominator."""
         return ((self._forward(x) - self._bias) * (self.scale(x) / scale) + self._bias).to(x.dtype)
 

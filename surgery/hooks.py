@@ -3,10 +3,10 @@
     with model.hooks(fwd_hooks=surgery.hooks.parallel(model, 4, 8)):
         logits, cache = model.run_with_cache(tokens)
 
-They work wherever TransformerLens takes hooks (``run_with_hooks``, ``hooks()``, ``run_with_cache``, ``generate`` with or without
-its key-value cache), add up (``skip(model, 2, 3) + damp(model, 5, 0.5)``) and leave nothing behind. Each is the same function as
-the wiring named in its docstring run by the Stack. Every layer still executes, so nothing gets faster; repeats and
-reorderings execute layers again and are the Stack's alone.
+They work wherever TransformerLens takes hooks (``run_with_hooks``, ``hooks()``, ``run_with_cache``, ``generate`` with
+or without its key-value cache), add up (``skip(model, 2, 3) + damp(model, 5, 0.5)``) and leave nothing behind. Each
+is the same function as the wiring named in its docstring run by the Stack. Every layer still executes, so nothing
+gets faster; repeats and reorderings execute layers again and are the Stack's alone.
 
 ========================  ===============================================  ==================================
 hook                      question                                         compare with
@@ -37,8 +37,8 @@ Stream = Float[Tensor, "batch pos d_model"]
 
 
 def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Part | None = None) -> list[Hook]:
-    """Layers [start, stop) write nothing (one layer if no ``stop``): the wiring ``":start stop:"``. With ``part``, only their
-    attention or their MLP. Raises ValueError for a span outside the model.
+    """Layers [start, stop) write nothing (one layer if no ``stop``): the wiring ``":start stop:"``. With ``part``,
+    only their attention or their MLP. Raises ValueError for a span outside the model.
 
     >>> import surgery
     >>> [name for name, _ in skip(surgery.load("babel"), 3, 5)]
@@ -52,10 +52,11 @@ def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Pa
 
 
 def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False) -> list[Hook]:
-    """Layers [start, stop) all read what enters the first, and their updates are summed: ``":start {*start:stop} stop:"``.
+    """Layers [start, stop) all read what enters the first, and their updates are summed: ``":start {*start:stop}
+    stop:"``.
 
-    With ``mean`` their outputs are averaged instead (Sun et al. 2024, arXiv 2407.09298), which also divides the step by the
-    number of layers: report both. Raises ValueError for a span outside the model.
+    With ``mean`` their outputs are averaged instead (Sun et al. 2024, arXiv 2407.09298), which also divides the step
+    by the number of layers: report both. Raises ValueError for a span outside the model.
     """
     start, stop = _span(model, start, stop)
     entry: list[Stream] = []
@@ -81,7 +82,8 @@ def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False
 
 
 def damp(model: TransformerBridge, layer: int, factor: float, part: Part | None = None) -> list[Hook]:
-    """A layer's update times ``factor``: ``":layer factor*layer layer+1:"``; with ``part``, its attention's or its MLP's."""
+    """A layer's update times ``factor``: ``":layer factor*layer layer+1:"``; with ``part``, its attention's or its
+    MLP's."""
     layer, _ = _span(model, layer, None)
     if part is not None:
         return [(_output(model, layer, part), _scaled(factor))]
@@ -89,8 +91,8 @@ def damp(model: TransformerBridge, layer: int, factor: float, part: Part | None 
 
 
 def freeze_norms(scales: Mapping[str, Float[Tensor, "batch pos 1"]]) -> list[Hook]:
-    """Norms keep the denominators given by hook name (``blocks.3.ln1.hook_scale``), as ``stack.norm_scales(tokens)`` or a
-    cache of these names holds them: the same as ``with stack.frozen(context)``.
+    """Norms keep the denominators given by hook name (``blocks.3.ln1.hook_scale``), as ``stack.norm_scales(tokens)``
+    or a cache of these names holds them: the same as ``with stack.frozen(context)``.
 
     Raises ValueError when it runs on a batch of another shape.
     """
@@ -112,10 +114,13 @@ def freeze_norms(scales: Mapping[str, Float[Tensor, "batch pos 1"]]) -> list[Hoo
 
 
 def replace_update(
-    layer: int, update: "Float[Tensor, '*batch_pos d_model'] | Callable[[Stream, Stream], Stream]", part: Part | None = None
+    layer: int,
+    update: "Float[Tensor, '*batch_pos d_model'] | Callable[[Stream, Stream], Stream]",
+    part: Part | None = None,
 ) -> list[Hook]:
-    """What a layer (or its attention or MLP) adds is replaced: by a tensor that broadcasts to [batch, pos, d_model], or by
-    ``update(x, u)`` of the stream that enters the layer and its own update (for a part: of its output alone, twice)."""
+    """What a layer (or its attention or MLP) adds is replaced: by a tensor that broadcasts to [batch, pos, d_model],
+    or by ``update(x, u)`` of the stream that enters the layer and its own update (for a part: of its output alone,
+    twice)."""
 
     def choose(x: Stream, own: Stream) -> Stream:
         if callable(update):
@@ -124,7 +129,8 @@ def replace_update(
             return update.to(own).expand_as(own)
         except RuntimeError as error:
             raise ValueError(
-                f"an update of shape {list(update.shape)} cannot replace one of shape {list(own.shape)} at layer {layer}"
+                f"an update of shape {list(update.shape)} cannot replace one of shape {list(own.shape)} "
+                f"at layer {layer}"
             ) from error
 
     if part is not None:
@@ -133,8 +139,9 @@ def replace_update(
 
 
 def mean_ablate(means: "Mapping[int | str, Float[Tensor, '*pos d_model']]") -> list[Hook]:
-    """Each layer in ``means`` adds its mean update instead of its own. Keys are layers (``3``) or sublayers (``"3.attn"``),
-    values the mean over the data, per position or over all. Off the data's manifold less than ``skip`` is."""
+    """Each layer in ``means`` adds its mean update instead of its own. Keys are layers (``3``) or sublayers
+    (``"3.attn"``), values the mean over the data, per position or over all. Off the data's manifold less than
+    ``skip`` is."""
     hooks: list[Hook] = []
     for key, mean in means.items():
         match = re.fullmatch(r"(\d+)(?:\.(attn|mlp))?", str(key))
@@ -146,8 +153,8 @@ def mean_ablate(means: "Mapping[int | str, Float[Tensor, '*pos d_model']]") -> l
 
 
 def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> list[Hook]:
-    """Gaussian noise on the stream that enters each of ``layers`` (all if not given), of ``scale`` times the stream's root
-    mean square at that token. The same seed gives the same noise on the same batch, every run."""
+    """Gaussian noise on the stream that enters each of ``layers`` (all if not given), of ``scale`` times the stream's
+    root mean square at that token. The same seed gives the same noise on the same batch, every run."""
     wanted = None if layers is None else set(layers)
 
     def fn(x: Stream, hook: Any) -> Stream:
@@ -162,7 +169,8 @@ def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> l
 
 
 def record_stream(store: MutableMapping[int, Stream]) -> list[Hook]:
-    """Fill ``store`` with the stream: ``store[l]`` enters layer l, ``store[n_layers]`` leaves the last. Copies, detached."""
+    """Fill ``store`` with the stream: ``store[l]`` enters layer l, ``store[n_layers]`` leaves the last. Copies,
+    detached."""
 
     def fn(x: Stream, hook: Any) -> None:
         store[_layer_of(hook.name) + hook.name.endswith("hook_out")] = x.detach().clone()
@@ -196,7 +204,9 @@ def _span(model: TransformerBridge, start: int, stop: int | None) -> tuple[int, 
     last = first + 1 if stop is None else stop + n_layers if stop < 0 else stop
     if not 0 <= first < last <= n_layers:
         asked = f"layer {start}" if stop is None else f"layers [{start}, {stop})"
-        raise ValueError(f"{asked}: the model has layers 0 to {n_layers - 1}, and a span [start, stop) ends before stop")
+        raise ValueError(
+            f"{asked}: the model has layers 0 to {n_layers - 1}, and a span [start, stop) ends before stop"
+        )
     return first, last
 
 

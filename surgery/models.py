@@ -1,10 +1,11 @@
 """Load a model: the bundled one, any Hugging Face causal language model, or one already in memory.
 
-``load`` returns TransformerLens' ``TransformerBridge`` and keeps beside it a *plain twin*: the unwrapped Hugging Face model
-with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it unsaveable, so the
-wrapper gets a copy of the structure and shares the parameters (the GPT-NeoX adapter splits query, key and value into new
-parameters: there the bridge's attention weights are copies, and edits on one side do not reach the other; a Stack opened
-after such an edit notices and runs the bridge).
+``load`` returns TransformerLens' ``TransformerBridge`` and keeps beside it a *plain twin*: the unwrapped Hugging Face
+model with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it
+unsaveable, so the wrapper gets a copy of the structure and shares the parameters (the GPT-NeoX adapter splits query,
+key and value into new
+parameters: there the bridge's attention weights are copies, and edits on one side do not reach the other; a Stack
+    opened after such an edit notices and runs the bridge).
 """
 
 import copy
@@ -43,9 +44,9 @@ def load(
     """Open a model as a ``TransformerBridge`` with a plain twin on the same weights.
 
     Args:
-        model: ``"babel"`` (bundled), a folder with ``config.json`` and ``*.safetensors``, a name on the Hugging Face hub, a
-            Hugging Face model in memory (left usable and saveable; ``device`` and ``dtype`` are then its own), or a bridge
-            (returned as it is).
+        model: ``"babel"`` (bundled), a folder with ``config.json`` and ``*.safetensors``, a name on the Hugging Face
+            hub, a Hugging Face model in memory (left usable and saveable; ``device`` and ``dtype`` are then its own),
+            or a bridge (returned as it is).
         tokenizer: for a model in memory; otherwise the one stored beside the weights.
 
     Raises:
@@ -69,7 +70,8 @@ def load(
 
 
 def plain(model: TransformerBridge) -> PreTrainedModel | None:
-    """The unwrapped Hugging Face model behind what ``load`` returned: fast, trainable, saveable; None for other bridges."""
+    """The unwrapped Hugging Face model behind what ``load`` returned: fast, trainable, saveable; None for other
+    bridges."""
     return _plain_twins.get(model)
 
 
@@ -122,7 +124,9 @@ def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
                 twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
             )
         except ValueError as error:
-            raise ModelError(f"TransformerLens has no adapter for {architecture} ({name}): {_first_line(error)}") from error
+            raise ModelError(
+                f"TransformerLens has no adapter for {architecture} ({name}): {_first_line(error)}"
+            ) from error
     _plain_twins[bridge] = hugging_face
     return bridge.eval()
 
@@ -150,7 +154,9 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
     if lost:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of the wrong shape, the first is {lost[0]}")
     if getattr(config, "attn_logit_softcapping", None):
-        loaded.set_attn_implementation("eager")  # torch's fast attention cannot soft-cap; older transformers try it all the same
+        loaded.set_attn_implementation(
+            "eager"
+        )  # torch's fast attention cannot soft-cap; older transformers try it all the same
     if dtype == torch.float64 and getattr(config, "num_experts", None):
         loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
     return loaded
@@ -161,8 +167,8 @@ def _explain(place: str, name: str, error: Exception) -> str:
         return f"cannot open the model in {name}: {_first_line(error)}"
     return (
         f"no model {name!r}: there is no such folder here, and the Hugging Face hub did not give one "
-        f"({_first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this machine can "
-        f"reach, or {REFERENCE!r} for the bundled model"
+        f"({_first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this "
+        f"machine can reach, or {REFERENCE!r} for the bundled model"
     )
 
 

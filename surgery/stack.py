@@ -4,11 +4,11 @@
     tokens = stack.tokens(["p3 pf1 pf4 >other", "o1 >plain"])
     logits = stack.run(tokens, ":4 4:8 4:8 8:")      # the middle twice
 
-The model's own code embeds, prepares each layer's call (masks, rotary tables, positions; recorded once per batch), computes
-each layer and reads the last stream out; the Stack only decides the order. It owns no weights and changes nothing in the
-model. While hooks are attached to the model its own (bridge) blocks run, so that they fire, once per pass; otherwise the plain
-twin that ``surgery.load`` keeps runs, with its fast attention. On opening it proves itself: the identity wiring must give
-the model's own logits, or it refuses.
+The model's own code embeds, prepares each layer's call (masks, rotary tables, positions; recorded once per batch),
+computes each layer and reads the last stream out; the Stack only decides the order. It owns no weights and changes
+nothing in the model. While hooks are attached to the model its own (bridge) blocks run, so that they fire, once per
+pass; otherwise the plain twin that ``surgery.load`` keeps runs, with its fast attention. On opening it proves itself:
+the identity wiring must give the model's own logits, or it refuses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -63,14 +63,18 @@ class Stack:
 
     def __init__(self, model: TransformerBridge) -> None:
         if not isinstance(model, TransformerBridge):
-            raise TypeError(f"Stack opens a TransformerBridge, not a {type(model).__name__}: try Stack(surgery.load(...))")
+            raise TypeError(
+                f"Stack opens a TransformerBridge, not a {type(model).__name__}: try Stack(surgery.load(...))"
+            )
         self.model = model
         self.name: str = str(model.cfg.model_name)
         self._bridge = _bridge_engine(model, self.name)
         twin = plain(model)
         self._plain = None if twin is None else _plain_engine(twin, model)
         self.n_layers = len(self._bridge.layers)
-        self.d_model, self.d_vocab, self.n_ctx = (int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx"))
+        self.d_model, self.d_vocab, self.n_ctx = (
+            int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
+        )
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tolerance = TOLERANCES[self.dtype]
@@ -105,9 +109,9 @@ class Stack:
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "chosen d_vocab"]:
         """Logits of a batch under a wiring.
 
-        ``tap(layer, before, after)`` is called after every pass; what it returns, if not None, replaces ``after``. With
-        ``positions`` (a slice or indices along pos, or a mask [batch, pos] that gives [chosen, d_vocab]) only those are read
-        out. Cost: ``wiring.depth / n_layers`` F.
+        ``tap(layer, before, after)`` is called after every pass; what it returns, if not None, replaces ``after``.
+        With ``positions`` (a slice or indices along pos, or a mask [batch, pos] that gives [chosen, d_vocab]) only
+        those are read out. Cost: ``wiring.depth / n_layers`` F.
         """
         wiring, engine = self.wiring(wiring), self._engine()
         with torch.set_grad_enabled(grad):
@@ -133,7 +137,8 @@ class Stack:
     def execute(
         self, wiring: "Wiring | str", x: Stream, context: Context, tap: Tap | None = None, *, grad: bool = False
     ) -> Stream:
-        """The stream that leaves a wiring which ``x`` enters, anywhere in the stack: ``execute("4:8", x_4, context)``."""
+        """The stream that leaves a wiring which ``x`` enters, anywhere in the stack: ``execute("4:8", x_4,
+        context)``."""
         context = self._current(context)
         with torch.set_grad_enabled(grad):
             return self._chain(context.engine, context.recording, self.wiring(wiring).steps, x, tap)
@@ -149,7 +154,8 @@ class Stack:
             return context.engine.layer(layer, x, context.recording.calls[layer]) - x
 
     def stream(self, tokens: "Tokens | Tensor | Context") -> Float[Tensor, "layer_plus_1 batch pos d_model"]:
-        """``x_0 .. x_L`` of the clean run: what enters layer 0, ..., what leaves the last. Cost: 1 F without the head."""
+        """``x_0 .. x_L`` of the clean run: what enters layer 0, ..., what leaves the last. Cost: 1 F without the
+        head."""
         context = self._current(self.context(tokens))
         streams = [context.x0]
         with torch.no_grad():
@@ -171,7 +177,8 @@ class Stack:
 
     @contextmanager
     def frozen(self, context: Context, scales: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Within the context every norm that reads the stream keeps the denominators it had in the clean run of this batch.
+        """Within the context every norm that reads the stream keeps the denominators it had in the clean run of this
+        batch.
 
         Post-norms on a sublayer's output and norms inside attention stay live: they cannot pass one layer's size on to
         another. Streams given inside must have the batch's shape. Cost of entering: 1 F, or none if ``scales`` (from
@@ -202,7 +209,8 @@ class Stack:
         return scales
 
     def wiring(self, wiring: "Wiring | str") -> Wiring:
-        """A wiring of this model, from its notation; refuses one made for another number of layers or without its parts."""
+        """A wiring of this model, from its notation; refuses one made for another number of layers or without its
+        parts."""
         wiring = Wiring.parse(wiring, self.n_layers) if isinstance(wiring, str) else wiring
         if wiring.n_layers != self.n_layers:
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
@@ -210,7 +218,11 @@ class Stack:
         if parts and not parts <= self._exact_sublayers:
             raise ValueError(
                 f"{str(wiring)!r} runs sublayers, but the layers of {self.name} "
-                + (f"have only {', '.join(self._exact_sublayers)}" if self._exact_sublayers else "cannot be split exactly")
+                + (
+                    f"have only {', '.join(self._exact_sublayers)}"
+                    if self._exact_sublayers
+                    else "cannot be split exactly"
+                )
             )
         return wiring
 
@@ -227,13 +239,31 @@ class Stack:
         rows = [("identity wiring", "the model's own logits", _difference(self.run(tokens), own))]
         if self._plain is not None:
             bridge_streams, _ = self._bridge.observe(**self._inputs(tokens))
-            rows.append(("stream of the plain twin", "the bridge's blocks", _difference(streams[1:], torch.stack(bridge_streams))))
+            rows.append(
+                (
+                    "stream of the plain twin",
+                    "the bridge's blocks",
+                    _difference(streams[1:], torch.stack(bridge_streams)),
+                )
+            )
         last = torch.zeros_like(tokens.mask)
         last[:, -1] = True
-        rows.append(("readout at chosen positions", "all logits", _difference(self.run(tokens, ":", positions=last), own[:, -1])))
+        rows.append(
+            (
+                "readout at chosen positions",
+                "all logits",
+                _difference(self.run(tokens, ":", positions=last), own[:, -1]),
+            )
+        )
         for side in ("left", "right"):
             padded = tokens.pad(3, side)
-            rows.append((f"prompts padded on the {side}", "unpadded", _difference(self.run(padded)[padded.mask], own.flatten(0, 1))))
+            rows.append(
+                (
+                    f"prompts padded on the {side}",
+                    "unpadded",
+                    _difference(self.run(padded)[padded.mask], own.flatten(0, 1)),
+                )
+            )
         sublayers = f"attention {'beside' if self.parallel_sublayers else 'then'} MLP, every layer"
         rows.append((sublayers, "whole layers", self._sublayer_difference(context, streams)))
         with self.frozen(context):
@@ -279,7 +309,9 @@ class Stack:
         if twin is not None:
             twin_streams, twin_logits = twin.observe(**self._inputs(tokens))
             agree = max(_difference(twin_logits, own), _difference(twin_streams[-1], streams[-1])) <= self.tolerance
-            if agree:  # else the bridge was edited or processed since it was loaded: measure the bridge, it is the user's
+            if (
+                agree
+            ):  # else the bridge was edited or processed since it was loaded: measure the bridge, it is the user's
                 self._plain = twin
                 self._require("identity wiring through the plain twin", self.run(tokens), model_logits)
 
@@ -287,8 +319,8 @@ class Stack:
         difference = _difference(found, expected)
         if not difference <= self.tolerance:
             raise ModelError(
-                f"{self.name} cannot be opened exactly: {check} differs from the model's own logits by {difference:.1e} of "
-                f"their size, allowed is {self.tolerance:.0e}"
+                f"{self.name} cannot be opened exactly: {check} differs from the model's own logits by "
+                f"{difference:.1e} of their size, allowed is {self.tolerance:.0e}"
             )
 
     def _own_logits(self, tokens: Tokens) -> Tensor:
@@ -303,7 +335,9 @@ class Stack:
     def _not_finite(self) -> str:
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
-            return f"{self.name} has weights that are not finite (NaN or infinity): {broken[0]} and {len(broken) - 1} more"
+            return (
+                f"{self.name} has weights that are not finite (NaN or infinity): {broken[0]} and {len(broken) - 1} more"
+            )
         return f"{self.name} gives logits that are not finite on random tokens though all its weights are"
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -338,7 +372,9 @@ class Stack:
                 for name, module in parts.norms.items()
             }
 
-    def _chain(self, engine: Engine, recording: Recording, steps: tuple[Step, ...], x: Stream, tap: Tap | None) -> Stream:
+    def _chain(
+        self, engine: Engine, recording: Recording, steps: tuple[Step, ...], x: Stream, tap: Tap | None
+    ) -> Stream:
         for step in steps:
             match step:
                 case Layer(index, part):
@@ -348,7 +384,11 @@ class Stack:
                     x = x if replacement is None else replacement
                 case Parallel(branches, mean):
                     outputs = [self._chain(engine, recording, branch, x, tap) for branch in branches]
-                    x = sum(outputs[1:], outputs[0]) / len(outputs) if mean else x + sum(output - x for output in outputs)
+                    x = (
+                        sum(outputs[1:], outputs[0]) / len(outputs)
+                        if mean
+                        else x + sum(output - x for output in outputs)
+                    )
                 case Scaled(factor, body):
                     x = x + factor * (self._chain(engine, recording, body, x, tap) - x)
         return x
@@ -367,13 +407,15 @@ def _bridge_engine(model: TransformerBridge, name: str) -> Engine:
     blocks = list(getattr(model, "blocks", []))
     if not blocks or not all(isinstance(getattr(block, "attn", None), AttentionBridge) for block in blocks):
         raise ModelError(
-            f"{name} ({model.cfg.architecture}) is not a decoder-only transformer with attention in every layer; encoder-decoder, "
-            "state-space and hybrid models cannot be opened"
+            f"{name} ({model.cfg.architecture}) is not a decoder-only transformer with attention in every layer; "
+            "encoder-decoder, state-space and hybrid models cannot be opened"
         )
     parts = []
     for block in blocks:
         mlp = getattr(block, "mlp", None)
-        if mlp is not None and mlp.name is None:  # OPT keeps its MLP's matrices in the layer itself; the last one writes
+        if (
+            mlp is not None and mlp.name is None
+        ):  # OPT keeps its MLP's matrices in the layer itself; the last one writes
             mlp = mlp.out
         norms = {key: getattr(block, key) for key in ("ln1", "ln2") if key in block.submodules}
         parts.append(Parts(block.attn, mlp, _without_identity(norms)))

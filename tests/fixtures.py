@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 N_LAYERS, D_MODEL, N_HEADS, D_MLP, N_VOCAB, N_CONTEXT = 4, 32, 4, 64, 96, 64
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(N_VOCAB - 4))]
@@ -26,7 +26,15 @@ _rope = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-_gpt2 = dict(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_CONTEXT, vocab_size=N_VOCAB, bos_token_id=1, eos_token_id=2)
+_gpt2 = dict(
+    n_embd=D_MODEL,
+    n_layer=N_LAYERS,
+    n_head=N_HEADS,
+    n_positions=N_CONTEXT,
+    vocab_size=N_VOCAB,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _alternating = ["sliding_attention", "full_attention"] * (N_LAYERS // 2)
 
 CONFIGS = {

@@ -3,7 +3,7 @@ import collections
 import numpy as np
 import pytest
 
-from surgery.babel import LANGUAGES, Babel, Problem, exact
+from surgery.babel import Babel, Problem, exact
 
 CORPUS = Babel()
 

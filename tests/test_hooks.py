@@ -139,7 +139,9 @@ def test_replace_update_by_the_update_of_another_prompt(load, name):
     assert close(model.run_with_hooks(ids(), fwd_hooks=hooks.replace_update(1, foreign)), expected, 2e-5)
     same = model.run_with_hooks(ids(), fwd_hooks=hooks.replace_update(1, lambda x, u: u.flip(0)))
     assert close(same, expected, 2e-5)
-    with pytest.raises(ValueError, match=r"update of shape \[5, 1\] cannot replace one of shape \[3, 9, 32\] at layer 1"):
+    with pytest.raises(
+        ValueError, match=r"update of shape \[5, 1\] cannot replace one of shape \[3, 9, 32\] at layer 1"
+    ):
         model.run_with_hooks(ids(), fwd_hooks=hooks.replace_update(1, torch.zeros(5, 1)))
 
 

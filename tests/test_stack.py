@@ -66,7 +66,13 @@ def test_identity_is_the_model_in_double_precision(load, name):
 @pytest.mark.parametrize("name", fixtures.ARCHITECTURES)
 @pytest.mark.parametrize(
     ("wiring", "order"),
-    [(":", [0, 1, 2, 3]), (":1 2:", [0, 2, 3]), (":3 1:", [0, 1, 2, 1, 2, 3]), ("::-1", [3, 2, 1, 0]), ("0 2 1 3", [0, 2, 1, 3])],
+    [
+        (":", [0, 1, 2, 3]),
+        (":1 2:", [0, 2, 3]),
+        (":3 1:", [0, 1, 2, 1, 2, 3]),
+        ("::-1", [3, 2, 1, 0]),
+        ("0 2 1 3", [0, 2, 1, 3]),
+    ],
 )
 def test_serial_wirings_equal_a_reindexed_layer_list(load, name, wiring, order):
     model = load(name)
@@ -145,7 +151,8 @@ def test_gradients_flow_when_asked(load, name):
 
 
 def test_gradients_through_a_layer_used_twice(load):
-    """The derivative with respect to a layer's weight is the sum over its passes: checked against finite differences."""
+    """The derivative with respect to a layer's weight is the sum over its passes: checked against finite
+    differences."""
     model = load("gpt2", dtype=torch.float64)
     stack = Stack(model)
     weight = plain(model).transformer.h[1].mlp.c_proj.weight
@@ -266,7 +273,8 @@ def test_the_twin_costs_no_memory(load, name):
 
 
 def test_a_bridge_that_was_edited_is_measured_as_it_is(load):
-    """GPT-NeoX' adapter splits query, key and value into parameters of its own; the Stack must follow the user's bridge."""
+    """GPT-NeoX' adapter splits query, key and value into parameters of its own; the Stack must follow the user's
+    bridge."""
     model = load("gpt_neox")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -279,7 +287,8 @@ def test_a_bridge_that_was_edited_is_measured_as_it_is(load):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
 def test_a_processed_bridge_is_measured_as_it_is(load, name):
-    """Folding norms and centring weights changes streams and shifts logits; the Stack follows, through the bridge's blocks."""
+    """Folding norms and centring weights changes streams and shifts logits; the Stack follows, through the bridge's
+    blocks."""
     model = load(name)
     before = Stack(model).stream(ids())
     model.enable_compatibility_mode()
@@ -330,15 +339,15 @@ def test_bad_text(load, texts, options, message):
 
 def test_bad_requests(load):
     stack = Stack(load("llama"))
-    with pytest.raises(ValueError, match="is for 6 layers, .* has 4"):
+    with pytest.raises(ValueError, match=r"is for 6 layers, .* has 4"):
         stack.run(ids(), Wiring.of(6))
-    with pytest.raises(ValueError, match="layer 9: .* has layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"layer 9: .* has layers 0 to 3"):
         stack.update(9, torch.zeros(1, 2, fixtures.D_MODEL))
     with pytest.raises(ValueError, match="tokens must be integer ids"):
         stack.run(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="frozen norms belong to a batch of shape"), stack.frozen(stack.context(ids())):
         stack.update(1, torch.zeros(1, 2, fixtures.D_MODEL))
-    with pytest.raises(ValueError, match="runs sublayers, but the layers of .* have only attn"):
+    with pytest.raises(ValueError, match=r"runs sublayers, but the layers of .* have only attn"):
         Stack(load("native-attention-only")).run(ids(), ": 1.mlp")
     with pytest.raises(TypeError, match="TransformerBridge"):
         Stack(plain(load("llama")))
@@ -373,8 +382,8 @@ def test_models_without_attention_in_every_layer_are_refused(kind, tmp_path):
         "mamba": lambda: transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
         "jamba": lambda: transformers.JambaConfig(
             vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-            num_experts=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+            expert_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
         ),
     }[kind]()  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
