@@ -143,14 +143,16 @@ class Babel:
         pairs = list(itertools.product(LANGUAGES, LANGUAGES))
         found: list[Problem] = []
         for _ in range(1000 * count):
-            if len(found) == count:
-                return found
             source, target = pairs[len(found) % len(pairs)]
             chain = tuple(int(f) for f in generator.integers(self.n_functions, size=k))
             problem = Problem(int(generator.integers(self.n_symbols)), chain, source, target)
             if self.heldout(problem) == heldout:
                 found.append(problem)
-        raise ValueError(f"no {'held-out' if heldout else 'training'} problem with k = {k} to sample")
+            if len(found) == count:
+                break
+        if len(found) < count:
+            raise ValueError(f"no {'held-out' if heldout else 'training'} problem with k = {k} to sample")
+        return found
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """A word-level Hugging Face tokenizer of the corpus; it puts ``<bos>`` in front by itself."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -140,6 +141,8 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
             raise ModelError(f"{name} has no weights: no *.safetensors file (pickled .bin weights are not opened)")
     elif folder.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and *.safetensors")
+    elif place.startswith(("/", ".", "~")) or place.count("/") > 1:
+        raise ModelError(f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}")
     try:
         config = AutoConfig.from_pretrained(place)
         _refuse_encoder_decoder(config, name)
@@ -195,6 +198,8 @@ def _first_line(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """Neither transformers' progress bars nor its advice belong into a study's output."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -203,5 +208,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -374,5 +374,5 @@ def _check(stack: Stack, tokens: Tokens, longest: int, skip_first: bool, batch_s
     if int(tokens.ensemble(skip_first).sum()) < 2:
         first = ", each prompt's first left out" if skip_first else ""
         raise ValueError(
-            f"there are fewer than two tokens to compare in {len(tokens)} prompts{first}; give longer or more prompts"
+            f"there are fewer than two tokens to compare in these prompts{first}; give longer or more prompts"
         )

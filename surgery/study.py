@@ -52,7 +52,8 @@ def run(
         ValueError: unknown name, no prompts to be had, a text file or a model that cannot be used.
         OSError: the folder cannot be written to (found out before anything is measured), or the disk is full.
 
-    >>> run(["series"], "babel", out="results", prompts=32).name                              # doctest: +SKIP
+    >>> import tempfile
+    >>> run(["reversion"], "babel", out=tempfile.mkdtemp(), prompts=5).name
     'report.html'
     """
     for name in names:

@@ -49,6 +49,12 @@ def test_no_such_model():
         surgery.load("no/such-model")
 
 
+@pytest.mark.parametrize("place", ["/no/such/folder", "./models/mine", "~/models/mine"])
+def test_no_such_folder(place):
+    with pytest.raises(ModelError, match=f"there is no folder {place}"):
+        surgery.load(place)
+
+
 def test_folders_that_are_not_models(tmp_path, model_folder):
     with pytest.raises(ModelError, match=r"without config\.json"):
         surgery.load(tmp_path)
@@ -94,3 +100,4 @@ def test_bundled_prompts_are_seeded_and_balanced():
     assert prompts == bundled_prompts(80, seed=1)
     assert prompts != bundled_prompts(80, seed=2)
     assert sum(prompt.startswith("p") for prompt in prompts) == 20
+    assert [len(bundled_prompts(count)) for count in (1, 3, 7)] == [1, 3, 7]

@@ -387,7 +387,10 @@ def test_progress_draws_on_the_terminal_only_when_asked(capsys):
     [
         ({"max_length": 1}, "max_length must be 2 to 6 or None, got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"tokens": calibration.tokens(5, 1)}, "fewer than two tokens to compare in 5 prompts, each prompt's first"),
+        (
+            {"tokens": calibration.tokens(5, 1)},
+            "fewer than two tokens to compare in these prompts, each prompt's first",
+        ),
         ({"tokens": torch.zeros(3, 4)}, "integer ids"),
     ],
 )
