@@ -335,9 +335,9 @@ class Stack:
     def _not_finite(self) -> str:
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
-            return (
-                f"{self.name} has weights that are not finite (NaN or infinity): {broken[0]} and {len(broken) - 1} more"
-            )
+            first, others = broken[0].replace("._original_component", ""), len(broken) - 1
+            more = f" and {others} more" if others else ""
+            return f"{self.name} has weights that are not finite (NaN or infinity): {first}{more}"
         return f"{self.name} gives logits that are not finite on random tokens though all its weights are"
 
     # --- inside ------------------------------------------------------------------------------------------------------
