@@ -232,7 +232,7 @@ def split(wirings: Sequence[Wiring], alive: int, group: int = 2**31, order: Orde
 
 def naive_executions(wirings: Iterable[Wiring]) -> float:
     """Layers run when every wiring runs by itself."""
-    return sum(float(wiring.depth) for wiring in wirings)
+    return sum((float(wiring.depth) for wiring in wirings), 0.0)
 
 
 def _key(step: Step) -> tuple:
