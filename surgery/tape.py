@@ -287,8 +287,8 @@ def _require(found: Tensor, expected: Tensor, stack: Stack, what: str) -> None:
 
 
 def _tolerance(stack: Stack) -> float:
-    """GPT-J's attention is in single precision whatever the weights are, and a rounding there can go either way."""
-    return max(stack.tolerance, 1e-7)
+    """The model's; but many take norms or softmax in single precision whatever their weights are, not all ways alike."""
+    return max(stack.tolerance, 1e-5)
 
 
 def _probe(stack: Stack) -> Tensor:
