@@ -155,5 +155,65 @@ def report(
     typer.echo(f"The page is {build(folder)}.")
 
 
+@app.command()
+@one_sentence
+def scan(
+    model: Model = "babel",
+    family: Annotated[
+        str, typer.Option(help="Which wirings: repeat, skip, parallel, swap or reverse, of every span.")
+    ] = "repeat",
+    probes: Annotated[
+        str, typer.Option(help="A built-in probe set (babel, arithmetic, recall, ...) or a .jsonl file.")
+    ] = "babel",
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same one goes on after a kill.")] = Path(
+        "results/scan"
+    ),
+    metric: Annotated[str, typer.Option(help="loglik, exact, credit, loss, kl or choice.")] = "loglik",
+    count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
+    top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
+    memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Scan every wiring of a family, and measure the winners again on fresh probes.
+
+    Example: surgery scan --model babel --family repeat --probes babel --out results/scan
+    """
+    with errors.status("starting"):
+        from surgery import scan_study
+
+    table, winners, luck = scan_study.run(
+        model, family, probes, out, metric=metric, count=count, top=top, seed=seed,
+        memory=None if memory is None else memory * 2**20,
+        say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
+    )  # fmt: skip
+    better = int(((table["gain"] > 0) & (table["p_max"] < 0.05)).sum())
+    typer.echo(f"\n{better} of {len(table)} wirings are better than the model as it is (p_max < .05, search half).")
+    typer.echo(f"The best gains {table['gain'].max():+.4f}; by luck alone the best would gain {luck.mean:+.4f}.\n")
+    shown = ["wiring", "gain_search", "gain_validation", "gain_low_validation", "gain_high_validation", "verdict"]
+    typer.echo(winners[shown].round(4).to_string(index=False))
+    typer.echo(f"\nThe tables are in {out}.")
+
+
+@app.command()
+@one_sentence
+def tape(
+    wiring: Annotated[str, typer.Argument(help='The order in which the layers run, such as ":8 4:".')],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist or be empty.")],
+    model: Model = "babel",
+    debug: Debug = False,
+) -> None:
+    """Make a wiring permanent: a checkpoint that Hugging Face opens by itself.
+
+    Example: surgery tape ":8 4:" --model babel --out taped
+    """
+    with errors.status(f"opening {model}"):
+        from surgery.models import load
+        from surgery.tape import save, together
+
+        folder = save(together(load(model), wiring), out)
+    typer.echo(f"{folder} holds the taped model; its README.md says what was done.")
+
+
 def main() -> None:
     app(prog_name="surgery")

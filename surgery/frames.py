@@ -81,9 +81,6 @@ for _name, _meaning in _INTERVALS.items():
     COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
     COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
 
-COUNTS = ("start", "stop", "layer", "n_prompts")
-WORDS = ("network", "regime", "restoring")
-
 _REASONS = {
     errno.ENOSPC: "there is no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -170,6 +167,7 @@ def write(
         "sha256": hashlib.sha256(text).hexdigest(),
         "rows": len(frame),
         **manifest,
+        "types": {column: _type(frame[column]) for column in frame.columns},
         "columns": {column: meanings[column] for column in frame.columns},
     }
     save({manifest_path(path): (json.dumps(entries, indent=2) + "\n").encode(), path: text})
@@ -182,14 +180,19 @@ def read(path: str | Path) -> pandas.DataFrame:
     Raises ``ValueError`` if the file is missing, has no manifest, or is not the one its manifest describes.
     """
     path = Path(path)
-    expected = read_manifest(path)["sha256"]
-    text = _bytes(path)
-    if hashlib.sha256(text).hexdigest() != expected:
+    manifest, text = read_manifest(path), _bytes(path)
+    if hashlib.sha256(text).hexdigest() != manifest["sha256"]:
         raise ValueError(
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
     words = pandas.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
-    return words.astype({name: int if name in COUNTS else float for name in words.columns if name not in WORDS})
+    return words.astype({name: kind for name, kind in manifest["types"].items() if kind != "text"})
+
+
+def _type(values: pandas.Series) -> str:
+    if pandas.api.types.is_integer_dtype(values):
+        return "int"
+    return "float" if pandas.api.types.is_numeric_dtype(values) else "text"
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ With ``series`` comes ``calibration.csv``: the same on networks whose answer is 
 Each file is written when its measurement is done; what an interruption leaves is whole.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 import surgery
 from surgery import calibration, frames, models, provenance, report, reversion, series
+from surgery.prompts import read_prompts
 from surgery.stack import Stack
 from surgery.tokens import Tokens
 
@@ -110,30 +110,6 @@ def calibrate(
     return pandas.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
 
 
-def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, str]]:
-    """The first ``most`` prompts of a file with the line each stands in, counted from 1.
-
-    ``.jsonl``: a JSON object with a ``"text"`` on each line. Anything else: text, one prompt a line; empty lines are
-    skipped.
-
-    Raises:
-        ValueError: the file is missing, empty or not text, or a line is not JSON or has no text; that line is named.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {frames.reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give a text or .jsonl file") from error
-    if any("\0" in line for line in lines):
-        raise ValueError(f"{path} is not text: it contains null bytes; give a text or .jsonl file")
-    prompts = list(_texts(path, lines, most))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: it is empty; give one prompt per line")
-    return prompts
-
-
 def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int) -> Tokens:
     """The prompts as tokens; one that cannot be used is a ``ValueError`` that names its line."""
     longest = min(max_tokens, stack.n_ctx)
@@ -154,23 +130,3 @@ def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
     return list(enumerate(models.bundled_prompts(count, seed), start=1))
-
-
-def _texts(path: Path, lines: Sequence[str], most: int | None) -> Iterator[tuple[int, str]]:
-    found = 0
-    for number, line in enumerate(lines, start=1):
-        if found == most:
-            return
-        if line.strip():
-            found += 1
-            yield number, _text(path, number, line) if path.suffix == ".jsonl" else line
-
-
-def _text(path: Path, number: int, line: str) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ValueError(f'{path}, line {number} has no text; expected {{"text": "..."}}')
-    return entry["text"]

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import surgery
-from surgery import cli, frames, report, study
+from surgery import cli, frames, prompts, report, study
 
 REPOSITORY = Path(surgery.__file__).resolve().parent.parent
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
@@ -204,7 +204,7 @@ def test_a_prompt_too_short_is_named_by_its_line(load, tmp_path):
     with pytest.raises(
         ValueError, match=r"prompts\.txt, line 3: the prompt \('w4'\) has 1 token; a prompt needs at least 2"
     ):
-        study.tokenise(stack, study.read_prompts(path), path, 16)
+        study.tokenise(stack, prompts.read_prompts(path), path, 16)
 
 
 def test_long_prompts_are_cut(load):
