@@ -14,7 +14,7 @@ from rich.console import Console
 
 import surgery
 
-NAMES = ("series", "reversion")  # surgery.study.NAMES, here without importing torch
+NAMES = ("series", "reversion", "scan")  # surgery.study.NAMES, here without importing torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +60,7 @@ def _version(asked: bool) -> bool:
 def _known(names: list[str]) -> list[str]:
     for name in names:
         if name not in NAMES:
-            raise typer.BadParameter(f"there is no measurement {name!r}; there are {' and '.join(NAMES)}.")
+            raise typer.BadParameter(f"there is no measurement {name!r}; there are {', '.join(NAMES)}.")
     return names
 
 
@@ -70,7 +70,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Measure how serial a language model's layers are and whether its residual stream reverts to a mean.
+    """Measure how serial a language model's layers are, whether its stream reverts to a mean, what rewiring it does.
 
     Example: surgery study --model babel --out results
     """
@@ -82,7 +82,7 @@ def study(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[series] [reversion]",
+            metavar="[series] [reversion] [scan]",
             callback=lambda names: _known(names or []),
             help="What to measure; everything if none is given.",
         ),
@@ -95,7 +95,9 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts, the first of the file.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens.")] = 128,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Longest window of layers; all if not given.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest window or span of layers; all if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -141,12 +143,12 @@ def check(model: Model = "babel", debug: Debug = False) -> None:
 @app.command()
 @one_sentence
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that surgery study wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that surgery study or scan wrote.")],
     debug: Debug = False,
 ) -> None:
     """Write figures and report.html again.
 
-    They are made from the CSV files of a study alone.
+    They are made from the CSV files of a study or scan alone.
 
     Example: surgery report results
     """
@@ -160,7 +162,7 @@ def report(
 def scan(
     model: Model = "babel",
     family: Annotated[
-        str, typer.Option(help="Which wirings: repeat, skip, parallel, swap or reverse, of every span.")
+        str, typer.Option(help="Which wirings: repeat, skip, parallel, swap or reverse of every span, or painters.")
     ] = "repeat",
     probes: Annotated[
         str, typer.Option(help="A built-in probe set (babel, arithmetic, recall, ...) or a .jsonl file.")
@@ -182,17 +184,14 @@ def scan(
     with errors.status("starting"):
         from surgery import scan_study
 
-    table, winners, luck = scan_study.run(
+    found = scan_study.run(
         model, family, probes, out, metric=metric, count=count, top=top, seed=seed,
         memory=None if memory is None else memory * 2**20,
         say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
     )  # fmt: skip
-    better = int(((table["gain"] > 0) & (table["p_max"] < 0.05)).sum())
-    typer.echo(f"\n{better} of {len(table)} wirings are better than the model as it is (p_max < .05, search half).")
-    typer.echo(f"The best gains {table['gain'].max():+.4f}; by luck alone the best would gain {luck.mean:+.4f}.\n")
-    shown = ["wiring", "gain_search", "gain_validation", "gain_low_validation", "gain_high_validation", "verdict"]
-    typer.echo(winners[shown].round(4).to_string(index=False))
-    typer.echo(f"\nThe tables are in {out}.")
+    for sentence in found.sentences:
+        typer.echo(f"\n{sentence}")
+    typer.echo(f"\nThe page is {out / 'report.html'}, the tables and figures are beside it.")
 
 
 @app.command()

@@ -1,10 +1,10 @@
 """From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
 
-``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv`` and ``calibration.csv`` (those that are there,
-checked against their manifests), draws the figures beside them as PNG and writes the page: what was found, in sentences
-made from the numbers; what was measured; the same measure on networks whose answer is known; the numbers with their
-intervals and nulls; what could not be told; every column explained; where it all came from. ``write_page`` is the page
-alone.
+``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv``, ``calibration.csv`` and the tables of a scan
+(those that are there, checked against their manifests), draws the figures beside them as PNG and writes the page: what
+was found, in sentences made from the numbers; what was measured; the same measure on networks whose answer is known;
+the numbers with their intervals and nulls; what could not be told; every column explained; where it all came from.
+``write_page`` is the page alone.
 
 >>> import tempfile
 >>> write_page(f"{tempfile.mkdtemp()}/report.html", "A page", "", [Section("one", "One", findings=["Found."])]).name
@@ -21,9 +21,12 @@ from typing import Any
 import jinja2
 import pandas
 
-from surgery import figures, findings, frames
+from surgery import figures, findings, frames, scan_figures, scan_findings
+from surgery.comparisons import Luck
 
 SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
+SCAN, WINNERS, GROUPS = "scan_table.csv", "scan_winners.csv", "scan_groups.csv"
+PAINTERS = "painters.csv"
 PAGE = "report.html"
 UNTRAINED = "this model untrained"  # in calibration.csv
 
@@ -46,6 +49,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
+    """``name`` is that of the file beside the page, without ``.png``."""
+
+    name: str
     caption: str
     png: bytes
 
@@ -79,6 +85,11 @@ class _Measured:
         """The manifests of what was measured on the user's model."""
         return [manifest for name, manifest in self.manifests.items() if name != CALIBRATION]
 
+    @property
+    def metric(self) -> str:
+        """Of the scan."""
+        return self.manifests[SCAN]["settings"]["metric"]
+
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
     """Write the page whole or not at all. It runs no script and fetches nothing: it reads offline, dark, on paper."""
@@ -106,8 +117,10 @@ def build(folder: str | Path) -> Path:
         sections.append(_series(measured.frames[SERIES]))
     if REVERSION in measured.frames:
         sections.append(_reversion(measured.frames[REVERSION]))
+    if SCAN in measured.frames:
+        sections.append(_scan(measured))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
-    frames.save({folder / f"{part.anchor}.png": picture.png for part in sections for picture in part.pictures})
+    frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
     subtitle = f"{first['tokens']['prompts']} prompts, {first['time'][:10]}, surgery {first['versions']['surgery']}"
     return write_page(folder / PAGE, f"Layer surgery on {_model_name(first)}", subtitle, sections)
@@ -120,9 +133,12 @@ def summary(folder: str | Path) -> list[str]:
 
 def _read(folder: Path) -> _Measured:
     present = [name for name in (SERIES, REVERSION, CALIBRATION) if (folder / name).exists()]
+    if (folder / SCAN).exists():
+        present += [SCAN, WINNERS, GROUPS, *(name for name in (PAINTERS,) if (folder / name).exists())]
     if not set(present) - {CALIBRATION}:
         raise ValueError(
-            f"{folder} holds no measurement ({SERIES} or {REVERSION}); make one with: surgery study --out {folder}"
+            f"{folder} holds no measurement ({SERIES}, {REVERSION} or {SCAN}); make one with: "
+            f"surgery study --out {folder}"
         )
     return _Measured(
         {name: frames.read(folder / name) for name in present},
@@ -137,7 +153,8 @@ def _model_name(manifest: dict[str, Any]) -> str:
 
 def _found(measured: _Measured) -> Section:
     sentences, untrained = [], None
-    if len({(entry["model"]["weights_sha256"], entry["tokens"]["sha256"]) for entry in measured.own}) > 1:
+    asked = [measured.manifests[name]["tokens"]["sha256"] for name in (SERIES, REVERSION) if name in measured.frames]
+    if len({entry["model"]["weights_sha256"] for entry in measured.own}) > 1 or len(set(asked)) > 1:
         sentences.append(
             "These files were not measured on the same model and the same prompts: do not read them together."
         )
@@ -150,6 +167,9 @@ def _found(measured: _Measured) -> Section:
         sentences += findings.series(measured.frames[SERIES], untrained)
     if REVERSION in measured.frames:
         sentences += findings.reversion(measured.frames[REVERSION])
+    if SCAN in measured.frames:
+        luck = Luck(**measured.manifests[SCAN]["settings"]["luck"])
+        sentences += scan_findings.found(measured.frames[SCAN], measured.frames[WINNERS], luck, measured.metric)
     return Section("found", "What was found", findings=sentences)
 
 
@@ -188,7 +208,7 @@ def _calibration(measured: _Measured) -> Section:
         name = _model_name(measured.manifests[SERIES])
         rows.append((name, model[model["start"] > 0]))
         caption = "S on networks of known structure and on the model, every window."
-        pictures.append(Picture(caption, figures.png(figures.calibration(networks, model, name))))
+        pictures.append(Picture("calibration", caption, figures.png(figures.calibration(networks, model, name))))
     columns = [column for column in ("S", "R", "O", "S_live", "R_over_N") if column in networks]
     cells = [[Cell(name), Cell(str(len(part))), *(_spread(part[column]) for column in columns)] for name, part in rows]
     caption = "Median over windows [smallest, largest]; the model's windows from layer 1 on."
@@ -209,7 +229,7 @@ def _series(frame: pandas.DataFrame) -> Section:
         "there before. Compare windows of equal length.",
     ]
     caption = "S and R/N of every window measured; the numbers are in " + SERIES + "."
-    picture = Picture(caption, figures.png(figures.windows(frame)))
+    picture = Picture("series", caption, figures.png(figures.windows(frame)))
     chosen = findings.thirds(frame) + [row for row in [findings.whole(frame)] if row is not None]
     pairs = frame[frame["stop"] - frame["start"] == 2]
     columns = [
@@ -232,7 +252,7 @@ def _reversion(frame: pandas.DataFrame) -> Section:
         "differently.",
     ]
     caption = "kappa with its nulls and interventions, and psi, by layer; the numbers are in " + REVERSION + "."
-    picture = Picture(caption, figures.png(figures.reversion(frame)))
+    picture = Picture("reversion", caption, figures.png(figures.reversion(frame)))
     names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
     columns = [name for name in (*names, "regime", "restoring") if name in frame]
     rows = [row for _, row in frame.iterrows()]
@@ -240,11 +260,55 @@ def _reversion(frame: pandas.DataFrame) -> Section:
     return Section("reversion", "Mean reversion", paragraphs=paragraphs, pictures=[picture], tables=[table])
 
 
+def _scan(measured: _Measured) -> Section:
+    manifest, winners, metric = measured.manifests[SCAN], measured.frames[WINNERS], measured.metric
+    groups = measured.frames[GROUPS]
+    painted = measured.frames.get(PAINTERS)
+    paragraphs = [
+        "The model is run with its layers in another order (a wiring, in the notation of Python's slices: ':8 4:' runs "
+        "layers 4 to 7 twice) and compared on the same probes with itself unmodified. "
+        f"Gains are in {scan_figures.UNITS[metric]}. The largest of many gains is large partly by luck. So one half of "
+        "the probes chooses, and the largest are measured again on the other half, which took no part in the choice: "
+        "that column is what to believe.",
+        "p_max asks whether the luckiest of all wirings would reach as much if none had any effect.",
+    ]
+    drawn = scan_figures.of_scan(measured.frames[SCAN], groups, manifest["model"]["n_layers"], metric, painted)
+    pictures = [Picture(name, caption, figures.png(figure)) for name, (figure, caption) in drawn.items()]
+    heads = ["wiring", "gain, search half", "p_max", "gain, validation half", "p_max", "survived", "verdict"]
+    rows = [
+        [
+            Cell(row["wiring"]),
+            _ends(row, "gain{}_search"),
+            Cell(f"{row['p_max_search']:.3f}"),
+            _ends(row, "gain{}_validation"),
+            Cell(f"{row['p_max_validation']:.3f}"),
+            _ends(row, "survived{}", digits=2),
+            Cell(row["verdict"]),
+        ]
+        for _, row in winners.iterrows()
+    ]
+    said = scan_findings.best_groups(groups, metric)
+    if painted is not None:
+        said += scan_findings.painters(painted, metric)
+    table = Table("The largest gains of the search half, and what they are worth on fresh probes", heads, rows)
+    return Section("scan", "What rewiring does", said, paragraphs, pictures=pictures, tables=[table])
+
+
+def _ends(row: pandas.Series, name: str, digits: int = 3) -> Cell:
+    """``name`` with the place of ``_low`` and ``_high`` marked."""
+    value, low, high = (row[name.format(end)] for end in ("", "_low", "_high"))
+    if pandas.isna(value):
+        return Cell("")
+    return Cell(f"{value:.{digits}f}", "" if pandas.isna(low) else f"[{low:.{digits}f}, {high:.{digits}f}]")
+
+
 def _untold(measured: _Measured) -> Section:
     notes = []
     for name, say in ((SERIES, findings.series_untold), (REVERSION, findings.reversion_untold)):
         if name in measured.frames:
             notes += say(measured.frames[name])
+    if SCAN in measured.frames:
+        notes += scan_findings.untold(measured.frames[SCAN], measured.frames[WINNERS])
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
         "apart."

@@ -4,6 +4,7 @@
 ``pareto`` the gain against the layers it costs, ``group_bars`` chosen wirings in every group of probes, ``painters``
 the reorder family of Sun et al. (2024, arXiv 2407.09298) by size of the window. Each returns a matplotlib ``Figure``,
 which ``surgery.figures.png`` turns into bytes. A gain above 0 is better than the unmodified model, for every metric.
+``of_scan`` draws those that a scan has data for, by the names of their files.
 
 >>> import pandas
 >>> from surgery.figures import png
@@ -12,6 +13,7 @@ which ``surgery.figures.png`` turns into bytes. A gain above 0 is better than th
 b'PNG'
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +34,43 @@ MOST_WIRINGS = 8  # side by side: one colour each
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#222222")
 MARKERS = "os^DvPX*"
 UNCHANGED = "the unmodified model"
+MOST_BARS = 4  # wirings in every group of probes, of the winners of a scan
+UNITS = {
+    "loglik": "nats per answer",
+    "exact": "share of answers",
+    "credit": "share of an answer",
+    "choice": "share of answers",
+    "loss": "nats per token",
+    "kl": "nats per token",
+}
+
+
+def of_scan(
+    table: pandas.DataFrame,
+    groups: pandas.DataFrame,
+    n_layers: int,
+    metric: str,
+    painted: "pandas.DataFrame | None" = None,
+) -> dict[str, tuple[Figure, str]]:
+    """The figures that a scan has data for, each with its caption, by name: brain_scan, pareto, group_bars, painters.
+
+    ``table`` is of the search half, ``groups`` the winners by group on the validation half (empty: no bars),
+    ``painted`` the table of the reorder family.
+    """
+    unit, drawn = UNITS[metric], {}
+    if any(span(wiring, n_layers) for wiring in table["wiring"]):
+        caption = "Gain of every span run twice, search half; the bars are means over a column and a row."
+        drawn["brain_scan"] = brain_scan(table, n_layers, unit=unit), caption
+    caption = "Gain against the layers that a wiring runs beyond the model's own, search half."
+    drawn["pareto"] = pareto(table, n_layers, unit=unit), caption
+    if len(groups):
+        caption = "The best of the search half by group of probes, on the validation half."
+        best = list(dict.fromkeys(groups["wiring"]))[:MOST_BARS]
+        drawn["group_bars"] = group_bars(groups, best, unit=unit), caption
+    if painted is not None:
+        caption = "The reorder family of Sun et al. (2024) over centred windows of growing size."
+        drawn["painters"] = painters(painted, _gain_label(unit)), caption
+    return drawn
 
 
 def span(wiring: str, n_layers: int, times: int = 2) -> tuple[int, int] | None:
@@ -48,7 +87,7 @@ def span(wiring: str, n_layers: int, times: int = 2) -> tuple[int, int] | None:
     return (start, stop) if start < stop and blocks == [(start, stop)] * (times - 1) else None
 
 
-def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2) -> Figure:
+def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
     """Gain of every span run ``times`` times; p_max < .05 outlined, means along both edges.
 
     Spans that were not measured stay grey. The colours are symmetric about 0; where the losses dwarf the gains they are
@@ -78,7 +117,7 @@ def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2) -> Figure
     beside.xaxis.set_major_locator(MaxNLocator(2))
     for edge in (above, beside):
         edge.spines[["top", "right"]].set_visible(False)
-    bar = figure.colorbar(image, ax=beside, shrink=0.85, label="gain over the unmodified model")
+    bar = figure.colorbar(image, ax=beside, shrink=0.85, label=_gain_label(unit))
     _ticks(bar.ax, image)
     above.set_title(f"Gain of running a span {'twice' if times == 2 else f'{times} times'}", loc="left")
     better, worse = (sure & (grid > 0)).sum(), (sure & (grid < 0)).sum()
@@ -89,7 +128,7 @@ def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2) -> Figure
     return figure
 
 
-def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6) -> Figure:
+def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6, unit: str = "") -> Figure:
     """Gain of every wiring against the layers that it runs beyond the model's own, and the front: more gain costs more.
 
     The front starts at the unmodified model; wirings on it that are cheaper than the model count as well. Chosen for
@@ -103,7 +142,9 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6) -> Figure:
     floor = max(least, -3 * top) if top > 0 else least
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(extra[~sure], gain[~sure], "o", color="#0072B2", markersize=4, alpha=0.35, markeredgewidth=0)
+    axes.plot(
+        extra[~sure], gain[~sure], "o", color="#0072B2", markersize=4, alpha=0.35, markeredgewidth=0, label="the others"
+    )
     axes.plot(
         extra[sure],
         gain[sure],
@@ -131,7 +172,7 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6) -> Figure:
     spread = (top - floor) or 1.0
     axes.set_xlim(extra[gain >= floor].min(initial=0) - 0.5, reach)
     axes.set_ylim(floor - 0.05 * spread, top + 0.12 * spread)
-    axes.set(xlabel="layers run beyond the model's own", ylabel="gain over the unmodified model")
+    axes.set(xlabel="layers run beyond the model's own", ylabel=_gain_label(unit))
     axes.set_title("What the gain costs in depth", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if hidden:
@@ -140,7 +181,7 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6) -> Figure:
     return figure
 
 
-def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = ()) -> Figure:
+def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = (), unit: str = "") -> Figure:
     """Gain of chosen wirings (all, if not given) in every group of probes, with intervals; p_max < .05 starred.
 
     ``table`` is ``comparisons.table(..., by_group=True)``. Raises ValueError for more than 8 wirings, for one that is
@@ -155,7 +196,7 @@ def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = ()) -> Figure:
         raise ValueError(f"the wiring {absent[0]} is not in the table")
     if len(chosen) > MOST_WIRINGS:
         raise ValueError(f"{len(chosen)} wirings are too many beside each other, choose at most {MOST_WIRINGS}")
-    groups = list(dict.fromkeys(table["group"]))
+    groups = sorted(set(table["group"]), key=_naturally)
     rows = table.set_index(["wiring", "group"])
     figure = Figure(
         figsize=(float(np.clip(0.28 * len(groups) * (len(chosen) + 1) + 3.5, 7, 16)), 4.8), layout="constrained"
@@ -175,7 +216,7 @@ def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = ()) -> Figure:
     axes.axhline(0, color=INK, linewidth=0.8)
     counts = rows.groupby("group")["n_prompts"].max()
     axes.set_xticks(range(len(groups)), [f"{group or 'all'}\n({counts[group]})" for group in groups])
-    axes.set(xlabel="group of probes (how many)", ylabel="gain over the unmodified model")
+    axes.set(xlabel="group of probes (how many)", ylabel=_gain_label(unit))
     axes.set_title("Where it helps: gain by group", loc="left")
     axes.margins(y=0.12)
     figure.supxlabel(
@@ -210,6 +251,15 @@ def painters(table: pandas.DataFrame, ylabel: str = "gain over the unmodified mo
     figure.supxlabel("shaded: 95 % interval over prompts", fontsize=9, color=FAINT)
     _finish(axes)
     return figure
+
+
+def _naturally(name: str) -> list[Any]:
+    """Sorts k=10 after k=9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _gain_label(unit: str) -> str:
+    return "gain over the unmodified model" + (f" ({unit})" if unit else "")
 
 
 def _cells(table: pandas.DataFrame, n_layers: int, times: int) -> tuple[np.ndarray, np.ndarray]:

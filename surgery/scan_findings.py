@@ -23,10 +23,45 @@ NAMED = 5  # wirings listed by name, at most
 UNITS = {
     "loglik": (1, 2, "nats per answer"),
     "exact": (100, 1, "percentage points of exact answers"),
+    "credit": (100, 1, "percentage points of an answer"),
     "choice": (100, 1, "percentage points of right choices"),
     "loss": (1, 3, "nats per token"),
     "kl": (1, 3, "nats of divergence per token"),
 }
+
+
+def found(table: pandas.DataFrame, winners: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
+    """``search`` and ``validation``: the sentences to read first."""
+    return [*search(table, luck, metric), *validation(winners, metric)]
+
+
+def best_groups(table: pandas.DataFrame, metric: str) -> list[str]:
+    """``groups`` of the three best, introduced; nothing where there are no groups. ``table``: validation half."""
+    best = list(dict.fromkeys(table["wiring"]))[:3]
+    if not best:
+        return []
+    return ["By group, on the validation half (p_max over all rows of it):", *groups(table, metric, best)]
+
+
+def painters(table: pandas.DataFrame, metric: str) -> list[str]:
+    """The order of the variants by damage, at the middle size, and what none of them harms.
+
+    ``table`` is ``controls.painters(n_layers)`` with the comparison of every wiring. Whether order matters is the
+    random order against the unmodified model; whether a layer is needed at all is the skip.
+    """
+    sizes = sorted(table["size"].unique())
+    size = sizes[len(sizes) // 2]
+    middle = table[table["size"] == size].groupby("variant")["gain"].mean().sort_values(ascending=False)
+    order = ", ".join(f"{variant} {_signed(gain, metric, unit=False)}" for variant, gain in middle.items())
+    harmless = table[~((table["p_max"] < SURE) & (table["gain"] < 0))]
+    largest = harmless.groupby("variant")["size"].max()
+    sentences = [f"A centred window of {size} layers, from the least harmful change on: {order} ({_unit(metric)[2]})."]
+    if len(largest):
+        named = ", ".join(f"{variant} ({size} layers)" for variant, size in largest.items())
+        sentences.append(f"The largest window at which a change is not shown to harm: {named}.")
+    else:
+        sentences.append("Every variant harms at every size, beyond luck.")
+    return sentences
 
 
 def search(table: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
@@ -157,7 +192,7 @@ def _verdict(row: pandas.Series) -> str:
     return {
         "survived": f"it survived, {share} {interval}",
         "survived in part": f"it survived in part, {share} {interval}",
-        "vanished": "the gain vanished",
+        "vanished": "less than claimed, and not shown to be any",
         "undecided": "too uncertain to say whether anything survived",
         "reversed": "it is worse than the unmodified model",
     }[row["verdict"]]
@@ -167,7 +202,7 @@ def _tally(verdicts: pandas.Series) -> str:
     said = {
         "survived": "survived",
         "survived in part": "survived in part",
-        "vanished": "vanished",
+        "vanished": "shrank to what may be nothing",
         "undecided": "could not be decided",
         "reversed": "turned into losses",
     }
@@ -211,7 +246,10 @@ def _unit(metric: str) -> tuple[int, int, str]:
 
 def _signed(value: float, metric: str, unit: bool = True) -> str:
     scale, digits, words = _unit(metric)
-    return f"{scale * value:+.{digits}f}" + f" {words}" * unit
+    text = f"{scale * value:+.{digits}f}"
+    if value and not float(text):
+        text = f"{scale * value:+.0e}"  # not nothing, only small
+    return text + f" {words}" * unit
 
 
 def _gain(row: pandas.Series, metric: str) -> str:

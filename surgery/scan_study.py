@@ -4,19 +4,24 @@
     scan_table.csv        a row per wiring: gain, interval, p, p_max, q                 (surgery.comparisons)
     scan_validation.csv   the winners on the other half
     scan_winners.csv      both halves side by side, and how much of the search gain survived
-    brain_scan.png        gain of every repeated span (family ``repeat``)
+    scan_groups.csv       the winners in every group of the validation half, if there are several
+    painters.csv          the table by variant and size of the window (family ``painters``)
 
-The first and third survive a kill: the same command goes on where it was.
+The first and third survive a kill: the same command goes on where it was. ``run`` ends with the page of
+``surgery.report``: what was found in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``,
+``painters.png``.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 import surgery
-from surgery import comparisons, figures, frames, probes, provenance, scan, scan_figures, wiring
+from surgery import comparisons, controls, frames, probes, provenance, report, scan, scan_findings, wiring
+from surgery.probes import ProbeSet
 from surgery.stack import Stack
 from surgery.wiring import Wiring
 
@@ -26,7 +31,9 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     "parallel": wiring.every_parallel,
     "swap": wiring.every_swap,
     "reverse": wiring.every_reverse,
+    "painters": lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
+FEWEST = 4  # probes: two to search with, two to measure again on
 WINNERS_COLUMNS = {
     **comparisons.COLUMNS,
     **{
@@ -39,6 +46,33 @@ WINNERS_COLUMNS = {
     "survived_high": "upper end of its 95 % interval",
     "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain",
 }
+PAINTERS_COLUMNS = {
+    **comparisons.COLUMNS,
+    "variant": "what was done to the window: skip, middle-repeat, reverse, random order, parallel mean or sum, looped",
+    "size": "layers in the window, which is centred",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scan found: every wiring on the search half, the winners on both, by group on the validation half (empty
+    where the probes are of one group), and what the best would gain by luck."""
+
+    table: pandas.DataFrame
+    winners: pandas.DataFrame
+    groups: pandas.DataFrame
+    luck: comparisons.Luck
+    metric: str
+
+    @property
+    def sentences(self) -> list[str]:
+        """What was found, and what could not be told."""
+        said = scan_findings.found(self.table, self.winners, self.luck, self.metric)
+        return [*said, *scan_findings.best_groups(self.groups, self.metric), *self.untold]
+
+    @property
+    def untold(self) -> list[str]:
+        return scan_findings.untold(self.table, self.winners)
 
 
 def run(
@@ -54,41 +88,111 @@ def run(
     memory: int | None = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
-) -> tuple[pandas.DataFrame, pandas.DataFrame, comparisons.Luck]:
-    """Scan every wiring of ``family`` on ``questions``; returns the table of the search half, the winners on the other
-    half, and what the best would gain by luck.
+) -> Found:
+    """Scan every wiring of ``family`` on ``questions``, and write tables, figures and the page to ``out``.
 
-    ``questions`` is a built-in probe set (``surgery.probes.named``) or a JSONL file. Files are written to ``out``.
+    ``questions`` is a built-in probe set (``surgery.probes.named``) or a JSONL file.
 
     Raises ValueError for an unknown family, metric or probe set, OSError where ``out`` cannot be written to.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"there is no family {family!r}; there are {', '.join(FAMILIES)}")
+    _family(family)
     folder = frames.folder(out)
     asked = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
-    search, validation = asked.split(seed)
     say(f"opening {model}")
     stack = Stack(surgery.load(model))
-    wirings = list(FAMILIES[family](stack.n_layers))
+    found = measure(
+        stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, say=say, progress=progress
+    )
+    report.build(folder)
+    return found
+
+
+def measure(
+    stack: Stack,
+    asked: ProbeSet,
+    out: "str | Path",
+    family: str = "repeat",
+    *,
+    metric: str = "loglik",
+    longest: int | None = None,
+    top: int = 10,
+    seed: int = 0,
+    memory: int | None = None,
+    say: Callable[[str], Any] = lambda _: None,
+    progress: bool = False,
+) -> Found:
+    """The tables of ``run`` on an opened model; with ``longest``, only wirings of so many layers more at most.
+
+    Raises ValueError for an unknown family or metric, and for fewer than 4 different probes.
+    """
+    _family(family)
+    if len(set(asked.probes)) < FEWEST:
+        raise ValueError(
+            f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {asked.name} has "
+            f"{len(set(asked.probes))}; give more"
+        )
+    folder = frames.folder(out)
+    search, validation = asked.split(seed)
+    wirings = [stack.wiring(one) for one in FAMILIES[family](stack.n_layers)]
+    wirings = [one for one in wirings if longest is None or one.depth <= stack.n_layers + longest]
     say(str(scan.plan(stack, wirings, search, memory)))
-    found = _scan(stack, wirings, search, folder / "scan_search.csv", metric, memory, progress)
-    table = comparisons.table(found, metric, seed=seed)
+    searched = _scan(stack, wirings, search, folder / "scan_search.csv", metric, memory, progress)
+    table = comparisons.table(searched, metric, seed=seed)
     best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
     say(f"the {len(best)} best again, on probes that took no part in the choice")
     again = _scan(stack, best, validation, folder / "scan_validation.csv", metric, memory, progress)
-    winners = comparisons.winners(found, again, metric, top=top, seed=seed)
-    manifest = provenance.manifest(stack, search.encode(stack).tokens, seed=seed, family=family, metric=metric)
-    frames.write(table, folder / "scan_table.csv", manifest, comparisons.COLUMNS)
-    frames.write(winners, folder / "scan_winners.csv", manifest, WINNERS_COLUMNS)
-    if family == "repeat":
-        frames.save({folder / "brain_scan.png": figures.png(scan_figures.brain_scan(table, stack.n_layers))})
-    return table, winners, comparisons.expected_best(found, metric, seed=seed)
+    winners = comparisons.winners(searched, again, metric, top=top, seed=seed)
+    luck = comparisons.expected_best(searched, metric, seed=seed)
+    groups = comparisons.table(again, metric, seed=seed, by_group=True)
+    groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
+    settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck)}
+    manifest = provenance.manifest(stack, search.encode(stack).tokens, seed=seed, **settings)
+    frames.write(table, folder / report.SCAN, manifest, comparisons.COLUMNS)
+    frames.write(winners, folder / report.WINNERS, manifest, WINNERS_COLUMNS)
+    frames.write(groups, folder / report.GROUPS, manifest, comparisons.COLUMNS)
+    if family == "painters":
+        painted = controls.painters(stack.n_layers).merge(table, on="wiring")
+        frames.write(painted, folder / report.PAINTERS, manifest, PAINTERS_COLUMNS)
+    return Found(table, winners, groups, luck, metric)
+
+
+def painters(
+    stack: Stack,
+    asked: ProbeSet,
+    out: "str | Path | None" = None,
+    *,
+    metric: str = "loglik",
+    sizes: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    seed: int = 0,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The reorder family of Sun et al. (2024, arXiv 2407.09298) on all of ``asked``, against the unmodified model.
+
+    Skip, middle-repeat, reverse, random order (one wiring per ``seeds``), parallel mean and sum, looped parallel, over
+    centred windows of ``sizes`` layers: variant, size, wiring, gain with interval, p, p_max, q, n_prompts. Nothing is
+    chosen here, so no probes are held back. ``out`` is a CSV file for the rows of every probe, as of ``scan.run``.
+    ``surgery.scan_figures.painters`` draws it.
+
+    Cost: ``scan.plan`` of the wirings; about 50 F for all sizes of 12 layers. Control: the unmodified model, and random
+    orders beside the reverse.
+
+    >>> from surgery import calibration, probes
+    """
+    listed = controls.painters(stack.n_layers, sizes, seeds)
+    rows = scan.run(stack, listed["wiring"].unique(), asked, out, metrics=(metric,), progress=progress)
+    return listed.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
+
+
+def _family(name: str) -> None:
+    if name not in FAMILIES:
+        raise ValueError(f"there is no family {name!r}; there are {', '.join(FAMILIES)}")
 
 
 def _scan(
     stack: Stack,
     wirings: Sequence["Wiring | str"],
-    asked: probes.ProbeSet,
+    asked: ProbeSet,
     out: Path,
     metric: str,
     memory: int | None,

@@ -2,9 +2,12 @@
 
     series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
     reversion    ``reversion_layers.csv``  whether the stream reverts to a mean          (surgery.reversion.layers)
+    scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan_study)
 
 With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained.
-Each file is written when its measurement is done; what an interruption leaves is whole.
+Each file is written when its measurement is done; what an interruption leaves is whole. The scan asks the bundled model
+questions of its own kind, any other (or the bundled one, given a text) every token of the prompts. It goes first, as it
+is the one that goes on where it was, and refuses at once a folder that holds a scan of something else.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +18,12 @@ import pandas
 import torch
 
 import surgery
-from surgery import calibration, frames, models, provenance, report, reversion, series
+from surgery import calibration, frames, models, probes, provenance, report, reversion, scan_study, series
 from surgery.prompts import read_prompts
 from surgery.stack import Stack
 from surgery.tokens import Tokens
 
-NAMES = ("series", "reversion")
+NAMES = ("series", "reversion", "scan")
 Say = Callable[[str], Any]
 
 
@@ -45,7 +48,7 @@ def run(
         text: file of prompts (see ``read_prompts``); None means the bundled model's own problems.
         out: folder for the results, made if need be.
         prompts: how many prompts, the first ones of the file; max_tokens: prompts are cut to this length.
-        max_length: longest window of layers; None means all.
+        max_length: longest window of layers, and longest span repeated; None means all.
         say: told, in words, what begins.
 
     Raises:
@@ -58,12 +61,21 @@ def run(
     """
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"there is no measurement {name!r}; there are {' and '.join(NAMES)}")
+            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(NAMES)}")
     folder = frames.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
     stack = Stack(surgery.load(model))
     tokens = tokenise(stack, numbered, text, max_tokens)
+    if "scan" in names:
+        asked, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
+        if len(names) > 1 and len(set(asked.probes)) < scan_study.FEWEST:
+            say(f"scan: left out, it needs at least {scan_study.FEWEST} different prompts")
+        else:
+            say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
+            scan_study.measure(
+                stack, asked, folder, metric=metric, longest=max_length, seed=seed, say=say, progress=progress
+            )
     untrained = Stack(models.untrained(stack.model, seed))
     settings: dict[str, Any] = {
         "prompts": prompts,
@@ -130,3 +142,12 @@ def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
     return list(enumerate(models.bundled_prompts(count, seed), start=1))
+
+
+def _questions(
+    prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int, seed: int
+) -> tuple[probes.ProbeSet, str]:
+    """What a scan asks, and the metric: problems of the bundled model by number of steps, else the prompts as text."""
+    if text is None:
+        return probes.named("babel", len(prompts), seed), "loglik"
+    return probes.text([prompt for _, prompt in prompts], max_tokens=max_tokens), "loss"

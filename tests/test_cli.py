@@ -18,15 +18,18 @@ from typer.testing import CliRunner, Result
 
 import surgery
 from surgery import cli, frames, prompts, report, study
+from surgery.wiring import every_repeat
 
 REPOSITORY = Path(surgery.__file__).resolve().parent.parent
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
+SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
+TABLES = ("series_windows", "reversion_layers", "calibration", *SCAN)
 RESULTS = {
-    *(f"{name}.csv" for name in ("series_windows", "reversion_layers", "calibration")),
-    *(f"{name}.manifest.json" for name in ("series_windows", "reversion_layers", "calibration")),
-    *(f"{name}.png" for name in ("series", "reversion", "calibration")),
+    *(f"{name}.csv" for name in TABLES),
+    *(f"{name}.manifest.json" for name in TABLES),
+    *(f"{name}.png" for name in ("series", "reversion", "calibration", "brain_scan", "pareto")),
     "report.html",
-}  # fmt: skip
+}
 
 
 def run(*arguments: object) -> Result:
@@ -67,6 +70,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(study.series, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
     monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
     monkeypatch.setattr(study.reversion, "layers", lambda *_, **__: made_up.reversion(fixtures.N_LAYERS))
+    monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
 
 
 def test_a_study_leaves_everything_behind(model, text, tmp_path):
@@ -79,7 +83,12 @@ def test_a_study_leaves_everything_behind(model, text, tmp_path):
     assert set(windows["n_prompts"]) == {len(PROMPTS)}
     assert list(layers["layer"]) == [0, 1, 2, 3]
     assert {"kappa", "kappa_untrained", "restoring"} <= set(layers)
+    assert frames.read(out / report.SCAN)["wiring"].tolist() == [
+        str(wiring) for wiring in every_repeat(fixtures.N_LAYERS) if wiring.depth <= fixtures.N_LAYERS + 3
+    ]
+    assert frames.read_manifest(out / report.SCAN)["settings"]["metric"] == "loss"
     assert "read S =" in result.stdout
+    assert "9 wirings were tried on 4 prompts" in result.stdout
     assert "the measure reads what it must" in result.stdout
     assert str(out / "report.html") in result.stdout
     manifest = frames.read_manifest(out / report.SERIES)
@@ -111,6 +120,30 @@ def test_prompts_are_the_first_of_a_jsonl_file(quick, model, tmp_path):
     run("study", "series", "--model", model, "--text", tmp_path / "three.txt", "--out", tmp_path / "plain")
     hashes = [frames.read_manifest(tmp_path / out / report.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
     assert hashes[0] == hashes[1]
+
+
+def test_the_scan_asks_the_bundled_model_its_own_problems(tmp_path):
+    result = run("study", "scan", "--prompts", 28, "--max-length", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert frames.read_manifest(tmp_path / report.SCAN)["settings"]["metric"] == "loglik"
+    assert "23 wirings were tried on 14 prompts" in result.stdout
+    assert frames.read(tmp_path / report.GROUPS)["group"].nunique() == 7
+
+
+def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_measured(model, text, tmp_path):
+    options = ["study", "--model", model, "--text", text, "--out", tmp_path / "r"]
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "scan_search.csv.part").write_text("{}\n")
+    refused(run(*options), "scan_search.csv.part holds a scan with another model")
+    assert not (tmp_path / "r" / report.SERIES).exists()
+
+
+def test_too_few_prompts_for_a_scan_leave_it_out(quick, model, tmp_path):
+    (tmp_path / "two.txt").write_text("\n".join(PROMPTS[:2]))
+    options = ["--model", model, "--text", tmp_path / "two.txt", "--out", tmp_path / "r"]
+    result = run("study", *options)
+    assert result.exit_code == 0
+    assert "scan: left out, it needs at least 4 different prompts" in result.stderr
 
 
 def test_the_report_is_made_again_from_the_files(tmp_path):
@@ -147,7 +180,7 @@ def test_version():
 def test_an_unknown_measurement_lists_what_there_is(tmp_path):
     result = run("study", "sequels", "--out", tmp_path / "x")
     assert result.exit_code == 2
-    assert "there is no measurement 'sequels'; there are series and reversion" in " ".join(result.stderr.split())
+    assert "there is no measurement 'sequels'; there are series, reversion, scan" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -307,10 +340,12 @@ def slowly(*_, **__):
 
 if sys.argv.pop(1) == "measuring":
     study.reversion.layers = slowly
+    study.scan_study.measure = lambda *_, **__: None
 else:
     study.reversion.layers = lambda *_, **__: made_up.reversion(4)
     study.series.windows = lambda *_, **__: made_up.series(4)
     study.calibrate = lambda *_: made_up.networks()
+    study.scan_study.measure = lambda *_, **__: None
     real, count = frames.os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
@@ -373,7 +408,7 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["study", "check", "report"])
+@pytest.mark.parametrize("command", ["study", "check", "report", "scan"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -218,6 +218,21 @@ def test_painters_takes_the_reorder_family_as_it_is_listed_and_averages_random_o
         scan_figures.painters(found)
 
 
+def test_groups_stand_in_the_order_of_their_numbers():
+    axes = scan_figures.group_bars(grouped(groups=("k=10", "k=9", "k=2"))).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["k=2\n(20)", "k=9\n(20)", "k=10\n(20)"]
+
+
+def test_a_scan_draws_what_it_has_data_for_and_says_the_unit():
+    scanned, none = table(6), grouped().iloc[:0]
+    assert set(scan_figures.of_scan(scanned, none, 6, "loss")) == {"brain_scan", "pareto"}
+    drawn = scan_figures.of_scan(scanned.assign(wiring=[*map(str, every_skip(6)), ":"]), grouped(), 6, "exact")
+    assert set(drawn) == {"pareto", "group_bars"}
+    for figure, caption in drawn.values():
+        assert figure.axes[0].get_ylabel() == "gain over the unmodified model (share of answers)"
+        assert "half" in caption
+
+
 def test_a_figure_drawn_again_is_the_same_file():
     once, again = (png(scan_figures.brain_scan(table(), 12)) for _ in range(2))
     assert once == again

@@ -122,7 +122,7 @@ def test_what_survived_is_told_with_its_share():
     said = scan_findings.validation(found, "loglik")
     assert said == [
         "The 3 largest gains were measured again on 30 prompts that took no part in the choice: "
-        "1 survived, 1 survived in part, 1 vanished.",
+        "1 survived, 1 survived in part, 1 shrank to what may be nothing.",
         "The best of the search, :2 1:, had claimed +0.50 nats per answer and reads +0.40 [+0.30, +0.50] nats per "
         "answer there: it survived, 80 % of the claim [60 %, 100 %].",
         "Averaged over them, +0.40 nats per answer was claimed and +0.20 found: 50 % survived. Gains chosen for being "
@@ -134,7 +134,7 @@ def test_what_survived_is_told_with_its_share():
 @pytest.mark.parametrize(
     ("verdict", "says"),
     [
-        ("vanished", "the gain vanished"),
+        ("vanished", "less than claimed, and not shown to be any"),
         ("undecided", "too uncertain to say whether anything survived"),
         ("reversed", "it is worse than the unmodified model"),
     ],
@@ -150,7 +150,7 @@ def test_a_best_that_did_not_survive(verdict, says):
 def test_gains_that_turn_into_losses_have_no_share():
     said = text(scan_findings.validation(winners((0.5, -0.2, "reversed"), (0.3, 0.1, "vanished")), "loglik"))
     assert "-0.05 found: nothing survived" in said
-    assert "1 vanished, 1 turned into losses" in said
+    assert "1 shrank to what may be nothing, 1 turned into losses" in said
 
 
 def test_nothing_claimed_is_nothing_to_measure():
@@ -205,3 +205,38 @@ def test_from_a_scan_without_any_effect_to_the_sentence_that_nothing_was_found()
     said = text(scan_findings.search(comparisons.table(halves[0], "loglik"), luck, "loglik"))
     assert "no improvement was found" in said
     assert "nothing was found that is worth keeping" in text(scan_findings.validation(found, "loglik"))
+
+
+def painted(gains):
+    rows = [
+        {"variant": variant, "size": size, "gain": gain * size, "p_max": 0.01 if gain * size < -1 else 0.5}
+        for variant, gain in gains.items()
+        for size in (2, 4, 6)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
+    said = scan_findings.painters(painted({"skip": -1.0, "reverse": -0.1, "parallel sum": -0.2}), "loglik")
+    assert said == [
+        "A centred window of 4 layers, from the least harmful change on: reverse -0.40, parallel sum -0.80, skip -4.00 "
+        "(nats per answer).",
+        "The largest window at which a change is not shown to harm: parallel sum (4 layers), reverse (6 layers).",
+    ]
+    assert (
+        scan_findings.painters(painted({"skip": -1.0}), "loss")[1] == "Every variant harms at every size, beyond luck."
+    )
+
+
+def test_an_effect_that_rounds_to_nothing_is_not_written_as_nothing():
+    row = {"wiring": ":3 1:", "group": "k=1", "gain": -0.0004, "p_max": 0.01}
+    said = scan_findings.groups(pandas.DataFrame([row]), "loglik")
+    assert said == [":3 1: harms k=1 (-4e-04) (nats per answer)."]
+
+
+def test_the_three_best_are_told_by_group_and_without_groups_nothing():
+    rows = [{"wiring": f":{n} 1:", "group": "k=1", "gain": 0.5, "p_max": 0.01} for n in (5, 4, 3, 2)]
+    said = scan_findings.best_groups(pandas.DataFrame(rows), "loglik")
+    assert len(said) == 4
+    assert said[1].startswith(":5 1: helps")
+    assert scan_findings.best_groups(pandas.DataFrame(rows).iloc[:0], "loglik") == []
