@@ -2,24 +2,32 @@
 
     python benchmarks/scan.py
 
-The same Llama of 24 layers (d_model 256), the same prompts; process time, one thread. The naive loop is timed on
-every tenth wiring and scaled by the layers that it runs. ``over floor`` is the scan's time over layer executions that
-remain times the best measured time of one layer at that batch. The largest difference between the two ways' final
-streams is printed too.
+The same Llama of 24 layers (d_model 256) and the same batch, both ways in turns; the naive loop is timed on every tenth
+wiring and scaled by the layers that it runs. One thread, process time; and two threads, wall clock, beside a process
+that keeps one core busy, where a loop of small calls waits for its second thread at every one of them. ``over floor``
+is the scan's time over layer executions that remain times the best measured time of one layer at that batch. Memory is
+what the process grows by while a scan is given a budget. The last table is the first screen on the bundled model.
 """
 
 import argparse
+import multiprocessing
+import statistics
+import threading
 import time
+from collections.abc import Callable
 
 import pandas as pd
+import psutil
 import torch
 import transformers
 
 import surgery
-from surgery import scan, schedule
+from surgery import probes, scan, schedule, search
 from surgery.models import plain
 from surgery.tokens import Tokens
 from surgery.wiring import every_repeat
+
+SIZES = ((1, 8), (2, 64), (16, 128))
 
 
 def model() -> surgery.Stack:
@@ -31,7 +39,7 @@ def model() -> surgery.Stack:
 
 
 @torch.no_grad()
-def naive(stack: surgery.Stack, wirings: list, tokens: torch.Tensor) -> tuple[float, dict[int, torch.Tensor]]:
+def naive(stack: surgery.Stack, wirings: list, tokens: torch.Tensor, clock: Callable) -> tuple[float, dict]:
     """Seconds per layer execution, and the final streams, of a layer list rebuilt for every wiring."""
     base, finals = plain(stack.model).base_model, {}
     row, norm, seconds, executions = base.layers, base.norm, 0.0, 0
@@ -39,68 +47,119 @@ def naive(stack: surgery.Stack, wirings: list, tokens: torch.Tensor) -> tuple[fl
     try:
         for index in range(0, len(wirings), 10):
             layers = wirings[index].layers
-            start = time.process_time()
+            start = clock()
             base.layers = torch.nn.ModuleList(row[layer] for layer in layers)
             base.config.num_hidden_layers = len(layers)
             finals[index] = base(tokens, use_cache=False).last_hidden_state
-            seconds += time.process_time() - start
+            seconds += clock() - start
             executions += len(layers)
     finally:
         base.layers, base.norm, base.config.num_hidden_layers = row, norm, len(row)
     return seconds / executions, finals
 
 
-def best_layer(stack: surgery.Stack, tokens: torch.Tensor, group: int) -> float:
+def best_layer(stack: surgery.Stack, tokens: torch.Tensor, group: int, clock: Callable) -> float:
     """Best seconds of one layer on one stream in a full batch."""
     context = stack.context(tokens.repeat(group, 1))
     times = []
     for _ in range(20):
-        start = time.process_time()
+        start = clock()
         stack.update(3, context.x0, context)
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return min(times) / group
+
+
+def compare(stack: surgery.Stack, batch: int, pos: int, rounds: int, clock: Callable) -> dict:
+    tokens, wirings = torch.randint(stack.d_vocab, (batch, pos)), list(every_repeat(24))
+    scheme = scan.plan(stack, wirings, Tokens.of(tokens))
+    scans, loops, floors, worst = [], [], [], 0.0
+    for _ in range(rounds):
+        seconds, finals = naive(stack, wirings, tokens, clock)
+        loops.append(seconds * schedule.naive_executions(wirings))
+        found = {}
+
+        def keep(index: int, x: torch.Tensor, finals: dict = finals, found: dict = found) -> None:
+            if index in finals:
+                found[index] = x
+
+        start = clock()
+        scan.execute(stack, wirings, tokens, keep)
+        scans.append(clock() - start)
+        floors.append(best_layer(stack, tokens, scheme.group, clock))
+        worst = max(worst, *(float((found[i] - x).abs().max() / x.abs().max()) for i, x in finals.items()))
+    ratios = sorted(loop / scanned for loop, scanned in zip(loops, scans, strict=True))
+    return {
+        "batch": f"{batch} x {pos}",
+        "naive, s": round(statistics.median(loops), 1),
+        "scan, s": round(statistics.median(scans), 1),
+        "faster": f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
+        "over floor": round(min(scans) / (scheme.executions_shared * min(floors)), 2),
+        "executions": f"{scheme.executions_naive:,.0f} -> {scheme.executions_shared:,.0f}",
+        "calls": scheme.calls,
+        "largest difference": f"{worst:.0e}",
+    }
+
+
+def memory(stack: surgery.Stack, budget: int) -> dict:
+    """What the process grows by while it scans 16 x 128 tokens within a budget: its resident size, seen every 2 ms."""
+    tokens, wirings = torch.randint(stack.d_vocab, (16, 128)), list(every_repeat(24))[::6]
+    process, peak, over = psutil.Process(), [0], threading.Event()
+    stack.run(tokens)
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    scan.execute(stack, wirings, tokens, lambda index, x: None, budget)
+    over.set()
+    watcher.join()
+    planned = scan.plan(stack, wirings, Tokens.of(tokens), budget).peak_bytes
+    return {"budget, MiB": budget >> 20, "planned": planned >> 20, "grown by": (peak[0] - before) >> 20}
+
+
+def screens() -> pd.DataFrame:
+    """How many of the true ten best of all repeated spans a screen finds, and what it costs; four sets of probes."""
+    stack, rows = surgery.Stack(surgery.load("babel")), []
+    for seed in range(4):
+        asked = probes.babel(30, seed=seed)
+        full = scan.run(stack, every_repeat(12), asked, metrics=("loglik",))
+        for share in (0.0, 0.25, 0.4):
+            found = search.screen(stack, every_repeat(12), asked, share=share)
+            recalled = search.recall(found, full).set_index("looked_at")["recall"].to_dict()
+            rows.append({"share": share, "cost, %": search.cost(found, 12), **recalled})
+    return pd.DataFrame(rows).groupby("share").mean().round(2)
+
+
+def spin() -> None:
+    while True:
+        pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-screen", action="store_true")
     args = parser.parse_args()
+    stack, rows = model(), []
     torch.set_num_threads(1)
-    stack, wirings, rows = model(), list(every_repeat(24)), []
-    for batch, pos in ((2, 64), (16, 128)):
-        tokens = torch.randint(stack.d_vocab, (batch, pos))
-        scheme = scan.plan(stack, wirings, Tokens.of(tokens))
-        scans, per_layer, floors, worst = [], [], [], 0.0
-        for _ in range(args.rounds):
-            seconds, finals = naive(stack, wirings, tokens)
-            per_layer.append(seconds)
-            found = {}
-
-            def keep(index: int, x: torch.Tensor, finals: dict = finals, found: dict = found) -> None:
-                if index in finals:
-                    found[index] = x
-
-            start = time.process_time()
-            scan.execute(stack, wirings, tokens, keep)
-            scans.append(time.process_time() - start)
-            floors.append(best_layer(stack, tokens, scheme.group))
-            worst = max(worst, *(float((found[i] - x).abs().max() / x.abs().max()) for i, x in finals.items()))
-        all_naive = [seconds * schedule.naive_executions(wirings) for seconds in per_layer]
-        ratios = sorted(n / s for n, s in zip(all_naive, scans, strict=True))
-        rows.append(
-            {
-                "batch": f"{batch} x {pos}",
-                "naive, s": round(sorted(all_naive)[len(all_naive) // 2], 1),
-                "scan, s": round(sorted(scans)[len(scans) // 2], 1),
-                "faster": f"{ratios[len(ratios) // 2]:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-                "over floor": round(min(scans) / (scheme.executions_shared * min(floors)), 2),
-                "calls": scheme.calls,
-                "peak MiB": round(scheme.peak_bytes / 2**20),
-                "largest difference": f"{worst:.0e}",
-            }
-        )
+    for batch, pos in SIZES:
+        rows.append({"threads": "1"} | compare(stack, batch, pos, args.rounds, time.process_time))
         print(rows[-1], flush=True)
+    torch.set_num_threads(2)
+    neighbour = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+    neighbour.start()
+    try:
+        rows.append({"threads": "2, shared"} | compare(stack, 2, 64, args.rounds, time.perf_counter))
+    finally:
+        neighbour.kill()
+    torch.set_num_threads(1)
     print(pd.DataFrame(rows).to_string(index=False))
+    print(pd.DataFrame([memory(stack, budget << 20) for budget in (512, 128)]).to_string(index=False))
+    if not args.no_screen:
+        print(screens().to_string())
 
 
 if __name__ == "__main__":
