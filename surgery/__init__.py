@@ -22,6 +22,7 @@ _MODULES = (
     "babel",
     "calibration",
     "cli",
+    "cluster",
     "comparisons",
     "controls",
     "displacement",

@@ -174,6 +174,12 @@ def scan(
     count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
     top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
     memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Scan on Ray workers: local, auto (what ray start began here), or an address.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many; on this machine if no --cluster is given.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -183,10 +189,12 @@ def scan(
     """
     with errors.status("starting"):
         from surgery import scan_study
+        from surgery.cluster import Cluster
 
     found = scan_study.run(
         model, family, probes, out, metric=metric, count=count, top=top, seed=seed,
         memory=None if memory is None else memory * 2**20,
+        cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
     )  # fmt: skip
     for sentence in found.sentences:

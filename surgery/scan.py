@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas
@@ -46,6 +47,9 @@ from surgery.steps import Layer, Scaled, Step, executions
 from surgery.tokens import Tokens
 from surgery.wiring import Wiring
 
+if TYPE_CHECKING:
+    from surgery.cluster import Cluster, Pool
+
 METRICS = ("loglik", "exact", "credit", "loss", "kl", "choice")
 KEY = ["wiring", "prompt", "metric"]
 COLUMNS = {
@@ -57,7 +61,7 @@ COLUMNS = {
     "baseline": "its value on this probe in the unmodified model",
 }
 
-_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
+_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
 _LOGITS_AT_ONCE = 2**24
 
 
@@ -128,11 +132,14 @@ def run(
     metrics: Sequence[str] = ("loglik", "exact"),
     memory: int | None = None,
     progress: bool = False,
+    cluster: "Cluster | Pool | str | int | None" = None,
 ) -> pandas.DataFrame:
     """One row per wiring, probe and metric: wiring, prompt, group, metric, value, baseline.
 
     ``out`` is a CSV file to fill, with a manifest beside it; without it nothing is kept if the scan is interrupted.
     Equal wirings are run once. Values equal those of each wiring run alone within 1e-5 relative. Cost: see ``plan``.
+    ``cluster`` runs the same scan on a Ray cluster: a number of workers on this machine, ``"local"``, ``"auto"``, an
+    address, or more exactly a ``surgery.cluster.Cluster``; ``memory`` is then that of each worker.
 
     Raises ValueError for an unknown metric, for ``choice`` on probes without choices, and if ``out`` holds a scan of
     another model, probe set or choice of metrics.
@@ -149,28 +156,26 @@ def run(
     given = _distinct(stack, wirings)
     identity = Wiring.of(stack.n_layers)
     table = _Table(out, _identity_of(stack, encoded, probes, metrics), len(encoded.groups) * len(metrics))
-    done = table.rows()
-    context = stack.context(encoded.tokens.to(stack.device))
-    scorer = _Scorer(stack, encoded, context, metrics)
-    missing = [wiring for wiring in given if str(wiring) not in done]
-    if str(identity) not in done:
-        clean = stack.execute(identity, context.x0, context)
-        table.append(scorer.rows(identity, clean))
-    baseline = table.rows()[str(identity)]
-    scheme = _plan(stack, missing, context, memory, timed=False)
+    found = table.rows()
+    scorer = _Scorer(stack, encoded, metrics)
+    if str(identity) not in found:
+        table.append(scorer.rows(identity, stack.execute(identity, scorer.context.x0, scorer.context)))
+    baseline = found[str(identity)]
+    missing = [wiring for wiring in given if str(wiring) not in found]
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("wirings", total=len(given), completed=len(given) - len(missing))
-        for part in scheme.parts:
-            chosen = [missing[i] for i in part]
 
-            def finish(ends: list[int], x: Tensor, chosen: list[Wiring] = chosen) -> None:
-                for index in ends:
-                    if chosen[index] != identity:
-                        table.append(scorer.rows(chosen[index], x))
-                    bar.advance(task)
+        def accept(rows: pandas.DataFrame) -> None:
+            table.append(rows)
+            bar.advance(task)
 
-            _execute(stack, chosen, context, scheme, finish)
-    found = table.rows()
+        if cluster is None:
+            measure(scorer, missing, memory, accept)
+        elif missing:
+            from surgery.cluster import joined
+
+            with joined(cluster) as pool:
+                pool.measure(scorer, missing, memory, accept)
     frame = pandas.concat([found[str(wiring)] for wiring in given], ignore_index=True)
     reference = baseline.set_index(["prompt", "metric"])["value"]
     frame["baseline"] = reference.loc[pandas.MultiIndex.from_frame(frame[["prompt", "metric"]])].to_numpy()
@@ -179,11 +184,27 @@ def run(
     return frame
 
 
+def measure(
+    scorer: "_Scorer", wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pandas.DataFrame], None]
+) -> None:
+    """Run the wirings here; the rows of each are handed to ``accept`` as it ends."""
+    scheme = _plan(scorer.stack, wirings, scorer.context, memory, timed=False)
+    for part in scheme.parts:
+        chosen = [wirings[i] for i in part]
+
+        def finish(ends: list[int], x: Tensor, chosen: list[Wiring] = chosen) -> None:
+            for index in ends:
+                accept(scorer.rows(chosen[index], x))
+
+        _execute(scorer.stack, chosen, scorer.context, scheme, finish)
+
+
 class _Scorer:
     """The metrics of a final stream, per probe."""
 
-    def __init__(self, stack: Stack, encoded: Encoded, context: Context, metrics: Sequence[str]) -> None:
+    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> None:
         self.stack, self.encoded, self.metrics = stack, encoded, tuple(metrics)
+        self.context = stack.context(encoded.tokens.to(stack.device))
         scored = encoded.scored.to(stack.device)
         self.before = torch.zeros_like(scored)
         self.before[:, :-1] = scored[:, 1:]  # the position that predicts a token is the one before it
@@ -193,7 +214,7 @@ class _Scorer:
         self.credit = share.to(stack.device)[scored].double().cpu()
         self.clean: Tensor | None = None
         if "kl" in self.metrics:
-            self.clean = stack.stream(context)[-1][self.before]
+            self.clean = stack.stream(self.context)[-1][self.before]
 
     def rows(self, wiring: Wiring, x: Float[Tensor, "batch pos d_model"]) -> pandas.DataFrame:
         n_rows, n_probes = len(self.encoded.probe), len(self.encoded.groups)

@@ -13,6 +13,7 @@ The first and third survive a kill: the same command goes on where it was. ``run
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pandas
 
 import surgery
 from surgery import comparisons, controls, frames, probes, provenance, report, scan, scan_findings, wiring
+from surgery.cluster import Cluster, Pool, joined
 from surgery.probes import ProbeSet
 from surgery.stack import Stack
 from surgery.wiring import Wiring
@@ -86,12 +88,13 @@ def run(
     top: int = 10,
     seed: int = 0,
     memory: int | None = None,
+    cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
 ) -> Found:
     """Scan every wiring of ``family`` on ``questions``, and write tables, figures and the page to ``out``.
 
-    ``questions`` is a built-in probe set (``surgery.probes.named``) or a JSONL file.
+    ``questions`` is a built-in probe set (``surgery.probes.named``) or a JSONL file; ``cluster`` as for ``scan.run``.
 
     Raises ValueError for an unknown family, metric or probe set, OSError where ``out`` cannot be written to.
     """
@@ -100,9 +103,11 @@ def run(
     asked = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
     say(f"opening {model}")
     stack = Stack(surgery.load(model))
-    found = measure(
-        stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, say=say, progress=progress
-    )
+    with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
+        found = measure(
+            stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, cluster=pool, say=say,
+            progress=progress,
+        )  # fmt: skip
     report.build(folder)
     return found
 
@@ -118,6 +123,7 @@ def measure(
     top: int = 10,
     seed: int = 0,
     memory: int | None = None,
+    cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
 ) -> Found:
@@ -136,11 +142,11 @@ def measure(
     wirings = [stack.wiring(one) for one in FAMILIES[family](stack.n_layers)]
     wirings = [one for one in wirings if longest is None or one.depth <= stack.n_layers + longest]
     say(str(scan.plan(stack, wirings, search, memory)))
-    searched = _scan(stack, wirings, search, folder / "scan_search.csv", metric, memory, progress)
+    searched = _scan(stack, wirings, search, folder / "scan_search.csv", metric, memory, cluster, progress)
     table = comparisons.table(searched, metric, seed=seed)
     best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
     say(f"the {len(best)} best again, on probes that took no part in the choice")
-    again = _scan(stack, best, validation, folder / "scan_validation.csv", metric, memory, progress)
+    again = _scan(stack, best, validation, folder / "scan_validation.csv", metric, memory, cluster, progress)
     winners = comparisons.winners(searched, again, metric, top=top, seed=seed)
     luck = comparisons.expected_best(searched, metric, seed=seed)
     groups = comparisons.table(again, metric, seed=seed, by_group=True)
@@ -196,6 +202,7 @@ def _scan(
     out: Path,
     metric: str,
     memory: int | None,
+    cluster: "Cluster | Pool | str | int | None",
     progress: bool,
 ) -> pandas.DataFrame:
-    return scan.run(stack, wirings, asked, out, metrics=(metric,), memory=memory, progress=progress)
+    return scan.run(stack, wirings, asked, out, metrics=(metric,), memory=memory, progress=progress, cluster=cluster)
