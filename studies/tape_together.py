@@ -1,0 +1,247 @@
+"""Does a second pass of the bundled model's layers help it to compose further than it was trained to?
+
+    python studies/tape_together.py --out results/tape_together                    # two to three minutes on 2 cores
+    python studies/tape_together.py --out results/tape_together_full --full        # more problems, narrower intervals
+
+The model was trained on chains of k <= 4 functions. Every span of layers gets a second pass, whole or counting half,
+on problems of k = 0 to 7; the one with the most exact answers at k >= 5 is chosen on one half of the problems, and all
+that is said about it comes from the other half, beside its controls: random spans of equal length, damped passes, the
+stream only resized, the second pass linearised, more passes, spans composed by a beam. Exact answers count, because
+likelihood also rises if a model is merely less sure where it errs: what softer answers alone give is printed beside it.
+
+Writes ``spans_by_k.csv`` (search half), ``winners.csv``, ``controls.csv`` (validation half) and two figures; killed, it
+goes on where it was.
+"""
+
+import argparse
+from dataclasses import replace
+from itertools import combinations
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import surgery
+from surgery import (
+    comparisons,
+    controls,
+    figures,
+    frames,
+    probes,
+    provenance,
+    scan,
+    scan_figures,
+    scan_findings,
+    search,
+)
+from surgery.probes import ProbeSet
+from surgery.scan_study import WINNERS_COLUMNS
+from surgery.wiring import Wiring, every_repeat
+
+FAR = ["k=5", "k=6", "k=7"]  # never trained
+METRICS = ("exact", "loglik")
+SMALL = 0.05  # a gain in exact answers that would not count as a longer reach
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/tape_together")
+    parser.add_argument("--count", type=int, help="problems of each k >= 5; a quarter below")
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+
+    folder = frames.folder(args.out)
+    stack = surgery.Stack(surgery.load("babel"))
+    n_layers, spans = stack.n_layers, list(every_repeat(stack.n_layers))
+    count = args.count or (1280 if args.full else 320)
+    problems = probes.babel(count // 4, range(5)).probes + probes.babel(count, range(5, 8)).probes
+    chosen_on, fresh = ProbeSet("babel", problems).split()
+    far_only, far_fresh = (
+        replace(half, probes=tuple(probe for probe in half.probes if probe.group in FAR)) for half in (chosen_on, fresh)
+    )
+    passes = {
+        str(controls.damped(n_layers, start, stop, factor)): (start, stop, factor)
+        for factor in (1, 0.5)
+        for start, stop in combinations(range(n_layers + 1), 2)
+    }
+
+    searched = scan.run(stack, passes, chosen_on, folder / "search.csv", metrics=METRICS)
+    by_k = comparisons.table(searched, "exact", by_group=True)
+    table = comparisons.table(far(searched), "exact")
+    best = table.nlargest(10, "gain")["wiring"].tolist()
+    start, stop, factor = passes[best[0]]
+
+    screened = search.screen(stack, spans, far_only, share=0.25)
+    whole = far(searched)[far(searched)["wiring"].isin(screened["wiring"])]
+    found = search.recall(screened, whole).set_index("looked_at")["recall"]
+    promising = [passes[wiring][:2] for wiring in screened["wiring"][:12]]
+    beam = search.beam(stack, far_only, width=4, depth=2, spans=promising)
+    composed = beam[beam["level"] > 1].nlargest(1, "gain").iloc[0]
+
+    others = [scan_figures.span(str(other), n_layers) for other in controls.random_spans(n_layers, start, stop)]
+    rows = [("chosen", best[0])]
+    rows += [(f"second pass x {share}", str(controls.damped(n_layers, start, stop, share))) for share in (0.25, 0.5, 1)]
+    rows += [(f"{n} passes", str(Wiring.of(n_layers).repeat(start, stop, n))) for n in (3, 4, 5)]
+    rows += [("random span", str(controls.damped(n_layers, *other, factor))) for other in others if other]
+    rows += [("beam", composed["wiring"]), ("norm-only", "norm-only"), ("linearised", "linearised")]
+    listed = pd.DataFrame(rows, columns=["control", "wiring"])
+    again = scan.run(stack, [*best, *listed["wiring"][:-2]], fresh, folder / "validation.csv", metrics=METRICS)
+    winners = comparisons.winners(far(searched), far(again), "exact", top=10)
+    streams = pd.concat([again, *by_streams(stack, fresh, again, start, stop)], ignore_index=True)
+    measured = listed.merge(comparisons.table(far(streams), "exact"), on="wiring")
+    likelier = comparisons.table(far(streams), "loglik").set_index("wiring")
+    measured["gain_loglik"] = likelier.loc[measured["wiring"], "gain"].to_numpy()
+    softened = softness(stack, far_only, far_fresh)
+
+    say_spans(by_k, searched)
+    print("\nSecond passes, whole or half, k >= 5:")
+    luck = comparisons.expected_best(far(searched), "exact")
+    print("\n".join(scan_findings.found(table, winners, luck, "exact")))
+    say_reach(winners.iloc[0], again)
+    shown = measured.assign(**{name: 100 * measured[name] for name in ("gain", "gain_low", "gain_high")})
+    columns = ["control", "wiring", "gain", "gain_low", "gain_high", "gain_loglik"]
+    print("\nBeside its controls, k >= 5, validation half (gain: percentage points of exact answers; nats for loglik)")
+    print(shown[columns].round(2).to_string(index=False))
+    print(
+        f"\nIn likelihood the winner gains {likelier.loc[best[0], 'gain']:+.2f} nats per answer at k >= 5. The logits "
+        "of the unmodified model, divided by a temperature chosen on the search half, gain "
+        f"{softened:+.2f}, without one more exact answer.\n"
+        f"The first screen took {search.cost(screened, n_layers):.0f} % of a full scan; of its true ten best it has "
+        f"{found[10]:.0%} among its first 10, {found[20]:.0%} among 20, {found[30]:.0%} among 30 (by likelihood).\n"
+        f"The beam's best of {len(beam)} wirings, {composed['wiring']}, had claimed {composed['gain']:+.2f} nats per "
+        f"answer on the search half and gains {likelier.loc[composed['wiring'], 'gain']:+.2f} on the other."
+    )
+
+    manifest = provenance.manifest(stack, fresh.encode(stack).tokens, seed=0, note="the tokens of the validation half")
+    meaning = {
+        **WINNERS_COLUMNS,
+        "control": "what stands beside the winner",
+        "gain_loglik": "the same in nats per answer",
+    }
+    for name, frame in (("spans_by_k", by_k), ("winners", winners), ("controls", measured)):
+        frames.write(frame, folder / f"{name}.csv", manifest, meaning)
+    drawn = scan_figures.brain_scan(table, n_layers, unit="share of exact answers, k = 5 to 7")
+    frames.save(
+        {
+            folder / "brain_scan.png": figures.png(drawn),
+            folder / "tape_together.png": figures.png(draw(again, measured, best[0])),
+        }
+    )
+
+
+def far(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["group"].isin(FAR)]
+
+
+def scored(stack, encoded, x, temperature=1.0):
+    """Exact answers and log-likelihoods (nats) of every probe when ``x`` leaves the last layer."""
+    before = torch.zeros_like(encoded.scored)
+    before[:, :-1] = encoded.scored[:, 1:]
+    logits, row = stack.readout(x[before]) / temperature, encoded.scored.nonzero()[:, 0]
+    target = encoded.tokens.ids[encoded.scored]
+    log_p = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+    wrong = torch.zeros(len(x)).index_add(0, row, (logits.argmax(-1) != target).float())
+    return (wrong == 0).float().numpy(), torch.zeros(len(x)).index_add(0, row, log_p).numpy()
+
+
+def by_streams(stack, fresh, again, start, stop):
+    """The controls that no wiring expresses, as rows of a scan."""
+    encoded = fresh.encode(stack)
+    context = stack.context(encoded.tokens)
+    like = again[again["wiring"] == again["wiring"].iloc[0]]
+    for name, control in (("norm-only", controls.norm_only), ("linearised", controls.linearised)):
+        values = dict(zip(METRICS, scored(stack, encoded, control(stack, start, stop, context)), strict=True))
+        for metric, rows in like.groupby("metric"):
+            yield rows.assign(wiring=name, value=values[metric][rows["prompt"]].astype(float))
+
+
+def softness(stack, chosen_on, fresh):
+    """Gain in nats per answer of a temperature: chosen on one half, measured on the other."""
+    gains = []
+    for asked in (chosen_on, fresh):
+        encoded = asked.encode(stack)
+        x = stack.stream(stack.context(encoded.tokens))[-1]
+        by_temperature = [scored(stack, encoded, x, 1 + step / 4)[1].mean() for step in range(37)]
+        gains.append(pd.Series(by_temperature) - by_temperature[0])
+    return gains[1][gains[0].idxmax()]
+
+
+def say_spans(by_k, searched):
+    print(
+        "Which second passes, whole or half, help which k (search half, exact answers, p_max over all of them and k):"
+    )
+    share = searched[searched["metric"] == "exact"].groupby("group")["baseline"].mean()
+    for group, rows in by_k.groupby("group"):
+        sure, best = rows[rows["p_max"] < 0.05], rows.nlargest(1, "gain").iloc[0]
+        helped = f"the best is {best['wiring']}, {100 * best['gain']:+.1f} points" if best["gain"] > 0 else "none gains"
+        print(
+            f"  {group}: {share[group]:6.1%} exact as it is; {(sure['gain'] > 0).sum()} of {len(rows)} help and "
+            f"{(sure['gain'] < 0).sum()} harm beyond luck; {helped}"
+        )
+
+
+def say_reach(row, again):
+    low, high = row["gain_low_validation"], row["gain_high_validation"]
+    word = "extends" if low > 0 else "does not extend" if high < SMALL else "may or may not extend"
+    print(
+        f"\nA second pass {word} the reach: {row['wiring']}, the best of the search half, gains "
+        f"{100 * row['gain_validation']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] percentage points of exact answers "
+        f"on {row['n_prompts_validation']} fresh problems of k = 5 to 7, where it had claimed "
+        f"{100 * row['gain_search']:+.1f}. (It does not extend it if {100 * SMALL:.0f} points are excluded.)"
+    )
+    rows = comparisons.table(again, "exact", by_group=True)
+    share = again[again["metric"] == "exact"].groupby("group")["baseline"].mean()
+    for _, own in rows[rows["wiring"] == row["wiring"]].sort_values("group").iterrows():
+        ends = ", ".join(f"{100 * own[end]:+.1f}" for end in ("gain_low", "gain_high"))
+        print(f"  {own['group']}: {share[own['group']]:6.1%} as it is, {100 * own['gain']:+.1f} [{ends}] points")
+
+
+def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
+    """Left: exact answers by k, the model and more and more passes. Right: the gain at k >= 5 beside its controls."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    lines = [(":", "the model as it is"), (winner, f"chosen: {winner}")]
+    more = measured[measured["control"].str.endswith("passes") | (measured["control"] == "second pass x 1")]
+    lines += [(row.wiring, row.control) for row in more.itertuples() if row.wiring != winner]
+    shares = comparisons.table(again.assign(baseline=0.0), "exact", by_group=True).set_index("wiring")
+    own = again[again["wiring"] == winner]
+    clean = own.assign(wiring=":", value=own["baseline"], baseline=0.0)
+    shares = pd.concat([shares, comparisons.table(clean, "exact", by_group=True).set_index("wiring")])
+    for place, (wiring, label) in enumerate(lines):
+        rows = shares.loc[wiring].sort_values("group")
+        k = rows["group"].str.removeprefix("k=").astype(int) + 0.06 * (place - 2)
+        ends = [100 * (rows["gain"] - rows["gain_low"]), 100 * (rows["gain_high"] - rows["gain"])]
+        style = {"color": scan_figures.PALETTE[place], "marker": scan_figures.MARKERS[place], "markersize": 4.5}
+        left.errorbar(k, 100 * rows["gain"], yerr=ends, label=label, linewidth=1.4, elinewidth=1, **style)
+    left.axhline(10, color=figures.FAINT, linewidth=0.8, linestyle=":", label="chance")
+    left.axvspan(4.5, 7.4, color="#EEEEEE", zorder=0, label="never trained")
+    left.set(xlabel="k: functions in the chain", ylabel="exact answers (%)", ylim=(0, 104), xlim=(-0.4, 7.4))
+    left.set_title("How far the model composes", loc="left")
+    left.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 0.12))
+    names = {"chosen": f"chosen: {winner}", "random span": "random spans", "beam": "best of the beam"}
+    order = list(dict.fromkeys(measured["control"]))
+    for place, control in enumerate(order):
+        for row in measured[measured["control"] == control].itertuples():
+            ends = [[100 * (row.gain - row.gain_low)], [100 * (row.gain_high - row.gain)]]
+            colour = figures.ACCENT if control == "chosen" else "#0072B2"
+            faint = 0.35 if control == "random span" else 1
+            right.errorbar([100 * row.gain], [place], xerr=ends, fmt="o", color=colour, markersize=4.5, alpha=faint)
+    right.set_yticks(range(len(order)), [names.get(control, control) for control in order])
+    right.invert_yaxis()
+    right.axvline(0, color=figures.INK, linewidth=0.8)
+    right.set_xlabel("gain at k = 5 to 7 (percentage points of exact answers)")
+    right.set_title("The chosen span beside its controls", loc="left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="both", alpha=0.2)
+    figure.supxlabel(
+        "validation half; lines: 95 % interval over problems; the span was chosen on the other half",
+        fontsize=9,
+        color=figures.FAINT,
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    main()
