@@ -100,11 +100,12 @@ def compare(stack: surgery.Stack, batch: int, pos: int, rounds: int, clock: Call
     }
 
 
-def memory(stack: surgery.Stack, budget: int) -> dict:
-    """What the process grows by while it scans 16 x 128 tokens within a budget: its resident size, seen every 2 ms."""
+def memory(budget: int) -> dict:
+    """What a fresh process grows by while it scans 16 x 128 tokens within a budget: its resident size, every 2 ms."""
+    torch.set_num_threads(1)
+    stack = model()
     tokens, wirings = torch.randint(stack.d_vocab, (16, 128)), list(every_repeat(24))[::6]
     process, peak, over = psutil.Process(), [0], threading.Event()
-    stack.run(tokens)
     before = process.memory_info().rss
 
     def watch() -> None:
@@ -157,7 +158,8 @@ def main() -> None:
         neighbour.kill()
     torch.set_num_threads(1)
     print(pd.DataFrame(rows).to_string(index=False))
-    print(pd.DataFrame([memory(stack, budget << 20) for budget in (512, 128)]).to_string(index=False))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        print(pd.DataFrame(fresh.map(memory, [512 << 20, 64 << 20], chunksize=1)).to_string(index=False))
     if not args.no_screen:
         print(screens().to_string())
 
