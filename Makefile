@@ -19,7 +19,7 @@ study: setup
 	$(BIN)/surgery study --out results
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -28,6 +28,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/identity.py
+	$(BIN)/python benchmarks/scan.py
 
 clean:
 	rm -rf results runs .venv

@@ -1,4 +1,4 @@
-"""Shared set-up: two threads, no network, and the architecture matrix saved once per run as Hugging Face folders."""
+"""Shared set-up: two threads (one in each of several processes), no network, and the architecture matrix saved once per run as Hugging Face folders."""
 
 import os
 
@@ -14,7 +14,7 @@ from transformer_lens import TransformerBridge
 
 import surgery
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
