@@ -270,7 +270,10 @@ def _scan(measured: _Measured) -> Section:
         f"Gains are in {scan_figures.UNITS[metric]}. The largest of many gains is large partly by luck. So one half of "
         "the probes chooses, and the largest are measured again on the other half, which took no part in the choice: "
         "that column is what to believe.",
-        "p_max asks whether the luckiest of all wirings would reach as much if none had any effect.",
+        "p_max asks whether the luckiest of all wirings would reach as much if none had any effect (of all that were "
+        "tried in the search, of those in the table on fresh probes). Verdicts: survived, better on fresh probes by "
+        "p_max < .05; in part, by less than claimed; vanished, less than claimed and not shown to be better; "
+        "undecided, too few probes to exclude either; reversed, worse.",
     ]
     drawn = scan_figures.of_scan(measured.frames[SCAN], groups, manifest["model"]["n_layers"], metric, painted)
     pictures = [Picture(name, caption, figures.png(figure)) for name, (figure, caption) in drawn.items()]

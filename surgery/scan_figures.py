@@ -61,8 +61,9 @@ def of_scan(
     if any(span(wiring, n_layers) for wiring in table["wiring"]):
         caption = "Gain of every span run twice, search half; the bars are means over a column and a row."
         drawn["brain_scan"] = brain_scan(table, n_layers, unit=unit), caption
-    caption = "Gain against the layers that a wiring runs beyond the model's own, search half."
-    drawn["pareto"] = pareto(table, n_layers, unit=unit), caption
+    if painted is None:
+        caption = "Gain against the layers that a wiring runs beyond the model's own, search half."
+        drawn["pareto"] = pareto(table, n_layers, unit=unit), caption
     if len(groups):
         caption = "The best of the search half by group of probes, on the validation half."
         best = list(dict.fromkeys(groups["wiring"]))[:MOST_BARS]
@@ -163,14 +164,21 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6, unit: str = 
     )
     names = np.append(points["wiring"].to_numpy(str), ":")[front]
     best = [place for place in np.argsort(-y)[:labels] if names[place] != ":"]
+    left = extra[gain >= floor].min(initial=0) - 0.5
     for place in best:
+        beyond = (x[place] - left) / (reach - left) + 0.011 * len(names[place]) > 1  # the label would leave the figure
         axes.annotate(
-            names[place], (x[place], y[place]), xytext=(4, 4), textcoords="offset points", ha="left", fontsize=8
+            names[place],
+            (x[place], y[place]),
+            xytext=(-4 if beyond else 4, 4),
+            textcoords="offset points",
+            ha="right" if beyond else "left",
+            fontsize=8,
         )
     axes.axhline(0, color=INK, linewidth=0.8)
     hidden = int((gain < floor).sum())
     spread = (top - floor) or 1.0
-    axes.set_xlim(extra[gain >= floor].min(initial=0) - 0.5, reach)
+    axes.set_xlim(left, reach)
     axes.set_ylim(floor - 0.05 * spread, top + 0.12 * spread)
     axes.set(xlabel="layers run beyond the model's own", ylabel=_gain_label(unit))
     axes.set_title("What the gain costs in depth", loc="left")

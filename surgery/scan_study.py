@@ -155,7 +155,8 @@ def measure(
     manifest = provenance.manifest(stack, search.encode(stack).tokens, seed=seed, **settings)
     frames.write(table, folder / report.SCAN, manifest, comparisons.COLUMNS)
     frames.write(winners, folder / report.WINNERS, manifest, WINNERS_COLUMNS)
-    frames.write(groups, folder / report.GROUPS, manifest, comparisons.COLUMNS)
+    fresh = provenance.manifest(stack, validation.encode(stack).tokens, seed=seed, **settings)
+    frames.write(groups, folder / report.GROUPS, fresh, comparisons.COLUMNS)
     if family == "painters":
         painted = controls.painters(stack.n_layers).merge(table, on="wiring")
         frames.write(painted, folder / report.PAINTERS, manifest, PAINTERS_COLUMNS)
@@ -183,7 +184,9 @@ def painters(
     Cost: ``scan.plan`` of the wirings; about 50 F for all sizes of 12 layers. Control: the unmodified model, and random
     orders beside the reverse.
 
-    >>> from surgery import calibration, probes
+    >>> table = painters(Stack(surgery.load("babel")), probes.named("babel", 4), sizes=[2], seeds=[0])
+    >>> table["variant"].tolist()
+    ['skip', 'middle-repeat', 'reverse', 'random order', 'parallel mean', 'parallel sum', 'looped parallel']
     """
     listed = controls.painters(stack.n_layers, sizes, seeds)
     rows = scan.run(stack, listed["wiring"].unique(), asked, out, metrics=(metric,), progress=progress)

@@ -107,7 +107,7 @@ def test_painters_on_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     table = frames.read(tmp_path / "painters.csv")
     assert sorted(set(table["size"])) == list(range(2, 12))
-    assert (tmp_path / "painters.png").exists()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"painters.png", "group_bars.png"}
     assert "A centred window of 7 layers, from the least harmful change on" in (tmp_path / "report.html").read_text()
 
 
