@@ -120,9 +120,9 @@ class Engine:
             return self.module(**inputs)
 
     def layer(self, index: int, x: Stream, call: Call) -> Stream:
-        """One whole layer on any stream, as the model computes it: ``x + f(x)``."""
+        """One whole layer on any stream, as the model computes it: ``x + f(x)``, on the device where ``x`` lies."""
         output = self.layers[index](x, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output).to(x.device)
 
     def sublayer(self, index: int, part: str, x: Stream, call: Call) -> Stream:
         """The layer with its other sublayer, ``attn`` or ``mlp``, costing nothing and writing zero."""

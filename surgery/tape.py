@@ -287,7 +287,7 @@ def _require(found: Tensor, expected: Tensor, stack: Stack, what: str) -> None:
 
 
 def _tolerance(stack: Stack) -> float:
-    """The model's; but many take norms or softmax in single precision whatever their weights are, not all ways alike."""
+    """The model's; but many take norms or softmax in single precision whatever their weights, not all ways alike."""
     return max(stack.tolerance, 1e-5)
 
 

@@ -1,4 +1,5 @@
-"""Shared set-up: two threads (one in each of several processes), no network, and the architecture matrix saved once per run as Hugging Face folders."""
+"""Shared set-up: two threads (one where tests run in several processes), no network, and the architecture matrix saved
+once per run as Hugging Face folders."""
 
 import os
 
