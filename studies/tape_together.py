@@ -1,7 +1,7 @@
 """Does a second pass of the bundled model's layers help it to compose further than it was trained to?
 
-    python studies/tape_together.py --out results/tape_together                    # two to three minutes on 2 cores
-    python studies/tape_together.py --out results/tape_together_full --full        # more problems, narrower intervals
+    python studies/tape_together.py --out results/tape_together                   # two to three minutes on 2 cores
+    python studies/tape_together.py --out results/tape_together_full --full       # four times the problems: 10 minutes
 
 The model was trained on chains of k <= 4 functions. Every span of layers gets a second pass, whole or counting half,
 on problems of k = 0 to 7; the one with the most exact answers at k >= 5 is chosen on one half of the problems, and all
@@ -183,12 +183,15 @@ def say_spans(by_k, searched):
 
 def say_reach(row, again):
     low, high = row["gain_low_validation"], row["gain_high_validation"]
-    word = "extends" if low > 0 else "does not extend" if high < SMALL else "may or may not extend"
+    if low > 0:
+        word = "extends" if high >= SMALL else "helps a little at the edge, but does not extend"
+    else:
+        word = "may or may not extend" if high >= SMALL else "does not extend"
     print(
         f"\nA second pass {word} the reach: {row['wiring']}, the best of the search half, gains "
         f"{100 * row['gain_validation']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] percentage points of exact answers "
         f"on {row['n_prompts_validation']} fresh problems of k = 5 to 7, where it had claimed "
-        f"{100 * row['gain_search']:+.1f}. (It does not extend it if {100 * SMALL:.0f} points are excluded.)"
+        f"{100 * row['gain_search']:+.1f}. (Not extended: the interval excludes {100 * SMALL:.0f} points.)"
     )
     rows = comparisons.table(again, "exact", by_group=True)
     share = again[again["metric"] == "exact"].groupby("group")["baseline"].mean()
@@ -220,6 +223,7 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
     left.set_title("How far the model composes", loc="left")
     left.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 0.12))
     names = {"chosen": f"chosen: {winner}", "random span": "random spans", "beam": "best of the beam"}
+    names |= {name: f"{name} (whole pass)" for name in ("norm-only", "linearised")}
     order = list(dict.fromkeys(measured["control"]))
     for place, control in enumerate(order):
         for row in measured[measured["control"] == control].itertuples():
