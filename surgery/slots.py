@@ -135,7 +135,7 @@ def composed(taped: Wiring, wiring: Wiring) -> Wiring:
         ValueError: it takes a group of the taped model apart.
 
     >>> composed(Wiring.parse(":2 1:", 3), Wiring.parse(":2 3 3", 4))
-    Wiring.parse(":2 2 2", 3)
+    Wiring.parse(": 2", 3)
     """
     owners: list[tuple[Step, int, int]] = []  # of every pass: its step, and where the step's passes begin and stop
     for step in taped.steps:
