@@ -172,8 +172,7 @@ class Replica:
         try:
             if self.stack is None or self.weights != source.weights:
                 self.stack, self.weights = source.load(device), source.weights
-            encoded, metrics = _unpack(asked, str(self.stack.device))
-            self.scorer = scan._Scorer(self.stack, encoded, metrics)
+            self.scorer = scan._Scorer(self.stack, *_unpack(asked, str(self.stack.device)))
             here = neighbours if self.stack.device.type == "cpu" else 1
             self.memory = scan._free(self.stack) // 2 // here if memory is None else memory
         except Exception as error:  # whatever a model, its files or its classes may raise
@@ -253,7 +252,7 @@ class Pool:
         count, nodes = self._count(gpus)
         waiting = deque([wirings[i] for i in shard] for shard in schedule.shards(wirings, SHARDS * count))
         count = min(count, len(waiting))
-        source, asked = self._source(scorer.stack), self.ray.put(_pack((scorer.encoded, scorer.metrics)))
+        source, asked = self._source(scorer.stack), self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.first)))
         # No processors are reserved: what else runs on the cluster cannot keep a worker from starting.
         made = self.ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Replica)
         promises: dict[Any, _Worker] = {}

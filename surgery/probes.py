@@ -67,6 +67,19 @@ class Encoded:
     sha256: str  # of the probe set
     credit: Float[Tensor, "row pos"] | None = None
 
+    def portion(self, first: int, stop: int) -> "Encoded":
+        """The probes ``first`` to ``stop - 1``, numbered from 0, padded as they were."""
+        rows = [row for row, probe in enumerate(self.probe) if first <= probe < stop]
+        return Encoded(
+            Tokens(self.tokens.ids[rows], self.tokens.mask[rows]),
+            self.scored[rows],
+            tuple(self.probe[row] - first for row in rows),
+            tuple(self.choice[row] for row in rows),
+            self.groups[first:stop],
+            self.sha256,
+            None if self.credit is None else self.credit[rows],
+        )
+
 
 @dataclass(frozen=True)
 class ProbeSet:

@@ -3,7 +3,8 @@ r"""Many wirings on many prompts, exactly, at the cost of few: ``scan.run(stack,
 Wirings become one graph in which no layer runs twice on the same stream (``surgery.schedule``); streams that wait for
 the same layer ride through it as one batch; a stream is forgotten when nothing needs it. What is left is the floor:
 the layer executions that remain, times what a layer costs at that batch. Sharing beginnings alone can at most halve a
-scan of repeated spans (after the jump every path is its own); the batches are what makes small inputs fast.
+scan of repeated spans (after the jump every path is its own); the batches are what makes small inputs fast. Probes that
+are too many for the memory are scanned in portions.
 
 Rows are appended to ``<out>.part`` as wirings finish, flushed to the disk, and become the file ``out`` when all are
 there. Killed at any moment, the same command goes on; another model, probe set or metric is refused, not mixed in.
@@ -25,9 +26,11 @@ thousands is lucky. Prior art runs the whole model per configuration: D. Ng (RYS
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +70,11 @@ _LOGITS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scan will cost, told beforehand. ``executions`` are layers run on the whole probe set."""
+    """What a scan will cost, told beforehand. ``executions`` are layers run on the whole probe set, which is gone
+    through in ``portions``, each in ``parts`` of the wirings."""
 
     wirings: int
+    portions: int
     parts: tuple[tuple[int, ...], ...]
     group: int
     order: schedule.Order
@@ -82,8 +87,9 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"{self.wirings} wirings: {self.executions_shared:,.0f} layer executions instead of "
-            f"{self.executions_naive:,.0f}, in {self.calls:,} calls; at most {self.peak_bytes / 2**20:,.0f} MiB "
-            f"at once, about {self.seconds:,.0f} s"
+            f"{self.executions_naive:,.0f}, in {self.calls:,} calls"
+            + (f" and {self.portions} portions of the probes" if self.portions > 1 else "")
+            + f"; at most {self.peak_bytes / 2**20:,.0f} MiB at once, about {self.seconds:,.0f} s"
         )
 
 
@@ -99,8 +105,12 @@ def plan(
     >>> plan(Stack(calibration.random_network()), [":", ":2 1:"], tokens).executions_shared
     11.0
     """
-    tokens = probes if isinstance(probes, Tokens) else probes.encode(stack).tokens
-    return _plan(stack, _distinct(stack, wirings), stack.context(tokens.to(stack.device)), memory)
+    portions = (
+        [probes] if isinstance(probes, Tokens) else [p.tokens for p in _portions(stack, probes.encode(stack), memory)]
+    )
+    one = _plan(stack, _distinct(stack, wirings), stack.context(portions[0].to(stack.device)), memory)
+    count = len(portions)
+    return replace(one, portions=count, calls=count * one.calls, seconds=count * one.seconds)
 
 
 def execute(
@@ -155,33 +165,46 @@ def run(
         raise ValueError("the metric 'choice' needs probes with choices, and these have none")
     given = _distinct(stack, wirings)
     identity = Wiring.of(stack.n_layers)
-    table = _Table(out, _identity_of(stack, encoded, probes, metrics), len(encoded.groups) * len(metrics))
-    found = table.rows()
-    scorer = _Scorer(stack, encoded, metrics)
-    if str(identity) not in found:
-        table.append(scorer.rows(identity, stack.execute(identity, scorer.context.x0, scorer.context)))
+    table = _Table(out, _identity_of(stack, encoded, probes, metrics))
+    portions = _portions(stack, encoded, memory)
+    with Progress(disable=not progress, transient=True) as bar, ExitStack() as workers:
+        task = bar.add_task("wirings", total=len(portions) * len(given))
+        pool, first = None, 0
+        for portion in portions:
+            scorer = _Scorer(stack, portion, metrics, first)
+            first += len(portion.groups)
+            if not table.has(identity, scorer):
+                table.append(scorer.rows(identity, stack.execute(identity, scorer.context.x0, scorer.context)))
+            missing = [wiring for wiring in given if not table.has(wiring, scorer)]
+            bar.advance(task, len(given) - len(missing))
+
+            def accept(rows: pandas.DataFrame) -> None:
+                table.append(rows)
+                bar.advance(task)
+
+            if cluster is None or not missing:
+                measure(scorer, missing, memory, accept)
+                continue
+            if pool is None:
+                from surgery.cluster import joined
+
+                pool = workers.enter_context(joined(cluster))
+            pool.measure(scorer, missing, memory, accept)
+    found = {text: _in_order(rows, metrics) for text, rows in table.found.items()}
     baseline = found[str(identity)]
-    missing = [wiring for wiring in given if str(wiring) not in found]
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("wirings", total=len(given), completed=len(given) - len(missing))
-
-        def accept(rows: pandas.DataFrame) -> None:
-            table.append(rows)
-            bar.advance(task)
-
-        if cluster is None:
-            measure(scorer, missing, memory, accept)
-        elif missing:
-            from surgery.cluster import joined
-
-            with joined(cluster) as pool:
-                pool.measure(scorer, missing, memory, accept)
     frame = pandas.concat([found[str(wiring)] for wiring in given], ignore_index=True)
     reference = baseline.set_index(["prompt", "metric"])["value"]
     frame["baseline"] = reference.loc[pandas.MultiIndex.from_frame(frame[["prompt", "metric"]])].to_numpy()
     if out is not None:
         table.close(frame, stack, encoded)
     return frame
+
+
+def _in_order(portions: list[pandas.DataFrame], metrics: Sequence[str]) -> pandas.DataFrame:
+    """The rows of all portions as if there had been one."""
+    rows = pandas.concat(portions, ignore_index=True)
+    order = rows["metric"].map(list(metrics).index)
+    return rows.iloc[np.lexsort((rows["prompt"], order))].reset_index(drop=True)
 
 
 def measure(
@@ -200,10 +223,10 @@ def measure(
 
 
 class _Scorer:
-    """The metrics of a final stream, per probe."""
+    """The metrics of a final stream, per probe; ``first`` is the number of a portion's first probe in its set."""
 
-    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> None:
-        self.stack, self.encoded, self.metrics = stack, encoded, tuple(metrics)
+    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str], first: int = 0) -> None:
+        self.stack, self.encoded, self.metrics, self.first = stack, encoded, tuple(metrics), first
         self.context = stack.context(encoded.tokens.to(stack.device))
         scored = encoded.scored.to(stack.device)
         self.before = torch.zeros_like(scored)
@@ -247,7 +270,7 @@ class _Scorer:
             values["choice"] = (best.groupby("probe")["choice"].first() == 0).to_numpy(dtype=float)
         columns = {
             "wiring": str(wiring),
-            "prompt": np.tile(np.arange(n_probes), len(self.metrics)),
+            "prompt": np.tile(np.arange(self.first, self.first + n_probes), len(self.metrics)),
             "group": list(self.encoded.groups) * len(self.metrics),
             "metric": np.repeat(self.metrics, n_probes),
             "value": np.concatenate([values[metric] for metric in self.metrics]),
@@ -260,13 +283,14 @@ def _log_softmax(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_v
 
 
 class _Table:
-    """Rows that survive a kill: blocks, one per wiring, appended to a file and flushed; half a block is cut off
-    again."""
+    """Rows that survive a kill: blocks, one per wiring and portion, appended to a file and flushed; half a block is cut
+    off again."""
 
-    def __init__(self, out: "str | Path | None", identity: dict[str, str], block: int) -> None:
+    def __init__(self, out: "str | Path | None", identity: dict[str, str]) -> None:
         self.path = None if out is None else Path(out)
-        self.identity, self.block = identity, block
-        self.found: dict[str, pandas.DataFrame] = {}
+        self.identity = identity
+        self.found: dict[str, list[pandas.DataFrame]] = {}
+        self.prompts: dict[str, set[int]] = {}
         if self.path is None:
             return
         frames.folder(self.path.parent)
@@ -278,14 +302,26 @@ class _Table:
         else:
             self._write(json.dumps(self.identity).encode() + b"\n", "wb")
 
-    def rows(self) -> dict[str, pandas.DataFrame]:
-        return self.found
+    def has(self, wiring: Wiring, scorer: _Scorer) -> bool:
+        """Whether the rows of a wiring are there for every probe of a portion; a probe's rows come all at once."""
+        probes = range(scorer.first, scorer.first + len(scorer.encoded.groups))
+        return self.prompts.get(str(wiring), set()).issuperset(probes)
 
     def append(self, rows: pandas.DataFrame) -> None:
-        self.found[str(rows["wiring"].iloc[0])] = rows
-        if self.path is not None:
+        """Keep the rows of a wiring for probes that it has none for, in memory and on disk."""
+        rows = self._book(rows)
+        if self.path is not None and len(rows):
             block = [list(row) for row in rows.itertuples(index=False)]
             self._write(json.dumps(block, default=float).encode() + b"\n", "ab")
+
+    def _book(self, rows: pandas.DataFrame) -> pandas.DataFrame:
+        wiring = str(rows["wiring"].iloc[0])
+        known = self.prompts.setdefault(wiring, set())
+        rows = rows[~rows["prompt"].isin(known)]
+        if len(rows):
+            self.found.setdefault(wiring, []).append(rows)
+            known.update(rows["prompt"])
+        return rows
 
     def close(self, frame: pandas.DataFrame, stack: Stack, encoded: Encoded) -> None:
         """All rows are there: the file gets its name, the part is removed."""
@@ -316,7 +352,7 @@ class _Table:
             return
         for line in lines[1:-1]:
             rows = pandas.DataFrame(json.loads(line), columns=["wiring", "prompt", "group", "metric", "value"])
-            self.found[str(rows["wiring"].iloc[0])] = rows
+            self._book(rows)
         with open(self.part, "r+b") as file:
             file.truncate(whole)
 
@@ -324,11 +360,10 @@ class _Table:
         assert self.path is not None
         self._compare(manifest.get("scan", {}), self.path)
         frame["group"] = frame["group"].fillna("")
-        for wiring, rows in frame.groupby("wiring", sort=False):
-            self.found[str(wiring)] = rows.drop(columns="baseline").reset_index(drop=True)
+        for _, rows in frame.groupby("wiring", sort=False):
+            self._book(rows.drop(columns="baseline").reset_index(drop=True))
         clean = next(rows for _, rows in frame.groupby("wiring", sort=False))
-        clean = clean.assign(wiring=":", value=clean["baseline"]).drop(columns="baseline").reset_index(drop=True)
-        self.found.setdefault(":", clean)
+        self._book(clean.assign(wiring=":", value=clean["baseline"]).drop(columns="baseline").reset_index(drop=True))
 
     def _compare(self, identity: dict[str, str], path: Path) -> None:
         for key, value in self.identity.items():
@@ -355,10 +390,7 @@ def _plan(stack: Stack, wirings: Sequence[Wiring], context: Context, memory: int
     tokens = context.tokens.ids.numel()
     stream = context.x0.numel() * context.x0.element_size()
     memory = _free(stack) // 2 if memory is None else memory
-    # Beside the streams themselves a layer needs, per token: its input and output, normed copies, queries, keys and
-    # values, and the MLP's inside. The allowance is generous; the budget is a bound.
-    inside = 8 * stack.d_model + 3 * int(getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model)
-    working = inside * tokens * context.x0.element_size()
+    working = _inside(stack) * tokens * context.x0.element_size()
     group = max(1, min(_TOKENS_AT_ONCE.get(stack.device.type, 8192) // tokens, memory // 4 // working))
     alive = max(2, (memory - group * working) // stream - group)
 
@@ -372,6 +404,7 @@ def _plan(stack: Stack, wirings: Sequence[Wiring], context: Context, memory: int
     most = max((cost.alive for cost in chosen), default=0)
     return Plan(
         wirings=len(wirings),
+        portions=1,
         parts=tuple(parts),
         group=group,
         order=order,
@@ -381,6 +414,21 @@ def _plan(stack: Stack, wirings: Sequence[Wiring], context: Context, memory: int
         peak_bytes=(most + group) * stream + group * working,
         seconds=executed * _seconds(stack, context, group) if timed else float("nan"),
     )
+
+
+def _inside(stack: Stack) -> int:
+    """Numbers a token that a running layer needs beside the streams: its input and output, normed copies, queries, keys
+    and values, the MLP's inside, and about as much again that the allocator holds between them (measured)."""
+    return 14 * stack.d_model + 6 * int(getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model)
+
+
+def _portions(stack: Stack, encoded: Encoded, memory: int | None) -> list[Encoded]:
+    """The probes in even portions of which one layer and one stream for every layer fit into the memory."""
+    memory = _free(stack) // 2 if memory is None else memory
+    n_probes, size = len(encoded.groups), torch.finfo(stack.dtype).bits // 8
+    needed = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * size * encoded.tokens.ids.numel()
+    edges = np.linspace(0, n_probes, min(n_probes, math.ceil(needed / max(memory, 1))) + 1).round().astype(int)
+    return [encoded.portion(int(first), int(stop)) for first, stop in itertools.pairwise(edges)]
 
 
 def _seconds(stack: Stack, context: Context, group: int) -> float:

@@ -127,6 +127,19 @@ def test_the_plan_counts_what_will_run_and_bounds_memory(load, monkeypatch):
     assert "10 wirings: 34 layer executions instead of 60" in str(scan.plan(stack, given, tokens))
 
 
+def test_probes_too_many_for_the_memory_are_scanned_in_portions(load, tmp_path, monkeypatch):
+    stack, given, out = Stack(load("llama")), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
+    expected = scan.run(stack, given, PROBES)
+    assert scan.plan(stack, given, PROBES, 60_000).portions > 2
+    assert "portions of the probes" in str(scan.plan(stack, given, PROBES, 60_000))
+    assert same(scan.run(stack, given, PROBES, memory=60_000), expected)
+    with monkeypatch.context() as patch:  # stopped, and continued with another memory: other portions
+        patch.setattr(scan._Table, "close", lambda *args: None)
+        scan.run(stack, given[:5], PROBES, out, memory=60_000)
+    assert same(scan.run(stack, given, PROBES, out, memory=90_000), expected)
+    assert same(scan.run(stack, given, PROBES, out), expected)
+
+
 def test_streams_are_forgotten(load):
     """Of a scan cut into parts no more streams live at once than the plan says."""
     stack = Stack(load("llama"))
