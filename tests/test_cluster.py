@@ -122,7 +122,7 @@ def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path,
     assert victim not in pool.workers
     assert set(accepted.values()) == {1}
     # Rows on their way when it died may still have come, so at most what it owed runs again.
-    assert 0 < pool.sent - before - len(set(expected["wiring"])) + expected["wiring"].eq(":").any() <= len(owed)
+    assert 0 <= pool.sent - before - len(set(expected["wiring"])) + expected["wiring"].eq(":").any() <= len(owed)
 
 
 def test_interrupted_and_continued(load, pool, tmp_path, accepted, monkeypatch):
