@@ -352,7 +352,7 @@ class Pool:
 
 def _spread(name: str, dtype: torch.dtype, device_map: "str | dict[str, Any]") -> Any:
     """A model laid over several devices by accelerate."""
-    place = str(models.reference_folder()) if name == models.REFERENCE else name
+    place = str(models.reference_folder(name)) if name in models.BUNDLED else name
     plain = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, device_map=device_map)
     return models.load(plain, tokenizer=AutoTokenizer.from_pretrained(place))
 

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from surgery.babel import Babel
 
 REFERENCE = "babel"
+BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
 
 _plain_twins: "weakref.WeakKeyDictionary[TransformerBridge, PreTrainedModel]" = weakref.WeakKeyDictionary()
 
@@ -45,9 +46,9 @@ def load(
     """Open a model as a ``TransformerBridge`` with a plain twin on the same weights.
 
     Args:
-        model: ``"babel"`` (bundled), a folder with ``config.json`` and ``*.safetensors``, a name on the Hugging Face
-            hub, a Hugging Face model in memory (left usable and saveable; ``device`` and ``dtype`` are then its own),
-            or a bridge (returned as it is).
+        model: ``"babel"`` (bundled; ``"babel-translation"`` was trained on k = 0 alone), a folder with ``config.json``
+            and ``*.safetensors``, a name on the Hugging Face hub, a Hugging Face model in memory (left usable and
+            saveable; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
         tokenizer: for a model in memory; otherwise the one stored beside the weights.
 
     Raises:
@@ -62,7 +63,7 @@ def load(
         _refuse_encoder_decoder(model.config, type(model).__name__)
         return _wrap(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
     name = str(model)
-    place = str(reference_folder()) if name == REFERENCE else name
+    place = str(reference_folder(name)) if name in BUNDLED else name
     with _quiet():
         plain = _from_pretrained(place, name, dtype)
         if tokenizer is None:
@@ -89,10 +90,10 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     return _wrap(fresh.to(model.cfg.device), model.tokenizer, f"{model.cfg.model_name} (untrained, seed {seed})")
 
 
-def reference_folder() -> Path:
-    """Where the bundled model lies: inside an installed package, or in ``data/`` of a checkout."""
+def reference_folder(name: str = REFERENCE) -> Path:
+    """Where a bundled model lies: inside an installed package, or in ``data/`` of a checkout."""
     here = Path(__file__).resolve().parent
-    for folder in (here / "data" / "reference", here.parent / "data" / "reference"):
+    for folder in (here / "data" / BUNDLED[name], here.parent / "data" / BUNDLED[name]):
         if (folder / "config.json").is_file():
             return folder
     raise ModelError("the bundled model is not installed with this package; run from a checkout of the project")

@@ -137,7 +137,7 @@ def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path 
 def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list[tuple[int, str]]:
     if text is not None:
         return read_prompts(text, count)
-    if model != models.REFERENCE:
+    if model not in models.BUNDLED:
         raise ValueError(
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
