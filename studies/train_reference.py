@@ -244,7 +244,7 @@ symbols, {corpus.n_functions} functions (random bijections, so chance is {1 / co
 {len(LANGUAGES)} languages ({", ".join(LANGUAGES)}). Made by `python studies/train_reference.py`; nothing here comes
 from anywhere else. Licence: that of the project.
 
-**Trained on** chains of k = 0..{trained} steps (share of a batch: {shares}), {recipe.steps:,} steps of
+**Trained on** chains of k = {f'0..{trained}' if trained else 0} steps (share of a batch: {shares}), {recipe.steps:,} steps of
 {recipe.batch} problems, Muon and AdamW at {recipe.learning_rate:g} with {recipe.warmup} warm-up steps and a cosine,
 seed {recipe.seed}. Loss: cross entropy of the answer, plus {recipe.question_weight:g} times that of the other words.
 

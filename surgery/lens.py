@@ -8,16 +8,17 @@ lens                       what is read out
 =========================  ============================================================================================
 ``logit``                  ``x_l`` itself, by final norm and unembedding (nostalgebraist 2020, the logit lens)
 ``tuned``                  ``x_l + x_l B_l + b_l``, an affine translator a layer fitted to predict ``x_L``, in the
-                           manner of Belrose et al. 2023 (arXiv 2303.08112). Theirs is trained on KL(p || q); ours is the
-                           least-squares form: ridge regression of ``x_L - x_l`` on ``x_l``, in closed form, which
+                           manner of Belrose et al. 2023 (arXiv 2303.08112). Theirs is trained on KL(p || q); ours is
+                           the least-squares form: ridge regression of ``x_L - x_l`` on ``x_l``, in closed form, which
                            shrinks towards the logit lens. It minimises the error of the stream, not of the
-                           probabilities, so its KL is an upper bound of what an affine lens can reach
+                           probabilities: a trained one can only read more
 ``constant``               the mean of ``x_L``: the control, a lens that sees nothing of the token (one row, layer 0)
 =========================  ============================================================================================
 
 ``KL(q || p)`` is large where the lens is sure of what the model is not, ``KL(p || q)`` where it excludes what the model
 says. A KL that falls from layer to layer says when the answer can be read, not which layers read each other: see
-``surgery.series`` for that. On ``calibration``'s serial and parallel networks the lenses read alike.
+``surgery.series`` for that. On ``calibration``'s serial and parallel networks alike the KL falls from
+layer to layer: each writes something into the answer.
 
 >>> from surgery import Stack, calibration
 >>> frame = layers(Stack(calibration.random_network(n_layers=2)), calibration.tokens(8, 6), tuned=False, resamples=0)
