@@ -234,7 +234,7 @@ def data_card(recipe: Recipe, corpus: Babel, scores: pd.DataFrame) -> str:
     trained, shares = len(recipe.mix) - 1, ", ".join(f"{share:.0%}" for share in recipe.mix)
     by_k = scores.groupby("k").agg(problems=("exact", "size"), exact=("exact", "mean"), loss=("loss", "mean"))
     pairs = scores.groupby(["source", "target", "k"])["exact"].mean().unstack("k")
-    known = min(3, trained)
+    known, lengths = min(3, trained), f"0..{trained}" if trained else "0"
     worst = scores[scores.k <= known].groupby(["source", "target", "k"])["exact"].mean().min()
     return f"""# The reference model{"" if trained else ", trained to translate only"}
 
@@ -244,7 +244,7 @@ symbols, {corpus.n_functions} functions (random bijections, so chance is {1 / co
 {len(LANGUAGES)} languages ({", ".join(LANGUAGES)}). Made by `python studies/train_reference.py`; nothing here comes
 from anywhere else. Licence: that of the project.
 
-**Trained on** chains of k = {f'0..{trained}' if trained else 0} steps (share of a batch: {shares}), {recipe.steps:,} steps of
+**Trained on** chains of k = {lengths} steps (share of a batch: {shares}), {recipe.steps:,} steps of
 {recipe.batch} problems, Muon and AdamW at {recipe.learning_rate:g} with {recipe.warmup} warm-up steps and a cosine,
 seed {recipe.seed}. Loss: cross entropy of the answer, plus {recipe.question_weight:g} times that of the other words.
 

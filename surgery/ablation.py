@@ -141,7 +141,9 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: Kind = "mean", amount: fl
         context, mask = stack.context(batch), batch.ensemble(ensemble.skip_first)
         stream = stack.stream(context)
         if not stream[:, mask].isfinite().all():
-            raise ValueError(f"the stream of {stack.name} is not finite: load the model in float32, or mend its weights")
+            raise ValueError(
+                f"the stream of {stack.name} is not finite: load the model in float32, or mend its weights"
+            )
         partner = partners(mask, np.random.default_rng((ensemble.seed, 2, first))) if kind == "resample" else None
         yield CleanRun(first, context, mask, stream, amount, means, partner)
         first += len(batch)

@@ -258,7 +258,9 @@ class _Tally:
         rounding = {layer: _rounding(self.stack, Moments.concatenate(parts)) for layer, parts in self.sizes.items()}
         for layer, later in self.relative:
             row: dict[str, float] = {"layer": layer, "later": later, "n_prompts": self.draws.shape[1]}
-            found = {name: self.dependence(name, layer, later, clean[later], rounding[later], draws) for name in measures}
+            found = {
+                name: self.dependence(name, layer, later, clean[later], rounding[later], draws) for name in measures
+            }
             if "local" in found:
                 found["chain"] = found["T"] - found["local"]
             relative = torch.cat(self.relative[layer, later]).double()

@@ -30,15 +30,18 @@ every layer reads nothing but the one before. What they have to be compared with
   the updates, ``x_a + sum p_l``. ``mean`` averages the outputs (Sun et al. 2024, arXiv 2407.09298): a step of 1/length,
   so its damage is no evidence against parallelism. A change of loss may be negative, the divergence may not.
 
-S is about dependence between whole layers: attention feeding the MLP of its own layer stays inside one. It says nothing
-of usefulness; for that read it beside the damage. ``_low`` and ``_high`` are 95 % percentile intervals over resampled
+S is about dependence between whole layers: attention feeding the MLP of its own layer stays inside one. With
+``grain="sublayer"`` the units of a window are attention and MLP of each layer, in the order in which they run, each
+reading the stream that the model gives it. Where the two stand side by side (GPT-J, GPT-NeoX) the MLP reads what enters
+its layer, so a layer by itself reads R = O = N = 0, exactly; R/N is then undefined. S says nothing of usefulness; for that read it beside the damage. ``_low`` and ``_high`` are 95 % percentile intervals over resampled
 prompts, the measures of a row from the same resamples. Compare with ``surgery.calibration`` and with the architecture
 untrained. R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
 """
 
-import itertools
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,13 +51,31 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
+from surgery import frames, similarity
+from surgery.dependence import Reading, Stream, Sums
 from surgery.ensemble import exchanged, partners
 from surgery.stack import Context, Stack
-from surgery.stats import RESAMPLES, Moments, columns, weights
+from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
 
-Stream = Float[Tensor, "batch pos d_model"]
-Resampled = Float[Tensor, " resample"]
+COLUMNS = {
+    "first": "first unit of the window, a sublayer (3.attn); start and stop count sublayers",
+    "last": "last unit of the window",
+    "length": "length of the windows of the columns that end in _window",
+    "loss_skip": "loss added by leaving the layer out (nats per token)",
+    "kl_skip": "KL(clean || without the layer) of the next-token distributions (nats per token)",
+}
+PROFILE = [
+    *(f"{name}_{span}" for span in ("pair", "window") for name in ("S", "R", "R_over_N", "loss_parallel_sum")),
+    *("loss_skip", "kl_skip", "update_ratio", "cosine", "block_influence"),
+]
+for _name in PROFILE:
+    _measure, _, _span = _name.rpartition("_")
+    _which = {"pair": "the layer and the next", "window": "the window that starts with the layer"}.get(_span)
+    _meaning = (frames.COLUMNS | similarity.COLUMNS | COLUMNS)[_measure if _which else _name]
+    COLUMNS[_name] = f"{_meaning}; of {_which}" if _which else _meaning
+    for _end, _word in (("low", "lower"), ("high", "upper")):
+        COLUMNS[f"{_name}_{_end}"] = f"{_word} end of the 95 % interval of {_name} (bootstrap over prompts)"
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
@@ -69,11 +90,14 @@ def windows(
     seed: int = 0,
     batch_size: int = 64,
     damage: bool = True,
+    grain: str = "layer",
     progress: bool = False,
 ) -> pandas.DataFrame:
     """R, O, S, their nulls and the damage of running it parallel, for every window of 2 to ``max_length`` layers.
 
-    None means windows of any length. Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
+    None means windows of any length. ``grain="sublayer"`` counts ``start``, ``stop`` and ``max_length`` in sublayers
+    (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
+    ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
     ``R_over_N``, ``R_shuffled`` and, with ``damage``, ``loss_parallel_sum``, ``loss_parallel_mean``,
     ``kl_parallel_sum``, ``kl_parallel_mean``; see the module. A window whose layers write nothing that varies is
@@ -84,53 +108,58 @@ def windows(
     more. For all windows that is (3 L + 1)/2 F and (L - 1)(L - 2)/3 F: 55 F at 12 layers. Memory: three
     times the stream of one batch, and 3 W d_model numbers a prompt.
 
-    Raises ValueError for ``max_length`` below 2, a model of one layer, prompts without two tokens to compare, and a
-    stream that is not finite.
+    With sublayers 2 L stands for L and one of them costs half as much.
+
+    Raises ValueError for ``max_length`` below 2, a model of one layer, prompts without two tokens to compare, a stream
+    that is not finite, and sublayers of a model whose layers cannot be split.
 
     >>> from surgery import Stack, calibration
     >>> frame = windows(Stack(calibration.parallel_network()), calibration.tokens(), max_length=2)
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
-    tokens = Tokens.of(tokens).to(stack.device)
-    longest = stack.n_layers if max_length is None else max_length
-    _check(stack, tokens, longest, skip_first, batch_size)
-    starts = range(stack.n_layers - 1)
-    sums, generator = _Sums(), np.random.default_rng((seed, 1))
+    tokens, units = Tokens.of(tokens).to(stack.device), _Units.of(stack, grain)
+    longest = len(units) if max_length is None else max_length
+    _check(units, tokens, longest, skip_first, batch_size)
+    starts = range(len(units) - 1)
+    sums, generator = Sums(), np.random.default_rng((seed, 1))
     batches = list(tokens.batches(max(batch_size, 3)))  # in less, a prompt could have no other to exchange with
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
             context = stack.context(batch)
-            stream = stack.stream(context)
+            stream = units.stream(context)
             sums.open(batch.ensemble(skip_first))
-            sums.add((batch.mask[:, :-1] & batch.mask[:, 1:]).sum(1), "predictions")
+            sums.add(_predicting(batch).sum(1), "predictions")
             _read_stream(stream, sums)
             partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
-                    for layer, alone in _alone(stack, context, stream, start, longest, "frozen", sums):
-                        written = stream[layer] - stream[start]
+                    for layer, alone in _alone(units, context, stream, start, longest, "frozen", sums):
+                        written = stream[units.reads[layer]] - stream[start]
                         entry = stream[start] + exchanged(written, batch.mask, partner)
-                        shuffled = stack.update(layer, entry, context)
+                        shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - alone, "shuffled effect", start, layer)
                         sums.square(written, "written", start, layer)
                     bar.advance(task)
             for start in starts:
-                updates = _alone(stack, context, stream, start, longest, "live", sums)
+                updates = _alone(units, context, stream, start, longest, "live", sums)
                 if damage:
-                    _run_parallel(stack, context, stream, start, updates, sums)
+                    _run_parallel(units, context, stream, start, updates, sums)
                 else:
                     list(updates)
                 bar.advance(task)
     draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
-    reading, rows = _Reading(stack, sums, draws), []
+    reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
     for start in starts:
-        layers = _layers(stack.n_layers, start, longest)
+        layers = _layers(len(units), start, longest)
         measures = reading.measures(start, layers, damage)
         for i, layer in enumerate(layers):
-            row: dict[str, float] = {"start": start, "stop": layer + 1, "n_prompts": len(tokens)}
+            row: dict[str, str | float] = {"start": start, "stop": layer + 1}
+            if grain == "sublayer":
+                row |= {"first": units.names[start], "last": units.names[layer]}
+            row["n_prompts"] = len(tokens)
             for name, values in measures.items():
                 row |= columns(name, values[i])
             rows.append(row)
@@ -173,58 +202,145 @@ def summary(
     return pandas.DataFrame(rows)
 
 
-class _Sums:
-    """Per-prompt sums over the ensemble, by name: all that is kept of a batch's activations.
+def profile(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    length: int | None = None,
+    *,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The table to look at first: one row per layer, what it is to its neighbours, to the model, and to the stream.
 
-    The vector sums of x_l, p_l and q_l give those of all updates and differences; squares do not add up: each is
-    kept.
+    * ``S_pair``, ``R_pair``, ``R_over_N_pair``, ``loss_parallel_sum_pair``: the window of this layer and the next, how
+      serial it is and what running it in parallel costs (nats per token);
+    * the same with ``_window``: the window of ``length`` layers (4 unless given, or all) that starts with this one;
+    * ``loss_skip``, ``kl_skip``: what leaving the layer out costs;
+    * ``update_ratio``, ``cosine``, ``block_influence``: what it does to the stream's size and direction, which is *not*
+      series (``surgery.similarity``).
+
+    Then an interval of each (``_low``, ``_high``); ``PROFILE`` lists the columns without. Empty where no such window
+    starts. Compare with the architecture untrained. Cost: that of ``windows(max_length=length)`` with damage, and
+    (L + 3)/2 F and L + 1 readouts. Raises as ``windows`` does, and for a ``length`` beyond the model.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = profile(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(24, 8), length=3)
+    >>> print(frame[["layer", "S_pair", "S_window", "cosine"]].round(2).abs().to_string(index=False))
+     layer  S_pair  S_window  cosine
+         0     1.0       1.0     0.0
+         1     1.0       NaN     0.0
+         2     NaN       NaN     0.0
+    """
+    tokens = Tokens.of(tokens).to(stack.device)
+    length = min(4, stack.n_layers) if length is None else length
+    if length > stack.n_layers:
+        raise ValueError(
+            f"no window of {length} layers fits {stack.name}: length must be 2 to {stack.n_layers} or None"
+        )
+    options: dict[str, Any] = dict(
+        skip_first=skip_first, resamples=resamples, seed=seed, batch_size=batch_size, progress=progress
+    )
+    found = windows(stack, tokens, length, **options)
+    frame = similarity.layers(stack, tokens, **options).set_index("layer")
+    frame.insert(1, "length", length)
+    spans = found["stop"] - found["start"]
+    for span, some in (("pair", found[spans == 2]), ("window", found[spans == length])):
+        named = {name: re.sub("(_low|_high)?$", rf"_{span}\1", name, count=1) for name in found}
+        frame = frame.join(some.set_index("start").rename(columns=named))
+    frame = frame.join(_skipping(stack, tokens, resamples, seed, batch_size))
+    ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
+    return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
+
+
+def _skipping(stack: Stack, tokens: Tokens, resamples: int, seed: int, batch_size: int) -> pandas.DataFrame:
+    """What leaving out each layer costs. Cost: (L + 1)/2 F and L + 1 readouts."""
+    sums = Sums()
+    for batch in tokens.batches(batch_size):
+        context, predicting = stack.context(batch), _predicting(batch)
+        stream, finals = stack.stream(context), {}
+        for layer in range(stack.n_layers):
+            x = stream[layer]
+            x = stack.execute(f"{layer + 1}:", x, context) if layer + 1 < stack.n_layers else x
+            finals["skip", layer] = x[:, :-1][predicting]
+        sums.add(predicting.sum(1), "predictions")
+        _book_damage(stack, batch, stream[-1], finals, sums)
+    draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    count = draws @ sums["predictions",]
+    rows = []
+    for layer in range(stack.n_layers):
+        row: dict[str, float] = {"layer": layer}
+        for kind in ("loss", "kl"):
+            row |= columns(f"{kind}_skip", draws @ sums[kind, "skip", layer] / count)
+        rows.append(row)
+    return pandas.DataFrame(rows).set_index("layer")
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What a window consists of: whole layers, or attention and MLP of each in the order in which they run.
+
+    ``stream`` has a place before every unit and one after the last; unit ``k`` writes between ``k`` and ``k + 1`` and
+    reads at ``reads[k]``: at ``k``, but where attention and MLP stand side by side both read what enters their layer.
     """
 
-    def __init__(self) -> None:
-        self.squares: defaultdict[tuple, list[Tensor]] = defaultdict(list)
-        self.vectors: defaultdict[tuple, list[Tensor]] = defaultdict(list)
+    stack: Stack
+    names: tuple[str, ...]
+    reads: tuple[int, ...]
 
-    def open(self, keep: Bool[Tensor, "batch pos"]) -> None:
-        """The ensemble of the next batch."""
-        self.dropped = ~keep.unsqueeze(-1)
-        self.add(keep.sum(1), "count")
+    @classmethod
+    def of(cls, stack: Stack, grain: str) -> "_Units":
+        if grain not in ("layer", "sublayer"):
+            raise ValueError(f"grain is 'layer' or 'sublayer', got {grain!r}")
+        if grain == "layer":
+            return cls(stack, tuple(map(str, range(stack.n_layers))), tuple(range(stack.n_layers)))
+        stack.wiring("0.attn 0.mlp")  # refuses models whose layers cannot be split
+        count = range(2 * stack.n_layers)
+        names = tuple(f"{k // 2}.{('attn', 'mlp')[k % 2]}" for k in count)
+        return cls(stack, names, tuple(k - k % 2 if stack.parallel_sublayers else k for k in count))
 
-    def add(self, per_prompt: Float[Tensor, " batch"] | Int[Tensor, " batch"], *key: Any) -> None:
-        self.squares[key].append(per_prompt.double().cpu())
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def square(self, values: Stream, *key: Any) -> None:
-        kept = values.masked_fill(self.dropped, 0)
-        self.add(torch.linalg.vector_norm(kept, dim=(1, 2), dtype=torch.float64) ** 2, *key)
+    def update(self, unit: int, x: Stream, context: Context) -> Stream:
+        return self.stack.execute(self.names[unit], x, context) - x
 
-    def vector(self, values: Stream, *key: Any) -> None:
-        self.square(values, *key)
-        self.vectors[key].append(values.masked_fill(self.dropped, 0).sum(1, dtype=torch.float64).cpu())
+    def stream(self, context: Context) -> Float[Tensor, "place batch pos d_model"]:
+        """The clean run: what enters the first unit, ..., what leaves the last."""
+        if len(self) == self.stack.n_layers:
+            return self.stack.stream(context)
+        stream = [context.x0]
+        for unit, read in enumerate(self.reads):
+            stream.append(stream[unit] + self.update(unit, stream[read], context))
+        return torch.stack(stream)
 
-    def __getitem__(self, key: tuple) -> Float[Tensor, " prompt"]:
-        return torch.cat(self.squares[key])
+    def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
+        """What leaves the model if ``x`` leaves the unit before ``stop`` (``before``, if that unit wrote nothing)."""
+        if stop < len(self) and self.reads[stop] < stop:
+            x, stop = x + self.update(stop, before, context), stop + 1
+        return self.stack.execute(" ".join(self.names[stop:]), x, context) if stop < len(self) else x
 
-    def total(self, *key: Any) -> Float[Tensor, "prompt d_model"]:
-        return torch.cat(self.vectors[key])
 
-
-def _read_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: _Sums) -> None:
+def _read_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
     for layer, x in enumerate(stream):
         sums.vector(x, "stream", layer)
     for layer in range(len(stream) - 1):
         sums.square(stream[layer + 1] - stream[layer], "update", layer)
 
 
-def _layers(n_layers: int, start: int, longest: int) -> range:
-    return range(start + 1, min(start + longest, n_layers))
+def _layers(n_units: int, start: int, longest: int) -> range:
+    return range(start + 1, min(start + longest, n_units))
 
 
 def _alone(
-    stack: Stack, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: _Sums
+    units: _Units, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: Sums
 ) -> Iterator[tuple[int, Stream]]:
     """``p_l`` of every layer after ``start``, booked for R and O on the way."""
     together = torch.zeros_like(stream[start])
-    for layer in _layers(stack.n_layers, start, longest):
-        alone = stack.update(layer, stream[start], context)
+    for layer in _layers(len(units), start, longest):
+        alone = units.update(layer, stream[start], context)
         together = together + alone
         serial = stream[layer + 1] - stream[start + 1]
         sums.vector(alone, norm, start, layer)
@@ -236,25 +352,40 @@ def _alone(
 
 
 def _run_parallel(
-    stack: Stack, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: _Sums
+    units: _Units, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: Sums
 ) -> None:
     """Continue the model behind every window from ``start``, its layers run in parallel; book the damage."""
-    tokens = context.tokens
-    predicting = tokens.mask[:, :-1] & tokens.mask[:, 1:]
-    prompts = predicting.nonzero()[:, 0]
+    predicting = _predicting(context.tokens)
     finals: dict[tuple, Float[Tensor, "prediction d_model"]] = {}
     together = stream[start + 1] - stream[start]
     for layer, alone in updates:
-        stop, together = layer + 1, together + alone
-        for form, step in (("sum", together), ("mean", together / (layer + 1 - start))):
-            x = stream[start] + step
-            if stop < stack.n_layers:
-                x = stack.execute(f"{stop}:", x, context)
-            finals[form, start, stop] = x[:, :-1][predicting]
-    losses = _losses(stack, stream[-1][:, :-1][predicting], finals, tokens.ids[:, 1:][predicting])
+        together = together + alone
+        for form, share in (("sum", 1.0), ("mean", 1 / (layer + 1 - start))):
+            x = stream[start] + share * together
+            final = units.finish(layer + 1, x, x - share * alone, context)
+            finals[form, start, layer + 1] = final[:, :-1][predicting]
+    _book_damage(units.stack, context.tokens, stream[-1], finals, sums)
+
+
+def _book_damage(
+    stack: Stack,
+    tokens: Tokens,
+    clean: Stream,
+    finals: dict[tuple, Float[Tensor, "prediction d_model"]],
+    sums: Sums,
+) -> None:
+    """Per prompt, how much worse each of the final streams predicts than the clean one."""
+    predicting = _predicting(tokens)
+    prompts = predicting.nonzero()[:, 0]
+    losses = _losses(stack, clean[:, :-1][predicting], finals, tokens.ids[:, 1:][predicting])
     zero = torch.zeros(len(tokens), dtype=torch.float64, device=prompts.device)
     for key, values in losses.items():
         sums.add(zero.index_add(0, prompts, values.double()), *key)
+
+
+def _predicting(tokens: Tokens) -> Bool[Tensor, "batch pos_minus_1"]:
+    """Where a token follows that is not padding."""
+    return tokens.mask[:, :-1] & tokens.mask[:, 1:]
 
 
 def _losses(
@@ -281,93 +412,12 @@ def _log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[T
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
-class _Reading:
-    """The measures of all windows from one start, under every row of ``draws``: tensors [layer, resample]."""
-
-    def __init__(self, stack: Stack, sums: _Sums, draws: Float[Tensor, "resample prompt"]) -> None:
-        self.stack, self.sums, self.draws = stack, sums, draws
-        self.x = [sums.total("stream", layer) for layer in range(stack.n_layers + 1)]
-        if not all(total.isfinite().all() for total in self.x):
-            raise ValueError(
-                f"the stream of {stack.name} is not finite on these prompts: its numbers overflow {stack.dtype}"
-            )
-
-    def norm(self, total: Float[Tensor, "prompt d_model"], *key: Any) -> Resampled:
-        """``n(c(.))`` of the vectors whose squares are under ``key`` and whose sums are ``total``."""
-        return Moments(self.sums["count",], total, total, self.sums[key]).norm(self.draws)
-
-    def size(self, *key: Any) -> Resampled:
-        """``n(.)``, not centred."""
-        return (self.draws @ self.sums[key] / (self.draws @ self.sums["count",])).sqrt()
-
-    def measures(self, start: int, layers: range, damage: bool) -> dict[str, Float[Tensor, "layer resample"]]:
-        weight, entry_read, output = self.dependence("frozen", start, layers)
-        weight_live, entry_read_live, output_live = self.dependence("live", start, layers)
-        displacement, shuffled = self.nulls(start, layers)
-        found = {"R": _average(entry_read, weight), "O": output}
-        found["S"] = (found["R"] + found["O"]) / 2
-        found |= {"R_live": _average(entry_read_live, weight_live), "O_live": output_live}
-        found["S_live"] = (found["R_live"] + found["O_live"]) / 2
-        found["layernorm_share"] = found["S_live"] - found["S"]
-        found["N"] = _average(displacement, weight)
-        found["R_over_N"] = found["R"] / found["N"]
-        found["R_shuffled"] = (
-            _average(shuffled, weight) if self.draws.shape[1] > 1 else torch.full_like(output, torch.nan)
-        )
-        if damage:
-            count = self.draws @ self.sums["predictions",]
-            for kind, form in itertools.product(("loss", "kl"), ("sum", "mean")):
-                nats = [self.draws @ self.sums[kind, form, start, layer + 1] / count for layer in layers]
-                found[f"{kind}_parallel_{form}"] = torch.stack(nats)
-        return found
-
-    def dependence(self, norms: str, start: int, layers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """``w_l`` and ``R_l`` of every layer, and O of the window that ends with it."""
-        x, weight, entry_read, output = self.x, [], [], []
-        together = torch.zeros_like(x[0])
-        for layer in layers:
-            update, serial = x[layer + 1] - x[layer], x[layer + 1] - x[start + 1]
-            alone = self.sums.total(norms, start, layer)
-            together = together + alone
-            n_update, n_alone = self.norm(update, "update", layer), self.norm(alone, norms, start, layer)
-            n_serial = self.norm(serial, norms, "serial", start, layer)
-            n_together = self.norm(together, norms, "together", start, layer)
-            entry_read.append(self.norm(update - alone, norms, "effect", start, layer) / (n_update + n_alone))
-            output.append(self.norm(serial - together, norms, "error", start, layer) / (n_serial + n_together))
-            # Dead is a layer whose writes vary less than the stream they are added to, or the moments, are rounded.
-            rounding = torch.finfo(self.stack.dtype).eps * self.size("stream", layer + 1)
-            rounding = rounding + 1e-7 * (self.size("update", layer) + self.size(norms, start, layer))
-            energy = n_update**2 + n_alone**2
-            weight.append(torch.where(energy > rounding**2, energy, 0))
-        weights = torch.stack(weight)
-        return weights, torch.stack(entry_read), torch.where(weights.cumsum(0) > 0, torch.stack(output), torch.nan)
-
-    def nulls(self, start: int, layers: range) -> tuple[Tensor, Tensor]:
-        """``N_l``, and ``R_l`` with the written content shuffled."""
-        x, displacement, shuffled = self.x, [], []
-        size = {layer: self.norm(x[layer], "stream", layer) for layer in (start, *layers)}
-        for layer in layers:
-            moved = self.norm(x[layer] - x[start], "written", start, layer)
-            displacement.append(moved / (size[layer] + size[start]))
-            alone, other = self.sums.total("frozen", start, layer), self.sums.total("shuffled", start, layer)
-            scale = self.norm(other, "shuffled", start, layer) + self.norm(alone, "frozen", start, layer)
-            shuffled.append(self.norm(other - alone, "shuffled effect", start, layer) / scale)
-        return torch.stack(displacement), torch.stack(shuffled)
-
-
-def _average(
-    values: Float[Tensor, "layer resample"], weights: Float[Tensor, "layer resample"]
-) -> Float[Tensor, "layer resample"]:
-    """Weighted mean over the layers so far, for the window that ends with each; NaN while all of them are dead."""
-    return torch.where(weights > 0, values * weights, 0).cumsum(0) / weights.cumsum(0)
-
-
-def _check(stack: Stack, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
-    if stack.n_layers < 2:
-        raise ValueError(f"{stack.name} has one layer; a window needs two")
+def _check(units: _Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
+    if len(units) < 2:
+        raise ValueError(f"{units.stack.name} has one layer; a window needs two")
     if longest < 2:
         raise ValueError(
-            f"a window has at least two layers: max_length must be 2 to {stack.n_layers} or None, got {longest}"
+            f"a window has at least two layers: max_length must be 2 to {len(units)} or None, got {longest}"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
