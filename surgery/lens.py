@@ -28,7 +28,6 @@ layer to layer: each writes something into the answer.
 
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from surgery import series
 from surgery.ensemble import Ensemble
+from surgery.regression import LeastSquares, halves
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
@@ -142,55 +142,6 @@ def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], 
                 found[name, layer].index_add_(1, prompts[first + some], _compare(reading, final).double().cpu())
         first += stream.shape[1]
     return found
-
-
-def halves(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
-    """A random half of the prompts to measure on, and the other to fit on. Raises ValueError if there is only one."""
-    if len(tokens) < 2:
-        raise ValueError(
-            "what is fitted on one half of the prompts is measured on the other, and there is one prompt: give at "
-            "least two, better hundreds"
-        )
-    order = torch.from_numpy(np.random.default_rng((seed, 2)).permutation(len(tokens))).to(tokens.ids.device)
-    measured, fitted = (half.sort().values for half in order.tensor_split(2))
-    return Tokens(tokens.ids[measured], tokens.mask[measured]), Tokens(tokens.ids[fitted], tokens.mask[fitted])
-
-
-class LeastSquares:
-    """Ridge regression ``y ~ x B + b`` out of sums, each direction of ``x`` penalised in units of its variance.
-
-    >>> fit, x = LeastSquares(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> fit.add(x, 3 * x + 1)
-    >>> [(value.round(decimals=6) + 0.0).tolist() for value in fit.solve(0.0)]
-    [[[3.0, 0.0], [0.0, 3.0]], [1.0, 1.0]]
-    """
-
-    def __init__(self, d_model: int) -> None:
-        self.count = 0
-        self.sums = torch.zeros(2, d_model, dtype=torch.float64)
-        self.products = torch.zeros(2, d_model, d_model, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"]) -> None:
-        x, y = x.double(), y.double()
-        self.count += len(x)
-        self.sums = self.sums.to(x) + torch.stack([x.sum(0), y.sum(0)])
-        self.products = self.products.to(x) + torch.stack([x.T @ x, x.T @ y])
-
-    @property
-    def mean_x(self) -> Float[Tensor, " d_model"]:
-        return self.sums[0] / self.count
-
-    def solve(self, ridge: float) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
-        """``B`` and ``b``. A direction in which ``x`` does not vary gets no weight."""
-        if ridge < 0:
-            raise ValueError(f"ridge is a penalty, 0 or more, got {ridge}")
-        mean, target = self.sums / self.count
-        xx, xy = self.products / self.count - torch.stack([torch.outer(mean, mean), torch.outer(mean, target)])
-        scale = xx.diagonal().clamp(min=0).sqrt()
-        inverse = torch.where(scale > 1e-9 * scale.max(), 1 / scale, 0)
-        correlation = inverse.unsqueeze(1) * xx * inverse + ridge * torch.eye(len(xx)).to(xx)
-        matrix = inverse.unsqueeze(1) * (torch.linalg.pinv(correlation, hermitian=True) @ (inverse.unsqueeze(1) * xy))
-        return matrix, target - mean @ matrix
 
 
 def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Tensor, "layer_plus_1 token d_model"]]:

@@ -33,9 +33,12 @@ every layer reads nothing but the one before. What they have to be compared with
 S is about dependence between whole layers: attention feeding the MLP of its own layer stays inside one. With
 ``grain="sublayer"`` the units of a window are attention and MLP of each layer, in the order in which they run, each
 reading the stream that the model gives it. Where the two stand side by side (GPT-J, GPT-NeoX) the MLP reads what enters
-its layer, so a layer by itself reads R = O = N = 0, exactly; R/N is then undefined. S says nothing of usefulness; for that read it beside the damage. ``_low`` and ``_high`` are 95 % percentile intervals over resampled
-prompts, the measures of a row from the same resamples. Compare with ``surgery.calibration`` and with the architecture
-untrained. R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
+its layer, so a layer by itself reads R = O = 0 up to rounding and N = 0; R/N is then undefined. S says nothing of
+usefulness; for that read it beside the damage. ``profile`` is the table to look at first.
+
+``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts, the measures of a row from the same
+resamples. Compare with ``surgery.calibration`` and with the architecture untrained.
+R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
 """
 
 import re
@@ -248,7 +251,7 @@ def profile(
     frame.insert(1, "length", length)
     spans = found["stop"] - found["start"]
     for span, some in (("pair", found[spans == 2]), ("window", found[spans == length])):
-        named = {name: re.sub("(_low|_high)?$", rf"_{span}\1", name, count=1) for name in found}
+        named = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in found}
         frame = frame.join(some.set_index("start").rename(columns=named))
     frame = frame.join(_skipping(stack, tokens, resamples, seed, batch_size))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
@@ -318,9 +321,12 @@ class _Units:
 
     def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
         """What leaves the model if ``x`` leaves the unit before ``stop`` (``before``, if that unit wrote nothing)."""
-        if stop < len(self) and self.reads[stop] < stop:
-            x, stop = x + self.update(stop, before, context), stop + 1
-        return self.stack.execute(" ".join(self.names[stop:]), x, context) if stop < len(self) else x
+        units_a_layer = len(self) // self.stack.n_layers
+        if stop % units_a_layer:
+            read = before if self.reads[stop] < stop else x
+            x, stop = x + self.update(stop, read, context), stop + 1
+        layer = stop // units_a_layer
+        return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
 
 
 def _read_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
