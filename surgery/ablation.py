@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import pandas
@@ -45,7 +44,6 @@ from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
 
-Kind = Literal["skip", "mean", "resample"]
 KINDS = ("skip", "mean", "resample")
 COLUMNS = {
     "layers": "the layers taken out together, counted from 0, separated by spaces",
@@ -114,14 +112,15 @@ class CleanRun:
         return torch.where((self.mask if where is None else where).unsqueeze(-1), instead, u)
 
 
-def clean_runs(stack: Stack, ensemble: Ensemble, kind: Kind = "mean", amount: float = 1.0) -> Iterator[CleanRun]:
+def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: float = 1.0) -> Iterator[CleanRun]:
     """Every batch of the ensemble, ready for layers to be taken out of it. Cost: 1 F, for the mean 2 F.
 
     Raises ValueError for an unknown kind, an amount outside (0, 1], one prompt to resample from, and a stream that is
     not finite.
 
     >>> from surgery import calibration
-    >>> run = next(clean_runs(Stack(calibration.parallel_network()), Ensemble(Tokens.of(calibration.tokens(4))), "skip"))
+    >>> ensemble = Ensemble(Tokens.of(calibration.tokens(4)))
+    >>> run = next(clean_runs(Stack(calibration.parallel_network()), ensemble, "skip"))
     >>> run.ablated(2, run.update(2))[run.mask].abs().max().item()
     0.0
     """
@@ -153,7 +152,7 @@ def damage(
     stack: Stack,
     tokens: Tokens | Tensor,
     sets: Iterable[Sequence[int]],
-    kind: Kind = "mean",
+    kind: str = "mean",
     amount: float = 1.0,
     *,
     frozen: bool = False,

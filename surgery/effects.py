@@ -18,12 +18,13 @@ network                T                                  local
 
 With a norm, frozen or live, T of the serial network is below 1: what stands in for the layer's update is constant, but
 divided by a denominator of its token it is not, and the next layer reads that. Live, the parallel network reads above
-0: all layers share the denominator. A layer that writes nothing that varies has no T (NaN).
+0: all layers share the denominator. A layer that writes nothing that varies has no T (NaN). Where embeddings
+are small, T from layer 0 is large whatever the layers do, as in the untrained transformer (.6): read it from layer 1.
 
-``relative_*`` is the published effect, ``|u_j - u_j^i| / |u_j|`` token by token, not centred (Csordas, Manning and Potts
-2025, arXiv 2505.13898; theirs is skip with live norms, the largest value of all tokens, |u_j| at least 1e-6). It has no
-upper bound, and its maximum is one token's; so it comes with mean, median, ninth decile, and the maximum without an
-interval, which a bootstrap cannot give. T, local, chain and the intervals are ours. Say of a large effect what it is
+``relative_*`` is the published effect, ``|u_j - u_j^i| / |u_j|`` token by token, not centred (Csordas et al. 2025,
+arXiv 2505.13898; theirs is skip with live norms, the largest value of all tokens, |u_j| at least 1e-6). It has no upper
+bound, and its maximum is one token's; so it comes with mean, median, ninth decile, and the maximum without an interval,
+which a bootstrap cannot give. T, local, chain and the intervals are ours. Say of a large effect what it is
 larger than: the same architecture untrained, or the pairs of equal distance.
 
 ``future`` takes layer i out at the tokens before a cut and looks at those from the cut on: only what attention carries
@@ -39,7 +40,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from surgery.ablation import CleanRun, Kind, clean_runs
+from surgery.ablation import CleanRun, clean_runs
 from surgery.engine import Stream
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
@@ -79,7 +80,7 @@ _LOGITS_AT_ONCE = 2**24
 def matrix(
     stack: Stack,
     tokens: Tokens | Tensor,
-    kind: Kind = "mean",
+    kind: str = "mean",
     amount: float = 1.0,
     *,
     frozen: bool = True,
@@ -122,7 +123,7 @@ def future(
     stack: Stack,
     tokens: Tokens | Tensor,
     cuts: Sequence[int] | None = None,
-    kind: Kind = "skip",
+    kind: str = "skip",
     *,
     frozen: bool = True,
     skip_first: bool = True,
@@ -161,7 +162,7 @@ def future_output(
     stack: Stack,
     tokens: Tokens | Tensor,
     cuts: Sequence[int] | None = None,
-    kind: Kind = "skip",
+    kind: str = "skip",
     *,
     frozen: bool = True,
     skip_first: bool = True,
@@ -194,7 +195,7 @@ def depth_score(
     stack: Stack,
     tokens: Tokens | Tensor,
     cuts: Sequence[int] | None = None,
-    kind: Kind = "skip",
+    kind: str = "skip",
     *,
     frozen: bool = True,
     skip_first: bool = True,
@@ -308,7 +309,7 @@ def _without(
 
 
 def _outputs(
-    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: Kind, frozen: bool, skip_first: bool,
+    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, skip_first: bool,
     resamples: int, seed: int, batch_size: int, progress: bool,
 ) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:  # fmt: skip
     """Weights of the prompts, per-prompt sums of l2, kl [layer, prompt] and count [prompt], and the largest l2."""
@@ -320,6 +321,8 @@ def _outputs(
         with stack.frozen(run.context) if frozen else nullcontext():
             for before, after in _sides(run, cuts):
                 owner = run.first + after.nonzero()[:, 0].cpu()
+                if not len(owner):
+                    continue
                 sums["count"].index_add_(0, owner, torch.ones(len(owner), dtype=torch.float64))
                 for layer in range(stack.n_layers - 1):
                     for _, x, u in _without(stack, run, layer, before):
@@ -327,7 +330,7 @@ def _outputs(
                     l2, kl = _distances(stack, run.stream[-1][after], final[after])
                     sums["l2"][layer].index_add_(0, owner, l2)
                     sums["kl"][layer].index_add_(0, owner, kl)
-                    largest[layer] = max(float(largest[layer]), float(l2.amax()) if len(l2) else 0.0)
+                    largest[layer] = max(float(largest[layer]), float(l2.max()))
     return weights(n_prompts, resamples if n_prompts > 1 else 0, seed), sums, largest
 
 
