@@ -25,7 +25,7 @@ published models (Rushing and Nanda 2024, arXiv 2402.15390). Controls to compare
 scrubbing), Wang et al. 2022 (arXiv 2211.00593).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -249,12 +249,15 @@ def frozen_head(stack: Stack, clean: Float[Tensor, "row d_model"]) -> Iterator[N
     Raises ValueError if the norm's denominator cannot be found.
     """
     bridged, twin = stack.model.ln_final, plain(stack.model)
+    modules = [bridged] if twin is None else [bridged, twin.get_submodule(bridged.name)]  # one of them reads out
+    probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(clean)
     with ExitStack() as freezing:
-        if not isinstance(bridged.original_component, torch.nn.Identity):
-            module = bridged if twin is None else twin.get_submodule(bridged.name)
-            probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(clean)
+        for module in modules if not isinstance(bridged.original_component, torch.nn.Identity) else []:
             with torch.no_grad():
                 norm = FrozenNorm(module, probe)
-            scale = norm.scale(clean).unsqueeze(1)  # the readout is of one-token runs
-            freezing.enter_context(replaced_forward(module, lambda x: norm.with_scale(x, scale)))
+            freezing.enter_context(replaced_forward(module, _with_scale(norm, norm.scale(clean).unsqueeze(1))))
         yield
+
+
+def _with_scale(norm: FrozenNorm, scale: Float[Tensor, "row 1 1"]) -> Callable[[Tensor], Tensor]:
+    return lambda x: norm.with_scale(x, scale)  # the readout is of one-token runs
