@@ -1,0 +1,119 @@
+"""Where do input translation, reasoning and output translation begin and end, and are the ends wired more in parallel?
+
+    python studies/anatomy.py --out results/anatomy                      # half a minute on 2 cores
+    python studies/anatomy.py --model FOLDER --text prose=a.txt --text sums=b.txt
+
+Without ``--model``: the bundled model on problems of k = 0 (pure translation) and k = 4 (four functions), the same
+architecture untrained, and, where it lies beside it, its twin that was trained on translation alone. Boundaries are
+found on one half of the prompts, the ends compared with the middle on the other. Writes, per model, ``boundaries.csv``,
+``segments.csv``, ``detectors.csv``, ``agreement.csv``, ``convergence.csv``, ``ends.csv``, ``by_kind.csv`` and three
+figures. Any other model reads the bundled parallel sentences, and prompts from one or more text files, a kind each.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery import (
+    anatomy,
+    anatomy_figures,
+    contrast,
+    convergence,
+    figures,
+    frames,
+    models,
+    probes,
+    provenance,
+    scan,
+    segmentation,
+    wiring,
+)
+from surgery.babel import Babel
+from surgery.prompts import read_prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/anatomy")
+    parser.add_argument(
+        "--model", help="a folder or name for surgery.load; the bundled model and its twins if not given"
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="KIND=FILE", help="prompts of a kind, one a line"
+    )
+    parser.add_argument("--prompts", type=int, default=96, help="prompts of each kind")
+    parser.add_argument("--probes", type=int, default=12, help="scanned problems of each k; for text: prompts")
+    parser.add_argument("--length", type=int, default=2, help="layers in a window")
+    parser.add_argument("--resamples", type=int, default=anatomy.RESAMPLES)
+    args = parser.parse_args()
+    if args.model and not args.text:
+        parser.error("--model needs prompts: give --text KIND=FILE, once for every kind")
+    torch.set_num_threads(2)
+
+    folder = frames.folder(args.out)
+    if args.model:
+        opened = {Path(args.model).name: surgery.load(args.model)}
+        files = dict(one.split("=", 1) for one in args.text)
+        prompts = [(text, kind) for kind, file in files.items() for _, text in read_prompts(file, args.prompts)]
+        said, asked, metric = convergence.parallel(), probes.text([text for text, _ in prompts][: args.probes]), "loss"
+    else:
+        opened = {"babel": surgery.load("babel")}
+        opened["untrained"] = models.untrained(opened["babel"])
+        twin = models.reference_folder().parent / "translation"
+        if (twin / "config.json").is_file():
+            opened["translation"] = surgery.load(twin)
+        corpus = Babel()
+        prompts = [
+            (" ".join(corpus.words(problem)[1:]), f"k={k}")
+            for k in (0, 4)
+            for problem in corpus.sample(k, args.prompts, 0)
+        ]
+        said, asked, metric = convergence.babel(), probes.babel(args.probes, range(5)), "loglik"
+
+    for name, model in opened.items():
+        stack = surgery.Stack(model)
+        tokens = stack.tokens([text for text, _ in prompts], stack.n_ctx)
+        repeats = wiring.every_repeat(stack.n_layers)
+        scanned = scan.run(stack, repeats, asked, metrics=(metric,))
+        found = anatomy.study(
+            stack, tokens, [kind for _, kind in prompts], said=said, scanned=scanned, metric=metric, length=args.length,
+            resamples=args.resamples,
+        )  # fmt: skip
+        manifest = provenance.manifest(stack, tokens, seed=0, length=args.length, resamples=args.resamples)
+        place = frames.folder(folder / name)
+        tables = {
+            "boundaries": (found.boundaries, segmentation.COLUMNS),
+            "segments": (found.segments, segmentation.COLUMNS),
+            "detectors": (found.detectors, anatomy.DETECTORS_COLUMNS),
+            "agreement": (found.agreement, anatomy.AGREEMENT_COLUMNS),
+            "convergence": (found.convergence.frame, convergence.COLUMNS),
+            "ends": (found.ends, contrast.COLUMNS),
+            "by_kind": (found.by_kind, anatomy.KINDS_COLUMNS),
+        }
+        for file, (frame, columns) in tables.items():
+            frames.write(frame, place / f"{file}.csv", manifest, columns)
+        drawn = {
+            "boundaries": anatomy_figures.boundaries(found.boundaries, found.detectors, stack.n_layers),
+            "convergence": anatomy_figures.convergence(found.convergence.frame),
+            "ends": anatomy_figures.ends(found.ends),
+        }
+        frames.save({place / f"{file}.png": figures.png(figure) for file, figure in drawn.items()})
+        print(f"\n== {name}\n")
+        for title, frame in (
+            ("Boundaries, posterior over resampled prompts", found.boundaries),
+            ("Number of breaks", found.segments.drop(columns=["heldout_error_low", "heldout_error_high"])),
+            ("Detectors", found.detectors),
+            (
+                "Content against language",
+                found.convergence.frame[["layer", "same_content", "same_language", "neither"]],
+            ),
+            ("Ends minus middle", found.ends[["kind", "D", "D_low", "D_high", "D_over_N", "p_windows"]]),
+        ):
+            print(f"{title}\n{frame.round(2).to_string(index=False)}\n")
+        print(*found.sentences, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
