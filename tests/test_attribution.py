@@ -13,12 +13,7 @@ from surgery.stack import Stack as Opened
 def last_reader(share, norm=None, n_layers=4):
     """The mixed network with a head that reads the last subspace alone."""
     model = calibration.mixed_network(share, n_layers=n_layers, norm=norm, dtype=torch.float64)
-    weight = dict(model.named_parameters())
-    head = next(
-        value
-        for name, value in weight.items()
-        if not name.startswith("tok_embed") and value.shape[0] == calibration.D_VOCAB
-    )
+    head = next(value for name, value in model.named_parameters() if name.startswith("head"))
     head[:, :-8] = 0
     return model
 
