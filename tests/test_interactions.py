@@ -150,6 +150,12 @@ def test_the_parallel_network_adds_up():
     assert live["delta"].abs().max() > 1e-3 * live["damage"].abs().max()
 
 
+def test_pairs_of_the_untrained_transformer_lie_inside_noise():
+    frame = pairs(Stack(calibration.random_network(n_layers=4)), calibration.tokens(32, 10), resamples=100)
+    assert (frame["status"] == "inside noise").all()
+    assert (frame["q"] > 0.05).all()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_architectures(load, name, tmp_path):
     tokens = torch.randint(4, 90, (6, 7), generator=torch.Generator().manual_seed(0))
