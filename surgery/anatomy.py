@@ -183,7 +183,8 @@ def study(
         length: layers in a window of the test; min_size: fewest layers in a part, unless given ``length + 1`` where
             that fits, so that the input part holds a window from layer 1 on.
 
-    Cost: about 7 F of one half and 2 (2 + length - 1) F of the other, and a lens readout a layer.
+    Cost: 2 F of one half and a lens readout a layer; 1 + length F of the other, twice if there are kinds; 1 F of
+    ``said``.
 
     Raises ValueError for too few layers or prompts, or not one kind a prompt.
     """

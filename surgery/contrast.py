@@ -19,7 +19,8 @@ placements of the boundaries, so that it knows how unsure these are. Prompts tha
 those tested. A part that holds no window makes D undefined (NaN).
 
 ``verdict``: ``supported`` if D, D_over_N and both their intervals lie below 0 and p_windows < .05, ``contradicted`` if
-all lie above, else ``undecided``, and why. On constructed networks it is right (tests). D is our definition.
+all lie above, else ``undecided``, and why. On constructed networks it is right (tests); of 20
+uniform ones of 12 layers one was called supported, of 20 whose layers were of random kinds none. D is our definition.
 
 >>> from surgery import Stack, calibration
 >>> network = Stack(calibration.serial_network(n_layers=9))
