@@ -4,10 +4,9 @@
     python studies/anatomy.py --model FOLDER --text prose=a.txt --text sums=b.txt
 
 Without ``--model``: the bundled model on problems of k = 0 (pure translation) and k = 4 (four functions), the same
-architecture untrained, and, where it lies beside it, its twin that was trained on translation alone. Boundaries are
-found on one half of the prompts, the ends compared with the middle on the other. Writes, per model, ``boundaries.csv``,
-``segments.csv``, ``detectors.csv``, ``agreement.csv``, ``convergence.csv``, ``ends.csv``, ``by_kind.csv`` and three
-figures. Any other model reads the bundled parallel sentences, and prompts from one or more text files, a kind each.
+architecture untrained, and its twin that was trained on translation alone. Boundaries are found on one half of the
+prompts, the ends compared with the middle on the other. Writes the files of ``surgery.anatomy_study``, a folder a
+model. Any other model reads the bundled parallel sentences, and prompts from one or more text files, a kind each.
 """
 
 import argparse
@@ -16,20 +15,7 @@ from pathlib import Path
 import torch
 
 import surgery
-from surgery import (
-    anatomy,
-    anatomy_figures,
-    contrast,
-    convergence,
-    figures,
-    frames,
-    models,
-    probes,
-    provenance,
-    scan,
-    segmentation,
-    wiring,
-)
+from surgery import anatomy, anatomy_study, convergence, frames, models, probes, scan, wiring
 from surgery.babel import Babel
 from surgery.prompts import read_prompts
 
@@ -61,9 +47,7 @@ def main() -> None:
     else:
         opened = {"babel": surgery.load("babel")}
         opened["untrained"] = models.untrained(opened["babel"])
-        twin = models.reference_folder().parent / "translation"
-        if (twin / "config.json").is_file():
-            opened["translation"] = surgery.load(twin)
+        opened["translation"] = surgery.load("babel-translation")
         corpus = Babel()
         prompts = [
             (" ".join(corpus.words(problem)[1:]), f"k={k}")
@@ -77,29 +61,10 @@ def main() -> None:
         tokens = stack.tokens([text for text, _ in prompts], stack.n_ctx)
         repeats = wiring.every_repeat(stack.n_layers)
         scanned = scan.run(stack, repeats, asked, metrics=(metric,))
-        found = anatomy.study(
-            stack, tokens, [kind for _, kind in prompts], said=said, scanned=scanned, metric=metric, length=args.length,
-            resamples=args.resamples,
+        found = anatomy_study.measure(
+            stack, tokens, frames.folder(folder / name), [kind for _, kind in prompts], said=said, scanned=scanned,
+            metric=metric, length=args.length, resamples=args.resamples,
         )  # fmt: skip
-        manifest = provenance.manifest(stack, tokens, seed=0, length=args.length, resamples=args.resamples)
-        place = frames.folder(folder / name)
-        tables = {
-            "boundaries": (found.boundaries, segmentation.COLUMNS),
-            "segments": (found.segments, segmentation.COLUMNS),
-            "detectors": (found.detectors, anatomy.DETECTORS_COLUMNS),
-            "agreement": (found.agreement, anatomy.AGREEMENT_COLUMNS),
-            "convergence": (found.convergence.frame, convergence.COLUMNS),
-            "ends": (found.ends, contrast.COLUMNS),
-            "by_kind": (found.by_kind, anatomy.KINDS_COLUMNS),
-        }
-        for file, (frame, columns) in tables.items():
-            frames.write(frame, place / f"{file}.csv", manifest, columns)
-        drawn = {
-            "boundaries": anatomy_figures.boundaries(found.boundaries, found.detectors, stack.n_layers),
-            "convergence": anatomy_figures.convergence(found.convergence.frame),
-            "ends": anatomy_figures.ends(found.ends),
-        }
-        frames.save({place / f"{file}.png": figures.png(figure) for file, figure in drawn.items()})
         print(f"\n== {name}\n")
         for title, frame in (
             ("Boundaries, posterior over resampled prompts", found.boundaries),

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import surgery
 
-NAMES = ("series", "reversion", "scan")  # surgery.study.NAMES, here without importing torch
+NAMES = ("series", "reversion", "scan", "anatomy")  # surgery.study.NAMES, here without importing torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,7 +82,7 @@ def study(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[series] [reversion] [scan]",
+            metavar="[series] [reversion] [scan] [anatomy]",
             callback=lambda names: _known(names or []),
             help="What to measure; everything if none is given.",
         ),

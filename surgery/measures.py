@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas
@@ -129,7 +130,7 @@ MEASURES = (
 
 
 def _longest(frame: pandas.DataFrame) -> pandas.Series:
-    return frame.loc[(frame["stop"] - frame["start"]).idxmax()]
+    return frame.iloc[int((frame["stop"] - frame["start"]).argmax())]
 
 
 def readings(
@@ -188,7 +189,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     for name in names:
         one = FUNCTIONS[name]
         with _counted() as executed:
-            seconds = _seconds(lambda one=one: one.run(stack, tokens))
+            seconds = _seconds(partial(one.run, stack, tokens))
         row = {"function": name, "formula": one.formula(stack.n_layers), "counted": executed[0] / size}
         rows.append(row | {"timed": seconds / forward})
     return pandas.DataFrame(rows)

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.babel import Babel
+from surgery.babel import Babel, Problem
 
 REFERENCE = "babel"
 BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
@@ -106,10 +106,15 @@ def bundled_prompts(count: int = 256, seed: int = 0, longest: int = 4) -> list[s
     '>plain'
     """
     corpus = Babel()
-    lengths = range(longest + 1)
-    shares = [count // len(lengths) + (k < count % len(lengths)) for k in lengths]
-    problems = [problem for k, share in zip(lengths, shares, strict=True) for problem in corpus.sample(k, share, seed)]
+    problems = bundled_problems(count, seed, longest)
     return [" ".join(corpus.words(problem)[1:]) for problem in problems]  # the tokenizer puts <bos> in front
+
+
+def bundled_problems(count: int = 256, seed: int = 0, longest: int = 4) -> list[Problem]:
+    """The problems of ``bundled_prompts``, the shortest first."""
+    corpus, lengths = Babel(), range(longest + 1)
+    shares = [count // len(lengths) + (k < count % len(lengths)) for k in lengths]
+    return [problem for k, share in zip(lengths, shares, strict=True) for problem in corpus.sample(k, share, seed)]
 
 
 def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:

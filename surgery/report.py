@@ -1,9 +1,10 @@
 """From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
 
-``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv``, ``calibration.csv`` and the tables of a scan
-(those that are there, checked against their manifests), draws the figures beside them as PNG and writes the page: what
-was found, in sentences made from the numbers; what was measured; the same measure on networks whose answer is known;
-the numbers with their intervals and nulls; what could not be told; every column explained; where it all came from.
+``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv``, ``calibration.csv`` and the tables of a scan,
+of an anatomy and of all measures (those that are there, checked against their manifests), draws the figures beside
+them as PNG and writes the page: what was found, in sentences made from the numbers; what was measured; the same measure
+on networks whose answer is known; the numbers with their intervals and nulls; what could not be told; every column
+explained; where it all came from.
 ``write_page`` is the page alone.
 
 >>> import tempfile
@@ -21,12 +22,14 @@ from typing import Any
 import jinja2
 import pandas
 
-from surgery import figures, findings, frames, scan_figures, scan_findings
+from surgery import anatomy_study, figures, findings, frames, scan_figures, scan_findings
+from surgery.anatomy_study import ENDS
 from surgery.comparisons import Luck
 
 SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
 SCAN, WINNERS, GROUPS = "scan_table.csv", "scan_winners.csv", "scan_groups.csv"
 PAINTERS = "painters.csv"
+MEASURES, COSTS = "measures.csv", "costs.csv"
 PAGE = "report.html"
 UNTRAINED = "this model untrained"  # in calibration.csv
 
@@ -83,7 +86,7 @@ class _Measured:
     @property
     def own(self) -> list[dict[str, Any]]:
         """The manifests of what was measured on the user's model."""
-        return [manifest for name, manifest in self.manifests.items() if name != CALIBRATION]
+        return [manifest for name, manifest in self.manifests.items() if name not in (CALIBRATION, MEASURES, COSTS)]
 
     @property
     def metric(self) -> str:
@@ -113,12 +116,16 @@ def build(folder: str | Path) -> Path:
     sections = [_found(measured), _what(measured)]
     if CALIBRATION in measured.frames:
         sections.append(_calibration(measured))
+    if MEASURES in measured.frames:
+        sections.append(_measures(measured))
     if SERIES in measured.frames:
         sections.append(_series(measured.frames[SERIES]))
     if REVERSION in measured.frames:
         sections.append(_reversion(measured.frames[REVERSION]))
     if SCAN in measured.frames:
         sections.append(_scan(measured))
+    if ENDS in measured.frames:
+        sections.append(_anatomy(measured))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
     frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
@@ -132,12 +139,13 @@ def summary(folder: str | Path) -> list[str]:
 
 
 def _read(folder: Path) -> _Measured:
-    present = [name for name in (SERIES, REVERSION, CALIBRATION) if (folder / name).exists()]
+    alone = (SERIES, REVERSION, CALIBRATION, MEASURES, COSTS, *anatomy_study.COLUMNS)
+    present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
         present += [SCAN, WINNERS, GROUPS, *(name for name in (PAINTERS,) if (folder / name).exists())]
-    if not set(present) - {CALIBRATION}:
+    if not set(present) - {CALIBRATION, MEASURES, COSTS}:
         raise ValueError(
-            f"{folder} holds no measurement ({SERIES}, {REVERSION} or {SCAN}); make one with: "
+            f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN} or {ENDS}); make one with: "
             f"surgery study --out {folder}"
         )
     return _Measured(
@@ -170,6 +178,8 @@ def _found(measured: _Measured) -> Section:
     if SCAN in measured.frames:
         luck = Luck(**measured.manifests[SCAN]["settings"]["luck"])
         sentences += scan_findings.found(measured.frames[SCAN], measured.frames[WINNERS], luck, measured.metric)
+    if ENDS in measured.frames:
+        sentences += [one for one in measured.manifests[ENDS]["settings"]["found"] if one.startswith(("Three", "That"))]
     return Section("found", "What was found", findings=sentences)
 
 
@@ -216,6 +226,57 @@ def _calibration(measured: _Measured) -> Section:
     return Section(
         "calibration", "Networks whose answer is known", paragraphs=paragraphs, pictures=pictures, tables=[table]
     )
+
+
+def _measures(measured: _Measured) -> Section:
+    frame = measured.frames[MEASURES]
+    values = frame.pivot(index="measure", columns="network", values="value")
+    networks, names = list(dict.fromkeys(frame["network"])), list(dict.fromkeys(frame["measure"]))
+    about = frame.drop_duplicates("measure").set_index("measure")["about"]
+    paragraphs = [
+        "Other readings of the same question, each one number a network (surgery.measures): T, what taking a layer out "
+        "changes in later ones; local, what of that is direct; rho, the interaction of taking two layers out; "
+        "compositions of derivatives; gates on the updates; the length of gradient paths; the share of a layer's "
+        "effect that is indirect. The last three are what series is not, beside it for comparison. An empty cell could "
+        "not be told: rho needs tokens that a model predicts, and the constructed networks predict nothing.",
+    ]
+    rows = [[Cell(name), Cell(about[name]), *(_plain(values.loc[name, one]) for one in networks)] for name in names]
+    tables = [Table("Every measure on every network; the model's from layer 1 on", ["measure", "", *networks], rows)]
+    if COSTS in measured.frames:
+        heads = ["function", "formula, F", "layers run, F", "time, F"]
+        costs = [
+            [Cell(row["function"]), *(Cell(f"{row[name]:.1f}") for name in ("formula", "counted", "timed"))]
+            for _, row in measured.frames[COSTS].iterrows()
+        ]
+        caption = "What each costs in forward passes of the same batch; gradients and readouts are in the time alone"
+        tables.append(Table(caption, heads, costs))
+    return Section("measures", "Other readings of series and parallel", paragraphs=paragraphs, tables=tables)
+
+
+def _plain(value: float) -> Cell:
+    return Cell("" if pandas.isna(value) else f"{value:.2f}")
+
+
+def _anatomy(measured: _Measured) -> Section:
+    manifest, ends = measured.manifests[ENDS], measured.frames[ENDS]
+    paragraphs = [
+        "Boundaries are placed on one half of the prompts by features of every layer that are not the ones tested; the "
+        "ends are compared with the middle on the other half. D = mean S of the windows in the ends minus that in the "
+        "middle: below 0 the ends are more parallel. It has to hold of R/N too: S grows with the size of updates.",
+        "A smooth drift always looks divided: p_drift says how often one would be divided as clearly. Where it is not "
+        "below .05, there are no parts to be found, wherever the boundaries were placed.",
+    ]
+    tables = {name: measured.frames[name] for name in anatomy_study.COLUMNS if name in measured.frames}
+    drawn = anatomy_study.draw(tables, manifest["model"]["n_layers"])
+    pictures = [Picture(name, anatomy_study.CAPTIONS[name], figures.png(figure)) for name, figure in drawn.items()]
+    rows = [
+        [Cell(row["kind"]), _ends(row, "D{}", digits=2), _ends(row, "D_over_N{}", digits=2),
+         Cell(f"{row['p_windows']:.2f}"), Cell(row["verdict"])]
+        for _, row in ends.iterrows()
+    ]  # fmt: skip
+    table = Table("The ends against the middle", ["prompts", "D", "of R/N", "p, windows", "verdict"], rows)
+    said = manifest["settings"]["found"]
+    return Section("anatomy", "Where the parts begin and end", said, paragraphs, pictures=pictures, tables=[table])
 
 
 def _series(frame: pandas.DataFrame) -> Section:

@@ -27,6 +27,7 @@ from surgery.probes import ProbeSet
 from surgery.stack import Stack
 from surgery.wiring import Wiring
 
+SEARCH = "scan_search.csv"
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "repeat": wiring.every_repeat,
     "skip": wiring.every_skip,
@@ -142,7 +143,7 @@ def measure(
     wirings = [stack.wiring(one) for one in FAMILIES[family](stack.n_layers)]
     wirings = [one for one in wirings if longest is None or one.depth <= stack.n_layers + longest]
     say(str(scan.plan(stack, wirings, search, memory)))
-    searched = _scan(stack, wirings, search, folder / "scan_search.csv", metric, memory, cluster, progress)
+    searched = _scan(stack, wirings, search, folder / SEARCH, metric, memory, cluster, progress)
     table = comparisons.table(searched, metric, seed=seed)
     best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
     say(f"the {len(best)} best again, on probes that took no part in the choice")

@@ -3,8 +3,10 @@
     series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
     reversion    ``reversion_layers.csv``  whether the stream reverts to a mean          (surgery.reversion.layers)
     scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan_study)
+    anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy_study)
 
-With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained.
+With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained;
+``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each takes.
 Each file is written when its measurement is done; what an interruption leaves is whole. The scan asks the bundled model
 questions of its own kind, any other (or the bundled one, given a text) every token of the prompts. It goes first, as it
 is the one that goes on where it was, and refuses at once a folder that holds a scan of something else.
@@ -18,12 +20,27 @@ import pandas
 import torch
 
 import surgery
-from surgery import calibration, frames, models, probes, provenance, report, reversion, scan_study, series
+from surgery import (
+    anatomy_study,
+    calibration,
+    convergence,
+    frames,
+    measures,
+    models,
+    probes,
+    provenance,
+    report,
+    reversion,
+    scan_study,
+    series,
+)
 from surgery.prompts import read_prompts
 from surgery.stack import Stack
 from surgery.tokens import Tokens
 
-NAMES = ("series", "reversion", "scan")
+NAMES = ("series", "reversion", "scan", "anatomy")
+FEWEST = 16  # prompts for the anatomy: half of them place the boundaries, half test them
+MEASURED = 64  # prompts for the table of all measures
 Say = Callable[[str], Any]
 
 
@@ -91,12 +108,52 @@ def run(
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(untrained, tokens, max_length, seed, progress)
         frames.write(networks, folder / report.CALIBRATION, manifest)
+        say("measures: every other reading of series and parallel, on the same networks")
+        table, taken = compare(stack, untrained, tokens, seed)
+        frames.write(table, folder / report.MEASURES, manifest, measures.COLUMNS)
+        frames.write(taken, folder / report.COSTS, manifest, measures.COST_COLUMNS)
     if "reversion" in names:
         say("reversion: kappa of every layer, its nulls, and the stream displaced")
         frame = reversion.layers(stack, tokens, untrained=untrained, seed=seed, progress=progress)
         frames.write(frame, folder / report.REVERSION, manifest)
+    if "anatomy" in names:
+        if stack.n_layers < 6 or len(tokens) < FEWEST:
+            if len(names) == 1:
+                there = f"there are {stack.n_layers} and {len(tokens)}"
+                raise ValueError(f"anatomy needs at least 6 layers and {FEWEST} prompts; {there}")
+            say(f"anatomy: left out, it needs at least 6 layers and {FEWEST} prompts")
+        else:
+            say("anatomy: where the parts begin and end, and the ends against the middle")
+            own, repeats = text is None, folder / scan_study.SEARCH
+            anatomy_study.measure(
+                stack, tokens, folder, _kinds(len(tokens), seed) if own else None,
+                said=convergence.babel() if own else convergence.parallel(),
+                scanned=frames.read(repeats) if "scan" in names and repeats.exists() else None,
+                metric="loglik" if own else "loss", seed=seed,
+            )  # fmt: skip
     say("report")
     return report.build(folder)
+
+
+def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Every measure of ``surgery.measures`` on the networks of known answer, the model and the same untrained (these
+    from layer 1 on, of at most ``MEASURED`` prompts); and what each function costs."""
+    few = Tokens(tokens.ids[:MEASURED], tokens.mask[:MEASURED])
+    first = int(stack.n_layers > 2)
+    table = pandas.concat(
+        [
+            measures.calibrate(measures.networks(seed=seed), calibration.tokens(24, 12, seed), seed=seed),
+            measures.calibrate({stack.name: stack, report.UNTRAINED: untrained}, few, first, seed=seed),
+        ],
+        ignore_index=True,
+    )
+    return table, measures.costs(stack, few)
+
+
+def _kinds(count: int, seed: int) -> list[str]:
+    """Of the bundled model's own problems: those that only translate, and those that compose less and more."""
+    steps = [problem.k for problem in models.bundled_problems(count, seed)]
+    return ["k=0" if k == 0 else "k=1, 2" if k < 3 else "k=3, 4" for k in steps]
 
 
 def calibrate(

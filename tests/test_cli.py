@@ -369,6 +369,7 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, moment, *options],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests are a job
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -46,6 +46,18 @@ def test_tape_together_measures_again_what_it_chose(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"brain_scan.png", "tape_together.png"}
 
 
+def test_anatomy_says_of_every_model_whether_its_ends_are_more_parallel(tmp_path):
+    options = ["--out", tmp_path, "--prompts", "8", "--probes", "1", "--resamples", "5"]
+    done = subprocess.run(
+        [sys.executable, STUDIES / "anatomy.py", *options], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("That the ends are more parallel than the middle is") == 3
+    for model in ("babel", "untrained", "translation"):
+        ends = frames.read(tmp_path / model / "anatomy_ends.csv")
+        assert ends["kind"].tolist() == ["all", "k=0", "k=4"]
+        assert (tmp_path / model / "anatomy_boundaries.png").exists()
+
+
 def test_every_study_says_how_to_run_it():
     for script in STUDIES.glob("*.py"):
         assert f"python studies/{script.name}" in script.read_text().split('"""')[1]
