@@ -25,21 +25,21 @@ published models (Rushing and Nanda 2024, arXiv 2402.15390). Controls to compare
 scrubbing), Wang et al. 2022 (arXiv 2211.00593).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.engine import FrozenNorm, Stream, replaced_forward
 from surgery.ensemble import Ensemble, exchanged, partners
-from surgery.models import plain
 from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
@@ -56,7 +56,7 @@ COLUMNS = {
     "loss_low": "lower end of the 95 % interval of loss",
     "loss_high": "upper end of the 95 % interval of loss",
 }
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[T
     x, clean = final[:, :-1][predicting], run.stream[-1][:, :-1][predicting]
     targets, prompts = run.context.tokens.ids[:, 1:][predicting], predicting.nonzero()[:, 0]
     parts = []
-    for some in torch.arange(len(x), device=x.device).split(max(1, _LOGITS_AT_ONCE // stack.d_vocab)):
+    for some in torch.arange(len(x), device=x.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
         with frozen_head(stack, clean[some]) if frozen else nullcontext():
             logits = stack.readout(x[some])
         logits = (logits if logits.dtype == torch.float64 else logits.float()).detach()
@@ -243,21 +243,30 @@ def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[T
 
 
 @contextmanager
-def frozen_head(stack: Stack, clean: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Within the context ``stack.readout`` of as many vectors has the last norm keep its denominators on ``clean``.
+def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
+    """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
 
-    Raises ValueError if the norm's denominator cannot be found.
+    A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
+
+    >>> from surgery import Stack, calibration
+    >>> stack = Stack(calibration.random_network())
+    >>> x = torch.randn(3, stack.d_model)
+    >>> with frozen_head(stack, x):
+    ...     twice = stack.readout(2 * x)
+    >>> bool(torch.allclose(twice, 2 * stack.readout(x), atol=1e-4))
+    True
     """
-    bridged, twin = stack.model.ln_final, plain(stack.model)
-    modules = [bridged] if twin is None else [bridged, twin.get_submodule(bridged.name)]  # one of them reads out
-    probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(clean)
-    with ExitStack() as freezing:
-        for module in modules if not isinstance(bridged.original_component, torch.nn.Identity) else []:
-            with torch.no_grad():
-                norm = FrozenNorm(module, probe)
-            freezing.enter_context(replaced_forward(module, _with_scale(norm, norm.scale(clean).unsqueeze(1))))
+    engine = stack._plain or stack._bridge
+    module = engine.module.get_submodule(stack.model.ln_final.name)
+    if isinstance(getattr(module, "original_component", module), nn.Identity):
         yield
+        return
+    with torch.no_grad():
+        norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(x))
+        scale = norm.scale(x)
 
+    def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
 
-def _with_scale(norm: FrozenNorm, scale: Float[Tensor, "row 1 1"]) -> Callable[[Tensor], Tensor]:
-    return lambda x: norm.with_scale(x, scale)  # the readout is of one-token runs
+    with replaced_forward(module, forward):
+        yield

@@ -25,23 +25,19 @@ the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (a
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import pandas
 import torch
 from jaxtyping import Float
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.engine import FrozenNorm, replaced_forward
+from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, columns, ratio, weights
 from surgery.tokens import Tokens
-
-LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
 COLUMNS = {
     "layer": "layer, counted from 0",
@@ -56,36 +52,6 @@ for _name, _meaning in {
     COLUMNS[_name] = _meaning
     COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
     COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
-
-
-@contextmanager
-def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
-
-    A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
-
-    >>> from surgery import Stack, calibration
-    >>> stack = Stack(calibration.random_network())
-    >>> x = torch.randn(3, stack.d_model)
-    >>> with frozen_head(stack, x):
-    ...     twice = stack.readout(2 * x)
-    >>> bool(torch.allclose(twice, 2 * stack.readout(x), atol=1e-4))
-    True
-    """
-    engine = stack._plain or stack._bridge
-    module = engine.module.get_submodule(stack.model.ln_final.name)
-    if isinstance(getattr(module, "original_component", module), nn.Identity):
-        yield
-        return
-    with torch.no_grad():
-        norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(x))
-        scale = norm.scale(x)
-
-    def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
-
-    with replaced_forward(module, forward):
-        yield
 
 
 def effects(

@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from surgery.ablation import CleanRun, clean_runs
+from surgery.ablation import LOGITS_AT_ONCE, CleanRun, clean_runs
 from surgery.engine import Stream
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
@@ -74,7 +74,6 @@ COLUMNS["relative_max"] = "the same, its largest value over tokens; no interval:
 COLUMNS["l2_max"] = "the largest distance of the two distributions over tokens; no interval"
 
 _LEAST = 1e-6  # updates smaller than this count as this large in the relative effect, as published
-_LOGITS_AT_ONCE = 2**24
 
 
 def matrix(
@@ -339,7 +338,7 @@ def _distances(
 ) -> Float[Tensor, "2 row"]:
     """L2 distance and KL(clean || other) of the next-token distributions that two streams are read out as."""
     parts = []
-    for some in torch.arange(len(clean), device=clean.device).split(max(1, _LOGITS_AT_ONCE // stack.d_vocab)):
+    for some in torch.arange(len(clean), device=clean.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
         p, q = (stack.readout(x[some]).double().log_softmax(-1) for x in (clean, other))
         parts.append(torch.stack([(p.exp() - q.exp()).norm(dim=-1), (p.exp() * (p - q)).sum(-1)]))
     return torch.cat(parts, 1).cpu()

@@ -37,7 +37,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from surgery.attribution import LOGITS_AT_ONCE, frozen_head
+from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
 from surgery.jacobians import linearised
 from surgery.stack import Context, Stack

@@ -55,6 +55,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from surgery import frames, similarity
+from surgery.ablation import LOGITS_AT_ONCE as _LOGITS_AT_ONCE
 from surgery.dependence import Reading, Stream, Sums
 from surgery.ensemble import exchanged, partners
 from surgery.stack import Context, Stack
@@ -79,8 +80,6 @@ for _name in PROFILE:
     COLUMNS[_name] = f"{_meaning}; of {_which}" if _which else _meaning
     for _end, _word in (("low", "lower"), ("high", "upper")):
         COLUMNS[f"{_name}_{_end}"] = f"{_word} end of the 95 % interval of {_name} (bootstrap over prompts)"
-
-_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
 
 def windows(
