@@ -1,53 +1,127 @@
-"""How serial are the layers of the bundled model, and does it depend on how many steps a problem has?
+"""Do layers work in series because a problem has several steps, or would they do so anyway?
 
-    python studies/series_or_parallel.py --out results/series_or_parallel          # about a minute on 2 cores
+    python studies/series_or_parallel.py --out results/series_or_parallel          # half a minute on 2 cores
 
-Writes ``series_by_k.csv`` (a row per window of three layers and k) and prints S of every window, asked for k = 0
-(pure translation) to 4 (four functions in a row). The same prompts' null stands beside it: R/N above 1 is response to
-what the window itself wrote. Copy this file and put your own model and prompts in.
+S and R/N of every window of three layers, asked for k = 0 (pure translation) to 4 (four functions in a row), on the
+bundled model, the same architecture untrained, and a twin of the same size trained on translation alone. Two questions:
+does S grow with k (its slope, with an interval over prompts), and is it larger in the middle, layers 4 to 8, than
+before and behind? (``surgery.anatomy`` divides the bundled model before layers 4 and 9.) Writes ``series_by_k.csv`` (a
+row per model, k and window) and ``slopes.csv``. R/N above 1 is response to what the window itself wrote; S also grows
+with the size of updates. Copy this file and put your own model and prompts in.
 """
 
 import argparse
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import surgery
-from surgery import frames, provenance, series
+from surgery import contrast, frames, models, provenance
 from surgery.babel import Babel
+from surgery.stats import columns
+
+STEPS = range(5)
+PARTS = {"before layer 4": (1, 4), "4 to 8": (4, 9), "from 9 on": (9, 12)}  # windows that lie wholly in them
+SLOPES = {"model": "which model", "windows": "first layers of the windows averaged", "measure": "S or R_over_N"} | {
+    f"slope{end}": f"change of the measure with each step more, k = 0 to 4{what}"
+    for end, what in {"": "", "_low": ": lower end of its 95 % interval", "_high": ": upper end"}.items()
+}
+
+
+def slope(values: Float[Tensor, "k resample"]) -> Float[Tensor, " resample"]:
+    """Least squares on k, in every resample of the prompts."""
+    k = torch.arange(len(values)).double() - (len(values) - 1) / 2
+    return k @ values / k.square().sum()
+
+
+def number(values: Float[Tensor, " resample"]) -> str:
+    value, low, high = columns("", values).values()
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def clearly(values: Float[Tensor, " resample"], more: str, less: str) -> str:
+    _, low, high = columns("", values).values()
+    return more if low > 0 else less if high < 0 else f"neither {more} nor {less} clearly"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/series_or_parallel")
     parser.add_argument("--prompts", type=int, default=128, help="problems of each k")
-    parser.add_argument("--length", type=int, default=3, help="longest window, in layers")
+    parser.add_argument("--length", type=int, default=3, choices=(2, 3), help="layers in a window")
     args = parser.parse_args()
     torch.set_num_threads(2)
 
-    folder = frames.folder(args.out)
-    corpus, stack = Babel(), surgery.Stack(surgery.load("babel"))
-    parts = []
-    for k in range(5):
-        problems = corpus.sample(k, args.prompts, seed=0)
-        tokens = stack.tokens([" ".join(corpus.words(problem)[1:]) for problem in problems])
-        parts.append(series.windows(stack, tokens, max_length=args.length, damage=False).assign(k=k))
-    frame = pd.concat(parts, ignore_index=True)
-    manifest = provenance.manifest(stack, tokens, seed=0, note="the tokens named here are those of k = 4")
-    columns = {"k": "number of functions that every problem applies"}
-    frames.write(frame, folder / "series_by_k.csv", manifest, columns)
+    folder, corpus, bundled = frames.folder(args.out), Babel(), surgery.load("babel")
+    opened = {
+        "babel": bundled,
+        "untrained": models.untrained(bundled),
+        "translation": surgery.load("babel-translation"),
+    }
+    stacks = {name: surgery.Stack(model) for name, model in opened.items()}
+    rows: list[dict] = []
+    slopes: list[dict] = []
+    grown: dict[str, Tensor] = {}
+    for name, stack in stacks.items():
+        profiles = []
+        for k in STEPS:
+            problems = corpus.sample(k, args.prompts, seed=0)
+            tokens = stack.tokens([" ".join(corpus.words(problem)[1:]) for problem in problems])
+            profiles.append(contrast.measure(stack, tokens, args.length, seed=k))  # prompts of two k are independent
+        measured = {measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in
+                    ("S", "R_over_N")}  # fmt: skip
+        for k in STEPS:
+            for start in range(measured["S"].shape[1]):
+                row = {"model": name, "k": k, "start": start, "stop": start + args.length, "n_prompts": args.prompts}
+                for measure, values in measured.items():
+                    row |= columns(measure, values[k, start])
+                rows.append(row)
+        S = measured["S"]
+        within = {part: list(range(low, high - args.length + 1)) for part, (low, high) in PARTS.items()}
+        print(f"\n== {name}\nS of the windows of {args.length} layers that begin at layer ..., by k")
+        print(pd.DataFrame(S[:, :, 0].T.numpy()).loc[1:].round(2).to_string())
+        own = {start: slope(S[:, start]) for start in range(1, S.shape[1])}
+        up, down = ([start for start, values in own.items() if clearly(values, "up", "down") == way]
+                    for way in ("up", "down"))  # fmt: skip
+        print(f"From k = 0 to k = 4, S rises clearly in the windows that begin at {up or 'no layer'}, falls clearly in "
+              f"those at {down or 'no layer'}; in the others the 95 % interval of the slope holds 0.")  # fmt: skip
+        parts = {str(start): [start] for start in own} | within | {"all": list(own)}
+        for measure, values in measured.items():
+            for part, starts in parts.items():
+                change = slope(values[:, starts].mean(1))
+                slopes.append({"model": name, "windows": part, "measure": measure} | columns("slope", change))
+        for part, starts in within.items():
+            change, relative = (slope(values[:, starts].mean(1)) for values in measured.values())
+            level = S[:, starts].mean((0, 1))
+            print(f"Windows {part}: S = {level[0]:.2f} on average; with each step more, S changes by {number(change)} "
+                  f"({clearly(change, 'more', 'less')} serial), R/N by {number(relative)}.")  # fmt: skip
+        first, middle, last = (S[:, starts].mean(1) for starts in within.values())
+        for k in (0, 4):
+            apart = middle[k] - (first[k] + last[k]) / 2
+            print(f"At k = {k} the middle is {clearly(apart, 'more', 'less')} serial than the ends: {number(apart)}.")
+        gained = slope(middle - (first + last) / 2)
+        print(f"With each step more the middle gains on the ends by {number(gained)}.")
+        grown[name] = slope(S[:, 1:].mean(1))
+        print(f"All windows from layer 1 on: S changes by {number(grown[name])} with each step more.")
+    print()
+    for other in ("untrained", "translation"):
+        more = grown["babel"] - grown[other]
+        print(f"In babel S grows with k {clearly(more, 'faster', 'slower')} than in {other}: by {number(more)} a step.")
 
-    longest = frame[(frame.stop - frame.start == args.length) & (frame.start >= 1)]
-    for measure in ("S", "R_over_N"):
-        table = longest.pivot(index="start", columns="k", values=measure).round(2)
-        print(f"\n{measure} of the window of {args.length} layers that begins at layer ..., by k\n{table.to_string()}")
-    low, high = longest[longest.k == 0].set_index("start"), longest[longest.k == 4].set_index("start")
-    grown = [start for start in low.index if high.S_low[start] > low.S_high[start]]
-    fallen = [start for start in low.index if high.S_high[start] < low.S_low[start]]
-    print(
-        f"\nFrom k = 0 to k = 4, S rises clearly in the windows that begin at {grown or 'no layer'}, falls clearly in "
-        f"those at {fallen or 'no layer'}; in the others the 95 % intervals overlap."
+    manifest = provenance.manifest(
+        stacks["babel"],
+        tokens,
+        seed=0,
+        note="the model named here is the first of three; the tokens are those of k = 4",
     )
+    meanings = {
+        "model": "babel, the same untrained, or trained on k = 0 alone",
+        "k": "functions that a problem applies",
+    }
+    frames.write(pd.DataFrame(rows), folder / "series_by_k.csv", manifest, meanings)
+    frames.write(pd.DataFrame(slopes), folder / "slopes.csv", manifest, SLOPES)
 
 
 if __name__ == "__main__":

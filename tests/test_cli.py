@@ -138,6 +138,22 @@ def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_me
     assert not (tmp_path / "r" / report.SERIES).exists()
 
 
+def test_the_anatomy_of_the_bundled_model_is_printed_and_put_on_the_page(tmp_path):
+    result = run("study", "anatomy", "--model", "babel", "--prompts", 20, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "That the ends are more parallel than the middle is " in " ".join(result.stdout.split())
+    assert {path.name for path in tmp_path.glob("anatomy_*.csv")} == set(study.anatomy_study.COLUMNS)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(study.anatomy_study.CAPTIONS)
+    assert set(frames.read(tmp_path / report.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
+    assert 'id="anatomy"' in (tmp_path / report.PAGE).read_text()
+
+
+def test_too_few_prompts_for_an_anatomy_are_said(tmp_path):
+    result = run("study", "anatomy", "--prompts", 5, "--out", tmp_path)
+    refused(result, "anatomy needs at least 6 layers and 16 prompts; there are 12 and 5")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_few_prompts_for_a_scan_leave_it_out(quick, model, tmp_path):
     (tmp_path / "two.txt").write_text("\n".join(PROMPTS[:2]))
     options = ["--model", model, "--text", tmp_path / "two.txt", "--out", tmp_path / "r"]

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from matplotlib.image import imread
 
-from surgery import figures, frames, report
+from surgery import figures, frames, measures, report
 
 
 @pytest.fixture
@@ -112,6 +112,25 @@ def test_one_measurement_alone_makes_a_page(results, kept, sections, images):
     parsed = page(results)
     assert [section["id"] for section in parsed.all("section")] == [*sections.split(), "columns", "provenance"]
     assert len(parsed.all("img")) == images
+
+
+def test_every_measure_and_what_it_costs_stand_in_one_section(results):
+    table = pandas.DataFrame(
+        [("S, pairs", "series", "serial", 0.97), ("S, pairs", "series", "toy", 0.31),
+         ("rho", "series", "serial", np.nan), ("rho", "series", "toy", 0.12)],
+        columns=list(measures.COLUMNS),
+    )  # fmt: skip
+    taken = pandas.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(measures.COST_COLUMNS))
+    frames.write(table, results / report.MEASURES, made_up.manifest(), measures.COLUMNS)
+    without = report.build(results).read_text()
+    assert "series.windows" not in without[without.index('id="measures"') : without.index('id="series"')]
+    frames.write(taken, results / report.COSTS, made_up.manifest(), measures.COST_COLUMNS)
+    source = report.build(results).read_text()
+    section = source[source.index('id="measures"') : source.index('id="series"')]
+    assert section.index(">serial</th>") < section.index(">toy</th>")
+    for shown in ("S, pairs", "0.97", "0.31", "rho", "0.12", "series.windows", "18.5", "18.4", "27.3"):
+        assert f"<td>{shown}" in section, shown
+    assert "nan" not in section, "what could not be told is an empty cell"
 
 
 def test_files_of_different_models_are_not_passed_off_as_one(results):

@@ -24,7 +24,7 @@ def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path
     )
     assert said in done.stdout
     frame = frames.read(tmp_path / file)
-    assert len(frame) == {"series_by_k.csv": 5 * 11, "reversion_by_size.csv": 2 * 12}[file]
+    assert len(frame) == {"series_by_k.csv": 3 * 5 * 11, "reversion_by_size.csv": 2 * 12}[file]
     assert frames.read_manifest(tmp_path / file)["model"]["name"] == "babel"
 
 
