@@ -30,9 +30,10 @@ its readers mix directions at random.
 [0.0, 0.0, 0.0]
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ COST_COLUMNS = {
 }
 
 Measured = Mapping[str, pandas.DataFrame]
+_NOTHING = pandas.DataFrame()
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,15 @@ def readings(
 ) -> tuple[dict[str, float], Measured]:
     """Every measure of one model, and the frames they are taken from; layers before ``first_layer`` left out.
 
-    Where embeddings are small, everything from layer 0 reads 1: leave it out. Cost: the sum of ``FUNCTIONS``' formulas.
+    Where embeddings are small, everything from layer 0 reads 1: leave it out. Of a function that refuses these tokens
+    (too short or too few) there is no frame, and its measures are NaN. Cost: the sum of ``FUNCTIONS``' formulas.
     """
-    tokens = Tokens.of(tokens).to(stack.device)
-    frames = {name: one.run(stack, tokens, resamples=0, seed=seed) for name, one in FUNCTIONS.items()}
-    frames = {name: _from(frame, first_layer) for name, frame in frames.items()}
-    return {one.name: float(one.of(frames[one.function])) for one in MEASURES}, frames
+    tokens, frames = Tokens.of(tokens).to(stack.device), {}
+    for name, one in FUNCTIONS.items():
+        with suppress(ValueError):
+            frames[name] = _from(one.run(stack, tokens, resamples=0, seed=seed), first_layer)
+    found = {one: frames.get(one.function, _NOTHING) for one in MEASURES}
+    return {one.name: float(one.of(frame)) if len(frame) else math.nan for one, frame in found.items()}, frames
 
 
 def _from(frame: pandas.DataFrame, first_layer: int) -> pandas.DataFrame:
@@ -180,7 +185,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     """What every function costs on these tokens: function, formula, counted, timed, all in forward passes F.
 
     ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
-    depends on the machine.
+    depends on the machine. A function that refuses these tokens has no row.
     """
     tokens = Tokens.of(tokens).to(stack.device)
     size = tokens.ids.numel() * stack.n_layers
@@ -188,11 +193,14 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     rows = []
     for name in names:
         one = FUNCTIONS[name]
-        with _counted() as executed:
-            seconds = _seconds(partial(one.run, stack, tokens))
+        try:
+            with _counted() as executed:
+                seconds = _seconds(partial(one.run, stack, tokens))
+        except ValueError:
+            continue
         row = {"function": name, "formula": one.formula(stack.n_layers), "counted": executed[0] / size}
         rows.append(row | {"timed": seconds / forward})
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows, columns=list(COST_COLUMNS))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

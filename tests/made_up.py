@@ -48,6 +48,21 @@ def networks() -> pandas.DataFrame:
     return pandas.concat([*parts, series(S=0.35).assign(network="this model untrained")], ignore_index=True)
 
 
+def measures() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """What ``study.compare`` gives: readings, and what they cost."""
+    about = {"S": "series", "T": "series", "rho": "series", "cosine": "not series"}
+    values = {"parallel": 0.0, "serial": 1.0, "toy": 0.4}
+    table = pandas.DataFrame(
+        [
+            {"measure": name, "about": kind, "network": network, "value": float("nan") if name == "rho" else value}
+            for network, value in values.items()
+            for name, kind in about.items()
+        ]
+    )
+    costs = {"function": ["series.windows"], "formula": [18.5], "counted": [18.5], "timed": [30.0]}
+    return table, pandas.DataFrame(costs)
+
+
 def manifest(name: str = "toy") -> dict:
     """What ``provenance.manifest`` gives, without a model."""
     return {

@@ -23,7 +23,7 @@ from surgery.wiring import every_repeat
 REPOSITORY = Path(surgery.__file__).resolve().parent.parent
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
-TABLES = ("series_windows", "reversion_layers", "calibration", *SCAN)
+TABLES = ("series_windows", "reversion_layers", "calibration", "measures", "costs", *SCAN)
 RESULTS = {
     *(f"{name}.csv" for name in TABLES),
     *(f"{name}.manifest.json" for name in TABLES),
@@ -69,6 +69,7 @@ def quick(monkeypatch):
     """Measurements that take no time; what is opened and written is real."""
     monkeypatch.setattr(study.series, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
     monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
+    monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
     monkeypatch.setattr(study.reversion, "layers", lambda *_, **__: made_up.reversion(fixtures.N_LAYERS))
     monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
 
@@ -307,7 +308,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
 
     def fill(descriptor):
         count[0] += 1
-        if count[0] > 5:  # two files each for series and calibration, then one: the disk fills with the next
+        if count[0] > 9:  # two files each for series and its three tables, then one: the disk fills with the next
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -317,7 +318,9 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
         run("study", "--model", model, "--text", text, "--out", out), "no space left on the disk", "reversion_layers"
     )
     assert {file.name for file in out.iterdir()} == {
-        name for name in RESULTS if name.startswith(("series_windows", "calibration.")) and not name.endswith("png")
+        name
+        for name in RESULTS
+        if name.startswith(("series_windows", "calibration.", "measures", "costs")) and not name.endswith("png")
     }
     assert len(frames.read(out / report.SERIES)) == 6
 
@@ -361,11 +364,12 @@ else:
     study.reversion.layers = lambda *_, **__: made_up.reversion(4)
     study.series.windows = lambda *_, **__: made_up.series(4)
     study.calibrate = lambda *_: made_up.networks()
+    study.compare = lambda *_: made_up.measures()
     study.scan_study.measure = lambda *_, **__: None
     real, count = frames.os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
-        slowly() if count[0] == 6 else real(descriptor)
+        slowly() if count[0] == 10 else real(descriptor)
     frames.os.fsync = fsync
 cli.main()
 """
@@ -402,9 +406,8 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     assert process.returncode == code
     assert ("interrupted" in said) == (how == signal.SIGINT)
     final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
-    assert final == {
-        "series_windows.csv", "series_windows.manifest.json", "calibration.csv", "calibration.manifest.json"
-    }  # fmt: skip
+    whole = ("series_windows", "calibration", "measures", "costs")
+    assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}
     assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
     frames.read(out / report.SERIES)
     frames.read(out / report.CALIBRATION)

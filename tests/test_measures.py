@@ -56,6 +56,16 @@ def test_layers_before_the_first_are_left_out():
     assert all(frame[name].min() >= 1 for frame in frames.values() for name in ("start", "layer") if name in frame)
 
 
+def test_what_refuses_the_tokens_is_left_out():
+    """A prompt of one token more than the first has nothing to predict from it: no interaction can be told."""
+    stack, tokens = Stack(calibration.random_network(4)), calibration.tokens(6, 2)
+    values, frames = measures.readings(stack, tokens)
+    assert "interactions.pairs" not in frames
+    assert values["rho"] != values["rho"]
+    assert 0 <= values["S"] <= 1
+    assert "interactions.pairs" not in set(measures.costs(stack, tokens)["function"])
+
+
 def test_every_function_costs_what_its_docstring_says():
     stack = Stack(calibration.random_network(4))
     frame = measures.costs(stack, TOKENS).set_index("function")
