@@ -14,7 +14,7 @@ No model code lives here. Source of the scheme: the cluster bootstrap (Cameron, 
 as clusters; percentile intervals (Efron 1981).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -110,6 +110,20 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
 def columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
     """The ``interval`` of a measure as it stands in a row of a table: ``name``, ``name_low``, ``name_high``."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+
+
+def described(meanings: Mapping[str, str], over: str = "prompts") -> dict[str, str]:
+    """What the ``columns`` of several measures hold: each with its meaning, and the ends of its interval.
+
+    >>> list(described({"T": "total effect"}))
+    ['T', 'T_low', 'T_high']
+    """
+    found = {}
+    for name, meaning in meanings.items():
+        found[name] = meaning
+        found[f"{name}_low"] = f"lower end of the 95 % interval of {name} (bootstrap over {over})"
+        found[f"{name}_high"] = f"upper end of the 95 % interval of {name}"
+    return found
 
 
 def ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
