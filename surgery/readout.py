@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from surgery.hooks import FrozenNorm, replaced_forward
+from surgery.engine import FrozenNorm, replaced_forward
 from surgery.stack import Stack
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
