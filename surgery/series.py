@@ -55,13 +55,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from surgery import frames, similarity
-from surgery.ablation import LOGITS_AT_ONCE as _LOGITS_AT_ONCE
 from surgery.dependence import Reading, Stream, Sums
 from surgery.ensemble import exchanged, partners
+from surgery.readout import LOGITS_AT_ONCE, log_probabilities, portions
 from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
 
+_LOGITS_AT_ONCE, _log_probabilities = LOGITS_AT_ONCE, log_probabilities  # surgery.lens still asks here
 COLUMNS = {
     "first": "first unit of the window, a sublayer (3.attn); start and stop count sublayers",
     "last": "last unit of the window",
@@ -401,20 +402,14 @@ def _losses(
 ) -> dict[tuple, Float[Tensor, " prediction"]]:
     """Change of the loss of every prediction, and KL(clean || rewired), for each of the final streams."""
     parts: defaultdict[tuple, list[Tensor]] = defaultdict(list)
-    rows = max(1, _LOGITS_AT_ONCE // stack.d_vocab)
-    for some in torch.arange(len(targets), device=targets.device).split(rows):
-        before = _log_probabilities(stack, clean[some])
+    for some in portions(stack, targets):
+        before = log_probabilities(stack, clean[some])
         for key, final in finals.items():
-            after = _log_probabilities(stack, final[some])
+            after = log_probabilities(stack, final[some])
             gain = before - after
             parts[("loss", *key)].append(gain.gather(1, targets[some].unsqueeze(1)).squeeze(1))
             parts[("kl", *key)].append((before.exp() * gain).sum(1))
     return {key: torch.cat(values) for key, values in parts.items()}
-
-
-def _log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    logits = stack.readout(x)
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def _check(units: _Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 
-from surgery import Stack, calibration, frames, series, similarity
+from surgery import Stack, calibration, frames, readout, series, similarity
 from surgery.engine import Engine
 from surgery.stats import weights
 from surgery.tokens import Tokens
@@ -230,7 +230,7 @@ def test_damage_is_that_of_the_parallel_wiring(start, stop):
 
 def test_damage_does_not_depend_on_how_many_rows_are_read_out_at_once(monkeypatch):
     whole = measured("random")
-    monkeypatch.setattr(series, "_LOGITS_AT_ONCE", 50 * calibration.D_VOCAB)
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 50 * calibration.D_VOCAB)
     parts = series.windows(stack("random"), calibration.tokens(24, 10), resamples=20)
     assert np.allclose(parts[list(DAMAGE)], whole[list(DAMAGE)], atol=1e-6)
 
