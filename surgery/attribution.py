@@ -36,22 +36,20 @@ from torch import Tensor
 from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, ratio, weights
+from surgery.stats import RESAMPLES, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 COLUMNS = {
     "layer": "layer, counted from 0",
     "n_prompts": "number of prompts, the unit of resampling",
 }
-for _name, _meaning in {
+_MEASURES = {
     "TE": "total effect of the layer's update on the logits: length of the change (nats), mean over tokens in squares",
     "DE": "direct effect: the same where only the head misses the update",
     "IE": "indirect effect, TE - DE token by token: what later layers made of the update",
     "M": "indirect share, IE / (IE + DE): 0 no later layer reads the layer, 1 all of its effect goes through them",
-}.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+}
+COLUMNS |= described(_MEASURES)
 
 
 def effects(

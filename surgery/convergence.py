@@ -36,7 +36,7 @@ from torch import Tensor
 from surgery import sentences
 from surgery.babel import LANGUAGES, Babel, Problem
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, weights
+from surgery.stats import RESAMPLES, columns, described, weights
 
 COLUMNS = {
     "layer": "the layer that the stream enters; the number of layers for the stream that leaves the last",
@@ -48,10 +48,7 @@ _MEASURES = {
     "neither": "mean cosine of sentences of two contents in two languages, layer mean subtracted",
     "difference": "SC - SL: above 0 content counts for more than language",
 }
-for _name, _meaning in _MEASURES.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over contents)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(_MEASURES, over="contents")
 
 
 @dataclass(frozen=True)

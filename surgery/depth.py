@@ -29,20 +29,19 @@ from torch import Tensor
 from surgery import lens, similarity
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, weights
+from surgery.stats import RESAMPLES, columns, described, weights
 from surgery.tokens import Tokens
 
-_DEPTH = "layers that have run when the criterion is met; empty if it never is"
-_RATIO = "depth as a part of all layers"
+_MEASURES = {
+    "depth": "layers that have run when the criterion is met; empty if it never is",
+    "ratio": "depth as a part of all layers",
+}
 COLUMNS = {
     "criterion": "what is taken as the sign that the answer is there: cosine, kl or overlap",
     "threshold": "the value that the criterion's curve has to cross; of kl, as a part of its largest value",
     "n_prompts": "number of prompts, the unit of resampling",
 }
-for _name, _meaning in (("depth", _DEPTH), ("ratio", _RATIO)):
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(_MEASURES)
 
 
 def effective(

@@ -44,7 +44,7 @@ from surgery.ablation import LOGITS_AT_ONCE, CleanRun, clean_runs
 from surgery.engine import Stream
 from surgery.ensemble import Ensemble
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, Moments, columns, ratio, weights
+from surgery.stats import RESAMPLES, Moments, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 Resampled = Float[Tensor, " resample"]
@@ -66,10 +66,7 @@ _INTERVALS = {
     "depth_score": "mean layer (counted from 0) of the effect on later tokens, weighted by l2 (layers)",
     "depth_score_kl": "the same weighted by kl (layers)",
 }
-for _name, _meaning in _INTERVALS.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(_INTERVALS)
 COLUMNS["relative_max"] = "the same, its largest value over tokens; no interval: it is one token's"
 COLUMNS["l2_max"] = "the largest distance of the two distributions over tokens; no interval"
 

@@ -41,7 +41,7 @@ from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
 from surgery.jacobians import linearised
 from surgery.stack import Context, Stack
-from surgery.stats import RESAMPLES, Moments, columns, ratio, weights
+from surgery.stats import RESAMPLES, Moments, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 COLUMNS = {
@@ -52,17 +52,15 @@ COLUMNS = {
     "branches": "number of layers through whose branch the gradient passes",
     "n_prompts": "number of prompts, the unit of resampling",
 }
-for _name, _meaning in {
+_MEASURES = {
     "kappa_g": "power of a common factor on the window's updates with which its last layer's write grows: 1 parallel",
     "gate_series": "(kappa_g - 1) / (length - 1): 0 parallel, 1 serial and homogeneous",
     "kappa_g_stream": "the same power for all that the window wrote: energy-weighted mean length of path",
     "hessian": "second derivative of the margin by the two layers' gates, over the margin: 0 parallel",
     "share": "share of the gradient that passes through this many branches",
     "mean_branches": "mean number of branches over the shares (the same in every row)",
-}.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+}
+COLUMNS |= described(_MEASURES)
 
 
 def exponents(

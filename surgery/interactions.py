@@ -50,7 +50,7 @@ from torch import Tensor
 from surgery import comparisons
 from surgery.ablation import Damages, damage
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, weights
+from surgery.stats import RESAMPLES, columns, described, weights
 from surgery.tokens import Tokens
 
 Resampled = Float[Tensor, " resample"]
@@ -75,10 +75,7 @@ _INTERVALS = {
     "mean_rho": "mean rho of the pairs that have one",
     "redundancy_mass": "sum of positive delta over sum of |delta|, over all pairs: 0 all series, 1 all redundant",
 }
-for _name, _meaning in _INTERVALS.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(_INTERVALS)
 
 
 def sets(n_layers: int) -> list[tuple[int, ...]]:

@@ -44,7 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.ensemble import Ensemble
 from surgery.stack import Context, Stack
-from surgery.stats import RESAMPLES, columns, ratio, weights
+from surgery.stats import RESAMPLES, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -55,15 +55,13 @@ COLUMNS = {
     "n_prompts": "number of prompts, the unit of resampling",
     "baseline": "what random directions would read: 1 / sqrt(d_model)",
 }
-for _name, _meaning in {
+_MEASURES = {
     "direct": "|J_j J_i| / (|J_j| |J_i|), token by token: how much of what i writes j reads, 0 none",
     "direct_excess": "direct minus its baseline",
     "total": "the same for what reaches the later layer of it, the layers between carrying it on",
     "total_excess": "total minus its baseline",
-}.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+}
+COLUMNS |= described(_MEASURES)
 
 
 def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callable[[Stream], Stream]:

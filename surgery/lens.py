@@ -38,7 +38,7 @@ from surgery import series
 from surgery.ensemble import Ensemble
 from surgery.regression import LeastSquares, halves
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, weights
+from surgery.stats import RESAMPLES, columns, described, weights
 from surgery.tokens import Tokens
 
 MEASURES = {
@@ -53,10 +53,7 @@ COLUMNS = {
     "layer": "the layer that the stream enters; the number of layers for the stream that leaves the last",
     "n_prompts": "number of prompts measured, the unit of resampling (the tuned lens was fitted on others)",
 }
-for _name, _meaning in MEASURES.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(MEASURES)
 
 Translator = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]
 Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]

@@ -40,7 +40,7 @@ from torch.nn.functional import cosine_similarity
 from surgery.ensemble import Ensemble
 from surgery.regression import LeastSquares, halves
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, Moments, columns, ratio, weights
+from surgery.stats import RESAMPLES, Moments, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 _MEASURES = {
@@ -64,10 +64,7 @@ COLUMNS = {
     "layer_b": "the same of the second stream",
     "n_prompts": "number of prompts measured, the unit of resampling",
 }
-for _name, _meaning in _MEASURES.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
+COLUMNS |= described(_MEASURES)
 
 
 def layers(
