@@ -26,20 +26,20 @@ scrubbing), Wang et al. 2022 (arXiv 2211.00593).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.engine import FrozenNorm, Stream, replaced_forward
+from surgery.engine import Stream
 from surgery.ensemble import Ensemble, exchanged, partners
+from surgery.readout import frozen_head, logits, portions
 from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
@@ -56,7 +56,6 @@ COLUMNS = {
     "loss_low": "lower end of the 95 % interval of loss",
     "loss_high": "upper end of the 95 % interval of loss",
 }
-LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: the readout of a batch at a large vocabulary would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -232,41 +231,10 @@ def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[T
     x, clean = final[:, :-1][predicting], run.stream[-1][:, :-1][predicting]
     targets, prompts = run.context.tokens.ids[:, 1:][predicting], predicting.nonzero()[:, 0]
     parts = []
-    for some in torch.arange(len(x), device=x.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
+    for some in portions(stack, x):
         with frozen_head(stack, clean[some]) if frozen else nullcontext():
-            logits = stack.readout(x[some])
-        logits = (logits if logits.dtype == torch.float64 else logits.float()).detach()
-        right = logits.gather(1, targets[some].unsqueeze(1)).squeeze(1)
-        parts.append(torch.stack([right - logits.mean(1), right - logits.logsumexp(1)]).double())
+            y = logits(stack, x[some])
+        right = y.gather(1, targets[some].unsqueeze(1)).squeeze(1)
+        parts.append(torch.stack([right - y.mean(1), right - y.logsumexp(1)]).double())
     total = torch.zeros(2, len(predicting), dtype=torch.float64, device=x.device)
     return (total.index_add(1, prompts, torch.cat(parts, 1)) / predicting.sum(1)).cpu()
-
-
-@contextmanager
-def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
-
-    A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
-
-    >>> from surgery import Stack, calibration
-    >>> stack = Stack(calibration.random_network())
-    >>> x = torch.randn(3, stack.d_model)
-    >>> with frozen_head(stack, x):
-    ...     twice = stack.readout(2 * x)
-    >>> bool(torch.allclose(twice, 2 * stack.readout(x), atol=1e-4))
-    True
-    """
-    engine = stack._plain or stack._bridge
-    module = engine.module.get_submodule(stack.model.ln_final.name)
-    if isinstance(getattr(module, "original_component", module), nn.Identity):
-        yield
-        return
-    with torch.no_grad():
-        norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(x))
-        scale = norm.scale(x)
-
-    def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
-
-    with replaced_forward(module, forward):
-        yield

@@ -33,8 +33,8 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
+from surgery.readout import frozen_head, logits, portions
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, columns, described, ratio, weights
 from surgery.tokens import Tokens
@@ -123,18 +123,17 @@ def _squares(
 ) -> dict[str, Float[Tensor, "layer row"]]:
     """Squared length of every token's total, direct and indirect effect on the logits."""
     found: dict[str, list[Tensor]] = {"TE": [], "DE": [], "IE": []}
-    for rows in torch.arange(len(clean), device=clean.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
+    for rows in portions(stack, clean):
         with frozen_head(stack, clean[rows]):
-            before = _centred(stack.readout(clean[rows]))
+            before = _centred(logits(stack, clean[rows]))
             layers = []
             for total, direct in zip(totals, directs, strict=True):
-                te, de = (before - _centred(stack.readout(final[rows])) for final in (total, direct))
+                te, de = (before - _centred(logits(stack, final[rows])) for final in (total, direct))
                 layers.append({"TE": te, "DE": de, "IE": te - de})
         for name, parts in found.items():
             parts.append(torch.stack([effect[name].double().square().sum(-1).cpu() for effect in layers]))
     return {name: torch.cat(parts, 1) for name, parts in found.items()}
 
 
-def _centred(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits - logits.mean(-1, keepdim=True)
+def _centred(y: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+    return y - y.mean(-1, keepdim=True)

@@ -40,9 +40,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from surgery.ablation import LOGITS_AT_ONCE, CleanRun, clean_runs
+from surgery.ablation import CleanRun, clean_runs
 from surgery.engine import Stream
 from surgery.ensemble import Ensemble
+from surgery.readout import portions
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, Moments, columns, described, ratio, weights
 from surgery.tokens import Tokens
@@ -335,7 +336,7 @@ def _distances(
 ) -> Float[Tensor, "2 row"]:
     """L2 distance and KL(clean || other) of the next-token distributions that two streams are read out as."""
     parts = []
-    for some in torch.arange(len(clean), device=clean.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
+    for some in portions(stack, clean):
         p, q = (stack.readout(x[some]).double().log_softmax(-1) for x in (clean, other))
         parts.append(torch.stack([(p.exp() - q.exp()).norm(dim=-1), (p.exp() * (p - q)).sum(-1)]))
     return torch.cat(parts, 1).cpu()

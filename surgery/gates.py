@@ -37,9 +37,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from surgery.ablation import LOGITS_AT_ONCE, frozen_head
 from surgery.ensemble import Ensemble
 from surgery.jacobians import linearised
+from surgery.readout import frozen_head, portions
 from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, Moments, columns, described, ratio, weights
 from surgery.tokens import Tokens
@@ -251,8 +251,8 @@ def _margin(
     """The margin of the first over the second logit, added up over a prompt's tokens, and its slope on the stream."""
     rows = final[mask].detach()
     margins, slopes = [], []
-    for some in rows.split(max(1, LOGITS_AT_ONCE // stack.d_vocab)):
-        x = some.requires_grad_()
+    for some in portions(stack, rows):
+        x = rows[some].requires_grad_()
         with frozen_head(stack, x):
             best = stack.readout(x, grad=True).topk(2, dim=-1).values
         margin = best[:, 0] - best[:, 1]

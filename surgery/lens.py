@@ -34,8 +34,8 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from surgery import series
 from surgery.ensemble import Ensemble
+from surgery.readout import log_probabilities, portions
 from surgery.regression import LeastSquares, halves
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, columns, described, weights
@@ -130,13 +130,13 @@ def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], 
     """
     found = {key: torch.zeros(len(MEASURES), len(ensemble.tokens), dtype=torch.float64) for key in lenses}
     prompts = ensemble.mask.cpu().nonzero()[:, 0]
-    rows, first = max(1, series._LOGITS_AT_ONCE // stack.d_vocab), 0
+    first = 0
     for stream in _streams(stack, ensemble, "lens"):
-        for some in torch.arange(stream.shape[1]).split(rows):
-            final = series._log_probabilities(stack, stream[-1, some])
+        for some in portions(stack, stream[-1]):
+            owners, final = prompts[first + some.cpu()], log_probabilities(stack, stream[-1, some])
             for (name, layer), translate in lenses.items():
-                reading = series._log_probabilities(stack, translate(stream[layer, some]))
-                found[name, layer].index_add_(1, prompts[first + some], _compare(reading, final).double().cpu())
+                reading = log_probabilities(stack, translate(stream[layer, some]))
+                found[name, layer].index_add_(1, owners, _compare(reading, final).double().cpu())
         first += stream.shape[1]
     return found
 

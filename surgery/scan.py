@@ -45,6 +45,7 @@ from torch import Tensor
 
 from surgery import frames, provenance, schedule
 from surgery.probes import Encoded, ProbeSet
+from surgery.readout import log_probabilities, portions
 from surgery.stack import Context, Stack
 from surgery.steps import Layer, Scaled, Step, executions
 from surgery.tokens import Tokens
@@ -65,7 +66,6 @@ COLUMNS = {
 }
 
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
-_LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,8 @@ class _Scorer:
         loglik = torch.zeros(n_rows, dtype=torch.float64)
         wrong, credit, divergence, count = (torch.zeros_like(loglik) for _ in range(4))
         final = x[self.before]
-        for some in torch.arange(len(final), device=final.device).split(max(1, _LOGITS_AT_ONCE // self.stack.d_vocab)):
-            log_p = _log_softmax(self.stack.readout(final[some]))
+        for some in portions(self.stack, final):
+            log_p = log_probabilities(self.stack, final[some])
             row, target = self.row[some].cpu(), self.targets[some]
             loglik.index_add_(0, row, log_p.gather(1, target.unsqueeze(1)).squeeze(1).double().cpu())
             missed = (log_p.argmax(1) != target).double().cpu()
@@ -253,7 +253,7 @@ class _Scorer:
             credit.index_add_(0, row, (1 - missed) * self.credit[some.cpu()])
             count.index_add_(0, row, torch.ones(len(row), dtype=torch.float64))
             if self.clean is not None:
-                clean = _log_softmax(self.stack.readout(self.clean[some]))
+                clean = log_probabilities(self.stack, self.clean[some])
                 divergence.index_add_(0, row, (clean.exp() * (clean - log_p)).sum(1).double().cpu())
         probe, choice = np.array(self.encoded.probe), np.array(self.encoded.choice)
         right = choice == 0
@@ -276,10 +276,6 @@ class _Scorer:
             "value": np.concatenate([values[metric] for metric in self.metrics]),
         }
         return pandas.DataFrame(columns)
-
-
-def _log_softmax(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 class _Table:

@@ -69,16 +69,8 @@ def test_frozen_norms_make_independent_layers_add_up_and_live_ones_do_not():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_the_frozen_readout_is_linear_and_the_same_on_the_clean_stream(load, name):
+def test_with_frozen_norms_taking_nothing_out_costs_nothing(load, name):
     stack = Stack(load(name, dtype=torch.float64))
-    x = stack.stream(torch.randint(4, 90, (3, 6), generator=rng()))[-1].flatten(0, 1)
-    live = stack.readout(x)
-    with ablation.frozen_head(stack, x):
-        torch.testing.assert_close(stack.readout(x), live)
-        one, two, three = (stack.readout(factor * x) for factor in (1, 2, 3))
-        torch.testing.assert_close(three - two, two - one, rtol=0, atol=1e-5)  # RMS norms go through float32
-        assert (two - one).abs().max() > 1e-3
-    torch.testing.assert_close(stack.readout(x), live)
     found = damage(stack, torch.randint(4, 90, (3, 6), generator=rng()), SETS, "resample", frozen=True)
     assert found.margin[0].abs().max() < 1e-9
     assert (found.margin[1:].abs().amax(1) > 0).all()

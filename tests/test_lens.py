@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact_networks import network, ragged, rng
 
-from surgery import Stack, calibration, frames, lens, series
+from surgery import Stack, calibration, frames, lens, readout
 from surgery.engine import Engine
 from surgery.ensemble import Ensemble
 from surgery.regression import halves
@@ -21,7 +21,7 @@ def random_stack() -> Stack:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_logit_lens_is_what_the_formulas_say(side, monkeypatch):
-    monkeypatch.setattr(series, "_LOGITS_AT_ONCE", 7 * calibration.D_VOCAB)
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 7 * calibration.D_VOCAB)
     stack, tokens = random_stack(), ragged(side)
     frame = lens.layers(stack, tokens, tuned=False, resamples=0, batch_size=5)
     stream = stack.stream(tokens)[:, tokens.ensemble()]
