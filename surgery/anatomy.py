@@ -47,14 +47,14 @@ from torch import Tensor
 
 from surgery import comparisons, contrast, convergence, lens, segmentation
 from surgery.convergence import Convergence, Sentence
+from surgery.drift import Step
 from surgery.ensemble import Ensemble
 from surgery.findings import number
 from surgery.models import bundled_prompts as bundled_prompts
-from surgery.reversion import Step
-from surgery.scan_figures import span
 from surgery.stack import Stack
 from surgery.stats import weights
 from surgery.tokens import Tokens
+from surgery.wiring import Wiring
 
 RESAMPLES = 200
 SPLITS = 20  # random halves of the prompts on which the number of breaks is compared
@@ -296,7 +296,9 @@ def functional(
     be inside of, would look like boundaries. No forward pass. Raises ValueError if a layer starts or ends no span.
     """
     wide = comparisons.differences(scanned, metric)
-    spans = {name: found for name in wide.columns if (found := span(str(name), n_layers)) is not None}
+    spans = {
+        name: found for name in wide.columns if (found := Wiring.parse(str(name), n_layers).repeated()) is not None
+    }
     if {start for start, _ in spans.values()} != set(range(n_layers)):
         raise ValueError(f"the scan does not repeat a span from every one of {n_layers} layers; scan every_repeat")
     draws = weights(len(wide), resamples, seed).numpy()

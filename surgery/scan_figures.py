@@ -58,7 +58,7 @@ def of_scan(
     ``painted`` the table of the reorder family.
     """
     unit, drawn = UNITS[metric], {}
-    if any(span(wiring, n_layers) for wiring in table["wiring"]):
+    if any(Wiring.parse(wiring, n_layers).repeated() for wiring in table["wiring"]):
         caption = "Gain of every span run twice, search half; the bars are means over a column and a row."
         drawn["brain_scan"] = brain_scan(table, n_layers, unit=unit), caption
     if painted is None:
@@ -72,20 +72,6 @@ def of_scan(
         caption = "The reorder family of Sun et al. (2024) over centred windows of growing size."
         drawn["painters"] = painters(painted, _gain_label(unit)), caption
     return drawn
-
-
-def span(wiring: str, n_layers: int, times: int = 2) -> tuple[int, int] | None:
-    """``(start, stop)`` of the one span that a wiring runs ``times`` times; None for any other wiring.
-
-    >>> span(":6 4:", 12), span(":6 4:6 4:", 12, times=3), span(":6 8:", 12)
-    ((4, 6), (4, 6), None)
-    """
-    parsed = Wiring.parse(wiring, n_layers)
-    if not parsed.is_serial:
-        return None
-    blocks = parsed.to_rys()
-    start, stop = blocks[0]
-    return (start, stop) if start < stop and blocks == [(start, stop)] * (times - 1) else None
 
 
 def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
@@ -275,7 +261,7 @@ def _cells(table: pandas.DataFrame, n_layers: int, times: int) -> tuple[np.ndarr
     grid, sure = np.full((n_layers, n_layers), np.nan), np.full((n_layers, n_layers), False)
     seen = set()
     for wiring, gain, p_max in zip(table["wiring"], table["gain"], table["p_max"]):
-        found = span(wiring, n_layers, times)
+        found = Wiring.parse(wiring, n_layers).repeated(times)
         if found is None:
             continue
         if found in seen:

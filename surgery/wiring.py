@@ -209,6 +209,18 @@ class Wiring:
             raise WiringError(f"{form} can only say whole layers one after another, and this wiring is {self}")
         return self.layers
 
+    def repeated(self, times: int = 2) -> tuple[int, int] | None:
+        """``(start, stop)`` of the one span that this wiring runs ``times`` times; None for any other wiring.
+
+        >>> Wiring.parse(":6 4:", 12).repeated(), Wiring.parse(":6 8:", 12).repeated()
+        ((4, 6), None)
+        """
+        if not self.is_serial:
+            return None
+        blocks = self.to_rys()
+        start, stop = blocks[0]
+        return (start, stop) if start < stop and blocks == [(start, stop)] * (times - 1) else None
+
     @classmethod
     def from_rys(cls, spec: "str | Sequence[int] | Sequence[Sequence[int]]", n_layers: int) -> "Wiring":
         """Read RYS blocks: ``(45, 52)``, ``[(3, 6), (4, 6)]`` or ``"3,6;4,6"``; see ``surgery.foreign``."""

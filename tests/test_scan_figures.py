@@ -32,20 +32,6 @@ def outlines(figure):
     return {part.get_linewidths()[0]: len(part.get_segments()) for part in lines}
 
 
-@pytest.mark.parametrize("times", [2, 3, 5])
-def test_every_repeated_span_is_read_from_its_wiring(times):
-    for wiring, expected in zip(every_repeat(7, times), spans(7)):
-        assert scan_figures.span(str(wiring), 7, times) == expected
-        assert scan_figures.span(str(wiring), 7, times + 1) is None
-
-
-@pytest.mark.parametrize(
-    "wiring", [":", ":6 8:", ":6 4:6 3:", "5:3:-1 6:", ":4 {*4:6} 6:", ":6 0.5*(4:6) 6:", ":6 5.attn 6:"]
-)
-def test_other_wirings_are_no_repeated_span(wiring):
-    assert scan_figures.span(wiring, 12) is None
-
-
 def test_the_brain_scan_shows_every_gain_in_its_cell_and_nothing_else():
     shown = heat(scan_figures.brain_scan(table(), 12))
     for start in range(12):

@@ -285,3 +285,18 @@ def test_the_examples_in_the_documentation_run(module) -> None:
 def test_importing_wirings_imports_no_arrays() -> None:
     code = "import sys, surgery.wiring; print({'torch', 'numpy', 'yaml'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_every_repeated_span_is_read_from_its_wiring(times):
+    spans = [(start, stop) for start in range(7) for stop in range(start + 1, 8)]
+    for repeating, expected in zip(every_repeat(7, times), spans):
+        assert repeating.repeated(times) == expected
+        assert repeating.repeated(times + 1) is None
+
+
+@pytest.mark.parametrize(
+    "text", [":", ":6 8:", ":6 4:6 3:", "5:3:-1 6:", ":4 {*4:6} 6:", ":6 0.5*(4:6) 6:", ":6 5.attn 6:"]
+)
+def test_other_wirings_are_no_repeated_span(text):
+    assert Wiring.parse(text, 12).repeated() is None
