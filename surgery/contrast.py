@@ -38,9 +38,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from surgery.dependence import Reading, Sums, Units, average, book_alone, book_stream
 from surgery.findings import number
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, Moments, columns, ratio, weights
+from surgery.stats import RESAMPLES, columns, described, ratio, weights
 from surgery.tokens import Tokens
 
 PERMUTATIONS = 2000
@@ -62,10 +63,7 @@ COLUMNS = {
     "p_windows": "two-sided p of D with S permuted over the windows' places",
     "verdict": "are the ends more parallel than the middle: supported, contradicted or undecided",
 }
-for _name, _meaning in _MEASURES.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of its 95 % interval (prompts and boundaries resampled): {_name}"
-    COLUMNS[f"{_name}_high"] = f"upper end of its 95 % interval: {_name}"
+COLUMNS |= described(_MEASURES, over="prompts and boundaries")
 
 
 @dataclass(frozen=True)
@@ -94,46 +92,32 @@ def measure(
 ) -> Profile:
     """S and R/N of every window of ``length`` layers, as ``series.windows`` has them, under the same resamples.
 
-    Cost of W windows in L layers: 2 + W (length - 1) / L F. Memory: one batch's stream, 4 vectors a prompt and update.
+    Cost of W windows in L layers: 2 + W (length - 1) / L F. Memory: one batch's stream, a vector a prompt and update.
 
-    Raises ValueError for a length below 2, or windows that do not fit into the model.
+    Raises ValueError for a length below 2, windows that do not fit into the model, and a stream that is not finite.
     """
     tokens = Tokens.of(tokens).to(stack.device)
     if not 2 <= length <= stack.n_layers:
         raise ValueError(f"windows have 2 to {stack.n_layers} layers in {stack.name}, got length={length}")
-    starts, booked = range(stack.n_layers - length + 1), _Moments()
+    units, sums = Units.of(stack, "layer"), Sums()
+    starts = range(len(units) - length + 1)
     for batch in tokens.batches(batch_size):
-        context, mask = stack.context(batch), batch.ensemble(skip_first)
-        stream = stack.stream(context)
-        for layer, x in enumerate(stream):
-            booked.add(x, mask, "x", layer)
+        context = stack.context(batch)
+        stream = units.stream(context)
+        sums.open(batch.ensemble(skip_first))
+        book_stream(stream, sums)
         with stack.frozen(context):
             for start in starts:
-                together = torch.zeros_like(stream[start])
-                for layer in range(start + 1, start + length):
-                    update, alone = stream[layer + 1] - stream[layer], stack.update(layer, stream[start], context)
-                    together = together + alone
-                    booked.add(update, mask, "update", start, layer)
-                    booked.add(alone, mask, "alone", start, layer)
-                    booked.add(update - alone, mask, "effect", start, layer)
-                    booked.add(stream[layer] - stream[start], mask, "moved", start, layer)
-                serial = stream[start + length] - stream[start + 1]
-                booked.add(serial, mask, "serial", start)
-                booked.add(together, mask, "together", start)
-                booked.add(serial - together, mask, "error", start)
+                for layer, _ in book_alone(units, context, stream, start, length, "frozen", sums):
+                    sums.square(stream[layer] - stream[start], "written", start, layer)
     draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
-    norms = booked.norms(draws)
+    reading = Reading(sums, draws, units.reads, stack.dtype)
     S, R_over_N = [], []
     for start in starts:
-        weight, entry_read, displaced = [], [], []
-        for layer in range(start + 1, start + length):
-            n_update, n_alone = norms["update", start, layer], norms["alone", start, layer]
-            weight.append(n_update**2 + n_alone**2)
-            entry_read.append(ratio(norms["effect", start, layer], n_update + n_alone))
-            displaced.append(ratio(norms["moved", start, layer], norms["x", layer] + norms["x", start]))
-        share = torch.stack(weight) / torch.stack(weight).sum(0)
-        R, N = ((share * torch.stack(values)).sum(0) for values in (entry_read, displaced))
-        S.append((R + ratio(norms["error", start], norms["serial", start] + norms["together", start])) / 2)
+        layers = units.after(start, length)
+        weight, entry_read, output = reading.dependence("frozen", start, layers)
+        R, N = (average(values, weight)[-1] for values in (entry_read, reading.displacement(start, layers)))
+        S.append((R + output[-1]) / 2)
         R_over_N.append(ratio(R, N))
     return Profile(torch.stack(S, 1), torch.stack(R_over_N, 1), length, len(tokens))
 
@@ -212,20 +196,6 @@ def difference(
         first, middle, last = (_mean(profile.S, part) for part in _parts(profile, places, first_layer))
         values.append((first + last) / 2 - middle)
     return columns("D", values[0] - values[1])
-
-
-class _Moments:
-    """Moments by name, batch after batch."""
-
-    def __init__(self) -> None:
-        self.parts: dict[tuple, list[Moments]] = {}
-
-    def add(self, values: Float[Tensor, "prompt pos d_model"], mask: Tensor, *key: "str | int") -> None:
-        kept = values.masked_fill(~mask.unsqueeze(-1), 0)  # what padding computes may be NaN
-        self.parts.setdefault(key, []).append(Moments.of(kept, mask=mask))
-
-    def norms(self, draws: Float[Tensor, "resample prompt"]) -> dict[tuple, Float[Tensor, " resample"]]:
-        return {key: Moments.concatenate(parts).norm(draws) for key, parts in self.parts.items()}
 
 
 def _parts(profile: Profile, places: np.ndarray, first_layer: int) -> list[Tensor]:

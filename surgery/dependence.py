@@ -1,18 +1,77 @@
-"""What ``surgery.series`` keeps of the activations, per-prompt sums, and how its measures follow from them."""
+"""What ``surgery.series`` and ``surgery.contrast`` keep of windows, and how their measures follow from it.
+
+``Units`` are what a window consists of. ``book_stream`` and ``book_alone`` keep, as per-prompt ``Sums``, what they
+write in the clean run and on the window's entry. ``Reading`` makes of these R, O, S and N under any resample of the
+prompts.
+"""
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from surgery.stack import Context, Stack
 from surgery.stats import Moments
 
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a window consists of: whole layers, or attention and MLP of each in the order in which they run.
+
+    ``stream`` has a place before every unit and one after the last; unit ``k`` writes between ``k`` and ``k + 1`` and
+    reads at ``reads[k]``: at ``k``, but where attention and MLP stand side by side both read what enters their layer.
+    """
+
+    stack: Stack
+    names: tuple[str, ...]
+    reads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stack: Stack, grain: str) -> "Units":
+        if grain not in ("layer", "sublayer"):
+            raise ValueError(f"grain is 'layer' or 'sublayer', got {grain!r}")
+        if grain == "layer":
+            return cls(stack, tuple(map(str, range(stack.n_layers))), tuple(range(stack.n_layers)))
+        stack.wiring("0.attn 0.mlp")  # refuses models whose layers cannot be split
+        count = range(2 * stack.n_layers)
+        names = tuple(f"{k // 2}.{('attn', 'mlp')[k % 2]}" for k in count)
+        return cls(stack, names, tuple(k - k % 2 if stack.parallel_sublayers else k for k in count))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def after(self, start: int, longest: int) -> range:
+        """The units of the longest window from ``start`` that ``longest`` allows, but its first."""
+        return range(start + 1, min(start + longest, len(self)))
+
+    def update(self, unit: int, x: Stream, context: Context) -> Stream:
+        return self.stack.execute(self.names[unit], x, context) - x
+
+    def stream(self, context: Context) -> Float[Tensor, "place batch pos d_model"]:
+        """The clean run: what enters the first unit, ..., what leaves the last."""
+        if len(self) == self.stack.n_layers:
+            return self.stack.stream(context)
+        stream = [context.x0]
+        for unit, read in enumerate(self.reads):
+            stream.append(stream[unit] + self.update(unit, stream[read], context))
+        return torch.stack(stream)
+
+    def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
+        """What leaves the model if ``x`` leaves the unit before ``stop`` (``before``, if that unit wrote nothing)."""
+        units_a_layer = len(self) // self.stack.n_layers
+        if stop % units_a_layer:
+            read = before if self.reads[stop] < stop else x
+            x, stop = x + self.update(stop, read, context), stop + 1
+        layer = stop // units_a_layer
+        return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
 
 
 class Sums:
@@ -49,6 +108,31 @@ class Sums:
         return torch.cat(self.vectors[key])
 
 
+def book_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
+    """What enters and leaves every unit of the clean run, and what each writes."""
+    for layer, x in enumerate(stream):
+        sums.vector(x, "stream", layer)
+    for layer in range(len(stream) - 1):
+        sums.square(stream[layer + 1] - stream[layer], "update", layer)
+
+
+def book_alone(
+    units: Units, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: Sums
+) -> Iterator[tuple[int, Stream]]:
+    """``p_l`` of every layer after ``start``, booked for R and O on the way."""
+    together = torch.zeros_like(stream[start])
+    for layer in units.after(start, longest):
+        alone = units.update(layer, stream[start], context)
+        together = together + alone
+        serial = stream[layer + 1] - stream[start + 1]
+        sums.vector(alone, norm, start, layer)
+        sums.square(stream[layer + 1] - stream[layer] - alone, norm, "effect", start, layer)
+        sums.square(serial, norm, "serial", start, layer)
+        sums.square(together, norm, "together", start, layer)
+        sums.square(serial - together, norm, "error", start, layer)
+        yield layer, alone
+
+
 class Reading:
     """The measures of all windows from one start, under every row of ``draws``: tensors [layer, resample].
 
@@ -74,17 +158,16 @@ class Reading:
     def measures(self, start: int, layers: range, damage: bool) -> dict[str, Float[Tensor, "layer resample"]]:
         weight, entry_read, output = self.dependence("frozen", start, layers)
         weight_live, entry_read_live, output_live = self.dependence("live", start, layers)
-        displacement, shuffled = self.nulls(start, layers)
-        found = {"R": _average(entry_read, weight), "O": output}
+        found = {"R": average(entry_read, weight), "O": output}
         found["S"] = (found["R"] + found["O"]) / 2
-        found |= {"R_live": _average(entry_read_live, weight_live), "O_live": output_live}
+        found |= {"R_live": average(entry_read_live, weight_live), "O_live": output_live}
         found["S_live"] = (found["R_live"] + found["O_live"]) / 2
         found["layernorm_share"] = found["S_live"] - found["S"]
-        found["N"] = _average(displacement, weight)
+        found["N"] = average(self.displacement(start, layers), weight)
         found["R_over_N"] = torch.where(found["N"] > 0, found["R"] / found["N"], torch.nan)
-        found["R_shuffled"] = (
-            _average(shuffled, weight) if self.draws.shape[1] > 1 else torch.full_like(output, torch.nan)
-        )
+        found["R_shuffled"] = torch.full_like(output, torch.nan)
+        if self.draws.shape[1] > 1:
+            found["R_shuffled"] = average(self.shuffled(start, layers), weight)
         if damage:
             count = self.draws @ self.sums["predictions",]
             for kind, form in itertools.product(("loss", "kl"), ("sum", "mean")):
@@ -113,21 +196,26 @@ class Reading:
         weights = torch.stack(weight)
         return weights, torch.stack(entry_read), torch.where(weights.cumsum(0) > 0, torch.stack(output), torch.nan)
 
-    def nulls(self, start: int, layers: range) -> tuple[Tensor, Tensor]:
-        """``N_l``, and ``R_l`` with the written content shuffled."""
-        x, displacement, shuffled = self.x, [], []
+    def displacement(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
+        """``N_l`` of every layer."""
+        x, found = self.x, []
         size = {place: self.norm(x[place], "stream", place) for place in (start, *map(self.reads.__getitem__, layers))}
         for layer in layers:
             read = self.reads[layer]
-            moved = self.norm(x[read] - x[start], "written", start, layer)
-            displacement.append(moved / (size[read] + size[start]))
+            found.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
+        return torch.stack(found)
+
+    def shuffled(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
+        """``R_l`` of every layer with the written content shuffled."""
+        found = []
+        for layer in layers:
             alone, other = self.sums.total("frozen", start, layer), self.sums.total("shuffled", start, layer)
             scale = self.norm(other, "shuffled", start, layer) + self.norm(alone, "frozen", start, layer)
-            shuffled.append(self.norm(other - alone, "shuffled effect", start, layer) / scale)
-        return torch.stack(displacement), torch.stack(shuffled)
+            found.append(self.norm(other - alone, "shuffled effect", start, layer) / scale)
+        return torch.stack(found)
 
 
-def _average(
+def average(
     values: Float[Tensor, "layer resample"], weights: Float[Tensor, "layer resample"]
 ) -> Float[Tensor, "layer resample"]:
     """Weighted mean over the layers so far, for the window that ends with each; NaN while all of them are dead."""

@@ -44,7 +44,6 @@ R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from surgery import frames, similarity
-from surgery.dependence import Reading, Stream, Sums
+from surgery.dependence import Reading, Stream, Sums, Units, book_alone, book_stream
 from surgery.ensemble import exchanged, partners
 from surgery.readout import LOGITS_AT_ONCE, log_probabilities, portions
 from surgery.stack import Context, Stack
@@ -121,7 +120,7 @@ def windows(
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
-    tokens, units = Tokens.of(tokens).to(stack.device), _Units.of(stack, grain)
+    tokens, units = Tokens.of(tokens).to(stack.device), Units.of(stack, grain)
     longest = len(units) if max_length is None else max_length
     _check(units, tokens, longest, skip_first, batch_size)
     starts = range(len(units) - 1)
@@ -134,11 +133,11 @@ def windows(
             stream = units.stream(context)
             sums.open(batch.ensemble(skip_first))
             sums.add(_predicting(batch).sum(1), "predictions")
-            _read_stream(stream, sums)
+            book_stream(stream, sums)
             partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
-                    for layer, alone in _alone(units, context, stream, start, longest, "frozen", sums):
+                    for layer, alone in book_alone(units, context, stream, start, longest, "frozen", sums):
                         written = stream[units.reads[layer]] - stream[start]
                         entry = stream[start] + exchanged(written, batch.mask, partner)
                         shuffled = units.update(layer, entry, context)
@@ -147,7 +146,7 @@ def windows(
                         sums.square(written, "written", start, layer)
                     bar.advance(task)
             for start in starts:
-                updates = _alone(units, context, stream, start, longest, "live", sums)
+                updates = book_alone(units, context, stream, start, longest, "live", sums)
                 if damage:
                     _run_parallel(units, context, stream, start, updates, sums)
                 else:
@@ -156,7 +155,7 @@ def windows(
     draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
     for start in starts:
-        layers = _layers(len(units), start, longest)
+        layers = units.after(start, longest)
         measures = reading.measures(start, layers, damage)
         for i, layer in enumerate(layers):
             row: dict[str, str | float] = {"start": start, "stop": layer + 1}
@@ -281,84 +280,8 @@ def _skipping(stack: Stack, tokens: Tokens, resamples: int, seed: int, batch_siz
     return pandas.DataFrame(rows).set_index("layer")
 
 
-@dataclass(frozen=True)
-class _Units:
-    """What a window consists of: whole layers, or attention and MLP of each in the order in which they run.
-
-    ``stream`` has a place before every unit and one after the last; unit ``k`` writes between ``k`` and ``k + 1`` and
-    reads at ``reads[k]``: at ``k``, but where attention and MLP stand side by side both read what enters their layer.
-    """
-
-    stack: Stack
-    names: tuple[str, ...]
-    reads: tuple[int, ...]
-
-    @classmethod
-    def of(cls, stack: Stack, grain: str) -> "_Units":
-        if grain not in ("layer", "sublayer"):
-            raise ValueError(f"grain is 'layer' or 'sublayer', got {grain!r}")
-        if grain == "layer":
-            return cls(stack, tuple(map(str, range(stack.n_layers))), tuple(range(stack.n_layers)))
-        stack.wiring("0.attn 0.mlp")  # refuses models whose layers cannot be split
-        count = range(2 * stack.n_layers)
-        names = tuple(f"{k // 2}.{('attn', 'mlp')[k % 2]}" for k in count)
-        return cls(stack, names, tuple(k - k % 2 if stack.parallel_sublayers else k for k in count))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def update(self, unit: int, x: Stream, context: Context) -> Stream:
-        return self.stack.execute(self.names[unit], x, context) - x
-
-    def stream(self, context: Context) -> Float[Tensor, "place batch pos d_model"]:
-        """The clean run: what enters the first unit, ..., what leaves the last."""
-        if len(self) == self.stack.n_layers:
-            return self.stack.stream(context)
-        stream = [context.x0]
-        for unit, read in enumerate(self.reads):
-            stream.append(stream[unit] + self.update(unit, stream[read], context))
-        return torch.stack(stream)
-
-    def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
-        """What leaves the model if ``x`` leaves the unit before ``stop`` (``before``, if that unit wrote nothing)."""
-        units_a_layer = len(self) // self.stack.n_layers
-        if stop % units_a_layer:
-            read = before if self.reads[stop] < stop else x
-            x, stop = x + self.update(stop, read, context), stop + 1
-        layer = stop // units_a_layer
-        return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
-
-
-def _read_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
-    for layer, x in enumerate(stream):
-        sums.vector(x, "stream", layer)
-    for layer in range(len(stream) - 1):
-        sums.square(stream[layer + 1] - stream[layer], "update", layer)
-
-
-def _layers(n_units: int, start: int, longest: int) -> range:
-    return range(start + 1, min(start + longest, n_units))
-
-
-def _alone(
-    units: _Units, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: Sums
-) -> Iterator[tuple[int, Stream]]:
-    """``p_l`` of every layer after ``start``, booked for R and O on the way."""
-    together = torch.zeros_like(stream[start])
-    for layer in _layers(len(units), start, longest):
-        alone = units.update(layer, stream[start], context)
-        together = together + alone
-        serial = stream[layer + 1] - stream[start + 1]
-        sums.vector(alone, norm, start, layer)
-        sums.square(stream[layer + 1] - stream[layer] - alone, norm, "effect", start, layer)
-        sums.square(serial, norm, "serial", start, layer)
-        sums.square(together, norm, "together", start, layer)
-        sums.square(serial - together, norm, "error", start, layer)
-        yield layer, alone
-
-
 def _run_parallel(
-    units: _Units, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: Sums
+    units: Units, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: Sums
 ) -> None:
     """Continue the model behind every window from ``start``, its layers run in parallel; book the damage."""
     predicting = _predicting(context.tokens)
@@ -412,7 +335,7 @@ def _losses(
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
-def _check(units: _Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
+def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")
     if longest < 2:
