@@ -44,9 +44,9 @@ import pandas
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
-from surgery import stats
+from surgery.stats import FLIPS, chunks, p_value, sign_flips, signs, standardised, weights
 
-RESAMPLES = 2000
+RESAMPLES = FLIPS
 LESS_IS_BETTER = ("loss", "kl")
 COLUMNS = {
     "wiring": "the order in which the layers ran",
@@ -59,7 +59,6 @@ COLUMNS = {
     "q": "false discovery rate among the rows that gain (or lose) at least as clearly",
     "n_prompts": "how many prompts the row was measured on",
 }
-_AT_ONCE = 2**24  # numbers held per step: resamples times wirings
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def table(
     """
     wide = differences(frame, metric)
     groups = wide.index.get_level_values("group")
-    flips, exhaustive = _flips(len(wide), resamples, seed)
+    flips = signs(len(wide), resamples, seed)
     parts, z, null, largest = [], [], [], np.zeros(len(flips))
     for group in groups.unique() if by_group else [None]:
         chosen = np.full(len(wide), True) if group is None else np.asarray(groups == group)
@@ -128,7 +127,7 @@ def table(
         if group is not None:
             part["group"] = group
         part["gain"], part["gain_low"], part["gain_high"] = _bootstrap(d, resamples, seed)
-        own, reached, highest = _sign_flips(d, flips[:, chosen])
+        own, reached, highest = sign_flips(d, flips[:, chosen])
         part["n_prompts"] = np.isfinite(d).sum(0)
         parts.append(part)
         z.append(own)
@@ -138,9 +137,8 @@ def table(
     statistic = np.concatenate(z)
     beyond = len(largest) - np.searchsorted(np.sort(largest), statistic - 1e-9)
     measured = np.isfinite(statistic)
-    extra = 0 if exhaustive else 1  # the scan as it is counts as one of the flips
     for name, count in (("p", np.concatenate(null)), ("p_max", beyond)):
-        found[name] = np.where(measured, (count + extra) / (len(flips) + extra), np.nan)
+        found[name] = np.where(measured, p_value(count, flips), np.nan)
     found["q"] = _discoveries(found["p"].to_numpy(), found["gain"].to_numpy())
     by_wiring = np.arange(len(found)).reshape(len(parts), -1).T.ravel()
     return found.loc[by_wiring, [name for name in COLUMNS if name in found]].reset_index(drop=True)
@@ -162,14 +160,14 @@ def expected_best(frame: pandas.DataFrame, metric: str, resamples: int = RESAMPL
         raise ValueError("luck cannot be told: no wiring was measured on two prompts or more")
     d = wide.to_numpy()
     n = np.isfinite(d).sum(0)
-    worse = _standardised(d).sum(0) < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
+    worse = standardised(d).sum(0) < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
     if worse.all():
         return Luck(wide.shape[1], len(wide), int(worse.sum()), float("nan"), float("nan"))
     d, n = d[:, ~worse], n[~worse]
-    flips, _ = _flips(len(d), resamples, seed)
+    flips = signs(len(d), resamples, seed)
     deviation = np.nan_to_num(d - np.nanmean(d, axis=0))
     scaled = deviation / np.sqrt(n * (n - 1))  # a mean over n, and the degree of freedom that the mean in d took
-    best = np.max([(flips @ some).max(1) for some in _chunks(scaled, len(flips))], axis=0)
+    best = np.max([(flips @ some).max(1) for some in chunks(scaled, len(flips))], axis=0)
     return Luck(wide.shape[1], len(wide), int(worse.sum()), float(best.mean()), float(np.quantile(best, 0.95)))
 
 
@@ -236,51 +234,17 @@ def _tried(wide: pandas.DataFrame) -> pandas.DataFrame:
     return wide.loc[:, wide.columns != ":"]
 
 
-def _chunks(values: np.ndarray, rows: int) -> list[np.ndarray]:
-    """Columns in parts small enough that ``rows`` results for each fit into memory together."""
-    size = max(1, _AT_ONCE // rows)
-    return [values[:, first : first + size] for first in range(0, values.shape[1], size)]
-
-
-def _flips(n_prompts: int, resamples: int, seed: int) -> tuple[Float[np.ndarray, "flip prompt"], bool]:
-    """Signs for every prompt, and whether these are all the ways there are."""
-    if 2**n_prompts <= resamples:
-        ways = np.arange(2**n_prompts)[:, None] >> np.arange(n_prompts) & 1
-        return 1.0 - 2.0 * ways, True
-    return np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, n_prompts)), False
-
-
-def _standardised(d: Float[np.ndarray, "prompt wiring"]) -> Float[np.ndarray, "prompt wiring"]:
-    """d / sqrt(sum(d²)), 0 where not measured and in wirings that change nothing."""
-    size = np.sqrt(np.nansum(d**2, axis=0))
-    return np.nan_to_num(d) / np.where(size > 0, size, 1)
-
-
-def _sign_flips(
-    d: Float[np.ndarray, "prompt wiring"], flips: Float[np.ndarray, "flip prompt"]
-) -> tuple[Float[np.ndarray, " wiring"], np.ndarray, Float[np.ndarray, " flip"]]:
-    """|z| of every wiring (NaN if not measured), how many flips reach it, and the largest |z| of every flip."""
-    scaled = _standardised(d)
-    z = np.abs(scaled.sum(0))
-    reached, largest = [], np.zeros(len(flips))
-    for some in _chunks(scaled, len(flips)):
-        null = np.abs(flips @ some)
-        reached.append((null >= np.abs(some.sum(0)) - 1e-9).sum(0))
-        largest = np.maximum(largest, null.max(1))
-    return np.where(np.isfinite(d).any(0), z, np.nan), np.concatenate(reached), largest
-
-
 def _bootstrap(
     d: Float[np.ndarray, "prompt wiring"], resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"]]:
     """Mean and percentile interval of every wiring, all wirings under the same resamples."""
-    weights = stats.weights(len(d), resamples, seed).numpy()
+    draws = weights(len(d), resamples, seed).numpy()
     parts = []
-    for some in _chunks(d, len(weights)):
+    for some in chunks(d, len(draws)):
         there = np.isfinite(some)
-        total = weights @ np.nan_to_num(some)
+        total = draws @ np.nan_to_num(some)
         with np.errstate(invalid="ignore"):
-            means = total / (len(d) if there.all() else weights @ there)
+            means = total / (len(d) if there.all() else draws @ there)
         ends = np.full((2, some.shape[1]), np.nan)
         several = there.sum(0) > 1
         whole = several & np.isfinite(means).all(0)  # nanquantile is slow, and needed only where a resample was empty

@@ -47,10 +47,9 @@ from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
-from surgery import comparisons
 from surgery.ablation import Damages, damage
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, columns, described, weights
+from surgery.stats import RESAMPLES, columns, described, p_value, sign_flips, signs, weights
 from surgery.tokens import Tokens
 
 Resampled = Float[Tensor, " resample"]
@@ -240,7 +239,6 @@ def _saturating(row: dict, amount: float) -> str:
 
 def _discoveries(deltas: Float[np.ndarray, "prompt pair"], seed: int) -> Float[np.ndarray, " pair"]:
     """Benjamini-Hochberg q of every pair; p from the ways to flip the signs of its deltas."""
-    flips, exhaustive = comparisons._flips(len(deltas), comparisons.RESAMPLES, seed)
-    _, reached, _ = comparisons._sign_flips(deltas, flips)
-    extra = 0 if exhaustive else 1  # the deltas as they are count as one of the flips
-    return multipletests((reached + extra) / (len(flips) + extra), method="fdr_bh")[1]
+    flips = signs(len(deltas), seed=seed)
+    _, reached, _ = sign_flips(deltas, flips)
+    return multipletests(p_value(reached, flips), method="fdr_bh")[1]
