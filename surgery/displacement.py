@@ -50,12 +50,12 @@ KINDS = ("difference", "random", "principal")
 
 @dataclass(frozen=True)
 class Response:
-    """What the layers answered to one kind of displacement: per-prompt sums over draws, in float64."""
+    """What the layers answered to one kind of displacement: sums over the draws of each unit of resampling."""
 
-    product: Float[Tensor, "layer prompt"]  # <d, f(x + d) - f(x)>
-    square: Float[Tensor, "layer prompt"]  # |d|^2
+    product: Float[Tensor, "layer unit"]  # <d, f(x + d) - f(x)>
+    square: Float[Tensor, "layer unit"]  # |d|^2
 
-    def slope(self, layer: int, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
+    def slope(self, layer: int, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, " resample"]:
         """``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer under every row of ``weights``; NaN where nothing was moved."""
         return ratio(weights @ self.product[layer], weights @ self.square[layer])
 
@@ -77,7 +77,7 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
         )
     bases = principal_components(stack, ensemble, draws)
     sums: dict[str, Tensor] = defaultdict(
-        lambda: torch.zeros(2, stack.n_layers, len(ensemble.tokens), dtype=torch.float64)
+        lambda: torch.zeros(2, stack.n_layers, ensemble.n_units, dtype=torch.float64)
     )
     for visit in ensemble.visits(stack, "displaced streams"):
         if visit.layer == 0:
@@ -86,7 +86,7 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
             with stack.frozen(visit.context, scales) if frozen else nullcontext():
                 for draw in range(draws):
                     generator = ensemble.generator(visit, draw)  # anew, so frozen and live are displaced alike
-                    prompt, place, directions = _displacements(visit, bases[visit.layer], draw, generator)
+                    prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
                     for kind, unit in directions.items():
                         moved = visit.x.clone()
                         moved[prompt, place] += (lengths[visit.layer] * unit).to(moved)
@@ -94,7 +94,8 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
                         u = stack.update(visit.layer, moved, visit.context)[prompt, place].double()
                         response = u - visit.u[prompt, place].double()
                         products = torch.stack([(d * response).sum(-1), (d * d).sum(-1)]).cpu()
-                        sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer, visit.first + prompt.cpu()] += products
+                        booked = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
+                        booked.index_add_(1, visit.unit[prompt.cpu()], products)
     return {name: Response(*both) for name, both in sums.items()}
 
 
@@ -120,7 +121,7 @@ def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
         return None
 
 
-def _displacements(
+def displacements(
     visit: Visit, basis: Float[Tensor, "component d_model"], draw: int, generator: np.random.Generator
 ) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"], dict[str, Float[Tensor, "chosen d_model"]]]:
     """One random token of every prompt that has any: its prompt, its place, and a unit vector of each kind.

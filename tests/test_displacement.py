@@ -94,7 +94,7 @@ def test_tokens_that_differ_by_rounding_give_no_direction():
     same = x[:1] * (1 + 1e-7 * torch.randn(6, 4, 48, generator=rng()))
     for given, length in ((x, 1.0), (same, 0.0)):
         visit = Visit(0, torch.arange(len(mask)), 0, transformer.context(tokens), mask, given, given)
-        _, _, directions = displacement._displacements(visit, torch.eye(48).double(), 0, np.random.default_rng(0))
+        _, _, directions = displacement.displacements(visit, torch.eye(48).double(), 0, np.random.default_rng(0))
         torch.testing.assert_close(directions["difference"].norm(dim=-1), torch.full((6,), length).double())
         torch.testing.assert_close(directions["random"].norm(dim=-1), torch.ones(6).double())
 
