@@ -56,12 +56,11 @@ from torch import Tensor
 from surgery import frames, similarity
 from surgery.dependence import Reading, Stream, Sums, Units, book_alone, book_stream
 from surgery.ensemble import exchanged, partners
-from surgery.readout import LOGITS_AT_ONCE, log_probabilities, portions
+from surgery.readout import log_probabilities, portions
 from surgery.stack import Context, Stack
 from surgery.stats import RESAMPLES, columns, weights
 from surgery.tokens import Tokens
 
-_LOGITS_AT_ONCE, _log_probabilities = LOGITS_AT_ONCE, log_probabilities  # surgery.lens still asks here
 COLUMNS = {
     "first": "first unit of the window, a sublayer (3.attn); start and stop count sublayers",
     "last": "last unit of the window",
