@@ -1,38 +1,18 @@
 """Seriesness reads 0 on the parallel network, 1 on the serial one, and rises in between."""
 
-import functools
-import math
-
 import numpy as np
 import pandas
 import pytest
 import torch
+from known_windows import by_hand, measured, spread, stack, uneven
 
-from surgery import Stack, calibration, frames, readout, series, similarity
+from surgery import Stack, calibration, readout, series
 from surgery.engine import Engine
 from surgery.stats import weights
 from surgery.tokens import Tokens
 
 MEASURES = ("R", "O", "S", "R_live", "O_live", "S_live", "layernorm_share", "N", "R_over_N", "R_shuffled")
 DAMAGE = ("loss_parallel_sum", "loss_parallel_mean", "kl_parallel_sum", "kl_parallel_mean")
-
-
-@functools.cache
-def stack(kind: str, *args, **sizes) -> Stack:
-    return Stack(getattr(calibration, f"{kind}_network")(*args, **sizes))
-
-
-@functools.cache
-def measured(kind: str, *args, **sizes) -> pandas.DataFrame:
-    """Every window of a calibration network on 24 prompts."""
-    return series.windows(stack(kind, *args, **sizes), calibration.tokens(24, 10), resamples=20)
-
-
-def uneven(n_prompts: int = 9, longest: int = 12) -> Tokens:
-    """Prompts of different lengths, padded on the right."""
-    ids = calibration.tokens(n_prompts, longest, seed=5)
-    lengths = torch.arange(n_prompts) % (longest - 3) + 4
-    return Tokens(ids, torch.arange(longest) < lengths.unsqueeze(1))
 
 
 def moved_left(tokens: Tokens) -> Tokens:
@@ -146,23 +126,6 @@ def test_running_a_serial_network_in_parallel_does_damage():
 # --- against the definitions ---
 
 
-def spread(a: np.ndarray) -> float:
-    """n(c(a)) over [token, d_model]."""
-    return math.sqrt(((a - a.mean(0)) ** 2).sum(1).mean())
-
-
-def by_hand(updates: dict, alone: dict, x: dict, start: int) -> dict[str, float]:
-    """R, O, S, N from ``u_l``, ``p_l`` (l > start) and ``x_l``, written out."""
-    layers = sorted(alone)
-    read = [spread(updates[i] - alone[i]) / (spread(updates[i]) + spread(alone[i])) for i in layers]
-    weight = [spread(updates[i]) ** 2 + spread(alone[i]) ** 2 for i in layers]
-    moved = [spread(x[i] - x[start]) / (spread(x[i]) + spread(x[start])) for i in layers]
-    serial, parallel = sum(updates[i] for i in layers), sum(alone[i] for i in layers)
-    R, N = np.average(read, weights=weight), np.average(moved, weights=weight)
-    O = spread(serial - parallel) / (spread(serial) + spread(parallel))  # noqa: E741
-    return {"R": R, "O": O, "S": (R + O) / 2, "N": N, "R_over_N": R / N}
-
-
 @pytest.mark.parametrize("skip_first", [True, False])
 @pytest.mark.parametrize(("start", "stop"), [(1, 3), (0, 4), (2, 6)])
 def test_a_window_of_a_random_network_is_what_the_formulas_say(start, stop, skip_first):
@@ -272,183 +235,6 @@ def test_it_costs_what_it_says(monkeypatch):
     calls.clear()
     series.windows(opened, tokens, max_length=2, resamples=0, damage=False)
     assert len(calls) == 2 * n + 3 * (n - 1)
-
-
-# --- sublayers ---
-
-
-def some_tokens() -> torch.Tensor:
-    return torch.randint(4, 96, (12, 9), generator=torch.Generator().manual_seed(0))
-
-
-def inside_layers(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The windows that are attention and MLP of one layer."""
-    return frame[(frame["start"] % 2 == 0) & (frame["stop"] == frame["start"] + 2)]
-
-
-@pytest.mark.parametrize("name", ["gptj", "gpt_neox"])
-def test_attention_and_mlp_side_by_side_read_nothing_of_each_other(name, load):
-    frame = series.windows(Stack(load(name)), some_tokens(), 3, resamples=5, grain="sublayer")
-    inside = inside_layers(frame)
-    assert inside["first"].tolist() == [f"{layer}.attn" for layer in range(4)]
-    assert inside["last"].tolist() == [f"{layer}.mlp" for layer in range(4)]
-    assert inside[["R", "O", "S", "R_live", "O_live"]].max().max() < 1e-6
-    assert (inside[["N", "R_shuffled"]] == 0).all().all()
-    assert inside["R_over_N"].isna().all()
-    assert inside[["loss_parallel_sum", "kl_parallel_sum"]].abs().max().max() < 1e-6
-    assert frame.drop(index=inside.index)["S"].min() > 0.02
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_an_mlp_behind_its_attention_reads_it(name, load):
-    inside = inside_layers(series.windows(Stack(load(name)), some_tokens(), 2, resamples=20, grain="sublayer"))
-    assert inside["S_low"].min() > 0.02
-    assert inside["kl_parallel_sum_low"].min() > 0
-
-
-@pytest.mark.parametrize(("name", "start", "stop"), [("gptj", 2, 5), ("gptj", 3, 6), ("gpt2", 2, 5), ("gpt2", 1, 4)])
-def test_a_window_of_sublayers_is_what_the_formulas_say(name, start, stop, load):
-    opened, tokens = Stack(load(name, torch.float64)), some_tokens()
-    frame = series.windows(opened, tokens, resamples=0, grain="sublayer")
-    found = frame.set_index(["start", "stop"]).loc[(start, stop)]
-    context, names = opened.context(tokens), [f"{unit // 2}.{('attn', 'mlp')[unit % 2]}" for unit in range(8)]
-    beside = name == "gptj"
-    whole, x = opened.stream(context), {}
-    for layer in range(5):
-        x[2 * layer] = whole[layer]
-        if layer < 4:
-            x[2 * layer + 1] = opened.execute(f"{layer}.attn", whole[layer], context)
-
-    def update(unit: int, entry: torch.Tensor) -> torch.Tensor:
-        return opened.execute(names[unit], entry, context) - entry
-
-    def flat(values: torch.Tensor) -> np.ndarray:
-        return values[:, 1:].flatten(0, 1).numpy()
-
-    units = range(start + 1, stop)
-    reads = {unit: x[unit - unit % 2 if beside else unit] for unit in (start, *units)}
-    with opened.frozen(context):
-        alone = {unit: flat(update(unit, x[start])) for unit in units}
-    updates = {unit: flat(x[unit + 1] - x[unit]) for unit in units}
-    entries = {unit: flat(values) for unit, values in reads.items()} | {start: flat(x[start])}
-    for measure, value in by_hand(updates, alone, entries, start).items():
-        assert found[measure] == pytest.approx(value, rel=1e-9), measure
-
-    together = {unit: update(unit, x[start]) for unit in units} | {start: x[start + 1] - x[start]}
-    y = x[start] + sum(together.values())
-    if stop % 2:  # the window ends with an attention, whose MLP is still to run
-        y = y + update(stop, y - together[stop - 1] if beside else y)
-    rewired = opened.readout(opened.execute(f"{(stop + 1) // 2}:", y, context))[:, :-1].flatten(0, 1).log_softmax(-1)
-    clean = opened.run(tokens)[:, :-1].flatten(0, 1).log_softmax(-1)
-    divergence = torch.nn.functional.kl_div(rewired, clean, log_target=True, reduction="batchmean")
-    assert found["kl_parallel_sum"] == pytest.approx(divergence.item(), rel=1e-6)
-
-
-def test_where_attention_writes_nothing_sublayers_read_what_their_layers_do():
-    """In the constructed networks the MLPs are the layers: a window of sublayers is that of its MLPs."""
-    for kind, value in (("parallel", 0), ("serial", 1)):
-        opened = stack(kind, norm="RMS", dtype=torch.float64)
-        found = series.windows(opened, calibration.tokens(24, 10), resamples=0, grain="sublayer", damage=False)
-        found = found.set_index(["start", "stop"])
-        for start, stop in ((1, 4), (3, 8), (1, 12)):
-            assert found.loc[(start, stop), ["R", "O", "S"]].tolist() == pytest.approx([value] * 3, abs=1e-6)
-    mixed = stack("mixed", 0.5, dtype=torch.float64)
-    sub = series.windows(mixed, calibration.tokens(24, 10), resamples=0, grain="sublayer", damage=False)
-    sub = sub.set_index(["start", "stop"])
-    for _, row in measured("mixed", 0.5, dtype=torch.float64).iterrows():
-        assert sub.loc[(2 * row["start"] + 1, 2 * row["stop"]), "S"] == pytest.approx(row["S"], abs=1e-9)
-
-
-def test_sublayers_cost_what_it_says(monkeypatch, load):
-    opened, run, calls = Stack(load("gpt2")), Engine.layer, []
-    opened.wiring("0.attn")  # asked once: can the layers be split
-    assert not opened.parallel_sublayers
-    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    series.windows(opened, some_tokens(), 2, resamples=0, damage=False, grain="sublayer")
-    assert len(calls) == 8 + 4 + 3 * 7  # the stream by sublayers, the denominators by layers, 7 windows of sublayers
-
-
-def test_layers_that_cannot_be_split_have_no_sublayers(load):
-    with pytest.raises(ValueError, match="runs sublayers"):
-        series.windows(Stack(load("native-attention-only")), some_tokens(), grain="sublayer")
-    with pytest.raises(ValueError, match="grain is 'layer' or 'sublayer', got 'head'"):
-        series.windows(stack("random"), calibration.tokens(), grain="head")
-
-
-# --- the profile ---
-
-
-def test_the_profile_gathers_what_the_measures_say():
-    opened, tokens = stack("random"), calibration.tokens(24, 10)
-    frame = series.profile(opened, tokens, length=3, resamples=20)
-    assert list(frame.columns[: 3 + len(series.PROFILE)]) == ["layer", "n_prompts", "length", *series.PROFILE]
-    windows = measured("random").set_index(["start", "stop"])
-    for layer, row in frame.iterrows():
-        for span, length in (("pair", 2), ("window", 3)):
-            for name in ("S", "R", "R_over_N", "loss_parallel_sum"):
-                for end in ("", "_low", "_high"):
-                    if layer + length <= 6:
-                        expected = windows.loc[(layer, layer + length), name + end]
-                        assert row[f"{name}_{span}{end}"] == pytest.approx(expected, rel=1e-6), (name, span, end)
-                    else:
-                        assert np.isnan(row[f"{name}_{span}{end}"])
-    alike = similarity.layers(opened, tokens, resamples=20)
-    pandas.testing.assert_frame_equal(frame[alike.columns], alike)
-
-
-@pytest.mark.parametrize("layer", [0, 3, 5])
-def test_the_damage_of_skipping_is_that_of_the_wiring_without_the_layer(layer):
-    opened, tokens = stack("random", dtype=torch.float64), uneven()
-    row = series.profile(opened, tokens, length=2, resamples=0, batch_size=4).iloc[layer]
-    predicting = tokens.mask[:, :-1] & tokens.mask[:, 1:]
-    targets = tokens.ids[:, 1:][predicting]
-    clean, rewired = (
-        opened.run(tokens, wiring)[:, :-1][predicting].log_softmax(-1)
-        for wiring in (":", f":{layer} {layer + 1}:" if layer < 5 else ":5")
-    )
-    change = torch.nn.functional.nll_loss(rewired, targets) - torch.nn.functional.nll_loss(clean, targets)
-    divergence = torch.nn.functional.kl_div(rewired, clean, log_target=True, reduction="batchmean")
-    assert row["loss_skip"] == pytest.approx(change.item(), rel=1e-7)
-    assert row["kl_skip"] == pytest.approx(divergence.item(), rel=1e-7)
-
-
-@pytest.mark.parametrize(("kind", "value"), [("parallel", 0), ("serial", 1)])
-def test_the_profile_tells_serial_from_parallel_by_s_alone(kind, value):
-    frame = series.profile(stack(kind), calibration.tokens(24, 10), resamples=20)
-    for name, windows in (("S_pair", 5), ("S_window", 3)):
-        assert frame[name].dropna().tolist() == pytest.approx([value] * windows, abs=1e-6)
-    assert frame["cosine"].abs().max() < 1e-6
-    assert (frame["kl_skip_low"] > 0).all()
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_profiles_of_models_are_whole_and_explained(name, load, tmp_path):
-    opened = Stack(load(name))
-    frame = series.profile(opened, some_tokens(), resamples=5)
-    assert frame["length"].tolist() == [4] * 4
-    assert frame[["S_pair", "S_window"]].notna().sum().tolist() == [3, 1]
-    assert frame[["loss_skip", "update_ratio"]].notna().all().all()
-    frames.write(frame, tmp_path / "profile.csv", {}, series.COLUMNS)
-    sub = series.windows(opened, some_tokens(), 2, resamples=5, grain="sublayer")
-    frames.write(sub, tmp_path / "sublayers.csv", {}, series.COLUMNS)
-    assert frames.read(tmp_path / "sublayers.csv")["first"].tolist() == sub["first"].tolist()
-
-
-def test_the_profile_costs_what_it_says(monkeypatch):
-    opened, run, calls = stack("random"), Engine.layer, []
-    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    tokens, n = calibration.tokens(4, 6), 6
-    series.windows(opened, tokens, 3, resamples=0)
-    alone = len(calls)
-    calls.clear()
-    series.profile(opened, tokens, 3, resamples=0)
-    assert len(calls) - alone == n * (n + 3) / 2
-
-
-@pytest.mark.parametrize(("length", "message"), [(7, "no window of 7 layers fits"), (1, "max_length must be 2 to 6")])
-def test_a_profile_of_windows_that_cannot_be_is_refused(length, message):
-    with pytest.raises(ValueError, match=message):
-        series.profile(stack("random"), calibration.tokens(), length)
 
 
 # --- prompts, batches, intervals ---
