@@ -7,9 +7,7 @@ Layer ``l`` takes the stream ``x`` to ``x + u``. Over the ensemble of tokens, ce
     growth = n(u) / n(x)                     the size of the update beside the stream, often called r
     psi    = 2 kappa / growth^2              0 random walk, 1 stationary, above 1 contracting, below 0 explosive
 
-so that ``E|c(x + u)|^2 = E|c(x)|^2 (1 - 2 kappa + growth^2)``: a stream can revert and still grow. kappa is the slope
-of a cross-section of tokens at one depth: no panel, no fixed effects, no error in x, so none of their biases. For an
-Ornstein-Uhlenbeck stream, ``u = -kappa (x - mu) + noise``, it is the kappa of that equation.
+(``surgery.drift``), so that ``E|c(x + u)|^2 = E|c(x)|^2 (1 - 2 kappa + growth^2)``: a stream can revert and still grow.
 
 **A slope may be nothing.** Four nulls have updates of the same size in other directions. *rotated*: turned by random
 rotations. *token_shuffled*: those of another token at the same place. *order_shuffled*: the layers run in random order.
@@ -27,11 +25,10 @@ elsewhere in the same stream.
 
 Compare with ``surgery.calibration``: writing into fresh subspaces reads 0, in parallel as in series. All of it is
 measured on the weights as loaded (folding or centring weights changes kappa). Layer 0 starts from the bare embedding,
-which is small in many models: there kappa and growth say little.
+which is small in many models: there kappa and growth say little. Several layers at once: ``surgery.trajectories``;
+single directions: ``surgery.directions``; a displacement followed through later layers: ``surgery.returns``.
 
-Source: these are our definitions, after G. Uhlenbeck and L. Ornstein (1930) and the balance of fluctuation and
-dissipation in their process. Without centring, ``kappa / growth`` is minus the cosine of R. Csordas et al. (2025,
-arXiv 2505.13898).
+Source: our definitions, see ``surgery.drift``.
 
 >>> from surgery import Stack, calibration, reversion
 >>> frame = reversion.layers(Stack(calibration.parallel_network()), calibration.tokens(), nulls=False, causal=False)
@@ -41,26 +38,24 @@ True
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pandas
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from surgery import coordinates as maps
 from surgery.displacement import KINDS, responses
-from surgery.ensemble import Ensemble, exchanged, partners
+from surgery.drift import Drift, Resampled, Step, half_life, regime
+from surgery.ensemble import Ensemble, Totals, Visit, exchanged, partners
 from surgery.stack import Stack
-from surgery.stats import RESAMPLES, Moments, columns, ratio, rotation, weights
+from surgery.stats import RESAMPLES, columns, ratio, rotation, weights
 from surgery.tokens import Tokens
 
-Stream = Float[Tensor, "prompt pos d_model"]
-Resampled = Float[Tensor, " resample"]
-
 ROTATIONS = 4  # each serves for hundreds, see _rotated
-NEGLIGIBLE = 1e-12  # a variance below this share of the second moment is the rounding of float64, not a variance
 
 
 def layers(
@@ -76,9 +71,15 @@ def layers(
     nulls: bool = True,
     causal: bool = True,
     untrained: Stack | None = None,
+    coordinates: str = "raw",
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """One row per layer: how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
+
+    ``coordinates`` are those of ``surgery.coordinates`` in which the stream is seen; in other than ``raw`` nothing is
+    displaced. ``skip_massive`` leaves out the tokens of massive activations (``surgery.ensemble``) as ``skip_first``
+    does each prompt's first; ``n_massive`` says how many there were.
 
     ============================  =====================================================================================
     ``kappa psi growth``          as above
@@ -93,7 +94,9 @@ def layers(
     ``kappa_causal_<kind>``       ``difference``, ``random``, ``principal``, with live normalisation
     ``kappa_causal_<kind>_frozen``  with the norms' denominators kept at the clean run's; absent if they cannot be
     ``restoring``                 ``yes``, ``no`` or ``undecided``, see ``restoring``
-    ``n_prompts``                 the units of resampling
+    ``kappa_mechanical``          in ``normalised`` coordinates: what an update of this size in any direction reads
+    ``kappa_corrected``           there: ``1 - phi / phi_mechanical``, the rest
+    ``n_prompts n_massive``       prompts, and tokens left out as massive
     ============================  =====================================================================================
 
     Every number has ``_low`` and ``_high``, the 95 % interval over resampled prompts and, pooled, over whatever was
@@ -103,120 +106,53 @@ def layers(
     number of layer orders, of displaced tokens of each prompt and kind, and of principal components. Partners, for
     shuffling and for differences, come from the same batch.
 
-    Cost: 1 F; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 3 + 6 ``draws`` F. By default 33 F in all.
-    Memory: one batch's stream, and for each layer 10 vectors a prompt and a d_model x d_model matrix.
+    The nulls are drawn in the coordinates where these are linear, else in the stream; then updates are compared that
+    have the same length there, and no kappa is brought to another size.
+
+    Cost: 1 F, and 1 F to find massive activations; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 3 + 6
+    ``draws`` F. By default 34 F in all. Memory: one batch's stream, and for each layer 10 vectors a unit of resampling
+    (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not matter.
 
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
     ``untrained`` has another shape, or if the stream is not finite.
     """
     ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
     _check(stack, draws, size, untrained)
-    n_prompts = len(ensemble.tokens)
-    resampled = weights(n_prompts, resamples if n_prompts > 1 else 0, seed)
+    n_massive = 0
+    if skip_massive:
+        ensemble, n_tokens = ensemble.without_massive(stack), int(ensemble.mask.sum())
+        n_massive = n_tokens - int(ensemble.mask.sum())
+    resampled = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
     rounding = torch.finfo(stack.dtype).eps
-    steps = _steps(ensemble, stack, "reversion")
+    seen = maps.of(coordinates, stack, ensemble)
+    steps = _steps(ensemble, stack, seen, "reversion")
     drifts = [step.drift(resampled) for step in steps]
     rows = [_describe(layer, drift, rounding) for layer, drift in enumerate(drifts)]
+    if coordinates == "normalised":
+        sizes = _steps(ensemble, stack, maps.of("raw", stack, ensemble), "sizes")
+        for row, drift, raw in zip(rows, drifts, sizes, strict=True):
+            mechanical = maps.mechanical(raw.size(resampled))
+            row |= columns("kappa_mechanical", mechanical)
+            row |= columns("kappa_corrected", 1 - (1 - drift.kappa) / (1 - mechanical))
     if nulls:
-        measured = _exchanges(ensemble, stack, steps, resampled)
-        measured["order_shuffled"] = _orders(ensemble, stack, draws, resampled)
+        exchanges = _exchanges if seen.linear else _mapped_exchanges
+        measured = exchanges(ensemble, stack, seen, steps, resampled)
+        measured["order_shuffled"] = _orders(ensemble, stack, seen, draws, resampled)
         if untrained is not None:
-            measured["untrained"] = [[step.drift(resampled)] for step in _steps(ensemble, untrained, "untrained")]
+            fresh = maps.of(coordinates, untrained, ensemble)
+            steps_fresh = _steps(ensemble, untrained, fresh, "untrained")
+            measured["untrained"] = [[step.drift(resampled)] for step in steps_fresh]
         for layer, drift in enumerate(drifts):
-            rows[layer] |= _compare(drift, {null: found[layer] for null, found in measured.items()})
-    if causal:
+            at_layer = {null: drawn[layer] for null, drawn in measured.items()}
+            rows[layer] |= _compare(drift, at_layer, match=seen.linear)
+    if causal and coordinates == "raw":
         lengths = [size * float(step.variance(resampled[:1]).sqrt()) for step in steps]
         found = responses(stack, ensemble, lengths, draws)
         for layer, row in enumerate(rows):
             for kind, response in found.items():
                 row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
             row["restoring"] = restoring(row, rounding)
-    return pandas.DataFrame(rows).assign(n_prompts=n_prompts)
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What a step does, under every row of prompt weights (row 0 is the estimate). NaN where nothing varies."""
-
-    kappa: Resampled
-    psi: Resampled
-    growth: Resampled
-    variance_ratio_next: Resampled
-
-
-@dataclass(frozen=True)
-class Step:
-    """Per-prompt sums of one step ``x -> x + u`` over its tokens: all that ``drift`` needs, whatever the weights.
-
-    >>> x = torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(0))
-    >>> round(Step.of(x, -0.25 * (x - 3)).drift(weights(20)).kappa[0].item(), 6)
-    0.25
-    """
-
-    count: Float[Tensor, " prompt"]
-    sum_x: Float[Tensor, "prompt d_model"]
-    sum_u: Float[Tensor, "prompt d_model"]
-    xx: Float[Tensor, " prompt"]
-    ux: Float[Tensor, " prompt"]
-    uu: Float[Tensor, " prompt"]
-    next: Float[Tensor, " prompt"]
-
-    @classmethod
-    def of(cls, x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"] | None = None) -> "Step":
-        """The sums over the positions that ``mask`` keeps (all if not given), in float64."""
-        x, u = x.double(), u.double()
-        if mask is not None:  # what padding computes may be NaN, and 0 * NaN is NaN
-            x, u = x.masked_fill(~mask.unsqueeze(-1), 0), u.masked_fill(~mask.unsqueeze(-1), 0)
-        both = Moments.of(u, x, mask)
-        xx, uu, after = (Moments.of(a, mask=mask).product for a in (x, u, x + u))
-        return cls(both.count, both.sum_b, both.sum_a, xx, both.product, uu, after)
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["Step"]) -> "Step":
-        """The sums of several batches of prompts as one, prompts in order."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
-
-    def drift(self, weights: Float[Tensor, "resample prompt"]) -> Drift:
-        """kappa, psi, growth and the ratio of variances under every row of ``weights``."""
-        x, u = self.variance(weights), self._variance(self.sum_u, self.uu, weights)
-        kappa = ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
-        after = self._variance(self.sum_x + self.sum_u, self.next, weights)
-        return Drift(kappa, ratio(2 * kappa * x, u), ratio(u, x).sqrt(), ratio(after, x))
-
-    def variance(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
-        """``E|c(x)|^2``; exactly 0 where it cannot be told from rounding."""
-        return self._variance(self.sum_x, self.xx, weights)
-
-    def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Resampled:
-        variance = Moments(self.count, total, total, square).covariance(weights)
-        return torch.where(variance > NEGLIGIBLE * (weights @ square) / (weights @ self.count), variance, 0)
-
-
-def half_life(kappa: float) -> float:
-    """Layers of this kappa until half of a deviation is gone, ``ln 2 / -ln(1 - kappa)``; NaN unless ``0 < kappa < 1``.
-
-    >>> half_life(0.5)
-    1.0
-    """
-    return math.log(2) / -math.log1p(-kappa) if 0 < kappa < 1 else math.nan
-
-
-def regime(kappa: float, low: float, high: float, growth: float, rounding: float = 0.0) -> str:
-    """What the interval of kappa says, in a word; within ``rounding`` of 0 is 0.
-
-    ``reverting`` above 0, ``overshooting`` above 1 (a deviation changes sign), ``growing`` below 0 (deviations are
-    carried further out; the norm may grow in any regime), ``undecided`` otherwise, ``still`` if the update is the same
-    for all tokens, ``undefined`` if the stream is.
-    """
-    if math.isnan(kappa):
-        return "undefined"
-    if growth == 0:
-        return "still"
-    if high < -rounding:
-        return "growing"
-    if low > 1:
-        return "overshooting"
-    return "reverting" if low > rounding else "undecided"
+    return pandas.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=n_massive)
 
 
 def restoring(row: dict, rounding: float = 0.0) -> str:
@@ -246,43 +182,76 @@ def _check(stack: Stack, draws: int, size: float, untrained: Stack | None) -> No
         )
 
 
-def _steps(ensemble: Ensemble, stack: Stack, label: str, order: Sequence[int] | None = None) -> list[Step]:
+def _steps(
+    ensemble: Ensemble, stack: Stack, seen: maps.Map, label: str, order: Sequence[int] | None = None
+) -> list[Step]:
     """Each layer's step, wherever in the order it ran. Cost: 1 F."""
-    parts: list[list[Step]] = [[] for _ in range(stack.n_layers)]
+    steps: dict[int, Step] = {}
     for visit in ensemble.visits(stack, label, order):
-        parts[visit.layer].append(Step.of(visit.x, visit.u, visit.mask))
-    return [Step.concatenate(part) for part in parts]
+        x, u = _seen(visit, seen)
+        step = steps.setdefault(visit.layer, Step.empty(ensemble.n_units, x.shape[-1]))
+        step.add(visit.unit, x, u, visit.mask)
+    return [steps[layer] for layer in range(stack.n_layers)]
 
 
-def _exchanges(ensemble: Ensemble, stack: Stack, steps: list[Step], resampled: Tensor) -> dict[str, list[list[Drift]]]:
+def _seen(visit: Visit, seen: maps.Map, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The stream and the update, or another one in its place, as they look in the coordinates."""
+    x = seen.map(visit.x, visit.context)
+    return x, seen.map(visit.x + (visit.u if u is None else u), visit.context) - x
+
+
+def _exchanges(
+    ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
+) -> dict[str, list[list[Drift]]]:
     """The nulls that keep every layer's stream and updates but not which goes with which. Cost: 1 F."""
+    generator = np.random.default_rng((ensemble.seed, 1))
+    width = steps[0].sum_x.shape[1]
+    normal = torch.from_numpy(generator.standard_normal((ROTATIONS, width, width)))
+    rotations = [rotation(noise) for noise in normal]
+    shuffled = [Step.empty(ensemble.n_units, width) for _ in steps]
+    paired = Totals(ensemble.n_units)
+    for visit in ensemble.visits(stack, "rotated and shuffled updates"):
+        x, u = _seen(visit, seen)
+        other = exchanged(u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
+        shuffled[visit.layer].add(visit.unit, x, other, visit.mask)
+        unit = visit.unit[visit.mask.nonzero()[:, 0].cpu()]
+        x, u = x[visit.mask].double(), u[visit.mask].double()
+        for i, turn in enumerate(rotations):
+            paired.add((visit.layer, i), unit, u @ turn.to(x).T * x)
+    signs = torch.from_numpy(generator.choice([-1.0, 1.0], (len(resampled), width)))
+    rotated = [
+        _rotated(step, rotations, torch.stack([paired[layer, i] for i in range(ROTATIONS)]), resampled, signs)
+        for layer, step in enumerate(steps)
+    ]
+    return {
+        "rotated": [[replace(step.drift(resampled), kappa=kappa)] for step, kappa in zip(steps, rotated)],
+        "token_shuffled": [[step.drift(resampled)] for step in shuffled],
+    }
+
+
+def _mapped_exchanges(
+    ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
+) -> dict[str, list[list[Drift]]]:
+    """The same where the coordinates bend: updates are exchanged in the stream, and then seen. Cost: 1 F."""
     generator = np.random.default_rng((ensemble.seed, 1))
     normal = torch.from_numpy(generator.standard_normal((ROTATIONS, stack.d_model, stack.d_model)))
     rotations = [rotation(noise) for noise in normal]
-    shuffled: list[list[Step]] = [[] for _ in steps]
-    paired: list[list[Tensor]] = [[] for _ in steps]
+    width = steps[0].sum_x.shape[1]
+    found = [[Step.empty(ensemble.n_units, width) for _ in range(ROTATIONS + 1)] for _ in steps]
     for visit in ensemble.visits(stack, "rotated and shuffled updates"):
-        prompt = visit.mask.nonzero()[:, 0]
-        x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
         other = exchanged(visit.u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
-        shuffled[visit.layer].append(Step.of(visit.x, other, visit.mask))
-        sums = x.new_zeros(ROTATIONS, len(visit.mask), x.shape[1])
-        for i, turn in enumerate(rotations):
-            sums[i].index_add_(0, prompt, u @ turn.to(x).T * x)
-        paired[visit.layer].append(sums.cpu())
-    signs = torch.from_numpy(generator.choice([-1.0, 1.0], (len(resampled), stack.d_model)))
-    rotated = [_rotated(step, rotations, torch.cat(sums, 1), resampled, signs) for step, sums in zip(steps, paired)]
-    return {
-        "rotated": [[replace(step.drift(resampled), kappa=kappa)] for step, kappa in zip(steps, rotated)],
-        "token_shuffled": [[Step.concatenate(parts).drift(resampled)] for parts in shuffled],
-    }
+        turned = (visit.u @ turn.to(visit.u).T for turn in rotations)
+        for step, u in zip(found[visit.layer], (other, *turned), strict=True):
+            step.add(visit.unit, *_seen(visit, seen, u), visit.mask)
+    drifts = [[step.drift(resampled) for step in layer] for layer in found]
+    return {"rotated": [layer[1:] for layer in drifts], "token_shuffled": [layer[:1] for layer in drifts]}
 
 
 def _rotated(
     step: Step,
     rotations: list[Float[Tensor, "d_model d_model"]],
-    paired: Float[Tensor, "rotation prompt d_model"],
-    resampled: Float[Tensor, "resample prompt"],
+    paired: Float[Tensor, "rotation unit d_model"],
+    resampled: Float[Tensor, "resample unit"],
     signs: Float[Tensor, "resample d_model"],
 ) -> Resampled:
     """kappa of rotated updates, every resample with a rotation of its own; row 0 is the mean over all of them.
@@ -304,11 +273,11 @@ def _rotated(
     return ratio(0 - values, step.variance(resampled))
 
 
-def _orders(ensemble: Ensemble, stack: Stack, draws: int, resampled: Tensor) -> list[list[Drift]]:
+def _orders(ensemble: Ensemble, stack: Stack, seen: maps.Map, draws: int, resampled: Tensor) -> list[list[Drift]]:
     """Each layer's drift at the place where it ran in ``draws`` random orders of all layers. Cost: ``draws`` F."""
     generator = np.random.default_rng((ensemble.seed, 2))
     orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
-    runs = (_steps(ensemble, stack, "layers in random order", order) for order in orders)
+    runs = (_steps(ensemble, stack, seen, "layers in random order", order) for order in orders)
     return [list(drifts) for drifts in zip(*([step.drift(resampled) for step in steps] for steps in runs))]
 
 
@@ -325,11 +294,15 @@ def _describe(layer: int, drift: Drift, rounding: float) -> dict[str, Any]:
     return row
 
 
-def _compare(drift: Drift, nulls: dict[str, list[Drift]]) -> dict[str, float]:
-    """The columns of the nulls; a null's interval, and that of the excess over it, pools all draws and resamples."""
+def _compare(drift: Drift, nulls: dict[str, list[Drift]], match: bool) -> dict[str, float]:
+    """The columns of the nulls; a null's interval, and that of the excess over it, pools all draws and resamples.
+
+    ``match`` brings every null to the growth of the layer, which is the same already where only directions changed.
+    """
     row: dict[str, float] = {}
     for name, draws in nulls.items():
-        matched = torch.stack([null.kappa * ratio(drift.growth, null.growth) for null in draws])
+        scales = [ratio(drift.growth, null.growth) if match else torch.ones_like(drift.growth) for null in draws]
+        matched = torch.stack([null.kappa * scale for null, scale in zip(draws, scales, strict=True)])
         row |= columns(f"kappa_{name}", _pool(matched))
         row |= columns(f"kappa_excess_{name}", _pool(drift.kappa - matched))
         if name in ("order_shuffled", "untrained"):
