@@ -99,7 +99,8 @@ def curves(
 
     ``draws`` tokens of every prompt are moved, one at a time; along the principal components, draw ``i`` takes the
     ``i``-th. ``_low`` and ``_high`` are 95 % intervals over resampled prompts, NaN for one prompt. Where no token of
-    any prompt differs from its partner, ``difference`` is NaN.
+    any prompt differs from its partner, ``difference`` is NaN; so is everything once a moved stream overflows, as one
+    may with frozen norms that started from a small embedding.
 
     Cost: ``3 + 3 draws sizes (L + 1) / 2`` F if all L layers are moved, 1 F more with ``frozen``; a layer ``l`` by
     itself takes ``3 draws sizes (L - l) / L``. Memory: the streams of one batch at all layers, and a d_model x d_model
