@@ -163,7 +163,7 @@ def recovery(
 ) -> pandas.DataFrame:
     """Every estimator on every panel of ``simulate``: how far off, and how often its 95 % interval holds the truth.
 
-    Columns are ``COLUMNS``. Estimators of phi: those of ``surgery.panels`` with the errors of ``sandwich``;
+    Columns are ``COLUMNS``. Estimators of phi: those of ``surgery.panels``, their intervals t times ``sandwich``;
     ``nickell_corrected`` is of ``within``, and ``.zero`` assumes units that start at their means; ``ou.phi``,
     ``ou.kappa``, ``ou.sigma``; ``andrews``, on one series a simulation (and ten times as many, in panels without
     effects); ``cross_section``, the slope of one transition, against phi and (``.slope``) against what it is that a
@@ -201,10 +201,10 @@ def _cell(y: Float[Tensor, "simulation unit time"], T: int, phi: float, effects:
         ("cross_section", lambda G: pooled(G, one), phi, common),
         ("cross_section.slope", lambda G: pooled(G, one), slope, True),
     ]
-    rows = []
+    rows, t = [], float(scipy.stats.t.ppf(0.975, n - 1))
     for name, estimator, truth, valid in estimators:
         value, error = sandwich(estimator, y)
-        rows.append(_row(name, (value, value - 1.96 * error, value + 1.96 * error), truth, valid, (n, T, phi, effects)))
+        rows.append(_row(name, (value, value - t * error, value + t * error), truth, valid, (n, T, phi, effects)))
     kappa = -math.log(phi)
     truths = {"phi": phi, "kappa": kappa, "sigma": math.sqrt(_spreading(torch.tensor(kappa).double()))}
     fitted = _fit(y, 1.0)

