@@ -43,11 +43,11 @@ def windows(frame: pandas.DataFrame) -> Figure:
     side = float(np.clip(0.42 * n_layers + 1.6, 3.6, 8.0))
     figure = Figure(figsize=(2 * side + 2.2, side + 1.1), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _triangle(figure, left, frame, "S", n_layers, "viridis", Normalize(0, 1))
+    triangle(figure, left, frame, "S", n_layers, "viridis", Normalize(0, 1))
     left.set_title("How serial each window is: S\n0 parallel, 1 serial", loc="left")
     ratio = frame["R_over_N"][frame["R_over_N"] > 0].dropna()
     reach = max(2.0, float(np.exp(np.abs(np.log(ratio)).max()))) if len(ratio) else 2.0
-    bar = _triangle(figure, right, frame, "R_over_N", n_layers, "PuOr_r", LogNorm(1 / reach, reach))
+    bar = triangle(figure, right, frame, "R_over_N", n_layers, "PuOr_r", LogNorm(1 / reach, reach))
     ticks = [tick for tick in (1 / 50, 1 / 20, 1 / 10, 1 / 5, 1 / 2, 1, 2, 5, 10, 20, 50) if 1 / reach <= tick <= reach]
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
@@ -67,17 +67,17 @@ def reversion(frame: pandas.DataFrame) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for name, (label, colour) in NULLS.items():
         if name in shown and shown[name].notna().any():
-            _band(above, layers, shown, name, colour, f"null: {label}")
+            band(above, layers, shown, name, colour, f"null: {label}")
     offset = 0.12
     for place, (name, (label, marker)) in enumerate(CAUSAL.items()):
         if name in shown and shown[name].notna().any():
             x = layers + offset * (place - 1)
-            _whiskers(above, x, shown, name, marker=marker, color="#CC79A7", label=f"by intervention: {label}", size=4)
-    _line(above, layers, shown, "kappa", ACCENT, "kappa of the model")
+            whiskers(above, x, shown, name, marker=marker, color="#CC79A7", label=f"by intervention: {label}", size=4)
+    line(above, layers, shown, "kappa", ACCENT, "kappa of the model")
     above.axhline(0, color=INK, linewidth=0.8)
     above.set_ylabel("kappa (fraction of a deviation\nundone by one layer)")
     above.set_title("Mean reversion by depth: kappa, with what the nulls give shaded", loc="left")
-    _line(below, layers, shown, "psi", "#0072B2", "psi of the model")
+    line(below, layers, shown, "psi", "#0072B2", "psi of the model")
     below.axhline(0, color=INK, linewidth=0.8, label="0: random walk")
     below.axhline(1, color=INK, linewidth=0.8, linestyle="--", label="1: variance stationary")
     below.set_ylabel("psi (2 kappa / r²)")
@@ -127,9 +127,10 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _triangle(
+def triangle(
     figure: Figure, axes: Axes, frame: pandas.DataFrame, column: str, n_layers: int, colours: str, norm: Normalize
 ) -> Colorbar:
+    """A column of windows as cells, first layer across, last layer up."""
     starts, stops = frame["start"].to_numpy(int), frame["stop"].to_numpy(int)
     grid = np.full((n_layers, n_layers), np.nan)
     grid[stops - 1, starts] = frame[column]
@@ -153,16 +154,19 @@ def _print(axes: Axes, grid: np.ndarray, image: ScalarMappable) -> None:
         axes.text(start, stop, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
 
 
-def _line(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+def line(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+    """A column by layer, its interval shaded."""
     axes.fill_between(layers, frame[f"{name}_low"], frame[f"{name}_high"], color=colour, alpha=0.25, linewidth=0)
     axes.plot(layers, frame[name], "o-", color=colour, markersize=4, linewidth=1.6, label=f"{label} (95 % interval)")
 
 
-def _band(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+def band(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+    """The interval of a null by layer."""
     low, high = (frame.get(f"{name}_{end}", frame[name]) for end in ("low", "high"))
     axes.fill_between(layers, low, high, color=colour, alpha=0.4, linewidth=1.2, edgecolor=colour, label=label)
 
 
-def _whiskers(axes: Axes, x: np.ndarray, frame: pandas.DataFrame, name: str, size: int, **style: Any) -> None:
+def whiskers(axes: Axes, x: np.ndarray, frame: pandas.DataFrame, name: str, size: int, **style: Any) -> None:
+    """A column as markers with their intervals."""
     low, high = (np.abs(frame[name] - frame.get(f"{name}_{end}", frame[name])) for end in ("low", "high"))
     axes.errorbar(x, frame[name], yerr=[low, high], linestyle="none", markersize=size, linewidth=1, alpha=0.8, **style)

@@ -47,6 +47,8 @@ _INTERVALS = {
     "variance_ratio_next": "variance of the stream leaving the layer over that entering it: 1 - 2 kappa + growth^2",
     "half_life": "layers like this one until half of a deviation is gone; empty unless kappa lies between 0 and 1",
     "kappa_excess": "kappa minus the larger of its rotated and token-shuffled nulls",
+    "kappa_mechanical": "what an update of this size in any direction reads in normalised coordinates",
+    "kappa_corrected": "in normalised coordinates: 1 - phi / phi_mechanical, what goes beyond that",
     "growth_order_shuffled": "growth with the layers in random order",
     "growth_untrained": "growth of the same layer with fresh weights",
 }
@@ -75,6 +77,7 @@ COLUMNS: dict[str, str] = {
     "regime": "the interval of kappa in a word: reverting, overshooting (above 1), growing (below 0), undecided ...",
     "restoring": "whether kappa's excess and every kind of displacement agree on a restoring force: yes, no, undecided",
     "n_prompts": "number of prompts, the unit of resampling",
+    "n_massive": "tokens left out for massive activations (and each prompt's first, always)",
 }
 for _name, _meaning in _INTERVALS.items():
     COLUMNS[_name] = _meaning

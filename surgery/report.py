@@ -22,7 +22,7 @@ from typing import Any
 import jinja2
 import pandas
 
-from surgery import anatomy_study, figures, findings, frames, scan_figures, scan_findings
+from surgery import anatomy_study, figures, findings, frames, reversion_study, scan_figures, scan_findings
 from surgery.anatomy_study import ENDS
 from surgery.comparisons import Luck
 
@@ -121,7 +121,7 @@ def build(folder: str | Path) -> Path:
     if SERIES in measured.frames:
         sections.append(_series(measured.frames[SERIES]))
     if REVERSION in measured.frames:
-        sections.append(_reversion(measured.frames[REVERSION]))
+        sections.append(_reversion(measured))
     if SCAN in measured.frames:
         sections.append(_scan(measured))
     if ENDS in measured.frames:
@@ -139,7 +139,7 @@ def summary(folder: str | Path) -> list[str]:
 
 
 def _read(folder: Path) -> _Measured:
-    alone = (SERIES, REVERSION, CALIBRATION, MEASURES, COSTS, *anatomy_study.COLUMNS)
+    alone = (SERIES, CALIBRATION, MEASURES, COSTS, *reversion_study.COLUMNS, *anatomy_study.COLUMNS)
     present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
         present += [SCAN, WINNERS, GROUPS, *(name for name in (PAINTERS,) if (folder / name).exists())]
@@ -175,6 +175,7 @@ def _found(measured: _Measured) -> Section:
         sentences += findings.series(measured.frames[SERIES], untrained)
     if REVERSION in measured.frames:
         sentences += findings.reversion(measured.frames[REVERSION])
+        sentences += reversion_study.found(measured.frames)[-2:]
     if SCAN in measured.frames:
         luck = Luck(**measured.manifests[SCAN]["settings"]["luck"])
         sentences += scan_findings.found(measured.frames[SCAN], measured.frames[WINNERS], luck, measured.metric)
@@ -303,7 +304,8 @@ def _series(frame: pandas.DataFrame) -> Section:
     return Section("series", "Series or parallel", paragraphs=paragraphs, pictures=[picture], tables=tables)
 
 
-def _reversion(frame: pandas.DataFrame) -> Section:
+def _reversion(measured: _Measured) -> Section:
+    frame = measured.frames[REVERSION]
     paragraphs = [
         "kappa is the part of a token's deviation from the mean that a layer takes back, by regression of what the "
         "layer writes on what enters it. Its nulls keep the size of the updates and destroy their direction; only "
@@ -311,14 +313,19 @@ def _reversion(frame: pandas.DataFrame) -> Section:
         "random, at 1 its spread stays, above 1 it shrinks.",
         "A slope is not a force: the causal kappas displace the stream at one token and read what the layer does "
         "differently.",
+        "Several layers at once have a variance ratio: 1 if their updates are uncorrelated, below 1 if later ones undo "
+        "earlier ones. Read as one autoregression over depth, the phi of a few layers is biased towards reversion "
+        "wherever tokens have means of their own; so it is compared with a random walk whose steps have the same "
+        "sizes.",
     ]
-    caption = "kappa with its nulls and interventions, and psi, by layer; the numbers are in " + REVERSION + "."
-    picture = Picture("reversion", caption, figures.png(figures.reversion(frame)))
+    drawn = reversion_study.draw(measured.frames)
+    pictures = [Picture(name, reversion_study.CAPTIONS[name], figures.png(one)) for name, one in drawn.items()]
     names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
     columns = [name for name in (*names, "regime", "restoring") if name in frame]
     rows = [row for _, row in frame.iterrows()]
     table = _table("By layer", "layer", rows, columns, lambda row: str(int(row["layer"])), digits=3)
-    return Section("reversion", "Mean reversion", paragraphs=paragraphs, pictures=[picture], tables=[table])
+    said = reversion_study.found(measured.frames)
+    return Section("reversion", "Mean reversion", said, paragraphs, pictures=pictures, tables=[table])
 
 
 def _scan(measured: _Measured) -> Section:

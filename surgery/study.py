@@ -1,7 +1,7 @@
 """One study: a model and prompts in; CSV files, manifests, figures and ``report.html`` out. ``surgery study``.
 
     series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
-    reversion    ``reversion_layers.csv``  whether the stream reverts to a mean          (surgery.reversion.layers)
+    reversion    ``reversion_*.csv``       whether the stream reverts to a mean          (surgery.reversion_study)
     scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan_study)
     anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy_study)
 
@@ -30,7 +30,7 @@ from surgery import (
     probes,
     provenance,
     report,
-    reversion,
+    reversion_study,
     scan_study,
     series,
 )
@@ -113,9 +113,8 @@ def run(
         frames.write(table, folder / report.MEASURES, manifest, measures.COLUMNS)
         frames.write(taken, folder / report.COSTS, manifest, measures.COST_COLUMNS)
     if "reversion" in names:
-        say("reversion: kappa of every layer, its nulls, and the stream displaced")
-        frame = reversion.layers(stack, tokens, untrained=untrained, seed=seed, progress=progress)
-        frames.write(frame, folder / report.REVERSION, manifest)
+        say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
+        reversion_study.measure(stack, tokens, folder, untrained, seed=seed, progress=progress, settings=settings)
     if "anatomy" in names:
         if stack.n_layers < 6 or len(tokens) < FEWEST:
             if len(names) == 1:

@@ -116,6 +116,20 @@ PANEL_COLUMNS = {
     "n_massive": "tokens left out for massive activations",
 }
 
+_ENDS = {
+    "kappa_ends": "mean kappa of the layers before and behind the middle",
+    "kappa_middle": "mean kappa of the middle layers",
+    "difference": "kappa_ends minus kappa_middle: above 0 reversion is stronger in the ends",
+    "excess": "the same of kappa beyond the random walk that comes closer",
+}
+ENDS_COLUMNS = {
+    "boundary_in": "first layer of the middle",
+    "boundary_out": "first layer of the output part",
+    **described(_ENDS),
+    "coordinates": "in which the stream is seen",
+    "n_prompts": "number of prompts",
+}
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -263,12 +277,41 @@ def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer:
     >>> spans(12)
     {'all': (1, 12), 'input': (1, 4), 'middle': (4, 8), 'output': (8, 12)}
     """
-    first, second = boundaries or (round(n_layers / 3), round(2 * n_layers / 3))
-    if not 0 <= first <= second <= n_layers:
-        raise ValueError(f"boundaries are 0 <= in <= out <= {n_layers}, got {boundaries}")
+    first, second = _boundaries(n_layers, boundaries)
     start = min(first_layer, n_layers - 1)
     parts = {"all": (start, n_layers), "input": (start, first), "middle": (first, second), "output": (second, n_layers)}
     return {name: (a, b) for name, (a, b) in parts.items() if b - a >= 2}
+
+
+def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pandas.DataFrame:
+    """Is reversion stronger in the ends than in the middle? Mean kappa of the layers before and behind, minus between.
+
+    One row: ``ENDS_COLUMNS``. ``boundaries`` as for ``panel``; with intervals over prompts, the boundaries taken for
+    certain. ``excess`` is the same of kappa beyond the random walk that comes closer, and absent without nulls. No
+    forward pass. Raises ValueError for boundaries outside the model; a part without a layer is undefined (NaN).
+    """
+    first, second = _boundaries(ways.n_layers, boundaries)
+    outer = [*range(min(first_layer, first), first), *range(second, ways.n_layers)]
+    middle = [*range(max(first, first_layer), second)]
+
+    def kappas(series: str) -> Float[Tensor, "resample layer"]:
+        every = [
+            torch.stack([_window(matrix, layer, layer + 1)["kappa"] for layer in range(ways.n_layers)], 1)
+            for matrix in ways.matrices[series]
+        ]
+        return torch.stack(every).mean(0)
+
+    def contrast(values: Float[Tensor, "resample layer"]) -> Resampled:
+        return values[:, outer].mean(1) - values[:, middle].mean(1)
+
+    own = kappas("model")
+    row: dict[str, float] = {"boundary_in": first, "boundary_out": second}
+    row |= columns("kappa_ends", own[:, outer].mean(1)) | columns("kappa_middle", own[:, middle].mean(1))
+    row |= columns("difference", contrast(own))
+    if "rotated" in ways.matrices:
+        walks = torch.stack([kappas("rotated"), kappas("token_shuffled")])
+        row |= columns("excess", contrast(own - walks.amax(0)))
+    return pandas.DataFrame([row]).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts)
 
 
 def cross_correlation(
@@ -308,6 +351,13 @@ def cross_correlation(
         counts.append((length > NEGLIGIBLE).sum(0))
     total, count = torch.stack(totals).sum(0), torch.stack(counts).sum(0)
     return float(ratio(total.square().sum(0) - count, (count * (count - 1)).to(total)).nanmean())
+
+
+def _boundaries(n_layers: int, boundaries: tuple[int, int] | None) -> tuple[int, int]:
+    first, second = boundaries or (round(n_layers / 3), round(2 * n_layers / 3))
+    if not 0 <= first <= second <= n_layers:
+        raise ValueError(f"boundaries are 0 <= in <= out <= {n_layers}, got {boundaries}")
+    return first, second
 
 
 def _walk(
