@@ -29,6 +29,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/identity.py
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/recovery.py
 
 clean:
 	rm -rf results runs .venv

@@ -76,9 +76,7 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
             f"{len(lengths)} lengths"
         )
     bases = principal_components(stack, ensemble, draws)
-    sums: dict[str, Tensor] = defaultdict(
-        lambda: torch.zeros(2, stack.n_layers, ensemble.n_units, dtype=torch.float64)
-    )
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, stack.n_layers, ensemble.n_units, dtype=torch.float64))
     for visit in ensemble.visits(stack, "displaced streams"):
         if visit.layer == 0:
             scales = _scales(stack, visit.context)
