@@ -96,16 +96,18 @@ def layers(
     resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 64,
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """A row for every layer and each of its ``components`` directions (fewer if the stream has fewer): ``COLUMNS``.
 
     ``ridge`` is a penalty to use instead of the one that cross-validation chooses. ``draws`` exchanges of updates make
     the null; its interval pools them with the resampling. ``_low`` and ``_high`` are 95 % intervals over resampled
-    prompts. A layer whose stream does not vary has one row, of NaN.
+    prompts. A layer whose stream does not vary has one row, of NaN. Tokens of massive activations are left out, unless
+    ``skip_massive`` is False (``surgery.ensemble``).
 
-    Cost: 2 F. Memory: one batch's stream; a d_model x d_model matrix a layer; for each layer and unit of resampling
-    2 d_model + 2 (draws + 1) components^2 numbers.
+    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream; a d_model x d_model matrix a layer; for
+    each layer and unit of resampling 2 d_model + 2 (draws + 1) components^2 numbers.
 
     Raises ValueError if no token is left to measure, if ``components``, ``draws`` or ``batch_size`` is not positive, if
     ``ridge`` is negative, or if the stream is not finite.
@@ -116,6 +118,8 @@ def layers(
             f"ridge={ridge}"
         )
     ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    if skip_massive:
+        ensemble = ensemble.without_massive(stack)
     units = ensemble.n_units
     resampled = weights(units, resamples if units > 1 else 0, seed)
     steps, totals = _sums(stack, ensemble, principal_components(stack, ensemble, components), draws)

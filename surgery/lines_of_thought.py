@@ -38,7 +38,7 @@ Compare: ``PUBLISHED``. The measure is theirs, intervals and nulls are ours.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -101,14 +101,17 @@ def noise(
     resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 64,
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """One row per pair of depths: ``noise`` and ``unexplained`` of the map between them, and their intervals.
 
     Neighbouring depths also have ``excess_kurtosis`` and ``isotropy``; the others NaN. ``null`` is one of ``NULLS``;
-    ``every_token`` takes all tokens in place of each prompt's last. Other columns: ``COLUMNS``.
+    ``every_token`` takes all tokens in place of each prompt's last. Other columns: ``COLUMNS``. Tokens of massive
+    activations are left out, unless ``skip_massive`` is False (``surgery.ensemble``).
 
-    Cost: 2 F. Memory: one batch's stream, and 3 d_model x d_model matrices a layer.
+    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream, and 3 d_model x d_model matrices a
+    layer.
 
     Raises ValueError for another ``null``, for fewer than 3 lines, and if the stream is not finite.
 
@@ -117,7 +120,7 @@ def noise(
     >>> frame[["start", "stop"]].values.tolist()
     [[0, 1], [0, 2], [1, 2]]
     """
-    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, progress)
+    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, skip_massive, progress)
     residuals = _measure(stack, ensemble, null, centred)
     draws, components = _draws(ensemble, resamples), residuals.components
     rows = []
@@ -146,6 +149,7 @@ def fit(
     resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 64,
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """The exponential through the noise of all pairs of depths from ``first`` to ``last``: a row per network.
@@ -156,15 +160,18 @@ def fit(
     rounding are left out; where two ends do not remain, as in a model of two layers, nothing can be fitted (NaN): see
     ``first=0``.
 
+    Tokens of massive activations in the model are left out of every row, unless ``skip_massive`` is False.
+
     The last layers of some models stand apart: look at ``noise``, and fit again up to a smaller ``last`` (the final
     depth if not given).
 
-    Cost: 2 F a row. Raises as ``noise``, and ValueError unless ``first`` comes before ``last``.
+    Cost: 2 F a row, and 1 F to find massive activations. Raises as ``noise``, and ValueError unless ``first`` comes
+    before ``last``.
     """
     last = stack.n_layers if last is None else last
     if not 0 <= first < last <= stack.n_layers:
         raise ValueError(f"depths go from 0 to {stack.n_layers} and first before last, got {first} and {last}")
-    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, progress)
+    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, skip_massive, progress)
     draws, rows = _draws(ensemble, resamples), []
     networks: list[tuple[str, Stack, str | None]] = [("model", stack, None)]
     networks += [(null, stack, null) for null in NULLS if nulls]
@@ -184,12 +191,14 @@ def growth(
     resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 64,
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """One row per layer: how long the stream is that enters, by what factor the layer lengthens it, and the fit.
 
     ``norm_growth_fitted`` is ``exp`` of the slope of ``ln norm`` over depths from ``first`` to the last. All tokens
-    count; means are geometric, so no long token decides. Cost: 1 F.
+    count but those of massive activations (unless ``skip_massive`` is False); means are geometric, so no long token
+    decides. Cost: 1 F, and 1 F to find massive activations.
 
     Raises ValueError if no token is left to measure, if the stream is not finite, or if two depths do not remain.
 
@@ -201,6 +210,8 @@ def growth(
     if not 0 <= first < stack.n_layers:
         raise ValueError(f"first is a depth before the last, {stack.n_layers}: 0 to {stack.n_layers - 1}, got {first}")
     ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    if skip_massive:
+        ensemble = ensemble.without_massive(stack)
     totals, draws = Totals(ensemble.n_units), _draws(ensemble, resamples)
     for unit, stream in _lines(stack, ensemble, None):
         totals.add("log", unit, stream.norm(dim=-1).log().T)
@@ -361,11 +372,16 @@ def _ensemble(
     skip_first: bool,
     batch_size: int,
     seed: int,
+    skip_massive: bool,
     progress: bool,
 ) -> Ensemble:
     tokens = Tokens.of(tokens).to(stack.device)
-    last = tokens.mask & (tokens.positions == tokens.mask.sum(1, keepdim=True) - 1)
-    ensemble = Ensemble(tokens, skip_first, batch_size, seed, progress, None if every_token else ~last)
+    ensemble = Ensemble(tokens, skip_first, batch_size, seed, progress)
+    if skip_massive:
+        ensemble = ensemble.without_massive(stack)
+    if not every_token:
+        last = tokens.positions == tokens.mask.sum(1, keepdim=True) - 1
+        ensemble = replace(ensemble, left_out=~(ensemble.mask & last))
     if (lines := int(ensemble.mask.sum())) < 3:
         raise ValueError(
             f"a cloud needs 3 lines at the least and better {3 * stack.d_model} (3 d_model), there are {lines}: give "

@@ -93,6 +93,7 @@ def curves(
     resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 64,
+    skip_massive: bool = True,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """A row for every layer moved (all if ``layers`` are not given), layer run since, kind and size: ``COLUMNS``.
@@ -100,11 +101,12 @@ def curves(
     ``draws`` tokens of every prompt are moved, one at a time; along the principal components, draw ``i`` takes the
     ``i``-th. ``_low`` and ``_high`` are 95 % intervals over resampled prompts, NaN for one prompt. Where no token of
     any prompt differs from its partner, ``difference`` is NaN; so is everything once a moved stream overflows, as one
-    may with frozen norms that started from a small embedding.
+    may with frozen norms that started from a small embedding. Tokens of massive activations are not moved, unless
+    ``skip_massive`` is False (``surgery.ensemble``): beside them every other spread is nothing.
 
-    Cost: ``3 + 3 draws sizes (L + 1) / 2`` F if all L layers are moved, 1 F more with ``frozen``; a layer ``l`` by
-    itself takes ``3 draws sizes (L - l) / L``. Memory: the streams of one batch at all layers, and a d_model x d_model
-    matrix a layer.
+    Cost: ``3 + 3 draws sizes (L + 1) / 2`` F if all L layers are moved, 1 F more with ``frozen`` and
+    1 F to find massive activations; a layer ``l`` by itself takes ``3 draws sizes (L - l) / L``. Memory: the streams of
+    one batch at all layers, and a d_model x d_model matrix a layer.
 
     Raises ValueError for a layer that the model has not, if a size or ``draws`` is not positive, if no token is left to
     measure, if the stream is not finite, or if ``frozen`` is asked of a model whose denominators cannot be found.
@@ -115,6 +117,8 @@ def curves(
     if draws < 1 or not sizes or min(sizes) <= 0:
         raise ValueError(f"draws and sizes must be positive, got draws={draws}, sizes={tuple(sizes)}")
     ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    if skip_massive:
+        ensemble = ensemble.without_massive(stack)
     bases, spreads = principal_components(stack, ensemble, draws), _spreads(stack, ensemble)
     totals, first = Totals(ensemble.n_units), 0
     for unit, context, mask in ensemble.batches(stack, "displacements"):

@@ -323,14 +323,26 @@ def test_bad_input_is_refused_in_a_sentence(transformer, options, message):
         layers(transformer, torch.zeros(3, 1, dtype=torch.long))
 
 
-def test_it_costs_two_forward_passes(monkeypatch):
+def test_tokens_of_massive_activations_are_left_out_unless_asked_for():
+    embedding = normal(256, 8)
+    embedding[7, 3] = 1e5
+    stack = Stack(network([-0.2 * torch.diag(torch.arange(8).double() / 4)] * 2, embedding))
+    tokens = torch.randint(8, 256, (24, 8), generator=rng())
+    tokens[3, 4] = 7
+    without, whole = (layers(stack, tokens, resamples=20, skip_massive=skip) for skip in (True, False))
+    assert without.share.max() < 0.5
+    assert whole.share.max() > 0.999
+
+
+@pytest.mark.parametrize("skip_massive", [False, True])
+def test_it_costs_two_forward_passes_and_one_for_massive_activations(monkeypatch, skip_massive):
     stack, seen = Stack(calibration.random_network(n_layers=3)), []
     layer = Engine.layer
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
-    layers(stack, calibration.tokens(4, 5), resamples=5)
-    assert [seen.count(index) for index in range(3)] == [2] * 3
+    layers(stack, calibration.tokens(4, 5), resamples=5, skip_massive=skip_massive)
+    assert [seen.count(index) for index in range(3)] == [2 + skip_massive] * 3
 
 
 def test_the_bundled_model_grows_where_the_untrained_one_is_balanced():

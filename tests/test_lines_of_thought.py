@@ -345,8 +345,38 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence():
         growth(stack, ids, first=3)
     with torch.no_grad():
         parameters(stack.model)["layers.1.mlp.fc_out.weight"][0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^the stream is not finite at depth 2: "):
-        noise(stack, ids)
+    for skip_massive, place in ((True, "layer 1"), (False, "depth 2")):
+        with pytest.raises(ValueError, match=rf"^the stream is not finite at {place}: "):
+            noise(stack, ids, skip_massive=skip_massive)
+
+
+def test_tokens_of_massive_activations_are_left_out_of_every_network():
+    embedding = torch.randn(256, 8, generator=rng())
+    embedding[7, 3] = 1e6
+    tame = torch.randn(256, 8, generator=rng(1))  # the model's massive tokens are left out here too
+    stack, other = (Stack(network([turn(8, 0).float() / 4] * 3, found)) for found in (embedding, tame))
+    ids = torch.randint(8, 256, (40, 6), generator=rng())
+    ids[5, -1] = ids[6, 2] = 7
+    frame = fit(stack, ids, untrained=other, resamples=20)
+    assert (frame.n_tokens == 39).all()
+    assert (frame["top_quarter"] < 0.7).all()
+    assert (fit(stack, ids, nulls=False, resamples=20, skip_massive=False).n_tokens == 40).all()
+    assert (noise(stack, ids, every_token=True, resamples=20).n_tokens == 198).all()
+    without, whole = (growth(stack, ids, resamples=20, skip_massive=skip).norm[0] for skip in (True, False))
+    assert without < whole
+
+
+@pytest.mark.parametrize("skip_massive", [False, True])
+def test_it_costs_what_the_docstrings_say(monkeypatch, skip_massive):
+    stack, seen = Stack(calibration.random_network(n_layers=3, d_model=16)), []
+    layer = Engine.layer
+    monkeypatch.setattr(
+        Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
+    )
+    for measure, options, cost in ((noise, {}, 2), (fit, {"untrained": stack}, 8), (growth, {}, 1)):
+        seen.clear()
+        measure(stack, calibration.tokens(8, 5), resamples=5, skip_massive=skip_massive, **options)
+        assert [seen.count(index) for index in range(3)] == [cost + skip_massive] * 3
 
 
 def test_a_real_model_and_what_is_published():

@@ -210,20 +210,37 @@ def test_bad_input_is_refused_in_a_sentence(transformer, options, message):
         curves(transformer, torch.zeros(3, 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize(("draws", "sizes", "frozen"), [(1, [1.0], False), (2, [0.1, 1.0], True)])
-def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen):
+def test_tokens_of_massive_activations_are_neither_moved_nor_a_measure_of_spread():
+    # a displacement as long as a part of the massive token drowns what a layer behind a norm can take back
+    embedding = torch.randn(256, 8, generator=rng(), dtype=torch.float64)
+    embedding[7, 3] = 1e6
+    tokens = torch.randint(8, 256, (24, 8), generator=rng())
+    tokens[3, 4] = 7
+    stack = Stack(network([-0.4 * torch.eye(8)], embedding, norm="RMS"))
+    without, whole = (
+        of(curves(stack, tokens, sizes=[0.1], resamples=0, skip_massive=skip), kind="random") for skip in (True, False)
+    )
+    assert without.along.item() < 0.8
+    assert whole.along.item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("draws", "sizes", "frozen", "skip_massive"), [(1, [1.0], False, True), (2, [0.1, 1.0], True, False)]
+)
+def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen, skip_massive):
     n_layers = 3
     stack, seen = Stack(calibration.random_network(n_layers=n_layers)), []
     layer = Engine.layer
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
-    options = {"draws": draws, "sizes": sizes, "frozen": frozen, "resamples": 5}
+    options = {"draws": draws, "sizes": sizes, "frozen": frozen, "resamples": 5, "skip_massive": skip_massive}
+    fixed = 3 + frozen + skip_massive
     curves(stack, calibration.tokens(4, 5), **options)
-    assert len(seen) / n_layers == 3 + frozen + 3 * draws * len(sizes) * (n_layers + 1) / 2
+    assert len(seen) / n_layers == fixed + 3 * draws * len(sizes) * (n_layers + 1) / 2
     seen.clear()
     curves(stack, calibration.tokens(4, 5), [1], **options)
-    assert len(seen) / n_layers == 3 + frozen + 3 * draws * len(sizes) * (n_layers - 1) / n_layers
+    assert len(seen) / n_layers == fixed + 3 * draws * len(sizes) * (n_layers - 1) / n_layers
 
 
 def test_the_bundled_model_carries_displacements_further_and_returns_none():
