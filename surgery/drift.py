@@ -46,6 +46,7 @@ class Step:
 
     ``empty`` and ``add`` keep sums of units of prompts instead, however many prompts there are.
 
+    >>> from surgery.stats import weights
     >>> x = torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(0))
     >>> round(Step.of(x, -0.25 * (x - 3)).drift(weights(20)).kappa[0].item(), 6)
     0.25

@@ -36,7 +36,7 @@ the stream of one batch three times, and L d_model + L^2 numbers a unit. The mea
 named.
 
 >>> from surgery import Stack, calibration
->>> frame = windows(Stack(calibration.parallel_network()), calibration.tokens(), resamples=20, draws=1)
+>>> frame = windows(measure(Stack(calibration.parallel_network()), calibration.tokens(), resamples=20, draws=1))
 >>> bool((frame.kappa.abs() < 1e-6).all() and ((frame.variance_ratio - 1).abs() < 1e-6).all())
 True
 """

@@ -1,6 +1,12 @@
 """Frames with made-up numbers, to say what a report must make of them."""
 
+from pathlib import Path
+
 import pandas
+
+from surgery import frames, provenance, reversion_study
+from surgery.stack import Stack
+from surgery.tokens import Tokens
 
 
 def with_interval(name: str, value: float, half: float = 0.01) -> dict[str, float]:
@@ -39,6 +45,12 @@ def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> 
     columns = {key: value for name, number in numbers.items() for key, value in with_interval(name, number).items()}
     rows = [{"layer": layer, **columns, "half_life": 3.1, **words, "n_prompts": n_prompts} for layer in range(n_layers)]
     return pandas.DataFrame(rows)
+
+
+def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **__: object) -> None:
+    """In the place of ``reversion_study.measure``: the file that has to be there."""
+    manifest = provenance.manifest(stack, tokens, seed=0)
+    frames.write(reversion(stack.n_layers), folder / reversion_study.LAYERS, manifest)
 
 
 def networks() -> pandas.DataFrame:

@@ -17,17 +17,18 @@ import torch
 from typer.testing import CliRunner, Result
 
 import surgery
-from surgery import cli, frames, prompts, report, study
+from surgery import cli, frames, prompts, report, reversion_study, study
 from surgery.wiring import every_repeat
 
 REPOSITORY = Path(surgery.__file__).resolve().parent.parent
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
-TABLES = ("series_windows", "reversion_layers", "calibration", "measures", "costs", *SCAN)
+REVERSION = [name.removesuffix(".csv") for name in reversion_study.COLUMNS]
+TABLES = ("series_windows", *REVERSION, "calibration", "measures", "costs", *SCAN)
 RESULTS = {
     *(f"{name}.csv" for name in TABLES),
     *(f"{name}.manifest.json" for name in TABLES),
-    *(f"{name}.png" for name in ("series", "reversion", "calibration", "brain_scan", "pareto")),
+    *(f"{name}.png" for name in ("series", *reversion_study.CAPTIONS, "calibration", "brain_scan", "pareto")),
     "report.html",
 }
 
@@ -70,7 +71,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(study.series, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
     monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
     monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
-    monkeypatch.setattr(study.reversion, "layers", lambda *_, **__: made_up.reversion(fixtures.N_LAYERS))
+    monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
     monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
 
 
@@ -341,7 +342,7 @@ def test_an_interruption_is_a_sentence_and_130(quick, model, text, tmp_path, mon
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study.reversion, "layers", interrupt)
+    monkeypatch.setattr(study.reversion_study, "measure", interrupt)
     result = run("study", "--model", model, "--text", text, "--out", tmp_path / "results")
     assert result.exit_code == 130
     assert "interrupted: nothing is half-written" in result.stderr
@@ -358,10 +359,10 @@ def slowly(*_, **__):
     time.sleep(120)
 
 if sys.argv.pop(1) == "measuring":
-    study.reversion.layers = slowly
+    study.reversion_study.measure = slowly
     study.scan_study.measure = lambda *_, **__: None
 else:
-    study.reversion.layers = lambda *_, **__: made_up.reversion(4)
+    study.reversion_study.measure = made_up.measure_reversion
     study.series.windows = lambda *_, **__: made_up.series(4)
     study.calibrate = lambda *_: made_up.networks()
     study.compare = lambda *_: made_up.measures()
