@@ -1,43 +1,332 @@
-"""Does the bundled model's residual stream revert to a mean, and does any layer push a displaced stream back?
+"""Does a model's residual stream revert to a mean: as it is, taped together with a second pass, and over its training?
 
-    python studies/mean_reversion.py --out results/mean_reversion                  # about a minute on 2 cores
+    python studies/mean_reversion.py --out results/mean_reversion                   # two minutes on 2 cores
+    python studies/mean_reversion.py --full                                         # four times the prompts
+    python studies/mean_reversion.py --checkpoints runs/reference                   # 15 seconds a checkpoint more
+    python studies/mean_reversion.py --model FOLDER --text prompts.txt
 
-Writes ``reversion_by_size.csv``: kappa of every layer with its nulls, and the causal kappa at two sizes of displacement
-(a tenth of the stream's spread, and all of it). A regression kappa above its nulls is only a correlation until the
-displaced stream agrees at both sizes. Copy this file and put your own model and prompts in.
+Writes the files and figures of ``surgery.reversion_study``, and
+
+    reversion_by_size.csv         kappa and causal kappa of every layer, displaced by two sizes: a force shows at both
+    mean_reversion_wirings.csv    taped together with layers repeated, the second pass as layers of its own
+    mean_reversion_training.csv   from fresh weights over the checkpoints to the model given, and a figure over steps
+
+``--checkpoints`` is a folder of ``step_*.safetensors``, as ``studies/train_reference.py --snapshots`` leaves in its
+``--work``. To be the way to the model given they must be of the very run that made it, and the same recipe run again
+(on other threads or another machine, say) may end in quite other weights: so ``distance`` is printed, and a foreign run
+is called one. Intervals are over prompts; of models, wirings and training runs there is one each.
 """
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor
 
 import surgery
-from surgery import frames, models, provenance, reversion
+from surgery import (
+    figures,
+    findings,
+    frames,
+    lines_of_thought,
+    models,
+    panels,
+    provenance,
+    reversion,
+    reversion_study,
+    tape,
+    trajectories,
+)
+from surgery.prompts import read_prompts
+from surgery.stats import columns, described, ratio
+from surgery.tokens import Tokens
+from surgery.wiring import Wiring
+
+ANATOMY = {"babel": (4, 9)}  # first layer of the middle and first one behind it, as studies/anatomy.py finds them
+WALKS = ("rotated", "token_shuffled")
+CAUSAL = [f"kappa_causal_{kind}" for kind in ("difference", "random", "principal")]
+OF_A_LAYER = ["kappa", "kappa_excess", "psi", "growth", *CAUSAL]
+OF_A_SPAN = ["pooled", "weighted", "within", "within_walk", "within_excess", "nickell", "half_panel", "kappa_ou"]
+MEASURES = {  # over training: what it is, and where a random walk stands
+    "kappa": ("mean kappa of layers 1 on: the part of a deviation that one layer takes back", 0),
+    "kappa_excess": ("the same in excess of both random walks, the smaller of the two", 0),
+    "psi": ("mean psi of layers 1 on: 0 random walk, 1 stationary, below 0 explosive", 0),
+    "variance_ratio": ("variance ratio of layers 1 on but the last: below 1 later layers undo earlier ones", 1),
+    "pooled": ("phi of layers 1 on as one autoregression, no token with a mean of its own", 1),
+    "within_excess": ("phi with a mean for every token, minus a random walk's: below 0 shocks are taken back", 0),
+    "norm_growth_fitted": ("factor by which a layer lengthens the stream, of the exponential fitted to its norm", 1),
+}
+TITLES = {
+    "kappa": "kappa, mean of layers 1 on",
+    "kappa_excess": "kappa beyond random walks",
+    "psi": "psi, mean of layers 1 on",
+    "variance_ratio": "variance ratio, all but the last",
+    "pooled": "phi, pooled",
+    "within_excess": "phi within, minus a walk's",
+    "norm_growth_fitted": "norm, factor per layer",
+}
+TRAINING = described({name: meaning for name, (meaning, _) in MEASURES.items()}) | {
+    "checkpoint": "untrained, a snapshot, or final: the model given",
+    "step": "training steps made; empty for the final model, whose number of steps its weights do not say",
+    "distance": "of the weights from the final model's, over the size of these",
+    "n_restoring": "layers from 1 on in which slope and every displacement agree on a restoring force",
+    "n_looked_at": "layers from 1 on",
+}
+WIRINGS = frames.COLUMNS | trajectories.PANEL_COLUMNS | {
+    "wiring": "how the model was taped together; : as it is",
+    "part": "layer, or the stretch of passes that the panel is about: all from 1 on, input, middle, output",
+    "start": "first pass of the part, counted from 0 in the taped model",
+    "stop": "first pass behind it",
+    "layer": "the layer of the model that runs in this pass; empty for a stretch",
+    "time": "the how manyth time it runs, from 1",
+}  # fmt: skip
+SIZES = {"size": "length of a displacement as a fraction of the stream's spread"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=models.REFERENCE, help="a folder or name for surgery.load")
+    parser.add_argument("--text", help="prompts, one a line; the bundled model's own problems if not given")
+    parser.add_argument("--prompts", type=int, help="how many; 128, and 512 with --full")
     parser.add_argument("--out", default="results/mean_reversion")
-    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--boundaries", type=int, nargs=2, metavar=("IN", "OUT"),
+                        help="first layer of the middle and first behind it; babel 4 9, else thirds")  # fmt: skip
+    parser.add_argument("--wiring", action="append", help="how to tape layers together; babel ':9 6:', else the middle")
+    parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
+    parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
+    if not args.text and args.model not in models.BUNDLED:
+        parser.error(f"{args.model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
+    snapshots = sorted(args.checkpoints.glob("step_*.safetensors")) if args.checkpoints else []
+    if args.checkpoints and not snapshots:
+        parser.error(
+            f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
+        )
     torch.set_num_threads(2)
 
-    folder = frames.folder(args.out)
-    stack = surgery.Stack(surgery.load("babel"))
-    tokens = stack.tokens(models.bundled_prompts(args.prompts))
-    parts = [reversion.layers(stack, tokens, size=size).assign(size=size) for size in (0.1, 1.0)]
-    frame = pd.concat(parts, ignore_index=True)
-    columns = {"size": "length of a displacement as a fraction of the stream's spread"}
-    frames.write(frame, folder / "reversion_by_size.csv", provenance.manifest(stack, tokens, seed=0), columns)
+    folder, count = frames.folder(args.out), args.prompts or (512 if args.full else 128)
+    model = surgery.load(args.model)
+    stack, untrained = surgery.Stack(model), surgery.Stack(models.untrained(model))
+    if stack.n_layers < 4:
+        parser.error(
+            f"{stack.name} has {stack.n_layers} layers; to have a beginning, a middle and an end give 4 or more"
+        )
+    texts = [text for _, text in read_prompts(args.text, count)] if args.text else models.bundled_prompts(count)
+    tokens = stack.tokens(texts, stack.n_ctx)
+    middle = ANATOMY.get(args.model, (round(stack.n_layers / 3), round(2 * stack.n_layers / 3)))
+    boundaries = (args.boundaries[0], args.boundaries[1]) if args.boundaries else middle
+    wirings = args.wiring or [":9 6:" if args.model == models.REFERENCE else f":{boundaries[1]} {boundaries[0]}:"]
+    manifest = provenance.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
 
-    causal = [f"kappa_causal_{kind}" for kind in ("difference", "random", "principal")]
-    shown = ["kappa", "kappa_excess_low", "kappa_excess", "kappa_excess_high", *causal, "restoring"]
+    tables = reversion_study.measure(stack, tokens, folder, untrained, boundaries=boundaries)
+    clean = tables[reversion_study.LAYERS]
+    sized = by_size(stack, tokens, clean)
+    frames.write(sized, folder / "reversion_by_size.csv", manifest, SIZES)
+    taped, passes = zip(*(wired(model, tokens, wiring, boundaries) for wiring in (":", *wirings)), strict=True)
+    wired_rows = pd.concat(taped, ignore_index=True)
+    frames.write(wired_rows, folder / "mean_reversion_wirings.csv", manifest, WIRINGS)
+    trained, kappas = training(stack, untrained, snapshots, tokens)
+    manifest["settings"]["checkpoints"] = [str(file) for file in snapshots]
+    frames.write(trained, folder / "mean_reversion_training.csv", manifest, TRAINING)
+    frames.save({folder / "mean_reversion_training.png": figures.png(draw(trained))})
+
+    say_sizes(sized)
+    for wiring, kappa in zip(wirings, passes[1:], strict=True):
+        say_wiring(wiring, wired_rows, kappa)
+    say_training(trained, kappas)
+    *found, ends, answer = reversion_study.found(tables)
+    print("\nThe model as it is\n", *findings.reversion(clean), *found, sep="\n")
+    print(f"\nIs reversion stronger in the ends than in the middle? {ends}\n\n{answer}")
+
+
+def by_size(stack: surgery.Stack, tokens: Tokens, small: pd.DataFrame) -> pd.DataFrame:
+    """What ``reversion_study`` found at a tenth of the spread, and the same with displacements as large as it."""
+    large = reversion.layers(stack, tokens, size=1.0)
+    return pd.concat([small[large.columns].assign(size=0.1), large.assign(size=1.0)], ignore_index=True)
+
+
+def wired(
+    model, tokens: Tokens, wiring: str, boundaries: tuple[int, int]
+) -> tuple[pd.DataFrame, Float[Tensor, "resample pass"]]:
+    """Single layers and the panel of a taped model, whose passes are layers of their own; and kappa of every pass."""
+    stack = surgery.Stack(tape.together(model, wiring) if wiring != ":" else model)
+    order = Wiring.parse(wiring, model.cfg.n_layers).layers
+    single = reversion.layers(stack, tokens)
+    ends = described(dict.fromkeys(OF_A_LAYER, ""))
+    rows = single[[*ends, "restoring", "half_life", "n_prompts", "n_massive"]].assign(
+        part="layer", start=single["layer"], stop=single["layer"] + 1, layer=order,
+        time=[order[: place + 1].count(layer) for place, layer in enumerate(order)],
+    )  # fmt: skip
+    middle = [place for place, layer in enumerate(order) if boundaries[0] <= layer < boundaries[1]]
+    inside = (middle[0], middle[-1] + 1) if middle else boundaries
+    ways = trajectories.measure(stack, tokens, nulls=False)
+    spans = trajectories.panel(ways, inside)
+    spans = spans[["start", "stop", *described(dict.fromkeys(OF_A_SPAN, "")), "half_life", "z", "p", "n_prompts",
+                   "n_massive"]].assign(part=spans["span"])  # fmt: skip
+    found = pd.concat([rows, spans], ignore_index=True).assign(wiring=wiring)
+    first = ["wiring", "part", "start", "stop", "layer", "time"]
+    kappa = layer_drifts(ways.matrices["model"][0])["kappa"]
+    return found[first + [name for name in found if name not in first]], kappa
+
+
+def layer_drifts(matrix: Float[Tensor, "resample time time"]) -> dict[str, Float[Tensor, "resample layer"]]:
+    """kappa and psi of every layer, out of the moments of trajectories."""
+    variance, across = matrix.diagonal(dim1=1, dim2=2), matrix.diagonal(1, dim1=1, dim2=2)
+    before, after = variance[:, :-1], variance[:, 1:]
+    return {"kappa": 1 - ratio(across, before), "psi": ratio(2 * (before - across), before + after - 2 * across)}
+
+
+def at(stack: surgery.Stack, tokens: Tokens) -> tuple[dict, dict[str, Float[Tensor, " resample"]]]:
+    """One row of the table over training, and mean kappas under every resample: the model's and beyond each walk."""
+    ways = trajectories.measure(stack, tokens)
+    matrix, kappas = ways.matrices["model"][0], {}
+    own = {name: values[:, 1:].mean(1) for name, values in layer_drifts(matrix).items()}
+    kappas["model"] = own["kappa"]
+    for walk in WALKS:
+        drawn = torch.stack([layer_drifts(one)["kappa"][:, 1:].mean(1) for one in ways.matrices[walk]])
+        beyond = own["kappa"] - drawn
+        kappas[walk] = torch.cat([beyond[:, :1].mean(0), beyond[:, 1:].flatten()])
+    row = columns("kappa", own["kappa"]) | columns("psi", own["psi"])
+    over = pd.DataFrame([columns("kappa_excess", kappas[walk]) for walk in WALKS]).min()
+    whole = trajectories.panel(ways).query("series == 'model' and span == 'all'").iloc[0]
+    lengths = lines_of_thought.growth(stack, tokens).iloc[0]
+    for source, names in (
+        (over, ["kappa_excess"]),
+        (whole, ["pooled", "within_excess"]),
+        (lengths, ["norm_growth_fitted"]),
+    ):
+        row |= source[list(described(dict.fromkeys(names, "")))].to_dict()
+    row |= columns("variance_ratio", panels.variance_ratio(matrix, 1, stack.n_layers - 2))
+    later = reversion.layers(stack, tokens)[1:]
+    return row | {"n_restoring": int((later["restoring"] == "yes").sum()), "n_looked_at": len(later)}, kappas
+
+
+def training(
+    stack: surgery.Stack, untrained: surgery.Stack, snapshots: list[Path], tokens: Tokens
+) -> tuple[pd.DataFrame, list[dict[str, Tensor]]]:
+    """A row for the untrained model, every snapshot and the final model, and what ``at`` says of their kappas."""
+    target = models.plain(stack.model).state_dict()
+
+    def opened() -> Iterator[tuple[str, float, surgery.Stack]]:
+        yield "untrained", 0.0, untrained
+        for file in snapshots:
+            model = models.untrained(stack.model)
+            try:
+                models.plain(model).load_state_dict(load_file(file))
+            except RuntimeError as error:
+                raise SystemExit(
+                    f"{file} does not hold the weights of {stack.name}: {str(error).splitlines()[0]}"
+                ) from None
+            yield file.stem, float(file.stem.removeprefix("step_")), surgery.Stack(model)
+        yield "final", float("nan"), stack
+
+    rows, kappas = [], []
+    for name, step, one in opened():
+        row, found = at(one, tokens)
+        weights = models.plain(one.model).state_dict()
+        apart, size = (sum(float(w.double().square().sum()) for w in some) for some in
+                       ((weights[key] - target[key] for key in target), target.values()))  # fmt: skip
+        rows.append({"checkpoint": name, "step": step, "distance": (apart / size) ** 0.5} | row)
+        kappas.append(found)
+    return pd.DataFrame(rows), kappas
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Every measure over training steps, with its interval; the final model stands right of the last snapshot."""
+    figure = Figure(figsize=(15, 6.4), layout="constrained")
+    steps = frame["step"].dropna()
+    last, first = max(1.0, float(steps.max())), float(steps[steps > 0].min()) if len(steps) > 1 else 1.0
+    x = frame["step"].fillna(2 * last).to_numpy()
+    grid = figure.subplots(2, 4, sharex=True).flat
+    for axes, (name, (_, walk)) in zip(grid, MEASURES.items(), strict=False):
+        axes.axhline(walk, color=figures.INK, linewidth=0.8)
+        ends = frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]
+        for rows, style in ((slice(-1), "o-"), (slice(-1, None), "D")):
+            some = [end[rows].clip(lower=0) for end in ends]
+            axes.errorbar(x[rows], frame[name][rows], yerr=some, fmt=style, color=figures.ACCENT, markersize=5)
+        axes.set_title(TITLES[name], loc="left", fontsize=10)
+    axes = grid[-1]
+    axes.plot(x, frame["n_restoring"], "s", color=figures.INK)
+    axes.set_ylim(-0.5, frame["n_looked_at"].max() + 0.5)
+    axes.set_title("layers with a restoring force", loc="left", fontsize=10)
+    for axes in figure.axes:
+        axes.set_xscale("symlog", linthresh=first)
+        axes.set_xlim(-first / 4, 2.6 * last)
+        axes.set_xticks(x, [f"{step:g}" for step in x[:-1]] + ["final"], rotation=45, fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        "training steps; bars: 95 % interval over prompts; line: a random walk (norm: no growth)",
+        fontsize=9,
+        color=figures.FAINT,
+    )
+    return figure
+
+
+def say_sizes(frame: pd.DataFrame) -> None:
+    shown = ["kappa", "kappa_excess_low", "kappa_excess", "kappa_excess_high", *CAUSAL, "restoring"]
     for size, part in frame.groupby("size"):
         print(f"\ndisplaced by {size} of the spread\n{part.set_index('layer')[shown].round(3).to_string()}")
     agree = frame.groupby("layer")["restoring"].agg(lambda words: (words == "yes").all())
     print(f"\nLayers that push back at both sizes, above their nulls: {agree[agree].index.tolist() or 'none'}")
 
 
+def say_wiring(wiring: str, frame: pd.DataFrame, kappa: Float[Tensor, "resample pass"]) -> None:
+    """Does a layer revert more when the stream comes to it a second time? Both times on the same prompts."""
+    rows = frame[(frame["wiring"] == wiring) & (frame["part"] == "layer") & (frame["start"] > 0)]
+    repeated = rows[rows["layer"].isin(rows.loc[rows["time"] > 1, "layer"])]
+    shown = ["start", "layer", "time", "kappa", "kappa_low", "kappa_high", "kappa_excess", "kappa_excess_low", *CAUSAL]
+    print(f"\nTaped together as {wiring}\n{repeated[[*shown, 'restoring']].round(3).to_string(index=False)}")
+    whole = frame[(frame["part"] == "all") & frame["wiring"].isin([":", wiring])]
+    for _, row in whole.iterrows():
+        pooled, excess = (findings.number(row, name, 3) for name in ("pooled", "within_excess"))
+        print(f"{row['wiring']:>12}  phi pooled {pooled}; with a mean for every token, beyond a random walk's {excess}")
+    once, again = (repeated.loc[which, "start"].tolist() for which in (repeated["time"] == 1, repeated["time"] > 1))
+    if again:
+        change = kappa[:, again].mean(1) - kappa[:, once].mean(1)
+        print(
+            f"The second time, mean kappa of the repeated layers is {verdict(change, 'higher', 'lower')}, by "
+            f"{number(change)}. {(repeated['restoring'] == 'yes').sum()} of these {len(repeated)} passes restore."
+        )
+
+
+def say_training(frame: pd.DataFrame, kappas: list[dict[str, Tensor]]) -> None:
+    shown = ["checkpoint", "distance", *MEASURES, "n_restoring"]
+    print(f"\nOver training\n{frame[shown].round(3).to_string(index=False)}")
+    beyond = {walk: kappas[-1][walk] - kappas[0][walk] for walk in WALKS}
+    change = kappas[-1]["model"] - kappas[0]["model"]
+    print(f"From the untrained model to the final one, the mean kappa of layers 1 on "
+          f"{verdict(change, 'rose', 'fell')}, by {number(change)}; beyond random walks by {number(beyond['rotated'])} "
+          f"(rotated) and {number(beyond['token_shuffled'])} (updates of other tokens).")  # fmt: skip
+    if len(frame) < 3:
+        return
+    last = kappas[-2]["model"] - kappas[0]["model"]
+    print(f"To the last snapshot it {verdict(last, 'rose', 'fell')}, by {number(last)}.")
+    if frame["distance"].iloc[-2] > frame["distance"].iloc[0]:
+        print(
+            "The last snapshot is further from the final model's weights than fresh weights are: these checkpoints are "
+            "of another training run, and do not lead to this model."
+        )
+
+
+def number(values: Float[Tensor, " resample"]) -> str:
+    value, low, high = columns("", values).values()
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def verdict(values: Float[Tensor, " resample"], more: str, less: str) -> str:
+    _, low, high = columns("", values).values()
+    return more if low > 0 else less if high < 0 else f"neither {more} nor {less} clearly"
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the files that are there are whole") from None

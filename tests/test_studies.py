@@ -1,12 +1,15 @@
 """The study scripts run as their docstrings say, on few prompts."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
-from surgery import frames
+import surgery
+from surgery import frames, models
 
 STUDIES = Path(__file__).parents[1] / "studies"
 
@@ -15,7 +18,6 @@ STUDIES = Path(__file__).parents[1] / "studies"
     ("script", "options", "file", "said"),
     [
         ("series_or_parallel.py", ["--prompts", "16", "--length", "2"], "series_by_k.csv", "From k = 0 to k = 4"),
-        ("mean_reversion.py", ["--prompts", "10"], "reversion_by_size.csv", "Layers that push back at both sizes"),
     ],
 )
 def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path):
@@ -24,7 +26,7 @@ def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path
     )
     assert said in done.stdout
     frame = frames.read(tmp_path / file)
-    assert len(frame) == {"series_by_k.csv": 3 * 5 * 11, "reversion_by_size.csv": 2 * 12}[file]
+    assert len(frame) == 3 * 5 * 11
     assert frames.read_manifest(tmp_path / file)["model"]["name"] == "babel"
 
 
@@ -61,3 +63,49 @@ def test_anatomy_says_of_every_model_whether_its_ends_are_more_parallel(tmp_path
 def test_every_study_says_how_to_run_it():
     for script in STUDIES.glob("*.py"):
         assert f"python studies/{script.name}" in script.read_text().split('"""')[1]
+
+
+def test_mean_reversion_follows_wirings_and_training(tmp_path):
+    other = models.plain(models.untrained(surgery.load("babel"), seed=1)).state_dict()
+    save_file({name: weight.half() for name, weight in other.items()}, tmp_path / "step_000010.safetensors")
+    options = ["--out", tmp_path / "out", "--prompts", "6", "--checkpoints", tmp_path]
+    done = subprocess.run(
+        [sys.executable, STUDIES / "mean_reversion.py", *options], capture_output=True, text=True, check=True
+    )
+    said = [
+        "Layers that push back at both sizes",
+        "Taped together as :9 6:",
+        "From the untrained model to the final one",
+    ]
+    said += ["these checkpoints are of another training run", "Is reversion stronger in the ends than in the middle?"]
+    for words in said:
+        assert words in done.stdout, words
+    assert done.stdout.splitlines()[-1].startswith("In one sentence:")
+    names = ("reversion_by_size", "mean_reversion_wirings", "mean_reversion_training", "reversion_layers")
+    sized, wired, trained, clean = (frames.read(tmp_path / "out" / f"{name}.csv") for name in names)
+    assert len(sized) == 2 * 12
+    passes = wired[(wired["wiring"] == ":9 6:") & (wired["part"] == "layer")]
+    assert passes["layer"].tolist() == [*range(9), *range(6, 12)]
+    assert passes["time"].tolist() == [1] * 9 + [2] * 3 + [1] * 3
+    middle = wired[wired["part"] == "middle"].set_index("wiring")[["start", "stop"]]
+    assert middle.loc[":"].tolist() == [4, 9]
+    assert middle.loc[":9 6:"].tolist() == [4, 12]
+    assert trained["checkpoint"].tolist() == ["untrained", "step_000010", "final"]
+    assert trained["step"].tolist()[:2] == [0, 10]
+    assert trained["kappa"].iloc[-1] == pytest.approx(clean["kappa"][1:].mean(), rel=1e-5)
+    assert trained["psi"].iloc[-1] == pytest.approx(clean["psi"][1:].mean(), rel=1e-4)
+    assert (tmp_path / "out" / "mean_reversion_training.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "somewhere"], "somewhere brings no prompts of its own: give a file with --text FILE"),
+        (["--checkpoints", "nowhere"], "nowhere has no step_*.safetensors: make some with"),
+    ],
+)
+def test_mean_reversion_says_what_is_missing(options, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mean_reversion.py", *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(STUDIES / "mean_reversion.py"), run_name="__main__")
+    assert said in " ".join(capsys.readouterr().err.split())
