@@ -115,9 +115,10 @@ def measure(
     keep(DIRECTIONS, directions.layers(stack, tokens, **whole))
     moved = np.linspace(min(1, stack.n_layers - 1), stack.n_layers - 1, FOLLOWED).round().astype(int)
     keep(RETURNS, returns.curves(stack, tokens, sorted({*moved.tolist()}), draws=1, **whole))
-    every_token = len(tokens) < 3 * stack.d_model
-    if stack.n_layers > 2 and int(tokens.ensemble().sum()) > 2:
+    every_token = int(tokens.ensemble().any(1).sum()) < 3 * stack.d_model
+    if stack.n_layers > 2 and int(tokens.ensemble().sum() - raw["n_massive"].max()) > 2:
         keep(NOISE, lines_of_thought.fit(stack, tokens, untrained=untrained, every_token=every_token, **whole))
+    if stack.n_layers > 1:
         keep(NORMS, lines_of_thought.growth(stack, tokens, **whole))
     frames.save({folder / f"{name}.png": figures.png(figure) for name, figure in draw(tables).items()})
     return tables
