@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python benchmarks/identity.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/reversion.py
 
 clean:
 	rm -rf results runs .venv

@@ -57,7 +57,7 @@ def measures(stack: surgery.Stack, untrained: surgery.Stack, tokens) -> dict[str
             1 + 2 * (slope - 1),  # a second F for each walk in which they are used; not that for massive activations
             lambda: reversion.layers(stack, tokens, causal=False, coordinates="logits"),
         ),
-        "  normalised": (slope, lambda: reversion.layers(stack, tokens, causal=False, coordinates="normalised")),
+        "  normalised": (slope + 1, lambda: reversion.layers(stack, tokens, causal=False, coordinates="normalised")),
         "trajectories.measure": (1 + 1 + DRAWS, lambda: trajectories.measure(stack, tokens)),
         "  untrained": (1 + 1 + DRAWS + 1, lambda: trajectories.measure(stack, tokens, untrained=untrained)),
         "trajectories.cross_correlation": (2, lambda: trajectories.cross_correlation(stack, tokens)),
@@ -68,7 +68,7 @@ def measures(stack: surgery.Stack, untrained: surgery.Stack, tokens) -> dict[str
         "lines_of_thought.fit, 3 rows": (2 * 3 + 1, lambda: lines_of_thought.fit(stack, tokens)),
         "lines_of_thought.growth": (1 + 1, lambda: lines_of_thought.growth(stack, tokens)),
         "reversion_study.measure": (
-            110 + 12,
+            115 + 12,
             lambda: reversion_study.measure(stack, tokens, Path(tempfile.mkdtemp()), untrained),
         ),
     }

@@ -107,9 +107,12 @@ def main() -> None:
         parser.error(
             f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
         )
+    count = (512 if args.full else 128) if args.prompts is None else args.prompts
+    if count < 1:
+        parser.error(f"--prompts {count}: give at least 1, and 2 for intervals")
     torch.set_num_threads(2)
 
-    folder, count = frames.folder(args.out), args.prompts or (512 if args.full else 128)
+    folder = frames.folder(args.out)
     model = surgery.load(args.model)
     stack, untrained = surgery.Stack(model), surgery.Stack(models.untrained(model))
     if stack.n_layers < 4:
@@ -120,6 +123,9 @@ def main() -> None:
     tokens = stack.tokens(texts, stack.n_ctx)
     middle = ANATOMY.get(args.model, (round(stack.n_layers / 3), round(2 * stack.n_layers / 3)))
     boundaries = (args.boundaries[0], args.boundaries[1]) if args.boundaries else middle
+    if not 0 <= boundaries[0] < boundaries[1] <= stack.n_layers:
+        parser.error(f"--boundaries {boundaries[0]} {boundaries[1]}: the middle of {stack.n_layers} layers is from IN, "
+                     "0 or more, to below OUT")  # fmt: skip
     wirings = args.wiring or [":9 6:" if args.model == models.REFERENCE else f":{boundaries[1]} {boundaries[0]}:"]
     manifest = provenance.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
 
