@@ -110,9 +110,10 @@ def layers(
     have the same length there, and no kappa is brought to another size.
 
     Cost: 1 F, and 1 F to find massive activations; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 3 + 6
-    ``draws`` F. By default 34 F in all. In ``normalised`` or ``principal`` coordinates 1 F more, in ``logits`` a second F
-    for every walk but that for massive activations. Memory: one batch's stream, and for each layer 10 vectors a unit of resampling
-    (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not matter.
+    ``draws`` F. By default 34 F in all. In ``normalised`` or ``principal`` coordinates 1 F more, in ``logits`` a second
+    F for every walk but that for massive activations. Memory: one batch's stream, and for each layer 10 vectors a unit
+    of resampling (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not
+    matter.
 
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
     ``untrained`` has another shape, or if the stream is not finite.
