@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery.babel import BOS, EOS, LANGUAGES, PAD, Babel, Problem, exact
+from surgery.babel import BOS, EOS, LANGUAGES, PAD, TRAINING_MIX, Babel, Problem, exact
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Recipe:
     n_heads: int = 4
     n_ctx: int = 64
     # data: share of each k = 0..4 in a batch; longer chains stay unseen
-    mix: tuple[float, ...] = (0.10, 0.15, 0.20, 0.25, 0.30)
+    mix: tuple[float, ...] = TRAINING_MIX
     batch: int = 64
     # optimisation
     steps: int = 14_000

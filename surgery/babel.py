@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 LANGUAGES = ("plain", "other", "spelled", "reversed")
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+TRAINING_MIX = (0.10, 0.15, 0.20, 0.25, 0.30)  # shares of k = 0..4 that the reference model was trained on
 CONSONANTS, VOWELS = "bdgkmnprtvz", "aeio"
 
 
@@ -175,6 +176,19 @@ class Babel:
             tokens[i, : len(row)] = row
             answers[i, len(row) - 1 - len(self.answer(problem)) : len(row) - 1] = True
         return tokens, answers
+
+    def answered(self, tokens: np.ndarray) -> np.ndarray:
+        """Of token ids ``[problem, pos]``, which belong to answers: what stands between a request and the end mark."""
+        asked = np.isin(tokens, [self.token_ids[f">{language}"] for language in LANGUAGES]).cumsum(1) > 0
+        ended = (tokens == self.token_ids[EOS]).cumsum(1) > 0
+        return np.pad(asked, ((0, 0), (1, 0)))[:, :-1] & ~ended
+
+    def mixture(self, count: int, seed: int, shares: Sequence[float] = TRAINING_MIX) -> list[Problem]:
+        """``count`` random training problems, k = 0, 1, ... in these shares, shuffled."""
+        generator = np.random.default_rng(seed)
+        drawn = generator.multinomial(count, shares)
+        problems = [p for k, n in enumerate(drawn) for p in self.sample(k, int(n), seed, heldout=False)]
+        return [problems[i] for i in generator.permutation(count)]
 
 
 def exact(predicted: np.ndarray, tokens: np.ndarray, answers: np.ndarray) -> np.ndarray:
