@@ -1,0 +1,104 @@
+"""What a training cost: tokens, floating-point operations and seconds, by phase, the teacher's share apart.
+
+Operations are counted, not estimated: torch's own counter watches the first call of every shape (matrix products and
+attention, forward and backward, the optimiser's too; a multiplication and an addition are two) and the number stands
+for all later calls of that shape. For a transformer of P weights in matrices that is 2 P a token forward and 4 P
+backward, beside attention (Kaplan et al. 2020, arXiv 2001.08361).
+
+>>> counter, x = Counter(), torch.ones(8, 8)
+>>> counter("product", lambda: x @ x)[1]
+1024
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import pandas
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+Result = TypeVar("Result")
+COLUMNS = {
+    "phase": "what the operations were spent on",
+    "teacher": "whether the model that is learned from spent them",
+    "tokens": "real tokens that passed through, padding not counted",
+    "operations": "floating-point operations, counted (a multiplication and an addition are two)",
+    "seconds": "wall time",
+}
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch 2.13 counts the attention kernels of CUDA, not the CPU's
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass
+class Counter:
+    """Operations of calls, counted at the first call of a key (the shapes it depends on)."""
+
+    known: dict[Hashable, int] = field(default_factory=dict)
+
+    def __call__(self, key: Hashable, call: Callable[[], Result]) -> tuple[Result, int]:
+        """What ``call`` returns, and its floating-point operations."""
+        if key in self.known:
+            return call(), self.known[key]
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counting:
+            result = call()
+        self.known[key] = int(counting.get_total_flops())
+        return result, self.known[key]
+
+
+@dataclass
+class Entry:
+    tokens: int = 0
+    operations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """Entries by (phase, whether it is the teacher's), added up."""
+
+    entries: dict[tuple[str, bool], Entry] = field(default_factory=dict)
+
+    def add(self, phase: str, tokens: int, operations: int, seconds: float, *, teacher: bool = False) -> None:
+        entry = self.entries.setdefault((phase, teacher), Entry())
+        entry.tokens += tokens
+        entry.operations += operations
+        entry.seconds += seconds
+
+    def operations(self, *, teacher: bool) -> int:
+        """Of all phases, the teacher's included or not."""
+        return sum(entry.operations for (_, taught), entry in self.entries.items() if teacher or not taught)
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per entry, see ``COLUMNS``."""
+        rows = [{"phase": phase, "teacher": taught} | asdict(e) for (phase, taught), e in self.entries.items()]
+        return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        total = Ledger()
+        for ledger in (self, other):
+            for (phase, taught), entry in ledger.entries.items():
+                total.add(phase, **asdict(entry), teacher=taught)
+        return total
+
+    @classmethod
+    def of(cls, frame: pandas.DataFrame) -> "Ledger":
+        """The ledger that ``frame`` wrote."""
+        ledger = cls()
+        for row in frame.to_dict("records"):
+            ledger.add(str(row["phase"]), int(row["tokens"]), int(row["operations"]), float(row["seconds"]),
+                       teacher=bool(row["teacher"]))  # fmt: skip
+        return ledger
