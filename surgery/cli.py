@@ -222,5 +222,78 @@ def tape(
     typer.echo(f"{folder} holds the taped model; its README.md says what was done.")
 
 
+@app.command()
+@one_sentence
+def graft(
+    model: Model = "babel",
+    middle: Annotated[str, typer.Option(help="The layers to replace, start:stop.")] = "4:9",
+    out: Annotated[Path, typer.Option(help="Folder for everything; the same one goes on after a kill.")] = Path(
+        "results/graft"
+    ),
+    text: Annotated[
+        Path | None, typer.Option(help="Prompts to learn from, one a line or .jsonl. babel brings its own.")
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Prompts to be judged on; the last tenth of --text if not given.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="How many prompts to learn from.")] = 20_000,
+    judged: Annotated[int, typer.Option(min=1, help="How many held-out prompts, at most.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens.")] = 128,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers of the new middle; as many as before.")] = None,
+    d_mlp: Annotated[int | None, typer.Option(min=1, help="Its MLP width; as before.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Its attention heads; as before.")] = None,
+    old: Annotated[float, typer.Option(min=0, max=1, help="Share of the old weights it starts from.")] = 0.0,
+    latent: Annotated[float, typer.Option(min=0, help="Factor of the unexplained share of the update.")] = 1.0,
+    kl: Annotated[float, typer.Option(min=0, help="Factor of the divergence from the original's logits.")] = 0.0,
+    cross_entropy: Annotated[float, typer.Option(min=0, help="Factor of the cross entropy.")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts a step, of all processes together.")] = 64,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Largest learning rate.")] = 2e-3,
+    every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out prompts and checkpoints.")] = 100,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many looks without a better one.")] = None,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16: mixed precision.")] = "no",
+    heal: Annotated[int, typer.Option(min=0, help="Steps of a last phase with more unfrozen.")] = 0,
+    unfrozen: Annotated[str, typer.Option(help="In that phase: junction (one layer more) or all.")] = "junction",
+    stored: Annotated[str, typer.Option(help="Activations on disk: float16, bfloat16 or float32.")] = "float16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train a fresh middle on the activations between frozen ends, and compare it with what is simpler.
+
+    Several processes: accelerate launch -m surgery graft ...
+
+    Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
+    """
+    with errors.status("starting"):
+        import torch
+
+        from surgery import graft_study
+        from surgery.graft import Objective, Schedule
+
+    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if stored not in kinds:
+        raise typer.BadParameter(f"--stored is {', '.join(kinds)}, got {stored!r}.")
+    found = graft_study.run(
+        model, _span(middle), out, text=text, heldout=heldout, count=prompts, judged=judged, max_tokens=max_tokens,
+        depth=depth, d_mlp=d_mlp, n_heads=heads, old=old, objective=Objective(latent, kl, cross_entropy),
+        schedule=Schedule(steps=steps, batch=batch, learning_rate=learning_rate, every=every, patience=patience,
+                          precision=precision, seed=seed),
+        heal=heal, parts=unfrozen, dtype=kinds[stored], device=device,
+        say=lambda what: errors.print(what, markup=False), progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    for sentence in found.sentences:
+        typer.echo(f"\n{sentence}")
+    if found.sentences:
+        typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model, {out} the tables and the figure.")
+
+
+def _span(text: str) -> tuple[int, int]:
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit()):
+        raise typer.BadParameter(f"--middle is start:stop, such as 4:9, got {text!r}.")
+    return int(start), int(stop)
+
+
 def main() -> None:
     app(prog_name="surgery")

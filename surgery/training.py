@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 CURVE = {
     "step": "training steps made",
-    "tokens": "real tokens that the student was trained on until then, repetitions counted",
-    "operations": "floating-point operations of the student's training until then, forward, backward and optimiser",
+    "tokens": "real tokens that the student was trained on until then, in all phases, repetitions counted",
+    "operations": "floating-point operations of the student's training until then: forward, backward, optimiser",
     "operations_with_teacher": "the same and all that the teacher spent, harvest of activations included",
     "seconds": "wall time of training until then, looks at held-out data not counted",
     "loss": "training loss, mean of the steps since the row before",
@@ -291,7 +291,7 @@ class _State:
             self.ledger.add(phase, int(tokens), int(operations), seconds, teacher=teacher)
 
     def row(self, schedule: Schedule, losses: list[float], looked: dict[str, float], watched: str) -> None:
-        own = [entry for (phase, teacher), entry in self.ledger.entries.items() if phase == self.run["phase"]]
+        own = [entry for (_, teacher), entry in self.ledger.entries.items() if not teacher]
         spent = {name: sum(getattr(entry, name) for entry in own) for name in ("tokens", "operations", "seconds")}
         self.rows.append({
             "step": self.step, "tokens": int(spent["tokens"]), "operations": float(spent["operations"]),
