@@ -4,14 +4,16 @@ Layer ``l`` computes what the same layer of an untrained model computes; the tra
 No weight is written. ``damage`` is what the next tokens lose, in nats per predicted token: a layer that hardly minds is
 *robust*, the others are *critical* in their words. Read it beside
 
-* ``damage_skip``, the layer left out: a fresh layer writes noise where leaving it out writes nothing, so a layer whose
-  damage is far above this one's is harmed by the noise, not by what is missing;
+* ``damage_skip``, the layer left out. Initial weights are often so small that a fresh layer writes next to nothing;
+  then both are equal, and the table says which layers can be spared. Where the damage is far above, the noise that
+  fresh weights write does the harm, not what is missing;
 * ``damage_least`` and ``damage_most`` over the seeds: what one draw of weights says of a layer.
 
 ``robust`` is ``yes`` if the whole interval of the damage lies below ``ROBUST`` nats, ``no`` if it lies above, else
 ``undecided``. In the paper a robust layer costs little or no accuracy and a critical one all of it; 0.1 nats are a
 perplexity a tenth higher, about what a language model of half the parameters loses at 2 nats by the scaling law of
-Kaplan et al. (2020, arXiv 2001.08361: 2^0.076 = 1.054). The number stands beside the word: judge by it.
+Kaplan et al. (2020, arXiv 2001.08361: 2^0.076 = 1.054). The mean is over all tokens: where only answers matter, give
+``answers`` and read ``exact`` too.
 
 Source: C. Zhang, S. Bengio and Y. Singer (2019), Are all layers created equal?, arXiv 1902.01996. Their
 *re-initialisation* puts back the very weights that training began with, drawing new ones is their *re-randomisation*,
