@@ -152,7 +152,12 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
     try:
         config = AutoConfig.from_pretrained(place)
         _refuse_encoder_decoder(config, name)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        opener = AutoModelForCausalLM
+        if (folder / "surgery.json").is_file():
+            from surgery import layout  # which opens its models here
+
+            opener = layout.opener(folder, config)
+        loaded, report = opener.from_pretrained(
             place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ModelError:

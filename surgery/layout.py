@@ -1,0 +1,502 @@
+"""A model of kept, fresh and mixed layers: another depth, and layers with an MLP width and heads of their own.
+
+    rows = layout.middle(12, 4, 9, depth=3, d_mlp=1024)       # layers 0..3 and 9..11 kept, three wide new ones between
+    grafted = layout.build(surgery.load("babel"), rows)       # a TransformerBridge like any other, the middle untrained
+    layout.save(grafted, "babel-grafted")                     # surgery.load("babel-grafted") opens it
+
+Fresh weights are drawn as the model's own class draws them (its ``_init_weights``, for the new depth), so no
+initialisation is ours. Embedding, final norm and readout are the base's. All weights are copies: the base does not
+change and shares no memory with what is built. A layer is of the kind (attention type, experts) of the base's layer
+that its row names.
+
+A configuration of Hugging Face knows one MLP width and one number of heads. Where layers differ, the model in memory
+is one of its class all the same, and ``save`` puts ``surgery.json`` beside the weights, which ``surgery.load`` reads;
+elsewhere the folder does not open, as its weights do not have the shapes that ``config.json`` says.
+
+Control to compare with: ``build(model, middle(n, start, stop, old=1.0))``, the model again.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.native.init import initialize_native_model
+from transformer_lens.model_bridge.sources.native.model import NativeModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import surgery
+from surgery import export
+from surgery.models import ModelError, _first_line, _quiet, _wrap, plain
+from surgery.stack import Stack
+from surgery.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
+
+FORMAT = 1
+_MARK = "own_size"  # a layer with sizes of its own carries them in this attribute, through copies and tapes
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+Size = tuple[int | None, int | None]  # MLP width and heads of a layer, None: those of the configuration
+_CONFIGURED: Size = (None, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a new model.
+
+    Attributes:
+        like: the base model's layer whose kind and, where kept, weights it has.
+        old: share of the old weights; 1 kept, 0 fresh, between ``old * w_old + (1 - old) * w_fresh``.
+        d_mlp: MLP width (of an expert, where there are experts); None: that of ``like``.
+        n_heads: attention heads, with as many queries to a key and as wide as in ``like``; None: those of ``like``.
+
+    Raises:
+        ValueError: a share outside 0..1, or a width or number of heads below 1.
+    """
+
+    like: int
+    old: float = 1.0
+    d_mlp: int | None = None
+    n_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.old <= 1:
+            raise ValueError(f"old = {self.old}: it is the share of the old weights, from 0 (fresh) to 1 (kept)")
+        for name, size in (("d_mlp", self.d_mlp), ("n_heads", self.n_heads)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} = {size}: give 1 or more, or None for that of layer {self.like}")
+
+
+def middle(
+    n_layers: int,
+    start: int,
+    stop: int,
+    depth: int | None = None,
+    *,
+    old: float = 0.0,
+    d_mlp: int | None = None,
+    n_heads: int | None = None,
+) -> tuple[Row, ...]:
+    """Layers [0, start) and [stop, n_layers) kept, with ``depth`` new ones between (None: as many as there were).
+
+    A new layer is like the old one nearest to its place. ``depth`` 0 joins the ends.
+
+    Raises:
+        ValueError: an empty span, the whole model, or a depth below 0.
+
+    >>> [row.like for row in middle(6, 1, 5, depth=2)], middle(6, 1, 5, depth=2)[1]
+    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None))
+    """
+    if not (0 <= start < stop <= n_layers and stop - start < n_layers):
+        raise ValueError(
+            f"layers [{start}, {stop}) are no middle of {n_layers} layers: give 0 <= start < stop <= {n_layers}, with "
+            "at least one layer kept"
+        )
+    span = stop - start
+    depth = span if depth is None else depth
+    if depth < 0:
+        raise ValueError(f"depth = {depth}: give the number of new layers, 0 or more")
+    new = [Row(start + (2 * i + 1) * span // (2 * depth), old, d_mlp, n_heads) for i in range(depth)]
+    return *map(Row, range(start)), *new, *map(Row, range(stop, n_layers))
+
+
+def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> TransformerBridge:
+    """The model whose layers are ``rows``, on weights of its own.
+
+    Building from what was built composes: rows then count its layers, whose sizes carry over. The result proves itself:
+    where nothing is fresh it must give the logits of the base's layers run in that order, and always its bridge and its
+    plain twin must agree. Cost: about 20 F on two short random prompts; drawing a whole fresh model for each size.
+
+    Raises:
+        ValueError: no rows, a layer that the model does not have, or old weights in another size.
+        ModelError: this architecture's layers cannot have such sizes, or its bridge was edited where the Hugging Face
+            model does not see it.
+
+    >>> model = surgery.load("babel")
+    >>> deeper = build(model, middle(12, 4, 9, depth=7))
+    >>> deeper.cfg.n_layers, bool((deeper.blocks[0].mlp.out.weight == model.blocks[0].mlp.out.weight).all())
+    (14, True)
+    """
+    stack, source, rows = Stack(model), _source(model), tuple(rows)
+    seen = source(_probe(stack))
+    if getattr(model, "_weights_processed", False) or not _agree(
+        getattr(seen, "logits", seen), model(_probe(stack)), stack
+    ):
+        raise ModelError(
+            f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
+            "plain(model) instead, then build"
+        )
+    layers = _layers(model)
+    own = _own(model, source)
+    for row, size in zip(rows, _sizes_of(model, own, rows)):
+        if row.old > 0 and size != own[row.like]:
+            raise ValueError(
+                f"{row}: old weights have the old size; with d_mlp or n_heads of its own a layer is fresh, old=0.0"
+            )
+    weights = {
+        f"{layers}.{place}.{name}": (row.old, tensor)
+        for place, row in enumerate(rows)
+        if row.old > 0
+        for name, tensor in _tensors(source.get_submodule(f"{layers}.{row.like}"))
+    }
+    built = _built(model, source, rows, seed, weights)
+    if all(row.old == 1 for row in rows):
+        order = " ".join(str(row.like) for row in rows)
+        if not _agree(built(_probe(stack)), stack.run(_probe(stack), order), stack):
+            raise ModelError(f"{stack.name}: layers {order} built anew do not give the logits of these layers")
+    return built
+
+
+def shaped(
+    model: TransformerBridge, rows: Sequence[Row], seed: int = 0, weights: Mapping[str, Tensor] | None = None
+) -> TransformerBridge:
+    """The structure of ``rows`` (whatever their ``old``), every layer fresh, with ``weights`` put into it.
+
+    ``weights`` go by the names of ``plain(shaped(...)).named_parameters()``; what they leave out of a layer is fresh,
+    what they leave out elsewhere is the base's. Raises as ``build`` does, save that old weights may have any size.
+    """
+    put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
+    return _built(model, _source(model), rows, seed, put)
+
+
+def sizes(model: TransformerBridge) -> list[tuple[int | None, int | None]]:
+    """MLP width and number of heads of every layer; None: as the configuration says."""
+    return _own(model, _source(model))
+
+
+def save(
+    model: TransformerBridge, folder: str | Path, *, max_shard_size: int | str = "5GB", check: bool = True
+) -> Path:
+    """Write a built model as a folder that ``surgery.load`` opens: a plain checkpoint where a configuration can say it.
+
+    Where layers have sizes of their own ``surgery.json`` lies beside the weights, and only ``surgery.load`` opens the
+    folder. It appears whole or not at all. With ``check`` it is opened again before that, which takes the memory of a
+    second model, and must give the same logits.
+
+    Raises:
+        ValueError: TransformerLens' own model, or a bridge edited where the Hugging Face model does not see it.
+        ModelError: the folder does not open with the same logits.
+        OSError: the folder is not empty, or cannot be written.
+    """
+    hugging_face, stack, own = plain(model), Stack(model), sizes(model)
+    if hugging_face is None:
+        raise ValueError(f"{stack.name} is TransformerLens' own model, which has no Hugging Face form to save")
+    logits = hugging_face(_probe(stack)).logits.detach()
+    if not _agree(logits, model(_probe(stack)), stack):
+        raise ValueError(
+            f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
+            "plain(model) instead, then save"
+        )
+
+    def same(opened: PreTrainedModel) -> None:
+        if not _agree(opened(_probe(stack)).logits, logits, stack):
+            raise ModelError(f"{stack.name}: the folder does not open with the same logits")
+
+    texts = {"README.md": _card(stack.name, own)}
+    if any(size != _CONFIGURED for size in own):
+        rows = [{"d_mlp": d_mlp, "n_heads": n_heads} for d_mlp, n_heads in own]
+        texts["surgery.json"] = json.dumps(
+            {"format": FORMAT, "open_with": "surgery.load(folder)", "surgery": surgery.__version__, "rows": rows},
+            indent=1,
+        )
+    folder = Path(folder).expanduser().resolve()
+    return export.write(
+        hugging_face, _layers(model), model.tokenizer, texts, folder, max_shard_size, same if check else None
+    )
+
+
+def opener(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class whose ``from_pretrained`` opens a folder with ``surgery.json``."""
+    try:
+        said = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
+        found, rows = said["format"], [(row["d_mlp"], row["n_heads"]) for row in said["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/surgery.json does not say the sizes of the layers: save the model again") from error
+    if found != FORMAT:
+        raise ModelError(f"{folder}/surgery.json has format {found!r}, this surgery reads {FORMAT}: update it")
+    if len(rows) != config.get_text_config().num_hidden_layers or not all(
+        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row
+    ):
+        raise ModelError(
+            f"{folder}/surgery.json must give every one of the {config.get_text_config().num_hidden_layers} layers of "
+            "config.json a d_mlp and n_heads, each null or 1 and more: save the model again"
+        )
+    return _class_of(AutoModelForCausalLM._model_mapping[type(config)], rows)
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _built(
+    model: TransformerBridge,
+    source: nn.Module,
+    rows: Sequence[Row],
+    seed: int,
+    weights: Mapping[str, tuple[float, Tensor]],
+) -> TransformerBridge:
+    """Fresh layers, the rest the base's; then ``share * tensor + (1 - share) * fresh`` for each name in ``weights``."""
+    old, name = _own(model, source), str(model.cfg.model_name)
+    own = _sizes_of(model, old, rows)
+    weight = next(source.parameters())
+    config = copy.deepcopy(_config(model))
+    if model.adapter.cfg.architecture == "TransformerLensNative":
+        config.n_layers = len(rows)
+    else:
+        rewrite(config.get_text_config(), [row.like for row in rows], len(old))
+    if len(set(own)) == 1:  # then the configuration can say it
+        config, own = _resized(config, own[0]), [_CONFIGURED] * len(rows)
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        try:
+            if isinstance(config, PreTrainedConfig):
+                module = _class_of(type(source), own)._from_config(config, dtype=weight.dtype).eval().to(weight.device)
+            else:
+                module = _native(config, own).eval().to(weight.device, weight.dtype)
+            _fill(module, source, f"{_layers(model)}.", weights)
+            if isinstance(config, PreTrainedConfig):
+                module.generation_config = copy.deepcopy(getattr(source, "generation_config", None))
+                built = _wrap(module, model.tokenizer, f"{name} ({_said(rows)})")
+            else:
+                built = build_bridge_from_module(
+                    module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
+                ).eval()
+            probe, twin = _probe(stack := Stack(built)), plain(built)
+            if twin is not None and not _agree(twin(probe).logits, built(probe), stack):
+                raise ModelError(f"{name} built anew: its bridge and its Hugging Face model give other logits")
+        except ModelError:
+            raise
+        except Exception as error:  # a shape that some line of the model's own code does not expect
+            asked = dict.fromkeys(
+                f"{key} {value}" for size in own for key, value in zip(("d_mlp", "n_heads"), size) if value
+            )
+            raise ModelError(
+                f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
+                f"{_first_line(error)}; leave such sizes out"
+            ) from error
+    return built
+
+
+def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrainedModel]:
+    """``base`` as a class whose new models have layers of these sizes; the models themselves are of ``base``."""
+
+    class Shaped(base):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            others = {size: base(_resized(config, size)) for size in dict.fromkeys(own) if size != _CONFIGURED}
+            _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own)
+            for layer in _row(self, len(own)):
+                for module in layer.modules():
+                    if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                        module.config = config.get_text_config()
+            self.__class__ = base
+
+    Shaped.__module__, Shaped.__name__ = base.__module__, base.__name__
+    return Shaped
+
+
+def _native(config: Any, own: Sequence[Size]) -> nn.Module:
+    def fresh(size: Size) -> NativeModel:
+        model = NativeModel(_resized(config, size))
+        initialize_native_model(model, model.cfg, seed=int(torch.randint(2**31, ())))
+        return model
+
+    whole = fresh(_CONFIGURED)
+    _place(whole.layers, {size: fresh(size).layers for size in dict.fromkeys(own) if size != _CONFIGURED}, own)
+    return whole
+
+
+def _row(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The list of the model's layers: the outermost that has one module for each."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+
+
+def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size]) -> None:
+    for place, size in enumerate(own):
+        if size != _CONFIGURED:
+            _require_size(row[place], others[size][place], size)
+            row[place] = others[size][place]
+            setattr(row[place], _MARK, size)
+
+
+def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
+    """Not every class follows its configuration: some fix the MLP's width, or divide d_model among the heads."""
+    d_mlp, n_heads = size
+    if d_mlp and not any(dim in (d_mlp, 2 * d_mlp) for p in new.parameters() for dim in p.shape):
+        raise ModelError(f"{type(new).__name__} has no MLP that can be {d_mlp} wide: leave d_mlp out")
+    if n_heads and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
+        raise ModelError(
+            f"{type(new).__name__} divides d_model among its heads, so {n_heads} heads would have another width: "
+            "leave n_heads out"
+        )
+
+
+def _head_widths(layer: nn.Module) -> set[int]:
+    widths = (getattr(module, key, None) for module in layer.modules() for key in ("head_dim", "head_size", "d_head"))
+    return {width for width in widths if isinstance(width, int)}
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[str, tuple[float, Tensor]]) -> None:
+    outside = dict(_tensors(source))
+    unknown = weights.keys() - {name for name, _ in _tensors(module)}
+    if unknown:
+        raise ModelError(f"there is no weight {sorted(unknown)[0]} in the new model")
+    for name, tensor in _tensors(module):
+        if name in weights:
+            share, old = weights[name]
+        elif name.startswith(layers):
+            continue
+        else:
+            share, old = 1.0, outside[name]
+        if old.shape != tensor.shape:
+            raise ModelError(f"{name} is {tuple(old.shape)}, in the new model {tuple(tensor.shape)}")
+        tensor.copy_(old if share == 1 or not old.is_floating_point() else share * old + (1 - share) * tensor)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _own(model: TransformerBridge, source: nn.Module) -> list[Size]:
+    return [getattr(layer, _MARK, _CONFIGURED) for layer in source.get_submodule(_layers(model)).children()]
+
+
+def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]) -> list[Size]:
+    """What every row's size comes to, over the configuration of ``model``."""
+    configured = _configured(_config(model))
+    if not rows:
+        raise ValueError("no rows: give one Row for each layer of the new model, such as layout.middle(n_layers, 4, 9)")
+    for row in rows:
+        if not 0 <= row.like < len(own):
+            raise ValueError(f"{row}: {model.cfg.model_name} has layers 0 to {len(own) - 1}")
+
+    def over(asked: int | None, carried: int | None, said: int | None) -> int | None:
+        size = carried if asked is None else asked
+        return None if size == said else size
+
+    return [
+        (over(row.d_mlp, own[row.like][0], configured[0]), over(row.n_heads, own[row.like][1], configured[1]))
+        for row in rows
+    ]
+
+
+def _configured(config: Any) -> Size:
+    """The sizes that a configuration gives all layers; None where it has no single width."""
+    text, widths = _text(config), _widths(config)
+    found = {getattr(text, key) or 4 * text.hidden_size for key in widths}
+    return (found.pop() if len(found) == 1 else None), getattr(text, "n_heads", None) or text.num_attention_heads
+
+
+def _resized(config: Any, size: Size) -> Any:
+    (d_mlp, n_heads), config = size, copy.deepcopy(config)
+    text, native = _text(config), not isinstance(config, PreTrainedConfig)
+    if d_mlp:
+        if not _widths(config):
+            raise ModelError(
+                f"the configuration of {type(text).__name__} has no MLP width to set, so no layer can be {d_mlp} wide: "
+                "leave d_mlp out"
+            )
+        for key in _widths(config):
+            setattr(text, key, d_mlp)
+    if n_heads:
+        heads_key, keys_key = (
+            ("n_heads", "n_key_value_heads") if native else ("num_attention_heads", "num_key_value_heads")
+        )
+        heads, keys = getattr(text, heads_key), getattr(text, keys_key, None)
+        if keys and n_heads * keys % heads:
+            raise ModelError(
+                f"here {heads} heads share {keys} keys, so {n_heads} cannot: make n_heads a multiple of {heads // keys}"
+            )
+        if not native:
+            text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        setattr(text, heads_key, n_heads)
+        if keys:
+            setattr(text, keys_key, n_heads * keys // heads)
+    return config
+
+
+def _widths(config: Any) -> list[str]:
+    text = _text(config)
+    if not isinstance(config, PreTrainedConfig):
+        return [] if config.attn_only else ["d_mlp"]
+    return [key for key in _WIDTHS if hasattr(text, key) and isinstance(getattr(text, key), int | None)]
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+# --- the model given -------------------------------------------------------------------------------------------------
+
+
+def _source(model: TransformerBridge) -> Any:
+    """The model without its bridge, on the same parameters."""
+    if (twin := plain(model)) is not None:
+        return twin
+    whole = model.original_model
+    return _unwrapped(copy.deepcopy(whole, {id(tensor): tensor for _, tensor in _tensors(whole)}))
+
+
+def _config(model: TransformerBridge) -> Any:
+    native = model.adapter.cfg.architecture == "TransformerLensNative"
+    return model.cfg if native else (plain(model) or model.original_model).config
+
+
+def _layers(model: TransformerBridge) -> str:
+    return str(model.blocks[0].name).rpartition(".")[0]
+
+
+def _agree(found: Tensor, expected: Tensor, stack: Stack) -> bool:
+    return _difference(found, expected) <= _tolerance(stack)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _said(rows: Sequence[Row]) -> str:
+    """Rows in short: kept spans as Python's slices, and how many are new or mixed.
+
+    >>> _said(middle(12, 4, 9, depth=3)), _said(middle(12, 4, 9, old=0.5))
+    ('0:4, 3 new, 9:12', '0:4, 5 of 0.5 old, 9:12')
+    """
+    parts: list[str] = []
+    for (old, _), run in groupby(
+        enumerate(rows), lambda item: (item[1].old, item[1].old == 1 and item[1].like - item[0])
+    ):
+        span = [row.like for _, row in run]
+        parts.append(f"{span[0]}:{span[-1] + 1}" if old == 1 else f"{len(span)} {f'of {old:g} old' if old else 'new'}")
+    return ", ".join(parts)
+
+
+def _card(name: str, own: Sequence[Size]) -> str:
+    """The model card: what it is, the sizes of its layers, and how to open it."""
+    sized = any(size != _CONFIGURED for size in own)
+    table = "\n".join(
+        f"| {i} | {d_mlp or 'config'} | {n_heads or 'config'} |" for i, (d_mlp, n_heads) in enumerate(own)
+    )
+    how = 'import surgery\n\nmodel = surgery.load("folder")'
+    if not sized:
+        how = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
+    only = "Its layers have sizes of their own, which `surgery.json` says: only `surgery.load` opens this folder."
+    return f"""---
+library_name: {"surgery" if sized else "transformers"}
+pipeline_tag: text-generation
+tags: [layer-surgery]
+---
+
+# {name}
+
+{len(own)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
+
+```python
+{how}
+```
+""" + (f"\n| layer | MLP width | heads |\n|---|---|---|\n{table}\n" if sized else "")
