@@ -228,7 +228,7 @@ def harvest_ledger(teacher: Stack, pairs: Latents) -> Ledger:
     context = teacher.context(sample)
     _, operations = Counter()("harvest", lambda: teacher.execute(f":{pairs.stop}", context.x0, context))
     ledger, share = Ledger(), pairs.n_tokens / int(sample.mask.sum())
-    ledger.add("harvest", pairs.n_tokens, round(operations * share), 0.0, teacher=True)
+    ledger.add("harvest", pairs.n_tokens, round(operations * share), pairs.seconds, teacher=True)
     return ledger
 
 

@@ -34,8 +34,9 @@ import operator
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +80,7 @@ class Shard:
     tokens: int
     bytes: int
     sha256: str
+    seconds: float = 0.0  # wall time of its making
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ class Latents:
     @cached_property
     def n_tokens(self) -> int:
         return int(self.lengths.sum())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the harvest."""
+        return sum(shard.seconds for shard in self.shards)
 
     def batch(self, prompts: Sequence[int]) -> Pairs:
         """These prompts, in this order, in float32. Reads only them.
@@ -269,10 +276,12 @@ def harvest(
         task = bar.add_task("latents", total=sum(int(lengths[prompts].sum()) for prompts in missing.values()))
         for file, prompts in missing.items():
             flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
-            shards[file] = _make(
+            began = time.perf_counter()
+            made = _make(
                 stack, flat, lengths[prompts], (start, stop), folder / file, dtype, batch_size,
                 lambda done: bar.advance(task, done),
             )  # fmt: skip
+            shards[file] = replace(made, seconds=time.perf_counter() - began)
             entries = [asdict(shards[name]) for name in plan if name in shards]
             frames.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})
     return opened(folder)
