@@ -1,0 +1,303 @@
+"""Freeze the translation blocks and train a fresh middle: does it get there, and for what part of the compute?
+
+    python studies/fresh_middle.py --out results/fresh_middle       # one seed, 300 steps: five minutes on 2 cores
+    python studies/fresh_middle.py --full                           # three seeds, 1,000 steps: an hour
+    python studies/fresh_middle.py --checkpoints runs/reference     # the whole model over its own training beside it
+
+On the bundled model, layers 4 to 8 of 12. First every single layer is put back to random weights: which can be replaced
+at all? Then, at equal operations, the teacher's harvest included: the fresh middle trained on activations (``graft``),
+the same with the divergence of the logits as well (``graft + kl``), a fresh middle trained on cross entropy alone, the
+whole model distilled from scratch, and the whole model trained from scratch; beside what needs no training (no middle,
+its mean update, the best linear map), and the graft healed with one layer more unfrozen.
+
+    graft_layers.csv     damage of every layer put back to random weights, and left out
+    graft_methods.csv    a row per method and seed: held-out loss, exact answers, operations
+    graft_curves.csv     held-out loss against operations and tokens; drawn in graft.png
+    graft_ledger.csv     operations, tokens and seconds by phase, the teacher's apart
+    graft_by_k.csv       exact answers by the number k of steps that a problem asks for; drawn in graft_by_k.png
+    graft_wiring.csv     is the fresh middle wired like the old one: series and reversion of layers 4 to 8
+
+``--checkpoints`` is a folder of ``step_*.safetensors``, as ``studies/train_reference.py --snapshots`` leaves it. The
+same command goes on where it was killed. Intervals of single models are over prompts, those of methods over seeds.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from scipy import stats
+
+import surgery
+from surgery import fidelity, figures, frames, graft, graft_study, layout, models, provenance, reinitialise, reversion
+from surgery import series as serial
+from surgery.graft import Graft, Objective, Schedule
+from surgery.graft_study import Data
+from surgery.latents import Latents
+from surgery.ledger import Ledger
+from surgery.stack import Stack
+from surgery.tokens import Tokens
+
+SPAN = (4, 9)
+FRESH, WHOLE = "middle", "all"
+METHODS = {  # name: what is trained, on what
+    "graft": (FRESH, Objective()),
+    "graft + kl": (FRESH, Objective(kl=0.3)),
+    "cross entropy only": (FRESH, Objective(latent=0, cross_entropy=1)),
+    "distilled from scratch": (WHOLE, Objective(latent=0, kl=1)),
+    "whole from scratch": (WHOLE, Objective(latent=0, cross_entropy=1)),
+}
+BY_K = graft_study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
+WIRING = graft_study.RUN | {
+    "S": "serialness of layers 4 to 8 as one window: 0 parallel, 1 serial",
+    "R_over_N": "what these layers read of what they write, over what any displacement of that size explains",
+    "kappa": "mean over them of the part of a deviation that one layer takes back",
+    "kappa_excess": "the same beyond random walks with updates of the same size",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/fresh_middle")
+    parser.add_argument("--seeds", type=int, help="1, and 3 with --full")
+    parser.add_argument("--steps", type=int, help="of the graft; 300, and 1000 with --full")
+    parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
+    parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    seeds, steps = (
+        given if given is not None else (full if args.full else quick)
+        for given, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300))
+    )
+    prompts = args.prompts
+    snapshots = sorted(args.checkpoints.glob("step_*.safetensors")) if args.checkpoints else []
+    if args.checkpoints and not snapshots:
+        parser.error(
+            f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
+        )
+    if min(seeds, steps) < 1:
+        parser.error("--seeds and --steps are 1 or more")
+    torch.set_num_threads(args.threads)
+
+    folder = frames.folder(args.out)
+    stack = Stack(surgery.load("babel"))
+    data = graft_study.babel(prompts, heldout=1000 if args.full else 400)
+    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
+
+    layers = reinitialise.layers(stack, some(data.heldout, 200), seeds=3)
+    frames.write(layers, folder / "graft_layers.csv", manifest, reinitialise.COLUMNS)
+    say_layers(layers)
+
+    pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
+    schedule = Schedule(steps=steps, every=max(1, steps // 10))
+    made: dict[tuple[str, int], Graft] = {}
+    for seed in range(seeds):
+        for name, model in trained(stack, pairs, data, folder, replace(schedule, seed=seed)):
+            made[name, seed] = model
+            score = graft_study.judge(stack, model, pairs, data).iloc[0]
+            print(f"seed {seed}, {name}: exact answers {score['exact']:.3f}, {score['damage']:+.4f} nats a token")
+    rows = graft_study.maps(stack, pairs, data)
+    rows += [
+        graft_study.row(name, seed, one, graft_study.judge(stack, one, pairs, data))
+        for (name, seed), one in made.items()
+    ]
+    per_step = (
+        made["whole from scratch", 0].ledger.operations(teacher=False)
+        / made["whole from scratch", 0].curve["step"].iloc[-1]
+    )
+    rows += [whole(stack, file, per_step, pairs, data) for file in snapshots]
+    methods = pd.DataFrame(rows)
+    graft_study.write(folder, methods, made, manifest)
+    ks = by_k(stack, made, pairs, data)
+    frames.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
+    frames.save({folder / "graft_by_k.png": figures.png(draw(ks))})
+    wires = pd.DataFrame([
+        {"method": "the old middle", "seed": np.nan} | wired(stack, SPAN, data.heldout),
+        {"method": "untrained", "seed": np.nan} | wired(Stack(models.untrained(stack.model)), SPAN, data.heldout),
+        *({"method": name, "seed": float(seed)} | wired(Stack(one.model), one.span, data.heldout)
+          for (name, seed), one in made.items()),
+    ])  # fmt: skip
+    frames.write(wires, folder / "graft_wiring.csv", manifest, WIRING)
+
+    print()
+    for sentence in (
+        *graft_study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers),
+        *answers(methods, ks, wires, per_step),
+    ):
+        print(f"\n{sentence}")
+
+
+def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Schedule):
+    """Every method at the operations that the graft took, the teacher's included, one after the other."""
+    budget = None
+    for name, (parts, objective) in METHODS.items():
+        options = {"parts": parts, "objective": objective, "answers": data.answers, "weigh": data.weigh}
+        where = folder / f"{name.replace(' ', '_')}_{schedule.seed}"
+        spent = graft.harvest_ledger(stack, pairs) if name != "whole from scratch" else Ledger()
+        steps = schedule.steps
+        if budget is not None:
+            with TemporaryDirectory() as trial:  # what one step costs is counted, not estimated
+                once = replace(schedule, steps=2, every=2)
+                student, span = begun(stack, parts, schedule.seed)
+                two = graft.fit(stack, student, span, pairs, data.heldout[:16], trial, schedule=once, spent=Ledger(),
+                                **options | {"answers": None})  # fmt: skip
+            steps = max(1, round((budget - spent.operations(teacher=True)) / two.ledger.operations(teacher=True) * 2))
+        planned = replace(schedule, steps=steps, every=max(1, steps // 10))
+        student, span = begun(stack, parts, schedule.seed)
+        done = graft.fit(stack, student, span, pairs, data.heldout, where, schedule=planned, spent=spent, **options)
+        budget = budget or done.ledger.operations(teacher=True)
+        yield name, done
+        if name == "graft":
+            last = replace(
+                schedule, steps=max(1, schedule.steps // 10), every=max(1, schedule.steps // 10), learning_rate=5e-4
+            )
+            yield "graft, healed", graft.heal(
+                stack, done, pairs, data.heldout, folder / f"healed_{schedule.seed}", schedule=last,
+                answers=data.answers, weigh=data.weigh,
+            )  # fmt: skip
+
+
+def begun(stack: Stack, parts: str, seed: int):
+    """The student as it is before training: fresh weights in the middle, or everywhere."""
+    if parts == WHOLE:
+        return models.untrained(stack.model, seed), SPAN
+    return layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), seed), SPAN
+
+
+def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data) -> dict:
+    """A snapshot of the whole model's own training as a row of the table."""
+    model, step = models.untrained(stack.model), int(file.stem.removeprefix("step_"))
+    models.plain(model).load_state_dict(load_file(file))
+    read = graft_study.judge(stack, Graft(model, SPAN, pd.DataFrame(), Ledger()), pairs, data)
+    spent = {"steps": step, "operations": step * per_step, "operations_with_teacher": step * per_step}
+    return {"method": f"whole, step {step}", "seed": np.nan} | read.iloc[0].to_dict() | spent
+
+
+def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Data) -> pd.DataFrame:
+    """Exact answers and damage of every model on the problems of every length."""
+    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
+    rows = []
+    for k in range(5):
+        some = torch.from_numpy(np.flatnonzero(lengths == k))
+        part = Data(data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]), data.answers[some])
+        for (name, seed), one in made.items():
+            read = graft_study.judge(stack, one, pairs, part).iloc[0].to_dict()
+            rows.append({"method": name, "seed": float(seed), "k": k} | read)
+    return pd.DataFrame(rows)
+
+
+def some(tokens: Tokens, count: int) -> Tokens:
+    """So many prompts evenly from all, which are sorted by k."""
+    return tokens[:: max(1, len(tokens) // count)]
+
+
+def wired(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, float]:
+    """How the layers of a middle work together."""
+    tokens = some(tokens, 128)
+    windows = serial.windows(stack, tokens, span[1] - span[0], resamples=0, damage=False)
+    window = windows.query(f"start == {span[0]} and stop == {span[1]}").iloc[0]
+    drift = reversion.layers(stack, tokens, causal=False, resamples=0).iloc[span[0] : span[1]].mean(numeric_only=True)
+    return {
+        name: float(source[name])
+        for source, name in ((window, "S"), (window, "R_over_N"), (drift, "kappa"), (drift, "kappa_excess"))
+    }
+
+
+def over_seeds(values: pd.Series, style: str = ".3f") -> str:
+    """Mean over seeds with its 95 % t interval; with one seed the number alone."""
+    mean, n = values.mean(), len(values)
+    if n < 2:
+        return f"{mean:{style}}"
+    half = stats.t.ppf(0.975, n - 1) * values.std() / n**0.5
+    return f"{mean:{style}} [{mean - half:{style}}, {mean + half:{style}}]"
+
+
+def say_layers(layers: pd.DataFrame) -> None:
+    worst = layers.loc[layers["damage"].idxmax()]
+    print("Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
+          + ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
+          + f". Worst is layer {int(worst['layer'])}.")  # fmt: skip
+
+
+def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_step: float) -> list[str]:
+    """The questions, answered over seeds."""
+    seeded = methods.dropna(subset=["seed"])
+    named = seeded.groupby("method", sort=False)
+    grown, n = named.get_group("graft"), seeded["seed"].nunique()
+    ended = ks[ks["method"] == "graft"].groupby("k")
+    said = [f"Over {n} seed{'s' if n > 1 else ''}, exact answers of the graft by k: "
+            + ", ".join(f"k = {k} {over_seeds(part['exact'])}" for k, part in ended)
+            + f" (the original {grown['exact_original'].iloc[0]:.3f} in all)."]  # fmt: skip
+    for name, part in named:
+        spent = part["operations_with_teacher"].mean()
+        said.append(
+            f"{name}: exact {over_seeds(part['exact'])}, {over_seeds(part['damage'], '+.4f')} nats a token more than "
+            f"the original, {spent:.3g} operations with the teacher's."
+        )
+    said.append(fraction(grown, methods, per_step))
+    old, new = wires[wires["method"] == "the old middle"].iloc[0], wires[wires["method"] == "graft"]
+    fresh = wires[wires["method"] == "untrained"].iloc[0]
+    said.append(
+        "Is the fresh middle wired like the old one? "
+        + "; ".join(f"{name} {over_seeds(new[name])}, the old one {old[name]:.3f}, untrained {fresh[name]:.3f}"
+                    for name in ("S", "R_over_N", "kappa", "kappa_excess")) + "."
+    )  # fmt: skip
+    return said
+
+
+def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str:
+    """What part of the compute of training the whole: against the recorded training of the bundled model."""
+    recorded = pd.read_csv(models.reference_folder() / "training.csv")
+    reached = recorded[[f"exact_{k}" for k in range(5)]].mean(axis=1)
+    exact, spent = grown["exact"].mean(), grown["operations_with_teacher"].mean()
+    enough = recorded.loc[reached >= exact, "step"]
+    if enough.empty:
+        return f"No recorded step of the whole model's training answers as well as the graft ({exact:.3f})."
+    whole = enough.iloc[0] * per_step
+    text = (
+        f"The bundled model's own training answered {exact:.1%} of held-out problems first at step {enough.iloc[0]}, "
+        f"{whole:.3g} operations: the graft took {spent / whole:.1%} of that, the harvest included, "
+        f"{grown['operations'].mean() / whole:.1%} without"
+    )
+    snapshots = methods[methods["method"].str.startswith("whole, step")]
+    as_good = snapshots[snapshots["cross_entropy_answers"] <= grown["cross_entropy_answers"].mean()]
+    if len(as_good):
+        first = as_good.iloc[0]
+        text += (
+            f"; of the snapshots {first['method'].removeprefix('whole, ')} is the first with as small a loss "
+            f"({first['cross_entropy_answers']:.4f} nats an answer token against "
+            f"{grown['cross_entropy_answers'].mean():.4f}): {spent / first['operations']:.1%} of its operations"
+        )
+    return text + "."
+
+
+def draw(ks: pd.DataFrame) -> Figure:
+    """Exact answers by k, a line per method, its mean over seeds and every seed as a dot."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, part), colour in zip(ks.groupby("method", sort=False), graft_study.COLOURS * 2):
+        axes.plot(part.groupby("k")["exact"].mean(), color=colour, label=name)
+        axes.plot(part["k"], part["exact"], ".", color=colour)
+    axes.axhline(0.1, color=figures.FAINT, linestyle="--", linewidth=0.8)
+    axes.annotate("chance", (0, 0.1), va="bottom", fontsize=8, color=figures.FAINT)
+    axes.set_xticks(range(5))
+    axes.set_xlabel("k, steps that a problem asks for")
+    axes.set_ylabel("exact answers on held-out problems")
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", alpha=0.25)
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on where it was") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
