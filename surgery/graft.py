@@ -16,8 +16,8 @@ and behind never change, which is proved bit for bit. Blockwise distillation of 
 2019, arXiv 1911.13053; Xu et al. 2020, 2002.02925; Bercovich et al. 2024, 2411.19146); reading, with a ledger, what it
 costs against training the whole is what this is for.
 
-Controls: the same run on cross entropy alone (``Objective(latent=0, cross_entropy=1)``), the whole model from random
-weights (``fit(..., parts="all")``), and the maps of ``surgery.linear_maps``, at equal operations.
+Controls: the same run on cross entropy alone (``Objective(latent=0.0, cross_entropy=1.0)``), the whole model from
+random weights (``fit(..., parts="all")``), and the maps of ``surgery.linear_maps``, at equal operations.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformer_lens import TransformerBridge
 
 from surgery import fidelity, layout, models, provenance, training
+from surgery.drift import NEGLIGIBLE
 from surgery.latents import Latents, Moments, Pairs
 from surgery.latents import harvest as latents
 from surgery.ledger import Counter, Ledger
@@ -65,6 +66,8 @@ class Objective:
             raise ValueError(f"latent, kl and cross_entropy are factors of 0 or more, not all 0, got {self.factors}")
         if self.whiten not in ("std", "principal", "none"):
             raise ValueError(f"whiten is std, principal or none, got {self.whiten!r}")
+        if self.floor < 0 or not self.cap > 0:
+            raise ValueError(f"floor is 0 or more and cap above 0 (inf: no cap), got {self.floor} and {self.cap}")
 
     @property
     def factors(self) -> tuple[float, float, float]:
@@ -122,7 +125,7 @@ def train(
     ``old`` is the share of the old weights they start from: 0 random weights, 1 the old ones, between a mix (Ash and
     Adams 2020, 1910.08475), its random part drawn with ``schedule.seed``. ``options`` are those of ``fit``. Written to
     ``folder``: ``curve.csv`` as it goes, ``checkpoint.safetensors``, and ``model``, which ``surgery.load`` opens (and
-    transformers too, where the middle has the other layers' sizes).
+    transformers too, where the middle has the other layers' sizes); TransformerLens' own models have no such form.
 
     Cost: 6 operations a weight of the middle and token, less that the middle's input needs no gradient; with ``kl`` or
     ``cross_entropy`` about 4 a weight of the decoder more. Raises as ``fit`` and ``layout.middle`` do.
@@ -133,7 +136,8 @@ def train(
     trained = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)
     place = Path(folder) / "model"
     accelerator = options.get("accelerator")
-    if not place.exists() and (accelerator is None or accelerator.is_main_process):
+    main = accelerator is None or accelerator.is_main_process
+    if main and not place.exists() and models.plain(trained.model) is not None:
         layout.save(trained.model, place)
     return trained
 
@@ -146,7 +150,7 @@ def heal(
     folder: str | Path,
     *,
     parts: str = "junction",
-    objective: Objective = Objective(latent=0, kl=1),
+    objective: Objective = Objective(latent=0.0, kl=1.0),
     schedule: Schedule = Schedule(steps=200, learning_rate=5e-4),
     **options: Any,
 ) -> Graft:
@@ -195,6 +199,9 @@ def fit(
     """
     if parts not in PARTS:
         raise ValueError(f"parts is {', '.join(PARTS)}, got {parts!r}")
+    if parts == "junction" and not objective.reads_out:
+        raise ValueError("the layer behind the middle learns from kl or cross_entropy only: give one of them, or "
+                         "parts='middle'")  # fmt: skip
     if teacher.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
                          "dtype=torch.float32; Schedule(precision='bf16') computes in half precision")  # fmt: skip
@@ -293,7 +300,8 @@ class _Scale:
         else:
             variance, axes = torch.ones(len(covariance)), torch.eye(len(covariance), dtype=covariance.dtype)
         deviation = variance.clamp(min=0).sqrt()
-        matrix = axes / deviation.clamp(min=objective.floor * float(deviation.median())).clamp(min=1e-12)
+        varying = deviation[variance > NEGLIGIBLE * variance.max()]  # dimensions that the middle writes at all
+        matrix = axes / deviation.clamp(min=objective.floor * float(varying.median())).clamp(min=1e-12)
         usual = float((matrix.T @ covariance @ matrix).trace())
         return cls(moments.mean_u.float().to(device), matrix.float().to(device), usual, objective.cap)
 
@@ -385,4 +393,4 @@ def _synchronised(model: TransformerBridge) -> TransformerBridge:
     shared = {id(parameter) for parameter in twin.parameters()}
     if all(id(parameter) in shared for parameter in model.parameters()):
         return model
-    return layout.build(model, [layout.Row(layer) for layer in range(model.cfg.n_layers)])
+    return models._wrap(twin, model.tokenizer, str(model.cfg.model_name))
