@@ -178,7 +178,15 @@ def fit(
             state.collect(here, accelerator)
             here.entries.clear()
             if accelerator.is_main_process:
-                state.row(schedule, losses, task.look(), task.watched)
+                try:
+                    looked = task.look()
+                except ValueError as error:
+                    if not state.rows:  # nothing was trained yet, so it is not the training's fault
+                        raise
+                    raise ValueError(
+                        f"the look at step {state.step} failed, {error}. {state.advice(schedule)}"
+                    ) from error
+                state.row(schedule, losses, looked, task.watched)
                 state.save(optimizers, schedule.patience is not None)
                 frames.write(pandas.DataFrame(state.rows), folder / "curve.csv", {**(manifest or {}), "run": run},
                              CURVE | dict(columns or {}))  # fmt: skip
@@ -199,9 +207,8 @@ def fit(
                 loss = float((factors * whole[0] / whole[1]).sum())
                 if not np.isfinite(loss):
                     raise ValueError(
-                        f"the loss is {loss} at step {state.step}: nothing of that step was kept. The checkpoint of "
-                        f"step {state.rows[-1]['step']} is whole ({state.path}); try a smaller learning rate than "
-                        f"{schedule.learning_rate:g}, a longer warm-up, or precision no"
+                        f"the loss is {loss} at step {state.step}: nothing of that step was kept. "
+                        f"{state.advice(schedule)}"
                     )
                 local = (factors * sums * world / whole[1].to(sums.dtype)).sum()
                 _, backward = counter(("backward", batch.shape), partial(accelerator.backward, local))
@@ -304,6 +311,13 @@ class _State:
             self.best_weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         else:
             self.waited += 1
+
+    def advice(self, schedule: Schedule) -> str:
+        """What is left of a training that blew up, and what to try instead."""
+        return (
+            f"The checkpoint of step {self.rows[-1]['step']} is whole ({self.path}); try a smaller learning rate than "
+            f"{schedule.learning_rate:g}, a longer warm-up, or precision no"
+        )
 
     def share(self, accelerator: "Accelerator") -> None:
         """What the main process decided, for all."""
