@@ -147,7 +147,8 @@ def run(
         )
     options: dict[str, Any] = {"answers": data.answers, "weigh": data.weigh, "accelerator": accelerator,
                                "progress": progress}  # fmt: skip
-    speak(f"training a middle of {depth or span[1] - span[0]} layers")
+    shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
     grown = graft.train(
         stack, pairs, unseen, folder / "training", depth=depth, d_mlp=d_mlp, n_heads=n_heads, old=old,
         objective=objective, schedule=schedule, **options,
