@@ -1,79 +1,40 @@
 """From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
 
 ``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv``, ``calibration.csv`` and the tables of a scan,
-of an anatomy and of all measures (those that are there, checked against their manifests), draws the figures beside
-them as PNG and writes the page: what was found, in sentences made from the numbers; what was measured; the same measure
-on networks whose answer is known; the numbers with their intervals and nulls; what could not be told; every column
-explained; where it all came from.
-``write_page`` is the page alone.
-
->>> import tempfile
->>> write_page(f"{tempfile.mkdtemp()}/report.html", "A page", "", [Section("one", "One", findings=["Found."])]).name
-'report.html'
+of an anatomy, of all measures and of a graft (those that are there, checked against their manifests), draws the figures
+beside them as PNG and writes the page: what was found, in sentences made from the numbers; what was measured; the same
+measure on networks whose answer is known; the numbers with their intervals and nulls; what could not be told; every
+column explained; where it all came from.
+The page alone is ``surgery.page``.
 """
 
-import base64
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas
 
-from surgery import anatomy_study, figures, findings, frames, reversion_study, scan_figures, scan_findings
+from surgery import (
+    anatomy_study,
+    figures,
+    findings,
+    frames,
+    graft_report,
+    reversion_study,
+    scan_figures,
+    scan_findings,
+)
 from surgery.anatomy_study import ENDS
 from surgery.comparisons import Luck
+from surgery.graft_report import LEDGER, METHODS
+from surgery.page import PAGE, Cell, Picture, Section, Table, tabled, write_page
 
 SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
 SCAN, WINNERS, GROUPS = "scan_table.csv", "scan_winners.csv", "scan_groups.csv"
 PAINTERS = "painters.csv"
 MEASURES, COSTS = "measures.csv", "costs.csv"
-PAGE = "report.html"
 UNTRAINED = "this model untrained"  # in calibration.csv
-
-
-@dataclass(frozen=True)
-class Cell:
-    value: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """``words`` aligns left, for tables that are read rather than compared."""
-
-    caption: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    words: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``name`` is that of the file beside the page, without ``.png``."""
-
-    name: str
-    caption: str
-    png: bytes
-
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.png).decode()
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page: sentences set off, paragraphs, a list, pictures and tables, in this order."""
-
-    anchor: str
-    title: str
-    findings: Sequence[str] = ()
-    paragraphs: Sequence[str] = ()
-    points: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)
@@ -92,17 +53,6 @@ class _Measured:
     def metric(self) -> str:
         """Of the scan."""
         return self.manifests[SCAN]["settings"]["metric"]
-
-
-def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
-    """Write the page whole or not at all. It runs no script and fetches nothing: it reads offline, dark, on paper."""
-    path = Path(path)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("surgery", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template(PAGE).render(title=title, subtitle=subtitle, sections=sections)
-    frames.save({path: page.encode()})
-    return path
 
 
 def build(folder: str | Path) -> Path:
@@ -126,6 +76,8 @@ def build(folder: str | Path) -> Path:
         sections.append(_scan(measured))
     if ENDS in measured.frames:
         sections.append(_anatomy(measured))
+    if METHODS in measured.frames:
+        sections.append(graft_report.section(measured.frames, measured.manifests[METHODS]))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
     frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
@@ -143,13 +95,15 @@ def _read(folder: Path) -> _Measured:
     present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
         present += [SCAN, WINNERS, GROUPS, *(name for name in (PAINTERS,) if (folder / name).exists())]
+    if (folder / METHODS).exists():
+        present += [name for name in graft_report.FILES if (folder / name).exists()]
     if not set(present) - {CALIBRATION, MEASURES, COSTS}:
         raise ValueError(
-            f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN} or {ENDS}); make one with: "
+            f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN}, {ENDS} or {METHODS}); make one with: "
             f"surgery study --out {folder}"
         )
     return _Measured(
-        {name: frames.read(folder / name) for name in present},
+        {name: (graft_report.ledger if name == LEDGER else frames.read)(folder / name) for name in present},
         {name: frames.read_manifest(folder / name) for name in present},
     )
 
@@ -181,6 +135,8 @@ def _found(measured: _Measured) -> Section:
         sentences += scan_findings.found(measured.frames[SCAN], measured.frames[WINNERS], luck, measured.metric)
     if ENDS in measured.frames:
         sentences += [one for one in measured.manifests[ENDS]["settings"]["found"] if one.startswith(("Three", "That"))]
+    if METHODS in measured.frames:
+        sentences += graft_report.found(measured.frames, measured.manifests[METHODS]["model"]["n_layers"])
     return Section("found", "What was found", findings=sentences)
 
 
@@ -298,8 +254,8 @@ def _series(frame: pandas.DataFrame) -> Section:
         name for name in ("S", "R", "O", "N", "R_over_N", "R_shuffled", "S_live", "loss_parallel_sum") if name in frame
     ]
     tables = [
-        _table("Three windows of equal length, and all layers but the first", "window", chosen, columns, _window),
-        _table("Neighbours: windows of two layers", "window", [row for _, row in pairs.iterrows()], columns, _window),
+        tabled("Three windows of equal length, and all layers but the first", "window", chosen, columns, _window),
+        tabled("Neighbours: windows of two layers", "window", [row for _, row in pairs.iterrows()], columns, _window),
     ]
     return Section("series", "Series or parallel", paragraphs=paragraphs, pictures=[picture], tables=tables)
 
@@ -323,7 +279,7 @@ def _reversion(measured: _Measured) -> Section:
     names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
     columns = [name for name in (*names, "regime", "restoring") if name in frame]
     rows = [row for _, row in frame.iterrows()]
-    table = _table("By layer", "layer", rows, columns, lambda row: str(int(row["layer"])), digits=3)
+    table = tabled("By layer", "layer", rows, columns, lambda row: str(int(row["layer"])), digits=3)
     said = reversion_study.found(measured.frames)
     return Section("reversion", "Mean reversion", said, paragraphs, pictures=pictures, tables=[table])
 
@@ -380,6 +336,8 @@ def _untold(measured: _Measured) -> Section:
             notes += say(measured.frames[name])
     if SCAN in measured.frames:
         notes += scan_findings.untold(measured.frames[SCAN], measured.frames[WINNERS])
+    if METHODS in measured.frames:
+        notes += graft_report.untold(measured.frames)
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
         "apart."
@@ -388,10 +346,14 @@ def _untold(measured: _Measured) -> Section:
 
 
 def _columns(measured: _Measured) -> Section:
-    meanings = {name: text for manifest in measured.manifests.values() for name, text in manifest["columns"].items()}
+    meanings: dict[str, dict[str, list[str]]] = {}  # of one name in several files
+    for file, manifest in measured.manifests.items():
+        for name, text in manifest["columns"].items():
+            meanings.setdefault(name, {}).setdefault(text, []).append(file)
     rows = [
-        [Cell(name), Cell(text)]
-        for name, text in meanings.items()
+        [Cell(name if len(texts) == 1 else f"{name}, {', '.join(files)}"), Cell(text)]
+        for name, texts in meanings.items()
+        for text, files in texts.items()
         if name.removesuffix("_low").removesuffix("_high") not in set(meanings) - {name}
     ]
     caption = "A column a with an interval has a_low and a_high beside it."
@@ -419,29 +381,6 @@ def _provenance(measured: _Measured) -> Section:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _table(
-    caption: str,
-    head: str,
-    rows: Sequence[pandas.Series],
-    columns: Sequence[str],
-    label: Callable[[pandas.Series], str],
-    digits: int = 2,
-) -> Table:
-    cells = [[Cell(label(row)), *(_cell(row, column, digits) for column in columns)] for row in rows]
-    return Table(caption, [head, *columns], cells)
-
-
-def _cell(row: pandas.Series, column: str, digits: int) -> Cell:
-    value = row[column]
-    if isinstance(value, str):
-        return Cell(value)
-    if pandas.isna(value):
-        return Cell("")
-    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    interval = "" if low is None or pandas.isna(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return Cell(f"{value:.{digits}f}", interval)
 
 
 def _spread(values: pandas.Series) -> Cell:

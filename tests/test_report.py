@@ -9,7 +9,8 @@ import pandas
 import pytest
 from matplotlib.image import imread
 
-from surgery import figures, frames, measures, report
+from surgery import fidelity, figures, frames, graft_report, graft_study, measures, reinitialise, report
+from surgery.ledger import Ledger
 
 
 @pytest.fixture
@@ -218,3 +219,152 @@ def test_the_nulls_are_in_the_legend():
 def test_the_same_figure_gives_the_same_bytes():
     once, again = (figures.png(figures.windows(made_up.series())) for _ in range(2))
     assert once == again
+
+
+SECTIONS = ["found", "what", "graft", "untold", "columns", "provenance"]
+SAID = ["Layers 2 to 3 of 6 replaced.", "Graft: as close as that."]
+
+
+def scores(**values: float) -> dict[str, float]:
+    numbers = {
+        "damage": 0.25, "unexplained": 0.5, "exact": 0.75, "exact_original": 1.0, "cross_entropy": 1.5,
+        "cross_entropy_original": 1.25, "cross_entropy_answers": 0.5, "cross_entropy_answers_original": 0.125,
+    }  # fmt: skip
+    ends = [made_up.with_interval(name, number) for name, number in (numbers | values).items()]
+    return {"start": 2.0, "stop": 4.0, "n_prompts": 32.0} | {k: value for one in ends for k, value in one.items()}
+
+
+def write_graft(folder, seeds: int = 1, found: list[str] | None = SAID, answers: bool = True) -> dict:
+    """What ``surgery graft`` leaves."""
+    runs = [(name, float(seed)) for seed in range(seeds) for name in ("graft", "whole")]
+    spent = {"parameters": 1e3, "steps": 6.0, "tokens": 2e4, "operations": 3.21e11, "operations_with_teacher": 4.32e11,
+             "seconds": 16.4}  # fmt: skip
+    rows = [{"method": "skip", "seed": np.nan, "parameters": 0.0} | scores(damage=0.777)]
+    rows += [{"method": name, "seed": seed} | scores(damage=0.111 * (1 + seed)) | spent for name, seed in runs]
+    curve = pandas.DataFrame([
+        {"method": name, "seed": seed, "step": step, "tokens": 1e4 * step, "operations": 1e11 * step,
+         "operations_with_teacher": 1e11 * (1 + step)} | scores(cross_entropy=2.0 - step / 4)
+        for name, seed in runs for step in range(3)
+    ])  # fmt: skip
+    ledger = Ledger()
+    ledger.add("harvest", 16059, 12_300_000_000, 3.0, teacher=True)
+    ledger.add("training", 20510, 321_000_000_000, 16.4)
+    tables = {
+        graft_study.METHODS: pandas.DataFrame(rows),
+        graft_study.CURVES: curve,
+        graft_study.LEDGER: ledger.frame().assign(method="graft", seed=0),
+    }
+    manifest = made_up.manifest() | {"settings": {} if found is None else {"found": found}}
+    for name, table in tables.items():
+        kept = (
+            table
+            if answers
+            else table[[column for column in table if "exact" not in column and "answers" not in column]]
+        )
+        frames.write(kept, folder / name, manifest, graft_study.COLUMNS[name])
+    return manifest
+
+
+def section(source: str, name: str) -> str:
+    return re.sub(r"base64,[^\"]*", "", source[source.index(f'id="{name}"') :].split("</section>", 1)[0])
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_graft_alone_makes_a_page(tmp_path, answers):
+    write_graft(tmp_path, answers=answers)
+    source = report.build(tmp_path).read_text()
+    parsed = Page(source)
+    assert [part["id"] for part in parsed.all("section")] == SECTIONS
+    assert len(parsed.all("img")) == 1
+    assert imread(tmp_path / "graft.png").shape[0] > 300
+    shown = section(source, "graft")
+    for sentence in SAID:
+        assert f'<p class="finding">{sentence}</p>' in shown
+    for cell in ("skip", "0.777", "[0.767, 0.787]", "graft, seed 0", "0.111", "0.500", "1,000", "20,000", "3.21e+11",
+                 "4.32e+11", "16", "harvest", "teacher", "student", "16,059", "1.23e+10"):  # fmt: skip
+        assert re.search(rf"(<td>|interval\">){re.escape(cell)} ?<", shown), cell
+    assert ("0.750" in shown) == answers
+    assert "nan" not in shown
+    found = section(source, "found")
+    assert "Graft: +0.111 [+0.101, +0.121] nats a token" in found
+    assert "Skip" not in found
+
+
+def test_a_graft_stands_beside_other_measurements(results):
+    write_graft(results)
+    parsed = page(results)
+    assert [part["id"] for part in parsed.all("section")] == [
+        "found",
+        "what",
+        "calibration",
+        "series",
+        "reversion",
+        *SECTIONS[2:],
+    ]
+    text = "".join(parsed.words)
+    assert "confirms a restoring pull" in text
+    assert "Graft: +0.111" in text
+
+
+def test_a_graft_without_sentences_of_its_own_gets_some(tmp_path):
+    write_graft(tmp_path, found=None)
+    assert "Skip: +0.777" in section(report.build(tmp_path).read_text(), "graft")
+
+
+def test_what_a_column_means_is_told_file_by_file_where_files_differ(tmp_path):
+    write_graft(tmp_path)
+    text = section(report.build(tmp_path).read_text(), "columns")
+    for file in (graft_study.METHODS, graft_study.LEDGER):
+        assert graft_study.COLUMNS[file]["tokens"] in text
+    assert f"<td>tokens, {graft_study.LEDGER}</td>" in text
+    assert "<td>damage</td>" in text, "one meaning, one row"
+
+
+def test_seeds_are_told_apart_and_one_alone_is_said_to_be(tmp_path):
+    write_graft(tmp_path, seeds=1)
+    assert "trained with one seed" in section(report.build(tmp_path).read_text(), "untold")
+    write_graft(tmp_path, seeds=2)
+    source = report.build(tmp_path).read_text()
+    assert "trained with one seed" not in section(source, "untold")
+    assert "graft, seed 1" in section(source, "graft")
+    assert "0.222" not in section(source, "found"), "sentences are of the first seed"
+
+
+def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
+    manifest = write_graft(tmp_path)
+    run = graft_study.RUN
+    by_k = pandas.DataFrame([
+        {"method": "graft", "seed": float(seed), "k": k} | scores(exact=1 - k / 4 - seed / 8) for seed in (0, 1)
+        for k in (0, 2)
+    ])  # fmt: skip
+    wiring = pandas.DataFrame([{"method": "the old middle", "seed": np.nan, "S": 0.543, "R_over_N": 1.665}])
+    layers = pandas.DataFrame([
+        {"layer": 3, **made_up.with_interval("damage", 0.432), "damage_least": 0.321, "damage_most": 0.543,
+         **made_up.with_interval("damage_skip", 0.654), "robust": "no"}
+    ])  # fmt: skip
+    frames.write(by_k, tmp_path / graft_report.BY_K, manifest, run | fidelity.COLUMNS | {"k": "steps"})
+    frames.write(wiring, tmp_path / graft_report.WIRING, manifest, run)
+    frames.write(layers, tmp_path / graft_report.LAYERS, manifest, reinitialise.COLUMNS)
+    shown = section(report.build(tmp_path).read_text(), "graft")
+    for cell in (
+        "0.938",
+        "[0.875, 1.000]",
+        "0.438",
+        "the old middle",
+        "0.543",
+        "1.665",
+        "3",
+        "0.432",
+        "0.321",
+        "0.654",
+    ):
+        assert re.search(rf"(<td>|interval\">){re.escape(cell)} ?<", shown), cell
+    assert re.search(r"<th[^>]*>k = 2</th>", shown)
+
+
+def test_a_changed_ledger_is_not_reported(tmp_path):
+    write_graft(tmp_path)
+    ledger = tmp_path / graft_study.LEDGER
+    ledger.write_text(ledger.read_text().replace("16059", "16"))
+    with pytest.raises(ValueError, match="not the file its manifest describes"):
+        report.build(tmp_path)
