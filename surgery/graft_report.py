@@ -50,7 +50,7 @@ def section(tables: Tables, manifest: Mapping[str, Any]) -> Section:
         "The layers before and behind are frozen, bit for bit; a middle of random weights learns the update u = x_stop "
         "- x_start from activations that were stored once. unexplained is what is left of the variance of u: 0 the "
         "original, 1 the mean update; no middle at all reads more than 1. "
-        "Of x_stop itself most is explained by x_start alone.",
+        "R^2 of x_stop itself would flatter: x_start is a part of it.",
         "A small unexplained is not a small damage (nats per predicted token): the linear map and the mean update, "
         "which take no training, say how much the one tells about the other. Methods are to be compared at equal "
         "operations, and whether the teacher's are among them decides: the activations are paid for once, however many "
