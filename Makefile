@@ -31,6 +31,8 @@ bench: setup
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/reversion.py
+	$(BIN)/python benchmarks/harvest.py
+	$(BIN)/python benchmarks/graft.py
 
 clean:
 	rm -rf results runs .venv
