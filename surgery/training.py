@@ -170,7 +170,7 @@ def fit(
         optimizers = _optimizers(task, schedule)
         state.load(optimizers)
         student, *prepared = accelerator.prepare(task.student, *optimizers)
-        counter, here = Counter(), Ledger()
+        counter, here = state.counter, Ledger()
         losses: list[float] = []
 
         def look() -> None:
@@ -243,6 +243,7 @@ class _State:
         self.trained = {n: p for n, p in task.student.named_parameters() if _among(p, task.matrices + task.others)}
         self.frozen = {n: p for n, p in task.student.named_parameters() if n not in self.trained}
         self.step, self.waited, self.rows = 0, 0, list[dict[str, Any]]()
+        self.counter = Counter()  # a step that is counted rounds otherwise: resumed, the same steps must be
         self.best_value, self.best_weights = float("inf"), dict[str, Tensor]()
 
     def load(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -274,6 +275,7 @@ class _State:
         self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
         self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
         self.ledger = Ledger.of(pandas.DataFrame(metadata["ledger"]))
+        self.counter.known = {_hashable(key): count for key, count in metadata["counted"]}
 
     def save(self, optimizers: list[torch.optim.Optimizer], with_best: bool) -> None:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()}
@@ -286,6 +288,7 @@ class _State:
             "run": self.run, "step": self.step, "waited": self.waited, "rows": self.rows,
             "best": self.best_value if np.isfinite(self.best_value) else None,
             "frozen": _digest(self.frozen), "ledger": self.ledger.frame().to_dict("records"),
+            "counted": list(self.counter.known.items()),
         }  # fmt: skip
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         frames.save({self.path: save(whole, {"state": json.dumps(metadata)})})
@@ -367,6 +370,11 @@ def _optimizers(task: Task, schedule: Schedule) -> list[torch.optim.Optimizer]:
     if task.others:
         made.append(torch.optim.AdamW(task.others, weight_decay=0.0))
     return made
+
+
+def _hashable(key: Any) -> Any:
+    """A key of ``Counter`` as it was before it was JSON."""
+    return tuple(map(_hashable, key)) if isinstance(key, list) else key
 
 
 def _among(parameter: nn.Parameter, some: Iterable[nn.Parameter]) -> bool:
