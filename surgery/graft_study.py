@@ -184,7 +184,11 @@ def write(
     def stacked(of: Callable[[Graft], pandas.DataFrame]) -> pandas.DataFrame:
         return pandas.concat([of(one).assign(method=name, seed=seed) for (name, seed), one in made.items()])
 
-    tables = {METHODS: methods, CURVES: stacked(lambda one: one.curve), LEDGER: stacked(lambda one: one.ledger.frame())}
+    tables = {
+        METHODS: methods,
+        CURVES: stacked(lambda one: one.curve),
+        LEDGER: stacked(lambda one: one.ledger.frame().astype({"teacher": int})),
+    }
     for name, table in tables.items():
         frames.write(table[sorted(table, key=lambda column: column not in RUN)], folder / name, manifest, COLUMNS[name])
     frames.save({folder / "graft.png": figures.png(draw(tables[CURVES], methods))})
