@@ -4,14 +4,12 @@
 layers put back to random weights, answers by the steps they take, how the middle is wired) is shown where it is.
 """
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas
 
-from surgery import figures, frames, graft_study
+from surgery import figures, graft_study
 from surgery.graft_study import CURVES, LEDGER, METHODS
 from surgery.page import Cell, Picture, Section, Table, cell, tabled
 
@@ -68,16 +66,6 @@ def section(tables: Tables, manifest: Mapping[str, Any]) -> Section:
         shown.append(_layers(tables[LAYERS]))
     shown.append(_ledger(tables[LEDGER]))
     return Section("graft", "A fresh middle", said, paragraphs, pictures=[picture], tables=shown)
-
-
-def ledger(path: Path) -> pandas.DataFrame:
-    """``graft_ledger.csv``, if it is the one its manifest describes: ``frames.read`` takes truth values for numbers.
-
-    Raises ``ValueError`` if it is not.
-    """
-    if hashlib.sha256(path.read_bytes()).hexdigest() != frames.read_manifest(path)["sha256"]:
-        raise ValueError(f"{path} is not the file its manifest describes: run the same command again, it goes on")
-    return pandas.read_csv(path, dtype={"teacher": bool})
 
 
 def _trained(tables: Tables) -> pandas.DataFrame:

@@ -27,7 +27,7 @@ from surgery import (
 )
 from surgery.anatomy_study import ENDS
 from surgery.comparisons import Luck
-from surgery.graft_report import LEDGER, METHODS
+from surgery.graft_report import METHODS
 from surgery.page import PAGE, Cell, Picture, Section, Table, tabled, write_page
 
 SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
@@ -103,7 +103,7 @@ def _read(folder: Path) -> _Measured:
             f"surgery study --out {folder}"
         )
     return _Measured(
-        {name: (graft_report.ledger if name == LEDGER else frames.read)(folder / name) for name in present},
+        {name: frames.read(folder / name) for name in present},
         {name: frames.read_manifest(folder / name) for name in present},
     )
 
