@@ -275,7 +275,7 @@ class _State:
         self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
         self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
         self.ledger = Ledger.of(pandas.DataFrame(metadata["ledger"]))
-        self.counter.known = {_hashable(key): count for key, count in metadata["counted"]}
+        self.counter.known = {_hashable(key): count for key, count in metadata.get("counted", [])}
 
     def save(self, optimizers: list[torch.optim.Optimizer], with_best: bool) -> None:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()}
