@@ -34,7 +34,19 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import surgery
-from surgery import fidelity, figures, frames, graft, graft_study, layout, models, provenance, reinitialise, reversion
+from surgery import (
+    fidelity,
+    figures,
+    frames,
+    graft,
+    graft_study,
+    layout,
+    models,
+    provenance,
+    reinitialise,
+    report,
+    reversion,
+)
 from surgery import series as serial
 from surgery.graft import Graft, Objective, Schedule
 from surgery.graft_study import Data
@@ -113,24 +125,27 @@ def main() -> None:
     )
     rows += [whole(stack, file, per_step, pairs, data) for file in snapshots]
     methods = pd.DataFrame(rows)
-    graft_study.write(folder, methods, made, manifest)
+    other_ends = methods["method"].str.contains("scratch|whole")  # their streams are not the original's
+    methods.loc[other_ends, [name for name in methods if name.startswith("unexplained")]] = np.nan
     ks = by_k(stack, made, pairs, data)
-    frames.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
-    frames.save({folder / "graft_by_k.png": figures.png(draw(ks))})
     wires = pd.DataFrame([
         {"method": "the old middle", "seed": np.nan} | wired(stack, SPAN, data.heldout),
         {"method": "untrained", "seed": np.nan} | wired(Stack(models.untrained(stack.model)), SPAN, data.heldout),
         *({"method": name, "seed": float(seed)} | wired(Stack(one.model), one.span, data.heldout)
           for (name, seed), one in made.items()),
     ])  # fmt: skip
+    found = answers(methods, ks, wires, per_step)
+    manifest["settings"]["found"] = found
+    graft_study.write(folder, methods, made, manifest)
+    frames.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
+    frames.save({folder / "graft_by_k.png": figures.png(draw(ks))})
     frames.write(wires, folder / "graft_wiring.csv", manifest, WIRING)
+    page = report.build(folder)
 
     print()
-    for sentence in (
-        *graft_study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers),
-        *answers(methods, ks, wires, per_step),
-    ):
+    for sentence in (*graft_study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *found):
         print(f"\n{sentence}")
+    print(f"\nThe page is {page}, the numbers and figures are beside it.")
 
 
 def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Schedule):

@@ -285,7 +285,8 @@ def graft(
     for sentence in found.sentences:
         typer.echo(f"\n{sentence}")
     if found.sentences:
-        typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model, {out} the tables and the figure.")
+        typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
+        typer.echo(f"The page is {out / 'report.html'}, the tables and the figure are beside it.")
 
 
 def _span(text: str) -> tuple[int, int]:

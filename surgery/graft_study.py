@@ -11,7 +11,7 @@
 Killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several processes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,11 @@ class Found:
     sentences: list[str]
 
 
-def babel(count: int, heldout: int = 512, seed: int = 0) -> Data:
-    """Babel's training problems in the mixture that the reference model was trained on, and held-out ones."""
+def babel(count: int, heldout: int = 512, seed: int = 0, shares: Sequence[float] = TRAINING_MIX) -> Data:
+    """Babel's training problems, k = 0, 1, ... in these shares, and held-out ones of each k in equal parts."""
     problems = Babel()
-    asked, _ = problems.encode(problems.mixture(count, seed, TRAINING_MIX))
-    judged, answers = problems.encode(models.bundled_problems(heldout))
+    asked, _ = problems.encode(problems.mixture(count, seed, shares))
+    judged, answers = problems.encode(models.bundled_problems(heldout, longest=len(shares) - 1))
     padding = problems.token_ids["<pad>"]
     corpus, unseen = (Tokens(ids, ids != padding) for ids in map(torch.from_numpy, (asked, judged)))
     return Data(corpus, unseen, torch.from_numpy(answers), weigh_answers)
@@ -137,9 +137,10 @@ def run(
     speak = say if main else lambda _: None
     speak(f"opening {model}")
     stack = Stack(surgery.load(model, device=accelerator.device))
-    data = (
-        babel(count, judged, schedule.seed) if text is None else texts(stack, text, heldout, count, judged, max_tokens)
-    )
+    if text is None:
+        data = babel(count, judged, schedule.seed, TRAINING_MIX if model == models.REFERENCE else (1.0,))
+    else:
+        data = texts(stack, text, heldout, count, judged, max_tokens)
     unseen = data.heldout.to(stack.device)
     with accelerator.main_process_first():  # the others find it made
         pairs = graft.latents(
@@ -172,6 +173,9 @@ def run(
             schedule=asdict(schedule), latents=dict(pairs.source),
         )  # fmt: skip
         write(folder, methods, {(name, schedule.seed): one for name, one in made.items()}, manifest)
+        from surgery import report  # which has a section about these files
+
+        report.build(folder)
     accelerator.wait_for_everyone()
     return Found(list(made.values())[-1], methods, sentences)
 
@@ -242,10 +246,10 @@ def found(methods: pandas.DataFrame, n_layers: int) -> list[str]:
         f"{first['cross_entropy_original']:.3f} nats a token on {int(first['n_prompts'])} held-out prompts."
     ]
     for _, one in methods.iterrows():
-        text = (
-            f"{str(one['method']).capitalize()}: {_interval(one, 'damage', '+.3f')} nats a token, unexplained "
-            f"{_interval(one, 'unexplained', '.3f')}"
-        )
+        name = str(one["method"])
+        text = f"{name[0].upper()}{name[1:]}: {_interval(one, 'damage', '+.3f')} nats a token"
+        if one["unexplained"] == one["unexplained"]:  # NaN of a model whose ends are others
+            text += f", unexplained {_interval(one, 'unexplained', '.3f')}"
         if "exact" in methods:
             text += f", exact answers {_interval(one, 'exact', '.3f')} (original {one['exact_original']:.3f})"
         if one.get("operations", 0) > 0:
@@ -271,15 +275,20 @@ def draw(curves: pandas.DataFrame, methods: pandas.DataFrame) -> Figure:
     }  # fmt: skip
     left = figure.subplots(1, len(panels), sharey=True)
     colours = dict(zip(curves["method"].unique(), COLOURS * 3))
+    unseeded = methods[methods["seed"].isna()]
+    trained = unseeded["operations"].notna()
+    free, snapshots = unseeded[~trained], unseeded[trained]
     for axes, (x, label) in zip(left, panels.items(), strict=True):
         for (method, seed), run_ in curves.groupby(["method", "seed"], sort=False):
             shown = run_[run_[x] > 0]
             first = seed == curves.loc[curves["method"] == method, "seed"].iloc[0]
             axes.plot(shown[x], shown[loss], color=colours[method], linewidth=1.4, label=method if first else None)
-        for _, one in methods[methods["seed"].isna()].iterrows():
+        for place, (_, one) in enumerate(free.iterrows()):
             axes.axhline(one[loss], color=figures.FAINT, linestyle="--", linewidth=0.8)
-            axes.annotate(one["method"], (0.99, one[loss]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                          fontsize=8, color=figures.FAINT)  # fmt: skip
+            axes.annotate(one["method"], (0.99 - 0.33 * place, one[loss]), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=8, color=figures.FAINT)  # fmt: skip
+        if x in snapshots:
+            axes.plot(snapshots[x], snapshots[loss], "x", color=figures.INK, label="the whole model's own training")
         axes.axhline(methods[f"{loss}_original"].iloc[0], color=figures.INK, linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
