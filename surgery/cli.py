@@ -261,7 +261,7 @@ def graft(
 ) -> None:
     """Train a fresh middle on the activations between frozen ends, and compare it with what is simpler.
 
-    Several processes: accelerate launch -m surgery graft ...
+    Several GPUs: accelerate launch -m surgery graft ... Several CPU processes: torchrun.
 
     Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
     """

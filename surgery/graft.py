@@ -219,7 +219,8 @@ def fit(
         "parts": parts, "span": list(span), "objective": asdict(objective), "latents": pairs.source,
         "student": provenance.weights_hash(student), "heldout": provenance.tokens_hash(heldout),
     }  # fmt: skip
-    before = harvest_ledger(teacher, pairs) if spent is None and _taught(objective) else spent
+    harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
+    before = harvest_ledger(teacher, pairs) if spent is None and harvested else spent
     manifest = provenance.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase)
     done = training.fit(
         task, schedule, Path(folder), phase=phase, identity=identity, spent=before, accelerator=accelerator,
@@ -237,10 +238,6 @@ def harvest_ledger(teacher: Stack, pairs: Latents) -> Ledger:
     ledger, share = Ledger(), pairs.n_tokens / int(sample.mask.sum())
     ledger.add("harvest", pairs.n_tokens, round(operations * share), pairs.seconds, teacher=True)
     return ledger
-
-
-def _taught(objective: Objective) -> bool:
-    return objective.latent > 0 or objective.kl > 0
 
 
 class _Student(nn.Module):

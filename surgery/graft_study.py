@@ -8,7 +8,8 @@
     graft_ledger.csv      operations, tokens and seconds by phase, the teacher's apart
     graft.png             the curves
 
-Killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several processes.
+Killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several
+GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on several CPU processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence

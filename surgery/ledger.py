@@ -1,6 +1,6 @@
 """What a training cost: tokens, floating-point operations and seconds, by phase, the teacher's share apart.
 
-Operations are counted, not estimated: torch's own counter watches the first call of every shape (matrix products and
+Operations are counted, not estimated: torch's own formulas watch the first call of every shape (matrix products and
 attention, forward and backward, the optimiser's too; a multiplication and an addition are two) and the number stands
 for all later calls of that shape. For a transformer of P weights in matrices that is 2 P a token forward and 4 P
 backward, beside attention (Kaplan et al. 2020, arXiv 2001.08361).
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import pandas
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 Result = TypeVar("Result")
 COLUMNS = {
@@ -37,10 +38,24 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
 
 
 # torch 2.13 counts the attention kernels of CUDA, not the CPU's
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
 }
+
+
+class _Counting(TorchDispatchMode):
+    """torch's formulas on the operations as they run. Its own ``FlopCounterMode`` takes some apart first, which rounds
+    otherwise: training that was resumed would count, and so round, other steps than training that was not."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if (formula := _FORMULAS.get(operation._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @dataclass
@@ -53,9 +68,9 @@ class Counter:
         """What ``call`` returns, and its floating-point operations."""
         if key in self.known:
             return call(), self.known[key]
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counting:
+        with _Counting() as counting:
             result = call()
-        self.known[key] = int(counting.get_total_flops())
+        self.known[key] = int(counting.total)
         return result, self.known[key]
 
 

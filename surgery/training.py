@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -122,12 +123,13 @@ class Fit:
 
 
 def accelerator_for(device: torch.device, precision: str = "no") -> "Accelerator":
-    """accelerate's view of the processes that there are; one, unless started by ``accelerate launch``."""
-    from accelerate import Accelerator
+    """The processes that there are, as accelerate sees them: one, or those of ``accelerate launch`` or torchrun."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # another precision than in an earlier training of this process is no mistake
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the main process, which harvests alone
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[waiting])
 
 
 def fit(
@@ -168,9 +170,9 @@ def fit(
     with ExitStack() as restoring, state.kept_frozen():
         restoring.enter_context(_only_trained(task))
         optimizers = _optimizers(task, schedule)
-        state.load(optimizers)
+        state.load(optimizers, accelerator.scaler)
         student, *prepared = accelerator.prepare(task.student, *optimizers)
-        counter, here = state.counter, Ledger()
+        counter, here = Counter(), Ledger()
         losses: list[float] = []
 
         def look() -> None:
@@ -187,7 +189,7 @@ def fit(
                         f"the look at step {state.step} failed, {error}. {state.advice(schedule)}"
                     ) from error
                 state.row(schedule, losses, looked, task.watched)
-                state.save(optimizers, schedule.patience is not None)
+                state.save(optimizers, accelerator.scaler)
                 frames.write(pandas.DataFrame(state.rows), folder / "curve.csv", {**(manifest or {}), "run": run},
                              CURVE | dict(columns or {}))  # fmt: skip
             losses.clear()
@@ -243,10 +245,9 @@ class _State:
         self.trained = {n: p for n, p in task.student.named_parameters() if _among(p, task.matrices + task.others)}
         self.frozen = {n: p for n, p in task.student.named_parameters() if n not in self.trained}
         self.step, self.waited, self.rows = 0, 0, list[dict[str, Any]]()
-        self.counter = Counter()  # a step that is counted rounds otherwise: resumed, the same steps must be
         self.best_value, self.best_weights = float("inf"), dict[str, Tensor]()
 
-    def load(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def load(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
         if not self.path.exists():
             return
         try:
@@ -275,20 +276,20 @@ class _State:
         self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
         self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
         self.ledger = Ledger.of(pandas.DataFrame(metadata["ledger"]))
-        self.counter.known = {_hashable(key): count for key, count in metadata.get("counted", [])}
+        if scaler is not None:
+            scaler.load_state_dict(metadata["scaler"])
 
-    def save(self, optimizers: list[torch.optim.Optimizer], with_best: bool) -> None:
+    def save(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()}
         for i, optimizer in enumerate(optimizers):
             for j, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{i}/{j}/{name}": torch.as_tensor(value) for name, value in state.items()}
-        if with_best:
-            tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         metadata = {
             "run": self.run, "step": self.step, "waited": self.waited, "rows": self.rows,
             "best": self.best_value if np.isfinite(self.best_value) else None,
             "frozen": _digest(self.frozen), "ledger": self.ledger.frame().to_dict("records"),
-            "counted": list(self.counter.known.items()),
+            "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
         }  # fmt: skip
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         frames.save({self.path: save(whole, {"state": json.dumps(metadata)})})
@@ -311,7 +312,8 @@ class _State:
         })  # fmt: skip
         if looked[watched] < self.best_value:
             self.best_value, self.waited = looked[watched], 0
-            self.best_weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+            if schedule.patience is not None:
+                self.best_weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         else:
             self.waited += 1
 
@@ -370,11 +372,6 @@ def _optimizers(task: Task, schedule: Schedule) -> list[torch.optim.Optimizer]:
     if task.others:
         made.append(torch.optim.AdamW(task.others, weight_decay=0.0))
     return made
-
-
-def _hashable(key: Any) -> Any:
-    """A key of ``Counter`` as it was before it was JSON."""
-    return tuple(map(_hashable, key)) if isinstance(key, list) else key
 
 
 def _among(parameter: nn.Parameter, some: Iterable[nn.Parameter]) -> bool:
