@@ -79,13 +79,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="1, and 3 with --full")
     parser.add_argument("--steps", type=int, help="of the graft; 300, and 1000 with --full")
     parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
+    parser.add_argument("--judged", type=int, help="held-out problems; 400, and 1000 with --full")
     parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
-    seeds, steps = (
+    seeds, steps, judged = (
         given if given is not None else (full if args.full else quick)
-        for given, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300))
+        for given, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300), (args.judged, 1000, 400))
     )
     prompts = args.prompts
     snapshots = sorted(args.checkpoints.glob("step_*.safetensors")) if args.checkpoints else []
@@ -93,13 +94,13 @@ def main() -> None:
         parser.error(
             f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
         )
-    if min(seeds, steps) < 1:
-        parser.error("--seeds and --steps are 1 or more")
+    if min(seeds, steps) < 1 or judged < 10:
+        parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
     torch.set_num_threads(args.threads)
 
     folder = frames.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = graft_study.babel(prompts, heldout=1000 if args.full else 400)
+    data = graft_study.babel(prompts, heldout=judged)
     manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
 
     layers = reinitialise.layers(stack, some(data.heldout, 200), seeds=3)
