@@ -1,4 +1,4 @@
-"""What does keeping activations cost beside running the model? Tokens a second of ``latents.harvest`` and of a forward.
+"""What does keeping activations cost beside running the model? Tokens a second of ``harvest.harvest`` and of a forward.
 
     python benchmarks/harvest.py
 
@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import surgery
-from surgery import latents
+from surgery import harvest as harvesting
 from surgery.tokens import Tokens
 
 
@@ -54,7 +54,7 @@ def forward(stack: surgery.Stack, corpus: Tokens, batch_size: int) -> None:
 
 def harvest(stack: surgery.Stack, corpus: Tokens, span: tuple[int, int], batch_size: int, dtype: torch.dtype) -> None:
     folder = tempfile.mkdtemp()
-    latents.harvest(stack, corpus, *span, folder, batch_size=batch_size, dtype=dtype)
+    harvesting.harvest(stack, corpus, *span, folder, batch_size=batch_size, dtype=dtype)
     shutil.rmtree(folder)
 
 
@@ -84,7 +84,7 @@ def compare(stack: surgery.Stack, corpus: Tokens, span: tuple[int, int], batch_s
 def reading(stack: surgery.Stack, corpus: Tokens, span: tuple[int, int], batch_size: int, rounds: int) -> dict:
     """Milliseconds for a batch of random prompts, mapped and padded, and tokens a second of moments and verify."""
     with tempfile.TemporaryDirectory() as folder:
-        found = latents.harvest(stack, corpus, *span, Path(folder), shard_tokens=int(corpus.mask.sum()) // 4)
+        found = harvesting.harvest(stack, corpus, *span, Path(folder), shard_tokens=int(corpus.mask.sum()) // 4)
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(0)).tolist()[:batch_size]
         pairs = found.batch(order)
         context = stack.context(pairs.tokens)

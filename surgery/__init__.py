@@ -50,6 +50,7 @@ _MODULES = (
     "gates",
     "graft",
     "graft_study",
+    "harvest",
     "hooks",
     "interactions",
     "jacobians",

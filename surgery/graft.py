@@ -34,8 +34,8 @@ from transformer_lens import TransformerBridge
 
 from surgery import fidelity, layout, models, provenance, training
 from surgery.drift import NEGLIGIBLE
+from surgery.harvest import harvest as latents
 from surgery.latents import Latents, Moments, Pairs
-from surgery.latents import harvest as latents
 from surgery.ledger import Counter, Ledger
 from surgery.stack import Context, Stack
 from surgery.tokens import Tokens

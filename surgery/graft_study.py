@@ -128,7 +128,7 @@ def run(
 ) -> Found:
     """All of it for one model and one seed; ``heal`` is the number of steps of a last phase that trains ``parts``.
 
-    Raises as ``latents.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model without prompts.
+    Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model without prompts.
     """
     if text is None and model not in models.BUNDLED:
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")

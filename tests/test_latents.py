@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery import calibration, frames, latents
+from surgery import harvest as harvesting
 from surgery.engine import Engine
-from surgery.latents import harvest, opened, size
+from surgery.harvest import harvest
+from surgery.latents import opened, size
 from surgery.tokens import Tokens
 
 LENGTHS = [3, 9, 1, 6, 14, 2, 8, 5, 11, 4]
@@ -134,8 +136,8 @@ def test_a_long_prompt_has_a_shard_of_its_own(stack, tmp_path):
 
 
 def test_what_is_in_memory_does_not_grow_with_the_corpus(stack, tmp_path, monkeypatch):
-    largest, own = [], latents._stored
-    monkeypatch.setattr(latents, "_stored", lambda *args: (largest.append(args[1].numel()), own(*args))[1])
+    largest, own = [], harvesting._stored
+    monkeypatch.setattr(harvesting, "_stored", lambda *args: (largest.append(args[1].numel()), own(*args))[1])
     tokens = corpus(lengths=[8] * 60)
     found = harvest(stack, tokens, 1, 3, tmp_path, batch_size=4, shard_tokens=64)
     assert len(found.shards) == 8
@@ -220,16 +222,17 @@ KILLED = """
 import os, signal, sys, torch
 sys.path.insert(0, sys.argv[2])
 import test_latents as t
-from surgery import Stack, calibration, latents
-own, calls = latents._stored, []
+from surgery import Stack, calibration
+from surgery import harvest as harvesting
+own, calls = harvesting._stored, []
 def stored(*args):
     calls.append(0)
     if len(calls) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return own(*args)
-latents._stored = stored
+harvesting._stored = stored
 torch.set_num_threads(1)
-latents.harvest(Stack(calibration.random_network(n_layers=4)), t.corpus(), 1, 3, sys.argv[1], shard_tokens=20)
+harvesting.harvest(Stack(calibration.random_network(n_layers=4)), t.corpus(), 1, 3, sys.argv[1], shard_tokens=20)
 """
 
 
@@ -369,7 +372,7 @@ def test_the_size_is_said_before_anything_runs(stack, tmp_path, monkeypatch):
 
 
 def test_a_disk_too_small_is_said_before_anything_is_written(stack, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+    monkeypatch.setattr(harvesting.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(OSError, match=r"the latents need .* GB and .* has 1e-06 GB free; choose another folder"):
         harvest(stack, corpus(), 1, 3, tmp_path)
     assert standing(tmp_path) == {}
