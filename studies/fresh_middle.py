@@ -253,8 +253,9 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_st
     for name, part in named:
         spent = part["operations_with_teacher"].mean()
         said.append(
-            f"{name}: exact {over_seeds(part['exact'])}, {over_seeds(part['damage'], '+.4f')} nats a token more than "
-            f"the original, {spent:.3g} operations with the teacher's."
+            f"{name}: exact {over_seeds(part['exact'])}, {over_seeds(part['cross_entropy_answers'], '.5f')} nats an "
+            f"answer token (the original {part['cross_entropy_answers_original'].iloc[0]:.5f}), {spent:.3g} operations "
+            "with the teacher's."
         )
     said.append(fraction(grown, methods, per_step))
     old, new = wires[wires["method"] == "the old middle"].iloc[0], wires[wires["method"] == "graft"]
@@ -289,6 +290,13 @@ def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str
             f"; of the snapshots {first['method'].removeprefix('whole, ')} is the first with as small a loss "
             f"({first['cross_entropy_answers']:.4f} nats an answer token against "
             f"{grown['cross_entropy_answers'].mean():.4f}): {spent / first['operations']:.1%} of its operations"
+        )
+    elif len(snapshots):
+        least = snapshots.loc[snapshots["cross_entropy_answers"].idxmin()]
+        text += (
+            f"; no snapshot has as small a loss, {least['method'].removeprefix('whole, ')} is nearest with "
+            f"{least['cross_entropy_answers']:.4f} nats an answer token against "
+            f"{grown['cross_entropy_answers'].mean():.4f}"
         )
     return text + "."
 

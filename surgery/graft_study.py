@@ -22,6 +22,7 @@ import pandas
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 import surgery
@@ -269,7 +270,7 @@ def draw(curves: pandas.DataFrame, methods: pandas.DataFrame) -> Figure:
     """Held-out loss of every method against its operations, with the teacher's and without, and its tokens."""
     loss = "cross_entropy_answers" if "cross_entropy_answers" in curves else "cross_entropy"
     said = "nats per answer token" if loss.endswith("answers") else "nats per token"
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.9), layout="constrained")
     panels = {
         "operations": "operations of training", "operations_with_teacher": "operations, teacher included",
         "tokens": "tokens trained on",
@@ -293,8 +294,9 @@ def draw(curves: pandas.DataFrame, methods: pandas.DataFrame) -> Figure:
         axes.axhline(methods[f"{loss}_original"].iloc[0], color=figures.INK, linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
     left[0].set_ylabel(f"held-out loss, {said}")
-    left[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*left[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
