@@ -1,6 +1,6 @@
 """Freeze the translation blocks and train a fresh middle: does it get there, and for what part of the compute?
 
-    python studies/fresh_middle.py --out results/fresh_middle       # one seed, 300 steps: five minutes on 2 cores
+    python studies/fresh_middle.py --out results/fresh_middle       # one seed, 300 steps: eight minutes on 2 cores
     python studies/fresh_middle.py --full                           # three seeds, 1,000 steps: an hour
     python studies/fresh_middle.py --checkpoints runs/reference     # the whole model over its own training beside it
 
