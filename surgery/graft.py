@@ -129,6 +129,15 @@ def train(
 
     Cost: 6 operations a weight of the middle and token, less that the middle's input needs no gradient; with ``kl`` or
     ``cross_entropy`` about 4 a weight of the decoder more. Raises as ``fit`` and ``layout.middle`` do.
+
+    >>> import tempfile
+    >>> from surgery import calibration
+    >>> teacher, folder = Stack(calibration.mixed_network(0.5)), tempfile.mkdtemp()
+    >>> tokens = Tokens.of(calibration.tokens(16, 8))
+    >>> pairs = latents(teacher, tokens[:12], 1, 3, f"{folder}/latents")
+    >>> grown = train(teacher, pairs, tokens[12:], f"{folder}/run", schedule=Schedule(steps=2, batch=4, every=1))
+    >>> grown.span, grown.curve["step"].tolist()
+    ((1, 3), [0, 1, 2])
     """
     rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, old=old, d_mlp=d_mlp, n_heads=n_heads)
     student = layout.build(teacher.model, rows, schedule.seed)
