@@ -24,7 +24,6 @@ same command goes on where it was killed. Intervals of single models are over pr
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -158,12 +157,11 @@ def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Sc
         spent = graft.harvest_ledger(stack, pairs) if name != "whole from scratch" else Ledger()
         steps = schedule.steps
         if budget is not None:
-            with TemporaryDirectory() as trial:  # what one step costs is counted, not estimated
-                once = replace(schedule, steps=2, every=2)
-                student, span = begun(stack, parts, schedule.seed)
-                two = graft.fit(stack, student, span, pairs, data.heldout[:16], trial, schedule=once, spent=Ledger(),
-                                **options | {"answers": None})  # fmt: skip
-            steps = max(1, round((budget - spent.operations(teacher=True)) / two.ledger.operations(teacher=True) * 2))
+            each = graft_study.step_operations(
+                stack, *begun(stack, parts, schedule.seed), pairs, data, objective=objective, schedule=schedule,
+                parts=parts,
+            )  # fmt: skip
+            steps = max(1, round((budget - spent.operations(teacher=True)) / each))
         planned = replace(schedule, steps=steps, every=max(1, steps // 10))
         student, span = begun(stack, parts, schedule.seed)
         done = graft.fit(stack, student, span, pairs, data.heldout, where, schedule=planned, spent=spent, **options)

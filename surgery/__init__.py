@@ -67,6 +67,7 @@ _MODULES = (
     "probes",
     "prompts",
     "provenance",
+    "pruning",
     "questions",
     "readout",
     "regression",
@@ -90,10 +91,12 @@ _MODULES = (
     "stack",
     "stats",
     "study",
+    "sweep",
     "tape",
     "tokens",
     "training",
     "trajectories",
+    "width",
     "wiring",
 )
 

@@ -13,8 +13,9 @@ GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on sever
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
+from transformer_lens import TransformerBridge
 
 import surgery
 from surgery import fidelity, figures, frames, graft, ledger, linear_maps, models, prompts, provenance, training
@@ -225,6 +227,30 @@ def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Data) -> pandas.Da
     """``fidelity.of`` a trained model on the prompts that nothing was trained on."""
     stack, span = Stack(grown.model), (pairs.start, pairs.stop)
     return fidelity.of(teacher, stack, data.heldout.to(teacher.device), span, grown.span, answers=data.answers)
+
+
+def step_operations(
+    teacher: Stack,
+    student: TransformerBridge,
+    span: tuple[int, int],
+    pairs: Latents,
+    data: Data,
+    *,
+    objective: Objective,
+    schedule: Schedule,
+    parts: str = "middle",
+) -> float:
+    """Floating-point operations of a training step, the teacher's part of it included: counted on two.
+
+    ``student`` is trained by them: give one that is not needed any more. Cost: two steps and three looks at a few
+    prompts.
+    """
+    with TemporaryDirectory() as folder:
+        two = graft.fit(
+            teacher, student, span, pairs, data.heldout[:16], folder, schedule=replace(schedule, steps=2, every=2),
+            objective=objective, parts=parts, weigh=data.weigh, spent=ledger.Ledger(),
+        )  # fmt: skip
+    return two.ledger.operations(teacher=True) / 2
 
 
 def row(method: str, seed: int, grown: Graft, read: pandas.DataFrame) -> dict[str, Any]:
