@@ -124,6 +124,18 @@ def test_a_fresh_middle_is_compared_at_equal_operations(tmp_path):
     assert set(ks["k"]) == set(range(5))
 
 
+def test_width_of_thought_compares_sizes_by_budget_and_k(tmp_path):
+    options = ["--steps", "1", "--prompts", "100", "--judged", "10", "--widths", "128", "--depths", "--out", tmp_path]
+    done = subprocess.run(
+        [sys.executable, STUDIES / "width_of_thought.py", *options], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("one seed tells nothing.") == 2
+    assert "Exact answers at k = 4" in done.stdout
+    frame = frames.read(tmp_path / "width_of_thought.csv")
+    assert len(frame) == 2 * 2 * (1 + 5)
+    assert (tmp_path / "width_of_thought.png").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

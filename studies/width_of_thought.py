@@ -1,0 +1,94 @@
+"""Is a wider, narrower, deeper or shallower reasoning block better, at equal tokens and at equal operations?
+
+    python studies/width_of_thought.py --out results/width_of_thought     # one seed, 100 steps: six minutes on 2 cores
+    python studies/width_of_thought.py --full                             # three seeds, 1,000 steps: three hours
+
+On the bundled model: layers 4 to 8 of 12, MLP width 384, are trained anew on the activations between the frozen ends
+(``surgery.graft``), with a third of the width and three times it, with three layers and eight. At equal tokens every
+size makes the same steps; at equal operations a smaller one makes more.
+
+    width_of_thought.csv   a row per budget, width, depth, seed and k (all problems where k is empty)
+    width_of_thought.png   held-out loss over width and over depth
+
+Interrupted or killed, the same command goes on where it was. Intervals of a row are over prompts; what is said compares
+sizes seed by seed.
+"""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+import torch
+
+import surgery
+from surgery import figures, frames, graft, graft_study, models, provenance, sweep
+from surgery.graft import Schedule
+from surgery.graft_study import Data
+from surgery.stack import Stack
+from surgery.tokens import Tokens
+
+SPAN, WIDTH, DEPTH = (4, 9), 384, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/width_of_thought")
+    parser.add_argument("--seeds", type=int, help="1, and 3 with --full")
+    parser.add_argument("--steps", type=int, help="at the original's size; 100, and 1000 with --full")
+    parser.add_argument("--widths", type=int, nargs="*", default=[128, 1152], help="beside the original's 384")
+    parser.add_argument("--depths", type=int, nargs="*", default=[3, 8], help="beside the original's 5")
+    parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
+    parser.add_argument("--judged", type=int, default=500, help="held-out problems")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
+    steps = args.steps if args.steps is not None else (1000 if args.full else 100)
+    if min(seeds, steps) < 1 or args.judged < 10:
+        parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
+    torch.set_num_threads(args.threads)
+
+    folder = frames.folder(args.out)
+    stack = Stack(surgery.load("babel"))
+    data = graft_study.babel(args.prompts, heldout=args.judged)
+    pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
+    schedule = Schedule(steps=steps, every=max(1, steps // 5))
+    grids = [{"widths": sorted({WIDTH, *args.widths}), "depths": [DEPTH]}]
+    grids += [{"widths": [WIDTH], "depths": args.depths}] if args.depths else []
+    frame = pd.concat([
+        sweep.run(stack, pairs, data, folder / "cells", seeds=range(seeds), schedule=schedule, parts=by_k(data), **grid)
+        for grid in grids
+    ], ignore_index=True)  # fmt: skip
+    said = sweep.found(frame, (WIDTH, DEPTH)) + worst(frame)
+    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, found=said)
+    frames.write(frame, folder / "width_of_thought.csv", manifest, sweep.COLUMNS)
+    frames.save({folder / "width_of_thought.png": figures.png(sweep.draw(frame))})
+    for sentence in said:
+        print(f"\n{sentence}")
+
+
+def by_k(data: Data) -> dict[int, Data]:
+    """The held-out problems by the number of steps that they ask for."""
+    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
+    parts = {k: torch.from_numpy(np.flatnonzero(lengths == k)) for k in sorted(set(lengths.tolist()))}
+    return {
+        k: Data(data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]), data.answers[some])
+        for k, some in parts.items()
+    }
+
+
+def worst(frame: pd.DataFrame) -> list[str]:
+    """Exact answers at the largest k, where sizes differ most."""
+    k = frame["k"].max()
+    hardest = frame[frame["k"] == k].groupby(["budget", "d_mlp", "depth"], sort=False)["exact"].mean()
+    listed = "; ".join(f"{budget} {width} x {depth}: {exact:.1%}" for (budget, width, depth), exact in hardest.items())
+    return [f"Exact answers at k = {k:.0f}, by what is equal, width and depth, mean over seeds: {listed}."]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on where it was") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
