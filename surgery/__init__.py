@@ -60,6 +60,7 @@ _MODULES = (
     "lens",
     "linear_maps",
     "lines_of_thought",
+    "manifold",
     "measures",
     "models",
     "ou",
@@ -97,6 +98,7 @@ _MODULES = (
     "training",
     "trajectories",
     "width",
+    "walk",
     "wiring",
 )
 

@@ -18,7 +18,7 @@ Control to compare with: ``build(model, middle(n, start, stop, old=1.0))``, the 
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +43,7 @@ _MARK = "own_size"  # a layer with sizes of its own carries them in this attribu
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 Size = tuple[int | None, int | None]  # MLP width and heads of a layer, None: those of the configuration
 _CONFIGURED: Size = (None, None)
+Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or made of the fresh one in its place
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,12 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
 
 
 def shaped(
-    model: TransformerBridge, rows: Sequence[Row], seed: int = 0, weights: Mapping[str, Tensor] | None = None
+    model: TransformerBridge, rows: Sequence[Row], seed: int = 0, weights: Mapping[str, Weight] | None = None
 ) -> TransformerBridge:
     """The structure of ``rows`` (whatever their ``old``), every layer fresh, with ``weights`` put into it.
 
-    ``weights`` go by the names of ``plain(shaped(...)).named_parameters()``; what they leave out of a layer is fresh,
-    what they leave out elsewhere is the base's. Raises as ``build`` does, save that old weights may have any size.
+    ``weights`` go by the names of ``plain(shaped(...)).named_parameters()``, each a tensor or a function of the fresh
+    one; what they leave out of a layer is fresh, what they leave out elsewhere is the base's. Raises as ``build`` does, save that old weights may have any size.
     """
     put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
     return _built(model, _source(model), rows, seed, put)
@@ -237,7 +238,7 @@ def _built(
     source: nn.Module,
     rows: Sequence[Row],
     seed: int,
-    weights: Mapping[str, tuple[float, Tensor]],
+    weights: Mapping[str, tuple[float, Weight]],
 ) -> TransformerBridge:
     """Fresh layers, the rest the base's; then ``share * tensor + (1 - share) * fresh`` for each name in ``weights``."""
     old, name = _own(model, source), str(model.cfg.model_name)
@@ -341,14 +342,15 @@ def _head_widths(layer: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[str, tuple[float, Tensor]]) -> None:
+def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[str, tuple[float, Weight]]) -> None:
     outside = dict(_tensors(source))
     unknown = weights.keys() - {name for name, _ in _tensors(module)}
     if unknown:
         raise ModelError(f"there is no weight {sorted(unknown)[0]} in the new model")
     for name, tensor in _tensors(module):
         if name in weights:
-            share, old = weights[name]
+            share, given = weights[name]
+            old = given(tensor) if callable(given) else given
         elif name.startswith(layers):
             continue
         else:
