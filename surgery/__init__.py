@@ -97,8 +97,8 @@ _MODULES = (
     "tokens",
     "training",
     "trajectories",
-    "width",
     "walk",
+    "width",
     "wiring",
 )
 

@@ -159,7 +159,8 @@ def shaped(
     """The structure of ``rows`` (whatever their ``old``), every layer fresh, with ``weights`` put into it.
 
     ``weights`` go by the names of ``plain(shaped(...)).named_parameters()``, each a tensor or a function of the fresh
-    one; what they leave out of a layer is fresh, what they leave out elsewhere is the base's. Raises as ``build`` does, save that old weights may have any size.
+    one; what they leave out of a layer is fresh, what they leave out elsewhere is the base's. Raises as ``build`` does,
+    save that old weights may have any size.
     """
     put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
     return _built(model, _source(model), rows, seed, put)

@@ -17,6 +17,7 @@ import surgery
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
+LONGEST = ("test_studies", "test_graft_study", "test_reversion_study", "test_layout", "test_tape", "test_graft")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -51,3 +52,8 @@ def stories() -> Path:
     if not folder.is_dir():
         pytest.skip("the stories260K model lies beside the repository only in some checkouts; it is not here")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: run in several processes, none is left with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
