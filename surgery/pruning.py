@@ -1,0 +1,147 @@
+"""The units of a layer, neurons and heads, and which of them matter.
+
+A unit matters by what it writes into the stream: the activation that enters its output weights, times these. The
+importance of a neuron is ``sum_t |act_t| |w_out|``, that of a head ``sum_t |z_t W_O|``, over the real tokens, each
+prompt's first left out. Muralidharan et al. (2024, arXiv 2407.14679) rank heads by the size of their output and neurons
+by their activation alone; with the output weight a neuron that writes nothing counts nothing, whatever it computes.
+
+Query heads that share a key and value are one unit, whose importance is the sum of its heads'.
+
+Controls at equal size: ``magnitude``, the norm of the unit's output weights, and ``random``.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+
+from surgery import layout
+from surgery.models import ModelError
+from surgery.stack import Stack
+from surgery.tokens import Tokens
+
+BY = ("activation", "magnitude", "random")
+PARTS = ("mlp", "attn")
+
+
+def importance(
+    model: TransformerBridge,
+    part: str,
+    tokens: Tokens | Tensor | None = None,
+    *,
+    by: str = "activation",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Float[Tensor, "*expert unit"]]:
+    """For every layer the importance of its units: neurons (``part="mlp"``) or heads (``"attn"``), by group of them.
+
+    Fused experts have a row of neurons each. Cost: 1 F for ``activation``, none for the others.
+
+    Raises:
+        ValueError: another ``part`` or ``by``; no tokens, or none beyond each prompt's first, for ``activation``.
+        ModelError: layers without such a part; fused experts, whose activations cannot be heard.
+
+    >>> import surgery
+    >>> model = surgery.load("babel")
+    >>> len(importance(model, "attn", by="magnitude"))
+    12
+    """
+    if part not in PARTS or by not in BY:
+        raise ValueError(f"part {part!r} by {by!r}: give a part of {', '.join(PARTS)} and by of {', '.join(BY)}")
+    layers = [_Writer(model, layer, part) for layer in range(len(model.blocks))]
+    if by == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(writer.shape, generator=generator) for writer in layers]
+    if by == "magnitude":
+        return [writer.magnitude() for writer in layers]
+    if tokens is None:
+        raise ValueError("importance by activation needs tokens: give stack.tokens(texts), or by='magnitude'")
+    tokens = Tokens.of(tokens)
+    if not tokens.ensemble().any():
+        raise ValueError("there is no token beyond each prompt's first: give prompts of 2 tokens or more")
+    return _heard(model, layers, tokens, batch_size)
+
+
+def _heard(model: TransformerBridge, layers: "list[_Writer]", tokens: Tokens, batch_size: int) -> list[Tensor]:
+    stack, source = Stack(model), layout._source(model)
+    totals, keep = [torch.zeros(writer.shape, dtype=torch.float64) for writer in layers], torch.empty(0)
+
+    def hear(_: Any, args: tuple[Tensor, ...], place: int) -> None:
+        totals[place] += layers[place].written(args[0].reshape(*keep.shape, -1)[keep])
+
+    hooks = [
+        source.get_submodule(f"{layout._layers(model)}.{place}.{writer.path}").register_forward_pre_hook(
+            partial(hear, place=place)
+        )
+        for place, writer in enumerate(layers)
+        if writer.hearable()
+    ]
+    try:
+        for batch in tokens.to(stack.device).batches(batch_size):
+            keep = batch.ensemble()
+            with torch.no_grad():
+                source(**stack._inputs(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return totals
+
+
+class _Writer:
+    """What the units of one part of one layer write through: the output weights, found through the bridge."""
+
+    def __init__(self, model: TransformerBridge, layer: int, part: str) -> None:
+        module = layout._source(model).get_submodule(f"{layout._layers(model)}.{layer}")
+        self.what = f"layer {layer} of {model.cfg.model_name}"
+        component = model.blocks[layer].submodules.get(part)
+        if component is None:
+            raise ModelError(f"{self.what} has no {part}: leave its size out")
+        out = component.submodules.get("o" if part == "attn" else "out")
+        if out is not None:
+            self.path = ".".join(filter(None, (component.name, out.name)))
+            linear = module.get_submodule(self.path)
+            rows = linear.weight.T if isinstance(linear, nn.Linear) else linear.weight  # GPT-2 keeps it transposed
+        else:  # fused experts: one matrix reads, gate beside up, the smaller one writes
+            fused = [
+                (weight.numel(), name)
+                for name, weight in module.named_parameters()
+                if weight.ndim == 3 and name.startswith(f"{component.name}.")
+            ]
+            if not fused:
+                raise ModelError(f"{self.what} has a {part} whose output weights cannot be found: leave its size out")
+            self.path = min(fused)[1]
+            rows = module.get_parameter(self.path).transpose(1, 2)
+        self.group = 1
+        self.count = rows.shape[-2]
+        if part == "attn":
+            heads, keys = _heads(model)
+            self.count, self.group = layout.sizes(model)[layer][1] or heads, heads // keys
+        self.rows: Tensor = rows.detach().unflatten(-2, (self.count, -1))
+        self.shape = (*rows.shape[:-2], self.count // self.group)
+
+    def magnitude(self) -> Tensor:
+        return self._grouped(self.rows.double().square().sum((-2, -1)).sqrt())
+
+    def hearable(self) -> bool:
+        if self.rows.ndim == 4:
+            raise ModelError(f"{self.what} has fused experts, whose neurons cannot be heard: say by='magnitude'")
+        return True
+
+    def written(self, inputs: Float[Tensor, "token width"]) -> Float[Tensor, " unit"]:
+        rows, inputs = self.rows.double(), inputs.double().unflatten(-1, (self.count, -1))
+        gram = rows @ rows.transpose(-2, -1)
+        size = torch.einsum("tui,uij,tuj->tu", inputs, gram, inputs).clamp(min=0).sqrt()
+        return self._grouped(size.sum(0)).cpu()
+
+    def _grouped(self, heads: Tensor) -> Tensor:
+        return heads.unflatten(-1, (-1, self.group)).sum(-1)
+
+
+def _heads(model: TransformerBridge) -> tuple[int, int]:
+    """Query heads and key-value heads, as the configuration has them."""
+    config = layout._text(layout._config(model))
+    heads = getattr(config, "n_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "n_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
