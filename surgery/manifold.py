@@ -1,7 +1,7 @@
 r"""Whether walked activations are still such as a model makes: distance, neighbours, and what is read from them.
 
-Held-out prompts are cut in two. The first half says what is usual; the second is walked (``surgery.walk``) and measured
-as it is and after every kind of step, so that all rows are of the same prompts:
+Held-out prompts are cut in two at random (``halves``). The first half says what is usual; the second is walked
+(``surgery.walk``) and measured as it is and after every kind of step, so that all rows are of the same prompts:
 
 * ``mahalanobis``: squared distance d^2 from the mean, over the number k of components: 1 for the activations that the
   walk was fitted to, whatever their law. ``beyond_real``: share of tokens farther out than 95 % of the usual ones of
@@ -11,9 +11,9 @@ as it is and after every kind of step, so that all rows are of the same prompts:
 * ``entropy`` of the next-token prediction that the frozen layers from ``start`` on and the head make of it (nats), and
   ``entropy_change`` from that of the unwalked prompt.
 
-The control of each kind moves every activation as far, in any direction (``walk.Scattered``). A step that stays among
-real activations changes these less than its control. Position 0 is left out. Intervals over prompts of the second half;
-the usual quantiles and the bank are taken as given.
+The control of each kind moves every activation as far, in any direction (``walk.Scattered``). A step is on the manifold
+if it passes all of these, not d^2 alone: a stationary walk keeps that by construction. Position 0 is left out.
+Intervals over prompts of the second half; the usual quantiles and the bank are taken as given.
 """
 
 from collections.abc import Mapping
@@ -69,8 +69,7 @@ def report(
     """A row for the activations as they are, and for each of ``kinds`` by name one walked and one control: ``COLUMNS``.
 
     ``walk`` is of the streams that enter layer ``start``, of other prompts than ``heldout``. Cost, K kinds:
-    ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts. Memory: a batch's distances to the
-    bank.
+    ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts. Memory: a batch's distances to the bank.
 
     Raises ValueError for fewer than four prompts, a ``start`` that is no layer, a walk of another width, and a stream
     that is not finite.
@@ -87,9 +86,10 @@ def report(
             f"give four prompts or more, a layer of {stack.name} from 0 to {stack.n_layers - 1} and a walk of its "
             f"{stack.d_model} dimensions, got {len(heldout)}, {start} and {len(walk.regions[0].mean)}"
         )
-    half, walk = len(heldout) // 2, walk.to(stack.device)
-    limits = _limits(stack, walk, Ensemble(heldout[:half].to(stack.device), batch_size=batch_size), start)
-    ensemble = Ensemble(heldout[half:].to(stack.device), batch_size=batch_size)
+    walk = walk.to(stack.device)
+    first_half, second_half = (half.to(stack.device) for half in halves(heldout, seed))
+    limits = _limits(stack, walk, Ensemble(first_half, batch_size=batch_size), start)
+    ensemble = Ensemble(second_half, batch_size=batch_size)
     steps: dict[tuple[str, bool], Kind | None] = {(REAL, False): None}
     for name, one in kinds.items():
         steps |= {(name, False): one, (name, True): Scattered(one)}
@@ -113,7 +113,7 @@ def report(
     real = {name: drawn @ totals[(REAL, False), name] for name in (*SUMMED, "entropy")}
     for name, control in steps:
         sums = {measure: drawn @ totals[(name, control), measure] for measure in real}
-        row: dict[str, str | bool | float] = {"kind": name, "control": control, "n_prompts": len(heldout) - half}
+        row: dict[str, str | bool | float] = {"kind": name, "control": control, "n_prompts": len(second_half)}
         measures = {
             "moved": ratio(sums["moved"], real["spread"]).sqrt(),
             "mahalanobis": ratio(sums["mahalanobis"], real["walked"]),
@@ -127,6 +127,13 @@ def report(
             row |= columns(measure, resampled)
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def halves(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens]:
+    """The prompts that say what is usual, and those that are measured: prompts often come sorted."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(tokens))).to(tokens.ids.device)
+    one, other = order.tensor_split([len(tokens) // 2])
+    return Tokens(tokens.ids[one], tokens.mask[one]), Tokens(tokens.ids[other], tokens.mask[other])
 
 
 def figure(frame: pandas.DataFrame) -> Figure:

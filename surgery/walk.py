@@ -324,8 +324,9 @@ class Augmented(Latents):
     """Latents of which a ``share`` is walked, for ``graft.fit``: every prompt is there ``copies`` times, prompt ``i``
     of n as ``i``, ``n + i``, ``2 n + i``, ..., each copy with a walk of its own.
 
-    A copy is a function of its number and ``seed``, so training that was stopped goes on exactly. Moments, and so the
-    scale of the loss, are those of the real pairs. Made by ``relabelled`` and ``unrelabelled``.
+    A copy is a function of its number and ``seed``, so training that was stopped goes on exactly; ``steps * batch / n``
+    copies walk anew at every draw. The control of the same order of prompts is ``share=0``. Moments, and so the scale
+    of the loss, are those of the real pairs. Made by ``relabelled`` and ``unrelabelled``.
     """
 
     pairs: Latents
@@ -353,11 +354,9 @@ class Augmented(Latents):
         mask = found.tokens.mask[chosen]
         draws = [prompt for prompt, walked in zip(prompts, chosen.tolist(), strict=True) if walked]
         x = found.x_start[chosen].to(self.walk.device)
-        moved = self.walk(x, mask.to(x.device), self.kind, seed=self.seed, draws=draws, last=self.last).to(
-            found.x_start
-        )
+        moved = self.walk(x, mask.to(x.device), self.kind, seed=self.seed, draws=draws, last=self.last)
         x_start, x_stop = found.x_start.clone(), found.x_stop.clone()
-        x_start[chosen] = moved
+        x_start[chosen] = moved.to(x_start)
         if self.teacher is not None:
             made = _made(self.teacher, replace(found, x_start=x_start), chosen, self.start, self.stop)
             x_stop[chosen] = made.to(x_stop) * mask.unsqueeze(-1)
