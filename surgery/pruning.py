@@ -51,7 +51,7 @@ def importance(
     """
     if part not in PARTS or by not in BY:
         raise ValueError(f"part {part!r} by {by!r}: give a part of {', '.join(PARTS)} and by of {', '.join(BY)}")
-    layers = [_Writer(model, layer, part) for layer in range(len(model.blocks))]
+    layers = writers(model, part)
     if by == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(writer.shape, generator=generator) for writer in layers]
@@ -90,11 +90,17 @@ def _heard(model: TransformerBridge, layers: "list[_Writer]", tokens: Tokens, ba
     return totals
 
 
+def writers(model: TransformerBridge, part: str, start: int = 0, stop: int | None = None) -> "list[_Writer]":
+    """What the layers [start, stop) write with in that part."""
+    source = layout._source(model)
+    return [_Writer(model, source, layer, part) for layer in range(len(model.blocks))[start:stop]]
+
+
 class _Writer:
     """What the units of one part of one layer write through: the output weights, found through the bridge."""
 
-    def __init__(self, model: TransformerBridge, layer: int, part: str) -> None:
-        module = layout._source(model).get_submodule(f"{layout._layers(model)}.{layer}")
+    def __init__(self, model: TransformerBridge, source: Any, layer: int, part: str) -> None:
+        module = source.get_submodule(f"{layout._layers(model)}.{layer}")
         self.what = f"layer {layer} of {model.cfg.model_name}"
         component = model.blocks[layer].submodules.get(part)
         if component is None:
@@ -115,15 +121,15 @@ class _Writer:
             self.path = min(fused)[1]
             rows = module.get_parameter(self.path).transpose(1, 2)
         self.group = 1
-        self.count = rows.shape[-2]
+        self.count: int = rows.shape[-2]
         if part == "attn":
             heads, keys = _heads(model)
-            self.count, self.group = layout.sizes(model)[layer][1] or heads, heads // keys
+            self.count, self.group = layout._own(model, source)[layer][1] or heads, heads // keys
         self.rows: Tensor = rows.detach().unflatten(-2, (self.count, -1))
         self.shape = (*rows.shape[:-2], self.count // self.group)
 
     def magnitude(self) -> Tensor:
-        return self._grouped(self.rows.double().square().sum((-2, -1)).sqrt())
+        return self._grouped(self.rows.double().square().sum((-2, -1)).sqrt().cpu())
 
     def hearable(self) -> bool:
         if self.rows.ndim == 4:

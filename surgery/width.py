@@ -168,10 +168,10 @@ def deepen(
         influence = similarity.layers(Stack(model), tokens).set_index("layer")["block_influence"]
         return drop(model, influence.loc[start : stop - 1].nsmallest(span - depth).index.tolist())
     likes = [*range(start), *(start + i * span // depth for i in range(depth)), *range(stop, len(model.blocks))]
-    source, layers, weights = layout._source(model), layout._layers(model), {}
+    source, layers, writing, weights = layout._source(model), layout._layers(model), _outputs(model), {}
     for place, like in enumerate(likes):
         silent = place > 0 and likes[place - 1] == like
-        outputs = _outputs(model, like) if silent else ()
+        outputs = writing[like] if silent else ()
         for name, tensor in layout._tensors(source.get_submodule(f"{layers}.{like}")):
             weights[f"{layers}.{place}.{name}"] = torch.zeros_like(tensor) if name.startswith(outputs) else tensor
     return _same(model, layout.shaped(model, [Row(like) for like in likes], weights=weights), "deeper")
@@ -202,8 +202,8 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
     for name, model in models.items():
         probe = _probe(stack := Stack(model))
         larger = {
-            "mlp": lambda model: widen(model, start, stop, d_mlp=2 * pruning._Writer(model, start, "mlp").count),
-            "heads": lambda model: widen(model, start, stop, n_heads=2 * pruning._Writer(model, start, "attn").count),
+            "mlp": lambda model: widen(model, start, stop, d_mlp=2 * pruning.writers(model, "mlp")[start].count),
+            "heads": lambda model: widen(model, start, stop, n_heads=2 * pruning.writers(model, "attn")[start].count),
             "depth": lambda model: deepen(model, start, stop, depth=2 * (stop - start)),
         }
         for part, made in larger.items():
@@ -228,7 +228,8 @@ def _span(model: TransformerBridge, start: int, stop: int) -> None:
 
 
 def _has(model: TransformerBridge, layer: int, part: str) -> str:
-    return f"layer {layer} has {pruning._Writer(model, layer, part).count} {'heads' if part == 'attn' else 'neurons'}"
+    writer = pruning.writers(model, part)[layer]
+    return f"layer {layer} has {writer.count} {'heads' if part == 'attn' else 'neurons'}"
 
 
 def _asked(
@@ -242,9 +243,8 @@ def _asked(
     for part, size in (("mlp", d_mlp), ("attn", n_heads)):
         if size is None:
             continue
-        for layer in range(start, stop):
-            Row(layer, 0.0, d_mlp, n_heads)  # refuses sizes below 1
-            writer = pruning._Writer(model, layer, part)
+        Row(start, 0.0, d_mlp, n_heads)  # refuses sizes below 1
+        for layer, writer in enumerate(pruning.writers(model, part, start, stop), start):
             if size % writer.group:
                 raise ValueError(
                     f"in layer {layer} {writer.group} heads share a key, so {size} cannot: make n_heads a multiple of "
@@ -261,8 +261,8 @@ def _resized(
     rows = [Row(layer) for layer in range(len(model.blocks))]
     rows[start:stop] = [Row(layer, 0.0, d_mlp, n_heads) for layer in range(start, stop)]
     weights: dict[str, layout.Weight] = {}
-    for layer in range(len(rows)):
-        outputs, attention = _outputs(model, layer), f"{model.blocks[layer].attn.name}."
+    for layer, outputs in enumerate(_outputs(model)):
+        attention = f"{model.blocks[layer].attn.name}."
         for name, tensor in layout._tensors(source.get_submodule(f"{layers}.{layer}")):
             part = "attn" if name.startswith(attention) else "mlp"
             inside = start <= layer < stop
@@ -272,11 +272,10 @@ def _resized(
     return layout.shaped(model, rows, seed, weights)
 
 
-def _outputs(model: TransformerBridge, layer: int) -> tuple[str, ...]:
-    """Beginnings of the names of a layer's weights that write into the stream."""
-    return tuple(
-        pruning._Writer(model, layer, part).path for part in pruning.PARTS if part in model.blocks[layer].submodules
-    )
+def _outputs(model: TransformerBridge) -> list[tuple[str, ...]]:
+    """For every layer the beginnings of the names of the weights that write into the stream."""
+    parts = [part for part in pruning.PARTS if part in model.blocks[0].submodules]
+    return list(zip(*([writer.path for writer in pruning.writers(model, part)] for part in parts), strict=True))
 
 
 def _changed(old: Tensor, fresh: Tensor) -> int | None:

@@ -58,7 +58,7 @@ def test_what_widen_added_narrow_finds_and_removes(load, name, d_mlp, heads):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_lose_neurons_of_their_own(load, name):
     model = load(name)
-    old = pruning._Writer(model, 1, "mlp").count
+    old = pruning.writers(model, "mlp")[1].count
     wide = width.widen(model, 1, 3, d_mlp=old + 8)
     thin = width.narrow(wide, 1, 3, d_mlp=old, by="magnitude")
     assert torch.equal(plain(thin)(TOKENS).logits, plain(model)(TOKENS).logits)

@@ -6,7 +6,7 @@ import torch
 from known_wirings import TOKENS, difference
 
 import surgery
-from surgery import layout, width
+from surgery import layout, pruning, width
 from surgery.models import ModelError, plain
 
 EVERY = (*fixtures.ARCHITECTURES, *fixtures.NATIVE)
@@ -95,7 +95,7 @@ def test_one_step_makes_new_units_differ(load, name, old):
     for part, units, new in (("mlp", old[0], 8), ("attn", old[1], 4)):
         if units is None:
             continue
-        path = width._outputs(wide, 1)[("mlp", "attn").index(part)]
+        path = pruning.writers(wide, part)[1].path
         weight = next(w for key, w in inside.named_parameters() if key in (path, f"{path}.weight"))
         written = (weight.grad.T if name == "gpt2" else weight.grad).unflatten(-1, (units + new, -1)).movedim(-2, 0)
         values = (weight.T if name == "gpt2" else weight).unflatten(-1, (units + new, -1)).movedim(-2, 0)
@@ -181,6 +181,6 @@ def test_what_cannot_be_asked(load):
 
 
 def test_layers_that_zero_output_weights_do_not_silence(load, monkeypatch):
-    monkeypatch.setattr(width, "_outputs", lambda model, layer: ("nothing",))
+    monkeypatch.setattr(width, "_outputs", lambda model: [("nothing",)] * 4)
     with pytest.raises(ModelError, match="zero output weights do not silence"):
         width.deepen(load("llama"), 1, 3, 4)
