@@ -154,7 +154,7 @@ def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Sc
     for name, (parts, objective) in METHODS.items():
         options = {"parts": parts, "objective": objective, "answers": data.answers, "weigh": data.weigh}
         where = folder / f"{name.replace(' ', '_')}_{schedule.seed}"
-        spent = graft.harvest_ledger(stack, pairs) if name != "whole from scratch" else Ledger()
+        spent = pairs.ledger(stack) if name != "whole from scratch" else Ledger()
         steps = schedule.steps
         if budget is not None:
             each = graft_study.step_operations(

@@ -36,7 +36,7 @@ from surgery import fidelity, layout, models, provenance, training
 from surgery.drift import NEGLIGIBLE
 from surgery.harvest import harvest as latents
 from surgery.latents import Latents, Moments, Pairs
-from surgery.ledger import Counter, Ledger
+from surgery.ledger import Ledger
 from surgery.stack import Context, Stack
 from surgery.tokens import Tokens
 from surgery.training import Schedule
@@ -229,7 +229,7 @@ def fit(
         "student": provenance.weights_hash(student), "heldout": provenance.tokens_hash(heldout),
     }  # fmt: skip
     harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
-    before = harvest_ledger(teacher, pairs) if spent is None and harvested else spent
+    before = pairs.ledger(teacher, schedule) if spent is None and harvested else spent
     manifest = provenance.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase)
     done = training.fit(
         task, schedule, Path(folder), phase=phase, identity=identity, spent=before, accelerator=accelerator,
@@ -237,16 +237,6 @@ def fit(
     )  # fmt: skip
     trained = sum(parameter.numel() for parameter in task.matrices + task.others)
     return Graft(_synchronised(student), span, done.curve, done.ledger, trained, done.stopped_early)
-
-
-def harvest_ledger(teacher: Stack, pairs: Latents) -> Ledger:
-    """What the stored activations cost: the operations of one batch, scaled to all tokens. Cost: less than 1 F."""
-    sample = pairs.batch(list(range(min(64, pairs.n_prompts)))).tokens.to(teacher.device)
-    context = teacher.context(sample)
-    _, operations = Counter()("harvest", lambda: teacher.execute(f":{pairs.stop}", context.x0, context))
-    ledger, share = Ledger(), pairs.n_tokens / int(sample.mask.sum())
-    ledger.add("harvest", pairs.n_tokens, round(operations * share), pairs.seconds, teacher=True)
-    return ledger
 
 
 class _Student(nn.Module):

@@ -37,7 +37,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from surgery import frames
+from surgery.ledger import Counter, Ledger
+from surgery.stack import Stack
 from surgery.tokens import Tokens
+from surgery.training import Schedule
 
 MANIFEST, FORMAT = "latents.json", "surgery latents 1"
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
@@ -104,6 +107,15 @@ class Latents:
     def seconds(self) -> float:
         """Wall time of the harvest."""
         return sum(shard.seconds for shard in self.shards)
+
+    def ledger(self, teacher: Stack, schedule: Schedule | None = None) -> Ledger:
+        """What these activations cost: the operations of one batch, scaled to all tokens. Cost: less than 1 F."""
+        sample = self.batch(range(min(64, self.n_prompts))).tokens.to(teacher.device)
+        context = teacher.context(sample)
+        _, operations = Counter()("harvest", lambda: teacher.execute(f":{self.stop}", context.x0, context))
+        ledger, share = Ledger(), self.n_tokens / int(sample.mask.sum())
+        ledger.add("harvest", self.n_tokens, round(operations * share), self.seconds, teacher=True)
+        return ledger
 
     def batch(self, prompts: Sequence[int]) -> Pairs:
         """These prompts, in this order, in float32. Reads only them.

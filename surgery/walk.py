@@ -4,7 +4,7 @@ r"""The stream that enters a span of layers as a random variable: its moments, w
     found = walk.fit(latents)                                        # mean and principal components, by position
     moved = found(x, mask, walk.Stationary(0.9))                     # one step from every activation
     pairs = walk.relabelled(latents, stack, found, walk.Stationary(0.9), share=0.5)
-    graft.fit(stack, student, span, pairs, heldout, folder, spent=pairs.ledger(stack, schedule), schedule=schedule)
+    graft.fit(stack, student, span, pairs, heldout, folder, schedule=schedule)
 
 In each class of positions let ``mu`` be the mean, ``z`` the coordinates of ``x - mu`` along the first ``k`` principal
 components, each over its standard deviation, and ``d^2 = |z|^2`` (Mahalanobis). Steps, ``xi`` standard normal:
@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from surgery import graft, provenance
+from surgery import provenance
 from surgery.latents import Latents, Moments, Pairs
 from surgery.ledger import Counter, Ledger
 from surgery.stack import Stack
@@ -367,15 +367,15 @@ class Augmented(Latents):
         real = None if prompts is None else self._real(prompts)
         return self.pairs.moments(real, skip_first=skip_first)
 
-    def ledger(self, teacher: Stack, schedule: Schedule, steps: int | None = None) -> Ledger:
+    def ledger(self, teacher: Stack, schedule: Schedule | None = None, steps: int | None = None) -> Ledger:
         """What training by this schedule spends beside itself: the harvest and, relabelled, the teacher's middle.
 
-        For ``graft.fit(..., spent=...)``; all of it is booked before the first step. ``steps`` are those that were
+        ``graft.fit`` asks for it; all of it is booked before the first step. ``steps`` are those that were
         made, if training stopped early. Operations are counted on 64 prompts and scaled to the walked tokens; the
         seconds are in the training's own.
         """
-        ledger = graft.harvest_ledger(teacher, self.pairs)
-        if self.teacher is None:
+        ledger = self.pairs.ledger(teacher)
+        if self.teacher is None or schedule is None:
             return ledger
         drawn = [schedule.prompts(step, self.n_prompts) for step in range(schedule.steps if steps is None else steps)]
         walked = [prompt for prompt in np.concatenate(drawn).tolist() if self.walks(prompt)] if drawn else []

@@ -315,7 +315,7 @@ def test_the_harvest_costs_its_share_of_a_forward_pass(tmp_path, stop):
     pairs = harvested(teacher, tmp_path, corpus, (1, stop))
     context = teacher.context(corpus)
     _, counted = Counter()("forward", lambda: teacher.execute(":", context.x0, context))
-    harvest = graft.harvest_ledger(teacher, pairs).frame().iloc[0]
+    harvest = pairs.ledger(teacher).frame().iloc[0]
     assert harvest["teacher"]
     assert harvest["tokens"] == 80 * 12
     assert harvest["operations"] == pytest.approx(counted * stop / 4, rel=0.02)

@@ -391,7 +391,7 @@ def test_training_that_was_stopped_goes_on_exactly(made, tmp_path, monkeypatch):
 
 def test_relabelling_is_in_the_ledger(made):
     stack, pairs, found = made
-    harvest = graft.harvest_ledger(stack, pairs).operations(teacher=True)
+    harvest = pairs.ledger(stack).operations(teacher=True)
     noisy = walk.unrelabelled(pairs, found, walk.Stationary(0.7)).ledger(stack, SCHEDULE)
     assert noisy.operations(teacher=True) == harvest
     for share in (1.0, 0.5):
