@@ -189,10 +189,14 @@ def read(path: str | Path) -> pandas.DataFrame:
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
     words = pandas.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
-    return words.astype({name: kind for name, kind in manifest["types"].items() if kind != "text"})
+    kinds = manifest["types"]
+    flags = {name: words[name] == "True" for name, kind in kinds.items() if kind == "flag"}
+    return words.assign(**flags).astype({name: kind for name, kind in kinds.items() if kind in ("int", "float")})
 
 
 def _type(values: pandas.Series) -> str:
+    if pandas.api.types.is_bool_dtype(values):
+        return "flag"
     if pandas.api.types.is_integer_dtype(values):
         return "int"
     return "float" if pandas.api.types.is_numeric_dtype(values) else "text"

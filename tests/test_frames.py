@@ -62,6 +62,11 @@ def test_single_precision_reads_back_as_the_number_it_is(path):
     assert frames.read(frames.write(frame, path, {}))["S"][0] == float(np.float32(0.1))
 
 
+def test_yes_and_no_read_back_as_such(path):
+    frame = pandas.DataFrame({"start": [1, 2], "regime": [True, False]})
+    assert_frame_equal(frames.read(frames.write(frame, path, {})), frame)
+
+
 def test_the_manifest_explains_the_columns_and_names_the_file(path):
     frames.write(made_up.series(), path, made_up.manifest())
     manifest = json.loads((path.parent / "series_windows.manifest.json").read_text())

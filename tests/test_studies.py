@@ -136,6 +136,22 @@ def test_width_of_thought_compares_sizes_by_budget_and_k(tmp_path):
     assert (tmp_path / "width_of_thought.png").exists()
 
 
+def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
+    options = ["--steps", "2", "--tokens", "2000", "--judged", "20", "--out", tmp_path]
+    done = subprocess.run(
+        [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("one seed tells nothing.") == 4
+    methods = frames.read(tmp_path / "walk_methods.csv").set_index("method")
+    spent = methods["operations_with_teacher"]
+    assert spent["relabelled"] > spent["unrelabelled"] == spent["real"]
+    assert methods.loc["longer", "steps"] >= methods.loc["real", "steps"]
+    assert spent["more real"] == pytest.approx(spent["relabelled"], rel=0.05)
+    kinds = frames.read(tmp_path / "walk_manifold.csv")
+    assert kinds["kind"].iloc[0] == "real"
+    assert (tmp_path / "walk_manifold.png").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
