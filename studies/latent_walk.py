@@ -1,6 +1,6 @@
 """Does a walk through the activations that enter the middle help to train a fresh one when real data are scarce?
 
-    python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: five minutes
+    python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: nine minutes
     python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: five hours
 
 On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.manifold``)?
@@ -15,6 +15,7 @@ Then, for every amount of real data, a fresh middle is trained (``surgery.graft`
     walk_manifold.csv   distance, neighbours and predictions of walked activations, their controls beside them; .png
     walk_methods.csv    a row per amount of data, method and seed
 
+A hundred steps show that it runs; a middle needs some two hundred before it explains anything (studies/fresh_middle.py).
 The same command goes on where it was killed. Intervals of a row are over prompts; what is said compares methods seed by
 seed.
 """
