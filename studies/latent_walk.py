@@ -15,7 +15,7 @@ Then, for every amount of real data, a fresh middle is trained (``surgery.graft`
     walk_manifold.csv   distance, neighbours and predictions of walked activations, their controls beside them; .png
     walk_methods.csv    a row per amount of data, method and seed
 
-A hundred steps show that it runs; a middle needs some two hundred before it explains anything (studies/fresh_middle.py).
+A hundred steps show that it runs; a middle needs some two hundred to explain anything (``studies/fresh_middle.py``).
 The same command goes on where it was killed. Intervals of a row are over prompts; what is said compares methods seed by
 seed.
 """
