@@ -47,7 +47,7 @@ class Step:
         self.task = graft._Task(
             teacher, Stack(fresh), SPAN, parts, pairs, data.heldout, objective, data.weigh, None, "cross_entropy"
         )
-        self.optimizers = training._optimizers(self.task, Schedule())
+        self.optimizers = training.optimizers(self.task.matrices, self.task.others, Schedule().weight_decay)
         self.read = parts == "middle"  # the whole model needs tokens alone: its batch is not timed
 
     def __call__(self, batch: object, counter: Counter | None = None) -> dict[str, int]:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from surgery import training
 from surgery.babel import BOS, EOS, LANGUAGES, PAD, TRAINING_MIX, Babel, Problem, exact
 
 
@@ -54,9 +55,7 @@ class Recipe:
     half: bool = False  # whether the weights are written in half precision
 
     def rate(self, step: int) -> float:
-        cosine = 0.5 * (1 + np.cos(np.pi * step / self.steps))
-        decayed = self.final_share + (1 - self.final_share) * cosine
-        return self.learning_rate * min(1, (step + 1) / self.warmup) * decayed
+        return training.rate(step, self.steps, self.learning_rate, self.warmup, self.final_share)
 
 
 def build(recipe: Recipe, corpus: Babel) -> LlamaForCausalLM:
@@ -81,10 +80,7 @@ def build(recipe: Recipe, corpus: Babel) -> LlamaForCausalLM:
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     outside = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    return [
-        torch.optim.Muon(inside, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, weight_decay=0.0),
-    ]
+    return training.optimizers(inside, outside, recipe.weight_decay)
 
 
 class Pools:
@@ -157,9 +153,7 @@ def heldout(corpus: Babel, k: int, most: int) -> list[Problem]:
 def save_checkpoint(path: Path, step: int, recipe: Recipe, model: LlamaForCausalLM, opts: list) -> None:
     """Everything the rest of the run depends on, in one safetensors file that replaces the last one in one move."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, optimizer in enumerate(opts):
-        for j, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{j}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors |= training.states(opts)
     unfinished = path.with_suffix(".unfinished")
     metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished, metadata)
@@ -175,13 +169,7 @@ def load_checkpoint(path: Path, recipe: Recipe, model: LlamaForCausalLM, opts: l
         if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(recipe))):
             raise SystemExit(f"{path} belongs to another recipe; choose another --work folder or remove it")
         model.load_state_dict({name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
-        for i, optimizer in enumerate(opts):
-            state: dict[int, dict] = {}
-            for name in file.keys():  # noqa: SIM118
-                if name.startswith(f"optimizer/{i}/"):
-                    _, _, j, key = name.split("/")
-                    state.setdefault(int(j), {})[key] = file.get_tensor(name)
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        training.restore(opts, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return int(metadata["step"])
 
 

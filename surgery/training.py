@@ -11,7 +11,7 @@ Matrices are trained with Muon (Jordan 2024, as in torch.optim), everything else
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -73,9 +73,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine."""
-        cosine = 0.5 * (1 + np.cos(np.pi * step / self.steps))
-        decayed = self.final_share + (1 - self.final_share) * cosine
-        return float(self.learning_rate * min(1, (step + 1) / max(1, self.warmup)) * decayed)
+        return rate(step, self.steps, self.learning_rate, self.warmup, self.final_share)
 
     def prompts(self, step: int, count: int) -> Int[np.ndarray, " batch"]:
         """Which of ``count`` prompts a step takes: every epoch all of them once, in an order of its own."""
@@ -169,9 +167,9 @@ def fit(
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
     with ExitStack() as restoring, state.kept_frozen():
         restoring.enter_context(_only_trained(task))
-        optimizers = _optimizers(task, schedule)
-        state.load(optimizers, accelerator.scaler)
-        student, *prepared = accelerator.prepare(task.student, *optimizers)
+        plain = optimizers(task.matrices, task.others, schedule.weight_decay)
+        state.load(plain, accelerator.scaler)
+        student, *prepared = accelerator.prepare(task.student, *plain)
         counter, here = Counter(), Ledger()
         losses: list[float] = []
 
@@ -189,7 +187,7 @@ def fit(
                         f"the look at step {state.step} failed, {error}. {state.advice(schedule)}"
                     ) from error
                 state.row(schedule, losses, looked, task.watched)
-                state.save(optimizers, accelerator.scaler)
+                state.save(plain, accelerator.scaler)
                 frames.write(pandas.DataFrame(state.rows), folder / "curve.csv", {**(manifest or {}), "run": run},
                              CURVE | dict(columns or {}))  # fmt: skip
             losses.clear()
@@ -265,13 +263,7 @@ class _State:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"model/{name}"])
-        for i, optimizer in enumerate(optimizers):
-            found: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                kind, *place = name.split("/")
-                if kind == "optimizer" and place[0] == str(i):
-                    found.setdefault(int(place[1]), {})[place[2]] = tensor
-            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+        restore(optimizers, tensors)
         self.best_weights = {name: tensors[f"best/{name}"] for name in self.trained if f"best/{name}" in tensors}
         self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
         self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
@@ -280,10 +272,7 @@ class _State:
             scaler.load_state_dict(metadata["scaler"])
 
     def save(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()}
-        for i, optimizer in enumerate(optimizers):
-            for j, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer/{i}/{j}/{name}": torch.as_tensor(value) for name, value in state.items()}
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()} | states(optimizers)
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         metadata = {
             "run": self.run, "step": self.step, "waited": self.waited, "rows": self.rows,
@@ -364,14 +353,44 @@ def _only_trained(task: Task) -> Iterator[None]:
             parameter.grad = None
 
 
-def _optimizers(task: Task, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def rate(step: int, steps: int, learning_rate: float, warmup: int, final_share: float) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine that ends at ``final_share`` of the largest."""
+    cosine = 0.5 * (1 + np.cos(np.pi * step / steps))
+    decayed = final_share + (1 - final_share) * cosine
+    return float(learning_rate * min(1, (step + 1) / max(1, warmup)) * decayed)
+
+
+def optimizers(
+    matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW without decay for the rest; none for what is empty."""
     made: list[torch.optim.Optimizer] = []
-    if task.matrices:
-        decay = schedule.weight_decay
-        made.append(torch.optim.Muon(task.matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    if task.others:
-        made.append(torch.optim.AdamW(task.others, weight_decay=0.0))
+    if matrices:
+        made.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        made.append(torch.optim.AdamW(others, weight_decay=0.0))
     return made
+
+
+def states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What optimisers remember, as tensors by name, for a checkpoint."""
+    return {
+        f"optimizer/{i}/{j}/{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(optimizers)
+        for j, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what ``states`` gave; other tensors are left alone."""
+    for i, optimizer in enumerate(optimizers):
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, *place = name.split("/")
+            if kind == "optimizer" and place[0] == str(i):
+                found.setdefault(int(place[1]), {})[place[2]] = tensor
+        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _among(parameter: nn.Parameter, some: Iterable[nn.Parameter]) -> bool:
