@@ -195,11 +195,8 @@ def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data)
 
 def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Data) -> pd.DataFrame:
     """Exact answers and damage of every model on the problems of every length."""
-    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
     rows = []
-    for k in range(5):
-        some = torch.from_numpy(np.flatnonzero(lengths == k))
-        part = Data(data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]), data.answers[some])
+    for k, part in graft_study.by_k(data).items():
         for (name, seed), one in made.items():
             read = graft_study.judge(stack, one, pairs, part).iloc[0].to_dict()
             rows.append({"method": name, "seed": float(seed), "k": k} | read)

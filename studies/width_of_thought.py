@@ -16,16 +16,13 @@ sizes seed by seed.
 
 import argparse
 
-import numpy as np
 import pandas as pd
 import torch
 
 import surgery
-from surgery import figures, frames, graft, graft_study, models, provenance, sweep
+from surgery import figures, frames, graft, graft_study, provenance, sweep
 from surgery.graft import Schedule
-from surgery.graft_study import Data
 from surgery.stack import Stack
-from surgery.tokens import Tokens
 
 SPAN, WIDTH, DEPTH = (4, 9), 384, 5
 
@@ -55,8 +52,9 @@ def main() -> None:
     schedule = Schedule(steps=steps, every=max(1, steps // 5))
     grids = [{"widths": sorted({WIDTH, *args.widths}), "depths": [DEPTH]}]
     grids += [{"widths": [WIDTH], "depths": args.depths}] if args.depths else []
+    parts = graft_study.by_k(data)
     frame = pd.concat([
-        sweep.run(stack, pairs, data, folder / "cells", seeds=range(seeds), schedule=schedule, parts=by_k(data), **grid)
+        sweep.run(stack, pairs, data, folder / "cells", seeds=range(seeds), schedule=schedule, parts=parts, **grid)
         for grid in grids
     ], ignore_index=True)  # fmt: skip
     said = sweep.found(frame, (WIDTH, DEPTH)) + worst(frame)
@@ -65,16 +63,6 @@ def main() -> None:
     frames.save({folder / "width_of_thought.png": figures.png(sweep.draw(frame))})
     for sentence in said:
         print(f"\n{sentence}")
-
-
-def by_k(data: Data) -> dict[int, Data]:
-    """The held-out problems by the number of steps that they ask for."""
-    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
-    parts = {k: torch.from_numpy(np.flatnonzero(lengths == k)) for k in sorted(set(lengths.tolist()))}
-    return {
-        k: Data(data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]), data.answers[some])
-        for k, some in parts.items()
-    }
 
 
 def worst(frame: pd.DataFrame) -> list[str]:

@@ -44,12 +44,12 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from surgery.engine import FrozenNorm
 from surgery.ensemble import Ensemble
-from surgery.readout import LOGITS_AT_ONCE, frozen_head, logits, portions
+from surgery.readout import LOGITS_AT_ONCE, final_norm, frozen_head, logits, portions
 from surgery.stack import Context, Stack
 
 Stream = Float[Tensor, "*layer prompt pos d_model"]
@@ -97,14 +97,14 @@ def of(name: str, stack: Stack, ensemble: Ensemble, components: int = 16) -> Map
     if name == "raw":
         return Map(name, True, lambda x, _: x)
     if name == "normalised":
-        norm = _final_norm(stack)
+        norm = final_norm(stack)
         centres = norm is not None and norm.centres
         return Map(name, False, lambda x, _: _normalised(x - x.mean(-1, keepdim=True) if centres else x))
     if name == "principal":
         basis = _principal(stack, ensemble, components)
         return Map(name, True, lambda x, _: x @ basis.to(x))
     if name == "logits":
-        norm = _final_norm(stack)
+        norm = final_norm(stack)
         root, scale = _root(stack, norm), _CleanScale(stack, norm)
         return Map(name, True, lambda x, context: x / scale(context) @ root.to(x))
     raise ValueError(f"there are no coordinates {name!r}: choose one of {', '.join(COORDINATES)}")
@@ -147,16 +147,6 @@ def _principal(stack: Stack, ensemble: Ensemble, count: int) -> Float[Tensor, "d
         )
     values, vectors = torch.linalg.eigh((covariance[varies] / trace[varies, None, None]).sum(0))
     return vectors[:, values > 1e-9 * values[-1]].flip(-1)[:, :count]
-
-
-def _final_norm(stack: Stack) -> FrozenNorm | None:
-    """The norm before the head, to be asked for its denominators; None in a model without."""
-    module = (stack._plain or stack._bridge).module.get_submodule(stack.model.ln_final.name)
-    if isinstance(getattr(module, "original_component", module), nn.Identity):
-        return None
-    probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return FrozenNorm(module, probe.to(stack.device, stack.dtype))
 
 
 class _CleanScale:

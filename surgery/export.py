@@ -4,7 +4,7 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,32 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("folder")
 ```
 """
+
+
+def layered_card(name: str, own: Sequence[tuple[int | None, int | None]]) -> str:
+    """The card of a model built of other layers: MLP width and heads of each, None as configured; how to open it."""
+    sized = any(size != (None, None) for size in own)
+    table = "\n".join(
+        f"| {i} | {d_mlp or 'config'} | {n_heads or 'config'} |" for i, (d_mlp, n_heads) in enumerate(own)
+    )
+    how = 'import surgery\n\nmodel = surgery.load("folder")'
+    if not sized:
+        how = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
+    only = "Its layers have sizes of their own, which `surgery.json` says: only `surgery.load` opens this folder."
+    return f"""---
+library_name: {"surgery" if sized else "transformers"}
+pipeline_tag: text-generation
+tags: [layer-surgery]
+---
+
+# {name}
+
+{len(own)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
+
+```python
+{how}
+```
+""" + (f"\n| layer | MLP width | heads |\n|---|---|---|\n{table}\n" if sized else "")
 
 
 def _refuse_full(folder: Path) -> None:

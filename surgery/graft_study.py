@@ -87,6 +87,19 @@ def babel(count: int, heldout: int = 512, seed: int = 0, shares: Sequence[float]
     return Data(corpus, unseen, torch.from_numpy(answers), weigh_answers)
 
 
+def by_k(data: Data) -> dict[int, Data]:
+    """``babel``'s held-out problems by the number of steps that they ask for."""
+    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
+    parts = {k: torch.from_numpy(np.flatnonzero(lengths == k)) for k in sorted(set(lengths.tolist()))}
+    return {
+        k: Data(
+            data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]),
+            None if data.answers is None else data.answers[some],
+        )
+        for k, some in parts.items()
+    }  # fmt: skip
+
+
 def weigh_answers(tokens: Tokens) -> Float[Tensor, "prompt pos"]:
     """1 for Babel's answers, ``QUESTIONS`` for all else."""
     answers = torch.from_numpy(Babel().answered(tokens.ids.cpu().numpy())).to(tokens.ids.device)

@@ -199,7 +199,7 @@ def save(
         if not _agree(opened(_probe(stack)).logits, logits, stack):
             raise ModelError(f"{stack.name}: the folder does not open with the same logits")
 
-    texts = {"README.md": _card(stack.name, own)}
+    texts = {"README.md": export.layered_card(stack.name, own)}
     if any(size != _CONFIGURED for size in own):
         rows = [{"d_mlp": d_mlp, "n_heads": n_heads} for d_mlp, n_heads in own]
         texts["surgery.json"] = json.dumps(
@@ -477,29 +477,3 @@ def _said(rows: Sequence[Row]) -> str:
         span = [row.like for _, row in run]
         parts.append(f"{span[0]}:{span[-1] + 1}" if old == 1 else f"{len(span)} {f'of {old:g} old' if old else 'new'}")
     return ", ".join(parts)
-
-
-def _card(name: str, own: Sequence[Size]) -> str:
-    """The model card: what it is, the sizes of its layers, and how to open it."""
-    sized = any(size != _CONFIGURED for size in own)
-    table = "\n".join(
-        f"| {i} | {d_mlp or 'config'} | {n_heads or 'config'} |" for i, (d_mlp, n_heads) in enumerate(own)
-    )
-    how = 'import surgery\n\nmodel = surgery.load("folder")'
-    if not sized:
-        how = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
-    only = "Its layers have sizes of their own, which `surgery.json` says: only `surgery.load` opens this folder."
-    return f"""---
-library_name: {"surgery" if sized else "transformers"}
-pipeline_tag: text-generation
-tags: [layer-surgery]
----
-
-# {name}
-
-{len(own)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
-
-```python
-{how}
-```
-""" + (f"\n| layer | MLP width | heads |\n|---|---|---|\n{table}\n" if sized else "")

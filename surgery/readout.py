@@ -42,6 +42,16 @@ def log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Te
     return logits(stack, x).log_softmax(-1)
 
 
+def final_norm(stack: Stack) -> FrozenNorm | None:
+    """The norm before the head, to be asked for its denominators; None in a model without."""
+    module = (stack._plain or stack._bridge).module.get_submodule(stack.model.ln_final.name)
+    if isinstance(getattr(module, "original_component", module), nn.Identity):
+        return None
+    probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return FrozenNorm(module, probe.to(stack.device, stack.dtype))
+
+
 @contextmanager
 def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
     """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
@@ -56,17 +66,15 @@ def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]
     >>> bool(torch.allclose(twice, 2 * stack.readout(x), atol=1e-4))
     True
     """
-    engine = stack._plain or stack._bridge
-    module = engine.module.get_submodule(stack.model.ln_final.name)
-    if isinstance(getattr(module, "original_component", module), nn.Identity):
+    norm = final_norm(stack)
+    if norm is None:
         yield
         return
     with torch.no_grad():
-        norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(x))
         scale = norm.scale(x)
 
     def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
 
-    with replaced_forward(module, forward):
+    with replaced_forward(norm.module, forward):
         yield
