@@ -72,6 +72,7 @@ _MODULES = (
     "questions",
     "readout",
     "regression",
+    "regions",
     "reinitialise",
     "report",
     "returns",

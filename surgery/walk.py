@@ -43,6 +43,7 @@ from torch import Tensor
 from surgery import provenance
 from surgery.latents import Latents, Moments, Pairs
 from surgery.ledger import Counter, Ledger
+from surgery.regions import Gathered, Region, Rows
 from surgery.stack import Stack
 from surgery.training import Schedule
 
@@ -52,42 +53,8 @@ COLUMNS = {
     "components": "principal components that are walked: k; fewer than asked for where fewer vary",
     "variance": "share of the variance that they hold; 1 where nothing varies and nothing is walked",
 }
-SAMPLES = 5  # activations needed for each component
-CONSTANT = 1e-7  # a variance below this share of E |x|^2 is the rounding of half precision
-SINGULAR = 1e-9  # as is a component's below this share of the first's
 
-Rows = Float[Tensor, "row d_model"]
 Noise = Float[Tensor, "row number"]
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """The activations of one class of positions: moments, and some of them as they are."""
-
-    mean: Float[Tensor, " d_model"]
-    axes: Float[Tensor, "component d_model"]  # orthonormal
-    scale: Float[Tensor, " component"]  # standard deviation along each
-    bank: Float[Tensor, "real d_model"]
-    n_tokens: int
-    variance: float
-
-    @property
-    def components(self) -> int:
-        return len(self.scale)
-
-    def whitened(self, x: Rows) -> Float[Tensor, "row component"]:
-        return (x - self.mean) @ self.axes.T / self.scale
-
-    def unwhitened(self, z: Float[Tensor, "row component"]) -> Rows:
-        """The displacement that has these whitened coordinates."""
-        return (z * self.scale) @ self.axes
-
-    def nearest(self, x: Rows, count: int) -> Float[Tensor, "row neighbour d_model"]:
-        """The ``count`` real activations of the bank that are nearest, nearest first."""
-        if count > len(self.bank):
-            raise ValueError(f"there are {len(self.bank)} real activations to choose {count} neighbours from: "
-                             "ask for fewer, or fit with a larger bank")  # fmt: skip
-        return self.bank[torch.cdist(x, self.bank).topk(count, largest=False).indices]
 
 
 @runtime_checkable
@@ -301,7 +268,7 @@ def fit(
     ``positions`` (d_model^2 + bank d_model) numbers. Cost: d_model^2 multiplications a token, no model.
 
     Raises ValueError for numbers out of range, an activation that is not finite, a class of positions without tokens,
-    and fewer than ``SAMPLES`` activations a component: the sentence says how many are needed.
+    and fewer than ``regions.SAMPLES`` activations a component: the sentence says how many are needed.
 
     >>> fit(torch.randn(300, 2, 4), positions=1, variance=1.0).described().components.tolist()
     [4]
@@ -310,7 +277,7 @@ def fit(
         raise ValueError("positions, bank, batch_size and components are 1 or more, variance above 0 and up to 1, got "
                          f"{positions}, {bank}, {batch_size}, {components}, {variance}")  # fmt: skip
     generator = np.random.default_rng(seed)
-    gathered = [_Gathered(bank) for _ in range(positions)]
+    gathered = [Gathered(bank) for _ in range(positions)]
     for x, real in _batches(source, mask, prompts, batch_size):
         place = real.long().cumsum(1) - 1
         for i, some in enumerate(gathered):
@@ -456,54 +423,6 @@ def _made(
     context = teacher.context(tokens)
     with torch.no_grad():
         return teacher.execute(f"{start}:{stop}", pairs.x_start[chosen].to(context.x0), context)
-
-
-class _Gathered:
-    """Mean, scatter and a random few of rows that come in chunks (Chan, Golub and LeVeque 1983)."""
-
-    def __init__(self, bank: int) -> None:
-        self.size, self.count = bank, 0
-        self.keys = np.zeros(0)
-
-    def add(self, x: Rows, generator: np.random.Generator) -> None:
-        keys = generator.random(len(x))
-        if not len(x):
-            return
-        if not x.isfinite().all():
-            raise ValueError("an activation is not finite: harvest in float32 or bfloat16, or mend the model's weights")
-        rows = x.double()
-        mean = rows.mean(0)
-        if not self.count:
-            self.mean, self.scatter, self.bank = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean)), x[:0]
-        new, share = mean - self.mean, len(x) / (self.count + len(x))
-        centred = rows - mean
-        self.scatter += centred.T @ centred + torch.outer(new, new) * (self.count * share)
-        self.mean = self.mean + new * share
-        self.count += len(x)
-        both = np.concatenate([self.keys, keys])
-        kept = np.sort(np.argsort(both, kind="stable")[: self.size])
-        self.keys, self.bank = both[kept], torch.cat([self.bank, x.float()])[torch.from_numpy(kept)]
-
-    def region(self, place: int, components: int | None, share: float) -> Region:
-        if self.count < 2:
-            raise ValueError(f"position {place} has {self.count} activations, moments need two or more: "
-                             "take longer prompts, or fewer positions")  # fmt: skip
-        values, vectors = torch.linalg.eigh(self.scatter / self.count)
-        values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
-        total = values.sum()
-        varying = int((values > SINGULAR * values[0]).sum()) if total > CONSTANT * (self.mean.square().sum()) else 0
-        held = values.cumsum(0) / total
-        wanted = int((held < share).sum()) + 1 if components is None else components
-        k = min(varying, wanted)
-        if self.count < SAMPLES * k:
-            raise ValueError(
-                f"position {place} has {self.count} activations, {k} components need {SAMPLES * k} or more: take more "
-                "prompts, or fewer components"
-            )
-        part = float(held[k - 1]) if k else 1.0
-        return Region(
-            self.mean.float(), vectors[:k].float(), values[:k].sqrt().float(), self.bank, self.count, min(1.0, part)
-        )
 
 
 def _batches(
