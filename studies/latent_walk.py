@@ -33,15 +33,15 @@ from surgery import figures, frames, graft, graft_study, layout, manifold, prove
 from surgery.graft import Schedule
 from surgery.latents import Latents
 from surgery.stack import Stack
-from surgery.tokens import Tokens
 
-SPAN, KIND, SHARE, MOST = (4, 9), walk.Tangent(0.5), 0.5, 120_000
+SPAN, SHARE, MOST = (4, 9), 0.5, 120_000
+KINDS = {"stationary": walk.Stationary(0.9), "tangent": walk.Tangent(0.5)}
 SHOWN = {
     "stationary .99": walk.Stationary(0.99),
-    "stationary .9": walk.Stationary(0.9),
+    "stationary .9": KINDS["stationary"],
     "stationary .5": walk.Stationary(0.5),
     "free .3": walk.Free(0.3),
-    "tangent .5": KIND,
+    "tangent .5": KINDS["tangent"],
     "interpolated": walk.Interpolated(1.0),
 }
 COLUMNS = graft_study.COLUMNS[graft_study.METHODS] | {"real_tokens": "real tokens that the activations were taken from"}
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/latent_walk")
     parser.add_argument("--seeds", type=int, help="1, and 3 with --full")
     parser.add_argument("--steps", type=int, help="100, and 600 with --full")
+    parser.add_argument("--batch", type=int, default=32, help="problems a step")
     parser.add_argument("--tokens", type=int, nargs="+", help="real tokens; 1000 10000, and 100000 too with --full")
     parser.add_argument("--judged", type=int, default=500, help="held-out problems")
     parser.add_argument("--threads", type=int, default=2)
@@ -60,8 +61,8 @@ def main() -> None:
     seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
     steps = args.steps if args.steps is not None else (600 if args.full else 100)
     amounts = args.tokens or ([1000, 10_000, 100_000] if args.full else [1000, 10_000])
-    if min(seeds, steps) < 1 or args.judged < 20 or min(amounts) < 600:
-        parser.error("--seeds and --steps are 1 or more, --judged 20 or more, --tokens 600 or more (a batch)")
+    if min(seeds, steps, args.batch) < 1 or args.judged < 20 or min(amounts) < 600:
+        parser.error("--seeds, --steps and --batch are 1 or more, --judged 20 or more, --tokens 600 or more (a batch)")
     torch.set_num_threads(args.threads)
 
     folder = frames.folder(args.out)
@@ -74,17 +75,26 @@ def main() -> None:
         return graft.latents(stack, data.corpus[:count], *SPAN, folder / f"latents_{count}", dtype=torch.float32)
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), SHOWN, data.heldout, SPAN[0])
-    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kind=str(KIND))
+    settings = {"span": SPAN, "steps": steps, "seeds": seeds, "kinds": {name: str(kind) for name, kind in KINDS.items()}}
+    manifest = provenance.manifest(stack, data.heldout, seed=0, **settings)
+        stack,
+        data.heldout,
+        seed=0,
+        span=SPAN,
+        steps=steps,
+        seeds=seeds,
+        kinds={name: str(kind) for name, kind in KINDS.items()},
+    )
     frames.write(report, folder / "walk_manifold.csv", manifest, manifold.COLUMNS)
     frames.save({folder / "walk_manifold.png": figures.png(manifold.figure(report))})
 
     rows = []
     for seed in range(seeds):
         for amount in amounts:
-            schedule = Schedule(steps=steps, every=max(1, steps // 5), seed=seed)
+            schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5), seed=seed)
             for name, pairs, planned in methods(stack, harvested, amount, schedule):
                 student = layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), seed)
-                where = folder / f"{name.replace(' ', '_')}_{amount}_{seed}"
+                where = folder / f"{name.replace(',', '').replace(' ', '_')}_{amount}_{seed}"
                 done = graft.fit(stack, student, SPAN, pairs, data.heldout, where, schedule=planned,
                                  answers=data.answers, weigh=data.weigh)  # fmt: skip
                 found = graft_study.row(name, seed, done, graft_study.judge(stack, done, pairs, data))
@@ -102,30 +112,22 @@ def methods(stack: Stack, harvested, amount: int, schedule: Schedule):
     """Name, pairs and schedule of every method for so many real tokens."""
     real = harvested(amount)
     found, copies = walk.fit(real), max(1, -(-schedule.steps * schedule.batch // real.n_prompts))
-    relabelled = walk.relabelled(real, stack, found, KIND, share=SHARE, copies=copies, seed=schedule.seed)
-    paid = relabelled.ledger(stack, schedule).operations(teacher=True) - real.ledger(stack).operations(teacher=True)
-    per_token = real.ledger(stack).operations(teacher=True) / real.n_tokens
+    options = {"share": SHARE, "copies": copies, "seed": schedule.seed}
+    relabelled = {name: walk.relabelled(real, stack, found, kind, **options) for name, kind in KINDS.items()}
+    harvest = real.ledger(stack).operations(teacher=True)
+    paid = relabelled["tangent"].ledger(stack, schedule).operations(teacher=True) - harvest  # the same for every kind
+    more = min(MOST, real.n_tokens + round(paid * real.n_tokens / harvest))
     trial = layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), schedule.seed)
+    tokens = real.batch(range(min(16, real.n_prompts))).tokens
     each = graft_study.step_operations(
-        stack,
-        trial,
-        SPAN,
-        real,
-        graft_study.Data(held(real), held(real)),
-        objective=graft.Objective(),
-        schedule=schedule,
+        stack, trial, SPAN, real, graft_study.Data(tokens, tokens), objective=graft.Objective(), schedule=schedule
     )
-    more = min(MOST, real.n_tokens + round(paid / per_token))
-    longer = replace(schedule, steps=schedule.steps + round(paid / each))
     yield "real", real, schedule
-    yield "relabelled", relabelled, schedule
-    yield "unrelabelled", walk.unrelabelled(real, found, KIND, share=SHARE, copies=copies, seed=schedule.seed), schedule
-    yield "longer", real, longer
+    for name, kind in KINDS.items():
+        yield f"{name}, relabelled", relabelled[name], schedule
+        yield f"{name}, unrelabelled", walk.unrelabelled(real, found, kind, **options), schedule
+    yield "longer", real, replace(schedule, steps=schedule.steps + round(paid / each))
     yield "more real", harvested(more), schedule
-
-
-def held(pairs: Latents) -> Tokens:
-    return pairs.batch(range(min(16, pairs.n_prompts))).tokens
 
 
 def compared(frame: pd.DataFrame) -> list[str]:

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/width_of_thought")
     parser.add_argument("--seeds", type=int, help="1, and 3 with --full")
     parser.add_argument("--steps", type=int, help="at the original's size; 100, and 1000 with --full")
+    parser.add_argument("--batch", type=int, default=32, help="problems a step")
     parser.add_argument("--widths", type=int, nargs="*", default=[128, 1152], help="beside the original's 384")
     parser.add_argument("--depths", type=int, nargs="*", default=[3, 8], help="beside the original's 5")
     parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
@@ -41,15 +42,15 @@ def main() -> None:
     args = parser.parse_args()
     seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
     steps = args.steps if args.steps is not None else (1000 if args.full else 100)
-    if min(seeds, steps) < 1 or args.judged < 10:
-        parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
+    if min(seeds, steps, args.batch) < 1 or args.judged < 10:
+        parser.error("--seeds, --steps and --batch are 1 or more, --judged 10 or more: two problems of each k")
     torch.set_num_threads(args.threads)
 
     folder = frames.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = graft_study.babel(args.prompts, heldout=args.judged)
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
-    schedule = Schedule(steps=steps, every=max(1, steps // 5))
+    schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
     grids = [{"widths": sorted({WIDTH, *args.widths}), "depths": [DEPTH]}]
     grids += [{"widths": [WIDTH], "depths": args.depths}] if args.depths else []
     parts = graft_study.by_k(data)

@@ -41,11 +41,13 @@ class Cell:
     budget: str
     d_mlp: int
     depth: int
+    steps: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.budget}_{self.d_mlp}x{self.depth}_{self.seed}"
+        """Its folder: cells of the same size, steps and seed are the same training, whatever the budget."""
+        return f"{self.d_mlp}x{self.depth}_{self.steps}_{self.seed}"
 
 
 def run(
@@ -103,7 +105,7 @@ def trained(
             for (width, depth), each in spent.items():
                 steps = schedule.steps if budget == "tokens" else max(1, round(schedule.steps * usual / each))
                 every = max(1, steps * schedule.every // schedule.steps)
-                cell = Cell(budget, width, depth, seed)
+                cell = Cell(budget, width, depth, steps, seed)
                 yield cell, graft.train(
                     teacher, pairs, data.heldout, folder / cell.name, depth=depth, d_mlp=width,
                     schedule=replace(schedule, steps=steps, every=every, seed=seed), progress=progress, **options,
