@@ -75,16 +75,8 @@ def main() -> None:
         return graft.latents(stack, data.corpus[:count], *SPAN, folder / f"latents_{count}", dtype=torch.float32)
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), SHOWN, data.heldout, SPAN[0])
-    settings = {"span": SPAN, "steps": steps, "seeds": seeds, "kinds": {name: str(kind) for name, kind in KINDS.items()}}
-    manifest = provenance.manifest(stack, data.heldout, seed=0, **settings)
-        stack,
-        data.heldout,
-        seed=0,
-        span=SPAN,
-        steps=steps,
-        seeds=seeds,
-        kinds={name: str(kind) for name, kind in KINDS.items()},
-    )
+    kinds = {name: str(kind) for name, kind in KINDS.items()}
+    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kinds=kinds)
     frames.write(report, folder / "walk_manifold.csv", manifest, manifold.COLUMNS)
     frames.save({folder / "walk_manifold.png": figures.png(manifold.figure(report))})
 
