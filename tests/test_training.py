@@ -255,6 +255,58 @@ def test_the_rate_warms_up_and_falls_to_its_final_share():
     assert all(np.diff(rates[12:]) < 0)
 
 
+class TwoTerms(Regression):
+    """The same with the size of the output as a second term, of other weight, under other factors."""
+
+    factors = (0.7, 3.0)
+
+    def __init__(self):
+        super().__init__()
+        self.student.register_forward_hook(self._second)
+
+    def look(self):
+        return {"error": 1.0}
+
+    @staticmethod
+    def _second(student, args, found):
+        size = student.trained(student.frozen(args[0].x)).abs().sum()
+        return torch.stack([found[0][0], size]), torch.tensor([float(found[1]), float(args[0].n_tokens)])
+
+
+class AsTwo:
+    """One process that believes in another, whose share of every sum is the same as its own."""
+
+    num_processes, process_index = 2, 0
+
+    def __init__(self):
+        self.one = training.accelerator_for(torch.device("cpu"))
+
+    def __getattr__(self, name):
+        return getattr(self.one, name)
+
+    def reduce(self, sums, how):
+        return 2 * sums
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_gradient_is_that_of_the_sum_of_the_terms_means(processes, tmp_path):
+    task, seen = TwoTerms(), []
+    trained = task.matrices + task.others
+    for parameter in trained:  # before clipping and Muon, which hide how large it is
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append((p, p.grad.clone())))
+    once = replace(SCHEDULE, steps=1, clip=1e9)
+    done = fit(task, tmp_path, once, accelerator=AsTwo() if processes == 2 else None)
+    by_hand, x = Student(), task.data[task.taken[0]]
+    assert len(x) == 8 // processes
+    output = by_hand.trained(by_hand.frozen(x))
+    loss = 0.7 * (output - 3 * x).pow(2).mean() + 3.0 * output.abs().sum(1).mean()
+    loss.backward()
+    assert len(seen) == 2
+    for own, wanted in zip(trained, by_hand.trained.parameters(), strict=True):
+        torch.testing.assert_close(next(gradient for p, gradient in seen if p is own), wanted.grad)
+    assert done.curve["loss"].iloc[-1] == pytest.approx(loss.item())
+
+
 def test_half_precision_computes_otherwise_and_learns(tmp_path):
     exact, half = Regression(), Regression()
     fit(exact, tmp_path / "no")
