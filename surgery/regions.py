@@ -1,6 +1,6 @@
 """The activations of one class of positions: mean, principal components, and some of them as they are.
 
-Gathered from chunks, in float64, in memory of two d_model x d_model matrices and the activations that are kept.
+Gathered from chunks, in float64, in memory of a few d_model x d_model matrices and the activations that are kept.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from surgery.stats import Scatter
 
 SAMPLES = 5  # activations needed for each component
 CONSTANT = 1e-7  # a variance below this share of E |x|^2 is the rounding of half precision
@@ -48,10 +50,10 @@ class Region:
 
 
 class Gathered:
-    """Mean, scatter and a random few of rows that come in chunks (Chan, Golub and LeVeque 1983)."""
+    """Moments and a random few of rows that come in chunks."""
 
     def __init__(self, bank: int) -> None:
-        self.size, self.count = bank, 0
+        self.size, self.scatter = bank, Scatter()
         self.keys = np.zeros(0)
 
     def add(self, x: Rows, generator: np.random.Generator) -> None:
@@ -60,36 +62,28 @@ class Gathered:
             return
         if not x.isfinite().all():
             raise ValueError("an activation is not finite: harvest in float32 or bfloat16, or mend the model's weights")
-        rows = x.double()
-        mean = rows.mean(0)
-        if not self.count:
-            self.mean, self.scatter, self.bank = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean)), x[:0]
-        new, share = mean - self.mean, len(x) / (self.count + len(x))
-        centred = rows - mean
-        self.scatter += centred.T @ centred + torch.outer(new, new) * (self.count * share)
-        self.mean = self.mean + new * share
-        self.count += len(x)
+        if not self.scatter.count:
+            self.bank = x[:0]
+        self.scatter.add(x)
         both = np.concatenate([self.keys, keys])
         kept = np.sort(np.argsort(both, kind="stable")[: self.size])
         self.keys, self.bank = both[kept], torch.cat([self.bank, x.float()])[torch.from_numpy(kept)]
 
     def region(self, place: int, components: int | None, share: float) -> Region:
-        if self.count < 2:
-            raise ValueError(f"position {place} has {self.count} activations, moments need two or more: "
+        count, few = self.scatter.count, f"position {place} has {self.scatter.count} activations"
+        if count < 2:
+            raise ValueError(f"{few}, moments need two or more: "
                              "take longer prompts, or fewer positions")  # fmt: skip
-        values, vectors = torch.linalg.eigh(self.scatter / self.count)
+        values, vectors = torch.linalg.eigh(self.scatter.covariance)
         values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
-        total = values.sum()
-        varying = int((values > SINGULAR * values[0]).sum()) if total > CONSTANT * (self.mean.square().sum()) else 0
+        total, mean = values.sum(), self.scatter.mean
+        varying = int((values > SINGULAR * values[0]).sum()) if total > CONSTANT * mean.square().sum() else 0
         held = values.cumsum(0) / total
         wanted = int((held < share).sum()) + 1 if components is None else components
         k = min(varying, wanted)
-        if self.count < SAMPLES * k:
-            raise ValueError(
-                f"position {place} has {self.count} activations, {k} components need {SAMPLES * k} or more: take more "
-                "prompts, or fewer components"
-            )
+        if count < SAMPLES * k:
+            raise ValueError(f"{few}, {k} components need {SAMPLES * k} or more: take more prompts, or fewer "
+                             "components")  # fmt: skip
         part = float(held[k - 1]) if k else 1.0
-        return Region(
-            self.mean.float(), vectors[:k].float(), values[:k].sqrt().float(), self.bank, self.count, min(1.0, part)
-        )
+        scale = values[:k].sqrt().float()
+        return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, part))
