@@ -105,12 +105,12 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 """
 
 
-def layered_card(name: str, own: Sequence[tuple[int | None, int | None]]) -> str:
-    """The card of a model built of other layers: MLP width and heads of each, None as configured; how to open it."""
-    sized = any(size != (None, None) for size in own)
-    table = "\n".join(
-        f"| {i} | {d_mlp or 'config'} | {n_heads or 'config'} |" for i, (d_mlp, n_heads) in enumerate(own)
-    )
+def layered_card(name: str, own: Sequence[Sequence[int | None]]) -> str:
+    """The card of a model built of other layers: MLP width, heads and stream of each, None as configured; how to open
+    it."""
+    sized = any(any(size) for size in own)
+    cells = [[str(i), *(str(n or "config") for n in size[:3])] for i, size in enumerate(own)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     how = 'import surgery\n\nmodel = surgery.load("folder")'
     if not sized:
         how = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
@@ -128,7 +128,7 @@ tags: [layer-surgery]
 ```python
 {how}
 ```
-""" + (f"\n| layer | MLP width | heads |\n|---|---|---|\n{table}\n" if sized else "")
+""" + (f"\n| layer | MLP width | heads | stream |\n|---|---|---|---|\n{table}\n" if sized else "")
 
 
 def _refuse_full(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model of kept, fresh and mixed layers: another depth, and layers with an MLP width and heads of their own.
+"""A model of kept, fresh and mixed layers: another depth, and layers with an MLP, heads and a stream of their own size.
 
     rows = layout.middle(12, 4, 9, depth=3, d_mlp=1024)       # layers 0..3 and 9..11 kept, three wide new ones between
     grafted = layout.build(surgery.load("babel"), rows)       # a TransformerBridge like any other, the middle untrained
@@ -8,6 +8,9 @@ Fresh weights are drawn as the model's own class draws them (its ``_init_weights
 initialisation is ours. Embedding, final norm and readout are the base's. All weights are copies: the base does not
 change and shares no memory with what is built. A layer is of the kind (attention type, experts) of the base's layer
 that its row names.
+
+A run of layers can have a stream of its own width, which its first and last map from and to the model's
+(``surgery.border``).
 
 A configuration of Hugging Face knows one MLP width and one number of heads. Where layers differ, the model in memory
 is one of its class all the same, and ``save`` puts ``surgery.json`` beside the weights, which ``surgery.load`` reads;
@@ -22,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import surgery
-from surgery import export
+from surgery import border, export
 from surgery.models import ModelError, _first_line, _quiet, _wrap, plain
 from surgery.stack import Stack
 from surgery.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
@@ -41,9 +44,24 @@ from surgery.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
 FORMAT = 1
 _MARK = "own_size"  # a layer with sizes of its own carries them in this attribute, through copies and tapes
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-Size = tuple[int | None, int | None]  # MLP width and heads of a layer, None: those of the configuration
-_CONFIGURED: Size = (None, None)
 Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or made of the fresh one in its place
+
+
+class Size(NamedTuple):
+    """What of a layer is not as the configuration says: MLP width, heads, width of its stream; None where it is.
+
+    In a stream of its own width a layer ``enters``, ``leaves``, both or neither: it carries the map from, to the
+    model's.
+    """
+
+    d_mlp: int | None = None
+    n_heads: int | None = None
+    d_model: int | None = None
+    enters: bool = False
+    leaves: bool = False
+
+
+_CONFIGURED = Size()
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class Row:
         old: share of the old weights; 1 kept, 0 fresh, between ``old * w_old + (1 - old) * w_fresh``.
         d_mlp: MLP width (of an expert, where there are experts); None: that of ``like``.
         n_heads: attention heads, with as many queries to a key and as wide as in ``like``; None: those of ``like``.
+        d_model: width of the stream inside the run of layers that have it; None: that of ``like``.
 
     Raises:
         ValueError: a share outside 0..1, or a width or number of heads below 1.
@@ -64,12 +83,13 @@ class Row:
     old: float = 1.0
     d_mlp: int | None = None
     n_heads: int | None = None
+    d_model: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.old <= 1:
             raise ValueError(f"old = {self.old}: it is the share of the old weights, from 0 (fresh) to 1 (kept)")
-        for name, size in (("d_mlp", self.d_mlp), ("n_heads", self.n_heads)):
-            if size is not None and size < 1:
+        for name in ("d_mlp", "n_heads", "d_model"):
+            if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} = {size}: give 1 or more, or None for that of layer {self.like}")
 
 
@@ -82,6 +102,7 @@ def middle(
     old: float = 0.0,
     d_mlp: int | None = None,
     n_heads: int | None = None,
+    d_model: int | None = None,
 ) -> tuple[Row, ...]:
     """Layers [0, start) and [stop, n_layers) kept, with ``depth`` new ones between (None: as many as there were).
 
@@ -91,7 +112,7 @@ def middle(
         ValueError: an empty span, the whole model, or a depth below 0.
 
     >>> [row.like for row in middle(6, 1, 5, depth=2)], middle(6, 1, 5, depth=2)[1]
-    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None))
+    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None))
     """
     if not (0 <= start < stop <= n_layers and stop - start < n_layers):
         raise ValueError(
@@ -102,7 +123,7 @@ def middle(
     depth = span if depth is None else depth
     if depth < 0:
         raise ValueError(f"depth = {depth}: give the number of new layers, 0 or more")
-    new = [Row(start + (2 * i + 1) * span // (2 * depth), old, d_mlp, n_heads) for i in range(depth)]
+    new = [Row(start + (2 * i + 1) * span // (2 * depth), old, d_mlp, n_heads, d_model) for i in range(depth)]
     return *map(Row, range(start)), *new, *map(Row, range(stop, n_layers))
 
 
@@ -136,9 +157,7 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
     own = _own(model, source)
     for row, size in zip(rows, _sizes_of(model, own, rows)):
         if row.old > 0 and size != own[row.like]:
-            raise ValueError(
-                f"{row}: old weights have the old size; with d_mlp or n_heads of its own a layer is fresh, old=0.0"
-            )
+            raise ValueError(f"{row}: old weights have the old size; with sizes of its own a layer is fresh, old=0.0")
     weights = {
         f"{layers}.{place}.{name}": (row.old, tensor)
         for place, row in enumerate(rows)
@@ -166,8 +185,8 @@ def shaped(
     return _built(model, _source(model), rows, seed, put)
 
 
-def sizes(model: TransformerBridge) -> list[tuple[int | None, int | None]]:
-    """MLP width and number of heads of every layer; None: as the configuration says."""
+def sizes(model: TransformerBridge) -> list[Size]:
+    """What sizes of its own every layer has."""
     return _own(model, _source(model))
 
 
@@ -201,7 +220,7 @@ def save(
 
     texts = {"README.md": export.layered_card(stack.name, own)}
     if any(size != _CONFIGURED for size in own):
-        rows = [{"d_mlp": d_mlp, "n_heads": n_heads} for d_mlp, n_heads in own]
+        rows = [size._asdict() for size in own]
         texts["surgery.json"] = json.dumps(
             {"format": FORMAT, "open_with": "surgery.load(folder)", "surgery": surgery.__version__, "rows": rows},
             indent=1,
@@ -216,17 +235,17 @@ def opener(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class whose ``from_pretrained`` opens a folder with ``surgery.json``."""
     try:
         said = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
-        found, rows = said["format"], [(row["d_mlp"], row["n_heads"]) for row in said["rows"]]
+        found, rows = said["format"], [Size(**row) for row in said["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/surgery.json does not say the sizes of the layers: save the model again") from error
     if found != FORMAT:
         raise ModelError(f"{folder}/surgery.json has format {found!r}, this surgery reads {FORMAT}: update it")
     if len(rows) != config.get_text_config().num_hidden_layers or not all(
-        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row
+        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row[:3]
     ):
         raise ModelError(
             f"{folder}/surgery.json must give every one of the {config.get_text_config().num_hidden_layers} layers of "
-            "config.json a d_mlp and n_heads, each null or 1 and more: save the model again"
+            "config.json a d_mlp, n_heads and d_model, each null or 1 and more: save the model again"
         )
     return _class_of(AutoModelForCausalLM._model_mapping[type(config)], rows)
 
@@ -250,7 +269,7 @@ def _built(
         config.n_layers = len(rows)
     else:
         rewrite(config.get_text_config(), [row.like for row in rows], len(old))
-    if len(set(own)) == 1:  # then the configuration can say it
+    if len(set(own)) == 1 and own[0].d_model is None:  # then the configuration can say it
         config, own = _resized(config, own[0]), [_CONFIGURED] * len(rows)
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
@@ -273,9 +292,7 @@ def _built(
         except ModelError:
             raise
         except Exception as error:  # a shape that some line of the model's own code does not expect
-            asked = dict.fromkeys(
-                f"{key} {value}" for size in own for key, value in zip(("d_mlp", "n_heads"), size) if value
-            )
+            asked = dict.fromkeys(_asked(size) for size in own if _asked(size))
             raise ModelError(
                 f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
                 f"{_first_line(error)}; leave such sizes out"
@@ -290,7 +307,7 @@ def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrain
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             others = {size: base(_resized(config, size)) for size in dict.fromkeys(own) if size != _CONFIGURED}
-            _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own)
+            _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own, config)
             for layer in _row(self, len(own)):
                 for module in layer.modules():
                     if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -308,7 +325,8 @@ def _native(config: Any, own: Sequence[Size]) -> nn.Module:
         return model
 
     whole = fresh(_CONFIGURED)
-    _place(whole.layers, {size: fresh(size).layers for size in dict.fromkeys(own) if size != _CONFIGURED}, own)
+    others = {size: fresh(size).layers for size in dict.fromkeys(own) if size != _CONFIGURED}
+    _place(whole.layers, others, own, config)
     return whole
 
 
@@ -317,24 +335,30 @@ def _row(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
 
 
-def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size]) -> None:
+def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size], config: Any) -> None:
     for place, size in enumerate(own):
         if size != _CONFIGURED:
-            _require_size(row[place], others[size][place], size)
-            row[place] = others[size][place]
-            setattr(row[place], _MARK, size)
+            old, new = row[place], others[size][place]
+            _require_size(old, new, size)
+            if size.d_model is not None:
+                d_model = _d_model(config)
+                border.carry(new, old, d_model, size.d_model, enters=size.enters, leaves=size.leaves)
+            row[place] = new
+            setattr(new, _MARK, size)
 
 
 def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
     """Not every class follows its configuration: some fix the MLP's width, or divide d_model among the heads."""
-    d_mlp, n_heads = size
+    d_mlp, n_heads, d_model, *_ = size
     if d_mlp and not any(dim in (d_mlp, 2 * d_mlp) for p in new.parameters() for dim in p.shape):
         raise ModelError(f"{type(new).__name__} has no MLP that can be {d_mlp} wide: leave d_mlp out")
-    if n_heads and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
+    if (n_heads or d_model) and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
         raise ModelError(
-            f"{type(new).__name__} divides d_model among its heads, so {n_heads} heads would have another width: "
-            "leave n_heads out"
+            f"{type(new).__name__} divides d_model among its heads, so that {_asked(size)} would make heads of another "
+            "width: give d_model and n_heads, both so many times what they are, or neither"
         )
+    if d_model and not any(d_model in p.shape for p in new.parameters()):
+        raise ModelError(f"{type(new).__name__} has no stream that can be {d_model} wide: leave d_model out")
 
 
 def _head_widths(layer: nn.Module) -> set[int]:
@@ -381,26 +405,34 @@ def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]
         if not 0 <= row.like < len(own):
             raise ValueError(f"{row}: {model.cfg.model_name} has layers 0 to {len(own) - 1}")
 
-    def over(asked: int | None, carried: int | None, said: int | None) -> int | None:
+    def over(row: Row, name: str) -> int | None:
+        asked, carried = getattr(row, name), getattr(own[row.like], name)
         size = carried if asked is None else asked
-        return None if size == said else size
+        return None if size == getattr(configured, name) else size
 
-    return [
-        (over(row.d_mlp, own[row.like][0], configured[0]), over(row.n_heads, own[row.like][1], configured[1]))
-        for row in rows
-    ]
+    found = [Size(*(over(row, name) for name in Size._fields[:3])) for row in rows]
+    entered, left = ([row.d_model is None and getattr(own[row.like], border) for row in rows]
+                     for border in ("enters", "leaves"))  # what a layer carries it keeps  # fmt: skip
+    for place, size in enumerate(found):
+        before, after = (found[there].d_model if 0 <= there < len(found) else None for there in (place - 1, place + 1))
+        if size.d_model is not None:
+            enters = entered[place] or before != size.d_model or left[place - 1]
+            leaves = left[place] or after != size.d_model or entered[place + 1]
+            found[place] = size._replace(enters=enters, leaves=leaves)
+    return found
 
 
 def _configured(config: Any) -> Size:
     """The sizes that a configuration gives all layers; None where it has no single width."""
-    text, widths = _text(config), _widths(config)
-    found = {getattr(text, key) or 4 * text.hidden_size for key in widths}
-    return (found.pop() if len(found) == 1 else None), getattr(text, "n_heads", None) or text.num_attention_heads
+    text, d_model = _text(config), _d_model(config)
+    found = {getattr(text, key) or 4 * d_model for key in _widths(config)}
+    heads = getattr(text, "n_heads", None) or text.num_attention_heads
+    return Size(found.pop() if len(found) == 1 else None, heads, d_model)
 
 
 def _resized(config: Any, size: Size) -> Any:
-    (d_mlp, n_heads), config = size, copy.deepcopy(config)
-    text, native = _text(config), not isinstance(config, PreTrainedConfig)
+    (d_mlp, n_heads, d_model, *_), config = size, copy.deepcopy(config)
+    text, native, heads = _text(config), not isinstance(config, PreTrainedConfig), _configured(config).n_heads
     if d_mlp:
         if not _widths(config):
             raise ModelError(
@@ -409,21 +441,36 @@ def _resized(config: Any, size: Size) -> Any:
             )
         for key in _widths(config):
             setattr(text, key, d_mlp)
+    if (n_heads or d_model) and not native:
+        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if d_model:
+        if not d_mlp:  # else GPT-2 would take four times the new width
+            config = _resized(config, Size(_configured(config).d_mlp)) if _widths(config) else config
+            text = _text(config)
+        setattr(text, "d_model" if native else "hidden_size", d_model)
     if n_heads:
         heads_key, keys_key = (
             ("n_heads", "n_key_value_heads") if native else ("num_attention_heads", "num_key_value_heads")
         )
-        heads, keys = getattr(text, heads_key), getattr(text, keys_key, None)
+        keys = getattr(text, keys_key, None)
         if keys and n_heads * keys % heads:
             raise ModelError(
                 f"here {heads} heads share {keys} keys, so {n_heads} cannot: make n_heads a multiple of {heads // keys}"
             )
-        if not native:
-            text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         setattr(text, heads_key, n_heads)
         if keys:
             setattr(text, keys_key, n_heads * keys // heads)
     return config
+
+
+def _d_model(config: Any) -> int:
+    text = _text(config)
+    return text.hidden_size if isinstance(config, PreTrainedConfig) else text.d_model
+
+
+def _asked(size: Size) -> str:
+    """In words what of a layer's size is not configured."""
+    return ", ".join(f"{name} {value}" for name, value in zip(Size._fields[:3], size) if value)
 
 
 def _widths(config: Any) -> list[str]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
+from surgery import border
 from surgery.engine import Engine, FrozenNorm, Parts, Recording, Stream, replaced_forward
 from surgery.models import ModelError, plain
 from surgery.steps import executions
@@ -75,6 +76,7 @@ class Stack:
         self.d_model, self.d_vocab, self.n_ctx = (
             int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
         )
+        self._streams = [border.streams(block.original_component, self.d_model) for block in model.blocks]
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tolerance = TOLERANCES[self.dtype]
@@ -141,12 +143,17 @@ class Stack:
         context)``."""
         context = self._current(context)
         with torch.set_grad_enabled(grad):
-            return self._chain(context.engine, context.recording, self.wiring(wiring).steps, x, tap)
+            return self._chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
 
     def update(self, layer: int, x: Stream, context: Context | None = None, *, grad: bool = False) -> Stream:
         """``f_l(x)``, what one layer adds to a stream. Without a context: as for unpadded prompts of that shape."""
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(f"layer {layer}: {self.name} has layers 0 to {self.n_layers - 1}")
+        if (taken := self._streams[layer][0]) != (given := self._streams[layer][2]):
+            raise ValueError(
+                f"layer {layer} of {self.name} takes a stream of {taken} and gives one of {given}: it has no update; "
+                "execute it, or the whole run of layers between two borders"
+            )
         if context is None:
             context = self.context(torch.zeros(x.shape[:2], dtype=torch.long, device=self.device))
         context = self._current(context)
@@ -157,6 +164,11 @@ class Stack:
         """``x_0 .. x_L`` of the clean run: what enters layer 0, ..., what leaves the last. Cost: 1 F without the
         head."""
         context = self._current(self.context(tokens))
+        if inside := [layer for layer, (_, _, given) in enumerate(self._streams) if given != self.d_model]:
+            raise ValueError(
+                f"layers {inside[0]} to {inside[-1]} of {self.name} give a stream of another width than "
+                f"{self.d_model}: listen to them with stack.run(tokens, tap=...), or measure the model it was made of"
+            )
         streams = [context.x0]
         with torch.no_grad():
             for layer, call in enumerate(context.recording.calls):
@@ -205,12 +217,13 @@ class Stack:
                     scales[name] = norm.scale(args[0])
 
                 listening.callback(norm.module.register_forward_pre_hook(note).remove)
-            self.stream(context)
+            self.execute(":", context.x0, context)
         return scales
 
-    def wiring(self, wiring: "Wiring | str") -> Wiring:
+    def wiring(self, wiring: "Wiring | str", width: int | None = None) -> Wiring:
         """A wiring of this model, from its notation; refuses one made for another number of layers or without its
-        parts."""
+        parts, and one whose layers do not take the stream of those before (the first: of ``width``, d_model if not
+        given)."""
         wiring = Wiring.parse(wiring, self.n_layers) if isinstance(wiring, str) else wiring
         if wiring.n_layers != self.n_layers:
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
@@ -224,7 +237,28 @@ class Stack:
                     else "cannot be split exactly"
                 )
             )
+        if self._resized:
+            self._width(wiring.steps, self.d_model if width is None else width)
         return wiring
+
+    def _width(self, steps: tuple[Step, ...], width: int) -> int:
+        """Of the stream that leaves these steps."""
+        for step in steps:
+            match step:
+                case Layer(index):
+                    taken, _, given = self._streams[index]
+                    if taken != width:
+                        raise ValueError(
+                            f"layer {index} of {self.name} takes a stream of {taken}, not one of {width}: layers with "
+                            "a stream of their own run as a whole, from the first that maps into it to the last"
+                        )
+                    width = given
+                case Parallel(branches):
+                    if any(self._width(branch, width) != width for branch in branches):
+                        raise ValueError("branches beside each other must give the width of stream that they take")
+                case Scaled(_, body) if self._width(body, width) != width:
+                    raise ValueError("what is scaled must give the width of stream that it takes")
+        return width
 
     # --- proving -----------------------------------------------------------------------------------------------------
 
@@ -234,18 +268,12 @@ class Stack:
         Differences are relative to the largest value compared. Cost: about 12 F on two short random prompts.
         """
         tokens = self._probe()
-        context, streams = self.context(tokens), self.stream(tokens)
-        own = self._own_logits(tokens)
+        context, own = self.context(tokens), self._own_logits(tokens)
         rows = [("identity wiring", "the model's own logits", _difference(self.run(tokens), own))]
         if self._plain is not None:
-            bridge_streams, _ = self._bridge.observe(**self._inputs(tokens))
-            rows.append(
-                (
-                    "stream of the plain twin",
-                    "the bridge's blocks",
-                    _difference(streams[1:], torch.stack(bridge_streams)),
-                )
-            )
+            both = (engine.observe(**self._inputs(tokens))[0] for engine in (self._plain, self._bridge))
+            difference = max(_difference(*pair) for pair in zip(*both, strict=True))
+            rows.append(("stream of the plain twin", "the bridge's blocks", difference))
         last = torch.zeros_like(tokens.mask)
         last[:, -1] = True
         rows.append(
@@ -264,10 +292,16 @@ class Stack:
                     _difference(self.run(padded)[padded.mask], own.flatten(0, 1)),
                 )
             )
+        if self._resized:
+            return self._judged(rows)  # sublayers and streams of several widths cannot be compared
+        streams = self.stream(tokens)
         sublayers = f"attention {'beside' if self.parallel_sublayers else 'then'} MLP, every layer"
         rows.append((sublayers, "whole layers", self._sublayer_difference(context, streams)))
         with self.frozen(context):
             rows.append(("norms frozen at their own scales", "live norms", _difference(self.stream(context), streams)))
+        return self._judged(rows)
+
+    def _judged(self, rows: list[tuple[str, str, float]]) -> pd.DataFrame:
         frame = pd.DataFrame(rows, columns=["check", "compared_with", "largest_difference"])
         frame["tolerance"] = self.tolerance
         frame["passed"] = frame["largest_difference"] <= self.tolerance
@@ -363,11 +397,13 @@ class Stack:
         return inputs
 
     def _norms(self, engine: Engine) -> dict[str, FrozenNorm]:
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(4, self.d_model, generator=generator).to(self.device, self.dtype)
+        def probe(layer: int) -> Tensor:
+            width, generator = self._streams[layer][1], torch.Generator().manual_seed(0)
+            return torch.randn(4, width, generator=generator).to(self.device, self.dtype)
+
         with torch.no_grad():
             return {
-                f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, probe)
+                f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, probe(layer))
                 for layer, parts in enumerate(engine.parts)
                 for name, module in parts.norms.items()
             }
@@ -394,11 +430,16 @@ class Stack:
         return x
 
     @cached_property
+    def _resized(self) -> bool:
+        """Whether some layers have a stream of a width of their own (``surgery.border``)."""
+        return any(set(streams) != {self.d_model} for streams in self._streams)
+
+    @cached_property
     def _exact_sublayers(self) -> frozenset[str]:
         """The sublayers that can run on their own: together they give the whole layer again."""
         tokens = self._probe()
         context = self.context(tokens)
-        if self._sublayer_difference(context, self.stream(context)) > self.tolerance:
+        if self._resized or self._sublayer_difference(context, self.stream(context)) > self.tolerance:
             return frozenset()
         return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
 

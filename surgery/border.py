@@ -1,0 +1,103 @@
+"""The borders of a span whose stream has a width of its own: maps into it and out of it, which its layers carry.
+
+Between layers of another width than the model's the stream has theirs. The first of such a run maps the stream of
+``d`` numbers that it is given to ``d'``, its last one maps back; both maps are matrices that train with the layers
+(``enter`` and ``leave``). A fresh map into a wider stream pads it so that the norms inside see the same directions,
+and the map out forgets what was added:
+
+* a norm that takes the root mean square: pad with zeros, ``rms' = sqrt(d / d') rms``;
+* a norm that also takes the mean off (LayerNorm): pad with the mean, which adds no deviation, ``var' = (d / d') var``.
+
+So ``scale' = sqrt(d / d') scale`` and ``eps' = (d / d') eps`` make the normed stream what it was, in exact arithmetic
+(LEMON, Wang et al. 2023, arXiv 2310.07999, pads LayerNorm so). Every norm of a run has its epsilon set by this rule.
+
+A run of layers is told by ``enters`` and ``leaves``, which travel with its layers through tapes and copies: a run taped
+twice enters and leaves twice.
+"""
+
+from collections.abc import Iterator
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from surgery.engine import FrozenNorm
+
+
+def carry(layer: nn.Module, like: nn.Module, d_model: int, own: int, *, enters: bool, leaves: bool) -> None:
+    """Give ``layer``, whose stream is ``own`` wide, the maps from and to ``d_model``, and its norms their epsilon.
+
+    ``like`` is the same layer of a stream of ``d_model``, which tells the norms of the stream from others.
+    """
+    norms = list(_norms(layer, like, own))
+    for norm, eps in norms:
+        setattr(norm, eps, getattr(norm, eps) * d_model / own)
+    weight, layer.stream_width = next(layer.parameters()), own
+    if enters or leaves:
+        if enters:
+            layer.enter = _linear(padding(own, d_model, mean=bool(norms) and centres(norms[0][0], own)), weight)
+        if leaves:
+            layer.leave = _linear(torch.eye(d_model, own), weight)
+        layer.__class__ = _bordered(type(layer))
+
+
+def padding(wide: int, d_model: int, *, mean: bool) -> Float[Tensor, "wide d_model"]:
+    """The stream as it is, and after it zeros or its mean.
+
+    >>> padding(3, 2, mean=True) @ torch.tensor([1.0, 3.0])
+    tensor([1., 3., 2.])
+    """
+    matrix = torch.eye(wide, d_model)
+    if mean:
+        matrix[d_model:] = 1 / d_model
+    return matrix
+
+
+def centres(norm: nn.Module, width: int) -> bool:
+    """Whether a norm takes the mean off."""
+    weight = next(norm.parameters())
+    if weight.is_meta:  # about to be filled from a file, whose maps say it
+        return False
+    probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        return FrozenNorm(norm, probe).centres
+
+
+def streams(layer: nn.Module, d_model: int) -> tuple[int, int, int]:
+    """Width of the stream that a layer takes, has inside and gives."""
+    inside = getattr(layer, "stream_width", d_model)
+    return d_model if hasattr(layer, "enter") else inside, inside, d_model if hasattr(layer, "leave") else inside
+
+
+@cache
+def _bordered(kind: type[nn.Module]) -> type[nn.Module]:
+    class Bordered(kind):
+        @wraps(kind.forward)
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            enter, leave = self._modules.get("enter"), self._modules.get("leave")
+            output = super().forward(hidden_states if enter is None else enter(hidden_states), *args, **kwargs)
+            if leave is None:
+                return output
+            return (leave(output[0]), *output[1:]) if isinstance(output, tuple) else leave(output)
+
+    Bordered.__module__, Bordered.__name__ = kind.__module__, kind.__name__
+    return Bordered
+
+
+def _norms(layer: nn.Module, like: nn.Module, own: int) -> Iterator[tuple[nn.Module, str]]:
+    """The norms of the stream, and what they call their epsilon."""
+    before = dict(like.named_modules())
+    for name, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        eps = next((key for key in ("eps", "variance_epsilon") if hasattr(module, key)), None)
+        if eps and isinstance(weight, Tensor) and weight.shape == (own,) and before[name].weight.shape != weight.shape:
+            yield module, eps
+
+
+def _linear(matrix: Float[Tensor, "out in"], like: Tensor) -> nn.Linear:
+    linear = nn.Linear(*reversed(matrix.shape), bias=False, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(matrix)
+    return linear
