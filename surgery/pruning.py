@@ -5,7 +5,8 @@ importance of a neuron is ``sum_t |act_t| |w_out|``, that of a head ``sum_t |z_t
 prompt's first left out. Muralidharan et al. (2024, arXiv 2407.14679) rank heads by the size of their output and neurons
 by their activation alone; with the output weight a neuron that writes nothing counts nothing, whatever it computes.
 
-Query heads that share a key and value are one unit, whose importance is the sum of its heads'.
+Query heads that share a key and value are one unit, whose importance is the sum of its heads'. A neuron of an expert is
+heard at the tokens routed there, times the router's weight.
 
 Controls at equal size: ``magnitude``, the norm of the unit's output weights, and ``random``.
 """
@@ -14,8 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformer_lens import TransformerBridge
 
 from surgery import layout
@@ -42,7 +44,7 @@ def importance(
 
     Raises:
         ValueError: another ``part`` or ``by``; no tokens, or none beyond each prompt's first, for ``activation``.
-        ModelError: layers without such a part; fused experts, whose activations cannot be heard.
+        ModelError: layers without such a part; fused experts of an unusual form, for ``activation``.
 
     >>> import surgery
     >>> model = surgery.load("babel")
@@ -66,19 +68,13 @@ def importance(
 
 
 def _heard(model: TransformerBridge, layers: "list[_Writer]", tokens: Tokens, batch_size: int) -> list[Tensor]:
-    stack, source = Stack(model), layout._source(model)
+    modules, stack, source = [writer.hearable() for writer in layers], Stack(model), layout._source(model)
     totals, keep = [torch.zeros(writer.shape, dtype=torch.float64) for writer in layers], torch.empty(0)
 
     def hear(_: Any, args: tuple[Tensor, ...], place: int) -> None:
-        totals[place] += layers[place].written(args[0].reshape(*keep.shape, -1)[keep])
+        totals[place] += layers[place].written(keep, *args)
 
-    hooks = [
-        source.get_submodule(f"{layout._layers(model)}.{place}.{writer.path}").register_forward_pre_hook(
-            partial(hear, place=place)
-        )
-        for place, writer in enumerate(layers)
-        if writer.hearable()
-    ]
+    hooks = [module.register_forward_pre_hook(partial(hear, place=i)) for i, module in enumerate(modules)]
     try:
         for batch in tokens.to(stack.device).batches(batch_size):
             keep = batch.ensemble()
@@ -108,8 +104,9 @@ class _Writer:
         out = component.submodules.get("o" if part == "attn" else "out")
         if out is not None:
             self.path = ".".join(filter(None, (component.name, out.name)))
-            linear = module.get_submodule(self.path)
-            rows = linear.weight.T if isinstance(linear, nn.Linear) else linear.weight  # GPT-2 keeps it transposed
+            self.module = module.get_submodule(self.path)
+            weight = self.module.weight
+            rows = weight.T if isinstance(self.module, nn.Linear) else weight  # GPT-2 keeps it transposed
         else:  # fused experts: one matrix reads, gate beside up, the smaller one writes
             fused = [
                 (weight.numel(), name)
@@ -118,7 +115,8 @@ class _Writer:
             ]
             if not fused:
                 raise ModelError(f"{self.what} has a {part} whose output weights cannot be found: leave its size out")
-            self.path = min(fused)[1]
+            self.path, self.reads = min(fused)[1], module.get_parameter(max(fused)[1])
+            self.module = module.get_submodule(self.path.rpartition(".")[0])
             rows = module.get_parameter(self.path).transpose(1, 2)
         self.group = 1
         self.count: int = rows.shape[-2]
@@ -131,16 +129,39 @@ class _Writer:
     def magnitude(self) -> Tensor:
         return self._grouped(self.rows.double().square().sum((-2, -1)).sqrt().cpu())
 
-    def hearable(self) -> bool:
-        if self.rows.ndim == 4:
-            raise ModelError(f"{self.what} has fused experts, whose neurons cannot be heard: say by='magnitude'")
-        return True
+    def hearable(self) -> Any:
+        """The module that is given what the units write, or what the experts are to make of it."""
+        experts = self.module
+        if self.rows.ndim == 4 and (experts.has_bias or experts.is_transposed or not experts.has_gate):
+            raise ModelError(f"{self.what} has fused experts that are turned, have biases or no gate, which cannot be "
+                             "heard: say by='magnitude'")  # fmt: skip
+        return experts
 
-    def written(self, inputs: Float[Tensor, "token width"]) -> Float[Tensor, " unit"]:
-        rows, inputs = self.rows.double(), inputs.double().unflatten(-1, (self.count, -1))
+    def written(
+        self, keep: Bool[Tensor, "prompt pos"], x: Tensor, *routes: Int[Tensor, "token choice"] | Tensor
+    ) -> Float[Tensor, "*expert unit"]:
+        """How much the units write at the tokens to keep, of what their module is given."""
+        if routes:
+            return self._routed(keep.flatten(), x, *routes)
+        rows, inputs = self.rows.double(), x.reshape(*keep.shape, -1)[keep].double().unflatten(-1, (self.count, -1))
         gram = rows @ rows.transpose(-2, -1)
         size = torch.einsum("tui,uij,tuj->tu", inputs, gram, inputs).clamp(min=0).sqrt()
         return self._grouped(size.sum(0)).cpu()
+
+    def _routed(
+        self,
+        keep: Bool[Tensor, " token"],
+        x: Float[Tensor, "token d_model"],
+        chosen: Int[Tensor, "token choice"],
+        weights: Float[Tensor, "token choice"],
+    ) -> Float[Tensor, "expert unit"]:
+        """Experts compute as one, so each is asked again, for the tokens that chose it."""
+        total = torch.zeros(self.shape, dtype=torch.float64, device=x.device)
+        for expert, reads in enumerate(self.reads):
+            token, place = torch.where((chosen == expert) & keep.unsqueeze(1))
+            act = self.module._apply_gate(linear(x[token], reads)).double().abs()
+            total[expert] = weights[token, place].double() @ act
+        return total.cpu() * self.magnitude()
 
     def _grouped(self, heads: Tensor) -> Tensor:
         return heads.unflatten(-1, (-1, self.group)).sum(-1)
