@@ -15,15 +15,24 @@ A run of layers is told by ``enters`` and ``leaves``, which travel with its laye
 twice enters and leaves twice.
 """
 
+import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+from transformers.pytorch_utils import Conv1D
 
 from surgery.engine import FrozenNorm
+
+HEAD_WIDTHS = ("head_dim", "head_size", "d_head")  # what modules of attention call it
+WRITES = ("c_proj", "out_proj", "dense", "o_proj")  # what models call the matrix that attention writes with
 
 
 def carry(layer: nn.Module, like: nn.Module, d_model: int, own: int, *, enters: bool, leaves: bool) -> None:
@@ -31,16 +40,70 @@ def carry(layer: nn.Module, like: nn.Module, d_model: int, own: int, *, enters: 
 
     ``like`` is the same layer of a stream of ``d_model``, which tells the norms of the stream from others.
     """
+    for module in layer.modules():
+        module.stream_width = own
     norms = list(_norms(layer, like, own))
     for norm, eps in norms:
         setattr(norm, eps, getattr(norm, eps) * d_model / own)
-    weight, layer.stream_width = next(layer.parameters()), own
+    weight = next(layer.parameters())
     if enters or leaves:
         if enters:
             layer.enter = _linear(padding(own, d_model, mean=bool(norms) and centres(norms[0][0], own)), weight)
         if leaves:
             layer.leave = _linear(torch.eye(d_model, own), weight)
         layer.__class__ = _bordered(type(layer))
+
+
+def attention(layer: nn.Module, like: nn.Module) -> None:
+    """Give ``layer``, of another stream than ``like``, the heads of ``like`` where its class divides the stream among
+    them: its attention, whose matrices take that stream and give it."""
+    name, inside = next((name, m) for name, m in like.named_children() if any(hasattr(m, key) for key in HEAD_WIDTHS))
+    for path, old in list(inside.named_modules()):
+        if isinstance(old, nn.Linear | Conv1D):
+            weight = layer.get_submodule(f"{name}.{path}").weight  # fresh, of which a part will do
+            stream = 0 if (path in WRITES) != isinstance(old, Conv1D) else 1
+            kept = [slice(None) if axis == stream else slice(size) for axis, size in enumerate(old.weight.shape)]
+            old.weight = nn.Parameter(weight.detach()[tuple(kept)].clone())
+            if path in WRITES and old.bias is not None:
+                old.bias = nn.Parameter(torch.zeros_like(weight[:, 0] if stream == 0 else weight[0]))
+            for key, axis in zip(
+                ("nx", "nf") if isinstance(old, Conv1D) else ("out_features", "in_features"), (0, 1), strict=True
+            ):
+                setattr(old, key, old.weight.shape[axis])
+    setattr(layer, name, inside)
+
+
+@contextmanager
+def bridged() -> Iterator[None]:
+    """Within it TransformerLens takes joint queries, keys and values apart by the width of their own stream."""
+    apart = JointQKVAttentionBridge.set_original_component
+
+    def own(self: JointQKVAttentionBridge, component: nn.Module) -> None:
+        config = getattr(getattr(self.split_qkv_matrix, "__self__", None), "cfg", None)
+        if config is None or not hasattr(component, "stream_width"):
+            return apart(self, component)
+        d_model, config.d_model = config.d_model, component.stream_width
+        try:
+            apart(self, component)
+        finally:
+            config.d_model = d_model
+
+    JointQKVAttentionBridge.set_original_component = own
+    try:
+        yield
+    finally:
+        JointQKVAttentionBridge.set_original_component = apart
+
+
+def told(bridge: TransformerBridge) -> TransformerBridge:
+    """The bridge, whose norms go by the epsilon of their own module where the configuration says another."""
+    for block in bridge.blocks:
+        if hasattr(block.original_component, "stream_width"):
+            for norm in block.modules():
+                if isinstance(norm, NormalizationBridge) and hasattr(norm.original_component, "eps"):
+                    norm.config = copy.copy(norm.config)
+                    norm.config.eps = norm.original_component.eps
+    return bridge
 
 
 def padding(wide: int, d_model: int, *, mean: bool) -> Float[Tensor, "wide d_model"]:

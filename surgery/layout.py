@@ -285,7 +285,8 @@ def _built(
             else:
                 built = build_bridge_from_module(
                     module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
-                ).eval()
+                )
+                built = border.told(built).eval()
             probe, twin = _probe(stack := Stack(built)), plain(built)
             if twin is not None and not _agree(twin(probe).logits, built(probe), stack):
                 raise ModelError(f"{name} built anew: its bridge and its Hugging Face model give other logits")
@@ -339,6 +340,8 @@ def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequen
     for place, size in enumerate(own):
         if size != _CONFIGURED:
             old, new = row[place], others[size][place]
+            if size.d_model is not None and size.n_heads is None and _head_widths(old) != _head_widths(new):
+                border.attention(new, old)
             _require_size(old, new, size)
             if size.d_model is not None:
                 d_model = _d_model(config)
@@ -355,14 +358,14 @@ def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
     if (n_heads or d_model) and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
         raise ModelError(
             f"{type(new).__name__} divides d_model among its heads, so that {_asked(size)} would make heads of another "
-            "width: give d_model and n_heads, both so many times what they are, or neither"
+            "width: leave n_heads out"
         )
     if d_model and not any(d_model in p.shape for p in new.parameters()):
         raise ModelError(f"{type(new).__name__} has no stream that can be {d_model} wide: leave d_model out")
 
 
 def _head_widths(layer: nn.Module) -> set[int]:
-    widths = (getattr(module, key, None) for module in layer.modules() for key in ("head_dim", "head_size", "d_head"))
+    widths = (getattr(module, key, None) for module in layer.modules() for key in border.HEAD_WIDTHS)
     return {width for width in widths if isinstance(width, int)}
 
 

@@ -24,6 +24,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from surgery import border
 from surgery.babel import Babel, Problem
 
 REFERENCE = "babel"
@@ -127,15 +128,16 @@ def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
         if tokenizer is not None:
             tokenizer.init_kwargs.setdefault("name_or_path", name)
         try:
-            bridge = build_bridge_from_module(
-                twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
-            )
+            with border.bridged():
+                bridge = build_bridge_from_module(
+                    twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
+                )
         except ValueError as error:
             raise ModelError(
                 f"TransformerLens has no adapter for {architecture} ({name}): {_first_line(error)}"
             ) from error
     _plain_twins[bridge] = hugging_face
-    return bridge.eval()
+    return border.told(bridge).eval()
 
 
 def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedModel:

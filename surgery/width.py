@@ -41,7 +41,7 @@ from surgery.tokens import Tokens
 
 COLUMNS = {
     "architecture": "the model's name as given",
-    "part": "what was made larger: mlp, heads, stream (with heads, where these divide it) or depth",
+    "part": "what was made larger: mlp, heads, stream or depth",
     "precision": "the weights' data type",
     "difference": "largest difference of a logit, as a fraction of the largest logit; missing where refused",
     "refused": "why this architecture cannot have that part larger, else empty",
@@ -67,7 +67,7 @@ def widen(
     Raises:
         ValueError: a span outside the model, nothing asked, or a size below what is there.
         ModelError: an architecture whose layers cannot have such sizes: heads that divide d_model among them (GPT-2,
-            GPT-J, GPT-NeoX, OPT: ask for d_model and n_heads together), whose queries and keys are normed together
+            GPT-J, GPT-NeoX, OPT), whose queries and keys are normed together
             (OLMo 2) or lie in one matrix (Phi-3); norms without weights, which cannot be rescaled; experts
             whose rows are no multiple of 16 bytes, which torch's grouped product needs.
 
@@ -211,8 +211,8 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
         probe = _probe(stack := Stack(model))
         larger = {
             "mlp": lambda model: widen(model, start, stop, d_mlp=2 * pruning.writers(model, "mlp")[start].count),
-            "heads": lambda model: widen(model, start, stop, n_heads=_twice_the_heads(model, start)),
-            "stream": lambda model: _broader(model, start, stop),
+            "heads": lambda model: widen(model, start, stop, n_heads=2 * pruning.writers(model, "attn")[start].count),
+            "stream": lambda model: widen(model, start, stop, d_model=2 * model.cfg.d_model),
             "depth": lambda model: deepen(model, start, stop, depth=2 * (stop - start)),
         }
         for part, made in larger.items():
@@ -323,18 +323,6 @@ def _resized(
 
 def _placed(model: TransformerBridge, weights: Mapping[str, layout.Weight]) -> dict[str, layout.Weight]:
     return {f"{layout._layers(model)}.{name}": weight for name, weight in weights.items()}
-
-
-def _twice_the_heads(model: TransformerBridge, layer: int) -> int:
-    return 2 * pruning.writers(model, "attn")[layer].count
-
-
-def _broader(model: TransformerBridge, start: int, stop: int) -> TransformerBridge:
-    """Twice the stream; where heads divide it among them, twice the heads with it."""
-    try:
-        return widen(model, start, stop, d_model=2 * model.cfg.d_model)
-    except ModelError:
-        return widen(model, start, stop, d_model=2 * model.cfg.d_model, n_heads=_twice_the_heads(model, start))
 
 
 @torch.no_grad()
