@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    surgery.cli.script(main, "the files that are there are whole")

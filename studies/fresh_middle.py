@@ -314,9 +314,4 @@ def draw(ks: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on where it was") from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    surgery.cli.script(main)

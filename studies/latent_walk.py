@@ -139,9 +139,4 @@ def compared(frame: pd.DataFrame) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on where it was") from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    surgery.cli.script(main)

@@ -332,7 +332,4 @@ def verdict(values: Float[Tensor, " resample"], more: str, less: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the files that are there are whole") from None
+    surgery.cli.script(main, "the files that are there are whole")

@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    surgery.cli.script(main, "the files that are there are whole")

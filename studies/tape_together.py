@@ -248,4 +248,4 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    surgery.cli.script(main, "the files that are there are whole")

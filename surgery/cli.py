@@ -5,7 +5,8 @@ Exit codes: 0 done, 1 an error told in one sentence, 2 wrong usage, 130 interrup
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,23 +32,36 @@ Model = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+@contextmanager
+def telling(interrupted: str, debug: bool = False) -> Iterator[None]:
     """Turn an error that a user can do something about into one sentence and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"interrupted: {interrupted}", markup=False)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        errors.print(f"error: {error}", markup=False)
+        raise SystemExit(1) from None
+
+
+def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that is ``telling``."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **options: Any) -> None:
-        try:
+        with telling("nothing is half-written, files that were finished stay", debug):
             command(*args, debug=debug, **options)
-        except KeyboardInterrupt:
-            errors.print("interrupted: nothing is half-written, files that were finished stay", markup=False)
-            raise typer.Exit(130) from None
-        except (ValueError, OSError) as error:
-            if debug:
-                raise
-            errors.print(f"error: {error}", markup=False)
-            raise typer.Exit(1) from None
 
     return wrapped
+
+
+def script(main: Callable[[], None], interrupted: str = "the same command goes on where it was") -> None:
+    """Run the ``main`` of a study script, ``telling``."""
+    with telling(interrupted):
+        main()
 
 
 def _version(asked: bool) -> bool:

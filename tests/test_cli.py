@@ -349,6 +349,29 @@ def test_an_interruption_is_a_sentence_and_130(quick, model, text, tmp_path, mon
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on where it was\n"),
+        (ValueError("3 is too many: give [1, 2]"), 1, "error: 3 is too many: give [1, 2]\n"),
+        (OSError("the disk is full"), 1, "error: the disk is full\n"),
+    ],
+)
+def test_a_script_ends_in_a_sentence(error, code, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.script(main)
+    assert left.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_mistake_of_a_script_itself_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.script(lambda: 1 / 0)
+
+
 SLOW = """
 import sys, time
 import made_up
