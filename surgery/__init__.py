@@ -99,6 +99,7 @@ _MODULES = (
     "training",
     "trajectories",
     "walk",
+    "walk_study",
     "width",
     "wiring",
 )

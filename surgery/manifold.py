@@ -37,6 +37,12 @@ from surgery.walk import Kind, Scattered, Walk
 
 REAL, LEVEL = "real", 0.95
 SUMMED = ("walked", "moved", "spread", "mahalanobis", "beyond_real", "beyond_chi_squared", "nearest")
+PASSED = {
+    "mahalanobis": "squared distance",
+    "beyond_real": "share beyond 95 % of real ones",
+    "nearest": "distance to the nearest real one",
+    "entropy_change": "change of entropy",
+}  # by all of which a step is judged
 Mask = Bool[Tensor, "prompt pos"]
 MEASURES = {
     "moved": "distance moved over the activations' spread (root mean squares)",
@@ -136,6 +142,13 @@ def halves(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens]:
     return Tokens(tokens.ids[one], tokens.mask[one]), Tokens(tokens.ids[other], tokens.mask[other])
 
 
+CAPTION = (
+    "Walked activations by kind of step, beside as long steps in any direction. Line: the same prompts, not walked. "
+    "Squared distance and the share beyond 95 % of real ones look at the distance from the mean alone; holes between "
+    "real activations show in the distance to the nearest one, and in the entropy of what the frozen layers predict."
+)
+
+
 def figure(frame: pandas.DataFrame) -> Figure:
     """Every measure by kind, beside its control; the activations as they are as a line."""
     names = ("mahalanobis", "beyond_real", "nearest", "entropy")
@@ -156,6 +169,36 @@ def figure(frame: pandas.DataFrame) -> Figure:
     found.axes[0].legend(frameon=False, fontsize=8)
     found.supxlabel("line: the same prompts, not walked; 95 % intervals over prompts", fontsize=9, color=figures.FAINT)
     return found
+
+
+def found(frame: pandas.DataFrame) -> list[str]:
+    """A sentence per kind: on the manifold or off it, by which measures, and whether its control is farther off.
+
+    Off by a measure: its interval and that of the same prompts unwalked do not meet, on either side. Nearer than the
+    control by it: the value is nearer to the unwalked one, and the two intervals do not meet.
+    """
+    said, real = list[str](), frame[frame["kind"] == REAL].iloc[0]
+    for kind, part in frame[frame["kind"] != REAL].groupby("kind", sort=False):
+        walked, control = (part[part["control"] == flag].iloc[0] for flag in (False, True))
+        off = [name for name in PASSED if _apart(walked, real, name)]
+        nearer = [
+            PASSED[name] for name in PASSED
+            if _apart(walked, control, name) and abs(walked[name] - real[name]) < abs(control[name] - real[name])
+        ]  # fmt: skip
+        listed = ", ".join(
+            f"{PASSED[name]} {walked[name]:.2f} [{walked[f'{name}_low']:.2f}, {walked[f'{name}_high']:.2f}] where real "
+            f"ones have {real[name]:.2f} and the control {control[name]:.2f}" for name in off
+        )  # fmt: skip
+        verdict = f"off the manifold: {listed}" if off else "on the manifold as far as these measures tell"
+        said.append(
+            f"{kind}, {walked['moved']:.2f} of the spread moved: {verdict}. Nearer to real activations than as far in "
+            f"any direction by {', '.join(nearer) or 'none of them'}."
+        )
+    return said
+
+
+def _apart(one: pandas.Series, other: pandas.Series, name: str) -> bool:
+    return bool(one[f"{name}_low"] > other[f"{name}_high"] or one[f"{name}_high"] < other[f"{name}_low"])
 
 
 def _measured(

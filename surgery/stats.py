@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import scipy.stats
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -162,6 +163,30 @@ class Scatter:
 def ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
     """``a / b``; NaN where ``b``, a variance or a size, is 0: nothing varies there, and nothing can be said."""
     return torch.where(b > 0, a / b, torch.nan)
+
+
+def t_interval(values: Sequence[float] | Float[np.ndarray, " seed"]) -> tuple[float, float, float]:
+    """Mean and its 95 % interval by Student's t, for a handful of seeds; of one value there is no interval (NaN).
+
+    >>> [round(end, 3) for end in t_interval([1.0, 2.0, 3.0])]
+    [2.0, -0.484, 4.484]
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return mean, mean - half, mean + half
+
+
+def verdict(low: float, high: float, above: str, below: str) -> str:
+    """What a ``t_interval`` of paired differences says: one word, ``undecided`` where it holds 0.
+
+    >>> verdict(0.1, 0.3, "helps", "harms"), verdict(-0.1, 0.3, "helps", "harms")
+    ('helps', 'undecided')
+    """
+    if np.isnan(low):
+        return "one seed tells nothing"
+    return above if low > 0 else below if high < 0 else "undecided"
 
 
 def signs(n_prompts: int, resamples: int = FLIPS, seed: int = 0) -> Float[np.ndarray, "flip prompt"]:
