@@ -1,7 +1,8 @@
 """Is a wider or deeper middle better? A grid of fresh middles, at equal tokens and at equal operations.
 
     frame = sweep.run(stack, pairs, data, "sweep", widths=(128, 384, 768), depths=(3, 5, 8), seeds=(0, 1, 2))
-    sweep.draw(frame)
+    sweep.found(frame, (384, 5))            # sentences; by the steps that a problem takes: sweep.found_by_k
+    sweep.write("sweep", frame, manifest)   # width_of_thought.csv and .png, a section of ``surgery report``
 
 Every cell is a graft (``surgery.graft``) of its own MLP width and depth, in a folder of its own: killed, the same call
 goes on where it was. At equal ``tokens`` every cell makes ``schedule.steps`` steps; at equal ``operations`` as many as
@@ -10,7 +11,7 @@ cost what those of the original size do, counted (``surgery.ledger``). The harve
 Control: the cell of the original size, and the spread over seeds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from typing import Any
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
-from scipy import stats
 
-from surgery import fidelity, figures, graft, graft_study, layout
+from surgery import fidelity, figures, frames, graft, graft_study, layout, stats
 from surgery.graft import Graft, Objective, Schedule
 from surgery.graft_study import Data
 from surgery.latents import Latents
 from surgery.stack import Stack
 
+SIZES = "width_of_thought.csv"
 BUDGETS = ("tokens", "operations")
 COLUMNS = {
     "budget": "what is equal to that of the middle of the original size: tokens or operations",
@@ -34,6 +35,15 @@ COLUMNS = {
     "seed": "of their random weights and of the order of batches",
     "k": "steps that a problem asks for; empty for all problems",
 } | fidelity.COLUMNS | graft_study.SPENT  # fmt: skip
+BY_K = (
+    {name: COLUMNS[name] for name in ("budget", "d_mlp", "depth", "k")}
+    | stats.described({"exact": "share of exact answers", "gain": "exact minus that of the usual size"}, "seeds")
+    | {"verdict": "better, worse or undecided, by the interval of gain over seeds; empty for the usual size"}
+)
+CAPTION = (
+    "Held-out loss over the MLP width of the new layers, a line per depth: mean over seeds, every seed a dot. Left at "
+    "equal tokens, right at equal operations. Line: the original."
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ def run(
     *,
     widths: Sequence[int],
     depths: Sequence[int],
+    cross: tuple[int, int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     budgets: Sequence[str] = BUDGETS,
     schedule: Schedule = Schedule(),
@@ -67,6 +78,8 @@ def run(
 ) -> pandas.DataFrame:
     """A row per budget, width, depth and seed, ``COLUMNS``; with ``parts``, held-out data by k, one for each of these.
 
+    ``cross``, a width and depth, keeps of the grid what has that width or that depth: its row and its column.
+
     Cost: training every cell; two steps of each size and ``len(parts) + 1`` looks more.
 
     Raises ValueError for an empty axis, an unknown budget, and as ``graft.train`` does.
@@ -74,8 +87,9 @@ def run(
     if not (len(widths) and len(depths) and len(seeds)) or not set(budgets) <= set(BUDGETS):
         raise ValueError(f"give at least one width, depth and seed, and budgets of {', '.join(BUDGETS)}")
     rows: list[dict[str, Any]] = []
-    for cell, grown in trained(teacher, pairs, data, Path(folder), widths, depths, seeds, budgets, schedule,
-                               objective, progress):  # fmt: skip
+    sizes = [(w, d) for w in widths for d in depths if cross is None or w == cross[0] or d == cross[1]]
+    for cell, grown in trained(teacher, pairs, data, Path(folder), sizes, seeds, budgets, schedule, objective,
+                               progress):  # fmt: skip
         for k, part in [(float("nan"), data), *(parts or {}).items()]:
             found = graft_study.row("", cell.seed, grown, graft_study.judge(teacher, grown, pairs, part))
             place = {"budget": cell.budget, "d_mlp": cell.d_mlp, "depth": cell.depth, "seed": cell.seed, "k": float(k)}
@@ -88,18 +102,17 @@ def trained(
     pairs: Latents,
     data: Data,
     folder: Path,
-    widths: Sequence[int],
-    depths: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     seeds: Sequence[int],
     budgets: Sequence[str],
     schedule: Schedule,
     objective: Objective,
     progress: bool = False,
 ) -> Iterator[tuple[Cell, Graft]]:
-    """Every cell, one after the other, seeds outermost: what is there first is a whole grid."""
+    """Every cell, one after the other, seeds outermost: what is there first is all ``sizes`` (width and depth) once."""
     options: dict[str, Any] = {"objective": objective, "answers": data.answers, "weigh": data.weigh}
     usual = operations(teacher, pairs, None, None, objective, schedule, data)
-    spent = {(w, d): operations(teacher, pairs, w, d, objective, schedule, data) for w in widths for d in depths}
+    spent = {(w, d): operations(teacher, pairs, w, d, objective, schedule, data) for w, d in sizes}
     for seed in seeds:
         for budget in budgets:
             for (width, depth), each in spent.items():
@@ -163,12 +176,61 @@ def found(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
             for size, some in part.groupby(["d_mlp", "depth"])
         }
         for size in (size for size in losses if size != usual and usual in losses):
-            better = (losses[usual] - losses[size]).dropna()
-            text, word = f"{np.exp(better.mean()):.2f} times as small a loss", "one seed tells nothing"
-            if len(better) > 1:
-                half = stats.t.ppf(0.975, len(better) - 1) * better.std() / len(better) ** 0.5
-                low, high = np.exp(better.mean() - half), np.exp(better.mean() + half)
-                text += f" [{low:.2f}, {high:.2f}]"
-                word = "better" if low > 1 else "worse" if high < 1 else "undecided"
+            mean, low, high = stats.t_interval((losses[usual] - losses[size]).dropna().to_numpy())
+            text = f"{np.exp(mean):.2f} times as small a loss" + _ends(np.exp(low), np.exp(high), ".2f")
+            word = stats.verdict(low, high, "better", "worse")
             said.append("At equal {}, width {} and {} layers: {}; {}.".format(budget, *size, text, word))
     return said
+
+
+def by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> pandas.DataFrame:
+    """Exact answers by budget, size and k, and what they are more than the ``usual`` size's: ``BY_K``.
+
+    Means and t intervals over seeds; differences of seeds in pairs. Empty where ``frame`` was made without ``parts`` or
+    nothing is an answer.
+    """
+    rows, parts = [], frame.dropna(subset=["k", "exact"]) if "exact" in frame else frame[:0]
+    for (budget, k), part in parts.groupby(["budget", "k"], sort=False):
+        exact = {size: some.set_index("seed")["exact"] for size, some in part.groupby(["d_mlp", "depth"])}
+        for size, values in exact.items():
+            row = {"budget": budget, "d_mlp": size[0], "depth": size[1], "k": k}
+            row |= _interval("exact", stats.t_interval(values.to_numpy()))
+            if usual in exact and size != usual:
+                gain = stats.t_interval((values - exact[usual]).dropna().to_numpy())
+                row |= _interval("gain", gain) | {"verdict": stats.verdict(*gain[1:], "better", "worse")}
+            rows.append(row)
+    return pandas.DataFrame(rows, columns=list(BY_K))
+
+
+def found_by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
+    """A sentence per budget and size: the exact answers at each k, and whether the ``usual`` size gives as many."""
+    said = []
+    compared = by_k(frame, usual).dropna(subset=["verdict"])
+    for (budget, width, depth), part in compared.groupby(["budget", "d_mlp", "depth"], sort=False):
+        listed = "; ".join(
+            f"k = {row['k']:.0f} {row['exact']:.3f}, {row['gain']:+.3f}"
+            f"{_ends(row['gain_low'], row['gain_high'], '+.3f')} {row['verdict']}"
+            for _, row in part.iterrows()
+        )
+        said.append(
+            f"Exact answers at equal {budget}, width {width} and {depth} layers, and their difference from width "
+            f"{usual[0]} and {usual[1]} layers: {listed}."
+        )
+    return said
+
+
+def write(folder: Path, frame: pandas.DataFrame, manifest: Mapping[str, Any]) -> None:
+    """The table and its figure; with ``usual``, width and depth, among the settings of ``manifest`` the page compares.
+
+    Raises OSError where they cannot be written.
+    """
+    frames.write(frame, folder / SIZES, manifest, COLUMNS)
+    frames.save({(folder / SIZES).with_suffix(".png"): figures.png(draw(frame))})
+
+
+def _interval(name: str, ends: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+
+
+def _ends(low: float, high: float, style: str) -> str:
+    return "" if np.isnan(low) else f" [{low:{style}}, {high:{style}}]"

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from surgery import calibration, figures, graft, sweep
+from surgery import calibration, figures, frames, graft, sweep
 from surgery.graft_study import Data
 from surgery.stack import Stack
 from surgery.tokens import Tokens
@@ -29,14 +29,16 @@ def grid(tmp_path_factory):
 
 
 def test_every_cell_is_there_for_all_prompts_and_for_its_part(grid):
-    frame, wide, folder, _ = grid
+    frame, _, folder, _ = grid
     assert set(frame) <= set(sweep.COLUMNS)
     assert len(frame) == 2 * 2 * 2 * 2
     assert frame.groupby(["budget", "d_mlp", "depth", "seed"])["k"].apply(list).map(str).eq("[nan, 3.0]").all()
     assert frame[frame["k"].isna()]["n_prompts"].eq(8).all()
     assert frame[frame["k"] == 3]["n_prompts"].eq(4).all()
-    assert {path.name for path in folder.iterdir()} == {f"{b}_{w}x2_{s}" for b in sweep.BUDGETS
-                                                        for w in (wide, 4 * wide) for s in (0, 1)}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {
+        f"{width}x2_{steps}_{seed}" for width, steps, seed in
+        frame[["d_mlp", "steps", "seed"]].astype(int).itertuples(index=False, name=None)
+    }  # fmt: skip
 
 
 def test_equal_tokens_are_equal_and_equal_operations_nearly(grid):
@@ -57,6 +59,15 @@ def test_called_again_it_gives_the_same_without_training(grid, monkeypatch):
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint.safetensors")}
     pd.testing.assert_frame_equal(again(), frame)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint.safetensors")} == made
+
+
+def test_a_cross_is_the_row_and_the_column_through_the_usual_size(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "trained", lambda *arguments: asked.append(arguments[4]) or iter(()))
+    teacher, tokens = Stack(calibration.random_network(n_layers=2)), Tokens.of(calibration.tokens(8, 8))
+    pairs = graft.latents(teacher, tokens, 1, 2, tmp_path / "latents")
+    sweep.run(teacher, pairs, Data(tokens, tokens), tmp_path, widths=(1, 2, 3), depths=(4, 5), cross=(2, 5))
+    assert asked == [[(1, 5), (2, 4), (2, 5), (3, 5)]]
 
 
 def made_up(factor: float, noise: float) -> pd.DataFrame:
@@ -84,6 +95,45 @@ def test_one_seed_is_not_judged_and_without_the_usual_size_nothing_is_compared()
     frame = made_up(0.5, 0.0)
     assert sweep.found(frame[frame["seed"] == 0], (128, 2))[0].endswith("one seed tells nothing.")
     assert sweep.found(frame, (64, 2)) == []
+
+
+def by_steps(gain: float, noise: float = 0.0, seeds: int = 3) -> pd.DataFrame:
+    """Exact answers of two sizes: nothing between them at k = 0, ``gain`` at k = 4."""
+    rows = [
+        {"budget": "tokens", "d_mlp": width, "depth": 2, "seed": seed, "k": float(k),
+         "exact": 0.5 + 0.1 * seed + (gain if (k, width) == (4, 256) else 0.0) + noise * (-1) ** (seed + width // 256)}
+        for seed in range(seeds) for width in (128, 256) for k in (0, 4)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("gain", "noise", "verdict"), [(0.1, 0.001, "better"), (-0.1, 0.001, "worse"),
+                                                        (0.1, 0.2, "undecided")])  # fmt: skip
+def test_at_each_k_sizes_are_compared_seed_by_seed(gain, noise, verdict):
+    frame = by_steps(gain, noise)
+    found = sweep.by_k(frame, (128, 2)).set_index(["d_mlp", "k"])
+    assert set(found.reset_index()) == set(sweep.BY_K)
+    assert found.loc[(256, 4), "verdict"] == verdict
+    assert found.loc[(256, 0), "verdict"] == "undecided"
+    assert found.loc[128, "verdict"].isna().all()
+    assert found.loc[(128, 0), "exact_low"] < 0.6 < found.loc[(128, 0), "exact_high"], "seeds differ by 0.1"
+    (sentence,) = sweep.found_by_k(frame, (128, 2))
+    assert sentence.startswith("Exact answers at equal tokens, width 256 and 2 layers, and their difference from width")
+    assert f" {verdict}." in sentence
+    assert "k = 0 " in sentence
+
+
+def test_by_k_one_seed_is_not_judged_and_without_answers_there_is_nothing(grid):
+    (sentence,) = sweep.found_by_k(by_steps(0.1, seeds=1), (128, 2))
+    assert sentence.count("one seed tells nothing") == 2
+    assert sweep.found_by_k(grid[0], (grid[1], 2)) == []
+    assert len(sweep.by_k(grid[0], (grid[1], 2))) == 0
+
+
+def test_what_is_written_is_read_again_with_its_figure(grid, tmp_path):
+    sweep.write(tmp_path, grid[0], {"settings": {"usual": (grid[1], 2)}})
+    pd.testing.assert_frame_equal(frames.read(tmp_path / "width_of_thought.csv"), grid[0])
+    assert (tmp_path / "width_of_thought.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figure_has_a_panel_a_budget_and_a_line_a_depth(grid):
