@@ -1,10 +1,10 @@
 """From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
 
 ``build(folder)`` reads ``series_windows.csv``, ``reversion_layers.csv``, ``calibration.csv`` and the tables of a scan,
-of an anatomy, of all measures and of a graft (those that are there, checked against their manifests), draws the figures
-beside them as PNG and writes the page: what was found, in sentences made from the numbers; what was measured; the same
-measure on networks whose answer is known; the numbers with their intervals and nulls; what could not be told; every
-column explained; where it all came from.
+of an anatomy, of all measures, of a graft and of new middles by size and by data (those that are there, checked against
+their manifests), draws the figures beside them as PNG and writes the page: what was found, in sentences made from the
+numbers; what was measured; the same measure on networks whose answer is known; the numbers with their intervals and
+nulls; what could not be told; every column explained; where it all came from.
 The page alone is ``surgery.page``.
 """
 
@@ -21,6 +21,7 @@ from surgery import (
     findings,
     frames,
     graft_report,
+    middle_report,
     reversion_study,
     scan_figures,
     scan_findings,
@@ -78,6 +79,8 @@ def build(folder: str | Path) -> Path:
         sections.append(_anatomy(measured))
     if METHODS in measured.frames:
         sections.append(graft_report.section(measured.frames, measured.manifests[METHODS]))
+    if set(middle_report.FILES) & set(measured.frames):
+        sections.append(middle_report.section(measured.frames, measured.manifests))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
     frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
@@ -91,7 +94,15 @@ def summary(folder: str | Path) -> list[str]:
 
 
 def _read(folder: Path) -> _Measured:
-    alone = (SERIES, CALIBRATION, MEASURES, COSTS, *reversion_study.COLUMNS, *anatomy_study.COLUMNS)
+    alone = (
+        SERIES,
+        CALIBRATION,
+        MEASURES,
+        COSTS,
+        *reversion_study.COLUMNS,
+        *anatomy_study.COLUMNS,
+        *middle_report.FILES,
+    )
     present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
         present += [SCAN, WINNERS, GROUPS, *(name for name in (PAINTERS,) if (folder / name).exists())]
@@ -99,8 +110,8 @@ def _read(folder: Path) -> _Measured:
         present += [name for name in graft_report.FILES if (folder / name).exists()]
     if not set(present) - {CALIBRATION, MEASURES, COSTS}:
         raise ValueError(
-            f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN}, {ENDS} or {METHODS}); make one with: "
-            f"surgery study --out {folder}"
+            f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN}, {ENDS}, {METHODS} or "
+            f"{', '.join(middle_report.FILES)}); make one with: surgery study --out {folder}"
         )
     return _Measured(
         {name: frames.read(folder / name) for name in present},
@@ -137,6 +148,7 @@ def _found(measured: _Measured) -> Section:
         sentences += [one for one in measured.manifests[ENDS]["settings"]["found"] if one.startswith(("Three", "That"))]
     if METHODS in measured.frames:
         sentences += graft_report.found(measured.frames, measured.manifests[METHODS]["model"]["n_layers"])
+    sentences += middle_report.found(measured.frames, measured.manifests)
     return Section("found", "What was found", findings=sentences)
 
 
@@ -338,6 +350,7 @@ def _untold(measured: _Measured) -> Section:
         notes += scan_findings.untold(measured.frames[SCAN], measured.frames[WINNERS])
     if METHODS in measured.frames:
         notes += graft_report.untold(measured.frames)
+    notes += middle_report.untold(measured.frames)
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
         "apart."
