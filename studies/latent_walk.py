@@ -4,7 +4,7 @@
     python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: five hours
 
 On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.manifold``)?
-Then, for every amount of real data, a fresh middle is trained (``surgery.graft``) on
+Then, for every amount of real data, a fresh middle is trained (``surgery.walk_study``) on
 
     real            the real pairs alone
     relabelled      half of each batch walked, what follows said by the original
@@ -13,7 +13,8 @@ Then, for every amount of real data, a fresh middle is trained (``surgery.graft`
     more real       as many real pairs more as could have been harvested for what the relabelling cost
 
     walk_manifold.csv   distance, neighbours and predictions of walked activations, their controls beside them; .png
-    walk_methods.csv    a row per amount of data, method and seed
+    walk_methods.csv    a row per amount of data, method and seed; .png
+    report.html         all of it on one page
 
 A hundred steps show that it runs; a middle needs some two hundred to explain anything (``studies/fresh_middle.py``).
 The same command goes on where it was killed. Intervals of a row are over prompts; what is said compares methods seed by
@@ -21,30 +22,15 @@ seed.
 """
 
 import argparse
-from dataclasses import replace
 
-import numpy as np
-import pandas as pd
 import torch
-from scipy import stats
 
 import surgery
-from surgery import figures, frames, graft, graft_study, layout, manifold, provenance, walk
+from surgery import frames, graft_study, manifold, provenance, walk, walk_study
 from surgery.graft import Schedule
-from surgery.latents import Latents
 from surgery.stack import Stack
 
-SPAN, SHARE, MOST = (4, 9), 0.5, 120_000
-KINDS = {"stationary": walk.Stationary(0.9), "tangent": walk.Tangent(0.5)}
-SHOWN = {
-    "stationary .99": walk.Stationary(0.99),
-    "stationary .9": KINDS["stationary"],
-    "stationary .5": walk.Stationary(0.5),
-    "free .3": walk.Free(0.3),
-    "tangent .5": KINDS["tangent"],
-    "interpolated": walk.Interpolated(1.0),
-}
-COLUMNS = graft_study.COLUMNS[graft_study.METHODS] | {"real_tokens": "real tokens that the activations were taken from"}
+SPAN, MOST = (4, 9), 120_000
 
 
 def main() -> None:
@@ -68,74 +54,21 @@ def main() -> None:
     folder = frames.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = graft_study.babel(MOST // 4, heldout=args.judged)
-    lengths = data.corpus.mask.sum(1).cumsum(0)
+    harvested = walk_study.harvester(stack, data.corpus, SPAN, folder)
 
-    def harvested(tokens: int) -> Latents:
-        count = int((lengths <= tokens).sum())
-        return graft.latents(stack, data.corpus[:count], *SPAN, folder / f"latents_{count}", dtype=torch.float32)
-
-    report = manifold.report(stack, walk.fit(harvested(20_000)), SHOWN, data.heldout, SPAN[0])
-    kinds = {name: str(kind) for name, kind in KINDS.items()}
+    report = manifold.report(stack, walk.fit(harvested(20_000)), walk_study.SHOWN, data.heldout, SPAN[0])
+    kinds = {name: str(kind) for name, kind in walk_study.KINDS.items()}
     manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kinds=kinds)
-    frames.write(report, folder / "walk_manifold.csv", manifest, manifold.COLUMNS)
-    frames.save({folder / "walk_manifold.png": figures.png(manifold.figure(report))})
+    walk_study.write(folder, {walk_study.MANIFOLD: report}, manifest)
 
-    rows = []
-    for seed in range(seeds):
-        for amount in amounts:
-            schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5), seed=seed)
-            for name, pairs, planned in methods(stack, harvested, amount, schedule):
-                student = layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), seed)
-                where = folder / f"{name.replace(',', '').replace(' ', '_')}_{amount}_{seed}"
-                done = graft.fit(stack, student, SPAN, pairs, data.heldout, where, schedule=planned,
-                                 answers=data.answers, weigh=data.weigh)  # fmt: skip
-                found = graft_study.row(name, seed, done, graft_study.judge(stack, done, pairs, data))
-                rows.append(found | {"real_tokens": float(amount)})
-                print(f"{amount} tokens, seed {seed}, {name}: {found['damage']:+.3f} nats a token, unexplained "
-                      f"{found['unexplained']:.3f}")  # fmt: skip
-    frame = pd.DataFrame(rows)
-    manifest["settings"]["found"] = said = compared(frame)
-    frames.write(frame, folder / "walk_methods.csv", manifest, COLUMNS)
+    schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
+    options = {"amounts": amounts, "most": MOST, "seeds": range(seeds), "schedule": schedule, "say": print}
+    frame = walk_study.run(stack, harvested, data, folder, **options)
+    manifest["settings"]["found"] = said = manifold.found(report) + walk_study.found(frame)
+    walk_study.write(folder, {walk_study.METHODS: frame}, manifest)
+    surgery.report.build(folder)
     for sentence in said:
         print(f"\n{sentence}")
-
-
-def methods(stack: Stack, harvested, amount: int, schedule: Schedule):
-    """Name, pairs and schedule of every method for so many real tokens."""
-    real = harvested(amount)
-    found, copies = walk.fit(real), max(1, -(-schedule.steps * schedule.batch // real.n_prompts))
-    options = {"share": SHARE, "copies": copies, "seed": schedule.seed}
-    relabelled = {name: walk.relabelled(real, stack, found, kind, **options) for name, kind in KINDS.items()}
-    harvest = real.ledger(stack).operations(teacher=True)
-    paid = relabelled["tangent"].ledger(stack, schedule).operations(teacher=True) - harvest  # the same for every kind
-    more = min(MOST, real.n_tokens + round(paid * real.n_tokens / harvest))
-    trial = layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), schedule.seed)
-    tokens = real.batch(range(min(16, real.n_prompts))).tokens
-    each = graft_study.step_operations(
-        stack, trial, SPAN, real, graft_study.Data(tokens, tokens), objective=graft.Objective(), schedule=schedule
-    )
-    yield "real", real, schedule
-    for name, kind in KINDS.items():
-        yield f"{name}, relabelled", relabelled[name], schedule
-        yield f"{name}, unrelabelled", walk.unrelabelled(real, found, kind, **options), schedule
-    yield "longer", real, replace(schedule, steps=schedule.steps + round(paid / each))
-    yield "more real", harvested(more), schedule
-
-
-def compared(frame: pd.DataFrame) -> list[str]:
-    """Every method against the real pairs alone, seed by seed."""
-    said = []
-    for amount, part in frame.groupby("real_tokens"):
-        missed = part.pivot(index="seed", columns="method", values="unexplained")
-        for name in (name for name in missed if name != "real"):
-            gain = missed["real"] - missed[name]
-            text, word = f"{gain.mean():+.3f}", "one seed tells nothing"
-            if len(gain) > 1:
-                half = stats.t.ppf(0.975, len(gain) - 1) * gain.std() / np.sqrt(len(gain))
-                text += f" [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]"
-                word = "helps" if gain.mean() > half else "harms" if gain.mean() < -half else "undecided"
-            said.append(f"{amount:.0f} real tokens, {name}: {text} of the update's variance more explained; {word}.")
-    return said
 
 
 if __name__ == "__main__":

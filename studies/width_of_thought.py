@@ -9,6 +9,7 @@ size makes the same steps; at equal operations a smaller one makes more.
 
     width_of_thought.csv   a row per budget, width, depth, seed and k (all problems where k is empty)
     width_of_thought.png   held-out loss over width and over depth
+    report.html            all of it on one page
 
 Interrupted or killed, the same command goes on where it was. Intervals of a row are over prompts; what is said compares
 sizes seed by seed.
@@ -16,11 +17,10 @@ sizes seed by seed.
 
 import argparse
 
-import pandas as pd
 import torch
 
 import surgery
-from surgery import figures, frames, graft, graft_study, provenance, sweep
+from surgery import frames, graft, graft_study, provenance, sweep
 from surgery.graft import Schedule
 from surgery.stack import Stack
 
@@ -51,27 +51,15 @@ def main() -> None:
     data = graft_study.babel(args.prompts, heldout=args.judged)
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
-    grids = [{"widths": sorted({WIDTH, *args.widths}), "depths": [DEPTH]}]
-    grids += [{"widths": [WIDTH], "depths": args.depths}] if args.depths else []
-    parts = graft_study.by_k(data)
-    frame = pd.concat([
-        sweep.run(stack, pairs, data, folder / "cells", seeds=range(seeds), schedule=schedule, parts=parts, **grid)
-        for grid in grids
-    ], ignore_index=True)  # fmt: skip
-    said = sweep.found(frame, (WIDTH, DEPTH)) + worst(frame)
-    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, found=said)
-    frames.write(frame, folder / "width_of_thought.csv", manifest, sweep.COLUMNS)
-    frames.save({folder / "width_of_thought.png": figures.png(sweep.draw(frame))})
+    sizes = {"widths": sorted({WIDTH, *args.widths}), "depths": sorted({DEPTH, *args.depths})}
+    options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": graft_study.by_k(data)}
+    frame = sweep.run(stack, pairs, data, folder / "cells", **sizes, **options)
+    said = sweep.found(frame, (WIDTH, DEPTH)) + sweep.found_by_k(frame, (WIDTH, DEPTH))
+    settings = {"span": SPAN, "steps": steps, "seeds": seeds, "usual": (WIDTH, DEPTH), "found": said}
+    sweep.write(folder, frame, provenance.manifest(stack, data.heldout, seed=0, **settings))
+    surgery.report.build(folder)
     for sentence in said:
         print(f"\n{sentence}")
-
-
-def worst(frame: pd.DataFrame) -> list[str]:
-    """Exact answers at the largest k, where sizes differ most."""
-    k = frame["k"].max()
-    hardest = frame[frame["k"] == k].groupby(["budget", "d_mlp", "depth"], sort=False)["exact"].mean()
-    listed = "; ".join(f"{budget} {width} x {depth}: {exact:.1%}" for (budget, width, depth), exact in hardest.items())
-    return [f"Exact answers at k = {k:.0f}, by what is equal, width and depth, mean over seeds: {listed}."]
 
 
 if __name__ == "__main__":

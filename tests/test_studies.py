@@ -129,11 +129,12 @@ def test_width_of_thought_compares_sizes_by_budget_and_k(tmp_path):
     done = subprocess.run(
         [sys.executable, STUDIES / "width_of_thought.py", *options], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("one seed tells nothing.") == 2
-    assert "Exact answers at k = 4" in done.stdout
+    assert done.stdout.count("one seed tells nothing") == 2 * (1 + 5)
+    assert "Exact answers at equal operations, width 128 and 5 layers" in done.stdout
     frame = frames.read(tmp_path / "width_of_thought.csv")
     assert len(frame) == 2 * 2 * (1 + 5)
     assert (tmp_path / "width_of_thought.png").exists()
+    assert "Width, depth and walks" in (tmp_path / "report.html").read_text()
 
 
 def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
@@ -141,15 +142,16 @@ def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
     done = subprocess.run(
         [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("one seed tells nothing.") == 4
+    assert done.stdout.count("one seed tells nothing") == 6 + 2 * 2
     methods = frames.read(tmp_path / "walk_methods.csv").set_index("method")
     spent = methods["operations_with_teacher"]
-    assert spent["relabelled"] > spent["unrelabelled"] == spent["real"]
+    for kind in ("stationary", "tangent"):
+        assert spent[f"{kind}, relabelled"] > spent[f"{kind}, unrelabelled"] == spent["real"]
     assert methods.loc["longer", "steps"] >= methods.loc["real", "steps"]
-    assert spent["more real"] == pytest.approx(spent["relabelled"], rel=0.05)
+    assert spent["more real"] == pytest.approx(spent["tangent, relabelled"], rel=0.05)
     kinds = frames.read(tmp_path / "walk_manifold.csv")
     assert kinds["kind"].iloc[0] == "real"
-    assert (tmp_path / "walk_manifold.png").exists()
+    assert all((tmp_path / name).exists() for name in ("walk_manifold.png", "walk_methods.png", "report.html"))
 
 
 @pytest.mark.parametrize(
