@@ -208,7 +208,7 @@ def write(
     tables = {
         METHODS: methods,
         CURVES: stacked(lambda one: one.curve),
-        LEDGER: stacked(lambda one: one.ledger.frame().astype({"teacher": int})),
+        LEDGER: stacked(lambda one: one.ledger.frame()),
     }
     for name, table in tables.items():
         frames.write(table[sorted(table, key=lambda column: column not in RUN)], folder / name, manifest, COLUMNS[name])

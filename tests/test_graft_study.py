@@ -70,9 +70,9 @@ def test_it_leaves_its_tables_figure_and_model(small):
     assert methods["parameters"].iloc[:3].tolist() == [0, 128, 128 * 128 + 128]
     assert (methods["unexplained"] > 0).all()
     ledger = frames.read(folder / graft_study.LEDGER)
-    assert ledger.loc[ledger["method"] == "healed", "phase"].tolist() == [
-        "harvest", "training", "healing", "healing: teacher"
-    ]  # fmt: skip
+    healed = ledger[ledger["method"] == "healed"]
+    assert healed["phase"].tolist() == ["harvest", "training", "healing", "healing: teacher"]
+    assert healed["teacher"].tolist() == [True, False, False, True]
     curves = frames.read(folder / graft_study.CURVES)
     assert curves.groupby("method", sort=False)["step"].apply(list).to_dict() == {
         "graft": [0, 2, 4], "healed": [0, 2]

@@ -252,7 +252,7 @@ def write_graft(folder, seeds: int = 1, found: list[str] | None = SAID, answers:
     tables = {
         graft_study.METHODS: pandas.DataFrame(rows),
         graft_study.CURVES: curve,
-        graft_study.LEDGER: ledger.frame().astype({"teacher": int}).assign(method="graft", seed=0),
+        graft_study.LEDGER: ledger.frame().assign(method="graft", seed=0),
     }
     manifest = made_up.manifest() | {"settings": {} if found is None else {"found": found}}
     for name, table in tables.items():
