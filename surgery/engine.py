@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Stream = Float[Tensor, "batch pos d_model"]
+Given = Float[Tensor, "batch pos given"]  # what leaves layers, which may be as wide as they say (``surgery.border``)
 
 
 class _StopError(Exception):
@@ -119,7 +120,7 @@ class Engine:
                 standing_in.enter_context(replaced_forward(layer, stand_in(layer)))
             return self.module(**inputs)
 
-    def layer(self, index: int, x: Stream, call: Call) -> Stream:
+    def layer(self, index: int, x: Stream, call: Call) -> Given:
         """One whole layer on any stream, as the model computes it: ``x + f(x)``, on the device where ``x`` lies."""
         output = self.layers[index](x, *call.args, **call.kwargs)
         return (output[0] if isinstance(output, tuple) else output).to(x.device)

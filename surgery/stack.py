@@ -25,7 +25,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 from surgery import border
-from surgery.engine import Engine, FrozenNorm, Parts, Recording, Stream, replaced_forward
+from surgery.engine import Engine, FrozenNorm, Given, Parts, Recording, Stream, replaced_forward
 from surgery.models import ModelError, plain
 from surgery.steps import executions
 from surgery.tokens import Tokens, encode
@@ -138,7 +138,7 @@ class Stack:
 
     def execute(
         self, wiring: "Wiring | str", x: Stream, context: Context, tap: Tap | None = None, *, grad: bool = False
-    ) -> Stream:
+    ) -> Given:
         """The stream that leaves a wiring which ``x`` enters, anywhere in the stack: ``execute("4:8", x_4,
         context)``."""
         context = self._current(context)
@@ -410,7 +410,7 @@ class Stack:
 
     def _chain(
         self, engine: Engine, recording: Recording, steps: tuple[Step, ...], x: Stream, tap: Tap | None
-    ) -> Stream:
+    ) -> Given:
         for step in steps:
             match step:
                 case Layer(index, part):

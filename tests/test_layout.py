@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery import layout, tape
-from surgery.layout import Row, build, middle
+from surgery.layout import Row, Size, build, middle
 from surgery.models import ModelError, plain
 from surgery.provenance import weights_hash
 
@@ -90,7 +90,7 @@ def test_the_seed_decides_and_the_caller_s_is_untouched(load, name):
 def test_layers_of_their_own_width(load, name):
     base = load(name)
     wide = build(base, middle(4, 1, 3, d_mlp=160))
-    assert layout.sizes(wide) == [(None, None), (160, None), (160, None), (None, None)]
+    assert layout.sizes(wide) == [Size(), Size(160), Size(160), Size()]
     count = [sum(weight.numel() for weight in layer(wide, place).values()) for place in range(4)]
     assert count[0] == count[3] < count[1] == count[2]
     assert same(layer(wide, 3), layer(base, 3))
@@ -129,11 +129,11 @@ def test_kept_layers_in_another_order_run_as_the_wiring(load, name):
 def test_building_again_composes_and_sizes_carry_over(load, name):
     wide = build(load(name), middle(4, 1, 3, d_mlp=160, n_heads=8))
     again = build(wide, [Row(0), Row(1), Row(1, 0.0), Row(2, 0.0, d_mlp=40), Row(3)], seed=4)
-    assert layout.sizes(again) == [(None, None), (160, 8), (160, 8), (40, 8), (None, None)]
+    assert layout.sizes(again) == [Size(), Size(160, 8), Size(160, 8), Size(40, 8), Size()]
     assert same(layer(again, 1), layer(wide, 1))
     assert torch.equal(build(wide, KEPT)(TOKENS), wide(TOKENS))
     back = build(wide, [Row(0), Row(1, 0.0, d_mlp=64, n_heads=4), Row(3)])
-    assert layout.sizes(back) == [(None, None)] * 3
+    assert layout.sizes(back) == [Size()] * 3
 
 
 def test_given_weights_in_a_given_shape(load):
@@ -291,7 +291,7 @@ def test_bad_rows(load):
     for old in (1.0, 0.5):
         with pytest.raises(ValueError, match=r"old weights have the old size; .* old=0\.0"):
             build(base, [Row(0), Row(1, old, d_mlp=160)])
-    assert layout.sizes(build(base, [Row(0), Row(1, 1.0, d_mlp=64, n_heads=4)])) == [(None, None)] * 2
+    assert layout.sizes(build(base, [Row(0), Row(1, 1.0, d_mlp=64, n_heads=4)])) == [Size()] * 2
     with pytest.raises(ModelError, match="4 heads share 2 keys, so 3 cannot: make n_heads a multiple of 2"):
         build(base, middle(4, 1, 3, n_heads=3))
 

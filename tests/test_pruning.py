@@ -6,10 +6,11 @@ from known_wirings import TOKENS, difference
 
 import surgery
 from surgery import layout, pruning, width
+from surgery.layout import Size
 from surgery.models import ModelError, plain
 from surgery.tokens import Tokens
 
-INSIDE = [(None, None), (40, 2), (40, 2), (None, None)]
+INSIDE = [Size(), Size(40, 2), Size(40, 2), Size()]
 
 
 def deadened(model, *, neurons=range(40, 64), group=0):
