@@ -45,6 +45,7 @@ def untold(tables: Tables) -> list[str]:
             "differs, one is said to differ."
         )
     if METHODS in tables:
+        notes += walk_study.short(tables[METHODS])
         notes.append(
             "Kinds and sizes of walks were not searched: another step, or another share of walked prompts, may do "
             "what these do not."

@@ -186,10 +186,26 @@ def worth(frame: pandas.DataFrame) -> list[str]:
     said = []
     for amount, missed in _missed(frame):
         for name in (name for name in missed.columns if name.endswith(", relabelled")):
-            data, steps = (_gain(missed[other] - missed[name]) for other in (MORE, LONGER))
+            words = ("helps more", "helps less")
+            data, steps = (_gain(missed[other] - missed[name], *words) for other in (MORE, LONGER))
             said.append(
                 f"{amount:,.0f} real tokens, {name}, against as much more real data for the same price: {data[0]} of "
                 f"the update's variance more explained; {data[1]}. Against as many more steps: {steps[0]}; {steps[1]}."
+            )
+    return said
+
+
+def short(frame: pandas.DataFrame) -> list[str]:
+    """Where more real got clearly less than the price of the relabelling, because there were no more real data."""
+    said = []
+    for amount, part in frame.groupby("real_tokens"):
+        spent = part.groupby("method")["operations_with_teacher"].mean()
+        paid = spent.filter(like=", relabelled").max() - spent[REAL]
+        if (got := spent[MORE] - spent[REAL]) < 0.9 * paid:
+            harvested = part.loc[part["method"] == MORE, "harvested"].mean()
+            said.append(
+                f"At {amount:,.0f} real tokens more real had {harvested:,.0f}, for {got / paid:.0%} of what the "
+                f"relabelling cost: there were no more, and beside it the walk looks better than it is."
             )
     return said
 
@@ -239,7 +255,7 @@ def _missed(frame: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
         yield amount, missed[list(dict.fromkeys(part["method"]))]
 
 
-def _gain(differences: pandas.Series) -> tuple[str, str]:
+def _gain(differences: pandas.Series, above: str = "helps", below: str = "harms") -> tuple[str, str]:
     mean, low, high = stats.t_interval(differences.dropna().to_numpy())
     text = f"{mean:+.3f}" if low != low else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return text, stats.verdict(low, high, "helps", "harms")
+    return text, stats.verdict(low, high, above, below)

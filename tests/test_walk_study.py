@@ -109,16 +109,16 @@ def test_a_walk_that_truly_helps_is_said_to_help_and_one_that_harms_to_harm():
     assert sentence(said, "1,000 real tokens, longer:").endswith("undecided.")
     worth = sentence(said, "10,000 real tokens, stationary, relabelled, against as much more real data")
     assert "price: +0.048 [+0.045, +0.052]" in worth
-    assert worth.count("helps") == 2
+    assert worth.count("helps more") == 2
 
 
-def test_a_walk_that_helps_less_than_as_much_real_data_harms_beside_it():
+def test_a_walk_may_help_less_than_as_much_real_data_would():
     one, other = walk_study.worth(planted(relabelled=0.1, more_real=0.3))
     for said in (one, other):
         data, steps = said.split("Against as many more steps")
         assert "price: -0." in data
-        assert "harms" in data
-        assert "helps" in steps
+        assert "helps less" in data
+        assert "helps more" in steps
 
 
 def test_noise_is_undecided_and_one_seed_tells_nothing():
@@ -128,6 +128,16 @@ def test_noise_is_undecided_and_one_seed_tells_nothing():
     for said in walk_study.found(planted(seeds=1, relabelled=0.5)):
         assert "one seed tells nothing" in said
         assert "[" not in said
+
+
+def test_too_few_real_data_to_compare_with_are_said_to_be():
+    frame = planted()
+    prices = {"stationary, relabelled": 2e9, "longer": 2e9, "more real": 2e9}
+    spent = frame["method"].map(prices).fillna(1e9)
+    assert walk_study.short(frame.assign(operations_with_teacher=spent)) == []
+    few = spent.mask((frame["method"] == "more real") & (frame["real_tokens"] == 10_000), 1.4e9)
+    (said,) = walk_study.short(frame.assign(operations_with_teacher=few))
+    assert said.startswith("At 10,000 real tokens more real had 20,000, for 40% of what the relabelling cost")
 
 
 def test_the_figure_has_a_line_a_method_and_a_dot_a_seed():
