@@ -9,14 +9,12 @@ activations from the disk within its step. ``counted`` is that ratio in floating
 batch. What the teacher spends in a step is in both; what it spends beforehand is the last row, once for every prompt.
 """
 
-import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
+import timing
 import torch
 
 import surgery
@@ -44,7 +42,7 @@ class Step:
         fresh = models.untrained(teacher.model) if parts == "all" else layout.build(
             teacher.model, layout.middle(teacher.n_layers, *SPAN)
         )  # fmt: skip
-        self.task = graft._Task(
+        self.task = graft.Task(
             teacher, Stack(fresh), SPAN, parts, pairs, data.heldout, objective, data.weigh, None, "cross_entropy"
         )
         self.optimizers = training.optimizers(self.task.matrices, self.task.others, Schedule().weight_decay)
@@ -68,13 +66,7 @@ class Step:
 
     def timed(self, prompts: list[int]) -> float:
         batch = None if self.read else self.task.batch(prompts)
-        return seconds(lambda: self(self.task.batch(prompts) if batch is None else batch))
-
-
-def seconds(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
+        return timing.seconds(lambda: self(self.task.batch(prompts) if batch is None else batch))
 
 
 def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, rounds: int) -> list[dict[str, object]]:
@@ -82,7 +74,7 @@ def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, r
     steps = {name: Step(teacher, pairs, data, name) for name in STEPS}
     with ExitStack() as restoring:
         for step in steps.values():
-            restoring.enter_context(training._only_trained(step.task))
+            restoring.enter_context(training.only_trained(step.task))
         counted = {name: step(step.task.batch(prompts), Counter()) for name, step in steps.items()}
         times = {name: np.array(found) for name, found in zip(steps, zip(*(
             [step.timed(prompts) for step in steps.values()] for _ in range(rounds)
@@ -93,7 +85,7 @@ def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, r
         return teacher.execute(f":{SPAN[1]}", context.x0, context)
 
     counted["harvest, once"] = {"model": Counter()("harvest", harvest)[1], "optimisers": 0}
-    times["harvest, once"] = np.array([seconds(harvest) for _ in range(rounds)])
+    times["harvest, once"] = np.array([timing.seconds(harvest) for _ in range(rounds)])
     whole, rows = sum(counted[SCRATCH].values()), list[dict[str, object]]()
     for name, found in times.items():
         low, middle, high = np.quantile(found / times[SCRATCH], [0.25, 0.5, 0.75])
@@ -107,15 +99,11 @@ def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    rounds = timing.rounds(__doc__)
     teacher, data = Stack(surgery.load("babel")), graft_study.babel(1024, heldout=16)
     with tempfile.TemporaryDirectory() as folder:
         pairs = graft.latents(teacher, data.corpus, *SPAN, folder)
-        rows = [row for size in (64, 512) for row in compare(teacher, pairs, data, size, args.rounds)]
+        rows = [row for size in (64, 512) for row in compare(teacher, pairs, data, size, rounds)]
     print(pd.DataFrame(rows).round(2).to_string(index=False))
 
 

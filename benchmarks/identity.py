@@ -7,12 +7,9 @@ machines are noisy. ``plain`` is the unwrapped Hugging Face model with its fast 
 TransformerLens' forward.
 """
 
-import argparse
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
+import timing
 import torch
 import transformers
 
@@ -31,12 +28,6 @@ def models() -> dict[str, transformers.PreTrainedModel]:
     }
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def compare(stack: surgery.Stack, tokens: torch.Tensor, rounds: int) -> dict[str, float]:
     twin = plain(stack.model)
     runs = {
@@ -50,7 +41,7 @@ def compare(stack: surgery.Stack, tokens: torch.Tensor, rounds: int) -> dict[str
             run()
         for _ in range(rounds):
             for name, run in runs.items():
-                times[name].append(seconds(run))
+                times[name].append(timing.seconds(run))
     ratios = {other: np.array(times["stack"]) / np.array(times[other]) for other in ("plain", "bridge")}
     row: dict[str, float] = {"plain_milliseconds": 1000 * float(np.median(times["plain"]))}
     for other, ratio in ratios.items():
@@ -60,18 +51,14 @@ def compare(stack: surgery.Stack, tokens: torch.Tensor, rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    rounds = timing.rounds(__doc__)
     stacks = {name: surgery.Stack(surgery.load(model)) for name, model in models().items()}
     stacks["babel"] = surgery.Stack(surgery.load("babel"))
     rows = []
     for name, stack in stacks.items():
         for batch, pos in ((1, 32), (8, 128)) if name != "babel" else ((8, 16), (64, 16)):
             tokens = torch.randint(stack.d_vocab, (batch, pos))
-            rows.append({"model": name, "batch": f"{batch} x {pos}", **compare(stack, tokens, args.rounds)})
+            rows.append({"model": name, "batch": f"{batch} x {pos}", **compare(stack, tokens, rounds)})
     print(pd.DataFrame(rows).round(3).to_string(index=False))
 
 

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import psutil
+import timing
 import torch
 
 import surgery
@@ -74,12 +75,6 @@ def measures(stack: surgery.Stack, untrained: surgery.Stack, tokens) -> dict[str
     }
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def passes(run: Callable[[], object]) -> tuple[float, float]:
     """Executions of layers over their number, and process time."""
     own, count = Engine.layer, [0]
@@ -89,7 +84,7 @@ def passes(run: Callable[[], object]) -> tuple[float, float]:
         return own(*args, **kwargs)
 
     with patch.object(Engine, "layer", counted):
-        taken = seconds(run)
+        taken = timing.seconds(run)
     return count[0] / L, taken
 
 
@@ -98,7 +93,7 @@ def costs(prompts: int) -> pd.DataFrame:
     untrained = surgery.Stack(models.untrained(stack.model))
     tokens = stack.tokens(models.bundled_prompts(prompts))
     batches = list(tokens.batches(64))
-    F = min(seconds(lambda: [stack.stream(batch) for batch in batches]) for _ in range(5))
+    F = min(timing.seconds(lambda: [stack.stream(batch) for batch in batches]) for _ in range(5))
     rows = []
     for name, (stated, run) in measures(stack, untrained, tokens).items():
         executed, taken = passes(run)

@@ -44,7 +44,7 @@ from surgery.training import Schedule
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Graft", "Objective", "Schedule", "fit", "heal", "latents", "train"]
+__all__ = ["Graft", "Objective", "Schedule", "Task", "fit", "heal", "latents", "train"]
 
 Weigh = Callable[[Tokens], Float[Tensor, "prompt pos"]]
 PARTS = ("middle", "junction", "all")
@@ -222,8 +222,8 @@ def fit(
     reads = objective.reads_out or parts == "all"
     if parts == "all" and objective.latent:
         objective = replace(objective, latent=0.0)
-    task = _Task(teacher, stack, span, parts, pairs, heldout, objective, weigh or _evenly, answers,
-                 watched or ("cross_entropy" if reads else "unexplained_whitened"))  # fmt: skip
+    task = Task(teacher, stack, span, parts, pairs, heldout, objective, weigh or _evenly, answers,
+                watched or ("cross_entropy" if reads else "unexplained_whitened"))  # fmt: skip
     identity = {
         "parts": parts, "span": list(span), "objective": asdict(objective), "latents": pairs.source,
         "student": provenance.weights_hash(student), "heldout": provenance.tokens_hash(heldout),
@@ -310,7 +310,9 @@ class _Scale:
 
 
 @dataclass
-class _Task:
+class Task:
+    """What ``fit`` has ``training.fit`` train: ``parts`` of the student ``stack``, whose middle is ``span``."""
+
     teacher: Stack
     stack: Stack
     span: tuple[int, int]

@@ -166,7 +166,7 @@ def fit(
     run = {"schedule": asdict(schedule), "phase": phase, **(identity or {})}
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
     with ExitStack() as restoring, state.kept_frozen():
-        restoring.enter_context(_only_trained(task))
+        restoring.enter_context(only_trained(task))
         plain = optimizers(task.matrices, task.others, schedule.weight_decay)
         state.load(plain, accelerator.scaler)
         student, *prepared = accelerator.prepare(task.student, *plain)
@@ -340,7 +340,7 @@ class _State:
 
 
 @contextmanager
-def _only_trained(task: Task) -> Iterator[None]:
+def only_trained(task: Task) -> Iterator[None]:
     """Gradients for what is trained and for nothing else, restored on every way out."""
     asked = {parameter: parameter.requires_grad for parameter in task.student.parameters()}
     try:

@@ -125,7 +125,7 @@ def test_a_learnable_middle_beats_the_best_linear_map(tmp_path):
 
 def terms(teacher, pairs, objective, student=None, weigh=None, prompts=(0, 1, 2)):
     """Sums, weights and the batch of a student's loss; the teacher itself if no student is given."""
-    task = graft._Task(
+    task = graft.Task(
         teacher, Stack(student or teacher.model), SPAN, "middle", pairs, HELDOUT, objective,
         weigh or graft._evenly, None, "unexplained",
     )  # fmt: skip
@@ -261,7 +261,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     def train(folder):
         return graft.train(teacher, pairs, HELDOUT, tmp_path / folder, objective=objective, schedule=SHORT)
 
-    whole, look, looks = train("whole"), graft._Task.look, []
+    whole, look, looks = train("whole"), graft.Task.look, []
 
     def interrupted(task):
         looks.append(task)
@@ -269,7 +269,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return look(task)
 
-    monkeypatch.setattr(graft._Task, "look", interrupted)
+    monkeypatch.setattr(graft.Task, "look", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train("part")
     assert frames.read(tmp_path / "part" / "curve.csv")["step"].tolist() == [0, 2]

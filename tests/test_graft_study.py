@@ -100,7 +100,7 @@ def test_called_again_it_only_gives_its_result_again(small, monkeypatch):
     def never(*_):
         raise AssertionError("a step was made again")
 
-    monkeypatch.setattr(graft_study.graft._Task, "batch", never)
+    monkeypatch.setattr(graft_study.graft.Task, "batch", never)
     again = graft_study.run(out=folder, heal=2, **SMALL)
     same = [name for name in found.methods if name != "seconds"]
     pandas.testing.assert_frame_equal(again.methods[same], found.methods[same])
