@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from surgery.engine import FrozenNorm
 
 HEAD_WIDTHS = ("head_dim", "head_size", "d_head")  # what modules of attention call it
+_MARK = "stream_width"  # modules of layers with a stream of their own carry its width in this attribute
 WRITES = ("c_proj", "out_proj", "dense", "o_proj")  # what models call the matrix that attention writes with
 
 
@@ -41,17 +42,19 @@ def carry(layer: nn.Module, like: nn.Module, d_model: int, own: int, *, enters: 
     ``like`` is the same layer of a stream of ``d_model``, which tells the norms of the stream from others.
     """
     for module in layer.modules():
-        module.stream_width = own
+        setattr(module, _MARK, own)
     norms = list(_norms(layer, like, own))
     for norm, eps in norms:
         setattr(norm, eps, getattr(norm, eps) * d_model / own)
     weight = next(layer.parameters())
     if enters or leaves:
         if enters:
-            layer.enter = _linear(padding(own, d_model, mean=bool(norms) and centres(norms[0][0], own)), weight)
+            mean = bool(norms) and centres(norms[0][0], own)
+            layer.add_module("enter", _linear(padding(own, d_model, mean=mean), weight))
         if leaves:
-            layer.leave = _linear(torch.eye(d_model, own), weight)
-        layer.__class__ = _bordered(type(layer))
+            layer.add_module("leave", _linear(torch.eye(d_model, own), weight))
+        kind: Any = type(layer)
+        layer.__class__ = _bordered(kind)
 
 
 def attention(layer: nn.Module, like: nn.Module) -> None:
@@ -60,16 +63,15 @@ def attention(layer: nn.Module, like: nn.Module) -> None:
     name, inside = next((name, m) for name, m in like.named_children() if any(hasattr(m, key) for key in HEAD_WIDTHS))
     for path, old in list(inside.named_modules()):
         if isinstance(old, nn.Linear | Conv1D):
-            weight = layer.get_submodule(f"{name}.{path}").weight  # fresh, of which a part will do
+            weight = layer.get_parameter(f"{name}.{path}.weight")  # fresh, of which a part will do
             stream = 0 if (path in WRITES) != isinstance(old, Conv1D) else 1
             kept = [slice(None) if axis == stream else slice(size) for axis, size in enumerate(old.weight.shape)]
             old.weight = nn.Parameter(weight.detach()[tuple(kept)].clone())
             if path in WRITES and old.bias is not None:
                 old.bias = nn.Parameter(torch.zeros_like(weight[:, 0] if stream == 0 else weight[0]))
-            for key, axis in zip(
-                ("nx", "nf") if isinstance(old, Conv1D) else ("out_features", "in_features"), (0, 1), strict=True
-            ):
-                setattr(old, key, old.weight.shape[axis])
+            sizes = ("nx", "nf") if isinstance(old, Conv1D) else ("out_features", "in_features")
+            for key, size in zip(sizes, old.weight.shape, strict=True):
+                setattr(old, key, size)
     setattr(layer, name, inside)
 
 
@@ -80,25 +82,25 @@ def bridged() -> Iterator[None]:
 
     def own(self: JointQKVAttentionBridge, component: nn.Module) -> None:
         config = getattr(getattr(self.split_qkv_matrix, "__self__", None), "cfg", None)
-        if config is None or not hasattr(component, "stream_width"):
+        if config is None or not hasattr(component, _MARK):
             return apart(self, component)
-        d_model, config.d_model = config.d_model, component.stream_width
+        d_model, config.d_model = config.d_model, getattr(component, _MARK)
         try:
             apart(self, component)
         finally:
             config.d_model = d_model
 
-    JointQKVAttentionBridge.set_original_component = own
+    setattr(JointQKVAttentionBridge, apart.__name__, own)
     try:
         yield
     finally:
-        JointQKVAttentionBridge.set_original_component = apart
+        setattr(JointQKVAttentionBridge, apart.__name__, apart)
 
 
 def told(bridge: TransformerBridge) -> TransformerBridge:
     """The bridge, whose norms go by the epsilon of their own module where the configuration says another."""
     for block in bridge.blocks:
-        if hasattr(block.original_component, "stream_width"):
+        if hasattr(block.original_component, _MARK):
             for norm in block.modules():
                 if isinstance(norm, NormalizationBridge) and hasattr(norm.original_component, "eps"):
                     norm.config = copy.copy(norm.config)
@@ -130,12 +132,14 @@ def centres(norm: nn.Module, width: int) -> bool:
 
 def streams(layer: nn.Module, d_model: int) -> tuple[int, int, int]:
     """Width of the stream that a layer takes, has inside and gives."""
-    inside = getattr(layer, "stream_width", d_model)
+    inside = getattr(layer, _MARK, d_model)
     return d_model if hasattr(layer, "enter") else inside, inside, d_model if hasattr(layer, "leave") else inside
 
 
 @cache
-def _bordered(kind: type[nn.Module]) -> type[nn.Module]:
+def _bordered(kind: Any) -> Any:
+    """The class of a layer, with maps around what it computes."""
+
     class Bordered(kind):
         @wraps(kind.forward)
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -153,14 +157,15 @@ def _norms(layer: nn.Module, like: nn.Module, own: int) -> Iterator[tuple[nn.Mod
     """The norms of the stream, and what they call their epsilon."""
     before = dict(like.named_modules())
     for name, module in layer.named_modules():
-        weight = getattr(module, "weight", None)
+        shapes = [getattr(getattr(norm, "weight", None), "shape", None) for norm in (module, before.get(name))]
         eps = next((key for key in ("eps", "variance_epsilon") if hasattr(module, key)), None)
-        if eps and isinstance(weight, Tensor) and weight.shape == (own,) and before[name].weight.shape != weight.shape:
+        if eps and shapes[0] == (own,) != shapes[1]:
             yield module, eps
 
 
 def _linear(matrix: Float[Tensor, "out in"], like: Tensor) -> nn.Linear:
-    linear = nn.Linear(*reversed(matrix.shape), bias=False, device=like.device, dtype=like.dtype)
+    given, taken = matrix.shape
+    linear = nn.Linear(taken, given, bias=False, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         linear.weight.copy_(matrix)
     return linear

@@ -256,6 +256,9 @@ def graft(
     depth: Annotated[int | None, typer.Option(min=1, help="Layers of the new middle; as many as before.")] = None,
     d_mlp: Annotated[int | None, typer.Option(min=1, help="Its MLP width; as before.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Its attention heads; as before.")] = None,
+    d_model: Annotated[
+        int | None, typer.Option(min=1, help="Width of the stream between its layers; as before.")
+    ] = None,
     old: Annotated[float, typer.Option(min=0, max=1, help="Share of the old weights it starts from.")] = 0.0,
     latent: Annotated[float, typer.Option(min=0, help="Factor of the unexplained share of the update.")] = 1.0,
     kl: Annotated[float, typer.Option(min=0, help="Factor of the divergence from the original's logits.")] = 0.0,
@@ -290,7 +293,8 @@ def graft(
         raise typer.BadParameter(f"--stored is {', '.join(kinds)}, got {stored!r}.")
     found = graft_study.run(
         model, _span(middle), out, text=text, heldout=heldout, count=prompts, judged=judged, max_tokens=max_tokens,
-        depth=depth, d_mlp=d_mlp, n_heads=heads, old=old, objective=Objective(latent, kl, cross_entropy),
+        depth=depth, d_mlp=d_mlp, n_heads=heads, d_model=d_model, old=old,
+        objective=Objective(latent, kl, cross_entropy),
         schedule=Schedule(steps=steps, batch=batch, learning_rate=learning_rate, every=every, patience=patience,
                           precision=precision, seed=seed),
         heal=heal, parts=unfrozen, dtype=kinds[stored], device=device,

@@ -114,6 +114,7 @@ def train(
     depth: int | None = None,
     d_mlp: int | None = None,
     n_heads: int | None = None,
+    d_model: int | None = None,
     old: float = 0.0,
     objective: Objective = Objective(),
     schedule: Schedule = Schedule(),
@@ -121,7 +122,8 @@ def train(
 ) -> Graft:
     """A new middle in place of layers ``pairs.start`` to ``pairs.stop - 1``, trained on stored activations.
 
-    ``depth`` layers (as many as there were, if not given) of MLP width ``d_mlp`` and ``n_heads`` heads (the old ones').
+    ``depth`` layers (as many as there were, if not given) of MLP width ``d_mlp``, ``n_heads`` heads and a stream of
+    ``d_model`` between them (the old ones').
     ``old`` is the share of the old weights they start from: 0 random weights, 1 the old ones, between a mix (Ash and
     Adams 2020, 1910.08475), its random part drawn with ``schedule.seed``. ``options`` are those of ``fit``. Written to
     ``folder``: ``curve.csv`` as it goes, ``checkpoint.safetensors``, and ``model``, which ``surgery.load`` opens (and
@@ -139,7 +141,8 @@ def train(
     >>> grown.span, grown.curve["step"].tolist()
     ((1, 3), [0, 1, 2])
     """
-    rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, old=old, d_mlp=d_mlp, n_heads=n_heads)
+    sizes: dict[str, Any] = {"d_mlp": d_mlp, "n_heads": n_heads, "d_model": d_model}
+    rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, old=old, **sizes)
     student = layout.build(teacher.model, rows, schedule.seed)
     span = (pairs.start, pairs.start + len(rows) - (teacher.n_layers - pairs.stop + pairs.start))
     trained = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)

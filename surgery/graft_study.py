@@ -132,6 +132,7 @@ def run(
     depth: int | None = None,
     d_mlp: int | None = None,
     n_heads: int | None = None,
+    d_model: int | None = None,
     old: float = 0.0,
     objective: Objective = Objective(),
     schedule: Schedule = Schedule(),
@@ -168,8 +169,8 @@ def run(
     shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
     grown = graft.train(
-        stack, pairs, unseen, folder / "training", depth=depth, d_mlp=d_mlp, n_heads=n_heads, old=old,
-        objective=objective, schedule=schedule, **options,
+        stack, pairs, unseen, folder / "training", depth=depth, d_mlp=d_mlp, n_heads=n_heads, d_model=d_model,
+        old=old, objective=objective, schedule=schedule, **options,
     )  # fmt: skip
     made = {"graft": grown}
     if heal:

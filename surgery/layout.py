@@ -156,6 +156,11 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
     layers = _layers(model)
     own = _own(model, source)
     for row, size in zip(rows, _sizes_of(model, own, rows)):
+        if row.old > 0 and size[:3] == own[row.like][:3] and size != own[row.like]:
+            raise ValueError(
+                f"{row}: layer {row.like} would be the first or the last of a run with a stream of {size.d_model}, "
+                "whose maps other layers carry: keep the ends of the run, or leave all of it out"
+            )
         if row.old > 0 and size != own[row.like]:
             raise ValueError(f"{row}: old weights have the old size; with sizes of its own a layer is fresh, old=0.0")
     weights = {
@@ -411,9 +416,9 @@ def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]
     def over(row: Row, name: str) -> int | None:
         asked, carried = getattr(row, name), getattr(own[row.like], name)
         size = carried if asked is None else asked
-        return None if size == getattr(configured, name) else size
+        return None if size == getattr(configured, name) and name != "d_model" else size  # maps there are nonetheless
 
-    found = [Size(*(over(row, name) for name in Size._fields[:3])) for row in rows]
+    found = [Size(over(row, "d_mlp"), over(row, "n_heads"), over(row, "d_model")) for row in rows]
     entered, left = ([row.d_model is None and getattr(own[row.like], border) for row in rows]
                      for border in ("enters", "leaves"))  # what a layer carries it keeps  # fmt: skip
     for place, size in enumerate(found):

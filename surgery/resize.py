@@ -1,7 +1,8 @@
 """The weights of a layer: what each does with the stream and with units (neurons, heads), and how it is resized.
 
 A weight *reads* the stream or *writes* into it (its bias too), is the *scale* or *shift* of a norm of the stream, or is
-one of the maps of a border (*enter*, *leave*). So one rule makes any layer larger, by name of no architecture:
+one of the maps of a border (*enter*, *leave*); or a *buffer*, which stays.
+So one rule makes any layer larger, by name of no architecture:
 
 * what reads keeps its numbers and reads new ones, and gives to new units, with fresh weights;
 * what writes writes zeros from new units, and into new numbers of the stream what keeps the padding: zeros, or where
@@ -42,8 +43,8 @@ class Weight:
     @property
     def stream(self) -> int | None:
         """The axis, from the last, along which it has the stream's numbers."""
-        if self.tensor.ndim < 2:
-            return None if self.role == "reads" else -1
+        if self.tensor.ndim < 2 or self.role == "buffer":
+            return None if self.role in ("reads", "buffer") else -1
         if self.role in ("enter", "leave"):
             return -2 if self.role == "enter" else -1
         return -2 if (self.role == "writes") != isinstance(self.owner, Conv1D) else -1
@@ -90,7 +91,9 @@ def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
     def weight(name: str, tensor: Tensor) -> Weight:
         owner = module.get_submodule(name.rpartition(".")[0])
         part = "attn" if name.startswith(attention) else "mlp"
-        if name in ("enter.weight", "leave.weight"):
+        if not isinstance(tensor, nn.Parameter):
+            role = "buffer"
+        elif name in ("enter.weight", "leave.weight"):
             role = name.partition(".")[0]
         elif name.startswith(writing):
             role = "writes"
@@ -119,7 +122,7 @@ def larger(weight: Weight, fresh: Tensor, units: int, wanted: int) -> Tensor:
     else:
         places = weight.places(fresh.shape[unit], wanted, torch.arange(units)).to(fresh.device)
         there.index_copy_(unit, places, old)
-    if weight.role in ("writes", "enter") and weight.centred:
+    if stream is not None and weight.role in ("writes", "enter") and weight.centred:
         rest = fresh.shape[stream] - old.shape[stream]
         new.narrow(stream, old.shape[stream], rest).copy_(there.mean(stream, keepdim=True))
     return new
@@ -130,9 +133,10 @@ def fewer(weight: Weight, fresh: Tensor, units: int, kept: Int[Tensor, "*expert 
     old, unit = weight.tensor, weight.unit
     if unit is None or old.shape[unit] == fresh.shape[unit]:
         return old
+    axis, size = unit, old.shape[unit]
 
     def taken(tensor: Tensor, keep: Tensor) -> Tensor:
-        return tensor.index_select(unit, weight.places(old.shape[unit], units, keep).to(old.device))
+        return tensor.index_select(axis, weight.places(size, units, keep).to(old.device))
 
     return taken(old, kept) if kept.ndim == 1 else torch.stack(list(map(taken, old, kept)))
 
@@ -147,14 +151,14 @@ def in_basis(weight: Weight, tensor: Tensor, basis: Float[Tensor, "wide narrow"]
         return even * (torch.ones_like(basis[0]) if rotated else scale @ basis) - offset(weight.owner)
     tensor = tensor.movedim(axis, -1)
     if rotated and weight.role == "reads" and weight.before is not None:
-        tensor = tensor * (weight.before.weight.detach() + offset(weight.before))
+        tensor = tensor * (weight.before.get_parameter("weight").detach() + offset(weight.before))
     return (tensor @ basis).movedim(-1, axis)
 
 
 def offset(norm: nn.Module) -> float:
     """What a norm adds to its weight: Gemma's scale is ``1 + weight``."""
-    bare = copy.deepcopy(norm)
+    bare, weight = copy.deepcopy(norm), norm.get_parameter("weight")
     with torch.no_grad():
         for parameter in bare.parameters():
             parameter.zero_()
-        return float(bool(bare(torch.arange(1.0, 1 + len(bare.weight)).to(bare.weight)).any()))
+        return float(bool(bare(torch.arange(1, 1 + len(weight)).to(weight)).any()))

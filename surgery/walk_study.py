@@ -17,7 +17,7 @@ The last two are the controls: a walk has to beat what its operations buy otherw
 Every run has a folder of its own (``place``): killed, the same call goes on where it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,12 @@ def methods(
     *,
     most: int,
     kinds: Mapping[str, walk.Kind] = KINDS,
+    noise: Collection[str] = ("stationary",),
     share: float = 0.5,
     objective: Objective = Objective(),
 ) -> Iterator[tuple[str, Latents, Schedule]]:
-    """Name, pairs and schedule of every method for so many real tokens; ``share`` of the prompts is walked.
+    """Name, pairs and schedule of every method for so many real tokens; ``share`` of the prompts is walked, by every
+    kind relabelled, by those named in ``noise`` unrelabelled too.
 
     ``more real`` is ``most`` tokens at most: where that is too few for the price, ``harvested`` in the table says so.
     Cost: a reading of the activations, two training steps, and the span on 64 prompts.
@@ -117,7 +119,8 @@ def methods(
     yield REAL, real, schedule
     for name, kind in kinds.items():
         yield f"{name}, relabelled", relabelled[name], schedule
-        yield f"{name}, unrelabelled", walk.unrelabelled(real, found, kind, **options), schedule
+        if name in noise:
+            yield f"{name}, unrelabelled", walk.unrelabelled(real, found, kind, **options), schedule
     yield LONGER, real, replace(schedule, steps=schedule.steps + round(paid / each))
     yield MORE, harvested(more), schedule
 

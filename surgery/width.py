@@ -85,8 +85,9 @@ def widen(
     if d_model is not None and d_model < (old := _stream(model, start, stop)):
         raise ValueError(f"the stream is {old} wide, more than asked: use width.narrow to make it less")
 
-    def wider(weight: Weight, fresh: Tensor, layer: int) -> Tensor:
-        return resize.larger(weight, fresh, *asked.get((layer, weight.part), (1, 1)))
+    def wider(weight: Weight, layer: int) -> Callable[[Tensor], Tensor]:
+        units, wanted = asked.get((layer, weight.part), (1, 1))
+        return partial(resize.larger, weight, units=units, wanted=wanted)
 
     return _same(model, _resized(model, start, stop, size, wider, seed), "wider")
 
@@ -135,11 +136,14 @@ def narrow(
     }
     basis = None if d_model is None else _basis(model, start, stop, tokens, d_model, by, seed)
 
-    def narrower(weight: Weight, fresh: Tensor, layer: int) -> Tensor:
-        tensor = weight.tensor
-        if (layer, weight.part) in kept:
-            tensor = resize.fewer(weight, fresh, asked[layer, weight.part][0], kept[layer, weight.part])
-        return tensor if basis is None else resize.in_basis(weight, tensor, basis, rotated=by == "pca")
+    def narrower(weight: Weight, layer: int) -> Callable[[Tensor], Tensor]:
+        def made(fresh: Tensor) -> Tensor:
+            tensor = weight.tensor
+            if (layer, weight.part) in kept:
+                tensor = resize.fewer(weight, fresh, asked[layer, weight.part][0], kept[layer, weight.part])
+            return tensor if basis is None else resize.in_basis(weight, tensor, basis, rotated=by == "pca")
+
+        return made
 
     return _resized(model, start, stop, size, narrower, seed, basis)
 
@@ -227,7 +231,7 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
 
 # --- inside ----------------------------------------------------------------------------------------------------------
 
-_Made = Callable[[Weight, Tensor, int], Tensor]
+_Made = Callable[[Weight, int], Callable[[Tensor], Tensor]]  # of a weight and its layer, then of the fresh one
 
 
 def _span(model: TransformerBridge, start: int, stop: int) -> None:
@@ -284,13 +288,13 @@ def _basis(
         return torch.eye(wide)[:, ranked.topk(d_model).indices.sort().values]
     found = pruning.components(model, start, stop, tokens)[:, :d_model]
     generator = torch.Generator().manual_seed(seed)
-    turned = torch.linalg.qr(torch.randn(wide + 8, wide + 8, generator=generator))[0][:wide]
+    turned = torch.linalg.qr(torch.randn(wide, wide, generator=generator))[0]
 
-    def through(weight: Weight, fresh: Tensor, layer: int) -> Tensor:
-        return resize.in_basis(weight, weight.tensor, turned, rotated=True)
+    def through(weight: Weight, layer: int) -> Callable[[Tensor], Tensor]:
+        return lambda fresh: resize.in_basis(weight, weight.tensor, turned, rotated=True)
 
-    try:  # by a rotation into more numbers, which loses nothing
-        _same(model, _resized(model, start, stop, Row(start, 0.0, d_model=wide + 8), through, seed, turned), "turned")
+    try:  # by a rotation that leaves nothing out
+        _same(model, _resized(model, start, stop, Row(start, 0.0, d_model=wide), through, seed, turned), "turned")
     except ModelError as error:
         raise ModelError(
             f"a rotation of the stream does not pass the norms of {model.cfg.model_name}, so principal components "
@@ -315,8 +319,8 @@ def _resized(
     for layer in range(len(model.blocks)):
         for name, weight in resize.weights(model, layer).items():
             inside = start <= layer < stop
-            weights[f"{layer}.{name}"] = partial(made, weight, layer=layer) if inside else weight.tensor
-    if basis is not None and basis.shape[1] != model.cfg.d_model:
+            weights[f"{layer}.{name}"] = made(weight, layer) if inside else weight.tensor
+    if basis is not None:
         weights = {f"{start}.enter.weight": basis.T, f"{stop - 1}.leave.weight": basis, **weights}
     return layout.shaped(model, rows, seed, _placed(model, weights))
 
