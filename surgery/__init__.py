@@ -64,6 +64,7 @@ _MODULES = (
     "manifold",
     "measures",
     "models",
+    "muon",
     "ou",
     "panels",
     "probes",

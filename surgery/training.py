@@ -5,7 +5,7 @@ have to remember: interrupted and resumed training ends with the same weights. W
 share of the same batch and every sum is divided by the weight of the whole batch, so their number changes rounding
 only.
 
-Matrices are trained with Muon (Jordan 2024, as in torch.optim), everything else with AdamW.
+Matrices are trained with Muon (Jordan 2024; ``surgery.muon``), everything else with AdamW.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from surgery import frames
 from surgery.ledger import Counter, Ledger
+from surgery.muon import Muon
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -366,7 +367,7 @@ def optimizers(
     """Muon for matrices, AdamW without decay for the rest; none for what is empty."""
     made: list[torch.optim.Optimizer] = []
     if matrices:
-        made.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        made.append(Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
         made.append(torch.optim.AdamW(others, weight_decay=0.0))
     return made
