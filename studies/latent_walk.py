@@ -30,7 +30,7 @@ from surgery import frames, graft_study, manifold, provenance, walk, walk_study
 from surgery.graft import Schedule
 from surgery.stack import Stack
 
-SPAN, MOST = (4, 9), 120_000
+SPAN, MOST = (4, 9), 160_000
 
 
 def main() -> None:
