@@ -80,7 +80,7 @@ def build(recipe: Recipe, corpus: Babel) -> LlamaForCausalLM:
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     outside = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    return training.optimizers(inside, outside, recipe.weight_decay)
+    return training.optimizers(inside, outside, recipe.weight_decay, torch.optim.Muon)  # which made the bundled models
 
 
 class Pools:

@@ -362,12 +362,15 @@ def rate(step: int, steps: int, learning_rate: float, warmup: int, final_share: 
 
 
 def optimizers(
-    matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], weight_decay: float
+    matrices: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+    weight_decay: float,
+    muon: type[torch.optim.Muon] = Muon,
 ) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW without decay for the rest; none for what is empty."""
     made: list[torch.optim.Optimizer] = []
     if matrices:
-        made.append(Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        made.append(muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
         made.append(torch.optim.AdamW(others, weight_decay=0.0))
     return made

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -118,3 +119,18 @@ def native(name: str = "native-ln", seed: int = 0, dtype: torch.dtype = torch.fl
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+class ThroughoutDouble(TorchFunctionMode):
+    """Norms and softmaxes of many models go by way of float32; within this double precision stays double."""
+
+    def __torch_function__(self, called, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if called is torch.Tensor.float or (
+                called is torch.Tensor.to and torch.float32 in (*args, *kwargs.values())
+            ):
+                return args[0]
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return called(*args, **kwargs)

@@ -6,7 +6,6 @@ import fixtures
 import pytest
 import torch
 from known_wirings import TOKENS, difference
-from torch.overrides import TorchFunctionMode
 
 import surgery
 from surgery import layout, pruning, width
@@ -16,21 +15,6 @@ from surgery.resize import weights as resize_weights
 
 EVERY = (*fixtures.ARCHITECTURES, *fixtures.NATIVE)
 DIVIDED = ("gpt2", "gptj", "gpt_neox", "opt", "phi3", "olmo2")  # heads that cannot be more than the configuration's
-
-
-class ThroughoutDouble(TorchFunctionMode):
-    """Norms and softmaxes of many models go by way of float32; within this double precision stays double."""
-
-    def __torch_function__(self, called, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if called is torch.Tensor.float or (
-                called is torch.Tensor.to and torch.float32 in (*args, *kwargs.values())
-            ):
-                return args[0]
-            if kwargs.get("dtype") == torch.float32:
-                kwargs["dtype"] = torch.float64
-        return called(*args, **kwargs)
 
 
 def layer(model, place):
@@ -56,7 +40,7 @@ def test_wider_and_deeper_models_have_the_same_logits(load, name):
 
 @pytest.mark.parametrize("name", fixtures.ARCHITECTURES)
 def test_in_double_precision_to_its_rounding(load, name):
-    with ThroughoutDouble():
+    with fixtures.ThroughoutDouble():
         frame = width.exactness({name: load(name, dtype=torch.float64)})
     assert set(frame["precision"]) == {"float64"}
     assert (frame["difference"].dropna() < 1e-10).all()
