@@ -138,7 +138,19 @@ def test_width_of_thought_compares_sizes_by_budget_and_k(tmp_path):
 
 
 def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
-    options = ["--steps", "2", "--tokens", "2000", "--judged", "20", "--out", tmp_path]
+    options = [
+        "--steps",
+        "2",
+        "--tokens",
+        "2000",
+        "--judged",
+        "20",
+        "--kinds",
+        "stationary",
+        "tangent",
+        "--out",
+        tmp_path,
+    ]
     done = subprocess.run(
         [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
     )
