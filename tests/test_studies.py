@@ -154,7 +154,7 @@ def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
     done = subprocess.run(
         [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("one seed tells nothing") == 6 + 2 * 2
+    assert done.stdout.count("one seed tells nothing") == 5 + 2 * 2
     methods = frames.read(tmp_path / "walk_methods.csv").set_index("method")
     spent = methods["operations_with_teacher"]
     for kind in ("stationary", "tangent"):
