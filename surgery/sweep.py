@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from surgery import fidelity, figures, frames, graft, graft_study, layout, stats
 from surgery.graft import Graft, Objective, Schedule
@@ -155,6 +156,9 @@ def draw(frame: pandas.DataFrame) -> Figure:
         axes.axhline(whole[f"{loss}_original"].iloc[0], color=figures.INK, linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        widths = sorted(whole["d_mlp"].unique())
+        axes.set_xticks(widths, [f"{width:g}" for width in widths])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("MLP width of the new layers")
         axes.set_title(f"equal {budget}", loc="left")
         axes.grid(alpha=0.25)
