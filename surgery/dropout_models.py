@@ -87,8 +87,9 @@ class Trained:
                              f"{', '.join(map(str, sorted(self.rungs))) or 'no rung'}")  # fmt: skip
         module = build(self.recipe)
         module.load_state_dict({n: t.float() for n, t in (self.weights if loss is None else self.rungs[loss]).items()})
-        module.config._name_or_path = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
-        return Stack(models.load(module.eval(), tokenizer=Babel().tokenizer()))
+        name = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
+        tokenizer = models._tokenizer_of(str(models.reference_folder()), models.REFERENCE)  # the same words
+        return Stack(models._wrap(module, tokenizer, name))
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
@@ -169,6 +170,21 @@ def shipped(file: str | Path | None = None) -> list[Trained]:
                 pandas.DataFrame(curve))
         for recipe, curve in zip(recipes, said["curves"], strict=True)
     ]  # fmt: skip
+
+
+def curves(made: Iterable[Trained]) -> pandas.DataFrame:
+    """Variance of the stream and gradients over training in the columns of ``stability``, without dropout; ``layer`` is
+    the one that the stream enters, the last what leaves the model."""
+    rows = [
+        {
+            "width": one.recipe.d_model, "depth": one.recipe.n_layers, "rate": one.recipe.rate, "seed": one.recipe.seed,
+            "step": int(look["step"]), "layer": i + 1, "variance": look[f"variance_{i}"] / one.recipe.d_model,
+            "variance_training": float("nan"), "gradient": look[f"gradient_{i}"], "loss": look["answers"],
+            "heldout": look["loss"],
+        }
+        for one in made for _, look in one.curve.iterrows() for i in range(one.recipe.n_layers)
+    ]  # fmt: skip
+    return pandas.DataFrame(rows)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
