@@ -96,6 +96,8 @@ _MODULES = (
     "stack",
     "stats",
     "study",
+    "superposition",
+    "superposition_findings",
     "sweep",
     "tape",
     "tokens",
