@@ -96,7 +96,9 @@ TABLES = {
         counts=mask_ensemble.COUNTS if args.full else (1, 4, 16, 64),
     ),
     STABILITY: steadiness,
-    TOY: lambda made, args: superposition.sweep(steps=5000 if args.full else 2000),
+    TOY: lambda made, args: pd.concat(
+        [superposition.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
+    ),
 }
 
 

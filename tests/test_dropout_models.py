@@ -79,7 +79,7 @@ def test_loss_is_matched_at_the_lowest_rung_that_all_reached(tmp_path, monkeypat
     begun = dropout_models.build(made[0].recipe).state_dict()["model.embed_tokens.weight"]
     assert torch.allclose(first, begun, atol=1e-3)  # it was reached before the first step
     with pytest.raises(ValueError, match=r"p0_0 was not kept at a loss of 2: it reached 8\.0, 9\.0"):
-        made[0].stack(loss=2)
+        made[0].stack(loss=2.0)
     with pytest.raises(ValueError, match="no loss of 9 or less was reached by all"):
         dropout_models.matched([made[0], Trained(made[1].recipe, made[1].weights, {}, made[1].curve)])
 
