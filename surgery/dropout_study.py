@@ -37,6 +37,7 @@ from surgery import (
     mask_ensemble,
     redundancy,
     stability,
+    stability_figures,
     stats,
     superposition,
     superposition_findings,
@@ -309,7 +310,7 @@ def found_stability(frame: pandas.DataFrame) -> list[str]:
 
 DRAWN: Mapping[str, Callable[[pandas.DataFrame], Figure]] = {
     MODELS: draw, PROBES: draw_probes, ENSEMBLE: lambda frame: mask_ensemble.draw(_pooled(frame)),
-    STABILITY: lambda frame: stability.draw(_network(frame, "perceptrons")), TOY: superposition_findings.draw,
+    STABILITY: lambda frame: stability_figures.draw(_network(frame, "perceptrons")), TOY: superposition_findings.draw,
 }  # fmt: skip
 SAID: Mapping[str, Callable[[pandas.DataFrame], list[str]]] = {
     MODELS: found, PROBES: found_probes, ENSEMBLE: found_ensemble, STABILITY: found_stability,
