@@ -260,7 +260,7 @@ def within(
 
     The autoencoders have ``n_features`` (twice the neurons if not given); they are trained on a random half of the
     prompts and judged, F included, on the other. Intervals draw prompts again, not autoencoders: ``F_spread`` says how
-    much these differ. Cost: 2 F and ``seeds + 1`` autoencoders a layer, of 256 neurons about 3 s each on one core.
+    much these differ. Cost: 2 F and ``seeds + 1`` autoencoders a layer, of 256 neurons about 5 s each on one core.
 
     Raises ValueError for one prompt, no seed, and what ``sae`` and ``activations`` refuse.
 

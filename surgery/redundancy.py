@@ -251,7 +251,8 @@ def predictability(
     p_j is linear in x_i or constant. Different functions of a few numbers are a little alike: independent layers that
     read the same 8 (``calibration.parallel_network``) read .25, an untrained transformer about .05.
     ``predictability_actual`` takes ``u_j = f_j(x_j)`` instead: it is high where j does the same as i, but also where j
-    reads i, and misses a backup that is silent as long as i works.
+    reads i, and misses a backup that is silent as long as i works. With fewer than ten tokens a dimension to fit on,
+    all of them are biased downwards, as ``predictability_shuffled`` shows: compare at equal numbers.
 
     Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers a token
     and pair of the same i.
