@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="100, and 600 with --full")
     parser.add_argument("--batch", type=int, default=32, help="problems a step")
     parser.add_argument("--tokens", type=int, nargs="+", help="real tokens; 1000 10000, and 100000 too with --full")
+    parser.add_argument("--kinds", nargs="+", choices=list(walk_study.KINDS), default=["stationary"])
     parser.add_argument("--judged", type=int, default=500, help="held-out problems")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
@@ -57,12 +58,14 @@ def main() -> None:
     harvested = walk_study.harvester(stack, data.corpus, SPAN, folder)
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), walk_study.SHOWN, data.heldout, SPAN[0])
-    kinds = {name: str(kind) for name, kind in walk_study.KINDS.items()}
-    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kinds=kinds)
+    kinds = {name: walk_study.KINDS[name] for name in args.kinds}
+    said = {name: str(kind) for name, kind in kinds.items()}
+    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kinds=said)
     walk_study.write(folder, {walk_study.MANIFOLD: report}, manifest)
 
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
-    options = {"amounts": amounts, "most": MOST, "seeds": range(seeds), "schedule": schedule, "say": print}
+    options = {"amounts": amounts, "most": MOST, "seeds": range(seeds), "schedule": schedule, "kinds": kinds,
+               "say": print}  # fmt: skip
     frame = walk_study.run(stack, harvested, data, folder, **options)
     manifest["settings"]["found"] = said = manifold.found(report) + walk_study.found(frame)
     walk_study.write(folder, {walk_study.METHODS: frame}, manifest)

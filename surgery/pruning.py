@@ -65,7 +65,7 @@ def importance(
 
 
 def _heard(model: TransformerBridge, layers: "list[_Writer]", tokens: Tokens, batch_size: int) -> list[Tensor]:
-    modules, stack, source = [writer.hearable() for writer in layers], Stack(model), layout._source(model)
+    modules, stack, source = [writer.hearable() for writer in layers], Stack(model), layers[0].source
     totals, keep = [torch.zeros(writer.shape, dtype=torch.float64) for writer in layers], torch.empty(0)
 
     def hear(_: Any, args: tuple[Tensor, ...], place: int) -> None:
@@ -166,7 +166,7 @@ class _Writer:
     """What the units of one part of one layer write through: the output weights, found through the bridge."""
 
     def __init__(self, model: TransformerBridge, source: Any, layer: int, part: str) -> None:
-        module = source.get_submodule(f"{layout._layers(model)}.{layer}")
+        module, self.source = source.get_submodule(f"{layout._layers(model)}.{layer}"), source
         self.what = f"layer {layer} of {model.cfg.model_name}"
         component = model.blocks[layer].submodules.get(part)
         if component is None:

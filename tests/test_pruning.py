@@ -173,3 +173,15 @@ def test_bad_questions(load):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", ["native-ln", "native-gated"])
+def test_units_of_native_models_are_heard(load, name):
+    base = load(name)
+    found = pruning.importance(base, "mlp", TOKENS)
+    written = {}
+    hooks = [(f"blocks.{layer}.mlp.out.hook_in", lambda x, hook: written.update({hook.name: x})) for layer in range(4)]
+    base.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    for layer, (heard, writer) in enumerate(zip(found, pruning.writers(base, "mlp"), strict=True)):
+        each = written[f"blocks.{layer}.mlp.out.hook_in"][:, 1:].abs().sum((0, 1)).double()
+        assert torch.allclose(heard, each * writer.rows.double().flatten(1).norm(dim=1), rtol=1e-4)
