@@ -31,7 +31,7 @@ from typing import Any
 
 import pandas
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding, linear, normalize
 
@@ -309,7 +309,7 @@ def _draws(values: Float[Tensor, "token column"], draws: Draws | None) -> Draws:
     return torch.ones(1, len(values), dtype=torch.float64) if draws is None else draws
 
 
-def _tokens_drawn(owners: Sequence[Int[Tensor, " some"]], resamples: int, seed: int) -> Draws:
+def _tokens_drawn(owners: Sequence[Tensor], resamples: int, seed: int) -> Draws:
     """How often each token is drawn where whole prompts are, those of one half behind those of the other."""
     first = [0, *(int(owner.max()) + 1 for owner in owners)]
     prompts = torch.cat([owner + before for owner, before in zip(owners, first)])
