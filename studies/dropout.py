@@ -88,7 +88,11 @@ def steadiness(made: list[dropout_models.Trained], args: argparse.Namespace) -> 
 
 TABLES = {
     MODELS: lambda made, args: dropout_study.measure(
-        made, count=args.problems, layers=None if args.full else (1, 3, 5), say=print
+        made,
+        count=args.problems,
+        layers=None if args.full else (1, 3, 5),
+        coder_steps=400 if args.full else 200,
+        say=print,
     ),
     PROBES: lambda made, args: dropout_study.probe(made, draws=8 if args.full else 4),
     ENSEMBLE: lambda made, args: dropout_study.ensemble(

@@ -148,6 +148,7 @@ def ship(made: Iterable[Trained], file: str | Path) -> None:
             tensors |= {f"{one.recipe.name}/{kind}/{name}": tensor.half() for name, tensor in weights.items()}
     described = {"loss": loss, "recipes": [asdict(one.recipe) for one in made],
                  "curves": [one.curve.drop(columns="seconds").round(5).to_dict("list") for one in made]}  # fmt: skip
+    frames.folder(Path(file).parent)
     frames.save({Path(file): save(tensors, {"models": json.dumps(described)})})
 
 
