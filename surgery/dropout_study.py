@@ -217,7 +217,8 @@ def found(frame: pandas.DataFrame) -> list[str]:
         words = set(main["verdict"])
         word = words.pop() if len(words) == 1 else "undecided"
         by = ", ".join(f"{one.change:+.3f}{_ends(one)} at matched {one.matched}" for one in rows_of(main))
-        said.append(f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {by}.")
+        said.append(f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {by}."
+                    + _floor(frame, str(main["measure"].iloc[0])) + _others(judged, half))  # fmt: skip
     for one in rows_of(judged):
         predicted = {1: ", predicted to rise", -1: ", predicted to fall", 0: ""}[one.predicted]
         said.append(f"{one.half.capitalize()}, matched {one.matched}: {one.phrase}{predicted}: {one.change:+.3f}"
@@ -350,6 +351,25 @@ _LAST = len(dropout_models.SHARES) - 1
 
 def _neurons(name: str) -> bool:
     return name.endswith(".mlp.out.hook_in")
+
+
+def _floor(frame: pandas.DataFrame, name: str) -> str:
+    values = frame[name]
+    same = f" It is {values.iloc[0]:.3f} in every model, so it tells nothing."
+    return same if np.ptp(values) < 1e-6 else ""
+
+
+def _others(judged: pandas.DataFrame, half: str) -> str:
+    """How many of the measures that do not decide agree."""
+    others = judged[(judged["half"] == half) & (judged["predicted"] != 0)].iloc[2:]
+    if others.empty:
+        return ""
+    counted = [
+        f"{(part['verdict'] == 'confirmed').sum()} confirm and {(part['verdict'] == 'refuted').sum()} refute at "
+        f"matched {matched}"
+        for matched, part in others.groupby("matched", sort=False)
+    ]
+    return f" Of the other {len(others) // 2} measures, {', '.join(counted)}."
 
 
 def _ends(one: Any) -> str:
