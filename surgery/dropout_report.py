@@ -39,6 +39,8 @@ def section(tables: Tables) -> Section:
     """Sentences, figures and the table of changes."""
     present = [name for name in FILES if name in tables]
     said = [sentence for name in present for sentence in SAID[name](tables[name])]
+    if MODELS in tables:  # the measures one by one are in the table
+        said = found(tables) + said[len(SAID[MODELS](tables[MODELS])) :]
     pictures = [
         Picture(name.removesuffix(".csv"), CAPTIONS[name], figures.png(DRAWN[name](tables[name]))) for name in present
     ]
