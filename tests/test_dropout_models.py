@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from surgery import dropout, dropout_models, stability
 from surgery.dropout_models import Recipe, Trained
+from surgery.models import plain
 
 SMALL = {"n_layers": 2, "d_model": 16, "d_mlp": 32, "n_heads": 2, "steps": 4, "every": 2}
 TOKENS = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -78,7 +79,7 @@ def test_loss_is_matched_at_the_lowest_rung_that_all_reached(tmp_path, monkeypat
     first = made[0].stack(loss=8.0).model.state_dict()["embed.weight"]
     begun = dropout_models.build(made[0].recipe).state_dict()["model.embed_tokens.weight"]
     assert torch.allclose(first, begun, atol=1e-3)  # it was reached before the first step
-    with pytest.raises(ValueError, match=r"p0_0 was not kept at a loss of 2: it reached 8\.0, 9\.0"):
+    with pytest.raises(ValueError, match=r"p0_0 was not kept at a loss of 2\.0: it reached 8\.0, 9\.0"):
         made[0].stack(loss=2.0)
     with pytest.raises(ValueError, match="no loss of 9 or less was reached by all"):
         dropout_models.matched([made[0], Trained(made[1].recipe, made[1].weights, {}, made[1].curve)])
@@ -107,3 +108,15 @@ def test_what_cannot_be_asked(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold models of this kind"):
         dropout_models.shipped(tmp_path / "other.safetensors")
+
+
+def test_bundled_models_are_what_their_curves_say():
+    made = dropout_models.shipped()
+    assert {(one.recipe.rate, one.recipe.seed) for one in made} == {
+        (rate, seed) for rate in dropout_models.RATES for seed in dropout_models.SEEDS
+    }
+    loss = dropout_models.matched(made)
+    for one, rung in ((made[0], None), (made[3], loss)):
+        found = dropout_models.judged(plain(one.stack(rung).model), dropout_models.data())
+        said = one.curve["loss"].iloc[-1] if rung is None else one.curve["loss"][one.curve["loss"] <= loss].iloc[0]
+        assert found["loss"] == pytest.approx(said, abs=5e-3)
