@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/reversion.py
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/graft.py
+	$(BIN)/python benchmarks/superposition.py
 	$(BIN)/python benchmarks/width.py
 
 clean:

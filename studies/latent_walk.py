@@ -1,7 +1,7 @@
 """Does a walk through the activations that enter the middle help to train a fresh one when real data are scarce?
 
-    python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: nine minutes
-    python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: five hours
+    python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: three minutes
+    python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: 45 minutes
 
 On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.manifold``)?
 Then, for every amount of real data, a fresh middle is trained (``surgery.walk_study``) on

@@ -1,7 +1,7 @@
 """Is a wider, narrower, deeper or shallower reasoning block better, at equal tokens and at equal operations?
 
-    python studies/width_of_thought.py --out results/width_of_thought     # one seed, 100 steps: six minutes on 2 cores
-    python studies/width_of_thought.py --full                             # three seeds, 1,000 steps: three hours
+    python studies/width_of_thought.py --out results/width_of_thought     # one seed, 100 steps: three minutes
+    python studies/width_of_thought.py --full                             # three seeds, 1,000 steps: forty minutes
 
 On the bundled model: layers 4 to 8 of 12, MLP width 384, are trained anew on the activations between the frozen ends
 (``surgery.graft``), with a third of the width and three times it, with three layers and eight. At equal tokens every

@@ -18,11 +18,15 @@ hook                      question                                         compa
 ``replace_update``        is this update the cause                         an update of another prompt
 ``mean_ablate``           what does a layer say beyond its average         ``skip``
 ``add_noise``             how sensitive is the rest of the stack           another seed
+``dropout``               what do units lost at random cost                p = 0, another seed, ``shared``
+``stochastic_depth``      what do updates lost at random cost              p = 0, ``skip``
 ``record_stream``         what does the stream look like                   (changes nothing)
 ========================  ===============================================  ==================================
 """
 
+import difflib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
@@ -30,6 +34,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import TransformerBridge
+
+from surgery.dropout import probability
 
 Part = Literal["attn", "mlp"]
 Hook = tuple["str | Callable[[str], bool]", Callable[..., "Tensor | None"]]
@@ -168,6 +174,77 @@ def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> l
     return [(chosen, fn)]
 
 
+def dropout(
+    model: TransformerBridge,
+    names: "str | Iterable[str] | Callable[[str], bool]",
+    p: float,
+    seed: int = 0,
+    *,
+    shared: bool = False,
+) -> list[Hook]:
+    """Inverted dropout: each unit at the hook points ``names`` (one, several, or a predicate as TransformerLens takes)
+    is zeroed with probability ``p``, the others are divided by ``1 - p``, so that the expectation stays.
+
+    Every hook point draws from a generator of its own, on the CPU: made again with the same seed, the hooks draw the
+    same masks in the same order, on every device and whatever else is dropped. A fresh mask for every prompt, position
+    and call, as in training; with ``shared`` one mask of units for all of them, a subnetwork that is the same in every
+    call. What is dropped gets no gradient at that position; see ``surgery.dropout`` (Srivastava et al. 2014).
+
+    Raises ValueError for p outside [0, 1), a hook point that the model does not have, attention scores (a masked one
+    set to 0 would be seen: drop ``hook_pattern``), and a subnetwork of attention patterns, which have no units.
+
+    >>> import surgery
+    >>> model = surgery.load("babel")
+    >>> [name for name, _ in dropout(model, ["blocks.3.hook_mlp_out", "blocks.3.mlp.hook_out"], 0.1)]  # the same point
+    ['blocks.3.mlp.hook_out']
+    """
+    chosen, drawing = _points(model, names), _drawing(p, seed)
+    for name in chosen:
+        if name.endswith("hook_attn_scores"):
+            raise ValueError(f"a score of 0 is seen even where it was masked: drop hook_pattern instead of {name}")
+        if shared and name.endswith("hook_pattern"):
+            raise ValueError(f"a subnetwork has units, {name} has positions: drop it without shared, or drop hook_z")
+
+    def fn(x: Tensor, hook: Any) -> Tensor:
+        if not x.is_floating_point() or (shared and x.ndim < 3):
+            raise ValueError(f"{hook.name} holds {x.dtype} {list(x.shape)}, not activations [batch, pos, ...] to drop")
+        keep = drawing(hook.name, x.shape[2:] if shared else x.shape, again=shared)
+        return torch.where(keep.to(x.device), x / (1 - p), 0.0)
+
+    return [(names, fn)] if callable(names) else [(name, fn) for name in chosen]
+
+
+def stochastic_depth(
+    model: TransformerBridge, p: float, seed: int = 0, start: int = 0, stop: int | None = None, part: Part | None = None
+) -> list[Hook]:
+    """Each layer of [start, stop) (to the end if no ``stop``) writes nothing with probability ``p``, prompt by prompt,
+    and ``1 / (1 - p)`` times its update otherwise; with ``part``, its attention or its MLP does.
+
+    Huang et al. 2016 (arXiv 1603.09382) scale by ``1 - p`` when all layers run instead, and let p rise with depth: add
+    up hooks of several spans. Seeds as in ``dropout``. Raises ValueError for p outside [0, 1) or a span outside the
+    model.
+    """
+    start, stop = _span(model, start, model.cfg.n_layers if stop is None else stop)
+    drawing = _drawing(p, seed)
+
+    def alive(x: Tensor, hook: Any) -> Tensor:
+        return drawing(hook.name, (len(x), 1, 1)).to(x.device)
+
+    if part is not None:
+        outputs = [_output(model, layer, part) for layer in range(start, stop)]
+        return [(name, lambda x, hook: torch.where(alive(x, hook), x / (1 - p), 0.0)) for name in outputs]
+    hooks: list[Hook] = []
+    for layer in range(start, stop):
+        entry: list[Stream] = []
+
+        def leave(x: Stream, hook: Any, entry: list[Stream] = entry) -> Stream:
+            grown = x + p / (1 - p) * (x - entry[-1])  # exactly x where p is 0
+            return torch.where(alive(x, hook), grown, entry[-1])
+
+        hooks += [(_pre(layer), _remember(entry)), (_post(layer), leave)]
+    return hooks
+
+
 def record_stream(store: MutableMapping[int, Stream]) -> list[Hook]:
     """Fill ``store`` with the stream: ``store[l]`` enters layer l, ``store[n_layers]`` leaves the last. Copies,
     detached."""
@@ -192,6 +269,38 @@ def _remember(entry: list[Stream]) -> Callable[..., None]:
         entry[:] = [x.clone()]
 
     return fn
+
+
+def _drawing(p: float, seed: int) -> Callable[..., Tensor]:
+    """Masks of what is kept, for each hook point from a generator of its own; ``again`` starts it anew."""
+    kept = 1 - probability(p)
+    generators: dict[str, torch.Generator] = {}
+
+    def draw(name: str, shape: tuple[int, ...], again: bool = False) -> Tensor:
+        if again or name not in generators:
+            generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        return torch.rand(shape, generator=generators[name]) < kept
+
+    return draw
+
+
+def _points(model: TransformerBridge, names: "str | Iterable[str] | Callable[[str], bool]") -> list[str]:
+    """The hook points of these names, each once and by its own name."""
+    known = model.hook_dict
+    if callable(names):
+        asked = [name for name in known if names(name)]
+    else:
+        asked = [names] if isinstance(names, str) else list(names)
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5)
+            hint = f"near it are {', '.join(near)}" if near else "model.hook_dict lists all"
+            raise ValueError(f"this model has no hook point {name!r}: {hint}")
+    if not asked:
+        raise ValueError(
+            "no hook point is chosen: give names out of model.hook_dict, or a predicate that is true of some"
+        )
+    return list(dict.fromkeys(str(known[name].name) for name in asked))
 
 
 def _scaled(factor: float) -> Callable[..., Tensor]:

@@ -100,6 +100,15 @@ def reference_folder(name: str = REFERENCE) -> Path:
     raise ModelError("the bundled model is not installed with this package; run from a checkout of the project")
 
 
+def bundled_file(name: str) -> Path:
+    """Where another bundled file lies, by its name in ``data/``."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "data" / name, here.parent / "data" / name):
+        if path.is_file():
+            return path
+    raise ModelError(f"{name} is not installed with this package; run from a checkout of the project")
+
+
 def bundled_prompts(count: int = 256, seed: int = 0, longest: int = 4) -> list[str]:
     """Held-out Babel problems with their answers, k = 0..``longest`` and all language pairs in equal parts.
 

@@ -17,6 +17,7 @@ import pandas
 
 from surgery import (
     anatomy_study,
+    dropout_report,
     figures,
     findings,
     frames,
@@ -81,6 +82,8 @@ def build(folder: str | Path) -> Path:
         sections.append(graft_report.section(measured.frames, measured.manifests[METHODS]))
     if set(middle_report.FILES) & set(measured.frames):
         sections.append(middle_report.section(measured.frames, measured.manifests))
+    if set(dropout_report.FILES) & set(measured.frames):
+        sections.append(dropout_report.section(measured.frames))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
     frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
@@ -102,6 +105,7 @@ def _read(folder: Path) -> _Measured:
         *reversion_study.COLUMNS,
         *anatomy_study.COLUMNS,
         *middle_report.FILES,
+        *dropout_report.FILES,
     )
     present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
@@ -111,7 +115,7 @@ def _read(folder: Path) -> _Measured:
     if not set(present) - {CALIBRATION, MEASURES, COSTS}:
         raise ValueError(
             f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN}, {ENDS}, {METHODS} or "
-            f"{', '.join(middle_report.FILES)}); make one with: surgery study --out {folder}"
+            f"{', '.join((*middle_report.FILES, *dropout_report.FILES))}); make one with: surgery study --out {folder}"
         )
     return _Measured(
         {name: frames.read(folder / name) for name in present},
@@ -149,6 +153,7 @@ def _found(measured: _Measured) -> Section:
     if METHODS in measured.frames:
         sentences += graft_report.found(measured.frames, measured.manifests[METHODS]["model"]["n_layers"])
     sentences += middle_report.found(measured.frames, measured.manifests)
+    sentences += dropout_report.found(measured.frames)
     return Section("found", "What was found", findings=sentences)
 
 
@@ -350,7 +355,7 @@ def _untold(measured: _Measured) -> Section:
         notes += scan_findings.untold(measured.frames[SCAN], measured.frames[WINNERS])
     if METHODS in measured.frames:
         notes += graft_report.untold(measured.frames)
-    notes += middle_report.untold(measured.frames)
+    notes += middle_report.untold(measured.frames) + dropout_report.untold(measured.frames)
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
         "apart."

@@ -195,3 +195,173 @@ def test_bad_requests(load, call, message):
 def test_a_part_that_is_not_there(load):
     with pytest.raises(ValueError, match="layer 1 of this model has no mlp"):
         hooks.skip(load("native-attention-only"), 1, part="mlp")
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+POST = "blocks.1.hook_mlp_out"
+
+
+def kept(model, fwd_hooks, name=POST, tokens=None):
+    """What stands at a hook point before and after the hooks."""
+    seen = []
+
+    def look(x, hook):
+        seen.append(x.detach().clone())
+
+    with torch.no_grad():
+        model.run_with_hooks(ids() if tokens is None else tokens, fwd_hooks=[(name, look), *fwd_hooks, (name, look)])
+    return seen
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_dropout_zeroes_a_share_and_scales_the_rest(load, name):
+    model = load(name)
+    before, after = kept(model, hooks.dropout(model, POST, 0.25), tokens=ids(16, 20))
+    dropped = after == 0
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.02)  # of 10240 units
+    assert torch.equal(after[~dropped], (before / 0.75)[~dropped])
+
+
+def test_dropout_keeps_the_expectation(load):
+    model = load("llama")
+    fwd_hooks = hooks.dropout(model, POST, 0.3, seed=1)
+    runs = [kept(model, fwd_hooks) for _ in range(400)]
+    before, after = runs[0][0], torch.stack([after for _, after in runs])
+    error = (after.mean(0) - before) / (0.3 / 0.7 / 400) ** 0.5 / before.abs()  # in standard errors
+    assert abs(error.mean()) < 0.15  # of 864 units
+    assert error.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_dropout_made_again_with_the_same_seed_draws_the_same_masks_in_the_same_order(load):
+    model = load("gpt2")
+    first, again, other = ([kept(model, made)[1] for _ in range(3)] for made in (
+        hooks.dropout(model, POST, 0.5, 3), hooks.dropout(model, POST, 0.5, 3), hooks.dropout(model, POST, 0.5, 4)
+    ))  # fmt: skip
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    beside = kept(model, hooks.dropout(model, ["blocks.3.hook_attn_out", POST], 0.5, 3))
+    assert torch.equal(beside[1], first[0])  # whatever else is dropped
+
+
+def test_a_shared_mask_is_one_subnetwork_in_every_call(load):
+    model = load("llama")
+    name = "blocks.2.mlp.out.hook_in"
+    fwd_hooks = hooks.dropout(model, name, 0.4, shared=True)
+    masks = [kept(model, fwd_hooks, name, ids(batch, pos))[1] == 0 for batch, pos in ((3, 9), (2, 5))]
+    first = masks[0][0, 0]
+    assert 0 < first.sum() < len(first)
+    assert all((mask == first).all() for mask in masks)
+    other = kept(model, hooks.dropout(model, name, 0.4, seed=1, shared=True), name)[1] == 0
+    assert not (other[0, 0] == first).all()
+
+
+@pytest.mark.parametrize("name", [*SOME, "native-ln"])
+def test_nothing_changes_where_p_is_zero(load, name):
+    model = load(name)
+    own = model(ids(), return_type="logits")
+    for fwd_hooks in (
+        hooks.dropout(model, lambda point: point.endswith(("attn.hook_out", "mlp.hook_out", "hook_pattern")), 0.0),
+        hooks.dropout(model, POST, 0.0, shared=True),
+        hooks.stochastic_depth(model, 0.0),
+        hooks.stochastic_depth(model, 0.0, part="attn"),
+    ):
+        assert torch.equal(model.run_with_hooks(ids(), return_type="logits", fwd_hooks=fwd_hooks), own)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_dropout_under_the_stack_is_that_of_the_model_and_leaves_nothing(load, name):
+    model = load(name)
+    stack = Stack(model)
+    before = stack.run(ids())
+
+    def made():
+        chosen = hooks.dropout(model, lambda point: point.endswith("mlp.hook_out"), 0.2, 5)
+        return chosen + hooks.stochastic_depth(model, 0.2, 5)
+
+    own = model.run_with_hooks(ids(), return_type="logits", fwd_hooks=made())
+    with model.hooks(fwd_hooks=made()):
+        assert close(stack.run(ids()), own)
+    assert not close(own, before, 1e-3)
+    assert torch.equal(stack.run(ids()), before)
+    assert all(not point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_stochastic_depth_drops_whole_updates_prompt_by_prompt(load):
+    model = load("gpt2")
+    stack, tokens = Stack(model), ids(64, 5)
+    clean, found = stack.stream(tokens), {}
+    fwd_hooks = hooks.stochastic_depth(model, 0.25, start=1, stop=2) + hooks.record_stream(found)
+    with model.hooks(fwd_hooks=fwd_hooks):
+        model(tokens)
+    update, own = found[2] - found[1], clean[2] - clean[1]
+    dropped = (update == 0).all((1, 2))
+    assert close(update[~dropped], own[~dropped] / 0.75)
+    assert 5 <= dropped.sum() <= 28  # 16 expected, 3.5 standard deviations
+    assert close(found[1], clean[1])
+    for seed, part in ((0, "mlp"), (1, "attn")):
+        name = f"blocks.2.hook_{part}_out"
+        whole, some = kept(model, hooks.stochastic_depth(model, 0.5, seed, 2, 3, part), name, tokens)
+        gone = (some == 0).all((1, 2))
+        assert 0 < gone.sum() < 64
+        assert torch.equal(some[~gone], whole[~gone] / 0.5)
+
+
+def test_stochastic_depth_near_one_is_a_skip(load):
+    model = load("llama")
+    found = model.run_with_hooks(ids(), fwd_hooks=hooks.stochastic_depth(model, 1 - 1e-9, start=1, stop=3))
+    assert close(found, Stack(model).run(ids(), ":1 3:"))
+
+
+def test_what_is_dropped_passes_no_gradient_there_and_its_weights_learn_elsewhere(load):
+    model = load("llama")
+    name, rows = "blocks.1.mlp.out.hook_in", model.blocks[1].mlp.out.original_component.weight
+
+    def gradients(shared):
+        held = []
+
+        def hold(x, hook):
+            x.retain_grad()
+            held.append(x)
+
+        rows.grad = None
+        rows.requires_grad_(True)
+        after = [(name, hold), *hooks.dropout(model, name, 0.5, shared=shared), (name, lambda x, hook: held.append(x))]
+        model.run_with_hooks(ids(), return_type="logits", fwd_hooks=after)[..., 5].square().sum().backward()
+        return held[1] == 0, held[0].grad, rows.grad
+
+    dropped, passed, learnt = gradients(False)
+    assert dropped.any((0, 1)).all()  # every unit is dropped somewhere
+    assert (passed[dropped] == 0).all()
+    assert (passed[~dropped] != 0).float().mean() > 0.99
+    assert (learnt != 0).any(0).all()  # and yet all their weights learn
+    dropped, _, learnt = gradients(True)
+    assert ((learnt != 0).any(0) == ~dropped[0, 0]).all()  # in a subnetwork those of dropped units do not
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: hooks.dropout(m, POST, 1.0), r"from 0 to below 1; got p=1.0"),
+        (lambda m: hooks.dropout(m, POST, -0.1), r"got p=-0.1"),
+        (lambda m: hooks.stochastic_depth(m, 1.5), r"got p=1.5"),
+        (
+            lambda m: hooks.dropout(m, "blocks.1.hook_mlp_ouf", 0.1),
+            "no hook point 'blocks.1.hook_mlp_ouf': near it are",
+        ),
+        (
+            lambda m: hooks.dropout(m, "nowhere at all", 0.1),
+            "no hook point 'nowhere at all': model.hook_dict lists all",
+        ),
+        (lambda m: hooks.dropout(m, lambda name: False, 0.1), "no hook point is chosen"),
+        (lambda m: hooks.dropout(m, [], 0.1), "no hook point is chosen"),
+        (lambda m: hooks.dropout(m, "blocks.0.attn.hook_attn_scores", 0.1), "drop hook_pattern instead"),
+        (lambda m: hooks.dropout(m, "blocks.0.attn.hook_pattern", 0.1, shared=True), "drop it without shared"),
+        (lambda m: hooks.stochastic_depth(m, 0.1, start=2, stop=9), r"layers \[2, 9\)"),
+        (lambda m: m.run_with_hooks(ids(), fwd_hooks=hooks.dropout(m, "embed.hook_in", 0.1)), "not activations"),
+    ],
+)
+def test_dropout_that_cannot_be(load, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(load("llama"))

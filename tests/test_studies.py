@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 import surgery
-from surgery import frames, models
+from surgery import dropout_models, frames, models
 
 STUDIES = Path(__file__).parents[1] / "studies"
 
@@ -178,3 +178,20 @@ def test_mean_reversion_says_what_is_missing(options, said, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         runpy.run_path(str(STUDIES / "mean_reversion.py"), run_name="__main__")
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_dropout_reads_a_file_of_models_and_does_not_make_tables_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(dropout_models, "LADDER", (9.0,))
+    sizes = {"n_layers": 2, "d_model": 16, "d_mlp": 32, "n_heads": 2, "steps": 2, "every": 1}
+    recipes = [dropout_models.Recipe(rate=rate, seed=seed, **sizes) for rate in (0.0, 0.4) for seed in (0, 1)]
+    made = [dropout_models.train(recipe, tmp_path / recipe.name) for recipe in recipes]
+    dropout_models.ship(made, tmp_path / "models.safetensors")
+    options = ["--models", tmp_path / "models.safetensors", "--problems", "30", "--out", tmp_path / "out", "--only"]
+    options += ["dropout_probes.csv", "dropout_ensemble.csv"]
+    command = [sys.executable, STUDIES / "dropout.py", *options]
+    first, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first.count("making ") == 2
+    assert "making" not in again
+    assert again.strip() in first
+    assert "Dropping layers at test time costs" in again
+    assert "Dropout: within and across components" in (tmp_path / "out" / "report.html").read_text()

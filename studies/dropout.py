@@ -1,0 +1,110 @@
+"""Does dropout lower superposition within components, and raise redundancy across them?
+
+    python studies/dropout.py --out results/dropout      # the shipped models: ten minutes on 2 cores
+    python studies/dropout.py --full                     # trains them anew first (--seeds), larger sweeps: an hour
+
+Small Babel models (6 layers, d 48) that differ in their dropout alone, p = 0, .1, .2 and .4, three seeds each, at
+matched steps and at matched held-out loss; then what dropping at test time does to them, how far the picture of 2^n
+subnetworks holds, variance and gradients over training (perceptrons of several widths and depths, these models), and
+the toy model of superposition over sparsity and dropout.
+
+    dropout_models.csv      superposition and redundancy of every model: both halves of the prediction; .png
+    dropout_probes.csv      layers and neurons dropped at test time; .png
+    dropout_ensemble.csv    averages of 1 to 64 masks beside scaling; .png
+    dropout_stability.csv   variance of activations and norm of gradients over training; .png
+    dropout_toy.csv         the toy model: sparsity x dropout x seed; .png
+
+Training goes on where it was killed (--work), and tables that are there are not made again. Intervals are over seeds.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import surgery
+from surgery import dropout_models, dropout_study, frames, mask_ensemble, provenance, stability, superposition
+from surgery.dropout_models import Recipe
+from surgery.dropout_study import ENSEMBLE, MODELS, PROBES, STABILITY, TOY
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/dropout")
+    parser.add_argument("--work", default="runs/dropout", help="of the training, with --full")
+    parser.add_argument("--models", type=Path, help="a file that --ship wrote; the bundled one")
+    parser.add_argument("--ship", type=Path, help="write all models that were trained into this file")
+    parser.add_argument("--seeds", type=int, default=len(dropout_models.SEEDS), help="of models trained with --full")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of models trained with --full")
+    parser.add_argument("--problems", type=int, default=240, help="held-out problems that models are measured on")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to make")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    if min(args.seeds, args.steps) < 1 or args.problems < 30:
+        parser.error("--seeds and --steps are 1 or more, --problems 30 or more: ten of each k")
+    torch.set_num_threads(args.threads)
+
+    folder = frames.folder(args.out)
+    made = trained(args) if args.full else dropout_models.shipped(args.models)
+    if args.ship:
+        dropout_models.ship(made, args.ship)
+    stack, tokens = made[0].stack(), dropout_models.data().heldout
+    recipes = {one.recipe.name: one.recipe.steps for one in made}
+    manifest = provenance.manifest(stack, tokens, seed=0, models=recipes, full=args.full, problems=args.problems)
+    said: list[str] = []
+    for name in args.only:
+        if (folder / name).exists() and frames.read_manifest(folder / name)["settings"].get("models") == recipes:
+            frame = frames.read(folder / name)
+        else:
+            print(f"making {name}", flush=True)
+            frame = TABLES[name](made, args)
+            dropout_study.write(folder, {name: frame}, manifest)
+        said += dropout_study.SAID[name](frame)
+    surgery.report.build(folder)
+    for sentence in said:
+        print(f"\n{sentence}")
+
+
+def trained(args: argparse.Namespace) -> list[dropout_models.Trained]:
+    made = []
+    for seed in range(args.seeds):
+        for rate in dropout_models.RATES:
+            recipe = Recipe(rate=rate, seed=seed, steps=args.steps)
+            made.append(dropout_models.train(recipe, Path(args.work) / recipe.name))
+            print(f"{recipe.name}: held-out loss {made[-1].curve['loss'].iloc[-1]:.3f}", flush=True)
+    return made
+
+
+def steadiness(made: list[dropout_models.Trained], args: argparse.Namespace) -> pd.DataFrame:
+    sizes: dict[str, Any] = (
+        {} if args.full else {"widths": (32, 128), "depths": (1, 4), "seeds": range(3), "steps": 400}
+    )
+    perceptrons = stability.perceptrons(**sizes).assign(network="perceptrons")
+    return pd.concat([perceptrons, dropout_models.curves(made).assign(network="transformers")], ignore_index=True)
+
+
+TABLES = {
+    MODELS: lambda made, args: dropout_study.measure(
+        made,
+        count=args.problems,
+        layers=None if args.full else (1, 3, 5),
+        coder_steps=400 if args.full else 200,
+        say=print,
+    ),
+    PROBES: lambda made, args: dropout_study.probe(made, draws=8 if args.full else 4),
+    ENSEMBLE: lambda made, args: dropout_study.ensemble(
+        [one for one in made if args.full or one.recipe.seed == 0],
+        counts=mask_ensemble.COUNTS if args.full else (1, 4, 16, 64),
+    ),
+    STABILITY: steadiness,
+    TOY: lambda made, args: pd.concat(
+        [superposition.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
+    ),
+}
+
+
+if __name__ == "__main__":
+    surgery.cli.script(main)
