@@ -118,7 +118,7 @@ def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path,
     before = pool.sent
     assert same(scan.run(stack, given, PROBES, out, cluster=pool), expected)
     assert owed
-    assert len(pool.workers) == 2
+    assert len(pool.workers) in (1, 2)  # one that is idle when the loss is noticed takes over, else another is hired
     assert victim not in pool.workers
     assert set(accepted.values()) == {1}
     # Rows on their way when it died may still have come, so at most what it owed runs again.
