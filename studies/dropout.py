@@ -11,7 +11,8 @@ the toy model of superposition over sparsity and dropout.
     dropout_models.csv      superposition and redundancy of every model: both halves of the prediction; .png
     dropout_probes.csv      layers and neurons dropped at test time; .png
     dropout_ensemble.csv    averages of 1 to 64 masks beside scaling; .png
-    dropout_stability.csv   variance of activations and norm of gradients over training; .png
+    dropout_perceptrons.csv variance of activations and norm of gradients over training; .png
+    dropout_stream.csv      the same of the models' residual stream; .png
     dropout_toy.csv         the toy model: sparsity x dropout x seed; .png
 
 Training goes on where it was killed (--work), and tables that are there are not made again. Intervals are over seeds.
@@ -27,7 +28,7 @@ import torch
 import surgery
 from surgery import dropout_models, dropout_study, frames, mask_ensemble, provenance, stability, superposition
 from surgery.dropout_models import Recipe
-from surgery.dropout_study import ENSEMBLE, MODELS, PROBES, STABILITY, TOY
+from surgery.dropout_study import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
 
 
 def main() -> None:
@@ -78,14 +79,7 @@ def trained(args: argparse.Namespace) -> list[dropout_models.Trained]:
     return made
 
 
-def steadiness(made: list[dropout_models.Trained], args: argparse.Namespace) -> pd.DataFrame:
-    sizes: dict[str, Any] = (
-        {} if args.full else {"widths": (32, 128), "depths": (1, 4), "seeds": range(3), "steps": 400}
-    )
-    perceptrons = stability.perceptrons(**sizes).assign(network="perceptrons")
-    return pd.concat([perceptrons, dropout_models.curves(made).assign(network="transformers")], ignore_index=True)
-
-
+SMALLER: dict[str, Any] = {"widths": (32, 128), "depths": (1, 4), "seeds": range(3), "steps": 400}
 TABLES = {
     MODELS: lambda made, args: dropout_study.measure(
         made,
@@ -99,7 +93,8 @@ TABLES = {
         [one for one in made if args.full or one.recipe.seed == 0],
         counts=mask_ensemble.COUNTS if args.full else (1, 4, 16, 64),
     ),
-    STABILITY: steadiness,
+    PERCEPTRONS: lambda made, args: stability.perceptrons(**({} if args.full else SMALLER)),
+    STREAM: lambda made, args: dropout_models.curves(made),
     TOY: lambda made, args: pd.concat(
         [superposition.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
     ),

@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
@@ -32,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from surgery import babel, frames, graft_study, models, training
 from surgery.babel import Babel
 from surgery.graft_study import Data
+from surgery.stability import Recorder
 from surgery.stack import Stack
 from surgery.tokens import Tokens
 from surgery.training import Schedule
@@ -174,16 +174,16 @@ def shipped(file: str | Path | None = None) -> list[Trained]:
 
 
 def curves(made: Iterable[Trained]) -> pandas.DataFrame:
-    """Variance of the stream and gradients over training in the columns of ``stability``, without dropout; ``layer`` is
-    the one that the stream enters, the last what leaves the model."""
+    """Variance of the stream and gradients over training, without dropout, in the columns of ``stability``; what enters
+    the first layer was not noted."""
     rows = [
         {
             "width": one.recipe.d_model, "depth": one.recipe.n_layers, "rate": one.recipe.rate, "seed": one.recipe.seed,
-            "step": int(look["step"]), "layer": i + 1, "variance": look[f"variance_{i}"] / one.recipe.d_model,
-            "variance_training": float("nan"), "gradient": look[f"gradient_{i}"], "loss": look["answers"],
-            "heldout": look["loss"],
+            "step": int(look["step"]), "layer": layer, "variance": look.get(f"variance_{layer - 1}", float("nan")),
+            "variance_training": float("nan"), "gradient": look.get(f"gradient_{layer}", float("nan")),
+            "loss": look["answers"], "heldout": look["loss"],
         }
-        for one in made for _, look in one.curve.iterrows() for i in range(one.recipe.n_layers)
+        for one in made for look in one.curve.to_dict("records") for layer in range(one.recipe.n_layers + 1)
     ]  # fmt: skip
     return pandas.DataFrame(rows)
 
@@ -275,27 +275,15 @@ class _Task:
 
     def stability(self) -> dict[str, float]:
         """Per layer the variance of the stream that leaves it and the gradient's norm, without dropout."""
-        tokens = self.data.heldout[:64]
-        variances: list[float] = []
-
-        def note(_: Any, args: Any, output: Any) -> None:
-            stream = (output[0] if isinstance(output, tuple) else output).detach()
-            real = tokens.mask.clone()
-            real[:, 0] = False
-            variances.append(float(stream[real].var(0).sum()))
-
-        layers = self.module.model.layers
-        handles = [layer.register_forward_hook(note) for layer in layers]
-        try:
-            sums, weights = _loss(self.module, tokens, self.weigh_heldout[:64])
-            gradients = torch.autograd.grad(sums / weights, [p for layer in layers for p in layer.parameters()])
-        finally:
-            for handle in handles:
-                handle.remove()
-        each = len(gradients) // len(layers)
-        norms = [float(torch.stack([g.norm() for g in gradients[i * each : (i + 1) * each]]).norm())
-                 for i in range(len(layers))]  # fmt: skip
-        return {f"variance_{i}": v for i, v in enumerate(variances)} | {f"gradient_{i}": g for i, g in enumerate(norms)}
+        tokens, recorder = self.data.heldout[:64], Recorder(self.module, rate=self.recipe.rate, seed=self.recipe.seed)
+        sums, weights = _loss(self.module, tokens, self.weigh_heldout[:64])
+        (sums / weights).backward()
+        recorder.note(0, tokens)
+        self.module.zero_grad(set_to_none=True)
+        variance, gradient = recorder.frame["variance"][1:], recorder.frame["gradient"][:-1]
+        return {f"variance_{i}": v for i, v in enumerate(variance)} | {
+            f"gradient_{i}": g for i, g in enumerate(gradient)
+        }
 
     @cached_property
     def weigh_heldout(self) -> Tensor:
@@ -328,7 +316,7 @@ def _loss(
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
-    layers = range(recipe.n_layers)
-    return COLUMNS | {f"variance_{i}": f"variance of the stream that leaves layer {i}, summed over its numbers, over "
-                      "held-out tokens" for i in layers} | {f"gradient_{i}": "norm of the gradient of layer "
-                      f"{i}'s weights on held-out prompts" for i in layers}  # fmt: skip
+    variance = "variance of the stream that leaves layer {}, mean over its numbers, over held-out tokens"
+    gradient = "norm of the gradient of layer {}'s weights on held-out prompts"
+    each = {"variance": variance, "gradient": gradient}.items()
+    return COLUMNS | {f"{name}_{i}": text.format(i) for name, text in each for i in range(recipe.n_layers)}

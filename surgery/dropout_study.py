@@ -49,7 +49,7 @@ from surgery.stack import Stack
 from surgery.tokens import Tokens
 
 MODELS, PROBES, ENSEMBLE = "dropout_models.csv", "dropout_probes.csv", "dropout_ensemble.csv"
-STABILITY, TOY = "dropout_stability.csv", "dropout_toy.csv"
+PERCEPTRONS, STREAM, TOY = "dropout_perceptrons.csv", "dropout_stream.csv", "dropout_toy.csv"
 STEPS, LOSS = "steps", "loss"
 WITHIN, ACROSS = "within", "across"
 MEASURES = {  # half, predicted sign of its change, in words; of each half the first decides
@@ -86,7 +86,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "excess": "held-out loss of answers above that of the model with nothing dropped (nats per answer token)",
     },
     ENSEMBLE: RUN | {"p": "probability that a neuron is dropped at test time"} | mask_ensemble.COLUMNS,
-    STABILITY: {"network": "perceptrons, or transformers (the small models, the stream)"} | stability.COLUMNS,
+    PERCEPTRONS: stability.COLUMNS,
+    STREAM: stability.COLUMNS,
     TOY: superposition.COLUMNS,
 }
 CAPTION = (
@@ -304,21 +305,13 @@ def found_ensemble(frame: pandas.DataFrame) -> list[str]:
     return said
 
 
-def found_stability(frame: pandas.DataFrame) -> list[str]:
-    """``stability.found`` for perceptrons, and whether dropout changes the stream's variance in these models."""
-    said = []
-    for name in dict.fromkeys(frame["network"]):
-        part = stability.found(_network(frame, str(name)))
-        said += part if name == "perceptrons" else [f"In the {name}: {sentence}" for sentence in part]
-    return said
-
-
 DRAWN: Mapping[str, Callable[[pandas.DataFrame], Figure]] = {
     MODELS: draw, PROBES: draw_probes, ENSEMBLE: lambda frame: mask_ensemble.draw(_pooled(frame)),
-    STABILITY: lambda frame: stability_figures.draw(_network(frame, "perceptrons")), TOY: superposition_findings.draw,
+    PERCEPTRONS: stability_figures.draw, STREAM: stability_figures.draw, TOY: superposition_findings.draw,
 }  # fmt: skip
 SAID: Mapping[str, Callable[[pandas.DataFrame], list[str]]] = {
-    MODELS: found, PROBES: found_probes, ENSEMBLE: found_ensemble, STABILITY: found_stability,
+    MODELS: found, PROBES: found_probes, ENSEMBLE: found_ensemble, PERCEPTRONS: stability.found,
+    STREAM: lambda frame: [f"In the small models: {sentence}" for sentence in stability.found(frame)],
     TOY: lambda frame: [superposition_findings.found(frame)],
 }  # fmt: skip
 CAPTIONS = {
@@ -327,8 +320,9 @@ CAPTIONS = {
     "training, at matched held-out loss: mean over seeds, every seed a dot.",
     ENSEMBLE: "Averages of 1 to 64 subnetworks of the models with the most dropout, beside the same model with nothing "
     "dropped (scaling); mean over seeds.",
-    STABILITY: "Variance of activations and norm of gradients over training, with and without dropout, perceptrons of "
-    "several widths and depths.",
+    PERCEPTRONS: "Variance of activations and norm of gradients over training, with and without dropout, perceptrons "
+    "of several widths and depths.",
+    STREAM: "The same of the small models' residual stream, without dropout.",
     TOY: "The toy model of superposition: features per dimension and interference over sparsity and dropout.",
 }
 
@@ -420,8 +414,3 @@ def _pooled(frame: pandas.DataFrame) -> pandas.DataFrame:
     """The mean over seeds of the models with the largest rate, as ``mask_ensemble.draw`` takes it."""
     most = frame[frame["rate"] == frame["rate"].max()]
     return most.groupby(["way", "count"], sort=False).mean(numeric_only=True).reset_index()
-
-
-def _network(frame: pandas.DataFrame, name: str) -> pandas.DataFrame:
-    part = frame[frame["network"] == name] if (frame["network"] == name).any() else frame
-    return part.drop(columns="network")

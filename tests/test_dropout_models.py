@@ -97,7 +97,9 @@ def test_curves_are_what_stability_reads(tmp_path):
             for rate in (0.0, 0.4)]  # fmt: skip
     frame = dropout_models.curves(made)
     assert set(stability.COLUMNS) - set(frame.columns) <= {"variance_training"}
-    assert len(frame) == 2 * 7 * 2
+    assert len(frame) == 2 * 7 * 3
+    ends = frame.groupby("layer")[["variance", "gradient"]].count()
+    assert ends.values.tolist() == [[0, 14], [14, 14], [14, 0]]
     assert any("variance" in sentence for sentence in stability.found(frame))
 
 
