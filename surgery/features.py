@@ -26,8 +26,6 @@ so that neurons keep what they are and lose what they share; and the model untra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import pandas
 import torch
@@ -35,8 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import embedding, linear, normalize
 
-from surgery import layout
-from surgery.pruning import _Writer
+from surgery.pruning import Writer, listen, writers
 from surgery.regression import halves
 from surgery.stack import Stack
 from surgery.stats import RESAMPLES, columns, described, weights
@@ -223,23 +220,15 @@ def activations(
     places = range(stack.n_layers) if layers is None else layers
     if absent := [layer for layer in places if not 0 <= layer < stack.n_layers]:
         raise ValueError(f"there is no layer {absent[0]} to hear: {stack.name} has 0 to {stack.n_layers - 1}")
-    source = layout._source(stack.model)
-    found = [_Writer(stack.model, source, layer, "mlp") for layer in places]
+    every = writers(stack.model, "mlp")
+    found = [every[layer] for layer in places]
     heard: list[list[Tensor]] = [[] for _ in found]
 
-    def hear(_: Any, given: tuple[Tensor, ...], place: int) -> None:
+    def hear(place: int, keep: Tensor, *given: Tensor) -> None:
         heard[place].append(_dense(found[place], *given).reshape(keep.numel(), -1)[keep.flatten()].float().cpu())
 
-    modules = [writer.hearable() for writer in found]
-    hooks = [module.register_forward_pre_hook(partial(hear, place=i)) for i, module in enumerate(modules)]
-    try:
-        for batch in Tokens.of(tokens).to(stack.device).batches(batch_size):
-            keep = batch.ensemble()
-            with torch.no_grad():
-                source(**stack._inputs(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if found:
+        listen(stack, found, Tokens.of(tokens), hear, batch_size)
     return [torch.cat(parts) for parts in heard]
 
 
@@ -322,7 +311,7 @@ def _shuffled(x: Float[Tensor, "token neuron"], generator: torch.Generator) -> F
     return x.gather(0, torch.rand(x.shape, generator=generator).argsort(0))
 
 
-def _dense(writer: _Writer, x: Tensor, *routes: Tensor) -> Tensor:
+def _dense(writer: Writer, x: Tensor, *routes: Tensor) -> Tensor:
     """What the neurons give at every token, those of all experts beside each other."""
     if not routes:
         return x

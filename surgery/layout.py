@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,32 +36,15 @@ from transformer_lens.model_bridge.sources.native.model import NativeModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import surgery
-from surgery import border, export
+from surgery import border, export, sizing
 from surgery.models import ModelError, _first_line, _quiet, _wrap, plain
+from surgery.sizing import Size
 from surgery.stack import Stack
 from surgery.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
 
 FORMAT = 1
 _MARK = "own_size"  # a layer with sizes of its own carries them in this attribute, through copies and tapes
-_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or made of the fresh one in its place
-
-
-class Size(NamedTuple):
-    """What of a layer is not as the configuration says: MLP width, heads, width of its stream; None where it is.
-
-    In a stream of its own width a layer ``enters``, ``leaves``, both or neither: it carries the map from, to the
-    model's.
-    """
-
-    d_mlp: int | None = None
-    n_heads: int | None = None
-    d_model: int | None = None
-    enters: bool = False
-    leaves: bool = False
-
-
-_CONFIGURED = Size()
 
 
 @dataclass(frozen=True)
@@ -224,7 +207,7 @@ def save(
             raise ModelError(f"{stack.name}: the folder does not open with the same logits")
 
     texts = {"README.md": export.layered_card(stack.name, own)}
-    if any(size != _CONFIGURED for size in own):
+    if any(size != sizing.CONFIGURED for size in own):
         rows = [size._asdict() for size in own]
         texts["surgery.json"] = json.dumps(
             {"format": FORMAT, "open_with": "surgery.load(folder)", "surgery": surgery.__version__, "rows": rows},
@@ -275,7 +258,7 @@ def _built(
     else:
         rewrite(config.get_text_config(), [row.like for row in rows], len(old))
     if len(set(own)) == 1 and own[0].d_model is None:  # then the configuration can say it
-        config, own = _resized(config, own[0]), [_CONFIGURED] * len(rows)
+        config, own = sizing.resized(config, own[0]), [sizing.CONFIGURED] * len(rows)
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         try:
@@ -298,7 +281,7 @@ def _built(
         except ModelError:
             raise
         except Exception as error:  # a shape that some line of the model's own code does not expect
-            asked = dict.fromkeys(_asked(size) for size in own if _asked(size))
+            asked = dict.fromkeys(sizing.said(size) for size in own if sizing.said(size))
             raise ModelError(
                 f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
                 f"{_first_line(error)}; leave such sizes out"
@@ -312,7 +295,9 @@ def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrain
     class Shaped(base):
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
-            others = {size: base(_resized(config, size)) for size in dict.fromkeys(own) if size != _CONFIGURED}
+            others = {
+                size: base(sizing.resized(config, size)) for size in dict.fromkeys(own) if size != sizing.CONFIGURED
+            }
             _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own, config)
             for layer in _row(self, len(own)):
                 for module in layer.modules():
@@ -326,12 +311,12 @@ def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrain
 
 def _native(config: Any, own: Sequence[Size]) -> nn.Module:
     def fresh(size: Size) -> NativeModel:
-        model = NativeModel(_resized(config, size))
+        model = NativeModel(sizing.resized(config, size))
         initialize_native_model(model, model.cfg, seed=int(torch.randint(2**31, ())))
         return model
 
-    whole = fresh(_CONFIGURED)
-    others = {size: fresh(size).layers for size in dict.fromkeys(own) if size != _CONFIGURED}
+    whole = fresh(sizing.CONFIGURED)
+    others = {size: fresh(size).layers for size in dict.fromkeys(own) if size != sizing.CONFIGURED}
     _place(whole.layers, others, own, config)
     return whole
 
@@ -343,13 +328,13 @@ def _row(model: nn.Module, n_layers: int) -> nn.ModuleList:
 
 def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size], config: Any) -> None:
     for place, size in enumerate(own):
-        if size != _CONFIGURED:
+        if size != sizing.CONFIGURED:
             old, new = row[place], others[size][place]
             if size.d_model is not None and size.n_heads is None and _head_widths(old) != _head_widths(new):
                 border.attention(new, old)
             _require_size(old, new, size)
             if size.d_model is not None:
-                d_model = _d_model(config)
+                d_model = sizing.d_model(config)
                 border.carry(new, old, d_model, size.d_model, enters=size.enters, leaves=size.leaves)
             row[place] = new
             setattr(new, _MARK, size)
@@ -362,8 +347,8 @@ def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
         raise ModelError(f"{type(new).__name__} has no MLP that can be {d_mlp} wide: leave d_mlp out")
     if (n_heads or d_model) and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
         raise ModelError(
-            f"{type(new).__name__} divides d_model among its heads, so that {_asked(size)} would make heads of another "
-            "width: leave n_heads out"
+            f"{type(new).__name__} divides d_model among its heads, so that {sizing.said(size)} would make heads of "
+            "another width: leave n_heads out"
         )
     if d_model and not any(d_model in p.shape for p in new.parameters()):
         raise ModelError(f"{type(new).__name__} has no stream that can be {d_model} wide: leave d_model out")
@@ -401,12 +386,12 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _own(model: TransformerBridge, source: nn.Module) -> list[Size]:
-    return [getattr(layer, _MARK, _CONFIGURED) for layer in source.get_submodule(_layers(model)).children()]
+    return [getattr(layer, _MARK, sizing.CONFIGURED) for layer in source.get_submodule(_layers(model)).children()]
 
 
 def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]) -> list[Size]:
     """What every row's size comes to, over the configuration of ``model``."""
-    configured = _configured(_config(model))
+    configured = sizing.configured(_config(model))
     if not rows:
         raise ValueError("no rows: give one Row for each layer of the new model, such as layout.middle(n_layers, 4, 9)")
     for row in rows:
@@ -428,68 +413,6 @@ def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]
             leaves = left[place] or after != size.d_model or entered[place + 1]
             found[place] = size._replace(enters=enters, leaves=leaves)
     return found
-
-
-def _configured(config: Any) -> Size:
-    """The sizes that a configuration gives all layers; None where it has no single width."""
-    text, d_model = _text(config), _d_model(config)
-    found = {getattr(text, key) or 4 * d_model for key in _widths(config)}
-    heads = getattr(text, "n_heads", None) or text.num_attention_heads
-    return Size(found.pop() if len(found) == 1 else None, heads, d_model)
-
-
-def _resized(config: Any, size: Size) -> Any:
-    (d_mlp, n_heads, d_model, *_), config = size, copy.deepcopy(config)
-    text, native, heads = _text(config), not isinstance(config, PreTrainedConfig), _configured(config).n_heads
-    if d_mlp:
-        if not _widths(config):
-            raise ModelError(
-                f"the configuration of {type(text).__name__} has no MLP width to set, so no layer can be {d_mlp} wide: "
-                "leave d_mlp out"
-            )
-        for key in _widths(config):
-            setattr(text, key, d_mlp)
-    if (n_heads or d_model) and not native:
-        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if d_model:
-        if not d_mlp:  # else GPT-2 would take four times the new width
-            config = _resized(config, Size(_configured(config).d_mlp)) if _widths(config) else config
-            text = _text(config)
-        setattr(text, "d_model" if native else "hidden_size", d_model)
-    if n_heads:
-        heads_key, keys_key = (
-            ("n_heads", "n_key_value_heads") if native else ("num_attention_heads", "num_key_value_heads")
-        )
-        keys = getattr(text, keys_key, None)
-        if keys and n_heads * keys % heads:
-            raise ModelError(
-                f"here {heads} heads share {keys} keys, so {n_heads} cannot: make n_heads a multiple of {heads // keys}"
-            )
-        setattr(text, heads_key, n_heads)
-        if keys:
-            setattr(text, keys_key, n_heads * keys // heads)
-    return config
-
-
-def _d_model(config: Any) -> int:
-    text = _text(config)
-    return text.hidden_size if isinstance(config, PreTrainedConfig) else text.d_model
-
-
-def _asked(size: Size) -> str:
-    """In words what of a layer's size is not configured."""
-    return ", ".join(f"{name} {value}" for name, value in zip(Size._fields[:3], size) if value)
-
-
-def _widths(config: Any) -> list[str]:
-    text = _text(config)
-    if not isinstance(config, PreTrainedConfig):
-        return [] if config.attn_only else ["d_mlp"]
-    return [key for key in _WIDTHS if hasattr(text, key) and isinstance(getattr(text, key), int | None)]
-
-
-def _text(config: Any) -> Any:
-    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 # --- the model given -------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ heard at the tokens routed there, times the router's weight.
 Controls at equal size: ``magnitude``, the norm of the unit's output weights, and ``random``.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformer_lens import TransformerBridge
 
-from surgery import layout
+from surgery import layout, sizing
 from surgery.models import ModelError
 from surgery.stack import Stack
 from surgery.tokens import Tokens
@@ -64,23 +63,35 @@ def importance(
     return _heard(model, layers, _usable(tokens), batch_size)
 
 
-def _heard(model: TransformerBridge, layers: "list[_Writer]", tokens: Tokens, batch_size: int) -> list[Tensor]:
-    modules, stack, source = [writer.hearable() for writer in layers], Stack(model), layers[0].source
-    totals, keep = [torch.zeros(writer.shape, dtype=torch.float64) for writer in layers], torch.empty(0)
+def _heard(model: TransformerBridge, layers: "list[Writer]", tokens: Tokens, batch_size: int) -> list[Tensor]:
+    totals = [torch.zeros(writer.shape, dtype=torch.float64) for writer in layers]
 
-    def hear(_: Any, args: tuple[Tensor, ...], place: int) -> None:
-        totals[place] += layers[place].written(keep, *args)
+    def hear(place: int, keep: Tensor, *given: Tensor) -> None:
+        totals[place] += layers[place].written(keep, *given)
 
-    hooks = [module.register_forward_pre_hook(partial(hear, place=i)) for i, module in enumerate(modules)]
+    listen(Stack(model), layers, tokens, hear, batch_size)
+    return totals
+
+
+def listen(
+    stack: Stack, layers: "Sequence[Writer]", tokens: Tokens, hear: Callable[..., None], batch_size: int = 64
+) -> None:
+    """Call ``hear(place, keep, *given)`` with what the output weights of each of ``layers`` are given on every batch;
+    ``keep`` are its real tokens but each prompt's first. The layers are of one call of ``writers``. Cost: 1 F."""
+    keep = torch.empty(0)
+    modules = [writer.hearable() for writer in layers]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, place=place: hear(place, keep, *given))
+        for place, module in enumerate(modules)
+    ]
     try:
         for batch in tokens.to(stack.device).batches(batch_size):
             keep = batch.ensemble()
             with torch.no_grad():
-                source(**stack._inputs(batch))
+                layers[0].source(**stack._inputs(batch))
     finally:
         for hook in hooks:
             hook.remove()
-    return totals
 
 
 def channels(
@@ -156,13 +167,13 @@ def _usable(tokens: Tokens | Tensor | None) -> Tokens:
     return tokens
 
 
-def writers(model: TransformerBridge, part: str, start: int = 0, stop: int | None = None) -> "list[_Writer]":
+def writers(model: TransformerBridge, part: str, start: int = 0, stop: int | None = None) -> "list[Writer]":
     """What the layers [start, stop) write with in that part."""
     source = layout._source(model)
-    return [_Writer(model, source, layer, part) for layer in range(len(model.blocks))[start:stop]]
+    return [Writer(model, source, layer, part) for layer in range(len(model.blocks))[start:stop]]
 
 
-class _Writer:
+class Writer:
     """What the units of one part of one layer write through: the output weights, found through the bridge."""
 
     def __init__(self, model: TransformerBridge, source: Any, layer: int, part: str) -> None:
@@ -239,6 +250,6 @@ class _Writer:
 
 def _heads(model: TransformerBridge) -> tuple[int, int]:
     """Query heads and key-value heads, as the configuration has them."""
-    config = layout._text(layout._config(model))
+    config = sizing.text(layout._config(model))
     heads = getattr(config, "n_heads", None) or config.num_attention_heads
     return heads, getattr(config, "n_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads

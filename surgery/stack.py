@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 from surgery import border
-from surgery.engine import Engine, FrozenNorm, Given, Parts, Recording, Stream, replaced_forward
+from surgery.engine import Engine, FrozenNorm, Given, Recording, Stream, replaced_forward
 from surgery.models import ModelError, plain
+from surgery.opening import bridge_engine, plain_engine
 from surgery.steps import executions
 from surgery.tokens import Tokens, encode
 from surgery.wiring import Layer, Parallel, Scaled, Step, Wiring
@@ -69,9 +69,9 @@ class Stack:
             )
         self.model = model
         self.name: str = str(model.cfg.model_name)
-        self._bridge = _bridge_engine(model, self.name)
+        self._bridge = bridge_engine(model, self.name)
         twin = plain(model)
-        self._plain = None if twin is None else _plain_engine(twin, model)
+        self._plain = None if twin is None else plain_engine(twin, model)
         self.n_layers = len(self._bridge.layers)
         self.d_model, self.d_vocab, self.n_ctx = (
             int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
@@ -442,53 +442,6 @@ class Stack:
         if self._resized or self._sublayer_difference(context, self.stream(context)) > self.tolerance:
             return frozenset()
         return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
-
-
-def _bridge_engine(model: TransformerBridge, name: str) -> Engine:
-    blocks = list(getattr(model, "blocks", []))
-    if not blocks or not all(isinstance(getattr(block, "attn", None), AttentionBridge) for block in blocks):
-        raise ModelError(
-            f"{name} ({model.cfg.architecture}) is not a decoder-only transformer with attention in every layer; "
-            "encoder-decoder, state-space and hybrid models cannot be opened"
-        )
-    parts = []
-    for block in blocks:
-        mlp = getattr(block, "mlp", None)
-        if (
-            mlp is not None and mlp.name is None
-        ):  # OPT keeps its MLP's matrices in the layer itself; the last one writes
-            mlp = mlp.out
-        norms = {key: getattr(block, key) for key in ("ln1", "ln2") if key in block.submodules}
-        parts.append(Parts(block.attn, mlp, _without_identity(norms)))
-    return Engine("bridge", model.original_model, blocks, parts)
-
-
-def _plain_engine(twin: Any, model: TransformerBridge) -> Engine:
-    layers, parts = [], []
-    for block in model.blocks:
-        layer = twin.get_submodule(block.name)
-        names = block.submodules
-        mlp = names.get("mlp")
-        mlp_name = None if mlp is None else (mlp.name or mlp.submodules["out"].name)
-        layers.append(layer)
-        norms = {key: getattr(layer, names[key].name) for key in ("ln1", "ln2") if key in names}
-        parts.append(
-            Parts(
-                getattr(layer, names["attn"].name),
-                None if mlp_name is None else getattr(layer, mlp_name),
-                _without_identity(norms),
-            )
-        )
-    return Engine("plain", twin, layers, parts)
-
-
-def _without_identity(norms: dict[str, Any]) -> dict[str, Any]:
-    """Models without normalisation have an ``Identity`` in the norm's place."""
-    return {
-        key: norm
-        for key, norm in norms.items()
-        if not isinstance(getattr(norm, "original_component", norm), torch.nn.Identity)
-    }
 
 
 def _with_scale(norm: FrozenNorm, scale: Tensor) -> Callable[..., Tensor]:

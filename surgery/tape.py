@@ -33,8 +33,9 @@ from transformers import PreTrainedConfig
 
 from surgery import export
 from surgery.models import ModelError, load, plain
+from surgery.opening import bridge_engine, plain_engine
 from surgery.slots import composed, install, slots
-from surgery.stack import Stack, _bridge_engine, _plain_engine
+from surgery.stack import Stack
 from surgery.wiring import Wiring
 
 
@@ -249,7 +250,7 @@ def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> N
 def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> None:
     ids = _probe(stack)[:, :2]
     twin = plain(taped)
-    engines = [_bridge_engine(taped, stack.name)] + ([] if twin is None else [_plain_engine(twin, taped)])
+    engines = [bridge_engine(taped, stack.name)] + ([] if twin is None else [plain_engine(twin, taped)])
     for engine in engines:
         install(engine.layers, engine.parts, passes, stack.d_model, partial(engine.module, input_ids=ids))
 

@@ -8,8 +8,9 @@ from known_wirings import TOKENS, difference
 
 import surgery
 from surgery import border, layout, pruning, resize, tape, width
-from surgery.layout import Row, Size
+from surgery.layout import Row
 from surgery.models import ModelError, plain
+from surgery.sizing import Size
 
 INSIDE = [Size(), Size(d_model=48, enters=True), Size(d_model=48, leaves=True), Size()]
 PROMPTS = torch.randint(fixtures.N_VOCAB, (12, 16), generator=torch.Generator().manual_seed(3))

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery import layout, tape
-from surgery.layout import Row, Size, build, middle
+from surgery.layout import Row, build, middle
 from surgery.models import ModelError, plain
 from surgery.provenance import weights_hash
+from surgery.sizing import Size
 
 KEPT = middle(4, 1, 3, old=1.0)
 WIDER = ["gpt2", "opt", "phi3", "qwen3_moe", "native-ln"]

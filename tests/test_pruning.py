@@ -6,8 +6,8 @@ from known_wirings import TOKENS, difference
 
 import surgery
 from surgery import layout, pruning, width
-from surgery.layout import Size
 from surgery.models import ModelError, plain
+from surgery.sizing import Size
 from surgery.tokens import Tokens
 
 INSIDE = [Size(), Size(40, 2), Size(40, 2), Size()]

@@ -9,9 +9,9 @@ from known_wirings import TOKENS, difference
 
 import surgery
 from surgery import layout, pruning, width
-from surgery.layout import Size
 from surgery.models import ModelError, plain
 from surgery.resize import weights as resize_weights
+from surgery.sizing import Size
 
 EVERY = (*fixtures.ARCHITECTURES, *fixtures.NATIVE)
 DIVIDED = ("gpt2", "gptj", "gpt_neox", "opt", "phi3", "olmo2")  # heads that cannot be more than the configuration's
