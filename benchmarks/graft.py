@@ -5,7 +5,7 @@
 Layers 4 to 8 of the bundled model, the same batch, optimisers and clipping for all; rounds interleaved, time of the
 processor, medians with quartiles of the ratio to the whole model's step on cross entropy. The middle reads its
 activations from the disk within its step. ``counted`` is that ratio in floating-point operations
-(``surgery.ledger.Counter``), ``without`` the same without the optimisers, whose operations (GFLOP) do not depend on the
+(``surgery.training.ledger.Counter``), ``without`` the same without the optimisers, whose operations (GFLOP) do not depend on the
 batch. What the teacher spends in a step is in both; what it spends beforehand is the last row, once for every prompt.
 """
 
@@ -18,11 +18,13 @@ import timing
 import torch
 
 import surgery
-from surgery import graft, graft_study, layout, models, training
-from surgery.graft import Objective, Schedule
-from surgery.latents import Latents
-from surgery.ledger import Counter
-from surgery.stack import Stack
+from surgery import graft, models, training
+from surgery.graft import study
+from surgery.graft.grafting import Objective, Schedule
+from surgery.models.stack import Stack
+from surgery.rebuild import layout
+from surgery.training.activations import Latents
+from surgery.training.ledger import Counter
 
 SPAN = (4, 9)
 SCRATCH = "whole, cross entropy"
@@ -37,7 +39,7 @@ STEPS = {  # name: what is trained, on what
 class Step:
     """One step of training, and what it is counted to cost."""
 
-    def __init__(self, teacher: Stack, pairs: Latents, data: graft_study.Data, name: str) -> None:
+    def __init__(self, teacher: Stack, pairs: Latents, data: study.Data, name: str) -> None:
         parts, objective = STEPS[name]
         fresh = models.untrained(teacher.model) if parts == "all" else layout.build(
             teacher.model, layout.middle(teacher.n_layers, *SPAN)
@@ -69,7 +71,7 @@ class Step:
         return timing.seconds(lambda: self(self.task.batch(prompts) if batch is None else batch))
 
 
-def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, rounds: int) -> list[dict[str, object]]:
+def compare(teacher: Stack, pairs: Latents, data: study.Data, size: int, rounds: int) -> list[dict[str, object]]:
     prompts = Schedule(batch=size).prompts(0, pairs.n_prompts).tolist()
     steps = {name: Step(teacher, pairs, data, name) for name in STEPS}
     with ExitStack() as restoring:
@@ -100,7 +102,7 @@ def compare(teacher: Stack, pairs: Latents, data: graft_study.Data, size: int, r
 
 def main() -> None:
     rounds = timing.rounds(__doc__)
-    teacher, data = Stack(surgery.load("babel")), graft_study.babel(1024, heldout=16)
+    teacher, data = Stack(surgery.load("babel")), study.babel(1024, heldout=16)
     with tempfile.TemporaryDirectory() as folder:
         pairs = graft.latents(teacher, data.corpus, *SPAN, folder)
         rows = [row for size in (64, 512) for row in compare(teacher, pairs, data, size, rounds)]

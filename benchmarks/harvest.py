@@ -24,8 +24,8 @@ import torch
 import transformers
 
 import surgery
-from surgery import harvest as harvesting
-from surgery.tokens import Tokens
+from surgery.models.tokens import Tokens
+from surgery.training import harvest as harvesting
 
 
 def llama() -> transformers.PreTrainedModel:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.models import plain
+from surgery.models.loading import plain
 
 
 def models() -> dict[str, transformers.PreTrainedModel]:

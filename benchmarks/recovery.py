@@ -1,8 +1,8 @@
-"""How well is a known phi recovered? Every estimator of ``surgery.panels`` and ``surgery.ou`` on simulated panels.
+"""How well is a known phi recovered? Every estimator of ``surgery.stats.panels`` and ``surgery.stats.ou`` on simulated panels.
 
     python benchmarks/recovery.py --out recovery.csv
 
-Writes ``surgery.ou.recovery`` and prints it: first where theory promises 95 % (and every coverage that is not within
+Writes ``surgery.stats.ou.recovery`` and prints it: first where theory promises 95 % (and every coverage that is not within
 92 to 98 %), then the estimators that it warns of. Panels of 100 units (``andrews``: one series), T = 12, 24 and 48.
 Then what the usual unit-root tests say of single series of these lengths. Process time of the table is printed last.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from surgery import ou
-from surgery.panels import simulate
+from surgery.stats import ou
+from surgery.stats.panels import simulate
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,16 +25,9 @@ import timing
 import torch
 
 import surgery
-from surgery import (
-    directions,
-    lines_of_thought,
-    models,
-    returns,
-    reversion,
-    reversion_study,
-    trajectories,
-)
-from surgery.engine import Engine
+from surgery import models, reversion
+from surgery.models.engine import Engine
+from surgery.reversion import cloud, directions, returns, study, trajectories
 
 L, DRAWS = 12, 4
 
@@ -65,12 +58,12 @@ def measures(stack: surgery.Stack, untrained: surgery.Stack, tokens) -> dict[str
         "directions.layers": (2 + 1, lambda: directions.layers(stack, tokens)),
         "returns.curves, all layers": (curves, lambda: returns.curves(stack, tokens, sizes=(0.1,))),
         "  frozen": (curves + 1, lambda: returns.curves(stack, tokens, sizes=(0.1,), frozen=True)),
-        "lines_of_thought.noise": (2 + 1, lambda: lines_of_thought.noise(stack, tokens)),
-        "lines_of_thought.fit, 3 rows": (2 * 3 + 1, lambda: lines_of_thought.fit(stack, tokens)),
-        "lines_of_thought.growth": (1 + 1, lambda: lines_of_thought.growth(stack, tokens)),
+        "lines_of_thought.noise": (2 + 1, lambda: cloud.noise(stack, tokens)),
+        "lines_of_thought.fit, 3 rows": (2 * 3 + 1, lambda: cloud.fit(stack, tokens)),
+        "lines_of_thought.growth": (1 + 1, lambda: cloud.growth(stack, tokens)),
         "reversion_study.measure": (
             115 + 12,
-            lambda: reversion_study.measure(stack, tokens, Path(tempfile.mkdtemp()), untrained),
+            lambda: study.measure(stack, tokens, Path(tempfile.mkdtemp()), untrained),
         ),
     }
 

@@ -22,10 +22,12 @@ import torch
 import transformers
 
 import surgery
-from surgery import probes, scan, schedule, search
-from surgery.models import plain
-from surgery.tokens import Tokens
-from surgery.wiring import every_repeat
+from surgery import scan
+from surgery.corpus import probes
+from surgery.models.loading import plain
+from surgery.models.tokens import Tokens
+from surgery.scan import schedule, search
+from surgery.wiring.value import every_repeat
 
 SIZES = ((1, 8), (2, 64), (16, 128))
 

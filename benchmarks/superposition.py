@@ -12,7 +12,7 @@ import torch
 from timing import rounds, seconds
 from torch import Tensor
 
-from surgery import superposition
+from surgery.dropout import toy_model
 
 STEPS, SAMPLE = 100, 10
 
@@ -24,7 +24,7 @@ def alone(sparsity, rate, seed, n_features=20, n_hidden=5, steps=5000, batch=64,
     w = torch.nn.Parameter(spread * torch.randn(n_hidden + 1, n_features, generator=generator)[:-1])
     b = torch.nn.Parameter(torch.zeros(n_features))
     optimiser = torch.optim.Adam([w, b], lr=lr)
-    importance = superposition.importance(n_features, decay)
+    importance = toy_model.importance(n_features, decay)
     for step in range(steps):
         uniform = torch.rand(batch, n_features + n_hidden, generator=generator)
         x = ((uniform[:, :n_features] - sparsity) / (1 - sparsity)).relu()
@@ -39,14 +39,14 @@ def alone(sparsity, rate, seed, n_features=20, n_hidden=5, steps=5000, batch=64,
 
 def together(cells: Tensor, steps: int, batch: int) -> Tensor:
     """W of all cells (rows of sparsity, rate, seed)."""
-    for w, _ in superposition.training(cells[:, 0], cells[:, 1], cells[:, 2].long(), steps=steps, batch=batch):
+    for w, _ in toy_model.training(cells[:, 0], cells[:, 1], cells[:, 2].long(), steps=steps, batch=batch):
         return w
     raise AssertionError
 
 
 def compare(batch: int, times: int) -> tuple[float, list[tuple[float, float]], float]:
     """Milliseconds a step of the sweep, ratios to it by round (loop, ours alone), largest difference of weights."""
-    axes = (superposition.SPARSITIES, superposition.RATES, superposition.SEEDS)
+    axes = (toy_model.SPARSITIES, toy_model.RATES, toy_model.SEEDS)
     cells = torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.float32) for axis in axes))
     sample = cells[torch.linspace(0, len(cells) - 1, SAMPLE).long()]
     swept = together(cells, STEPS, batch)[torch.linspace(0, len(cells) - 1, SAMPLE).long()]
@@ -70,7 +70,7 @@ def main() -> None:
         quartiles = np.quantile(np.array(ratios), [0.5, 0.25, 0.75], axis=0).T
         said = "  ".join(f"{mid:6.1f} [{low:.1f}, {high:.1f}]".ljust(21) for mid, low, high in quartiles)
         print(f"{batch:5}  {took:16.2f}  {said}  {difference:.1e}")
-    whole = seconds(superposition.sweep)
+    whole = seconds(toy_model.sweep)
     print(
         f"\nThe whole sweep, 250 cells of 5,000 steps with 40 evaluations of the cells without dropout: {whole:.0f} s"
     )

@@ -16,10 +16,10 @@ import torch
 from transformers.utils import logging
 
 import surgery
-from surgery import width
+from surgery.rebuild import width
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import fixtures  # the architecture matrix
+from support import fixtures  # the architecture matrix
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 
 Without ``--model``: the bundled model on problems of k = 0 (pure translation) and k = 4 (four functions), the same
 architecture untrained, and its twin that was trained on translation alone. Boundaries are found on one half of the
-prompts, the ends compared with the middle on the other. Writes the files of ``surgery.anatomy_study``, a folder a
+prompts, the ends compared with the middle on the other. Writes the files of ``surgery.anatomy.study``, a folder a
 model. Any other model reads the bundled parallel sentences, and prompts from one or more text files, a kind each.
 """
 
@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 
 import surgery
-from surgery import anatomy, anatomy_study, convergence, frames, models, probes, scan, wiring
-from surgery.babel import Babel
-from surgery.prompts import read_prompts
+from surgery import anatomy, models, scan, wiring
+from surgery.anatomy import convergence, study
+from surgery.corpus import probes
+from surgery.corpus.babel import Babel
+from surgery.corpus.text_files import read_prompts
+from surgery.records import tables
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
         parser.error("--model needs prompts: give --text KIND=FILE, once for every kind")
     torch.set_num_threads(2)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     if args.model:
         opened = {Path(args.model).name: surgery.load(args.model)}
         files = dict(one.split("=", 1) for one in args.text)
@@ -61,8 +64,8 @@ def main() -> None:
         tokens = stack.tokens([text for text, _ in prompts], stack.n_ctx)
         repeats = wiring.every_repeat(stack.n_layers)
         scanned = scan.run(stack, repeats, asked, metrics=(metric,))
-        found = anatomy_study.measure(
-            stack, tokens, frames.folder(folder / name), [kind for _, kind in prompts], said=said, scanned=scanned,
+        found = study.measure(
+            stack, tokens, tables.folder(folder / name), [kind for _, kind in prompts], said=said, scanned=scanned,
             metric=metric, length=args.length, resamples=args.resamples,
         )  # fmt: skip
         print(f"\n== {name}\n")

@@ -26,9 +26,12 @@ import pandas as pd
 import torch
 
 import surgery
-from surgery import dropout_models, dropout_study, frames, mask_ensemble, provenance, stability, superposition
-from surgery.dropout_models import Recipe
-from surgery.dropout_study import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout import mask_ensemble, stability, study, toy_model
+from surgery.dropout import trained as dropout_models
+from surgery.dropout.study import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.trained import Recipe
+from surgery.records import manifest as provenance
+from surgery.records import tables
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def main() -> None:
         parser.error("--seeds and --steps are 1 or more, --problems 30 or more: ten of each k")
     torch.set_num_threads(args.threads)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     made = trained(args) if args.full else dropout_models.shipped(args.models)
     if args.ship:
         dropout_models.ship(made, args.ship)
@@ -57,13 +60,13 @@ def main() -> None:
     manifest = provenance.manifest(stack, tokens, seed=0, models=recipes, full=args.full, problems=args.problems)
     said: list[str] = []
     for name in args.only:
-        if (folder / name).exists() and frames.read_manifest(folder / name)["settings"].get("models") == recipes:
-            frame = frames.read(folder / name)
+        if (folder / name).exists() and tables.read_manifest(folder / name)["settings"].get("models") == recipes:
+            frame = tables.read(folder / name)
         else:
             print(f"making {name}", flush=True)
             frame = TABLES[name](made, args)
-            dropout_study.write(folder, {name: frame}, manifest)
-        said += dropout_study.SAID[name](frame)
+            study.write(folder, {name: frame}, manifest)
+        said += study.SAID[name](frame)
     surgery.report.build(folder)
     for sentence in said:
         print(f"\n{sentence}")
@@ -81,22 +84,22 @@ def trained(args: argparse.Namespace) -> list[dropout_models.Trained]:
 
 SMALLER: dict[str, Any] = {"widths": (32, 128), "depths": (1, 4), "seeds": range(3), "steps": 400}
 TABLES = {
-    MODELS: lambda made, args: dropout_study.measure(
+    MODELS: lambda made, args: study.measure(
         made,
         count=args.problems,
         layers=None if args.full else (1, 3, 5),
         coder_steps=400 if args.full else 200,
         say=print,
     ),
-    PROBES: lambda made, args: dropout_study.probe(made, draws=8 if args.full else 4),
-    ENSEMBLE: lambda made, args: dropout_study.ensemble(
+    PROBES: lambda made, args: study.probe(made, draws=8 if args.full else 4),
+    ENSEMBLE: lambda made, args: study.ensemble(
         [one for one in made if args.full or one.recipe.seed == 0],
         counts=mask_ensemble.COUNTS if args.full else (1, 4, 16, 64),
     ),
     PERCEPTRONS: lambda made, args: stability.perceptrons(**({} if args.full else SMALLER)),
     STREAM: lambda made, args: dropout_models.curves(made),
     TOY: lambda made, args: pd.concat(
-        [superposition.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
+        [toy_model.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
     ),
 }
 

@@ -33,26 +33,20 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import surgery
-from surgery import (
-    fidelity,
-    figures,
-    frames,
-    graft,
-    graft_study,
-    layout,
-    models,
-    provenance,
-    reinitialise,
-    report,
-    reversion,
-)
+from surgery import graft, models, report, reversion
 from surgery import series as serial
-from surgery.graft import Graft, Objective, Schedule
-from surgery.graft_study import Data
-from surgery.latents import Latents
-from surgery.ledger import Ledger
-from surgery.stack import Stack
-from surgery.tokens import Tokens
+from surgery.graft import reinitialise, study
+from surgery.graft.grafting import Graft, Objective, Schedule
+from surgery.graft.study import Data
+from surgery.instruments import fidelity
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.page import drawing
+from surgery.rebuild import layout
+from surgery.records import manifest as provenance
+from surgery.records import tables
+from surgery.training.activations import Latents
+from surgery.training.ledger import Ledger
 
 SPAN = (4, 9)
 FRESH, WHOLE = "middle", "all"
@@ -63,8 +57,8 @@ METHODS = {  # name: what is trained, on what
     "distilled from scratch": (WHOLE, Objective(latent=0, kl=1)),
     "whole from scratch": (WHOLE, Objective(latent=0, cross_entropy=1)),
 }
-BY_K = graft_study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
-WIRING = graft_study.RUN | {
+BY_K = study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
+WIRING = study.RUN | {
     "S": "serialness of layers 4 to 8 as one window: 0 parallel, 1 serial",
     "R_over_N": "what these layers read of what they write, over what any displacement of that size explains",
     "kappa": "mean over them of the part of a deviation that one layer takes back",
@@ -97,13 +91,13 @@ def main() -> None:
         parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
     torch.set_num_threads(args.threads)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = graft_study.babel(prompts, heldout=judged)
+    data = study.babel(prompts, heldout=judged)
     manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
 
     layers = reinitialise.layers(stack, some(data.heldout, 200), seeds=3)
-    frames.write(layers, folder / "graft_layers.csv", manifest, reinitialise.COLUMNS)
+    tables.write(layers, folder / "graft_layers.csv", manifest, reinitialise.COLUMNS)
     say_layers(layers)
 
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
@@ -112,13 +106,10 @@ def main() -> None:
     for seed in range(seeds):
         for name, model in trained(stack, pairs, data, folder, replace(schedule, seed=seed)):
             made[name, seed] = model
-            score = graft_study.judge(stack, model, pairs, data).iloc[0]
+            score = study.judge(stack, model, pairs, data).iloc[0]
             print(f"seed {seed}, {name}: exact answers {score['exact']:.3f}, {score['damage']:+.4f} nats a token")
-    rows = graft_study.maps(stack, pairs, data)
-    rows += [
-        graft_study.row(name, seed, one, graft_study.judge(stack, one, pairs, data))
-        for (name, seed), one in made.items()
-    ]
+    rows = study.maps(stack, pairs, data)
+    rows += [study.row(name, seed, one, study.judge(stack, one, pairs, data)) for (name, seed), one in made.items()]
     per_step = (
         made["whole from scratch", 0].ledger.operations(teacher=False)
         / made["whole from scratch", 0].curve["step"].iloc[-1]
@@ -136,14 +127,14 @@ def main() -> None:
     ])  # fmt: skip
     found = answers(methods, ks, wires, per_step)
     manifest["settings"]["found"] = found
-    graft_study.write(folder, methods, made, manifest)
-    frames.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
-    frames.save({folder / "graft_by_k.png": figures.png(draw(ks))})
-    frames.write(wires, folder / "graft_wiring.csv", manifest, WIRING)
+    study.write(folder, methods, made, manifest)
+    tables.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
+    tables.save({folder / "graft_by_k.png": drawing.png(draw(ks))})
+    tables.write(wires, folder / "graft_wiring.csv", manifest, WIRING)
     page = report.build(folder)
 
     print()
-    for sentence in (*graft_study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *found):
+    for sentence in (*study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *found):
         print(f"\n{sentence}")
     print(f"\nThe page is {page}, the numbers and figures are beside it.")
 
@@ -157,7 +148,7 @@ def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Sc
         spent = pairs.ledger(stack) if name != "whole from scratch" else Ledger()
         steps = schedule.steps
         if budget is not None:
-            each = graft_study.step_operations(
+            each = study.step_operations(
                 stack, *begun(stack, parts, schedule.seed), pairs, data, objective=objective, schedule=schedule,
                 parts=parts,
             )  # fmt: skip
@@ -188,7 +179,7 @@ def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data)
     """A snapshot of the whole model's own training as a row of the table."""
     model, step = models.untrained(stack.model), int(file.stem.removeprefix("step_"))
     models.plain(model).load_state_dict(load_file(file))
-    read = graft_study.judge(stack, Graft(model, SPAN, pd.DataFrame(), Ledger()), pairs, data)
+    read = study.judge(stack, Graft(model, SPAN, pd.DataFrame(), Ledger()), pairs, data)
     spent = {"steps": step, "operations": step * per_step, "operations_with_teacher": step * per_step}
     return {"method": f"whole, step {step}", "seed": np.nan} | read.iloc[0].to_dict() | spent
 
@@ -196,9 +187,9 @@ def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data)
 def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Data) -> pd.DataFrame:
     """Exact answers and damage of every model on the problems of every length."""
     rows = []
-    for k, part in graft_study.by_k(data).items():
+    for k, part in study.by_k(data).items():
         for (name, seed), one in made.items():
-            read = graft_study.judge(stack, one, pairs, part).iloc[0].to_dict()
+            read = study.judge(stack, one, pairs, part).iloc[0].to_dict()
             rows.append({"method": name, "seed": float(seed), "k": k} | read)
     return pd.DataFrame(rows)
 
@@ -300,11 +291,11 @@ def draw(ks: pd.DataFrame) -> Figure:
     """Exact answers by k, a line per method, its mean over seeds and every seed as a dot."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (name, part), colour in zip(ks.groupby("method", sort=False), graft_study.COLOURS * 2):
+    for (name, part), colour in zip(ks.groupby("method", sort=False), study.COLOURS * 2):
         axes.plot(part.groupby("k")["exact"].mean(), color=colour, label=name)
         axes.plot(part["k"], part["exact"], ".", color=colour)
-    axes.axhline(0.1, color=figures.FAINT, linestyle="--", linewidth=0.8)
-    axes.annotate("chance", (0, 0.1), va="bottom", fontsize=8, color=figures.FAINT)
+    axes.axhline(0.1, color=drawing.FAINT, linestyle="--", linewidth=0.8)
+    axes.annotate("chance", (0, 0.1), va="bottom", fontsize=8, color=drawing.FAINT)
     axes.set_xticks(range(5))
     axes.set_xlabel("k, steps that a problem asks for")
     axes.set_ylabel("exact answers on held-out problems")

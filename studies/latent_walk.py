@@ -3,8 +3,8 @@
     python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: three minutes
     python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: 45 minutes
 
-On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.manifold``)?
-Then, for every amount of real data, a fresh middle is trained (``surgery.walk_study``) on
+On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.graft.manifold``)?
+Then, for every amount of real data, a fresh middle is trained (``surgery.graft.walk_study``) on
 
     real            the real pairs alone
     relabelled      half of each batch walked, what follows said by the original
@@ -26,9 +26,11 @@ import argparse
 import torch
 
 import surgery
-from surgery import frames, graft_study, manifold, provenance, walk, walk_study
-from surgery.graft import Schedule
-from surgery.stack import Stack
+from surgery.graft import manifold, study, walk, walk_study
+from surgery.graft.grafting import Schedule
+from surgery.models.stack import Stack
+from surgery.records import manifest as provenance
+from surgery.records import tables
 
 SPAN, MOST = (4, 9), 160_000
 
@@ -52,9 +54,9 @@ def main() -> None:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 20 or more, --tokens 600 or more (a batch)")
     torch.set_num_threads(args.threads)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = graft_study.babel(MOST // 4, heldout=args.judged)
+    data = study.babel(MOST // 4, heldout=args.judged)
     harvested = walk_study.harvester(stack, data.corpus, SPAN, folder)
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), walk_study.SHOWN, data.heldout, SPAN[0])

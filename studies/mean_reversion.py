@@ -5,7 +5,7 @@
     python studies/mean_reversion.py --checkpoints runs/reference                   # 15 seconds a checkpoint more
     python studies/mean_reversion.py --model FOLDER --text prompts.txt
 
-Writes the files and figures of ``surgery.reversion_study``, and
+Writes the files and figures of ``surgery.reversion.study``, and
 
     reversion_by_size.csv         kappa and causal kappa of every layer, displaced by two sizes: a force shows at both
     mean_reversion_wirings.csv    taped together with layers repeated, the second pass as layers of its own
@@ -29,23 +29,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import surgery
-from surgery import (
-    figures,
-    findings,
-    frames,
-    lines_of_thought,
-    models,
-    panels,
-    provenance,
-    reversion,
-    reversion_study,
-    tape,
-    trajectories,
-)
-from surgery.prompts import read_prompts
-from surgery.stats import columns, described, ratio
-from surgery.tokens import Tokens
-from surgery.wiring import Wiring
+from surgery import models, reversion
+from surgery.corpus.text_files import read_prompts
+from surgery.models.tokens import Tokens
+from surgery.page import drawing, phrases
+from surgery.rebuild import tape
+from surgery.records import manifest as provenance
+from surgery.records import tables as frames
+from surgery.reversion import cloud, study, trajectories
+from surgery.stats import panels
+from surgery.stats.bootstrap import columns, described, ratio
+from surgery.wiring.value import Wiring
 
 ANATOMY = {"babel": (4, 9)}  # first layer of the middle and first one behind it, as studies/anatomy.py finds them
 WALKS = ("rotated", "token_shuffled")
@@ -129,8 +123,8 @@ def main() -> None:
     wirings = args.wiring or [":9 6:" if args.model == models.REFERENCE else f":{boundaries[1]} {boundaries[0]}:"]
     manifest = provenance.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
 
-    tables = reversion_study.measure(stack, tokens, folder, untrained, boundaries=boundaries)
-    clean = tables[reversion_study.LAYERS]
+    tables = study.measure(stack, tokens, folder, untrained, boundaries=boundaries)
+    clean = tables[study.LAYERS]
     sized = by_size(stack, tokens, clean)
     frames.write(sized, folder / "reversion_by_size.csv", manifest, SIZES)
     taped, passes = zip(*(wired(model, tokens, wiring, boundaries) for wiring in (":", *wirings)), strict=True)
@@ -139,14 +133,14 @@ def main() -> None:
     trained, kappas = training(stack, untrained, snapshots, tokens)
     manifest["settings"]["checkpoints"] = [str(file) for file in snapshots]
     frames.write(trained, folder / "mean_reversion_training.csv", manifest, TRAINING)
-    frames.save({folder / "mean_reversion_training.png": figures.png(draw(trained))})
+    frames.save({folder / "mean_reversion_training.png": drawing.png(draw(trained))})
 
     say_sizes(sized)
     for wiring, kappa in zip(wirings, passes[1:], strict=True):
         say_wiring(wiring, wired_rows, kappa)
     say_training(trained, kappas)
-    *found, ends, answer = reversion_study.found(tables)
-    print("\nThe model as it is\n", *findings.reversion(clean), *found, sep="\n")
+    *found, ends, answer = study.found(tables)
+    print("\nThe model as it is\n", *phrases.reversion(clean), *found, sep="\n")
     print(f"\nIs reversion stronger in the ends than in the middle? {ends}\n\n{answer}")
 
 
@@ -200,7 +194,7 @@ def at(stack: surgery.Stack, tokens: Tokens) -> tuple[dict, dict[str, Float[Tens
     row = columns("kappa", own["kappa"]) | columns("psi", own["psi"])
     over = pd.DataFrame([columns("kappa_excess", kappas[walk]) for walk in WALKS]).min()
     whole = trajectories.panel(ways).query("series == 'model' and span == 'all'").iloc[0]
-    lengths = lines_of_thought.growth(stack, tokens).iloc[0]
+    lengths = cloud.growth(stack, tokens).iloc[0]
     for source, names in (
         (over, ["kappa_excess"]),
         (whole, ["pooled", "within_excess"]),
@@ -250,14 +244,14 @@ def draw(frame: pd.DataFrame) -> Figure:
     x = frame["step"].fillna(2 * last).to_numpy()
     grid = figure.subplots(2, 4, sharex=True).flat
     for axes, (name, (_, walk)) in zip(grid, MEASURES.items(), strict=False):
-        axes.axhline(walk, color=figures.INK, linewidth=0.8)
+        axes.axhline(walk, color=drawing.INK, linewidth=0.8)
         ends = frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]
         for rows, style in ((slice(-1), "o-"), (slice(-1, None), "D")):
             some = [end[rows].clip(lower=0) for end in ends]
-            axes.errorbar(x[rows], frame[name][rows], yerr=some, fmt=style, color=figures.ACCENT, markersize=5)
+            axes.errorbar(x[rows], frame[name][rows], yerr=some, fmt=style, color=drawing.ACCENT, markersize=5)
         axes.set_title(TITLES[name], loc="left", fontsize=10)
     axes = grid[-1]
-    axes.plot(x, frame["n_restoring"], "s", color=figures.INK)
+    axes.plot(x, frame["n_restoring"], "s", color=drawing.INK)
     axes.set_ylim(-0.5, frame["n_looked_at"].max() + 0.5)
     axes.set_title("layers with a restoring force", loc="left", fontsize=10)
     for axes in figure.axes:
@@ -270,7 +264,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure.supxlabel(
         "training steps; bars: 95 % interval over prompts; line: a random walk (norm: no growth)",
         fontsize=9,
-        color=figures.FAINT,
+        color=drawing.FAINT,
     )
     return figure
 
@@ -291,7 +285,7 @@ def say_wiring(wiring: str, frame: pd.DataFrame, kappa: Float[Tensor, "resample 
     print(f"\nTaped together as {wiring}\n{repeated[[*shown, 'restoring']].round(3).to_string(index=False)}")
     whole = frame[(frame["part"] == "all") & frame["wiring"].isin([":", wiring])]
     for _, row in whole.iterrows():
-        pooled, excess = (findings.number(row, name, 3) for name in ("pooled", "within_excess"))
+        pooled, excess = (phrases.number(row, name, 3) for name in ("pooled", "within_excess"))
         print(f"{row['wiring']:>12}  phi pooled {pooled}; with a mean for every token, beyond a random walk's {excess}")
     once, again = (repeated.loc[which, "start"].tolist() for which in (repeated["time"] == 1, repeated["time"] > 1))
     if again:

@@ -18,9 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import surgery
-from surgery import contrast, frames, models, provenance
-from surgery.babel import Babel
-from surgery.stats import columns
+from surgery import models
+from surgery.anatomy import ends_against_middle
+from surgery.corpus.babel import Babel
+from surgery.records import manifest as provenance
+from surgery.records import tables
+from surgery.stats.bootstrap import columns
 
 STEPS = range(5)
 PARTS = {"before layer 4": (1, 4), "4 to 8": (4, 9), "from 9 on": (9, 12)}  # windows that lie wholly in them
@@ -54,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
 
-    folder, corpus, bundled = frames.folder(args.out), Babel(), surgery.load("babel")
+    folder, corpus, bundled = tables.folder(args.out), Babel(), surgery.load("babel")
     opened = {
         "babel": bundled,
         "untrained": models.untrained(bundled),
@@ -69,7 +72,9 @@ def main() -> None:
         for k in STEPS:
             problems = corpus.sample(k, args.prompts, seed=0)
             tokens = stack.tokens([" ".join(corpus.words(problem)[1:]) for problem in problems])
-            profiles.append(contrast.measure(stack, tokens, args.length, seed=k))  # prompts of two k are independent
+            profiles.append(
+                ends_against_middle.measure(stack, tokens, args.length, seed=k)
+            )  # prompts of two k are independent
         measured = {measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in
                     ("S", "R_over_N")}  # fmt: skip
         for k in STEPS:
@@ -120,8 +125,8 @@ def main() -> None:
         "model": "babel, the same untrained, or trained on k = 0 alone",
         "k": "functions that a problem applies",
     }
-    frames.write(pd.DataFrame(rows), folder / "series_by_k.csv", manifest, meanings)
-    frames.write(pd.DataFrame(slopes), folder / "slopes.csv", manifest, SLOPES)
+    tables.write(pd.DataFrame(rows), folder / "series_by_k.csv", manifest, meanings)
+    tables.write(pd.DataFrame(slopes), folder / "slopes.csv", manifest, SLOPES)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,17 @@ import torch
 from matplotlib.figure import Figure
 
 import surgery
-from surgery import (
-    comparisons,
-    controls,
-    figures,
-    frames,
-    probes,
-    provenance,
-    scan,
-    scan_figures,
-    scan_findings,
-    search,
-)
-from surgery.probes import ProbeSet
-from surgery.scan_study import WINNERS_COLUMNS
-from surgery.wiring import Wiring, every_repeat
+from surgery import scan
+from surgery.corpus import probes
+from surgery.corpus.probes import ProbeSet
+from surgery.page import drawing
+from surgery.records import manifest as provenance
+from surgery.records import tables
+from surgery.scan import controls, say, search
+from surgery.scan import draw as scan_figures
+from surgery.scan.study import WINNERS_COLUMNS
+from surgery.stats import comparisons
+from surgery.wiring.value import Wiring, every_repeat
 
 FAR = ["k=5", "k=6", "k=7"]  # never trained
 METRICS = ("exact", "loglik")
@@ -51,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     stack = surgery.Stack(surgery.load("babel"))
     n_layers, spans = stack.n_layers, list(every_repeat(stack.n_layers))
     count = args.count or (1280 if args.full else 320)
@@ -97,7 +93,7 @@ def main() -> None:
     say_spans(by_k, searched)
     print("\nSecond passes, whole or half, k >= 5:")
     luck = comparisons.expected_best(far(searched), "exact")
-    print("\n".join(scan_findings.found(table, winners, luck, "exact")))
+    print("\n".join(say.found(table, winners, luck, "exact")))
     say_reach(winners.iloc[0], again)
     shown = measured.assign(**{name: 100 * measured[name] for name in ("gain", "gain_low", "gain_high")})
     columns = ["control", "wiring", "gain", "gain_low", "gain_high", "gain_loglik"]
@@ -120,12 +116,12 @@ def main() -> None:
         "gain_loglik": "the same in nats per answer",
     }
     for name, frame in (("spans_by_k", by_k), ("winners", winners), ("controls", measured)):
-        frames.write(frame, folder / f"{name}.csv", manifest, meaning)
+        tables.write(frame, folder / f"{name}.csv", manifest, meaning)
     drawn = scan_figures.brain_scan(table, n_layers, unit="share of exact answers, k = 5 to 7")
-    frames.save(
+    tables.save(
         {
-            folder / "brain_scan.png": figures.png(drawn),
-            folder / "tape_together.png": figures.png(draw(again, measured, best[0])),
+            folder / "brain_scan.png": drawing.png(drawn),
+            folder / "tape_together.png": drawing.png(draw(again, measured, best[0])),
         }
     )
 
@@ -217,7 +213,7 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
         ends = [100 * (rows["gain"] - rows["gain_low"]), 100 * (rows["gain_high"] - rows["gain"])]
         style = {"color": scan_figures.PALETTE[place], "marker": scan_figures.MARKERS[place], "markersize": 4.5}
         left.errorbar(k, 100 * rows["gain"], yerr=ends, label=label, linewidth=1.4, elinewidth=1, **style)
-    left.axhline(10, color=figures.FAINT, linewidth=0.8, linestyle=":", label="chance")
+    left.axhline(10, color=drawing.FAINT, linewidth=0.8, linestyle=":", label="chance")
     left.axvspan(4.5, 7.4, color="#EEEEEE", zorder=0, label="never trained")
     left.set(xlabel="k: functions in the chain", ylabel="exact answers (%)", ylim=(0, 104), xlim=(-0.4, 7.4))
     left.set_title("How far the model composes", loc="left")
@@ -228,12 +224,12 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
     for place, control in enumerate(order):
         for row in measured[measured["control"] == control].itertuples():
             ends = [[100 * (row.gain - row.gain_low)], [100 * (row.gain_high - row.gain)]]
-            colour = figures.ACCENT if control == "chosen" else "#0072B2"
+            colour = drawing.ACCENT if control == "chosen" else "#0072B2"
             faint = 0.35 if control == "random span" else 1
             right.errorbar([100 * row.gain], [place], xerr=ends, fmt="o", color=colour, markersize=4.5, alpha=faint)
     right.set_yticks(range(len(order)), [names.get(control, control) for control in order])
     right.invert_yaxis()
-    right.axvline(0, color=figures.INK, linewidth=0.8)
+    right.axvline(0, color=drawing.INK, linewidth=0.8)
     right.set_xlabel("gain at k = 5 to 7 (percentage points of exact answers)")
     right.set_title("The chosen span beside its controls", loc="left")
     for axes in (left, right):
@@ -242,7 +238,7 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
     figure.supxlabel(
         "validation half; lines: 95 % interval over problems; the span was chosen on the other half",
         fontsize=9,
-        color=figures.FAINT,
+        color=drawing.FAINT,
     )
     return figure
 

@@ -20,9 +20,11 @@ import argparse
 import torch
 
 import surgery
-from surgery import frames, graft, graft_study, provenance, sweep
-from surgery.graft import Schedule
-from surgery.stack import Stack
+from surgery import graft
+from surgery.graft import size_study, study
+from surgery.graft.grafting import Schedule
+from surgery.models.stack import Stack
+from surgery.records import manifest, tables
 
 SPAN, WIDTH, DEPTH = (4, 9), 384, 5
 
@@ -46,17 +48,17 @@ def main() -> None:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 10 or more: two problems of each k")
     torch.set_num_threads(args.threads)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = graft_study.babel(args.prompts, heldout=args.judged)
+    data = study.babel(args.prompts, heldout=args.judged)
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
     sizes = {"widths": sorted({WIDTH, *args.widths}), "depths": sorted({DEPTH, *args.depths})}
-    options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": graft_study.by_k(data)}
-    frame = sweep.run(stack, pairs, data, folder / "cells", **sizes, **options)
-    said = sweep.found(frame, (WIDTH, DEPTH)) + sweep.found_by_k(frame, (WIDTH, DEPTH))
+    options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": study.by_k(data)}
+    frame = size_study.run(stack, pairs, data, folder / "cells", **sizes, **options)
+    said = size_study.found(frame, (WIDTH, DEPTH)) + size_study.found_by_k(frame, (WIDTH, DEPTH))
     settings = {"span": SPAN, "steps": steps, "seeds": seeds, "usual": (WIDTH, DEPTH), "found": said}
-    sweep.write(folder, frame, provenance.manifest(stack, data.heldout, seed=0, **settings))
+    size_study.write(folder, frame, manifest.manifest(stack, data.heldout, seed=0, **settings))
     surgery.report.build(folder)
     for sentence in said:
         print(f"\n{sentence}")

@@ -142,8 +142,8 @@ def check(model: Model = "babel", debug: Debug = False) -> None:
     Example: surgery check --model babel
     """
     with errors.status(f"opening {model}"):
-        from surgery.models import load
-        from surgery.stack import Stack
+        from surgery.models.loading import load
+        from surgery.models.stack import Stack
 
         checks = Stack(load(model)).checks()
     typer.echo(
@@ -202,8 +202,8 @@ def scan(
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
     with errors.status("starting"):
-        from surgery import scan_study
-        from surgery.cluster import Cluster
+        from surgery.scan import study as scan_study
+        from surgery.scan.cluster import Cluster
 
     found = scan_study.run(
         model, family, probes, out, metric=metric, count=count, top=top, seed=seed,
@@ -229,8 +229,8 @@ def tape(
     Example: surgery tape ":8 4:" --model babel --out taped
     """
     with errors.status(f"opening {model}"):
-        from surgery.models import load
-        from surgery.tape import save, together
+        from surgery.models.loading import load
+        from surgery.rebuild.tape import save, together
 
         folder = save(together(load(model), wiring), out)
     typer.echo(f"{folder} holds the taped model; its README.md says what was done.")
@@ -285,8 +285,8 @@ def graft(
     with errors.status("starting"):
         import torch
 
-        from surgery import graft_study
-        from surgery.graft import Objective, Schedule
+        from surgery.graft import study as graft_study
+        from surgery.graft.grafting import Objective, Schedule
 
     kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if stored not in kinds:

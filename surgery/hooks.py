@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
-from surgery.dropout import probability
+from surgery.dropout.identities import probability
 
 Part = Literal["attn", "mlp"]
 Hook = tuple["str | Callable[[str], bool]", Callable[..., "Tensor | None"]]

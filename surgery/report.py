@@ -15,22 +15,19 @@ from typing import Any
 
 import pandas
 
-from surgery import (
-    anatomy_study,
-    dropout_report,
-    figures,
-    findings,
-    frames,
-    graft_report,
-    middle_report,
-    reversion_study,
-    scan_figures,
-    scan_findings,
-)
-from surgery.anatomy_study import ENDS
-from surgery.comparisons import Luck
-from surgery.graft_report import METHODS
-from surgery.page import PAGE, Cell, Picture, Section, Table, tabled, write_page
+from surgery.anatomy import study
+from surgery.anatomy.study import ENDS
+from surgery.dropout import chapter
+from surgery.graft import chapter as graft_report
+from surgery.graft import resized_chapter
+from surgery.graft.chapter import METHODS
+from surgery.page import drawing, phrases
+from surgery.page.parts import PAGE, Cell, Picture, Section, Table, tabled, write_page
+from surgery.records import tables as frames
+from surgery.reversion import study as reversion_study
+from surgery.scan import draw
+from surgery.scan import say as scan_findings
+from surgery.stats.comparisons import Luck
 
 SERIES, REVERSION, CALIBRATION = "series_windows.csv", "reversion_layers.csv", "calibration.csv"
 SCAN, WINNERS, GROUPS = "scan_table.csv", "scan_winners.csv", "scan_groups.csv"
@@ -80,10 +77,10 @@ def build(folder: str | Path) -> Path:
         sections.append(_anatomy(measured))
     if METHODS in measured.frames:
         sections.append(graft_report.section(measured.frames, measured.manifests[METHODS]))
-    if set(middle_report.FILES) & set(measured.frames):
-        sections.append(middle_report.section(measured.frames, measured.manifests))
-    if set(dropout_report.FILES) & set(measured.frames):
-        sections.append(dropout_report.section(measured.frames))
+    if set(resized_chapter.FILES) & set(measured.frames):
+        sections.append(resized_chapter.section(measured.frames, measured.manifests))
+    if set(chapter.FILES) & set(measured.frames):
+        sections.append(chapter.section(measured.frames))
     sections += [_untold(measured), _columns(measured), _provenance(measured)]
     frames.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.own[0]
@@ -103,9 +100,9 @@ def _read(folder: Path) -> _Measured:
         MEASURES,
         COSTS,
         *reversion_study.COLUMNS,
-        *anatomy_study.COLUMNS,
-        *middle_report.FILES,
-        *dropout_report.FILES,
+        *study.COLUMNS,
+        *resized_chapter.FILES,
+        *chapter.FILES,
     )
     present = [name for name in alone if (folder / name).exists()]
     if (folder / SCAN).exists():
@@ -115,7 +112,7 @@ def _read(folder: Path) -> _Measured:
     if not set(present) - {CALIBRATION, MEASURES, COSTS}:
         raise ValueError(
             f"{folder} holds no measurement ({SERIES}, {REVERSION}, {SCAN}, {ENDS}, {METHODS} or "
-            f"{', '.join((*middle_report.FILES, *dropout_report.FILES))}); make one with: surgery study --out {folder}"
+            f"{', '.join((*resized_chapter.FILES, *chapter.FILES))}); make one with: surgery study --out {folder}"
         )
     return _Measured(
         {name: frames.read(folder / name) for name in present},
@@ -137,13 +134,13 @@ def _found(measured: _Measured) -> Section:
         )
     if CALIBRATION in measured.frames:
         networks = measured.frames[CALIBRATION]
-        sentences += findings.calibration(networks)
+        sentences += phrases.calibration(networks)
         fresh = networks[networks["network"] == UNTRAINED]
         untrained = fresh if len(fresh) else None
     if SERIES in measured.frames:
-        sentences += findings.series(measured.frames[SERIES], untrained)
+        sentences += phrases.series(measured.frames[SERIES], untrained)
     if REVERSION in measured.frames:
-        sentences += findings.reversion(measured.frames[REVERSION])
+        sentences += phrases.reversion(measured.frames[REVERSION])
         sentences += reversion_study.found(measured.frames)[-2:]
     if SCAN in measured.frames:
         luck = Luck(**measured.manifests[SCAN]["settings"]["luck"])
@@ -152,8 +149,8 @@ def _found(measured: _Measured) -> Section:
         sentences += [one for one in measured.manifests[ENDS]["settings"]["found"] if one.startswith(("Three", "That"))]
     if METHODS in measured.frames:
         sentences += graft_report.found(measured.frames, measured.manifests[METHODS]["model"]["n_layers"])
-    sentences += middle_report.found(measured.frames, measured.manifests)
-    sentences += dropout_report.found(measured.frames)
+    sentences += resized_chapter.found(measured.frames, measured.manifests)
+    sentences += chapter.found(measured.frames)
     return Section("found", "What was found", findings=sentences)
 
 
@@ -192,7 +189,7 @@ def _calibration(measured: _Measured) -> Section:
         name = _model_name(measured.manifests[SERIES])
         rows.append((name, model[model["start"] > 0]))
         caption = "S on networks of known structure and on the model, every window."
-        pictures.append(Picture("calibration", caption, figures.png(figures.calibration(networks, model, name))))
+        pictures.append(Picture("calibration", caption, drawing.png(drawing.calibration(networks, model, name))))
     columns = [column for column in ("S", "R", "O", "S_live", "R_over_N") if column in networks]
     cells = [[Cell(name), Cell(str(len(part))), *(_spread(part[column]) for column in columns)] for name, part in rows]
     caption = "Median over windows [smallest, largest]; the model's windows from layer 1 on."
@@ -208,7 +205,7 @@ def _measures(measured: _Measured) -> Section:
     networks, names = list(dict.fromkeys(frame["network"])), list(dict.fromkeys(frame["measure"]))
     about = frame.drop_duplicates("measure").set_index("measure")["about"]
     paragraphs = [
-        "Other readings of the same question, each one number a network (surgery.measures): T, what taking a layer out "
+        "Other readings of the same question, each one number a network (surgery.series.side_by_side): T, what taking a layer out "
         "changes in later ones; local, what of that is direct; rho, the interaction of taking two layers out; "
         "compositions of derivatives; gates on the updates; the length of gradient paths; the share of a layer's "
         "effect that is indirect. The last three are what series is not, beside it for comparison. An empty cell could "
@@ -240,9 +237,9 @@ def _anatomy(measured: _Measured) -> Section:
         "A smooth drift always looks divided: p_drift says how often one would be divided as clearly. Where it is not "
         "below .05, there are no parts to be found, wherever the boundaries were placed.",
     ]
-    tables = {name: measured.frames[name] for name in anatomy_study.COLUMNS if name in measured.frames}
-    drawn = anatomy_study.draw(tables, manifest["model"]["n_layers"])
-    pictures = [Picture(name, anatomy_study.CAPTIONS[name], figures.png(figure)) for name, figure in drawn.items()]
+    tables = {name: measured.frames[name] for name in study.COLUMNS if name in measured.frames}
+    drawn = study.draw(tables, manifest["model"]["n_layers"])
+    pictures = [Picture(name, study.CAPTIONS[name], drawing.png(figure)) for name, figure in drawn.items()]
     rows = [
         [Cell(row["kind"]), _ends(row, "D{}", digits=2), _ends(row, "D_over_N{}", digits=2),
          Cell(f"{row['p_windows']:.2f}"), Cell(row["verdict"])]
@@ -264,8 +261,8 @@ def _series(frame: pandas.DataFrame) -> Section:
         "there before. Compare windows of equal length.",
     ]
     caption = "S and R/N of every window measured; the numbers are in " + SERIES + "."
-    picture = Picture("series", caption, figures.png(figures.windows(frame)))
-    chosen = findings.thirds(frame) + [row for row in [findings.whole(frame)] if row is not None]
+    picture = Picture("series", caption, drawing.png(drawing.windows(frame)))
+    chosen = phrases.thirds(frame) + [row for row in [phrases.whole(frame)] if row is not None]
     pairs = frame[frame["stop"] - frame["start"] == 2]
     columns = [
         name for name in ("S", "R", "O", "N", "R_over_N", "R_shuffled", "S_live", "loss_parallel_sum") if name in frame
@@ -292,7 +289,7 @@ def _reversion(measured: _Measured) -> Section:
         "sizes.",
     ]
     drawn = reversion_study.draw(measured.frames)
-    pictures = [Picture(name, reversion_study.CAPTIONS[name], figures.png(one)) for name, one in drawn.items()]
+    pictures = [Picture(name, reversion_study.CAPTIONS[name], drawing.png(one)) for name, one in drawn.items()]
     names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
     columns = [name for name in (*names, "regime", "restoring") if name in frame]
     rows = [row for _, row in frame.iterrows()]
@@ -308,7 +305,7 @@ def _scan(measured: _Measured) -> Section:
     paragraphs = [
         "The model is run with its layers in another order (a wiring, in the notation of Python's slices: ':8 4:' runs "
         "layers 4 to 7 twice) and compared on the same probes with itself unmodified. "
-        f"Gains are in {scan_figures.UNITS[metric]}. The largest of many gains is large partly by luck. So one half of "
+        f"Gains are in {draw.UNITS[metric]}. The largest of many gains is large partly by luck. So one half of "
         "the probes chooses, and the largest are measured again on the other half, which took no part in the choice: "
         "that column is what to believe.",
         "p_max asks whether the luckiest of all wirings would reach as much if none had any effect (of all that were "
@@ -316,8 +313,8 @@ def _scan(measured: _Measured) -> Section:
         "p_max < .05; in part, by less than claimed; vanished, less than claimed and not shown to be better; "
         "undecided, too few probes to exclude either; reversed, worse.",
     ]
-    drawn = scan_figures.of_scan(measured.frames[SCAN], groups, manifest["model"]["n_layers"], metric, painted)
-    pictures = [Picture(name, caption, figures.png(figure)) for name, (figure, caption) in drawn.items()]
+    drawn = draw.of_scan(measured.frames[SCAN], groups, manifest["model"]["n_layers"], metric, painted)
+    pictures = [Picture(name, caption, drawing.png(figure)) for name, (figure, caption) in drawn.items()]
     heads = ["wiring", "gain, search half", "p_max", "gain, validation half", "p_max", "survived", "verdict"]
     rows = [
         [
@@ -348,14 +345,14 @@ def _ends(row: pandas.Series, name: str, digits: int = 3) -> Cell:
 
 def _untold(measured: _Measured) -> Section:
     notes = []
-    for name, say in ((SERIES, findings.series_untold), (REVERSION, findings.reversion_untold)):
+    for name, say in ((SERIES, phrases.series_untold), (REVERSION, phrases.reversion_untold)):
         if name in measured.frames:
             notes += say(measured.frames[name])
     if SCAN in measured.frames:
         notes += scan_findings.untold(measured.frames[SCAN], measured.frames[WINNERS])
     if METHODS in measured.frames:
         notes += graft_report.untold(measured.frames)
-    notes += middle_report.untold(measured.frames) + dropout_report.untold(measured.frames)
+    notes += resized_chapter.untold(measured.frames) + chapter.untold(measured.frames)
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
         "apart."

@@ -1,9 +1,9 @@
 """One study: a model and prompts in; CSV files, manifests, figures and ``report.html`` out. ``surgery study``.
 
     series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
-    reversion    ``reversion_*.csv``       whether the stream reverts to a mean          (surgery.reversion_study)
-    scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan_study)
-    anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy_study)
+    reversion    ``reversion_*.csv``       whether the stream reverts to a mean          (surgery.reversion.study)
+    scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan.study)
+    anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy.study)
 
 With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained;
 ``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each takes.
@@ -20,23 +20,20 @@ import pandas
 import torch
 
 import surgery
-from surgery import (
-    anatomy_study,
-    calibration,
-    convergence,
-    frames,
-    measures,
-    models,
-    probes,
-    provenance,
-    report,
-    reversion_study,
-    scan_study,
-    series,
-)
-from surgery.prompts import read_prompts
-from surgery.stack import Stack
-from surgery.tokens import Tokens
+from surgery import report
+from surgery.anatomy import convergence, study
+from surgery.corpus import probes
+from surgery.corpus.text_files import read_prompts
+from surgery.instruments import known_networks
+from surgery.models import loading as models
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.records import manifest as provenance
+from surgery.records import tables
+from surgery.reversion import study as reversion_study
+from surgery.scan import study as scan_study
+from surgery.series import side_by_side
+from surgery.series import window as series
 
 NAMES = ("series", "reversion", "scan", "anatomy")
 FEWEST = 16  # prompts for the anatomy: half of them place the boundaries, half test them
@@ -79,7 +76,7 @@ def run(
     for name in names:
         if name not in NAMES:
             raise ValueError(f"there is no measurement {name!r}; there are {', '.join(NAMES)}")
-    folder = frames.folder(out)
+    folder = tables.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
     stack = Stack(surgery.load(model))
@@ -104,14 +101,14 @@ def run(
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
         frame = series.windows(stack, tokens, max_length, seed=seed, progress=progress)
-        frames.write(frame, folder / report.SERIES, manifest)
+        tables.write(frame, folder / report.SERIES, manifest)
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(untrained, tokens, max_length, seed, progress)
-        frames.write(networks, folder / report.CALIBRATION, manifest)
+        tables.write(networks, folder / report.CALIBRATION, manifest)
         say("measures: every other reading of series and parallel, on the same networks")
         table, taken = compare(stack, untrained, tokens, seed)
-        frames.write(table, folder / report.MEASURES, manifest, measures.COLUMNS)
-        frames.write(taken, folder / report.COSTS, manifest, measures.COST_COLUMNS)
+        tables.write(table, folder / report.MEASURES, manifest, side_by_side.COLUMNS)
+        tables.write(taken, folder / report.COSTS, manifest, side_by_side.COST_COLUMNS)
     if "reversion" in names:
         say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
         reversion_study.measure(stack, tokens, folder, untrained, seed=seed, progress=progress, settings=settings)
@@ -124,10 +121,10 @@ def run(
         else:
             say("anatomy: where the parts begin and end, and the ends against the middle")
             own, repeats = text is None, folder / scan_study.SEARCH
-            anatomy_study.measure(
+            study.measure(
                 stack, tokens, folder, _kinds(len(tokens), seed) if own else None,
                 said=convergence.babel() if own else convergence.parallel(),
-                scanned=frames.read(repeats) if "scan" in names and repeats.exists() else None,
+                scanned=tables.read(repeats) if "scan" in names and repeats.exists() else None,
                 metric="loglik" if own else "loss", seed=seed,
             )  # fmt: skip
     say("report")
@@ -135,18 +132,18 @@ def run(
 
 
 def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Every measure of ``surgery.measures`` on the networks of known answer, the model and the same untrained (these
+    """Every measure of ``surgery.series.side_by_side`` on the networks of known answer, the model and the same untrained (these
     from layer 1 on, of at most ``MEASURED`` prompts); and what each function costs."""
     few = Tokens(tokens.ids[:MEASURED], tokens.mask[:MEASURED])
     first = int(stack.n_layers > 2)
     table = pandas.concat(
         [
-            measures.calibrate(measures.networks(seed=seed), calibration.tokens(24, 12, seed), seed=seed),
-            measures.calibrate({stack.name: stack, report.UNTRAINED: untrained}, few, first, seed=seed),
+            side_by_side.calibrate(side_by_side.networks(seed=seed), known_networks.tokens(24, 12, seed), seed=seed),
+            side_by_side.calibrate({stack.name: stack, report.UNTRAINED: untrained}, few, first, seed=seed),
         ],
         ignore_index=True,
     )
-    return table, measures.costs(stack, few)
+    return table, side_by_side.costs(stack, few)
 
 
 def _kinds(count: int, seed: int) -> list[str]:
@@ -164,13 +161,13 @@ def calibrate(
     """
     exact: dict[str, Any] = {"norm": "RMS", "dtype": torch.float64, "seed": seed}
     networks = {
-        "parallel": calibration.parallel_network(**exact),
-        **{f"mixed {share}": calibration.mixed_network(share, **exact) for share in (0.25, 0.5, 0.75)},
-        "serial": calibration.serial_network(**exact),
-        "linear": calibration.linear_network(seed=seed),
-        **{f"random {i}": calibration.random_network(seed=seed + i) for i in range(3)},
+        "parallel": known_networks.parallel_network(**exact),
+        **{f"mixed {share}": known_networks.mixed_network(share, **exact) for share in (0.25, 0.5, 0.75)},
+        "serial": known_networks.serial_network(**exact),
+        "linear": known_networks.linear_network(seed=seed),
+        **{f"random {i}": known_networks.random_network(seed=seed + i) for i in range(3)},
     }
-    inputs = Tokens.of(calibration.tokens(seed=seed))
+    inputs = Tokens.of(known_networks.tokens(seed=seed))
     parts = {
         name: series.windows(Stack(network), inputs, seed=seed, damage=False) for name, network in networks.items()
     }

@@ -8,17 +8,24 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE
 from collections.abc import Callable
 from pathlib import Path
 
-import fixtures
 import pytest
 import torch
 from transformer_lens import TransformerBridge
 
 import surgery
+from support import fixtures
+from support.places import SHARED, TESTS
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-LONGEST = ("test_studies", "test_graft_study", "test_reversion_study", "test_layout", "test_tape", "test_graft")
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+LONGEST = (
+    "test_studies.py",
+    "graft/test_study.py",
+    "reversion/test_study.py",
+    "rebuild/test_layout.py",
+    "rebuild/test_tape.py",
+    "graft/test_grafting.py",
+)
 
 
 @pytest.fixture(scope="session")
@@ -56,4 +63,5 @@ def stories() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: run in several processes, none is left with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))

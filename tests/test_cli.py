@@ -9,18 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-import fixtures
-import made_up
 import pandas
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 import surgery
-from surgery import cli, frames, prompts, report, reversion_study, study
-from surgery.wiring import every_repeat
+from support import fixtures, made_up
+from support.places import REPOSITORY
+from surgery import cli, report, study
+from surgery.corpus import text_files
+from surgery.records import tables
+from surgery.reversion import study as reversion_study
+from surgery.wiring.value import every_repeat
 
-REPOSITORY = Path(surgery.__file__).resolve().parent.parent
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
 REVERSION = [name.removesuffix(".csv") for name in reversion_study.COLUMNS]
@@ -80,20 +82,20 @@ def test_a_study_leaves_everything_behind(model, text, tmp_path):
     result = run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
     assert result.exit_code == 0, result.output
     assert {file.name for file in out.iterdir()} == RESULTS
-    windows, layers = frames.read(out / report.SERIES), frames.read(out / report.REVERSION)
+    windows, layers = tables.read(out / report.SERIES), tables.read(out / report.REVERSION)
     assert len(windows) == 5
     assert set(windows["n_prompts"]) == {len(PROMPTS)}
     assert list(layers["layer"]) == [0, 1, 2, 3]
     assert {"kappa", "kappa_untrained", "restoring"} <= set(layers)
-    assert frames.read(out / report.SCAN)["wiring"].tolist() == [
+    assert tables.read(out / report.SCAN)["wiring"].tolist() == [
         str(wiring) for wiring in every_repeat(fixtures.N_LAYERS) if wiring.depth <= fixtures.N_LAYERS + 3
     ]
-    assert frames.read_manifest(out / report.SCAN)["settings"]["metric"] == "loss"
+    assert tables.read_manifest(out / report.SCAN)["settings"]["metric"] == "loss"
     assert "read S =" in result.stdout
     assert "9 wirings were tried on 4 prompts" in result.stdout
     assert "the measure reads what it must" in result.stdout
     assert str(out / "report.html") in result.stdout
-    manifest = frames.read_manifest(out / report.SERIES)
+    manifest = tables.read_manifest(out / report.SERIES)
     assert manifest["tokens"]["prompts"] == len(PROMPTS)
     assert manifest["settings"]["text"] == str(text)
     assert manifest["versions"]["torch"] == torch.__version__
@@ -120,16 +122,16 @@ def test_prompts_are_the_first_of_a_jsonl_file(quick, model, tmp_path):
     run("study", "series", "--model", model, "--text", path, "--out", tmp_path / "jsonl", "--prompts", 3)
     (tmp_path / "three.txt").write_text("\n\n".join(PROMPTS[:3]))
     run("study", "series", "--model", model, "--text", tmp_path / "three.txt", "--out", tmp_path / "plain")
-    hashes = [frames.read_manifest(tmp_path / out / report.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
+    hashes = [tables.read_manifest(tmp_path / out / report.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
     assert hashes[0] == hashes[1]
 
 
 def test_the_scan_asks_the_bundled_model_its_own_problems(tmp_path):
     result = run("study", "scan", "--prompts", 28, "--max-length", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert frames.read_manifest(tmp_path / report.SCAN)["settings"]["metric"] == "loglik"
+    assert tables.read_manifest(tmp_path / report.SCAN)["settings"]["metric"] == "loglik"
     assert "23 wirings were tried on 14 prompts" in result.stdout
-    assert frames.read(tmp_path / report.GROUPS)["group"].nunique() == 7
+    assert tables.read(tmp_path / report.GROUPS)["group"].nunique() == 7
 
 
 def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_measured(model, text, tmp_path):
@@ -146,7 +148,7 @@ def test_the_anatomy_of_the_bundled_model_is_printed_and_put_on_the_page(tmp_pat
     assert "That the ends are more parallel than the middle is " in " ".join(result.stdout.split())
     assert {path.name for path in tmp_path.glob("anatomy_*.csv")} == set(study.anatomy_study.COLUMNS)
     assert {path.stem for path in tmp_path.glob("*.png")} == set(study.anatomy_study.CAPTIONS)
-    assert set(frames.read(tmp_path / report.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
+    assert set(tables.read(tmp_path / report.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
     assert 'id="anatomy"' in (tmp_path / report.PAGE).read_text()
 
 
@@ -165,7 +167,7 @@ def test_too_few_prompts_for_a_scan_leave_it_out(quick, model, tmp_path):
 
 
 def test_the_report_is_made_again_from_the_files(tmp_path):
-    frames.write(made_up.series(), tmp_path / report.SERIES, made_up.manifest())
+    tables.write(made_up.series(), tmp_path / report.SERIES, made_up.manifest())
     result = run("report", tmp_path)
     assert result.exit_code == 0
     assert (tmp_path / "report.html").exists()
@@ -255,7 +257,7 @@ def test_a_prompt_too_short_is_named_by_its_line(load, tmp_path):
     with pytest.raises(
         ValueError, match=r"prompts\.txt, line 3: the prompt \('w4'\) has 1 token; a prompt needs at least 2"
     ):
-        study.tokenise(stack, prompts.read_prompts(path), path, 16)
+        study.tokenise(stack, text_files.read_prompts(path), path, 16)
 
 
 def test_long_prompts_are_cut(load):
@@ -313,7 +315,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(frames.os, "fsync", fill)
+    monkeypatch.setattr(tables.os, "fsync", fill)
     out = tmp_path / "results"
     refused(
         run("study", "--model", model, "--text", text, "--out", out), "no space left on the disk", "reversion_layers"
@@ -323,7 +325,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
         for name in RESULTS
         if name.startswith(("series_windows", "calibration.", "measures", "costs")) and not name.endswith("png")
     }
-    assert len(frames.read(out / report.SERIES)) == 6
+    assert len(tables.read(out / report.SERIES)) == 6
 
 
 def test_a_folder_without_results_has_no_report(tmp_path):
@@ -433,8 +435,8 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     whole = ("series_windows", "calibration", "measures", "costs")
     assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}
     assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
-    frames.read(out / report.SERIES)
-    frames.read(out / report.CALIBRATION)
+    tables.read(out / report.SERIES)
+    tables.read(out / report.CALIBRATION)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

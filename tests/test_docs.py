@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from support.places import REPOSITORY
 from surgery.cli import app
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def blocks(page: Path) -> list[str]:
@@ -30,7 +30,7 @@ def test_every_link_inside_the_repository_leads_somewhere(page):
 
 
 def test_every_command_and_option_is_documented():
-    text = (ROOT / "docs" / "commands.md").read_text()
+    text = (REPOSITORY / "docs" / "commands.md").read_text()
     for name, command in typer.main.get_command(app).commands.items():
         section = text.split(f"## `surgery {name}", 1)[1].split("\n## ", 1)[0]
         for parameter in command.params:
@@ -43,6 +43,6 @@ def test_every_command_and_option_is_documented():
 
 
 def test_every_make_target_in_the_readme_exists():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make (\w+)", (REPOSITORY / "README.md").read_text(), flags=re.MULTILINE))
     assert {"study", "test"} <= named <= targets

@@ -1,7 +1,7 @@
-import fixtures
 import pytest
 import torch
 
+from support import fixtures
 from surgery import Stack, hooks
 
 EVERY = (*fixtures.ARCHITECTURES, "native-ln", "native-rms")

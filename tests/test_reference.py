@@ -9,7 +9,7 @@ import torch
 
 import surgery
 from surgery import models
-from surgery.babel import Babel, exact
+from surgery.corpus.babel import Babel, exact
 
 FOLDER = models.reference_folder()
 

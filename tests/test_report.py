@@ -1,16 +1,21 @@
 """The page: self-contained, complete, made from the files alone; and the figures that go with it."""
 
 import re
-from html.parser import HTMLParser
 
-import made_up
 import numpy as np
 import pandas
 import pytest
 from matplotlib.image import imread
 
-from surgery import fidelity, figures, frames, graft_report, graft_study, measures, reinitialise, report
-from surgery.ledger import Ledger
+from support import made_up
+from support.pages import Page, section
+from surgery import report
+from surgery.graft import chapter, reinitialise, study
+from surgery.instruments import fidelity
+from surgery.page import drawing
+from surgery.records import tables as frames
+from surgery.series import side_by_side
+from surgery.training.ledger import Ledger
 
 
 @pytest.fixture
@@ -20,29 +25,6 @@ def results(tmp_path):
     frames.write(made_up.networks(), tmp_path / report.CALIBRATION, made_up.manifest())
     frames.write(made_up.reversion(), tmp_path / report.REVERSION, made_up.manifest())
     return tmp_path
-
-
-class Page(HTMLParser):
-    """Tags, their attributes and the text of a page."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags, self.words, self.open = [], [], []
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def page(folder) -> Page:
@@ -119,13 +101,13 @@ def test_every_measure_and_what_it_costs_stand_in_one_section(results):
     table = pandas.DataFrame(
         [("S, pairs", "series", "serial", 0.97), ("S, pairs", "series", "toy", 0.31),
          ("rho", "series", "serial", np.nan), ("rho", "series", "toy", 0.12)],
-        columns=list(measures.COLUMNS),
+        columns=list(side_by_side.COLUMNS),
     )  # fmt: skip
-    taken = pandas.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(measures.COST_COLUMNS))
-    frames.write(table, results / report.MEASURES, made_up.manifest(), measures.COLUMNS)
+    taken = pandas.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(side_by_side.COST_COLUMNS))
+    frames.write(table, results / report.MEASURES, made_up.manifest(), side_by_side.COLUMNS)
     without = report.build(results).read_text()
     assert "series.windows" not in without[without.index('id="measures"') : without.index('id="series"')]
-    frames.write(taken, results / report.COSTS, made_up.manifest(), measures.COST_COLUMNS)
+    frames.write(taken, results / report.COSTS, made_up.manifest(), side_by_side.COST_COLUMNS)
     source = report.build(results).read_text()
     section = source[source.index('id="measures"') : source.index('id="series"')]
     assert section.index(">serial</th>") < section.index(">toy</th>")
@@ -175,16 +157,16 @@ def test_figures_are_written_beside_the_page(results):
 @pytest.mark.parametrize("n_layers", [2, 5, 12, 48])
 def test_figures_are_drawn_for_any_depth(n_layers):
     for figure in (
-        figures.windows(made_up.series(n_layers)),
-        figures.reversion(made_up.reversion(n_layers)),
-        figures.calibration(made_up.networks(), made_up.series(n_layers)),
+        drawing.windows(made_up.series(n_layers)),
+        drawing.reversion(made_up.reversion(n_layers)),
+        drawing.calibration(made_up.networks(), made_up.series(n_layers)),
     ):
-        assert figures.png(figure).startswith(b"\x89PNG")
+        assert drawing.png(figure).startswith(b"\x89PNG")
 
 
 def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
     frame = pandas.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "R_over_N": [0.5, 2.0]})
-    axes = figures.windows(frame).axes[0]
+    axes = drawing.windows(frame).axes[0]
     shown = axes.images[0].get_array()
     assert shown[1, 0] == 0.25
     assert shown[3, 1] == 0.75
@@ -193,31 +175,31 @@ def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
 
 
 def test_numbers_are_printed_into_the_triangle_only_where_they_fit():
-    assert len(figures.windows(made_up.series(16)).axes[0].texts) == 16 * 15 / 2
-    assert not figures.windows(made_up.series(17)).axes[0].texts
+    assert len(drawing.windows(made_up.series(16)).axes[0].texts) == 16 * 15 / 2
+    assert not drawing.windows(made_up.series(17)).axes[0].texts
 
 
 def test_the_ratio_is_shown_around_one_on_a_logarithmic_scale():
-    norm = figures.windows(made_up.series(R_over_N=8.0)).axes[1].images[0].norm
+    norm = drawing.windows(made_up.series(R_over_N=8.0)).axes[1].images[0].norm
     assert norm(1.0) == pytest.approx(0.5)
     assert norm(8.0) == pytest.approx(1.0)
     assert norm(1 / 8) == pytest.approx(0.0)
 
 
 def test_layer_0_is_left_out_of_the_depth_figure():
-    above, below = figures.reversion(made_up.reversion(6)).axes
+    above, below = drawing.reversion(made_up.reversion(6)).axes
     assert list(above.lines[-2].get_xdata()) == [1, 2, 3, 4, 5]
     assert "layer 0 is left out" in below.get_xlabel()
 
 
 def test_the_nulls_are_in_the_legend():
-    words = [entry.get_text() for entry in figures.reversion(made_up.reversion()).axes[0].get_legend().get_texts()]
+    words = [entry.get_text() for entry in drawing.reversion(made_up.reversion()).axes[0].get_legend().get_texts()]
     assert sum(word.startswith("null: ") for word in words) == 4
     assert sum(word.startswith("by intervention: ") for word in words) == 3
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    once, again = (figures.png(figures.windows(made_up.series())) for _ in range(2))
+    once, again = (drawing.png(drawing.windows(made_up.series())) for _ in range(2))
     assert once == again
 
 
@@ -250,9 +232,9 @@ def write_graft(folder, seeds: int = 1, found: list[str] | None = SAID, answers:
     ledger.add("harvest", 16059, 12_300_000_000, 3.0, teacher=True)
     ledger.add("training", 20510, 321_000_000_000, 16.4)
     tables = {
-        graft_study.METHODS: pandas.DataFrame(rows),
-        graft_study.CURVES: curve,
-        graft_study.LEDGER: ledger.frame().assign(method="graft", seed=0),
+        study.METHODS: pandas.DataFrame(rows),
+        study.CURVES: curve,
+        study.LEDGER: ledger.frame().assign(method="graft", seed=0),
     }
     manifest = made_up.manifest() | {"settings": {} if found is None else {"found": found}}
     for name, table in tables.items():
@@ -261,12 +243,8 @@ def write_graft(folder, seeds: int = 1, found: list[str] | None = SAID, answers:
             if answers
             else table[[column for column in table if "exact" not in column and "answers" not in column]]
         )
-        frames.write(kept, folder / name, manifest, graft_study.COLUMNS[name])
+        frames.write(kept, folder / name, manifest, study.COLUMNS[name])
     return manifest
-
-
-def section(source: str, name: str) -> str:
-    return re.sub(r"base64,[^\"]*", "", source[source.index(f'id="{name}"') :].split("</section>", 1)[0])
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -314,9 +292,9 @@ def test_a_graft_without_sentences_of_its_own_gets_some(tmp_path):
 def test_what_a_column_means_is_told_file_by_file_where_files_differ(tmp_path):
     write_graft(tmp_path)
     text = section(report.build(tmp_path).read_text(), "columns")
-    for file in (graft_study.METHODS, graft_study.LEDGER):
-        assert graft_study.COLUMNS[file]["tokens"] in text
-    assert f"<td>tokens, {graft_study.LEDGER}</td>" in text
+    for file in (study.METHODS, study.LEDGER):
+        assert study.COLUMNS[file]["tokens"] in text
+    assert f"<td>tokens, {study.LEDGER}</td>" in text
     assert "<td>damage</td>" in text, "one meaning, one row"
 
 
@@ -332,7 +310,7 @@ def test_seeds_are_told_apart_and_one_alone_is_said_to_be(tmp_path):
 
 def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
     manifest = write_graft(tmp_path)
-    run = graft_study.RUN
+    run = study.RUN
     by_k = pandas.DataFrame([
         {"method": "graft", "seed": float(seed), "k": k} | scores(exact=1 - k / 4 - seed / 8) for seed in (0, 1)
         for k in (0, 2)
@@ -342,9 +320,9 @@ def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
         {"layer": 3, **made_up.with_interval("damage", 0.432), "damage_least": 0.321, "damage_most": 0.543,
          **made_up.with_interval("damage_skip", 0.654), "robust": "no"}
     ])  # fmt: skip
-    frames.write(by_k, tmp_path / graft_report.BY_K, manifest, run | fidelity.COLUMNS | {"k": "steps"})
-    frames.write(wiring, tmp_path / graft_report.WIRING, manifest, run)
-    frames.write(layers, tmp_path / graft_report.LAYERS, manifest, reinitialise.COLUMNS)
+    frames.write(by_k, tmp_path / chapter.BY_K, manifest, run | fidelity.COLUMNS | {"k": "steps"})
+    frames.write(wiring, tmp_path / chapter.WIRING, manifest, run)
+    frames.write(layers, tmp_path / chapter.LAYERS, manifest, reinitialise.COLUMNS)
     shown = section(report.build(tmp_path).read_text(), "graft")
     for cell in (
         "0.938",
@@ -364,7 +342,7 @@ def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
 
 def test_a_changed_ledger_is_not_reported(tmp_path):
     write_graft(tmp_path)
-    ledger = tmp_path / graft_study.LEDGER
+    ledger = tmp_path / study.LEDGER
     ledger.write_text(ledger.read_text().replace("16059", "16"))
     with pytest.raises(ValueError, match="not the file its manifest describes"):
         report.build(tmp_path)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import surgery
 from surgery import Stack, Wiring, hooks
-from surgery.tokens import Tokens
+from surgery.models.tokens import Tokens
 
 TOLERANCE = 1e-4
 

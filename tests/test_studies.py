@@ -3,15 +3,17 @@
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 import surgery
-from surgery import dropout_models, frames, models
+from support.places import REPOSITORY
+from surgery import models
+from surgery.dropout import trained as dropout_models
+from surgery.records import tables
 
-STUDIES = Path(__file__).parents[1] / "studies"
+STUDIES = REPOSITORY / "studies"
 
 
 @pytest.mark.parametrize(
@@ -25,9 +27,9 @@ def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path
         [sys.executable, STUDIES / script, "--out", tmp_path, *options], capture_output=True, text=True, check=True
     )
     assert said in done.stdout
-    frame = frames.read(tmp_path / file)
+    frame = tables.read(tmp_path / file)
     assert len(frame) == 3 * 5 * 11
-    assert frames.read_manifest(tmp_path / file)["model"]["name"] == "babel"
+    assert tables.read_manifest(tmp_path / file)["model"]["name"] == "babel"
 
 
 def test_tape_together_measures_again_what_it_chose(tmp_path):
@@ -37,14 +39,14 @@ def test_tape_together_measures_again_what_it_chose(tmp_path):
     )
     for said in ("156 wirings were tried on 12 prompts", "the reach:", "Beside its controls", "The beam's best of"):
         assert said in done.stdout, said
-    winners, measured = (frames.read(tmp_path / f"{name}.csv") for name in ("winners", "controls"))
+    winners, measured = (tables.read(tmp_path / f"{name}.csv") for name in ("winners", "controls"))
     chosen = winners.iloc[0]
     assert f"{100 * chosen['gain_validation']:+.1f} [" in done.stdout
     assert set(winners["n_prompts_search"]) == {12}
     assert set(winners["n_prompts_validation"]) == {12}
     assert {"chosen", "random span", "3 passes", "norm-only", "linearised", "beam"} <= set(measured["control"])
     assert measured.set_index("control").loc["chosen", "gain"] == pytest.approx(chosen["gain_validation"])
-    assert frames.read(tmp_path / "spans_by_k.csv")["group"].nunique() == 8
+    assert tables.read(tmp_path / "spans_by_k.csv")["group"].nunique() == 8
     assert {path.name for path in tmp_path.glob("*.png")} == {"brain_scan.png", "tape_together.png"}
 
 
@@ -55,7 +57,7 @@ def test_anatomy_says_of_every_model_whether_its_ends_are_more_parallel(tmp_path
     )
     assert done.stdout.count("That the ends are more parallel than the middle is") == 3
     for model in ("babel", "untrained", "translation"):
-        ends = frames.read(tmp_path / model / "anatomy_ends.csv")
+        ends = tables.read(tmp_path / model / "anatomy_ends.csv")
         assert ends["kind"].tolist() == ["all", "k=0", "k=4"]
         assert (tmp_path / model / "anatomy_boundaries.png").exists()
 
@@ -82,7 +84,7 @@ def test_mean_reversion_follows_wirings_and_training(tmp_path):
         assert words in done.stdout, words
     assert done.stdout.splitlines()[-1].startswith("In one sentence:")
     names = ("reversion_by_size", "mean_reversion_wirings", "mean_reversion_training", "reversion_layers")
-    sized, wired, trained, clean = (frames.read(tmp_path / "out" / f"{name}.csv") for name in names)
+    sized, wired, trained, clean = (tables.read(tmp_path / "out" / f"{name}.csv") for name in names)
     assert len(sized) == 2 * 12
     passes = wired[(wired["wiring"] == ":9 6:") & (wired["part"] == "layer")]
     assert passes["layer"].tolist() == [*range(9), *range(6, 12)]
@@ -108,7 +110,7 @@ def test_a_fresh_middle_is_compared_at_equal_operations(tmp_path):
         "Is the fresh middle wired like the old one? S ",
     ):
         assert said in done.stdout, said
-    methods, ledger, ks = (frames.read(tmp_path / f"graft_{name}.csv") for name in ("methods", "ledger", "by_k"))
+    methods, ledger, ks = (tables.read(tmp_path / f"graft_{name}.csv") for name in ("methods", "ledger", "by_k"))
     trained = methods.dropna(subset=["seed"]).set_index("method")
     assert methods["method"].tolist()[:3] == ["skip", "mean update", "linear map"]
     budget = trained.loc["graft", "operations_with_teacher"]
@@ -131,7 +133,7 @@ def test_width_of_thought_compares_sizes_by_budget_and_k(tmp_path):
     )
     assert done.stdout.count("one seed tells nothing") == 2 * (1 + 5)
     assert "Exact answers at equal operations, width 128 and 5 layers" in done.stdout
-    frame = frames.read(tmp_path / "width_of_thought.csv")
+    frame = tables.read(tmp_path / "width_of_thought.csv")
     assert len(frame) == 2 * 2 * (1 + 5)
     assert (tmp_path / "width_of_thought.png").exists()
     assert "Width, depth and walks" in (tmp_path / "report.html").read_text()
@@ -155,13 +157,13 @@ def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
         [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
     )
     assert done.stdout.count("one seed tells nothing") == 5 + 2 * 2
-    methods = frames.read(tmp_path / "walk_methods.csv").set_index("method")
+    methods = tables.read(tmp_path / "walk_methods.csv").set_index("method")
     spent = methods["operations_with_teacher"]
     for kind in ("stationary", "tangent"):
         assert spent[f"{kind}, relabelled"] > spent["stationary, unrelabelled"] == spent["real"]
     assert methods.loc["longer", "steps"] >= methods.loc["real", "steps"]
     assert spent["more real"] == pytest.approx(spent["tangent, relabelled"], rel=0.05)
-    kinds = frames.read(tmp_path / "walk_manifold.csv")
+    kinds = tables.read(tmp_path / "walk_manifold.csv")
     assert kinds["kind"].iloc[0] == "real"
     assert all((tmp_path / name).exists() for name in ("walk_manifold.png", "walk_methods.png", "report.html"))
 

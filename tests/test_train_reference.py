@@ -2,16 +2,16 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 import surgery
-from surgery.babel import Babel
+from support.places import REPOSITORY
+from surgery.corpus.babel import Babel
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "train_reference.py"
+SCRIPT = REPOSITORY / "studies" / "train_reference.py"
 spec = importlib.util.spec_from_file_location("train_reference", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)

@@ -1,0 +1,78 @@
+"""The figures of ``surgery.anatomy``, from its tables: the boundaries by every detector, convergence, and D.
+
+>>> import pandas
+>>> frame = pandas.DataFrame({"layer": [0, 1], "same_content": [0.1, 0.2], "same_language": [0.2, 0.1]})
+>>> len(convergence(frame.assign(neither=0.0)).axes)
+1
+"""
+
+import pandas
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from surgery.page.drawing import ACCENT, FAINT, INK
+
+KINDS = {
+    "same_content": ("same content, other language", ACCENT),
+    "same_language": ("same language, other content", "#0072B2"),
+    "neither": ("neither", "#999999"),
+}
+
+
+def boundaries(posterior: pandas.DataFrame, detectors: pandas.DataFrame, n_layers: int) -> Figure:
+    """Above, the probability of each boundary by layer; below, where every detector puts them, with intervals."""
+    names = detectors["detector"].drop_duplicates().tolist()
+    figure = Figure(figsize=(9, 0.36 * len(names) + 3.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, max(2, 0.36 * len(names))))
+    for boundary, colour in (("in", ACCENT), ("out", "#0072B2")):
+        one = posterior[posterior["boundary"] == boundary]
+        above.bar(one["layer"], one["probability"], width=0.6, color=colour, alpha=0.8, label=f"boundary: {boundary}")
+        found = detectors[(detectors["boundary"] == boundary) & detectors["layer"].notna()]
+        places = [names.index(name) for name in found["detector"]]
+        below.hlines(places, found["layer_low"], found["layer_high"], color=colour, linewidth=2, alpha=0.6)
+        below.plot(found["layer"], places, "o", color=colour)
+    above.set(ylim=(0, 1), ylabel="share of resamples")
+    above.set_title("Where input, middle and output part meet", loc="left")
+    above.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    below.set_yticks(range(len(names)), names)
+    below.set(ylim=(len(names) - 0.5, -0.5), xlim=(-0.5, n_layers + 0.5), xlabel="first layer behind the boundary")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def convergence(frame: pandas.DataFrame) -> Figure:
+    """SC, SL and neither by layer, intervals shaded (``surgery.anatomy.convergence.COLUMNS``)."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (label, colour) in KINDS.items():
+        axes.plot(frame["layer"], frame[name], "o-", color=colour, markersize=4, label=label)
+        if f"{name}_low" in frame:
+            axes.fill_between(frame["layer"], frame[f"{name}_low"], frame[f"{name}_high"], color=colour, alpha=0.2)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="layer that the stream enters", ylabel="cosine of two sentences\nlayer mean subtracted")
+    axes.set_title("Does content count for more than language?", loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    return figure
+
+
+def ends(frame: pandas.DataFrame) -> Figure:
+    """D and D of R/N with intervals, a row per kind of prompts (``surgery.anatomy.ends_against_middle.COLUMNS``)."""
+    figure = Figure(figsize=(9, 0.45 * len(frame) + 1.8), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(1, 2, sharey=True), ("D", "D_over_N"), ("of S", "of R/N"), strict=True
+    ):
+        axes.hlines(range(len(frame)), frame[f"{name}_low"].astype(float), frame[f"{name}_high"].astype(float),
+                    color="#0072B2", linewidth=2)  # fmt: skip
+        axes.plot(frame[name].astype(float), range(len(frame)), "o", color=ACCENT)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_title(f"ends minus middle, {label}", loc="left")
+        axes.set_yticks(range(len(frame)), frame["kind"])
+        axes.set_ylim(len(frame) - 0.5, -0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("below 0 the ends are more parallel, above 0 the middle is", fontsize=9, color=FAINT)
+    return figure

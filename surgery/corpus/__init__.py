@@ -1,0 +1,5 @@
+"""What models are fed: the Babel language, probe sets, text files, bundled prompts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

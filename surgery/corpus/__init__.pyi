@@ -1,0 +1,5 @@
+from . import babel as babel
+from . import parallel_sentences as parallel_sentences
+from . import probes as probes
+from . import questions as questions
+from . import text_files as text_files

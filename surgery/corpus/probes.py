@@ -1,0 +1,339 @@
+r"""Questions with known answers, scored by likelihood: what a scan asks of a rewired model.
+
+A probe is a prompt, its answer, a group and, optionally, choices. A probe set comes from a file, from a generator, or
+is running text, in which every token is an answer to what stands before it:
+
+    probes.load("mine.jsonl")            {"prompt": "2 + 2 =", "answer": "4", "group": "sums", "choices": ["4", "5"]}
+    probes.named("babel", 128)           made from a seed; which there are: ``probes.NAMES``
+    probes.text("stories.txt")           one text a line, or .jsonl with a "text" on each line
+
+Prompt and answer are joined by one space unless a white space is at the seam already (``joiner=""`` joins them as
+they are written). **Where the answer begins.** A tokenizer may cut ``prompt + answer`` differently from the two
+parts, so they are tokenised together, as the model would see them, and the answer's tokens are those after the
+longest beginning that this has in common with the tokens of the prompt alone. A token that straddles the seam thus
+belongs to the answer. The choices of a probe are scored from the same token on, so that their likelihoods compare.
+
+``ProbeSet.split`` makes two halves: one to search with, one to measure again what was found. The best of thousands of
+wirings on 16 questions is lucky; on the other half it is not.
+
+Why likelihood and not generated text: one pass scores the whole answer, an answer nearly right counts as such, and no
+format has to be parsed (RYS of D. Ng and its successors generate; there, format effects passed for gains).
+
+>>> numbers = ProbeSet("numbers", (Probe("1 2 3", "4", choices=("4", "9")), Probe("5 6", "7")))
+>>> numbers.probes[0].answers
+('4', '9')
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from surgery.corpus import questions
+from surgery.corpus.babel import LANGUAGES
+from surgery.corpus.questions import Probe as Probe
+from surgery.corpus.text_files import read_prompts
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.records import tables
+
+FIELDS = ("prompt", "answer", "group", "choices")
+EXPECTED = '{"prompt": "...", "answer": "..."}, with "group" and "choices" if wanted'
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A probe set as a model reads it: one row per sequence to be scored, padded on the right.
+
+    ``credit`` shares one point among the scored tokens of a row, by the characters each holds (white space is none).
+    Its sum over the tokens that are the model's first choice is the part of the answer, digit by digit, that the model
+    gets right by teacher forcing.
+    """
+
+    tokens: Tokens
+    scored: Bool[Tensor, "row pos"]  # True at tokens that are to be predicted, never the first
+    probe: tuple[int, ...]  # row -> index of the probe
+    choice: tuple[int, ...]  # row -> which choice, 0 the right answer; 0 where there are none
+    groups: tuple[str, ...]  # per probe
+    sha256: str  # of the probe set
+    credit: Float[Tensor, "row pos"] | None = None
+
+    def portion(self, first: int, stop: int) -> "Encoded":
+        """The probes ``first`` to ``stop - 1``, numbered from 0, padded as they were."""
+        rows = [row for row, probe in enumerate(self.probe) if first <= probe < stop]
+        return Encoded(
+            Tokens(self.tokens.ids[rows], self.tokens.mask[rows]),
+            self.scored[rows],
+            tuple(self.probe[row] - first for row in rows),
+            tuple(self.choice[row] for row in rows),
+            self.groups[first:stop],
+            self.sha256,
+            None if self.credit is None else self.credit[rows],
+        )
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Probes under a name.
+
+    ``joiner`` stands between prompt and answer where no white space does; running text is cut to ``max_tokens``.
+    """
+
+    name: str
+    probes: tuple[Probe, ...]
+    joiner: str = " "
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.probes:
+            raise ValueError(f"the probe set {self.name} holds no probe")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2 (the first token is not predicted), got {self.max_tokens}")
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over everything that is asked, in order; the name does not count."""
+        content = {"probes": [asdict(probe) for probe in self.probes], "joiner": self.joiner, "max": self.max_tokens}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def split(self, seed: int = 0) -> "tuple[ProbeSet, ProbeSet]":
+        """A half to search with and a half to validate on: every group in equal parts, nothing in both.
+
+        A probe that occurs several times is in one half with all its copies.
+        """
+        generator, groups = random.Random(f"split {seed}"), defaultdict(list)
+        for probe in dict.fromkeys(self.probes):
+            groups[probe.group].append(probe)
+        turns = [probe for _, group in sorted(groups.items()) for probe in generator.sample(group, len(group))]
+        if len(turns) < 2:
+            raise ValueError(f"the probe set {self.name} holds one probe only: there is nothing to split")
+        search = set(turns[::2])  # the groups lie one behind the other, so odd ones favour each half in turn
+        halves = (
+            [probe for probe in self.probes if probe in search],
+            [probe for probe in self.probes if probe not in search],
+        )
+        first, second = (
+            replace(self, name=f"{self.name} ({half})", probes=tuple(probes))
+            for half, probes in zip(("search", "validation"), halves, strict=True)
+        )
+        return first, second
+
+    def encode(self, stack: Stack) -> Encoded:
+        """Token ids of every probe with each of its answers, and which tokens are scored.
+
+        The tokenizer puts its beginning mark in front or does not, as it is wont to; an end mark that it adds is taken
+        off. Running text is scored from its second token on.
+
+        Raises:
+            ValueError: the model has no tokenizer; or, naming the probe: it is longer than the model reads, has a word
+                the tokenizer does not know, or has an answer without a token of its own.
+        """
+        tokenizer = stack.model.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{stack.name} has no tokenizer, so it cannot be asked the probes of {self.name}")
+        asked = [(i, j) for i, probe in enumerate(self.probes) for j in range(len(probe.answers))]
+        prompts = _ids(tokenizer, [probe.prompt for probe in self.probes])
+        rows = _ids(tokenizer, [self._joined(self.probes[i], self.probes[i].answers[j]) for i, j in asked])
+        rows = [row if self.probes[i].prompt else row[: self.max_tokens] for row, (i, _) in zip(rows, asked)]
+        begins: dict[int, int] = {}  # probe -> its first scored token
+        for row, (i, _) in zip(rows, asked):
+            begin = max(1, _common(prompts[i], row)) if self.probes[i].prompt else 1
+            begins[i] = min(begins.get(i, begin), begin)
+        for row, (i, j) in zip(rows, asked):
+            self._check(i, j, row, begins[i], stack.n_ctx, tokenizer)
+        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
+        mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        for n, (row, (i, _)) in enumerate(zip(rows, asked)):
+            ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), True
+            scored[n, begins[i] : len(row)] = True
+        return Encoded(
+            tokens=Tokens(ids, mask).to(stack.device),
+            scored=scored.to(stack.device),
+            probe=tuple(i for i, _ in asked),
+            choice=tuple(j for _, j in asked),
+            groups=tuple(probe.group for probe in self.probes),
+            sha256=self.sha256,
+            credit=_credit(tokenizer, ids, scored).to(stack.device),
+        )
+
+    def _joined(self, probe: Probe, answer: str) -> str:
+        apart = not probe.prompt or probe.prompt[-1].isspace() or answer[0].isspace()
+        return probe.prompt + ("" if apart else self.joiner) + answer
+
+    def _check(self, i: int, j: int, row: list[int], begin: int, n_ctx: int, tokenizer: Any) -> None:
+        probe = self.probes[i]
+        start = probe.prompt or probe.answer
+        where = f"{self.name}, probe {i + 1} ({start[:40]!r}{'...' if len(start) > 40 else ''})"
+        if len(row) > n_ctx:
+            advice = "ask something shorter" if probe.prompt else f"cut the text with max_tokens={n_ctx}"
+            raise ValueError(f"{where} has {len(row)} tokens, the model reads {n_ctx}; {advice}")
+        if begin >= len(row):
+            what = (
+                f"the answer {probe.answers[j]!r} has no token of its own"
+                if probe.prompt
+                else "has fewer than 2 tokens"
+            )
+            raise ValueError(f"{where}: {what}")
+        unknown = {tokenizer.pad_token_id, tokenizer.unk_token_id if probe.prompt else None}
+        if (unknown - {tokenizer.bos_token_id, tokenizer.eos_token_id}) & set(row):
+            raise ValueError(f"{where} contains words that this model's tokenizer does not know")
+
+
+# --- from files ------------------------------------------------------------------------------------------------------
+
+
+def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
+    """A probe set from a JSONL file: ``prompt``, ``answer``, optionally ``group`` and ``choices``; empty lines skipped.
+
+    Raises:
+        ValueError: in one sentence, with the line: the file is missing, empty or not text; a line is not JSON, lacks a
+            field, has one that is unknown or of the wrong type, an empty answer, or one not among its choices.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {tables.reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give a .jsonl file") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                found.append(_probe(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no probe: it is empty; give one {EXPECTED} per line")
+    return ProbeSet(path.stem, tuple(found), joiner)
+
+
+def text(source: "str | Path | Sequence[str]", most: int | None = None, max_tokens: int | None = None) -> ProbeSet:
+    """Running text, every token but each text's first scored: the first ``most`` texts of a file, or texts themselves.
+
+    A file is read as ``surgery study`` reads one: ``.jsonl`` with a ``"text"`` on each line, anything else a text a
+    line. Texts are cut to ``max_tokens`` tokens.
+    """
+    if isinstance(source, str | Path):
+        lines = [line for _, line in read_prompts(source, most)]
+        return replace(text(lines, max_tokens=max_tokens), name=Path(source).name)
+    return ProbeSet("text", tuple(Probe("", line) for line in source[:most]), max_tokens=max_tokens)
+
+
+def _probe(line: str) -> Probe:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"this is not JSON ({error}); expected {EXPECTED}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"this is not a JSON object; expected {EXPECTED}")
+    for name in entry:
+        if name not in FIELDS:
+            raise ValueError(f'there is no field "{name}"; there are {", ".join(FIELDS)}')
+    for name in ("prompt", "answer"):
+        if name not in entry:
+            raise ValueError(f'"{name}" is missing; expected {EXPECTED}')
+    for name in ("prompt", "answer", "group"):
+        if not isinstance(entry.get(name, ""), str):
+            raise ValueError(f'"{name}" is not a string but {json.dumps(entry[name])}')
+    choices = entry.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f'"choices" is not a list of strings but {json.dumps(choices)}')
+    return Probe(entry["prompt"], entry["answer"], entry.get("group", ""), tuple(choices))
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    rows = [list(row) for row in tokenizer(list(texts), return_attention_mask=False)["input_ids"]]
+    end, mark = tokenizer.eos_token_id, tokenizer.eos_token or ""
+    return [row[:-1] if end in row[-1:] and not given.endswith(mark) else row for row, given in zip(rows, texts)]
+
+
+def _credit(tokenizer: Any, ids: Tensor, scored: Tensor) -> Tensor:
+    characters = torch.zeros(int(ids.max()) + 1)
+    for token in ids[scored].unique().tolist():
+        characters[token] = len("".join(tokenizer.decode([token]).split()))
+    credit = characters[ids] * scored
+    total = credit.sum(1, keepdim=True)
+    return torch.where(total > 0, credit / total, scored / scored.sum(1, keepdim=True))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+# --- generated -------------------------------------------------------------------------------------------------------
+
+
+def named(name: str, count: int = 128, seed: int = 0) -> ProbeSet:
+    """One of ``NAMES``, made from a seed: ``count`` probes, its groups in turn (see ``surgery.corpus.questions``).
+
+    >>> named("recall", 3).probes[2].group
+    'pairs=8'
+    """
+    if name not in _GENERATORS:
+        raise ValueError(f"there is no probe set {name!r}; there are {', '.join(NAMES)}, or give a .jsonl file")
+    return ProbeSet(name, _GENERATORS[name](count, seed))
+
+
+def babel(
+    count_per_k: int,
+    ks: Iterable[int] = range(7),
+    seed: int = 0,
+    *,
+    sources: Sequence[str] = LANGUAGES,
+    targets: Sequence[str] = LANGUAGES,
+    group: str = "k",
+    heldout: bool = True,
+) -> ProbeSet:
+    """Questions of the bundled model's corpus, ``count_per_k`` of every length; see ``questions.babel``.
+
+    All differ. Of the held-out short ones there are few (over all language pairs 16 with k = 0, 96 with k = 1): where
+    ``count_per_k`` asks for more, all there are.
+
+    >>> babel(2, [0, 3], targets=["other"]).probes[2].group
+    'k=3'
+    """
+    options: dict[str, Any] = {"sources": sources, "targets": targets, "group": group, "heldout": heldout}
+    kinds = [questions.babel(k, seed, **options) for k in ks]
+    return ProbeSet("babel", tuple(probe for kind in kinds for probe in itertools.islice(kind, count_per_k)))
+
+
+def _babel_by(group: str) -> Callable[[int, int], tuple[Probe, ...]]:
+    """Lengths and language pairs both in turn: as 7 and 16 have no divisor in common, every combination comes up."""
+    pairs = list(itertools.product(LANGUAGES, LANGUAGES))
+
+    def make(count: int, seed: int) -> tuple[Probe, ...]:
+        turns = [(turn % 7, *pairs[turn % len(pairs)]) for turn in range(7 * len(pairs))]
+        kinds = [questions.babel(k, seed, sources=[asked], targets=[said], group=group) for k, asked, said in turns]
+        return questions.in_turn(kinds, count)
+
+    return make
+
+
+_GENERATORS: dict[str, Callable[[int, int], tuple[Probe, ...]]] = {
+    "babel": _babel_by("k"),
+    "babel-pairs": _babel_by("pair"),
+    "arithmetic": questions.arithmetic,
+    "tracking": questions.tracking,
+    "recall": questions.recall,
+    "copying": questions.copying,
+    "induction": questions.induction,
+}
+NAMES = tuple(_GENERATORS)

@@ -1,0 +1,5 @@
+"""Dropout: less superposition within a component, more redundancy across components?"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

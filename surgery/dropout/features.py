@@ -1,0 +1,324 @@
+r"""Superposition within one layer: how many features do its neurons hold, and how many directions do they use?
+
+Heard is the activation that enters the output weights of a layer's MLP, ``a_t`` of n neurons (``surgery.rebuild.units``), at
+every token of the ensemble. Four readings of it, a row per layer:
+
+* ``F = exp(-sum_i p_i ln p_i)``, ``p_i`` the share of feature i in the sum of all ``|activation|``: the effective
+  number of features, those of a sparse autoencoder (``sae``); ``psi = F / n`` above 1 is superposition (Bereska et al.
+  2025, arXiv 2512.13568);
+* ``participation = (tr C)^2 / tr C^2``, C the covariance over neurons: how many directions share the variance;
+* ``kurtosis``: excess of the neurons, mean: 0 Gaussian, high where a neuron is mostly silent;
+* ``sparsity``: the share of activations below 5 % of the largest of their neuron.
+
+F depends on the autoencoder's width and on how many features it may use at once. So neither is learnt: of what the
+encoder's ReLU gives, the ``k`` largest a token are kept, on average over the tokens it is given (batch top-k, Bussmann
+et al. 2024, arXiv 2412.06410), so that L0 is k in every model; the decoder's rows have unit length. Compare models only
+at equal ``n_features`` and ``k``, and look at ``explained`` first: where it differs, so does what F counts. A ``k``
+above the number of features that are truly active splits them and inflates F.
+
+Controls: ``F_shuffled`` and ``participation_shuffled``, each neuron's activations exchanged between tokens by itself,
+so that neurons keep what they are and lose what they share; and the model untrained (``surgery.models.untrained``).
+
+>>> features = torch.zeros(400, 4).index_put((torch.arange(400), torch.arange(400) % 4), torch.ones(400))
+>>> effective(features).item(), round(participation(features).item(), 6)  # four alternate: three directions
+(4.0, 3.0)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import embedding, linear, normalize
+
+from surgery.instruments.regression import halves
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.rebuild.units import Writer, listen, writers
+from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+
+SILENT = 0.05  # of the largest activation of a neuron
+Draws = Float[Tensor, "resample token"]
+Resampled = Float[Tensor, " resample"]
+
+_MEASURES = {
+    "F": "effective number of features on held-out prompts, mean over the autoencoders' seeds",
+    "psi": "F over the number of neurons: above 1 superposition",
+    "participation": "number of directions that share the neurons' variance, (tr C)^2 / tr C^2",
+    "kurtosis": "excess kurtosis of a neuron, mean over those that vary: 0 Gaussian",
+    "sparsity": f"share of activations below {SILENT:.0%} of the largest of their neuron",
+}
+COLUMNS = {
+    "layer": "layer, counted from 0",
+    "n_neurons": "number of neurons of its MLP, those of all experts",
+    "n_prompts": "number of prompts, the unit of resampling; half of them for F and psi",
+    "n_features": "width of the autoencoder",
+    "steps": "steps that the autoencoder was trained for",
+    "seeds": "number of autoencoders",
+    "explained": "share of the variance of held-out activations that the autoencoder explains, mean over the seeds",
+    "L0": "features active at a held-out token, mean",
+    "dead": "share of features active at no held-out token, mean over the seeds",
+    "F_spread": "standard deviation of F over the seeds",
+    "F_shuffled": "F of neurons shuffled one by one, first seed",
+    "participation_shuffled": "participation of neurons shuffled one by one",
+} | described(_MEASURES)
+
+
+@dataclass(frozen=True)
+class SparseAutoencoder:
+    """``a = centre + scale (base + features decoder)``, the features the top k of a ReLU of what is left of base."""
+
+    encoder: Float[Tensor, "feature neuron"]
+    bias: Float[Tensor, " feature"]
+    decoder: Float[Tensor, "feature neuron"]  # rows of unit length
+    base: Float[Tensor, " neuron"]
+    centre: Float[Tensor, " neuron"]
+    scale: float
+    k: int
+    steps: int
+
+    def encode(self, activations: Float[Tensor, "token neuron"]) -> Float[Tensor, "token feature"]:
+        """The features at each token, of which the k a token that are largest over all of these tokens are kept."""
+        found = linear((activations - self.centre) / self.scale - self.base, self.encoder, self.bias).relu()
+        return torch.where(_largest(found, self.k), found, 0)
+
+    def decode(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token neuron"]:
+        return self.centre + self.scale * (features @ self.decoder + self.base)
+
+    def report(self, activations: Float[Tensor, "token neuron"]) -> dict[str, float]:
+        """``explained``, ``L0`` and ``dead`` on these activations; see ``COLUMNS``."""
+        features = self.encode(activations)
+        missed = (activations - self.decode(features)).square().sum()
+        active = features > 0
+        return {
+            "explained": 1 - float(missed / (activations - activations.mean(0)).square().sum()),
+            "L0": float(active.sum(1).double().mean()),
+            "dead": float((~active.any(0)).double().mean()),
+        }
+
+
+def sae(
+    activations: Float[Tensor, "token neuron"],
+    n_features: int,
+    k: int = 8,
+    *,
+    steps: int = 400,
+    batch_size: int = 256,
+    rate: float = 1e-2,
+    seed: int = 0,
+) -> SparseAutoencoder:
+    """A small sparse autoencoder of one layer's activations, trained by Adam from random directions.
+
+    The rate falls linearly over the last four fifths of the steps. Nothing revives dead features: they count nothing in
+    F. Activations are centred and brought to a mean square length of 1 first. Cost: ``steps`` products of a batch with
+    the encoder; what is not among the k largest is neither decoded nor differentiated.
+
+    Raises ValueError for a k that is not between 1 and n_features, and for activations that are not finite or constant.
+
+    >>> axes = torch.eye(4)[torch.arange(400) % 4]
+    >>> found = sae(axes, 16, 1, steps=100)
+    >>> found.report(axes)["explained"] > 0.95, found.report(axes)["L0"]
+    (True, 1.0)
+    """
+    if not 1 <= k <= n_features:
+        raise ValueError(f"k features of {n_features} are kept a token: give a k from 1 to {n_features}, got {k}")
+    centre = activations.mean(0)
+    scale = float((activations - centre).square().sum(1).mean().sqrt())
+    if not 0 < scale < float("inf"):
+        raise ValueError("these activations are constant or not finite: an autoencoder has nothing to learn from them")
+    z, draw = (activations - centre) / scale, torch.Generator().manual_seed(seed)
+    decoder = normalize(torch.randn(n_features, z.shape[1], generator=draw).to(z), dim=1).requires_grad_()
+    encoder = decoder.detach().clone().requires_grad_()
+    bias, base = (torch.zeros(size).to(z).requires_grad_() for size in (n_features, z.shape[1]))
+    optimizer = torch.optim.Adam([encoder, bias, decoder, base], lr=rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, 1.25 * (1 - step / steps))
+        some = z[torch.randint(len(z), (batch_size,), generator=draw)]
+        with torch.no_grad():
+            found = linear(some - base, encoder, bias).relu()
+            token, feature = _largest(found, k).nonzero(as_tuple=True)
+        active = ((some - base)[token] * embedding(feature, encoder)).sum(1) + bias[feature]
+        written = base.expand_as(some).index_add(0, token, active.unsqueeze(1) * embedding(feature, decoder))
+        optimizer.zero_grad()
+        (written - some).square().sum(1).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            decoder.copy_(normalize(decoder, dim=1))
+    return SparseAutoencoder(encoder.detach(), bias.detach(), decoder.detach(), base.detach(), centre, scale, k, steps)
+
+
+def effective(activations: Float[Tensor, "token feature"], draws: Draws | None = None) -> Resampled:
+    """F, the exponential of the entropy of the features' shares of all activation: from 1 to the number of features.
+
+    ``draws`` weigh the tokens (all alike if not given), a number for each row. NaN where nothing is active.
+
+    >>> effective(torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])).tolist()
+    [2.0]
+    """
+    sums = _draws(activations, draws) @ activations.abs().double()
+    return torch.special.entr(sums / sums.sum(1, keepdim=True)).sum(1).exp()
+
+
+def participation(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
+    """``(tr C)^2 / tr C^2`` of the covariance over neurons: 1 if all vary along one line, n if alike in all directions.
+
+    ``draws`` weigh the tokens, and the mean is taken anew in each row. Of T tokens it is at most T - 1, of a Gaussian
+    about ``n / (1 + n / T)``. NaN where nothing varies. Cost: T^2 (n + rows) products.
+    """
+    drawn, x = _draws(activations, draws), activations.double()
+    x = x - x.mean(0)
+    count = drawn.sum(1)
+    mean = drawn @ x / count.unsqueeze(1)
+    square = sum(
+        (drawn[:, rows] * (drawn @ (x @ x[rows].T).square())).sum(1) for rows in torch.arange(len(x)).split(1024)
+    )
+    across = (drawn * (mean @ x.T).square()).sum(1) / count
+    length = mean.square().sum(1)
+    trace = drawn @ x.square().sum(1) / count - length
+    return trace.square() / (square / count**2 - 2 * across + length**2)
+
+
+def kurtosis(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
+    """Excess kurtosis of a neuron over the tokens, mean over the neurons that vary: 0 Gaussian, -1.2 uniform."""
+    drawn, x = _draws(activations, draws), activations.double()
+    spread = x.std(0, correction=0)
+    varies = spread > 1e-6 * spread.max()
+    z = ((x - x.mean(0)) / spread)[:, varies]
+    count = drawn.sum(1, keepdim=True)
+    m1, m2, m3, m4 = (drawn @ z**power / count for power in (1, 2, 3, 4))
+    variance = m2 - m1**2
+    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+    return torch.where(variance > 1e-9, fourth / variance**2 - 3, torch.nan).nanmean(1)
+
+
+def sparsity(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
+    """Share of activations no larger than ``SILENT`` of the largest that their neuron has on any of these tokens.
+
+    >>> sparsity(torch.tensor([[1.0, 2.0], [0.0, 2.0]])).tolist()
+    [0.25]
+    """
+    drawn, size = _draws(activations, draws), activations.abs()
+    silent = (size <= SILENT * size.amax(0)).double().mean(1)
+    return drawn @ silent / drawn.sum(1)
+
+
+def activations(
+    stack: Stack, tokens: Tokens | Tensor, layers: Sequence[int] | None = None, batch_size: int = 64
+) -> list[Float[Tensor, "token neuron"]]:
+    """What enters the output weights of these layers' MLPs (all if not given), at the tokens of the ensemble.
+
+    A neuron of an expert is heard times the router's weight, and 0 at tokens that go elsewhere. Cost: 1 F.
+
+    Raises ValueError for a layer that the model does not have, ModelError for one without an MLP.
+
+    >>> from surgery import calibration
+    >>> [heard.shape for heard in activations(Stack(calibration.random_network(2)), calibration.tokens(3, 5))]
+    [torch.Size([12, 192]), torch.Size([12, 192])]
+    """
+    places = range(stack.n_layers) if layers is None else layers
+    if absent := [layer for layer in places if not 0 <= layer < stack.n_layers]:
+        raise ValueError(f"there is no layer {absent[0]} to hear: {stack.name} has 0 to {stack.n_layers - 1}")
+    every = writers(stack.model, "mlp")
+    found = [every[layer] for layer in places]
+    heard: list[list[Tensor]] = [[] for _ in found]
+
+    def hear(place: int, keep: Tensor, *given: Tensor) -> None:
+        heard[place].append(_dense(found[place], *given).reshape(keep.numel(), -1)[keep.flatten()].float().cpu())
+
+    if found:
+        listen(stack, found, Tokens.of(tokens), hear, batch_size)
+    return [torch.cat(parts) for parts in heard]
+
+
+def within(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    *,
+    n_features: int | None = None,
+    k: int = 8,
+    steps: int = 400,
+    seeds: int = 2,
+    resamples: int = RESAMPLES,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """Features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
+
+    The autoencoders have ``n_features`` (twice the neurons if not given); they are trained on a random half of the
+    prompts and judged, F included, on the other. Intervals draw prompts again, not autoencoders: ``F_spread`` says how
+    much these differ. Cost: 2 F and ``seeds + 1`` autoencoders a layer, of 256 neurons about 5 s each on one core.
+
+    Raises ValueError for one prompt, no seed, and what ``sae`` and ``activations`` refuse.
+
+    >>> from surgery import calibration
+    >>> stack = Stack(calibration.random_network(1, 8))
+    >>> frame = within(stack, calibration.tokens(8, 6), steps=5, seeds=1, resamples=0)
+    >>> frame[["n_neurons", "n_features", "L0"]].values.tolist()
+    [[32.0, 64.0, 8.0]]
+    """
+    if seeds < 1:
+        raise ValueError(f"give at least one seed of autoencoders, got seeds={seeds}")
+    measured, fitted = halves(Tokens.of(tokens).to(stack.device), seed)
+    places = list(range(stack.n_layers) if layers is None else layers)
+    heard = [activations(stack, half, places, batch_size) for half in (measured, fitted)]
+    owners = [half.ensemble().nonzero()[:, 0].cpu() for half in (measured, fitted)]
+    drawn = [_tokens_drawn(owners[:1], resamples, seed), _tokens_drawn(owners, resamples, seed)]
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for layer, held, learnt in zip(places, *heard):
+        everything, size = torch.cat([held, learnt]), held.shape[1]
+        width = 2 * size if n_features is None else n_features
+        coders = [sae(learnt, width, k, steps=steps, seed=seed + i) for i in range(seeds)]
+        F = torch.stack([effective(coder.encode(held), drawn[0]) for coder in coders])
+        reports = pandas.DataFrame([coder.report(held) for coder in coders]).mean()
+        apart = _shuffled(everything, generator)
+        alone = sae(apart[len(held) :], width, k, steps=steps, seed=seed).encode(apart[: len(held)])
+        row: dict[str, float] = {
+            "layer": layer, "n_neurons": size, "n_prompts": len(measured) + len(fitted), "n_features": width,
+            "steps": steps, "seeds": seeds, **reports, "F_spread": float(F[:, 0].std()) if seeds > 1 else torch.nan,
+            "F_shuffled": float(effective(alone)), "participation_shuffled": float(participation(apart)),
+        }  # fmt: skip
+        found = {"F": F.mean(0), "psi": F.mean(0) / size}
+        for name, measure in (("participation", participation), ("kurtosis", kurtosis), ("sparsity", sparsity)):
+            found[name] = measure(everything, drawn[1])
+        for name, values in found.items():
+            row |= columns(name, values)
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _largest(found: Float[Tensor, "token feature"], k: int) -> Tensor:
+    """The k a token that are largest over all of these tokens, and positive."""
+    return (found > 0) & (found >= found.flatten().topk(k * len(found), sorted=False).values.min())
+
+
+def _draws(values: Float[Tensor, "token column"], draws: Draws | None) -> Draws:
+    return torch.ones(1, len(values), dtype=torch.float64) if draws is None else draws
+
+
+def _tokens_drawn(owners: Sequence[Tensor], resamples: int, seed: int) -> Draws:
+    """How often each token is drawn where whole prompts are, those of one half behind those of the other."""
+    first = [0, *(int(owner.max()) + 1 for owner in owners)]
+    prompts = torch.cat([owner + before for owner, before in zip(owners, first)])
+    n_prompts = int(prompts.max()) + 1
+    return weights(n_prompts, resamples if n_prompts > 1 else 0, seed)[:, prompts]
+
+
+def _shuffled(x: Float[Tensor, "token neuron"], generator: torch.Generator) -> Float[Tensor, "token neuron"]:
+    """Every neuron's activations at tokens of their own random order."""
+    return x.gather(0, torch.rand(x.shape, generator=generator).argsort(0))
+
+
+def _dense(writer: Writer, x: Tensor, *routes: Tensor) -> Tensor:
+    """What the neurons give at every token, those of all experts beside each other."""
+    if not routes:
+        return x
+    chosen, weight = routes
+    found = x.new_zeros(len(x), *writer.shape)
+    for expert, reads in enumerate(writer.reads):
+        token, place = torch.where(chosen == expert)
+        act = writer.module._apply_gate(linear(x[token], reads))
+        found[token, expert] = weight[token, place].unsqueeze(1).to(x) * act
+    return found

@@ -1,0 +1,451 @@
+r"""Redundancy across components: if what a layer computes is lost, is it also computed elsewhere?
+
+Layers that stand in a chain (AND) are lost together, layers that do the same (OR) only when all of them are gone. Five
+readings of that, and what each must read:
+
+==================  ===================================================  ========  ===========  =====================
+measure             of                                                   chain     independent  each other's backup
+==================  ===================================================  ========  ===========  =====================
+redundancy_mass     damages of pairs (``surgery.instruments.interactions``)          0         none         1
+mean_rho            the same                                             1         0            -1
+curvature           damage of k random layers over k (``subsets``)       -1        0            above 0, 1 for two
+self_repair         share of a lost direct effect that later layers      below 0   0            1
+                    and the final norm make up for
+predictability      R^2 of what a later layer makes of a layer's own     none      low          1
+                    input, from what that layer writes
+==================  ===================================================  ========  ===========  =====================
+
+"None" is NaN: nothing is there to be measured. Mass and curvature are of the margin, all norms frozen, the last one
+too; self-repair is that of the model as it runs. They need not agree: two layers that do the same and both write it
+are predictable from each other, and damages still add up. ``across`` puts them into one row, to compare models by:
+only such as reach the same loss, on the same prompts, and with the same ``seed``, which draws the subsets.
+
+Controls: the architecture untrained (damages inside noise, mass about .5), and ``predictability_shuffled``.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from surgery.instruments import interactions
+from surgery.instruments.ablation import CleanRun, Damages, _predicting, clean_runs, damage
+from surgery.instruments.ensemble import Ensemble, partners
+from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.instruments.regression import LeastSquares, halves
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+
+RIDGE = 0.01  # in units of the predictors' variances
+_ROUNDING = 1e-10  # share of the squares of a stream that rounding makes of an update that does not vary
+_LEAST = 1e-4  # share of an update's variance that the stream may leave; less is what rounding and ridge left
+
+Resampled = Float[Tensor, " resample"]
+
+_MEASURES = {
+    "redundancy_mass": "sum of positive delta over sum of |delta| of all pairs: 0 all series, 1 all redundant",
+    "mean_rho": "mean rho of the pairs that have one: 1 series, 0 independent, -1 mutual backup",
+    "curvature": "how far the damage of k layers lies below its chord, as a share: -1 chain, 0 additive, 1 backup",
+    "second_difference": "damage of k + 1 layers less twice that of k plus that of k - 1 (logits); of a model the mean",
+    "damage": "damage without k random layers (logits)",
+    "self_repair": "share of a lost direct effect made up for: 1 all, 0 nothing, below 0 later layers lose more",
+    "norm_repair": "the part of self_repair that the final norm's new denominators make up for",
+    "norm_share": "norm_repair over self_repair, where the interval of that lies above 0",
+    "predictability": "held-out R^2 of what the later layer makes of the earlier one's input, its linear part removed",
+    "predictability_actual": "the same of what the later layer writes in the model: a chain is predictable too",
+    "predictability_shuffled": "predictability from another token's update: the null",
+}
+COLUMNS = {
+    "layer": "layer, counted from 0; of a pair the earlier",
+    "later": "the later layer of the pair",
+    "size": "number of layers taken out together",
+    "n_subsets": "number of sets of that many layers",
+    "n_pairs": "number of pairs of layers",
+    "n_measured": "number of pairs with a rho",
+    "n_prompts": "number of prompts, the unit of resampling",
+} | described(_MEASURES)
+
+
+def across(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    draws: int = 20,
+    kind: str = "mean",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """Everything that is redundant in a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
+
+    Self-repair is that of all layers but the last pooled, predictability the mean of all pairs. Cost in a model of L
+    layers: ``mass`` and ``subsets`` at once, ``self_repair`` and ``predictability``; of 6 about 20 F and 60 readouts.
+
+    Raises ValueError for what these refuse.
+
+    >>> from surgery import calibration
+    >>> row = across(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(60, 8), resamples=20).iloc[0]
+    >>> bool(abs(row.second_difference) < 1e-6), bool(abs(row.self_repair) < 1e-6)
+    (True, True)
+    """
+    tokens = Tokens.of(tokens)
+    drawn = subsets_drawn(stack.n_layers, sizes, draws, seed)
+    full = damage(
+        stack, tokens, [*interactions.sets(stack.n_layers), *drawn], kind, frozen=True, seed=seed, batch_size=batch_size
+    )
+    pairs = interactions.summary(full, resamples=resamples, seed=seed, tolerance=stack.tolerance)
+    curve = _curve(full, drawn, resamples, seed)
+    row: dict[str, float] = {
+        **pairs.iloc[0],
+        **columns("curvature", _curvature(curve)),
+        **columns("second_difference", curve.diff(2, dim=0).mean(0)),
+    }
+    products = _repaired(stack, tokens, seed, batch_size)
+    counted = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    row |= _slopes([products[layer] for layer in range(max(stack.n_layers - 1, 1))], counted)
+    row |= _pooled(_explained(stack, tokens, RIDGE, seed, batch_size), resamples, seed)
+    return pandas.DataFrame([row])
+
+
+def mass(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    kind: str = "mean",
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """Redundancy mass and mean rho of all pairs of layers: ``interactions.summary`` of their damages, norms frozen.
+
+    Cost in a model of L layers: ``(L - 1)/2 + (L - 1)(L - 2)/6 + 3`` F and ``L (L + 1)/2 + 1`` readouts.
+
+    Raises ValueError for a model of one layer, and what ``ablation.damage`` refuses.
+    """
+    full = damage(stack, tokens, interactions.sets(stack.n_layers), kind, frozen=True, seed=seed, batch_size=batch_size)
+    return interactions.summary(full, resamples=resamples, seed=seed, tolerance=stack.tolerance)
+
+
+def subsets(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    sizes: Sequence[int] | None = None,
+    draws: int = 20,
+    seed: int = 0,
+    *,
+    kind: str = "mean",
+    frozen: bool = True,
+    resamples: int = RESAMPLES,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """Damage of taking out k layers at random, mean over the sets: a row per size from 0 on, ``COLUMNS``.
+
+    With D(k) the mean damage and K the largest size, ``curvature = 1 - 2 sum_{k<K} D(k) / ((K - 1) D(K))``, the area
+    between the curve and its chord: -1 if the first layer costs everything, 0 if damages add up, 1 if only all K do;
+    the same in every row, NaN where the interval of D(K) is not above 0. ``second_difference`` is
+    ``D(k+1) - 2 D(k) + D(k-1)``. A chord over all layers bends down in any model that has nothing more to lose, so by
+    default K is half of them.
+    The sets are given (``subsets_drawn``): intervals are over prompts alone.
+
+    Cost: at most ``draws`` runs and readouts a size, what sets share run once, and 3 F.
+
+    Raises ValueError for sizes that are not 1, 2, ... up to n_layers or fewer than two, for no draws, and for what
+    ``ablation.damage`` refuses.
+
+    >>> from surgery import calibration
+    >>> frame = subsets(Stack(calibration.parallel_network(n_layers=4)), calibration.tokens(8, 6), resamples=0)
+    >>> frame["n_subsets"].tolist(), bool(frame["second_difference"].abs().max() < 1e-6)
+    ([1, 4, 6], True)
+    """
+    drawn = subsets_drawn(stack.n_layers, sizes, draws, seed)
+    full = damage(stack, tokens, drawn, kind, frozen=frozen, seed=seed, batch_size=batch_size)
+    curve = _curve(full, drawn, resamples, seed)
+    second = torch.full_like(curve, torch.nan)
+    second[1:-1] = curve.diff(2, dim=0)
+    rows = []
+    for size, values in enumerate(curve):
+        row: dict[str, float] = {"size": size, "n_subsets": sum(len(layers) == size for layers in drawn)}
+        row |= {"n_prompts": full.margin.shape[1]} | columns("damage", values)
+        rows.append(row | columns("second_difference", second[size]) | columns("curvature", _curvature(curve)))
+    return pandas.DataFrame(rows)
+
+
+def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: int) -> list[tuple[int, ...]]:
+    """No layer, and of every size ``draws`` different sets of layers, or all if there are no more.
+
+    >>> subsets_drawn(3, (1, 2), 2, 0)
+    [(), (1,), (2,), (0, 1), (0, 2)]
+    """
+    sizes = range(1, max(2, n_layers // 2) + 1) if sizes is None else sizes
+    if list(sizes) != list(range(1, len(sizes) + 1)) or not 2 <= len(sizes) <= n_layers or draws < 1:
+        raise ValueError(
+            f"the curve goes from 0 in steps of one layer: give sizes 1, 2, ... up to {n_layers}, two or more, and at "
+            f"least one draw, got {list(sizes)} and draws={draws}"
+        )
+    generator, found = random.Random(seed), [tuple[int, ...]()]
+    for size in sizes:
+        every = range(comb(n_layers, size))
+        chosen = set(every if len(every) <= draws else generator.sample(every, draws))
+        found += [layers for i, layers in enumerate(combinations(range(n_layers), size)) if i in chosen]
+    return found
+
+
+def self_repair(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """How much of a layer's direct effect on the right next token is made up for when it is lost: a row per layer.
+
+    The layer is resampled: it writes what it wrote at another prompt's token (``surgery.instruments.ablation``). DE is by how much
+    the margin falls if only the head sees that, the final norm frozen; TE if the model runs on, its norms live.
+    ``self_repair`` is the slope of ``DE - TE`` on DE over the tokens, minus that of ``TE - DE``. ``norm_repair`` is the
+    same where only the head sees it and its norm is live. Rushing and Nanda (2024, arXiv 2402.15390) find about .3 of
+    DE for it in published models, and noisy. The last layer has only the norm to repair it. In a chain of which the
+    head reads every layer the slope is below 0; where the head does not read the layer there is none (NaN).
+
+    Cost in a model of L layers: ``(L - 1)/2 + 1`` F and ``3 L + 2`` readouts.
+
+    Raises ValueError for one prompt, prompts of two tokens, and what ``ablation.clean_runs`` refuses.
+
+    >>> from surgery import calibration
+    >>> frame = self_repair(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> frame["self_repair"].abs().round(4).tolist()
+    [0.0, 0.0, 0.0]
+    """
+    tokens = Tokens.of(tokens)
+    products = _repaired(stack, tokens, seed, batch_size)
+    drawn = weights(len(tokens), resamples, seed)
+    return pandas.DataFrame(
+        {"layer": layer, "n_prompts": len(tokens)} | _slopes([sums], drawn) for layer, sums in products.items()
+    )
+
+
+def predictability(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    ridge: float = RIDGE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pandas.DataFrame:
+    """Does one layer's update say what another computes of the same input? Held-out R^2 of every pair, a row each.
+
+    Of layers i < j, ``u_i = f_i(x_i)`` and ``p_j = f_j(x_i)``, what j makes of the stream that enters i. Both are freed
+    of what is linear in x_i, then p_j is regressed on u_i by ridge, on one half of the prompts, and judged on the
+    other: 1 if j computes what i does, 0 if it computes something else, below 0 if the fit does not carry over, NaN if
+    p_j is linear in x_i or constant. Different functions of a few numbers are a little alike: independent layers that
+    read the same 8 (``calibration.parallel_network``) read .25, an untrained transformer about .05.
+    ``predictability_actual`` takes ``u_j = f_j(x_j)`` instead: it is high where j does the same as i, but also where j
+    reads i, and misses a backup that is silent as long as i works. With fewer than ten tokens a dimension to fit on,
+    all of them are biased downwards, as ``predictability_shuffled`` shows: compare at equal numbers.
+
+    Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers a token
+    and pair of the same i.
+
+    Raises ValueError for one prompt, and for no more tokens to fit on than twice d_model.
+
+    >>> from surgery import calibration
+    >>> tokens = calibration.tokens(60, 8)
+    >>> frame = predictability(Stack(calibration.serial_network(n_layers=2)), tokens, resamples=0)
+    >>> frame[["predictability"]].isna().values.tolist()  # the later layer reads nothing that enters the first
+    [[True]]
+    """
+    found, rows = _explained(stack, Tokens.of(tokens), ridge, seed, batch_size), []
+    for (layer, later), sums in found.items():
+        drawn = weights(sums.shape[-1], resamples if sums.shape[-1] > 1 else 0, seed)
+        row: dict[str, float] = {"layer": layer, "later": later, "n_prompts": sums.shape[-1]}
+        for name, values in _r_squared(sums, drawn).items():
+            row |= columns(name, values)
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+# --- damage of subsets ---
+
+
+def _curve(
+    full: Damages, drawn: Iterable[tuple[int, ...]], resamples: int, seed: int
+) -> Float[Tensor, "size resample"]:
+    """Mean damage of the sets of each size under every resample of the prompts."""
+    n_prompts, by_size = full.margin.shape[1], defaultdict(list)
+    counted = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
+    for layers in drawn:
+        by_size[len(layers)].append(full.margin[full.row[layers]])
+    return torch.stack([counted @ torch.stack(values).mean(0) for _, values in sorted(by_size.items())])
+
+
+def _curvature(curve: Float[Tensor, "size resample"]) -> Resampled:
+    found = 1 - 2 * ratio(curve[:-1].sum(0), (len(curve) - 2) * curve[-1])
+    return found if _above(curve[-1]) else torch.full_like(found, torch.nan)
+
+
+def _above(values: Resampled) -> bool:
+    """Whether the interval lies above 0; of one prompt, or without resamples, the estimate."""
+    return bool((values[0] if len(values) == 1 else values.quantile(0.025)) > 0)
+
+
+# --- self-repair ---
+
+
+def _repaired(stack: Stack, tokens: Tokens, seed: int, batch_size: int) -> dict[int, dict[str, Moments]]:
+    """For every layer the moments of DE with itself, with DE - TE and with what the norm makes up for."""
+    ensemble = Ensemble(tokens.to(stack.device), batch_size=batch_size, seed=seed)
+    if not _predicting(ensemble.tokens, ensemble.mask).any():
+        raise ValueError("no token of the ensemble predicts another: give prompts of 3 tokens or more")
+    parts: defaultdict[int, defaultdict[str, list[Moments]]] = defaultdict(lambda: defaultdict(list))
+    for run in clean_runs(stack, ensemble, "resample"):
+        kept = _predicting(run.context.tokens, run.mask)
+        clean = _margin(stack, run, run.stream[-1], kept)
+        for layer in range(stack.n_layers):
+            lost = run.update(layer) - run.ablated(layer, run.update(layer))
+            alone, x = run.stream[-1] - lost, run.stream[layer + 1] - lost
+            ablated = stack.execute(f"{layer + 1}:", x, run.context) if layer + 1 < stack.n_layers else x
+            direct = clean - _margin(stack, run, alone, kept, frozen=True)
+            made_up = {
+                "direct": direct,
+                "self_repair": direct - (clean - _margin(stack, run, ablated, kept)),
+                "norm_repair": direct - (clean - _margin(stack, run, alone, kept)),
+            }
+            for name, values in made_up.items():
+                parts[layer][name].append(Moments.of(direct, values, kept))
+    return {layer: {name: Moments.concatenate(some) for name, some in found.items()} for layer, found in parts.items()}
+
+
+def _margin(
+    stack: Stack, run: CleanRun, final: Tensor, kept: Tensor, *, frozen: bool = False
+) -> Float[Tensor, "prompt pos 1"]:
+    """Centred logit of the right next token where one is predicted, 0 elsewhere."""
+    x, clean = final[:, :-1][kept], run.stream[-1][:, :-1][kept]
+    targets, found = run.context.tokens.ids[:, 1:][kept], []
+    for some in portions(stack, x):
+        with frozen_head(stack, clean[some]) if frozen else nullcontext():
+            y = logits(stack, x[some]).double()
+        found.append(y.gather(1, targets[some].unsqueeze(1)) - y.mean(1, keepdim=True))
+    values = torch.zeros(*kept.shape, 1, dtype=torch.float64, device=x.device)
+    values[kept] = torch.cat(found)
+    return values
+
+
+def _slopes(layers: Sequence[dict[str, Moments]], drawn: Tensor) -> dict[str, float]:
+    """Slopes on the direct effect, each layer's about its own means, pooled over the layers."""
+    size = _sum(sums["direct"].covariance(drawn) for sums in layers)
+    scale = _sum(sums["direct"].product.sum() for sums in layers) / _sum(sums["direct"].count.sum() for sums in layers)
+    size = torch.where(size > 1e-9 * scale, size, 0)
+    slopes = {
+        name: ratio(_sum(sums[name].covariance(drawn) for sums in layers), size)
+        for name in ("self_repair", "norm_repair")
+    }
+    share = ratio(slopes["norm_repair"], slopes["self_repair"])
+    slopes["norm_share"] = share if _above(slopes["self_repair"]) else torch.full_like(share, torch.nan)
+    return {key: value for name, values in slopes.items() for key, value in columns(name, values).items()}
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)
+
+
+# --- predictability ---
+
+
+def _explained(
+    stack: Stack, tokens: Tokens, ridge: float, seed: int, batch_size: int
+) -> dict[tuple[int, int], Float[Tensor, "kind 2 prompt"]]:
+    """By pair and kind, of every held-out prompt the squares of what is to be predicted and of what is missed."""
+    measured, fitted = (half.to(stack.device) for half in halves(tokens, seed))
+    if (count := int(fitted.ensemble().sum())) <= 2 * stack.d_model:
+        raise ValueError(
+            f"half of the prompts give {count} tokens to fit on, and {stack.name} has a stream of {stack.d_model}: "
+            f"give prompts with more than {4 * stack.d_model} tokens beyond the first of each"
+        )
+    both = Tokens(torch.cat([fitted.ids, measured.ids]), torch.cat([fitted.mask, measured.mask]))
+    owner = measured.ensemble().nonzero()[:, 0].cpu()
+    generator = np.random.default_rng((seed, 3))
+    partner = torch.cat([partners(fitted.ensemble(), generator), count + partners(measured.ensemble(), generator)])
+    found = {}
+    for layer, x, u, others in _updates(stack, both, batch_size):
+        u = _freed(x, u, count)
+        for later, made in others.items():
+            left = [_left(x, target, count) for target in made]
+            kinds = zip((u, u, u[partner]), (left[0], left[1], left[0]))
+            squares = torch.stack([_squares(given, target, count, ridge) for given, target in kinds])
+            sums = torch.zeros(3, 2, len(measured), dtype=torch.float64)
+            found[layer, later] = sums.index_add(2, owner, squares)
+    return found
+
+
+def _updates(
+    stack: Stack, tokens: Tokens, batch_size: int
+) -> Iterator[tuple[int, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]]:
+    """Of every layer but the last x and u, token by token; and what each later one makes of x, and of its own input."""
+    contexts = [stack.context(batch) for batch in tokens.batches(batch_size)]
+    masks = [context.tokens.ensemble() for context in contexts]
+    streams = [stack.stream(context) for context in contexts]
+
+    def stacked(values: Iterable[Tensor]) -> Float[Tensor, "token d_model"]:
+        return torch.cat([value[mask].double() for value, mask in zip(values, masks, strict=True)]).cpu()
+
+    written = [stacked(stream[layer + 1] - stream[layer] for stream in streams) for layer in range(stack.n_layers)]
+    for layer in range(stack.n_layers - 1):
+        yield layer, stacked(stream[layer] for stream in streams), written[layer], {
+            later: (
+                stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts)),
+                written[later],
+            )
+            for later in range(layer + 1, stack.n_layers)
+        }  # fmt: skip
+
+
+def _freed(
+    x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int, ridge: float = 1e-9
+) -> Float[Tensor, "token d_model"]:
+    """What a linear map of x, fitted to the first ``count`` tokens, leaves of y."""
+    fit = LeastSquares(x.shape[1])
+    fit.add(x[:count], y[:count])
+    matrix, bias = fit.solve(ridge)
+    return y - (x @ matrix + bias)
+
+
+def _left(x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int) -> Tensor:
+    """What is not linear in x, and 0 where that is no more than rounding and the fit leave."""
+    left, size = _freed(x, y, count), (y - y.mean(0)).square().sum()
+    known = (size > _ROUNDING * x.square().sum()) & (left.square().sum() > _LEAST * size)
+    return torch.where(known, left, 0)
+
+
+def _squares(
+    given: Float[Tensor, "token d_model"], target: Float[Tensor, "token d_model"], count: int, ridge: float
+) -> Float[Tensor, "2 held_out"]:
+    """Of the tokens behind the first ``count``, the squares of the target and of what is missed of it."""
+    return torch.stack([y[count:].square().sum(1) for y in (target, _freed(given, target, count, ridge))])
+
+
+def _r_squared(sums: Float[Tensor, "kind 2 prompt"], drawn: Float[Tensor, "resample prompt"]) -> dict[str, Resampled]:
+    names = ("predictability", "predictability_actual", "predictability_shuffled")
+    return {name: 1 - ratio(drawn @ missed, drawn @ size) for name, (size, missed) in zip(names, sums, strict=True)}
+
+
+def _pooled(
+    found: dict[tuple[int, int], Float[Tensor, "kind 2 prompt"]], resamples: int, seed: int
+) -> dict[str, float]:
+    n_prompts = next(iter(found.values())).shape[-1]
+    drawn = weights(n_prompts, resamples if n_prompts > 1 else 0, seed)
+    each = [_r_squared(sums, drawn) for sums in found.values()]
+    row: dict[str, float] = {}
+    for name in each[0]:
+        row |= columns(name, torch.stack([values[name] for values in each]).nanmean(0))
+    return row

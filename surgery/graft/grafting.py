@@ -1,0 +1,401 @@
+"""Freeze the translation blocks, train a fresh middle on the activations between them.
+
+    pairs = graft.latents(stack, corpus, 4, 9, "latents")               # once: what enters and leaves layers 4 to 8
+    grown = graft.train(stack, pairs, heldout, "runs/graft", depth=5)   # a new middle, from random weights
+    surgery.series.windows(surgery.Stack(grown.model), heldout)         # a model like any other
+
+The middle of a model maps the stream ``x_start`` that enters it to ``x_stop`` that leaves it. A fresh one of any depth
+and width learns that from stored pairs: its target is the update ``u = x_stop - x_start``, its loss
+
+    E |W (u_hat - u)|^2 / E |W (u - E u)|^2,
+
+the unexplained share of a whitened update (``W`` is one over each dimension's standard deviation, or principal
+components over theirs, with a floor; tokens whose update is far larger than usual count as ``cap`` times the usual), to
+which cross entropy or the divergence from the original's logits through the frozen decoder can be added. Layers before
+and behind never change, which is proved bit for bit. Blockwise distillation of this kind is an old idea (Wang et al.
+2019, arXiv 1911.13053; Xu et al. 2020, 2002.02925; Bercovich et al. 2024, 2411.19146); reading, with a ledger, what it
+costs against training the whole is what this is for.
+
+Controls: the same run on cross entropy alone (``Objective(latent=0.0, cross_entropy=1.0)``), the whole model from
+random weights (``fit(..., parts="all")``), and the maps of ``surgery.graft.linear_maps``, at equal operations.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformer_lens import TransformerBridge
+
+from surgery.instruments import fidelity
+from surgery.models import loading as models
+from surgery.models.stack import Context, Stack
+from surgery.models.tokens import Tokens
+from surgery.rebuild import layout
+from surgery.records import manifest as provenance
+from surgery.stats.drift import NEGLIGIBLE
+from surgery.training import loop as training
+from surgery.training.activations import Latents, Moments, Pairs
+from surgery.training.harvest import harvest as latents
+from surgery.training.ledger import Ledger
+from surgery.training.loop import Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Graft", "Objective", "Schedule", "Task", "fit", "heal", "latents", "train"]
+
+Weigh = Callable[[Tokens], Float[Tensor, "prompt pos"]]
+PARTS = ("middle", "junction", "all")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned: factors of the three terms, and how updates are whitened."""
+
+    latent: float = 1.0  # unexplained share of the whitened update
+    kl: float = 0.0  # KL(original || student), nats per weighted token, through the decoder
+    cross_entropy: float = 0.0  # nats per weighted token, through the decoder
+    whiten: str = "std"  # std, principal or none
+    floor: float = 0.1  # smallest standard deviation, as a fraction of the median over dimensions
+    cap: float = 9.0  # tokens whose |W (u - E u)|^2 is more than so many times the mean count as that many
+
+    def __post_init__(self) -> None:
+        if min(self.factors) < 0 or not any(self.factors):
+            raise ValueError(f"latent, kl and cross_entropy are factors of 0 or more, not all 0, got {self.factors}")
+        if self.whiten not in ("std", "principal", "none"):
+            raise ValueError(f"whiten is std, principal or none, got {self.whiten!r}")
+        if self.floor < 0 or not self.cap > 0:
+            raise ValueError(f"floor is 0 or more and cap above 0 (inf: no cap), got {self.floor} and {self.cap}")
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        return self.latent, self.kl, self.cross_entropy
+
+    @property
+    def reads_out(self) -> bool:
+        return self.kl > 0 or self.cross_entropy > 0
+
+
+@dataclass(frozen=True)
+class Graft:
+    """A trained model and how it became one."""
+
+    model: TransformerBridge
+    span: tuple[int, int]  # its middle, in its own layers
+    curve: pandas.DataFrame  # see training.CURVE and fidelity.COLUMNS
+    ledger: Ledger
+    parameters: int = 0  # how many numbers were trained
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class _Batch:
+    pairs: Pairs
+    weights: Float[Tensor, "prompt pos"]
+    logits: Float[Tensor, "prompt pos d_vocab"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pairs.tokens.ids.shape)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.pairs.tokens.mask.sum())
+
+
+def train(
+    teacher: Stack,
+    pairs: Latents,
+    heldout: Tokens,
+    folder: str | Path,
+    *,
+    depth: int | None = None,
+    d_mlp: int | None = None,
+    n_heads: int | None = None,
+    d_model: int | None = None,
+    old: float = 0.0,
+    objective: Objective = Objective(),
+    schedule: Schedule = Schedule(),
+    **options: Any,
+) -> Graft:
+    """A new middle in place of layers ``pairs.start`` to ``pairs.stop - 1``, trained on stored activations.
+
+    ``depth`` layers (as many as there were, if not given) of MLP width ``d_mlp``, ``n_heads`` heads and a stream of
+    ``d_model`` between them (the old ones').
+    ``old`` is the share of the old weights they start from: 0 random weights, 1 the old ones, between a mix (Ash and
+    Adams 2020, 1910.08475), its random part drawn with ``schedule.seed``. ``options`` are those of ``fit``. Written to
+    ``folder``: ``curve.csv`` as it goes, ``checkpoint.safetensors``, and ``model``, which ``surgery.load`` opens (and
+    transformers too, where the middle has the other layers' sizes); TransformerLens' own models have no such form.
+
+    Cost: 6 operations a weight of the middle and token, less that the middle's input needs no gradient; with ``kl`` or
+    ``cross_entropy`` about 4 a weight of the decoder more. Raises as ``fit`` and ``layout.middle`` do.
+
+    >>> import tempfile
+    >>> from surgery import calibration
+    >>> teacher, folder = Stack(calibration.mixed_network(0.5)), tempfile.mkdtemp()
+    >>> tokens = Tokens.of(calibration.tokens(16, 8))
+    >>> pairs = latents(teacher, tokens[:12], 1, 3, f"{folder}/latents")
+    >>> grown = train(teacher, pairs, tokens[12:], f"{folder}/run", schedule=Schedule(steps=2, batch=4, every=1))
+    >>> grown.span, grown.curve["step"].tolist()
+    ((1, 3), [0, 1, 2])
+    """
+    sizes: dict[str, Any] = {"d_mlp": d_mlp, "n_heads": n_heads, "d_model": d_model}
+    rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, old=old, **sizes)
+    student = layout.build(teacher.model, rows, schedule.seed)
+    span = (pairs.start, pairs.start + len(rows) - (teacher.n_layers - pairs.stop + pairs.start))
+    trained = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)
+    place = Path(folder) / "model"
+    accelerator = options.get("accelerator")
+    main = accelerator is None or accelerator.is_main_process
+    if main and not place.exists() and models.plain(trained.model) is not None:
+        layout.save(trained.model, place)
+    return trained
+
+
+def heal(
+    teacher: Stack,
+    grown: Graft,
+    pairs: Latents,
+    heldout: Tokens,
+    folder: str | Path,
+    *,
+    parts: str = "junction",
+    objective: Objective = Objective(latent=0.0, kl=1.0),
+    schedule: Schedule = Schedule(steps=200, learning_rate=5e-4),
+    **options: Any,
+) -> Graft:
+    """A last phase with the decoder's first layer (``junction``) or everything (``all``) unfrozen too.
+
+    Trains a copy; its ledger goes on from the graft's, with a line of its own. Raises as ``fit`` does.
+    """
+    copy = layout.build(grown.model, [layout.Row(layer) for layer in range(grown.model.cfg.n_layers)])
+    return fit(
+        teacher, copy, grown.span, pairs, heldout, folder, parts=parts, objective=objective, schedule=schedule,
+        phase="healing", spent=grown.ledger, **options,
+    )  # fmt: skip
+
+
+def fit(
+    teacher: Stack,
+    student: TransformerBridge,
+    span: tuple[int, int],
+    pairs: Latents,
+    heldout: Tokens,
+    folder: str | Path,
+    *,
+    parts: str = "middle",
+    objective: Objective = Objective(),
+    schedule: Schedule = Schedule(),
+    weigh: Weigh | None = None,
+    answers: Bool[Tensor, "prompt pos"] | None = None,
+    phase: str = "training",
+    spent: Ledger | None = None,
+    watched: str | None = None,
+    accelerator: "Accelerator | None" = None,
+    progress: bool = False,
+) -> Graft:
+    """Train ``parts`` of ``student`` in place; its middle is ``span``, in its own layers.
+
+    ``middle`` and ``junction`` (the middle and the layer behind it) start from the stored ``x_start``, ``all`` (from
+    the embedding to the head) from its tokens. ``weigh`` gives the weight of every token as something to be predicted,
+    for ``kl`` and ``cross_entropy`` (1 each if not given); ``answers`` marks the tokens of ``heldout`` that
+    ``fidelity`` scores as answers. ``watched`` is the held-out number for early stopping: ``unexplained_whitened``
+    where nothing is read out, else ``cross_entropy``. Called again with the same arguments, the student as it was at
+    first, it goes on where it was stopped; see ``training.fit``.
+
+    Raises:
+        ValueError: as ``training.fit``; activations of another model or damaged; a model in half precision.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    if parts not in PARTS:
+        raise ValueError(f"parts is {', '.join(PARTS)}, got {parts!r}")
+    if parts == "junction" and not objective.reads_out:
+        raise ValueError("the layer behind the middle learns from kl or cross_entropy only: give one of them, or "
+                         "parts='middle'")  # fmt: skip
+    if teacher.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
+                         "dtype=torch.float32; Schedule(precision='bf16') computes in half precision")  # fmt: skip
+    if pairs.source["weights_sha256"] != provenance.weights_hash(teacher.model):
+        raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
+                         f"{teacher.name}: harvest them again")  # fmt: skip
+    pairs.verify()
+    stack = Stack(student)
+    reads = objective.reads_out or parts == "all"
+    if parts == "all" and objective.latent:
+        objective = replace(objective, latent=0.0)
+    task = Task(teacher, stack, span, parts, pairs, heldout, objective, weigh or _evenly, answers,
+                watched or ("cross_entropy" if reads else "unexplained_whitened"))  # fmt: skip
+    identity = {
+        "parts": parts, "span": list(span), "objective": asdict(objective), "latents": pairs.source,
+        "student": provenance.weights_hash(student), "heldout": provenance.tokens_hash(heldout),
+    }  # fmt: skip
+    harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
+    before = pairs.ledger(teacher, schedule) if spent is None and harvested else spent
+    manifest = provenance.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase)
+    done = training.fit(
+        task, schedule, Path(folder), phase=phase, identity=identity, spent=before, accelerator=accelerator,
+        columns=fidelity.COLUMNS, manifest=manifest, progress=progress,
+    )  # fmt: skip
+    trained = sum(parameter.numel() for parameter in task.matrices + task.others)
+    return Graft(_synchronised(student), span, done.curve, done.ledger, trained, done.stopped_early)
+
+
+class _Student(nn.Module):
+    """The model under training, as a function of a batch: sum and weight of every term of the loss."""
+
+    def __init__(
+        self, stack: Stack, span: tuple[int, int], objective: Objective, whole: bool, scale: "_Scale | None"
+    ) -> None:
+        super().__init__()
+        self.model = models.plain(stack.model) or stack.model.original_model
+        self.objective, self.whole = objective, whole
+        self._stack, self._span, self._scale = [stack], span, scale  # a list hides the bridge from named_parameters
+
+    def forward(self, batch: _Batch) -> tuple[Float[Tensor, " term"], Float[Tensor, " term"]]:
+        stack, (start, stop), tokens = self._stack[0], self._span, batch.pairs.tokens
+        terms: list[tuple[Tensor, Tensor]] = []
+        if self.whole:
+            terms.append(_nothing(batch))
+            logits: Tensor | None = stack.run(tokens, ":", grad=True)
+        else:
+            context = stack.context(tokens)
+            x = stack.execute(f"{start}:{stop}", batch.pairs.x_start, context, grad=True)
+            terms.append(_nothing(batch) if self._scale is None else self._scale.unexplained(x, batch.pairs))
+            logits = decoded(stack, stop, x, context, grad=True) if self.objective.reads_out else None
+        weights = batch.weights[:, 1:]
+        if batch.logits is not None and logits is not None:
+            wanted, given = (log_softmax(some[:, :-1].float(), -1) for some in (batch.logits, logits))
+            apart = kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+            terms.append(((apart * weights).sum(), weights.sum()))
+        else:
+            terms.append(_nothing(batch))
+        if self.objective.cross_entropy and logits is not None:
+            each = cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens.ids[:, 1:], reduction="none")
+            terms.append(((each * weights).sum(), weights.sum()))
+        else:
+            terms.append(_nothing(batch))
+        sums, norms = zip(*terms)
+        return torch.stack(sums), torch.stack(norms)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Updates whitened, and how large they usually are."""
+
+    mean: Float[Tensor, " d_model"]
+    matrix: Float[Tensor, "d_model d_model"]
+    usual: float  # E |W (u - E u)|^2
+    cap: float
+
+    @classmethod
+    def of(cls, moments: Moments, objective: Objective, device: torch.device) -> "_Scale":
+        covariance = moments.uu
+        if objective.whiten == "std":
+            variance, axes = covariance.diagonal(), torch.eye(len(covariance), dtype=covariance.dtype)
+        elif objective.whiten == "principal":
+            variance, axes = torch.linalg.eigh(covariance)
+        else:
+            variance, axes = torch.ones(len(covariance)), torch.eye(len(covariance), dtype=covariance.dtype)
+        deviation = variance.clamp(min=0).sqrt()
+        varying = deviation[variance > NEGLIGIBLE * variance.max()]  # dimensions that the middle writes at all
+        matrix = axes / deviation.clamp(min=objective.floor * float(varying.median())).clamp(min=1e-12)
+        usual = float((matrix.T @ covariance @ matrix).trace())
+        return cls(moments.mean_u.float().to(device), matrix.float().to(device), usual, objective.cap)
+
+    def unexplained(self, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        u = pairs.x_stop - pairs.x_start
+        size = ((u - self.mean) @ self.matrix).pow(2).sum(-1) / self.usual
+        error = ((x.float() - pairs.x_stop) @ self.matrix).pow(2).sum(-1) / self.usual
+        share = pairs.tokens.mask / (size / self.cap).clamp(min=1)
+        return (error * share).sum(), share.sum()
+
+
+@dataclass
+class Task:
+    """What ``fit`` has ``training.fit`` train: ``parts`` of the student ``stack``, whose middle is ``span``."""
+
+    teacher: Stack
+    stack: Stack
+    span: tuple[int, int]
+    parts: str
+    pairs: Latents
+    heldout: Tokens
+    objective: Objective
+    weigh: Weigh
+    answers: Tensor | None
+    watched: str
+    student: _Student = field(init=False)
+    matrices: list[nn.Parameter] = field(init=False)
+    others: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        scale = _Scale.of(self.pairs.moments(), self.objective, self.stack.device) if self.objective.latent else None
+        self.student = _Student(self.stack, self.span, self.objective, self.parts == "all", scale)
+        twin = models.plain(self.stack.model)
+        blocks = self.stack.model.blocks
+        layers = [block if twin is None else twin.get_submodule(block.name) for block in blocks]
+        start, stop = self.span
+        chosen = {"middle": layers[start:stop], "junction": layers[start : stop + 1], "all": layers}[self.parts]
+        inside = [parameter for layer in chosen for parameter in layer.parameters()]
+        known = {id(parameter) for parameter in inside}
+        outside = [p for p in self.student.parameters() if id(p) not in known] if self.parts == "all" else []
+        self.matrices = [parameter for parameter in inside if parameter.ndim == 2]
+        self.others = [parameter for parameter in inside if parameter.ndim != 2] + outside
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        return self.objective.factors
+
+    @property
+    def n_prompts(self) -> int:
+        return self.pairs.n_prompts
+
+    def batch(self, prompts: list[int]) -> _Batch:
+        found = self.pairs.batch(prompts)
+        device = self.stack.device
+        there = Pairs(found.tokens.to(device), found.x_start.to(device), found.x_stop.to(device))
+        return _Batch(there, self.weigh(there.tokens))
+
+    def taught(self, batch: _Batch) -> _Batch:
+        if not self.objective.kl:
+            return batch
+        context = self.teacher.context(batch.pairs.tokens)
+        with torch.no_grad():
+            return replace(batch, logits=decoded(self.teacher, self.pairs.stop, batch.pairs.x_stop, context))
+
+    def look(self) -> dict[str, float]:
+        span = (self.pairs.start, self.pairs.stop)
+        row = fidelity.of(self.teacher, self.stack, self.heldout, span, self.span, answers=self.answers, resamples=0)
+        return {str(name): float(value) for name, value in row.iloc[0].items() if name in fidelity.COLUMNS}
+
+
+def decoded(stack: Stack, stop: int, x: Tensor, context: Context, *, grad: bool = False) -> Tensor:
+    """Logits that the layers from ``stop`` on and the head make of a stream."""
+    last = stack.execute(f"{stop}:", x, context, grad=grad) if stop < stack.n_layers else x
+    return stack.readout(last, grad=grad)
+
+
+def _evenly(tokens: Tokens) -> Tensor:
+    return tokens.mask.float()
+
+
+def _nothing(batch: _Batch) -> tuple[Tensor, Tensor]:
+    zero = batch.weights.new_zeros(())
+    return zero, zero + 1
+
+
+def _synchronised(model: TransformerBridge) -> TransformerBridge:
+    """The model, or a new bridge where the adapter keeps weights of its own, which training did not reach."""
+    twin = models.plain(model)
+    if twin is None:
+        return model
+    shared = {id(parameter) for parameter in twin.parameters()}
+    if all(id(parameter) in shared for parameter in model.parameters()):
+        return model
+    return models._wrap(twin, model.tokenizer, str(model.cfg.model_name))

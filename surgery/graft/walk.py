@@ -1,0 +1,457 @@
+r"""The stream that enters a span of layers as a random variable: its moments, walks through it, training on the walks.
+
+    latents = graft.latents(stack, corpus, 4, 9, "latents")
+    found = walk.fit(latents)                                        # mean and principal components, by position
+    moved = found(x, mask, walk.Stationary(0.9))                     # one step from every activation
+    pairs = walk.relabelled(latents, stack, found, walk.Stationary(0.9), share=0.5)
+    graft.fit(stack, student, span, pairs, heldout, folder, schedule=schedule)
+
+In each class of positions let ``mu`` be the mean, ``z`` the coordinates of ``x - mu`` along the first ``k`` principal
+components, each over its standard deviation, and ``d^2 = |z|^2`` (Mahalanobis). Steps, ``xi`` standard normal:
+
+    Stationary(rho)             z' = rho z + sqrt(1 - rho^2) xi: an Ornstein-Uhlenbeck walk, seen once a step
+    Free(eta)                   z' = z + eta xi: the covariance grows by 1 + n eta^2 in n steps, it leaves the data
+    Tangent(step, neighbours)   x' = x + step C^(1/2) xi, C the covariance of the nearest real activations
+    Interpolated(alpha)         x' = l x + (1 - l) y, y another real activation of that class, l ~ Beta(alpha, alpha)
+    Scattered(kind)             the control: as far as ``kind`` goes, in any direction
+
+``Stationary`` keeps mean and covariance whatever the law of x, with ``E[d^2(z') | z] = rho^2 d^2 + (1 - rho^2) k``; n
+of its steps are one of ``rho^n``. It keeps no more than that: a law that is not Gaussian becomes it. What lies outside
+the ``k`` components is kept as it is, so that small steps tend to the identity and the covariance stays whole.
+Whether a step stays among real activations is measured by ``surgery.graft.manifold``, not by d^2 alone.
+
+Trained on walked activations, a middle may learn what the original makes of them (``relabelled``, active distillation,
+a forward pass of the middle for each) or still the unwalked activation's ``x_stop`` (``unrelabelled``: noise injection,
+which for small steps is a penalty on the Jacobian, Bishop 1995). The two are never mixed.
+
+Sources: mixup of hidden states, Verma et al. 2019 (arXiv 1806.05236); extrapolation, DeVries and Taylor 2017
+(1702.05538); that networks treat Gaussian activations unlike real ones, Janiak et al. 2024 (2409.17113).
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from surgery.models.stack import Stack
+from surgery.records import manifest
+from surgery.training.activations import Latents, Moments, Pairs
+from surgery.training.ledger import Counter, Ledger
+from surgery.training.loop import Schedule
+from surgery.training.regions import Gathered, Region, Rows
+
+COLUMNS = {
+    "position": "position in the prompt, from 0; the last class holds all later ones too",
+    "n_tokens": "activations that the moments were taken from",
+    "components": "principal components that are walked: k; fewer than asked for where fewer vary",
+    "variance": "share of the variance that they hold; 1 where nothing varies and nothing is walked",
+}
+
+Noise = Float[Tensor, "row number"]
+
+
+@runtime_checkable
+class Kind(Protocol):
+    """How to step: numbers drawn for a prompt, and what they make of its activations."""
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        """Random numbers for every position of one prompt."""
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Stationary:
+    """Towards the mean and noise for what that takes: mean and covariance stay. ``memory`` is the noise's correlation
+    from one position of a prompt to the next.
+
+    >>> Stationary(1.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: rho is what a step leaves of a deviation, 0 (a fresh draw) or more and below 1, got 1.0
+    """
+
+    rho: float
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho < 1:
+            raise ValueError(
+                f"rho is what a step leaves of a deviation, 0 (a fresh draw) or more and below 1, got {self.rho}"
+            )
+        _check_memory(self.memory)
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        return _correlated(generator.standard_normal((length, d_model)), self.memory)
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        change = (self.rho - 1) * region.whitened(x) + (1 - self.rho**2) ** 0.5 * noise[:, : region.components]
+        return x + region.unwhitened(change)
+
+
+@dataclass(frozen=True)
+class Free:
+    """Noise alone, ``eta`` standard deviations of every component; ``memory`` as in ``Stationary``."""
+
+    eta: float
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_positive("eta", self.eta)
+        _check_memory(self.memory)
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        return _correlated(generator.standard_normal((length, d_model)), self.memory)
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        return x + self.eta * region.unwhitened(noise[:, : region.components])
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """Noise of ``step`` times the covariance root of the nearest real activations: along the data, where they bend."""
+
+    step: float
+    neighbours: int = 16
+
+    def __post_init__(self) -> None:
+        _check_positive("step", self.step)
+        if self.neighbours < 2:
+            raise ValueError(f"a covariance needs two neighbours or more, got {self.neighbours}")
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        return generator.standard_normal((length, self.neighbours))
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        near = region.nearest(x, self.neighbours)
+        centred = near - near.mean(1, keepdim=True)
+        return x + self.step / self.neighbours**0.5 * torch.einsum("rn,rnd->rd", noise, centred)
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """Between two real activations or, with ``beyond``, as far behind the first: ``l = 1 + Beta(alpha, alpha)``."""
+
+    alpha: float
+    beyond: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive("alpha", self.alpha)
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        weight = generator.beta(self.alpha, self.alpha, length)
+        return np.stack([weight + self.beyond, generator.random(length)], 1)
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        weight, place = noise[:, :1], (noise[:, 1] * len(region.bank)).long().clamp(max=len(region.bank) - 1)
+        return weight * x + (1 - weight) * region.bank[place]
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """The control: every activation moved as far as ``kind`` moves it, in a direction drawn from all alike."""
+
+    kind: Kind
+
+    def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
+        numbers = self.kind.draw(generator, length, d_model)
+        return np.concatenate([generator.standard_normal((length, d_model)), numbers], 1)
+
+    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        direction, numbers = noise[:, : x.shape[1]], noise[:, x.shape[1] :]
+        distance = (self.kind.moved(region, x, numbers) - x).norm(dim=1, keepdim=True)
+        return x + distance * direction / direction.norm(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """A region for each of the first positions, the last one for all that follow."""
+
+    regions: tuple[Region, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.regions[0].mean.device
+
+    def to(self, device: torch.device | str) -> "Walk":
+        names = ("mean", "axes", "scale", "bank")
+        return Walk(tuple(replace(r, **{n: getattr(r, n).to(device) for n in names}) for r in self.regions))
+
+    def described(self) -> pandas.DataFrame:
+        """A row per class of positions, see ``COLUMNS``."""
+        rows = [(i, r.n_tokens, r.components, r.variance) for i, r in enumerate(self.regions)]
+        return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+    def classes(self, mask: Bool[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
+        """Which region each position is of, counted from its prompt's first real token."""
+        return (mask.long().cumsum(1) - 1).clamp(0, len(self.regions) - 1)
+
+    def distances(
+        self, x: Float[Tensor, "prompt pos d_model"], mask: Bool[Tensor, "prompt pos"]
+    ) -> Float[Tensor, "prompt pos"]:
+        """Squared Mahalanobis distance from the mean, within the components; 0 at padding."""
+        found = x.new_zeros(mask.shape)
+        for region, there in self.places(mask):
+            found[there] = region.whitened(x[there]).square().sum(1)
+        return found
+
+    def places(self, mask: Bool[Tensor, "prompt pos"]) -> Iterator[tuple[Region, Bool[Tensor, "prompt pos"]]]:
+        """Each region with the real tokens that are of it."""
+        classes = self.classes(mask)
+        for i, region in enumerate(self.regions):
+            yield region, mask & (classes == i)
+
+    def __call__(
+        self,
+        x: Float[Tensor, "prompt pos d_model"],
+        mask: Bool[Tensor, "prompt pos"],
+        kind: Kind,
+        *,
+        seed: int = 0,
+        draws: Sequence[int] | None = None,
+        last: bool = False,
+    ) -> Float[Tensor, "prompt pos d_model"]:
+        """One step from every real token (of each prompt's ``last`` alone if asked); padding stays.
+
+        What is drawn for a prompt depends on ``seed`` and its number in ``draws`` (0, 1, ... if not given) alone, not
+        on the prompts beside it. Cost: no model; 2 k d_model multiplications a token, for neighbours their bank's
+        d_model.
+
+        >>> x = torch.randn(200, 3, 2)
+        >>> mask = torch.ones(200, 3, dtype=torch.bool)
+        >>> bool((fit(x, mask)(x, mask, Stationary(0.9)) - x).norm() < x.norm())
+        True
+        """
+        numbers = range(len(x)) if draws is None else draws
+        lengths = mask.sum(1).tolist()
+        drawn = [
+            kind.draw(np.random.default_rng((seed, number)), length, x.shape[2])
+            for number, length in zip(numbers, lengths, strict=True)
+        ]
+        noise = x.new_zeros(*mask.shape, drawn[0].shape[1])
+        noise[mask] = torch.from_numpy(np.concatenate(drawn)).to(noise)
+        found = x.clone()
+        for region, there in self.places(mask):
+            if last:
+                there = there & (mask.flip(1).cumsum(1).flip(1) == 1)
+            if region.components and there.any():
+                found[there] = kind.moved(region, x[there], noise[there])
+        return found
+
+
+def fit(
+    source: Latents | Float[Tensor, "prompt pos d_model"],
+    mask: Bool[Tensor, "prompt pos"] | None = None,
+    *,
+    positions: int = 3,
+    components: int | None = None,
+    variance: float = 0.99,
+    prompts: Sequence[int] | None = None,
+    bank: int = 2048,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Walk:
+    """Moments of ``x_start`` of these ``prompts`` (all if None), or of streams with a ``mask`` of what is real.
+
+    ``positions`` classes: 0, 1, ... each by itself, the last with all that follow. In each as many principal
+    ``components`` as given, or as hold this share of the ``variance``; fewer where the covariance is singular, none
+    where nothing varies (``Walk.described``). ``bank`` activations of each, drawn by ``seed``, are kept as they are.
+
+    One pass over the latents, a batch in memory at a time; moments in float64, the walk in float32. Memory:
+    ``positions`` (d_model^2 + bank d_model) numbers. Cost: d_model^2 multiplications a token, no model.
+
+    Raises ValueError for numbers out of range, an activation that is not finite, a class of positions without tokens,
+    and fewer than ``regions.SAMPLES`` activations a component: the sentence says how many are needed.
+
+    >>> fit(torch.randn(300, 2, 4), positions=1, variance=1.0).described().components.tolist()
+    [4]
+    """
+    if min(positions, bank, batch_size) < 1 or not 0 < variance <= 1 or (components is not None and components < 1):
+        raise ValueError("positions, bank, batch_size and components are 1 or more, variance above 0 and up to 1, got "
+                         f"{positions}, {bank}, {batch_size}, {components}, {variance}")  # fmt: skip
+    generator = np.random.default_rng(seed)
+    gathered = [Gathered(bank) for _ in range(positions)]
+    for x, real in _batches(source, mask, prompts, batch_size):
+        place = real.long().cumsum(1) - 1
+        for i, some in enumerate(gathered):
+            there = real & (place == i if i < positions - 1 else place >= i)
+            some.add(x[there], generator)
+    return Walk(tuple(some.region(i, components, variance) for i, some in enumerate(gathered)))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Augmented(Latents):
+    """Latents of which a ``share`` is walked, for ``graft.fit``: every prompt is there ``copies`` times, prompt ``i``
+    of n as ``i``, ``n + i``, ``2 n + i``, ..., each copy with a walk of its own.
+
+    A copy is a function of its number and ``seed``, so training that was stopped goes on exactly; ``steps * batch / n``
+    copies walk anew at every draw. The control of the same order of prompts is ``share=0``. Moments, and so the scale
+    of the loss, are those of the real pairs. Made by ``relabelled`` and ``unrelabelled``.
+    """
+
+    pairs: Latents
+    walk: Walk
+    kind: Kind
+    share: float
+    last: bool
+    seed: int
+    teacher: Stack | None  # which relabels; None: x_stop stays as it was
+
+    @property
+    def n_tokens(self) -> int:
+        """Those that were harvested: copies cost no harvest."""
+        return self.pairs.n_tokens
+
+    def walks(self, prompt: int) -> bool:
+        """Whether this copy is walked."""
+        return bool(np.random.default_rng((self.seed, prompt, 1)).random() < self.share)
+
+    def batch(self, prompts: Sequence[int]) -> Pairs:
+        """As ``Latents.batch``. Cost: relabelled, the teacher's layers from start to stop for what is walked."""
+        found, chosen = self.pairs.batch(self._real(prompts)), torch.tensor([self.walks(prompt) for prompt in prompts])
+        if not chosen.any():
+            return found
+        mask = found.tokens.mask[chosen]
+        draws = [prompt for prompt, walked in zip(prompts, chosen.tolist(), strict=True) if walked]
+        x = found.x_start[chosen].to(self.walk.device)
+        moved = self.walk(x, mask.to(x.device), self.kind, seed=self.seed, draws=draws, last=self.last)
+        x_start, x_stop = found.x_start.clone(), found.x_stop.clone()
+        x_start[chosen] = moved.to(x_start)
+        if self.teacher is not None:
+            made = _made(self.teacher, replace(found, x_start=x_start), chosen, self.start, self.stop)
+            x_stop[chosen] = made.to(x_stop) * mask.unsqueeze(-1)
+        return Pairs(found.tokens, x_start, x_stop)
+
+    def moments(self, prompts: Sequence[int] | None = None, *, skip_first: bool = True) -> Moments:
+        """Of the real pairs."""
+        real = None if prompts is None else self._real(prompts)
+        return self.pairs.moments(real, skip_first=skip_first)
+
+    def ledger(self, teacher: Stack, schedule: Schedule | None = None, steps: int | None = None) -> Ledger:
+        """What training by this schedule spends beside itself: the harvest and, relabelled, the teacher's middle.
+
+        ``graft.fit`` asks for it; all of it is booked before the first step. ``steps`` are those that were
+        made, if training stopped early. Operations are counted on 64 prompts and scaled to the walked tokens; the
+        seconds are in the training's own.
+        """
+        ledger = self.pairs.ledger(teacher)
+        if self.teacher is None or schedule is None:
+            return ledger
+        drawn = [schedule.prompts(step, self.n_prompts) for step in range(schedule.steps if steps is None else steps)]
+        walked = [prompt for prompt in np.concatenate(drawn).tolist() if self.walks(prompt)] if drawn else []
+        tokens = int(self.lengths[walked].sum())
+        sample = self.pairs.batch(range(min(64, self.pairs.n_prompts)))
+        everything = torch.ones(len(sample.tokens), dtype=torch.bool)
+        _, operations = Counter()("middle", lambda: _made(teacher, sample, everything, self.start, self.stop))
+        ledger.add("relabelling", tokens, round(operations * tokens / int(sample.tokens.mask.sum())), 0.0, teacher=True)
+        return ledger
+
+    def _real(self, prompts: Sequence[int]) -> list[int]:
+        if wrong := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
+            raise ValueError(f"there is no prompt {wrong[0]} in these copies: there are 0 to {self.n_prompts - 1}")
+        return [prompt % self.pairs.n_prompts for prompt in prompts]
+
+
+def relabelled(
+    pairs: Latents,
+    teacher: Stack,
+    walk: Walk,
+    kind: Kind,
+    *,
+    share: float = 1.0,
+    copies: int = 16,
+    last: bool = False,
+    seed: int = 0,
+) -> Augmented:
+    """Pairs whose ``x_stop`` is what the teacher's own layers make of the walked ``x_start``.
+
+    ``share`` of the copies is walked, in each at all positions or the ``last`` alone. Cost: ``(stop - start) / L`` F
+    for every walked prompt of a batch, in ``Augmented.ledger``.
+
+    Raises ValueError for a share outside 0 to 1, less than one copy, and a teacher that did not make the pairs.
+    """
+    if pairs.source["weights_sha256"] != manifest.weights_hash(teacher.model):
+        raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
+                         f"{teacher.name}: it cannot relabel them; harvest them from it")  # fmt: skip
+    return _augmented(pairs, teacher, walk, kind, share, copies, last, seed)
+
+
+def unrelabelled(
+    pairs: Latents, walk: Walk, kind: Kind, *, share: float = 1.0, copies: int = 16, last: bool = False, seed: int = 0
+) -> Augmented:
+    """Pairs whose ``x_stop`` is as it was, whatever becomes of ``x_start``: noise injection. Cost: no model.
+
+    Raises as ``relabelled``.
+    """
+    return _augmented(pairs, None, walk, kind, share, copies, last, seed)
+
+
+def _augmented(
+    pairs: Latents, teacher: Stack | None, walk: Walk, kind: Kind, share: float, copies: int, last: bool, seed: int
+) -> Augmented:
+    if not 0 <= share <= 1 or copies < 1:
+        raise ValueError(f"share is 0 to 1 and copies is 1 or more, got {share} and {copies}")
+    regime = "unrelabelled" if teacher is None else "relabelled"
+    said = f"{regime}, {kind}, share={share}, copies={copies}, last={last}, seed={seed}, {_digest(walk)}"
+    inherited = {f.name: getattr(pairs, f.name) for f in fields(Latents)}
+    inherited |= {"lengths": pairs.lengths.repeat(copies), "source": {**pairs.source, "walk": said}}
+    return Augmented(
+        **inherited, pairs=pairs, walk=walk, kind=kind, share=share, last=last, seed=seed, teacher=teacher
+    )  # fmt: skip
+
+
+def _digest(walk: Walk) -> str:
+    """What tells walks apart, so that a checkpoint of another is refused: a training on them is another run."""
+    digest = hashlib.sha256()
+    for region in walk.regions:
+        for tensor in (region.mean, region.axes, region.scale, region.bank):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _made(
+    teacher: Stack, pairs: Pairs, chosen: Bool[Tensor, " prompt"], start: int, stop: int
+) -> Float[Tensor, "chosen pos d_model"]:
+    tokens = type(pairs.tokens)(pairs.tokens.ids[chosen], pairs.tokens.mask[chosen]).to(teacher.device)
+    context = teacher.context(tokens)
+    with torch.no_grad():
+        return teacher.execute(f"{start}:{stop}", pairs.x_start[chosen].to(context.x0), context)
+
+
+def _batches(
+    source: Latents | Tensor, mask: Tensor | None, prompts: Sequence[int] | None, size: int
+) -> Iterator[tuple[Float[Tensor, "prompt pos d_model"], Bool[Tensor, "prompt pos"]]]:
+    chosen = range(source.n_prompts if isinstance(source, Latents) else len(source)) if prompts is None else prompts
+    for first in range(0, len(chosen), size):
+        some = list(chosen[first : first + size])
+        if isinstance(source, Latents):
+            found = source.batch(some)
+            yield found.x_start, found.tokens.mask
+        else:
+            x = source[some]
+            yield x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask[some]
+
+
+def _correlated(noise: Float[np.ndarray, "pos number"], memory: float) -> Float[np.ndarray, "pos number"]:
+    """Noise in which each position remembers the one before: AR(1) of variance 1."""
+    for before, row in itertools.pairwise(noise):
+        row *= (1 - memory**2) ** 0.5
+        row += memory * before
+    return noise
+
+
+def _check_memory(memory: float) -> None:
+    if not 0 <= memory <= 1:
+        raise ValueError(f"memory is the correlation of neighbouring positions' noise, 0 to 1, got {memory}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is the size of a step, above 0, got {value}")

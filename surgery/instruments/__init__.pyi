@@ -1,0 +1,12 @@
+from . import ablation as ablation
+from . import coordinates as coordinates
+from . import displacement as displacement
+from . import ensemble as ensemble
+from . import fidelity as fidelity
+from . import interactions as interactions
+from . import known_networks as known_networks
+from . import lens as lens
+from . import readout as readout
+from . import regression as regression
+from . import similarity as similarity
+from . import windows as windows

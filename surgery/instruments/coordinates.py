@@ -1,0 +1,194 @@
+r"""Maps of the residual stream in which its drift may be read: whether a stream reverts depends on the ruler.
+
+================  ====================================================================================================
+``raw``           the stream as it is: massive dimensions decide, and growth with depth reads as growth
+``normalised``    the stream over its own root mean square, ``sqrt(d_model)`` long; a model whose final norm is a
+                  LayerNorm has its mean over d_model taken away first. No gain, no bias. **Reverts mechanically**
+``principal``     its top principal components, one fixed basis for all layers: of the stream pooled over layers, each
+                  layer's covariance divided by its trace, so that large late layers do not decide alone
+``logits``        what it says of the next token: centred logits, the final norm's denominator frozen at the clean one
+================  ====================================================================================================
+
+All but ``normalised`` are linear (with one context), so the map of an update is the update of the map:
+``map(x + u) - map(x) = map(u)``.
+
+Normalised, a random walk seems to revert. An update that is orthogonal to the stream and ``r = |u| / |x|`` long
+(uncentred, token by token) leaves ``1 / sqrt(1 + r^2)`` of any normalised stream in place: ``kappa_0`` in
+``mechanical(r)`` is the control, and the claim is what goes beyond it.
+
+Logits: with ``s`` the clean denominator of a token and ``W`` what the head makes of unit vectors once the norm is
+frozen (gain included, LayerNorm's own mean too), the logits of a stream are ``x W / s`` and constants, which fall out
+of every covariance. Centred over the vocabulary by ``C`` they have the inner products of
+
+    z = R^T x / s,      R R^T = M = W C W^T,
+
+so ``z``, at most d_model numbers, is read in their place: an isometry, not an approximation.
+
+Source: the definitions are ours; reading a stream through the head is the logit lens (nostalgebraist 2020).
+
+>>> from surgery import Stack, calibration
+>>> from surgery.models.tokens import Tokens
+>>> stack, ensemble = Stack(calibration.random_network()), Ensemble(Tokens.of(calibration.tokens(8)))
+>>> context = stack.context(ensemble.tokens)
+>>> found = of("principal", stack, ensemble, components=4)
+>>> found.linear, tuple(found.map(context.x0, context).shape)
+(True, (8, 16, 4))
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.readout import LOGITS_AT_ONCE, final_norm, frozen_head, logits, portions
+from surgery.models.engine import FrozenNorm
+from surgery.models.stack import Context, Stack
+
+Stream = Float[Tensor, "*layer prompt pos d_model"]
+Mapped = Float[Tensor, "*layer prompt pos k"]
+Number = TypeVar("Number", float, Tensor, np.ndarray, pandas.Series)
+
+MEANINGS = {
+    "raw": "the stream as it is",
+    "normalised": "the stream divided by its own root mean square, without gain; random updates revert mechanically",
+    "principal": "the stream in its top principal components, one basis for all layers",
+    "logits": "the centred logits of the stream, the final norm frozen at each token's clean denominator",
+}
+COORDINATES = tuple(MEANINGS)
+NEGLIGIBLE = 1e-12  # a variance below this share of the second moment is rounding
+LOUD = 200.0  # logits at which every cap in use has long flattened
+
+
+@dataclass(frozen=True)
+class Map:
+    """One coordinate: a map of every token's stream by itself; what is padding stays where it is."""
+
+    name: str
+    linear: bool
+    function: Callable[[Tensor, Context], Tensor]
+
+    @property
+    def meaning(self) -> str:
+        """In one line, what is read."""
+        return MEANINGS[self.name]
+
+    def map(self, x: Stream, context: Context) -> Mapped:
+        """The coordinates of a stream, or of an update if ``linear``, of the batch of ``context``; in float64."""
+        return self.function(x.double(), context)
+
+
+def of(name: str, stack: Stack, ensemble: Ensemble, components: int = 16) -> Map:
+    """The map ``name``, one of ``COORDINATES``, of a model on an ensemble.
+
+    ``components`` are the principal components kept; fewer if the stream has fewer. Cost: ``principal`` 1 F; ``logits``
+    d_model readouts, a d_model x d_vocab matrix, and 1 F for every walk in which it is used.
+
+    Raises ValueError for another name, for ``principal`` of a stream that does not vary, for ``logits`` of a head that
+    caps them, and for a final norm without a denominator to be found (``normalised`` and ``logits``).
+    """
+    if name == "raw":
+        return Map(name, True, lambda x, _: x)
+    if name == "normalised":
+        norm = final_norm(stack)
+        centres = norm is not None and norm.centres
+        return Map(name, False, lambda x, _: _normalised(x - x.mean(-1, keepdim=True) if centres else x))
+    if name == "principal":
+        basis = _principal(stack, ensemble, components)
+        return Map(name, True, lambda x, _: x @ basis.to(x))
+    if name == "logits":
+        norm = final_norm(stack)
+        root, scale = _root(stack, norm), _CleanScale(stack, norm)
+        return Map(name, True, lambda x, context: x / scale(context) @ root.to(x))
+    raise ValueError(f"there are no coordinates {name!r}: choose one of {', '.join(COORDINATES)}")
+
+
+def mechanical(growth: Number) -> Number:
+    """``kappa_0``: what random updates of relative size ``growth = |u| / |x|`` (uncentred) revert when normalised.
+
+    >>> round(mechanical(0.6), 3)
+    0.143
+    """
+    return 1 - (1 + growth**2) ** -0.5
+
+
+def _normalised(x: Stream) -> Stream:
+    """Of length ``sqrt(d_model)``; a stream that is 0 stays so."""
+    return math.sqrt(x.shape[-1]) * functional.normalize(x, dim=-1)
+
+
+def _principal(stack: Stack, ensemble: Ensemble, count: int) -> Float[Tensor, "d_model component"]:
+    if count < 1:
+        raise ValueError(f"components must be positive, got {count}")
+    square = torch.zeros(stack.n_layers + 1, stack.d_model, stack.d_model, dtype=torch.float64)
+    total = torch.zeros(stack.n_layers + 1, stack.d_model, dtype=torch.float64)
+    for visit in ensemble.visits(stack, "principal components"):
+        x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
+        leaves = [(stack.n_layers, x + u)] if visit.layer == stack.n_layers - 1 else []
+        for layer, stream in [(visit.layer, x), *leaves]:
+            square[layer] += (stream.T @ stream).cpu()
+            total[layer] += stream.sum(0).cpu()
+    n_tokens = int(ensemble.mask.sum())
+    mean = total / n_tokens
+    covariance = square / n_tokens - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    trace, second = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (covariance, square / n_tokens))
+    varies = trace > NEGLIGIBLE * second
+    if not varies.any():
+        raise ValueError(
+            f"the stream of {stack.name} is the same at all {n_tokens} tokens, it has no principal components: give "
+            "prompts that differ"
+        )
+    values, vectors = torch.linalg.eigh((covariance[varies] / trace[varies, None, None]).sum(0))
+    return vectors[:, values > 1e-9 * values[-1]].flip(-1)[:, :count]
+
+
+class _CleanScale:
+    """Denominators of the final norm in the clean run of the batch last asked for, and 1 without a norm."""
+
+    def __init__(self, stack: Stack, norm: FrozenNorm | None) -> None:
+        self._stack, self._norm = stack, norm
+        self._context: Context | None = None
+
+    def __call__(self, context: Context) -> Float[Tensor, "prompt pos 1"] | float:
+        if self._norm is None:
+            return 1.0
+        if self._context is not context:
+            final = self._stack.execute(":", context.x0, context)
+            self._context, self._scale = context, self._norm.scale(final.double())
+        return self._scale
+
+
+@torch.no_grad()
+def _root(stack: Stack, norm: FrozenNorm | None) -> Float[Tensor, "d_model k"]:
+    """``R`` with ``R R^T = W C W^T``, for denominators of 1."""
+    units = torch.eye(stack.d_model, device=stack.device, dtype=stack.dtype) * math.sqrt(stack.d_model)
+    scale = 1.0 if norm is None else float(norm.scale(units[:1].double()))
+
+    def read(x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+        with frozen_head(stack, units[:1].expand(len(x), -1)):
+            return logits(stack, x)
+
+    constant = read(0 * units[:1])
+    noise = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(units)
+    noise = noise * (LOUD / (read(noise) - constant).abs().max().clamp(min=1e-3)).to(noise)
+    once, twice = read(noise) - constant, read(2 * noise) - constant
+    if (twice - 2 * once).abs().max() > 0.1 * once.abs().max():
+        raise ValueError(
+            f"the head of {stack.name} is not linear (it caps its logits), so no map of streams keeps their inner "
+            f"products: use {', '.join(COORDINATES[:-1])}"
+        )
+    matrix = torch.cat([read(units[rows]) - constant for rows in portions(stack, units)])
+    matrix = (matrix - matrix.mean(1, keepdim=True)) * (scale / math.sqrt(stack.d_model))
+    product = torch.zeros(stack.d_model, stack.d_model, dtype=torch.float64, device=matrix.device)
+    for columns in matrix.split(max(1, LOGITS_AT_ONCE // stack.d_model), dim=1):
+        product += columns.double() @ columns.double().T
+    values, vectors = torch.linalg.eigh(product)
+    kept = values > NEGLIGIBLE * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()

@@ -1,0 +1,144 @@
+r"""Displace the stream at one token, and read what the layer then does differently there.
+
+That updates go with streams, from token to token, does not say that a layer answers to the stream: both may follow
+from a third. So the stream ``x`` is moved by a vector ``d`` at one token, and the layer ``f`` asked again:
+
+    slope = E<d, f(x + d) - f(x)> / E|d|^2
+
+The part of a displacement that the layer adds to it: -1 takes all of it back, 0 does not answer along it, above 0
+carries it further. The expectation runs over random tokens, one of a prompt at a time: displacing all would add what
+they send each other through attention. ``d`` has a given length and one of three directions (``KINDS``):
+
+    difference    towards another prompt's token at that place (``surgery.instruments.ensemble.partners``)
+    random        anywhere, all directions alike
+    principal     along one of the top principal components of the stream, either way
+
+What of ``d`` only makes the stream longer, a live norm divides away again. So every displacement is made a second time
+with the norms' denominators kept at the clean run's; what that changes is the normalisation's doing.
+
+Compare with ``surgery.instruments.known_networks``: where every layer writes into a fresh subspace, difference and principal read 0,
+and random reads 0 within its interval. A force shows at several lengths of ``d``.
+
+Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model matrix a layer. The measure is ours.
+
+>>> from surgery import Stack, calibration
+>>> from surgery.stats import weights
+>>> from surgery.models.tokens import Tokens
+>>> stack, ensemble = Stack(calibration.parallel_network()), Ensemble(Tokens.of(calibration.tokens(48)))
+>>> found = responses(stack, ensemble, lengths=[0.1] * stack.n_layers, draws=1)
+>>> abs(round(found["difference"].slope(3, weights(48))[0].item(), 6))
+0.0
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from surgery.instruments.ensemble import Ensemble, Visit, partners
+from surgery.models.stack import Context, Stack
+from surgery.stats.bootstrap import ratio
+
+KINDS = ("difference", "random", "principal")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the layers answered to one kind of displacement: sums over the draws of each unit of resampling."""
+
+    product: Float[Tensor, "layer unit"]  # <d, f(x + d) - f(x)>
+    square: Float[Tensor, "layer unit"]  # |d|^2
+
+    def slope(self, layer: int, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, " resample"]:
+        """``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer under every row of ``weights``; NaN where nothing was moved."""
+        return ratio(weights @ self.product[layer], weights @ self.square[layer])
+
+
+def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws: int) -> dict[str, Response]:
+    """What every layer answers to ``draws`` displacements of every prompt and kind, ``lengths[layer]`` long.
+
+    Keys: the ``KINDS``, with live norms, and ``<kind>_frozen``; these are absent if the model has a norm whose
+    denominator cannot be found. Of the principal components the top ``draws`` are used, one a draw.
+
+    Cost: ``3 + 6 draws`` F: principal components, the walk, the norms' denominators, and each draw, kind and norm.
+
+    Raises ValueError if ``draws`` is not positive, if there is not one length a layer, or if the stream is not finite.
+    """
+    if draws < 1 or len(lengths) != stack.n_layers:
+        raise ValueError(
+            f"give at least one draw and a length for each of {stack.n_layers} layers, got draws={draws} and "
+            f"{len(lengths)} lengths"
+        )
+    bases = principal_components(stack, ensemble, draws)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, stack.n_layers, ensemble.n_units, dtype=torch.float64))
+    for visit in ensemble.visits(stack, "displaced streams"):
+        if visit.layer == 0:
+            scales = _scales(stack, visit.context)
+        for frozen in (False, True)[: 1 if scales is None else 2]:
+            with stack.frozen(visit.context, scales) if frozen else nullcontext():
+                for draw in range(draws):
+                    generator = ensemble.generator(visit, draw)  # anew, so frozen and live are displaced alike
+                    prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
+                    for kind, unit in directions.items():
+                        moved = visit.x.clone()
+                        moved[prompt, place] += (lengths[visit.layer] * unit).to(moved)
+                        d = moved[prompt, place].double() - visit.x[prompt, place].double()  # what rounding left of it
+                        u = stack.update(visit.layer, moved, visit.context)[prompt, place].double()
+                        response = u - visit.u[prompt, place].double()
+                        products = torch.stack([(d * response).sum(-1), (d * d).sum(-1)]).cpu()
+                        booked = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
+                        booked.index_add_(1, visit.unit[prompt.cpu()], products)
+    return {name: Response(*both) for name, both in sums.items()}
+
+
+def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[Float[Tensor, "component d_model"]]:
+    """The top ``count`` principal components of the stream that enters each layer; fewer if it has fewer. Cost: 1 F."""
+    square = torch.zeros(stack.n_layers, stack.d_model, stack.d_model, dtype=torch.float64)
+    total = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
+    for visit in ensemble.visits(stack, "principal components"):
+        x = visit.x[visit.mask].double()
+        square[visit.layer] += (x.T @ x).cpu()
+        total[visit.layer] += x.sum(0).cpu()
+    n_tokens = int(ensemble.mask.sum())
+    mean = total / n_tokens
+    values, vectors = torch.linalg.eigh(square / n_tokens - mean.unsqueeze(-1) * mean.unsqueeze(-2))
+    kept = (values >= 1e-9 * values[:, -1:]).flip(-1)[:, :count]
+    return [basis.T.flip(0)[:count][keep] for basis, keep in zip(vectors, kept, strict=True)]
+
+
+def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
+    try:
+        return stack.norm_scales(context)
+    except ValueError:  # a norm without a denominator to be found: live is what there is
+        return None
+
+
+def displacements(
+    visit: Visit, basis: Float[Tensor, "component d_model"], draw: int, generator: np.random.Generator
+) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"], dict[str, Float[Tensor, "chosen d_model"]]]:
+    """One random token of every prompt that has any: its prompt, its place, and a unit vector of each kind.
+
+    Where two tokens differ by no more than rounding there is no direction, and the vector is 0.
+    """
+    prompt, place = visit.mask.nonzero(as_tuple=True)
+    lengths = visit.mask.sum(1).cpu().numpy()
+    first = np.cumsum(lengths) - lengths
+    chosen = torch.from_numpy((first + generator.integers(np.maximum(lengths, 1)))[lengths > 0]).to(prompt.device)
+    x = visit.x[visit.mask].double()
+    noise = torch.from_numpy(generator.standard_normal((len(chosen), x.shape[1]))).to(x)
+    sign = torch.from_numpy(generator.choice([-1.0, 1.0], (len(chosen), 1))).to(x)
+    difference = x[partners(visit.mask, generator)[chosen]] - x[chosen]
+    least = 8 * torch.finfo(visit.x.dtype).eps * x[chosen].norm(dim=-1, keepdim=True)
+    differs = difference.norm(dim=-1, keepdim=True) > least
+    directions = {
+        "difference": functional.normalize(difference, dim=-1) * differs,
+        "random": functional.normalize(noise, dim=-1),
+        "principal": sign * basis[draw % len(basis)].to(x),
+    }
+    return prompt[chosen], place[chosen], directions

@@ -1,0 +1,197 @@
+r"""The tokens that a measure averages over: meeting every layer on all of them, and pairing them across prompts.
+
+A measure of layers is an expectation over the real tokens of many prompts, each prompt's first left out. ``Ensemble``
+walks through them, batch by batch and layer by layer, and hands out the stream that enters and what the layer adds,
+
+    x_0 = embedding,      u_l = f_l(x_l),      x_{l+1} = x_l + u_l,
+
+in the model's order of layers or in any other. Nothing is kept: what a measure needs of a visit it adds up itself,
+prompt by prompt (``surgery.stats``) or, where a corpus may be large, by ``units`` of prompts that are resampled
+together (``Totals``), so that no more is kept of a long corpus than of a short one. Cost: 1 F a walk. Memory: one
+batch's stream.
+
+``partners`` pairs every token with one of another prompt at the same place. That makes the null of whatever is claimed
+for this very token: let each have its partner's vector (``exchanged``), and nothing should be left of the claim. As
+they are permuted, the vectors keep their mean and their size exactly.
+
+>>> from surgery import Stack, calibration
+>>> ensemble = Ensemble(Tokens.of(calibration.tokens(48)), batch_size=32)
+>>> [(visit.first, visit.layer) for visit in ensemble.visits(Stack(calibration.parallel_network(n_layers=2)))]
+[(0, 0), (0, 1), (24, 0), (24, 1)]
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.progress import track
+from torch import Tensor
+
+from surgery.models.stack import Context, Stack
+from surgery.models.tokens import Tokens
+
+UNITS = 256  # of resampling: with more, intervals gain nothing and memory grows with the corpus
+MASSIVE = 1000  # times the median magnitude
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One layer met on the way through one batch."""
+
+    first: int  # the number of the batch's first prompt among all
+    unit: Int[Tensor, " prompt"]  # of resampling, for every prompt of the batch
+    layer: int
+    context: Context
+    mask: Bool[Tensor, "prompt pos"]  # the batch's tokens that are in the ensemble; elsewhere x and u may hold anything
+    x: Float[Tensor, "prompt pos d_model"]
+    u: Float[Tensor, "prompt pos d_model"]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The tokens measured, and how to go through them: even batches of at most ``batch_size`` prompts.
+
+    ``seed`` is where every random draw starts from; ``progress`` draws a bar for every walk; ``left_out`` are tokens
+    that run but are not measured, see ``without_massive``.
+
+    Raises ValueError if no token is left to measure, or if ``batch_size`` is not positive.
+    """
+
+    tokens: Tokens
+    skip_first: bool = True
+    batch_size: int = 64
+    seed: int = 0
+    progress: bool = False
+    left_out: Bool[Tensor, "prompt pos"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got batch_size={self.batch_size}")
+        if not self.mask.any():
+            hint = "prompts of two tokens or more, or skip_first=False" if self.skip_first else "prompts with tokens"
+            raise ValueError(f"no token is left to measure in {len(self.tokens)} prompts: give {hint}")
+
+    @property
+    def mask(self) -> Bool[Tensor, "prompt pos"]:
+        """Which tokens are in the ensemble."""
+        kept = self.tokens.ensemble(self.skip_first)
+        return kept if self.left_out is None else kept & ~self.left_out
+
+    @property
+    def units(self) -> Int[Tensor, " prompt"]:
+        """The unit of resampling of every prompt: its own or, beyond ``UNITS`` prompts, one that neighbours share."""
+        count = len(self.tokens)
+        return torch.arange(count) * min(count, UNITS) // count
+
+    @property
+    def n_units(self) -> int:
+        """How many units of resampling there are."""
+        return min(len(self.tokens), UNITS)
+
+    def without_massive(self, stack: Stack) -> "Ensemble":
+        """The same without tokens of massive activations, which alone would decide every second moment.
+
+        Those at which, in the stream that enters a layer, a number is ``MASSIVE`` times the median magnitude of all of
+        the batch there (M. Sun et al. 2024, arXiv 2402.17762, without their absolute bound, as models differ in scale).
+        Cost: 1 F.
+        """
+        found = torch.zeros_like(self.mask)
+        for visit in self.visits(stack, "massive activations"):
+            size = visit.x.abs().amax(-1)
+            typical = visit.x[visit.mask].float().abs().median()
+            rows = slice(visit.first, visit.first + len(visit.mask))
+            found[rows] |= visit.mask & (size > MASSIVE * typical) & (typical > 0)
+        return replace(self, left_out=found if self.left_out is None else found | self.left_out)
+
+    def batches(self, stack: Stack, label: str = "prompts") -> Iterable[tuple[Tensor, Context, Tensor]]:
+        """Unit of every prompt, context and mask of each batch: for measures that need all layers at once."""
+        batches = list(self.tokens.batches(self.batch_size))
+        return track(self._contexts(stack, batches), label, len(batches), disable=not self.progress, transient=True)
+
+    def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
+        """Every layer of every batch, the layers run in ``order`` (as in the model if not given). Cost: 1 F.
+
+        ``label`` stands beside the bar. Raises ValueError on the way if the stream is not finite.
+        """
+        order = range(stack.n_layers) if order is None else order
+        batches = list(self.tokens.batches(self.batch_size))
+        total = len(batches) * len(order)
+        return track(self._walk(stack, batches, order), label, total, disable=not self.progress, transient=True)
+
+    def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
+        """Random numbers for one visit, the same whenever it is made again for the same purpose."""
+        return np.random.default_rng((self.seed, *purpose, visit.layer, visit.first))
+
+    def _contexts(self, stack: Stack, batches: Sequence[Tokens]) -> Iterator[tuple[Tensor, Context, Tensor]]:
+        kept, units, first = self.mask, self.units, 0
+        for batch in batches:
+            rows = slice(first, first + len(batch))
+            yield units[rows], stack.context(batch), kept[rows, : batch.ids.shape[1]]
+            first += len(batch)
+
+    def _walk(self, stack: Stack, batches: Sequence[Tokens], order: Sequence[int]) -> Iterator[Visit]:
+        first = 0
+        for unit, context, mask in self._contexts(stack, batches):
+            x = context.x0
+            for layer in order:
+                u = stack.update(layer, x, context)
+                if not (x[mask].isfinite().all() and u[mask].isfinite().all()):
+                    raise ValueError(
+                        f"the stream is not finite at layer {layer}: load the model in float32, or mend its weights"
+                    )
+                yield Visit(first, unit, layer, context, mask, x, u)
+                x = x + u
+            first += len(unit)
+
+
+class Totals(dict[Hashable, Tensor]):
+    """Sums of anything over the rows of each unit of resampling, by name, in float64 on the CPU.
+
+    >>> totals = Totals(2)
+    >>> totals.add("count", torch.tensor([0, 1, 1]), torch.ones(3))
+    >>> totals["count"].tolist()
+    [1.0, 2.0]
+    """
+
+    def __init__(self, n_units: int) -> None:
+        super().__init__()
+        self.n_units = n_units
+
+    def add(self, key: Hashable, unit: Int[Tensor, " row"], values: Float[Tensor, "row ..."]) -> None:
+        """Add every row of ``values`` to what its unit has under ``key``."""
+        if key not in self:
+            self[key] = torch.zeros(self.n_units, *values.shape[1:], dtype=torch.float64)
+        self[key].index_add_(0, unit.cpu(), values.double().cpu())
+
+
+def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:
+    """A random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
+
+    Each is sent to the same place, counted from its prompt's first kept token, in another prompt. The places that only
+    the longest prompt has are thrown together with the last shared one. A token that is alone stays.
+
+    >>> partners(torch.ones(2, 3, dtype=torch.bool), np.random.default_rng(0)).tolist()
+    [3, 4, 5, 0, 1, 2]
+    """
+    place = (mask.cumsum(1) - 1)[mask].cpu().numpy()
+    lengths = np.sort(mask.sum(1).cpu().numpy())
+    shared = lengths[-2] - 1 if len(lengths) > 1 else 0
+    group = np.minimum(place, max(shared, 0))
+    order = np.lexsort((generator.random(len(group)), group))
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    following = np.arange(1, len(order) + 1)
+    following[np.append(first[1:], len(order)) - 1] = first
+    partner = np.empty_like(order)
+    partner[order] = order[following]
+    return torch.from_numpy(partner).to(mask.device)
+
+
+def exchanged(
+    values: Float[Tensor, "prompt pos d_model"], mask: Bool[Tensor, "prompt pos"], partner: Int[Tensor, " token"]
+) -> Float[Tensor, "prompt pos d_model"]:
+    """``values`` with the vector of every kept token replaced by that of its partner; the rest stays."""
+    found = values.clone()
+    found[mask] = values[mask][partner]
+    return found

@@ -1,0 +1,327 @@
+r"""How close a model with another middle is to the original: what it writes, and what it predicts.
+
+Layers ``[start, stop)`` are the middle: ``x_start`` enters them, ``x_stop`` leaves them, ``u = x_stop - x_start`` is
+what they write. Another middle gives ``u_hat`` instead, and the rest of the model reads that. With ``c(a) = a - E a``,
+
+* ``unexplained = E |u_hat - u|^2 / E |c(u)|^2``: one minus R^2 of the update (of ``x_stop`` it would be near 0 for the
+  identity already, as most of ``x_stop`` is ``x_start``). 0 is the original, 1 the mean update, and leaving the middle
+  out reads ``E |u|^2 / E |c(u)|^2``, 1 or more;
+* ``unexplained_whitened``: the same with every dimension divided by its standard deviation, or by ``FLOOR`` of the
+  median one where that is larger, so that a few massive dimensions do not own it;
+* ``cross_entropy``, ``damage``, ``kl``, ``agreement``: what the next tokens lose, in nats per predicted token;
+* ``exact``, ``cross_entropy_answers``: the same where some tokens are the answer to a question.
+
+The first two are over all real tokens but each prompt's first, which sees itself alone and whose activations may be
+massive; predictions are all that a real token follows. A small ``unexplained`` does not make a small ``damage``: what
+matters to the decoder may be a small part of the variance, so read both. Controls: ``surgery.graft.linear_maps`` (skip, mean
+update, best linear map) below, the original layers above, a fresh middle before training.
+
+``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts (neighbours together beyond
+``ensemble.UNITS`` of them); one prompt has none (NaN). Formulas: blockwise distillation (A. Bercovich et al. 2024,
+arXiv 2411.19146) and stitching (Y. Bansal et al. 2021, arXiv 2106.07682: penalty = stitched loss - original loss).
+
+>>> from surgery import Stack, calibration
+>>> stack = Stack(calibration.serial_network(n_layers=4))
+>>> row = measure(stack, calibration.tokens(8), lambda x, context: stack.execute("1:3", x, context), 1, 3).iloc[0]
+>>> [float(row[name]) for name in ("unexplained", "damage", "agreement")]
+[0.0, 0.0, 1.0]
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from surgery.instruments.ensemble import Ensemble, Totals
+from surgery.instruments.readout import log_probabilities, portions
+from surgery.models.engine import Stream
+from surgery.models.stack import Context, Stack
+from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.drift import NEGLIGIBLE
+
+Middle = Callable[[Stream, Context], Stream]  # x_start, at every position, to x_stop
+Answers = Bool[Tensor, "prompt pos"] | Bool[np.ndarray, "prompt pos"]
+Ending = tuple[Stack, Stream]  # a model, and the stream that leaves its last layer
+Resampled = Float[Tensor, " resample"]
+
+FLOOR = 0.1  # of the median standard deviation: dimensions that hardly vary are not blown up beyond ten times
+ORIGINAL = "original"
+
+PREDICTIONS = {
+    "cross_entropy": "loss of the next token with the other middle (nats per predicted token)",
+    "cross_entropy_original": "the same of the original",
+    "damage": "cross_entropy - cross_entropy_original, paired",
+    "kl": "KL(original || other) of the next-token distributions (nats per predicted token)",
+    "agreement": "share of predictions whose first choice is the original's",
+}
+ANSWERS = {
+    "exact": "share of prompts all of whose answer tokens are the first choice, given what stands before them",
+    "exact_original": "the same of the original",
+    "cross_entropy_answers": "loss of the answers' tokens (nats per answer token)",
+    "cross_entropy_answers_original": "the same of the original",
+}
+UNEXPLAINED = {
+    "unexplained": "1 - R^2 of the update: 0 the original, 1 the mean update",
+    "unexplained_whitened": "the same, every dimension in units of its standard deviation (floored)",
+}
+COLUMNS = {
+    "start": "first layer of the original's middle",
+    "stop": "one past the last layer of the original's middle",
+    "student_start": "first layer of the other model's middle",
+    "student_stop": "one past the last layer of the other model's middle",
+    "n_prompts": "number of prompts, the unit of resampling",
+    "n_predictions": "number of predicted tokens",
+} | described(UNEXPLAINED | PREDICTIONS | ANSWERS)
+
+
+def measure(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    middle: Middle,
+    start: int,
+    stop: int,
+    *,
+    answers: Answers | None = None,
+    batch_size: int = 64,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """One row, ``COLUMNS``: layers ``[start, stop)`` replaced by ``middle(x_start, context) -> x_stop``.
+
+    ``middle`` gets the streams of a batch [prompt pos d_model], and the batch's context with its tokens; it is run
+    without gradients, in whatever mode (train, eval) it is in. ``answers`` marks the tokens that answer (as
+    ``Babel.encode`` gives them) and adds the columns of ``ANSWERS``. Cost: ``2 - stop / L`` F, the middle, and two
+    readouts. Memory: the streams of one batch, and ``3 d_model`` numbers a prompt.
+
+    Raises ValueError for an empty span or one that leaves the model, a middle that gives another shape or values that
+    are not finite, prompts without a token to measure or to predict, and answers that are not real, predicted tokens.
+
+    >>> from surgery import calibration
+    >>> stack = Stack(calibration.parallel_network(n_layers=4))
+    >>> row = measure(stack, calibration.tokens(8), lambda x, context: x, 1, 3).iloc[0]  # the middle left out
+    >>> bool(row.unexplained >= 1 and row.kl > 0)
+    True
+    """
+    span = _checked(stack, start, stop)
+
+    def student(context: Context, x_start: Stream) -> tuple[Stream, Stream]:
+        with torch.no_grad():
+            found = middle(x_start, context)
+        if found.shape != x_start.shape:
+            raise ValueError(
+                f"the middle was given streams of shape {list(x_start.shape)} and gave {list(found.shape)} back: it "
+                "must return what leaves the layers at every position"
+            )
+        found = found.to(x_start)
+        return found, run(stack, stop, stack.n_layers, found, context)
+
+    row = _row(stack, stack, span, student, tokens, answers, batch_size, resamples, seed, progress)
+    return pandas.DataFrame([{"start": start, "stop": stop} | row])
+
+
+def of(
+    teacher: Stack,
+    student: Stack,
+    tokens: Tokens | Tensor,
+    span: tuple[int, int],
+    student_span: tuple[int, int],
+    *,
+    answers: Answers | None = None,
+    batch_size: int = 64,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The row of ``measure`` for a model as a whole, whose middle may be of another depth and its ends healed.
+
+    ``student_span`` are its middle layers (empty, as in (4, 4), if it has none). It predicts with its own layers and
+    head; ``unexplained`` compares the streams that leave both middles. Cost: 1 F and a readout of each model.
+
+    Raises ValueError as ``measure`` does, and for models of different vocabulary or stream.
+
+    >>> from surgery import calibration
+    >>> teacher, other = (Stack(calibration.random_network(n_layers=n)) for n in (4, 3))
+    >>> bool(of(teacher, other, calibration.tokens(8), (1, 3), (1, 2)).unexplained[0] > 0)
+    True
+    """
+    span, (first, last) = _checked(teacher, *span), _checked(student, *student_span, least=0)
+    if (teacher.d_vocab, teacher.d_model) != (student.d_vocab, student.d_model):
+        raise ValueError(
+            f"{teacher.name} has {teacher.d_vocab} tokens and {teacher.d_model} dimensions, {student.name} has "
+            f"{student.d_vocab} and {student.d_model}: streams and predictions can be compared only where both agree"
+        )
+
+    def run_student(context: Context, x_start: Stream) -> tuple[Stream, Stream]:
+        own = student.context(context.tokens.to(student.device))
+        found = run(student, 0, last, own.x0, own)
+        return found.to(x_start), run(student, last, student.n_layers, found, own)
+
+    row = _row(teacher, student, span, run_student, tokens, answers, batch_size, resamples, seed, progress)
+    spans = {"start": span[0], "stop": span[1], "student_start": first, "student_stop": last}
+    return pandas.DataFrame([spans | row])
+
+
+def run(stack: Stack, start: int, stop: int, x: Stream, context: Context) -> Stream:
+    """The stream that leaves layers ``[start, stop)``, which may be none."""
+    return stack.execute(f"{start}:{stop}", x, context) if start < stop else x
+
+
+def _row(
+    teacher: Stack,
+    student: Stack,
+    span: tuple[int, int],
+    run_student: Callable[[Context, Stream], tuple[Stream, Stream]],
+    tokens: Tokens | Tensor,
+    answers: Answers | None,
+    batch_size: int,
+    resamples: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, int | float]:
+    """Run both, batch by batch; ``run_student`` gives the streams that leave its middle and its last layer."""
+    start, stop = span
+    ensemble = Ensemble(Tokens.of(tokens).to(teacher.device), batch_size=batch_size, seed=seed, progress=progress)
+    asked = checked_answers(answers, ensemble.tokens)
+    totals, first = Totals(ensemble.n_units), 0
+    for unit, context, mask in ensemble.batches(teacher):
+        x_start = run(teacher, 0, start, context.x0, context)
+        x_stop = run(teacher, start, stop, x_start, context)
+        found, final = run_student(context, x_start)
+        finite(x_stop, context.tokens, f"the stream of {teacher.name}")
+        finite(found, context.tokens, "what leaves the other middle")
+        u, missed = (x_stop.double() - x_start.double())[mask], (found.double() - x_stop.double())[mask]
+        prompts = mask.nonzero()[:, 0]
+        _book(totals, "tokens", unit, prompts, torch.ones_like(u[:, 0]))
+        for name, values in (("u", u), ("uu", u.square()), ("missed", missed.square())):
+            _book(totals, name, unit, prompts, values)
+        original = (teacher, run(teacher, stop, teacher.n_layers, x_stop, context))
+        some = None if asked is None else asked[first : first + len(unit)]
+        book_predictions(totals, unit, context.tokens, some, original, {"other": (student, final)})
+        first += len(unit)
+    draws = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    measures = _unexplained(totals, draws) | predictions(totals, "other", draws)
+    row: dict[str, int | float] = {"n_prompts": len(ensemble.tokens), "n_predictions": int(totals["predictions"].sum())}
+    for name, values in measures.items():
+        row |= columns(name, values)
+    return row
+
+
+def _unexplained(totals: Totals, draws: Float[Tensor, "resample unit"]) -> dict[str, Resampled]:
+    """``UNEXPLAINED`` out of sums of the update, its square and that of what was missed, by dimension."""
+    count = (draws @ totals["tokens"]).unsqueeze(-1)
+    mean, second, missed = (draws @ totals[name] / count for name in ("u", "uu", "missed"))
+    variance = second - mean.square()
+    variance = variance.where(variance > NEGLIGIBLE * second, 0)
+    typical = variance.where(variance > 0, torch.nan).nanmedian(-1, keepdim=True).values
+    scale = variance.clamp(min=FLOOR**2 * typical)  # NaN where nothing varies at all
+    return {
+        "unexplained": ratio(missed.sum(-1), variance.sum(-1)),
+        "unexplained_whitened": ratio((missed / scale).sum(-1), (variance / scale).sum(-1)),
+    }
+
+
+def book_predictions(
+    totals: Totals,
+    unit: Int[Tensor, " prompt"],
+    tokens: Tokens,
+    answers: Bool[Tensor, "prompt pos"] | None,
+    original: Ending,
+    others: Mapping[Hashable, Ending],
+) -> None:
+    """Add, for the original and each of the others, all that ``predictions`` needs of a batch.
+
+    Cost: a readout of each. Raises ValueError if a stream is not finite.
+    """
+    predicting = tokens.mask[:, :-1] & tokens.mask[:, 1:]
+    prompts, targets = predicting.nonzero()[:, 0], tokens.ids[:, 1:][predicting]
+    ends = {}
+    for key, (stack, x) in {ORIGINAL: original, **others}.items():
+        finite(x, tokens, f"what leaves the last layer of {stack.name}")
+        ends[key] = stack, x[:, :-1][predicting.to(x.device)]
+    found: dict[Hashable, list[Tensor]] = {key: [] for key in ends}
+    for some in portions(original[0], targets):
+        p = log_probabilities(original[0], ends[ORIGINAL][1][some])
+        for key, (stack, x) in ends.items():
+            q = p if key == ORIGINAL else log_probabilities(stack, x[some.to(x.device)]).to(p.device)
+            loss = -q.gather(1, targets[some].unsqueeze(1)).squeeze(1)
+            kl, first = (p.exp() * (p - q)).sum(1), q.argmax(1)
+            right, agreed = first == targets[some], first == p.argmax(1)
+            found[key].append(torch.stack([loss.double(), kl.double(), agreed.double(), right.double()]))
+    _book(totals, "predictions", unit, prompts, torch.ones_like(targets))
+    if answers is not None:
+        asked = answers[:, 1:][predicting]
+        totals.add("prompts", unit, torch.ones(len(unit)))
+        _book(totals, "answers", unit, prompts, asked)
+    for key, parts in found.items():
+        loss, kl, agreed, right = torch.cat(parts, 1)
+        for name, values in (("cross_entropy", loss), ("kl", kl), ("agreement", agreed)):
+            _book(totals, (key, name), unit, prompts, values)
+        if answers is not None:
+            wrong = torch.zeros(len(unit), device=loss.device).index_add(0, prompts, (asked * (1 - right)).float())
+            totals.add((key, "exact"), unit, (wrong == 0).double())
+            _book(totals, (key, "cross_entropy_answers"), unit, prompts, asked * loss)
+
+
+def predictions(totals: Totals, key: Hashable, draws: Float[Tensor, "resample unit"]) -> dict[str, Resampled]:
+    """``PREDICTIONS`` of one of the others and, if answers were given, ``ANSWERS``, under every row of weights."""
+    count = draws @ totals["predictions"]
+    loss, original = (draws @ totals[which, "cross_entropy"] / count for which in (key, ORIGINAL))
+    found = {"cross_entropy": loss, "cross_entropy_original": original, "damage": loss - original}
+    found |= {name: draws @ totals[key, name] / count for name in ("kl", "agreement")}
+    if "answers" in totals:
+        for name, unit in (("exact", "prompts"), ("cross_entropy_answers", "answers")):
+            for which, end in ((key, ""), (ORIGINAL, "_original")):
+                found[name + end] = draws @ totals[which, name] / (draws @ totals[unit])
+    return found
+
+
+def checked_answers(answers: Answers | None, tokens: Tokens) -> Bool[Tensor, "prompt pos"] | None:
+    """Which tokens answer, on the tokens' device. Raises ValueError unless every prompt has such, all of them real."""
+    if not (tokens.mask[:, :-1] & tokens.mask[:, 1:]).any():
+        raise ValueError("no token is predicted in these prompts: give prompts of two tokens or more")
+    if answers is None:
+        return None
+    found = torch.as_tensor(answers, device=tokens.ids.device)
+    if found.shape != tokens.ids.shape:
+        raise ValueError(f"answers mark tokens: their shape is {list(tokens.ids.shape)}, not {list(found.shape)}")
+    predicted = torch.zeros_like(tokens.mask)
+    predicted[:, 1:] = tokens.mask[:, :-1] & tokens.mask[:, 1:]
+    wrong = (found & ~predicted).any(1) | ~found.any(1)
+    if wrong.any():
+        raise ValueError(
+            f"the answer of prompt {int(wrong.nonzero()[0]) + 1} is not made of tokens that follow others: mark at "
+            "least one real token in every prompt, and neither padding nor its first token"
+        )
+    return found
+
+
+def finite(x: Stream, tokens: Tokens, what: str) -> None:
+    """Raise ValueError unless ``x`` is finite at every real token."""
+    if not x[tokens.mask.to(x.device)].isfinite().all():
+        raise ValueError(f"{what} is not finite: load the model in float32, or mend its weights")
+
+
+def _book(
+    totals: Totals,
+    key: Hashable,
+    unit: Int[Tensor, " prompt"],
+    prompts: Int[Tensor, " row"],
+    values: Float[Tensor, "row ..."] | Int[Tensor, "row ..."] | Bool[Tensor, "row ..."],
+) -> None:
+    """Add to every unit what its prompts' rows have, summed by prompt first, where ``values`` lie."""
+    zero = torch.zeros(len(unit), *values.shape[1:], dtype=torch.float64, device=values.device)
+    totals.add(key, unit, zero.index_add(0, prompts, values.double()))
+
+
+def _checked(stack: Stack, start: int, stop: int, least: int = 1) -> tuple[int, int]:
+    if not 0 <= start <= start + least <= stop <= stack.n_layers:
+        raise ValueError(
+            f"layers {start} to {stop} (not included) are no middle of {stack.name}: it has layers 0 to "
+            f"{stack.n_layers - 1}, so 0 <= start {'<' if least else '<='} stop <= {stack.n_layers}"
+        )
+    return start, stop

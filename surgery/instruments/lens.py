@@ -1,0 +1,170 @@
+r"""What the model would say if it stopped here: the stream of every layer, read out by the model's own head.
+
+A lens takes the stream ``x_l`` that enters layer ``l`` (``x_L`` leaves the last) to next-token probabilities ``q_l``,
+which are compared with the model's own, ``p = softmax(readout(x_L))``, at every token of the ensemble:
+
+=========================  ============================================================================================
+lens                       what is read out
+=========================  ============================================================================================
+``logit``                  ``x_l`` itself, by final norm and unembedding (nostalgebraist 2020, the logit lens)
+``tuned``                  ``x_l + x_l B_l + b_l``, an affine translator a layer fitted to predict ``x_L``, in the
+                           manner of Belrose et al. 2023 (arXiv 2303.08112). Theirs is trained on KL(p || q); ours is
+                           the least-squares form: ridge regression of ``x_L - x_l`` on ``x_l``, in closed form, which
+                           shrinks towards the logit lens. It minimises the error of the stream, not of the
+                           probabilities: a trained one can only read more
+``constant``               the mean of ``x_L``: the control, a lens that sees nothing of the token (one row, layer 0)
+=========================  ============================================================================================
+
+``KL(q || p)`` is large where the lens is sure of what the model is not, ``KL(p || q)`` where it excludes what the model
+says. A KL that falls from layer to layer says when the answer can be read, not which layers read each other: see
+``surgery.series`` for that. On ``calibration``'s serial and parallel networks alike the KL falls from
+layer to layer: each writes something into the answer.
+
+>>> from surgery import Stack, calibration
+>>> frame = layers(Stack(calibration.random_network(n_layers=2)), calibration.tokens(8, 6), tuned=False, resamples=0)
+>>> frame[["lens", "layer"]].values.tolist(), bool(frame.kl_lens_final.iloc[-1] < 1e-9)
+([['logit', 0], ['logit', 1], ['logit', 2]], True)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import pandas
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.readout import log_probabilities, portions
+from surgery.instruments.regression import LeastSquares, halves
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+
+MEASURES = {
+    "kl_lens_final": "KL(lens || final): nats by which the layer's reading is sure of what the model does not say",
+    "kl_final_lens": "KL(final || lens): nats lost by predicting the model's own choice with the layer's reading",
+    "entropy": "entropy of the layer's reading, nats",
+    "top5_overlap": "share of the model's five likeliest tokens that are among the lens's five",
+    "top1_agreement": "how often the lens's likeliest token is the model's",
+}
+COLUMNS = {
+    "lens": "how the stream was read out: logit, tuned (least-squares translator) or constant (the control)",
+    "layer": "the layer that the stream enters; the number of layers for the stream that leaves the last",
+    "n_prompts": "number of prompts measured, the unit of resampling (the tuned lens was fitted on others)",
+}
+COLUMNS |= described(MEASURES)
+
+Translator = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]
+Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]
+
+
+def layers(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    tuned: bool = True,
+    ridge: float = 0.01,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """Every lens at every layer against the model's own probabilities. Columns: ``COLUMNS``.
+
+    ``tuned`` fits the translators on a random half of the prompts and measures all lenses on the other; else there is
+    only the logit lens, on all prompts. ``ridge`` is the penalty in units of each direction's variance. It takes many
+    more tokens than ``d_model`` for a translator to be worth anything: compare with ``logit`` and ``constant``.
+
+    Cost: 1 F without the head, and per measured prompt L + 2 readouts, with ``tuned`` 2 L + 4. Memory: the streams of
+    one batch and, with ``tuned``, two float64 d_model x d_model matrices a layer.
+
+    Raises ValueError for fewer than two prompts with ``tuned``, a negative ridge, prompts without a token to measure,
+    and a stream that is not finite.
+    """
+    tokens = Tokens.of(tokens).to(stack.device)
+    measured, fitted = halves(tokens, seed) if tuned else (tokens, tokens)
+    ensemble = Ensemble(measured, skip_first, batch_size, seed, progress)
+    lenses = logit(stack)
+    if tuned:
+        lenses |= translators(stack, Ensemble(fitted, skip_first, batch_size, seed, progress), ridge)
+    found = readings(stack, ensemble, lenses)
+    draws = weights(len(measured), resamples if len(measured) > 1 else 0, seed)
+    count = draws @ ensemble.mask.sum(1).double().cpu()
+    rows = []
+    for (lens, layer), sums in found.items():
+        row: dict[str, str | float] = {"lens": lens, "layer": layer, "n_prompts": len(measured)}
+        for name, values in zip(MEASURES, sums, strict=True):
+            row |= columns(name, draws @ values / count)
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def logit(stack: Stack) -> dict[tuple[str, int], Translator]:
+    """The logit lens of every layer: the stream as it is."""
+    return {("logit", layer): lambda x: x for layer in range(stack.n_layers + 1)}
+
+
+def translators(stack: Stack, ensemble: Ensemble, ridge: float = 0.01) -> dict[tuple[str, int], Translator]:
+    """The tuned lens of every layer, fitted on this ensemble, and the constant one. Cost: 1 F without the head."""
+    fits = [LeastSquares(stack.d_model) for _ in range(stack.n_layers + 1)]
+    for stream in _streams(stack, ensemble, "fitting the lens"):
+        for x, fit in zip(stream, fits, strict=True):
+            fit.add(x, stream[-1].double() - x.double())
+    maps = [fit.solve(ridge) for fit in fits]
+    mean = fits[-1].mean_x
+
+    def translated(matrix: Tensor, bias: Tensor) -> Translator:
+        return lambda x: (x.double() + x.double() @ matrix + bias).to(x.dtype)
+
+    found: dict[tuple[str, int], Translator] = {("tuned", layer): translated(*both) for layer, both in enumerate(maps)}
+    return found | {("constant", 0): lambda x: mean.to(x).expand_as(x)}
+
+
+def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], Translator]) -> Readings:
+    """The sum of every one of ``MEASURES`` over the ensemble's tokens of each prompt, for each lens (name, layer).
+
+    Cost: 1 F and, per prompt, a readout for each lens and one for the final stream; only as many tokens are read out
+    at once as a fixed number of logits allows.
+    """
+    found = {key: torch.zeros(len(MEASURES), len(ensemble.tokens), dtype=torch.float64) for key in lenses}
+    prompts = ensemble.mask.cpu().nonzero()[:, 0]
+    first = 0
+    for stream in _streams(stack, ensemble, "lens"):
+        for some in portions(stack, stream[-1]):
+            owners, final = prompts[first + some.cpu()], log_probabilities(stack, stream[-1, some])
+            for (name, layer), translate in lenses.items():
+                reading = log_probabilities(stack, translate(stream[layer, some]))
+                found[name, layer].index_add_(1, owners, _compare(reading, final).double().cpu())
+        first += stream.shape[1]
+    return found
+
+
+def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Tensor, "layer_plus_1 token d_model"]]:
+    """``x_0 .. x_L`` at the ensemble's tokens, batch by batch: [layer_plus_1, token, d_model]."""
+    batches = list(ensemble.tokens.batches(ensemble.batch_size))
+    for batch in track(batches, label, disable=not ensemble.progress, transient=True):
+        stream = stack.stream(batch)[:, batch.ensemble(ensemble.skip_first)]
+        if not stream.isfinite().all():
+            raise ValueError(
+                f"the stream of {stack.name} is not finite on these prompts: its numbers overflow {stack.dtype}"
+            )
+        yield stream
+
+
+def _compare(
+    reading: Float[Tensor, "token d_vocab"], final: Float[Tensor, "token d_vocab"]
+) -> Float[Tensor, "measure token"]:
+    q, p = reading.exp(), final.exp()
+    few = min(5, reading.shape[1])
+    top, own = reading.topk(few).indices, final.topk(few).indices
+    return torch.stack(
+        [
+            (q * (reading - final)).sum(1),
+            (p * (final - reading)).sum(1),
+            -(q * reading).sum(1),
+            (top.unsqueeze(2) == own.unsqueeze(1)).any(2).to(q).mean(1),
+            (top[:, 0] == own[:, 0]).to(q),
+        ]
+    )

@@ -1,0 +1,80 @@
+"""Logits of many streams: a portion at a time, in single precision or better, with a head that may be kept linear.
+
+The readout of a batch at a large vocabulary would be gigabytes, so whoever needs logits of many tokens asks for them
+by ``portions``:
+
+>>> from surgery import Stack, calibration
+>>> stack = Stack(calibration.random_network())
+>>> x = torch.randn(5, stack.d_model)
+>>> round(sum(float(log_probabilities(stack, x[rows]).exp().sum()) for rows in portions(stack, x)), 4)
+5.0
+
+Cost: one readout a vector. Memory: ``LOGITS_AT_ONCE`` numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from surgery.models.engine import FrozenNorm, replaced_forward
+from surgery.models.stack import Stack
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+
+
+def portions(stack: Stack, x: Float[Tensor, "row ..."] | Int[Tensor, "row ..."]) -> Iterator[Int[Tensor, " some"]]:
+    """Numbers of as many rows of ``x`` at a time as may be read out at once, on its device."""
+    yield from torch.arange(len(x), device=x.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab))
+
+
+def logits(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """The model's logits of streams that leave its last layer, in float32 or float64."""
+    found = stack.readout(x)
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """Log-probabilities (nats) of the next token, in float32 or float64."""
+    return logits(stack, x).log_softmax(-1)
+
+
+def final_norm(stack: Stack) -> FrozenNorm | None:
+    """The norm before the head, to be asked for its denominators; None in a model without."""
+    module = (stack._plain or stack._bridge).module.get_submodule(stack.model.ln_final.name)
+    if isinstance(getattr(module, "original_component", module), nn.Identity):
+        return None
+    probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return FrozenNorm(module, probe.to(stack.device, stack.dtype))
+
+
+@contextmanager
+def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
+    """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
+
+    A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
+
+    >>> from surgery import Stack, calibration
+    >>> stack = Stack(calibration.random_network())
+    >>> x = torch.randn(3, stack.d_model)
+    >>> with frozen_head(stack, x):
+    ...     twice = stack.readout(2 * x)
+    >>> bool(torch.allclose(twice, 2 * stack.readout(x), atol=1e-4))
+    True
+    """
+    norm = final_norm(stack)
+    if norm is None:
+        yield
+        return
+    with torch.no_grad():
+        scale = norm.scale(x)
+
+    def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
+
+    with replaced_forward(norm.module, forward):
+        yield

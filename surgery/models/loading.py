@@ -1,0 +1,232 @@
+"""Load a model: the bundled one, any Hugging Face causal language model, or one already in memory.
+
+``load`` returns TransformerLens' ``TransformerBridge`` and keeps beside it a *plain twin*: the unwrapped Hugging Face
+model with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it
+unsaveable, so the wrapper gets a copy of the structure and shares the parameters (the GPT-NeoX adapter splits query,
+key and value into new
+parameters: there the bridge's attention weights are copies, and edits on one side do not reach the other; a Stack
+    opened after such an edit notices and runs the bridge).
+"""
+
+import copy
+import importlib.resources
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from torch import nn
+from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from surgery.corpus.babel import Babel, Problem
+from surgery.models import stream_width
+
+REFERENCE = "babel"
+BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
+
+_plain_twins: "weakref.WeakKeyDictionary[TransformerBridge, PreTrainedModel]" = weakref.WeakKeyDictionary()
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or opened; the message says why and what to do instead."""
+
+
+def load(
+    model: "str | Path | PreTrainedModel | TransformerBridge",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformerBridge:
+    """Open a model as a ``TransformerBridge`` with a plain twin on the same weights.
+
+    Args:
+        model: ``"babel"`` (bundled; ``"babel-translation"`` was trained on k = 0 alone), a folder with ``config.json``
+            and ``*.safetensors``, a name on the Hugging Face hub, a Hugging Face model in memory (left usable and
+            saveable; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
+        tokenizer: for a model in memory; otherwise the one stored beside the weights.
+
+    Raises:
+        ModelError: nothing there, no network, weights missing or not safetensors, or not a decoder-only language model.
+
+    >>> load("babel").cfg.n_layers
+    12
+    """
+    if isinstance(model, TransformerBridge):
+        return model
+    if isinstance(model, nn.Module):
+        _refuse_encoder_decoder(model.config, type(model).__name__)
+        return _wrap(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    name = str(model)
+    place = str(reference_folder(name)) if name in BUNDLED else name
+    with _quiet():
+        plain = _from_pretrained(place, name, dtype)
+        if tokenizer is None:
+            tokenizer = _tokenizer_of(place, name)
+    return _wrap(plain.to(device) if device else plain, tokenizer, name)
+
+
+def plain(model: TransformerBridge) -> PreTrainedModel | None:
+    """The unwrapped Hugging Face model behind what ``load`` returned: fast, trainable, saveable; None for other
+    bridges."""
+    return _plain_twins.get(model)
+
+
+def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
+    """A model of the same architecture with freshly drawn weights: the null every trained number is compared with."""
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        if model.adapter.cfg.architecture == "TransformerLensNative":
+            config = copy.deepcopy(model.cfg)
+            config.seed = seed
+            return TransformerBridge.boot_native(config)
+        config = copy.deepcopy(model.original_model.config)
+        fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
+    return _wrap(fresh.to(model.cfg.device), model.tokenizer, f"{model.cfg.model_name} (untrained, seed {seed})")
+
+
+def reference_folder(name: str = REFERENCE) -> Path:
+    """Where a bundled model lies: inside an installed package, or in ``data/`` of a checkout."""
+    return bundled_file(f"{BUNDLED[name]}/config.json").parent
+
+
+def bundled_file(name: str) -> Path:
+    """Where another bundled file lies, by its name in ``data/``."""
+    package = Path(str(importlib.resources.files("surgery")))
+    for path in (package / "data" / name, package.parent / "data" / name):
+        if path.is_file():
+            return path
+    raise ModelError(f"{name} is not installed with this package; run from a checkout of the project")
+
+
+def bundled_prompts(count: int = 256, seed: int = 0, longest: int = 4) -> list[str]:
+    """Held-out Babel problems with their answers, k = 0..``longest`` and all language pairs in equal parts.
+
+    >>> bundled_prompts(1)[0].split()[1]
+    '>plain'
+    """
+    corpus = Babel()
+    problems = bundled_problems(count, seed, longest)
+    return [" ".join(corpus.words(problem)[1:]) for problem in problems]  # the tokenizer puts <bos> in front
+
+
+def bundled_problems(count: int = 256, seed: int = 0, longest: int = 4) -> list[Problem]:
+    """The problems of ``bundled_prompts``, the shortest first."""
+    corpus, lengths = Babel(), range(longest + 1)
+    shares = [count // len(lengths) + (k < count % len(lengths)) for k in lengths]
+    return [problem for k, share in zip(lengths, shares, strict=True) for problem in corpus.sample(k, share, seed)]
+
+
+def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
+    hugging_face.eval()
+    shared = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
+    twin = copy.deepcopy(hugging_face, memo=dict(shared))
+    architecture = type(hugging_face).__name__
+    with _quiet():
+        twin.set_attn_implementation("eager")  # hooks on scores and patterns need it
+        if tokenizer is not None:
+            tokenizer.init_kwargs.setdefault("name_or_path", name)
+        try:
+            with stream_width.bridged():
+                bridge = build_bridge_from_module(
+                    twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
+                )
+        except ValueError as error:
+            raise ModelError(
+                f"TransformerLens has no adapter for {architecture} ({name}): {_first_line(error)}"
+            ) from error
+    _plain_twins[bridge] = hugging_face
+    return stream_width.told(bridge).eval()
+
+
+def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    folder = Path(place)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json; give a folder that save_pretrained has written")
+        if not list(folder.glob("*.safetensors")):
+            raise ModelError(f"{name} has no weights: no *.safetensors file (pickled .bin weights are not opened)")
+    elif folder.is_file():
+        raise ModelError(f"{name} is a file; give the folder that holds config.json and *.safetensors")
+    elif place.startswith(("/", ".", "~")) or place.count("/") > 1:
+        raise ModelError(f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}")
+    try:
+        config = AutoConfig.from_pretrained(place)
+        _refuse_encoder_decoder(config, name)
+        opener = AutoModelForCausalLM
+        if (folder / "surgery.json").is_file():
+            from surgery.rebuild import layout  # which opens its models here
+
+            opener = layout.opener(folder, config)
+        loaded, report = opener.from_pretrained(
+            place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # the hub, the file system, the parser and the model class all raise their own kinds
+        raise ModelError(_explain(place, name, error)) from error
+    lost = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if lost:
+        raise ModelError(f"{name}: {len(lost)} weights are missing or of the wrong shape, the first is {lost[0]}")
+    if getattr(config, "attn_logit_softcapping", None):
+        loaded.set_attn_implementation(
+            "eager"
+        )  # torch's fast attention cannot soft-cap; older transformers try it all the same
+    if dtype == torch.float64 and getattr(config, "num_experts", None):
+        loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
+    return loaded
+
+
+def _explain(place: str, name: str, error: Exception) -> str:
+    if Path(place).is_dir():
+        return f"cannot open the model in {name}: {_first_line(error)}"
+    return (
+        f"no model {name!r}: there is no such folder here, and the Hugging Face hub did not give one "
+        f"({_first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this "
+        f"machine can reach, or {REFERENCE!r} for the bundled model"
+    )
+
+
+def _tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:
+        warnings.warn(f"{name} has no usable tokenizer ({_first_line(error)}): pass token ids", stacklevel=3)
+        return None
+
+
+def _refuse_encoder_decoder(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model; surgery opens decoder-only language models (one residual stream)"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither transformers' progress bars nor its advice belong into a study's output."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,468 @@
+"""A TransformerLens model opened up as ``embed -> layers -> readout``.
+
+    stack = surgery.Stack(surgery.load("babel"))
+    tokens = stack.tokens(["p3 pf1 pf4 >other", "o1 >plain"])
+    logits = stack.run(tokens, ":4 4:8 4:8 8:")      # the middle twice
+
+The model's own code embeds, prepares each layer's call (masks, rotary tables, positions; recorded once per batch),
+computes each layer and reads the last stream out; the Stack only decides the order. It owns no weights and changes
+nothing in the model. While hooks are attached to the model its own (bridge) blocks run, so that they fire, once per
+pass; otherwise the plain twin that ``surgery.load`` keeps runs, with its fast attention. On opening it proves itself:
+the identity wiring must give the model's own logits, or it refuses.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens import TransformerBridge
+
+from surgery.models import stream_width
+from surgery.models.engine import Engine, FrozenNorm, Given, Recording, Stream, replaced_forward
+from surgery.models.loading import ModelError, plain
+from surgery.models.opening import bridge_engine, plain_engine
+from surgery.models.tokens import Tokens, encode
+from surgery.wiring.steps import executions
+from surgery.wiring.value import Layer, Parallel, Scaled, Step, Wiring
+
+Logits = Float[Tensor, "batch pos d_vocab"]
+Tap = Callable[[Layer, Stream, Stream], "Tensor | None"]
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Context:
+    """One batch, embedded: the stream that enters layer 0 and what every layer is called with."""
+
+    tokens: Tokens
+    engine: Engine
+    recording: Recording
+
+    @property
+    def x0(self) -> Stream:
+        return self.recording.x0
+
+
+class Stack:
+    """A ``TransformerBridge`` (from ``surgery.load`` or your own) as ``embed -> layers -> readout``.
+
+    Attributes: ``model``, ``n_layers``, ``d_model``, ``d_vocab``, ``n_ctx``, ``device``, ``dtype``, ``name``.
+
+    Raises:
+        ModelError: the model is not a decoder-only transformer with attention in every layer, has weights that are not
+            finite, or its identity wiring does not give its own logits.
+
+    Cost of opening: 4 F on two short random prompts.
+    """
+
+    def __init__(self, model: TransformerBridge) -> None:
+        if not isinstance(model, TransformerBridge):
+            raise TypeError(
+                f"Stack opens a TransformerBridge, not a {type(model).__name__}: try Stack(surgery.load(...))"
+            )
+        self.model = model
+        self.name: str = str(model.cfg.model_name)
+        self._bridge = bridge_engine(model, self.name)
+        twin = plain(model)
+        self._plain = None if twin is None else plain_engine(twin, model)
+        self.n_layers = len(self._bridge.layers)
+        self.d_model, self.d_vocab, self.n_ctx = (
+            int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
+        )
+        self._streams = [stream_width.streams(block.original_component, self.d_model) for block in model.blocks]
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.tolerance = TOLERANCES[self.dtype]
+        points = {id(point): point for point in model.hook_dict.values()}.values()
+        self._silent_points = [point for point in points if not point.fwd_hooks and not point.bwd_hooks]
+        self._resident = [(p, len(p.fwd_hooks), len(p.bwd_hooks)) for p in points if p.fwd_hooks or p.bwd_hooks]
+        self._prove()
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def tokens(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: str = "right",
+    ) -> Tokens:
+        """Token ids of ``texts``, padded, on the model's device; see ``surgery.models.tokens.encode``."""
+        if self.model.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer: pass token ids [batch, pos] instead of texts")
+        return encode(self.model.tokenizer, texts, self.n_ctx, max_length, prepend_bos, padding_side).to(self.device)
+
+    def run(
+        self,
+        tokens: "Tokens | Tensor | Context",
+        wiring: "Wiring | str" = ":",
+        tap: Tap | None = None,
+        positions: "slice | Sequence[int] | Bool[Tensor, 'batch pos'] | None" = None,
+        *,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "chosen d_vocab"]:
+        """Logits of a batch under a wiring.
+
+        ``tap(layer, before, after)`` is called after every pass; what it returns, if not None, replaces ``after``.
+        With ``positions`` (a slice or indices along pos, or a mask [batch, pos] that gives [chosen, d_vocab]) only
+        those are read out. Cost: ``wiring.depth / n_layers`` F.
+        """
+        wiring, engine = self.wiring(wiring), self._engine()
+        with torch.set_grad_enabled(grad):
+            if engine is self._plain and (positions is not None or isinstance(tokens, Context)):
+                context = self.context(tokens)
+                stream = self.execute(wiring, context.x0, context, tap, grad=grad)
+                return self.readout(_choose(stream, positions), grad=grad)
+
+            def finish(recording: Recording) -> Stream:
+                return self._chain(engine, recording, wiring.steps, recording.x0, tap)
+
+            batch = tokens.tokens if isinstance(tokens, Context) else Tokens.of(tokens)
+            return _choose(engine.forward(finish, **self._inputs(batch)), positions)
+
+    def context(self, tokens: "Tokens | Tensor | Context") -> Context:
+        """Embed a batch once, to run many things on it. Cost: the embedding."""
+        if isinstance(tokens, Context):
+            return tokens
+        batch, engine = Tokens.of(tokens), self._engine()
+        with torch.no_grad():
+            return Context(batch, engine, engine.record(**self._inputs(batch)))
+
+    def execute(
+        self, wiring: "Wiring | str", x: Stream, context: Context, tap: Tap | None = None, *, grad: bool = False
+    ) -> Given:
+        """The stream that leaves a wiring which ``x`` enters, anywhere in the stack: ``execute("4:8", x_4,
+        context)``."""
+        context = self._current(context)
+        with torch.set_grad_enabled(grad):
+            return self._chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
+
+    def update(self, layer: int, x: Stream, context: Context | None = None, *, grad: bool = False) -> Stream:
+        """``f_l(x)``, what one layer adds to a stream. Without a context: as for unpadded prompts of that shape."""
+        if not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(f"layer {layer}: {self.name} has layers 0 to {self.n_layers - 1}")
+        if (taken := self._streams[layer][0]) != (given := self._streams[layer][2]):
+            raise ValueError(
+                f"layer {layer} of {self.name} takes a stream of {taken} and gives one of {given}: it has no update; "
+                "execute it, or the whole run of layers between two borders"
+            )
+        if context is None:
+            context = self.context(torch.zeros(x.shape[:2], dtype=torch.long, device=self.device))
+        context = self._current(context)
+        with torch.set_grad_enabled(grad):
+            return context.engine.layer(layer, x, context.recording.calls[layer]) - x
+
+    def stream(self, tokens: "Tokens | Tensor | Context") -> Float[Tensor, "layer_plus_1 batch pos d_model"]:
+        """``x_0 .. x_L`` of the clean run: what enters layer 0, ..., what leaves the last. Cost: 1 F without the
+        head."""
+        context = self._current(self.context(tokens))
+        if inside := [layer for layer, (_, _, given) in enumerate(self._streams) if given != self.d_model]:
+            raise ValueError(
+                f"layers {inside[0]} to {inside[-1]} of {self.name} give a stream of another width than "
+                f"{self.d_model}: listen to them with stack.run(tokens, tap=...), or measure the model it was made of"
+            )
+        streams = [context.x0]
+        with torch.no_grad():
+            for layer, call in enumerate(context.recording.calls):
+                streams.append(context.engine.layer(layer, streams[-1], call))
+        return torch.stack(streams)
+
+    def readout(self, x: Float[Tensor, "... d_model"], *, grad: bool = False) -> Float[Tensor, "... d_vocab"]:
+        """Logits of any stream: final norm, unembedding, and soft-capping or scaling where the model has them.
+
+        It is the model's own head: a one-token run in which every vector of ``x``, as a batch, leaves the last layer.
+        """
+        engine = self._plain or self._bridge
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        vectors = x.reshape(-1, 1, x.shape[-1])
+        with torch.set_grad_enabled(grad):
+            logits = engine.forward(lambda _: vectors, **self._inputs(Tokens.of(ids)))
+        return logits.reshape(*x.shape[:-1], -1)
+
+    @contextmanager
+    def frozen(self, context: Context, scales: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Within the context every norm that reads the stream keeps the denominators it had in the clean run of this
+        batch.
+
+        Post-norms on a sublayer's output and norms inside attention stay live: they cannot pass one layer's size on to
+        another. Streams given inside must have the batch's shape. Cost of entering: 1 F, or none if ``scales`` (from
+        ``norm_scales``) are given.
+
+        Raises:
+            ValueError: the model has a norm whose denominator cannot be found; the message names it.
+        """
+        context = self._current(context)
+        scales = self.norm_scales(context) if scales is None else scales
+        with ExitStack() as freezing:
+            for name, norm in self._norms(context.engine).items():
+                freezing.enter_context(replaced_forward(norm.module, _with_scale(norm, scales[name])))
+            yield
+
+    def norm_scales(self, tokens: "Tokens | Tensor | Context") -> dict[str, Float[Tensor, "batch pos 1"]]:
+        """Denominators of the norms that read the stream in a clean run, by TransformerLens hook name. Cost: 1 F."""
+        context = self._current(self.context(tokens))
+        scales: dict[str, Tensor] = {}
+        with ExitStack() as listening:
+            for name, norm in self._norms(context.engine).items():
+
+                def note(_: Any, args: tuple, norm: FrozenNorm = norm, name: str = name) -> None:
+                    scales[name] = norm.scale(args[0])
+
+                listening.callback(norm.module.register_forward_pre_hook(note).remove)
+            self.execute(":", context.x0, context)
+        return scales
+
+    def wiring(self, wiring: "Wiring | str", width: int | None = None) -> Wiring:
+        """A wiring of this model, from its notation; refuses one made for another number of layers or without its
+        parts, and one whose layers do not take the stream of those before (the first: of ``width``, d_model if not
+        given)."""
+        wiring = Wiring.parse(wiring, self.n_layers) if isinstance(wiring, str) else wiring
+        if wiring.n_layers != self.n_layers:
+            raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
+        parts = {layer.part for layer in executions(wiring.steps) if layer.part is not None}
+        if parts and not parts <= self._exact_sublayers:
+            raise ValueError(
+                f"{str(wiring)!r} runs sublayers, but the layers of {self.name} "
+                + (
+                    f"have only {', '.join(self._exact_sublayers)}"
+                    if self._exact_sublayers
+                    else "cannot be split exactly"
+                )
+            )
+        if self._resized:
+            self._width(wiring.steps, self.d_model if width is None else width)
+        return wiring
+
+    def _width(self, steps: tuple[Step, ...], width: int) -> int:
+        """Of the stream that leaves these steps."""
+        for step in steps:
+            match step:
+                case Layer(index):
+                    taken, _, given = self._streams[index]
+                    if taken != width:
+                        raise ValueError(
+                            f"layer {index} of {self.name} takes a stream of {taken}, not one of {width}: layers with "
+                            "a stream of their own run as a whole, from the first that maps into it to the last"
+                        )
+                    width = given
+                case Parallel(branches):
+                    if any(self._width(branch, width) != width for branch in branches):
+                        raise ValueError("branches beside each other must give the width of stream that they take")
+                case Scaled(_, body) if self._width(body, width) != width:
+                    raise ValueError("what is scaled must give the width of stream that it takes")
+        return width
+
+    # --- proving -----------------------------------------------------------------------------------------------------
+
+    def checks(self) -> pd.DataFrame:
+        """The exactness checks of this model, a row each: check, compared_with, largest_difference, tolerance, passed.
+
+        Differences are relative to the largest value compared. Cost: about 12 F on two short random prompts.
+        """
+        tokens = self._probe()
+        context, own = self.context(tokens), self._own_logits(tokens)
+        rows = [("identity wiring", "the model's own logits", _difference(self.run(tokens), own))]
+        if self._plain is not None:
+            both = (engine.observe(**self._inputs(tokens))[0] for engine in (self._plain, self._bridge))
+            difference = max(_difference(*pair) for pair in zip(*both, strict=True))
+            rows.append(("stream of the plain twin", "the bridge's blocks", difference))
+        last = torch.zeros_like(tokens.mask)
+        last[:, -1] = True
+        rows.append(
+            (
+                "readout at chosen positions",
+                "all logits",
+                _difference(self.run(tokens, ":", positions=last), own[:, -1]),
+            )
+        )
+        for side in ("left", "right"):
+            padded = tokens.pad(3, side)
+            rows.append(
+                (
+                    f"prompts padded on the {side}",
+                    "unpadded",
+                    _difference(self.run(padded)[padded.mask], own.flatten(0, 1)),
+                )
+            )
+        if self._resized:
+            return self._judged(rows)  # sublayers and streams of several widths cannot be compared
+        streams = self.stream(tokens)
+        sublayers = f"attention {'beside' if self.parallel_sublayers else 'then'} MLP, every layer"
+        rows.append((sublayers, "whole layers", self._sublayer_difference(context, streams)))
+        with self.frozen(context):
+            rows.append(("norms frozen at their own scales", "live norms", _difference(self.stream(context), streams)))
+        return self._judged(rows)
+
+    def _judged(self, rows: list[tuple[str, str, float]]) -> pd.DataFrame:
+        frame = pd.DataFrame(rows, columns=["check", "compared_with", "largest_difference"])
+        frame["tolerance"] = self.tolerance
+        frame["passed"] = frame["largest_difference"] <= self.tolerance
+        return frame
+
+    @cached_property
+    def parallel_sublayers(self) -> bool:
+        """Whether attention and MLP of a layer read the same stream (GPT-J, GPT-NeoX), found by running both ways."""
+        tokens = self._probe()
+        context, streams = self.context(tokens), self.stream(tokens)
+        x, engine, call = streams[0], context.engine, context.recording.calls[0]
+        with torch.no_grad():
+            attn = engine.sublayer(0, "attn", x, call)
+            together = attn + engine.sublayer(0, "mlp", x, call) - x
+            after = engine.sublayer(0, "mlp", attn, call)
+        return _difference(together, streams[1]) < _difference(after, streams[1])
+
+    def _sublayer_difference(self, context: Context, streams: Tensor) -> float:
+        """How far attention and MLP, run one by one, are from whole layers."""
+        engine, worst = context.engine, 0.0
+        for layer, call in enumerate(context.recording.calls):
+            x = streams[layer]
+            with torch.no_grad():
+                composed = engine.sublayer(layer, "attn", x, call)
+                if engine.parts[layer].mlp is not None:
+                    from_stream = x if self.parallel_sublayers else composed
+                    composed = composed + (engine.sublayer(layer, "mlp", from_stream, call) - from_stream)
+            worst = max(worst, _difference(composed, streams[layer + 1]))
+        return worst
+
+    def _prove(self) -> None:
+        tokens = self._probe()
+        streams, own = self._bridge.observe(**self._inputs(tokens))
+        if not torch.isfinite(own).all():
+            raise ModelError(self._not_finite())
+        model_logits = self._own_logits(tokens)
+        twin, self._plain = self._plain, None
+        self._require("identity wiring through the bridge's blocks", self.run(tokens), model_logits)
+        if twin is not None:
+            twin_streams, twin_logits = twin.observe(**self._inputs(tokens))
+            agree = max(_difference(twin_logits, own), _difference(twin_streams[-1], streams[-1])) <= self.tolerance
+            if (
+                agree
+            ):  # else the bridge was edited or processed since it was loaded: measure the bridge, it is the user's
+                self._plain = twin
+                self._require("identity wiring through the plain twin", self.run(tokens), model_logits)
+
+    def _require(self, check: str, found: Tensor, expected: Tensor) -> None:
+        difference = _difference(found, expected)
+        if not difference <= self.tolerance:
+            raise ModelError(
+                f"{self.name} cannot be opened exactly: {check} differs from the model's own logits by "
+                f"{difference:.1e} of their size, allowed is {self.tolerance:.0e}"
+            )
+
+    def _own_logits(self, tokens: Tokens) -> Tensor:
+        with torch.no_grad():
+            return self.model(tokens.ids, return_type="logits", use_cache=False)
+
+    def _probe(self) -> Tokens:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.d_vocab, (2, min(8, self.n_ctx - 3)), generator=generator)
+        return Tokens.of(ids.to(self.device))
+
+    def _not_finite(self) -> str:
+        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            first, others = broken[0].replace("._original_component", ""), len(broken) - 1
+            more = f" and {others} more" if others else ""
+            return f"{self.name} has weights that are not finite (NaN or infinity): {first}{more}"
+        return f"{self.name} gives logits that are not finite on random tokens though all its weights are"
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        return self._bridge if self._plain is None or self._hooks_listen() else self._plain
+
+    def _current(self, context: Context) -> Context:
+        """The same batch as the engine that runs now needs it (hooks may have come or gone since it was recorded)."""
+        return context if context.engine is self._engine() else self.context(context.tokens)
+
+    def _hooks_listen(self) -> bool:
+        """Whether hooks were attached since the Stack was opened (some adapters keep hooks of their own)."""
+        for point in self._silent_points:  # a plain loop: this runs before everything, over hundreds of points
+            if point.fwd_hooks or point.bwd_hooks:
+                return True
+        return any(len(point.fwd_hooks) > fwd or len(point.bwd_hooks) > bwd for point, fwd, bwd in self._resident)
+
+    def _inputs(self, tokens: Tokens) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
+        if tokens.padded_left:
+            inputs |= {"attention_mask": tokens.mask.long(), "position_ids": tokens.positions}
+        return inputs
+
+    def _norms(self, engine: Engine) -> dict[str, FrozenNorm]:
+        def probe(layer: int) -> Tensor:
+            width, generator = self._streams[layer][1], torch.Generator().manual_seed(0)
+            return torch.randn(4, width, generator=generator).to(self.device, self.dtype)
+
+        with torch.no_grad():
+            return {
+                f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, probe(layer))
+                for layer, parts in enumerate(engine.parts)
+                for name, module in parts.norms.items()
+            }
+
+    def _chain(
+        self, engine: Engine, recording: Recording, steps: tuple[Step, ...], x: Stream, tap: Tap | None
+    ) -> Given:
+        for step in steps:
+            match step:
+                case Layer(index, part):
+                    before, call = x, recording.calls[index]
+                    x = engine.layer(index, x, call) if part is None else engine.sublayer(index, part, x, call)
+                    replacement = tap(step, before, x) if tap is not None else None
+                    x = x if replacement is None else replacement
+                case Parallel(branches, mean):
+                    outputs = [self._chain(engine, recording, branch, x, tap) for branch in branches]
+                    x = (
+                        sum(outputs[1:], outputs[0]) / len(outputs)
+                        if mean
+                        else x + sum(output - x for output in outputs)
+                    )
+                case Scaled(factor, body):
+                    x = x + factor * (self._chain(engine, recording, body, x, tap) - x)
+        return x
+
+    @cached_property
+    def _resized(self) -> bool:
+        """Whether some layers have a stream of a width of their own (``surgery.models.stream_width``)."""
+        return any(set(streams) != {self.d_model} for streams in self._streams)
+
+    @cached_property
+    def _exact_sublayers(self) -> frozenset[str]:
+        """The sublayers that can run on their own: together they give the whole layer again."""
+        tokens = self._probe()
+        context = self.context(tokens)
+        if self._resized or self._sublayer_difference(context, self.stream(context)) > self.tolerance:
+            return frozenset()
+        return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
+
+
+def _with_scale(norm: FrozenNorm, scale: Tensor) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.shape[:-1] != scale.shape[:-1]:
+            raise ValueError(
+                f"frozen norms belong to a batch of shape {list(scale.shape[:-1])}, the stream has {list(x.shape[:-1])}"
+            )
+        return norm.with_scale(x, scale)
+
+    return forward
+
+
+def _choose(x: Stream, positions: Any) -> Tensor:
+    if positions is None:
+        return x
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        return x[positions]
+    return x[:, positions]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value expected."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())

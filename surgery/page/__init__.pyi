@@ -1,0 +1,11 @@
+from . import drawing as drawing
+from . import parts as parts
+from . import phrases as phrases
+from .parts import PAGE as PAGE
+from .parts import Cell as Cell
+from .parts import Picture as Picture
+from .parts import Section as Section
+from .parts import Table as Table
+from .parts import cell as cell
+from .parts import tabled as tabled
+from .parts import write_page as write_page

@@ -1,0 +1,460 @@
+"""A model of kept, fresh and mixed layers: another depth, and layers with an MLP, heads and a stream of their own size.
+
+    rows = layout.middle(12, 4, 9, depth=3, d_mlp=1024)       # layers 0..3 and 9..11 kept, three wide new ones between
+    grafted = layout.build(surgery.load("babel"), rows)       # a TransformerBridge like any other, the middle untrained
+    layout.save(grafted, "babel-grafted")                     # surgery.load("babel-grafted") opens it
+
+Fresh weights are drawn as the model's own class draws them (its ``_init_weights``, for the new depth), so no
+initialisation is ours. Embedding, final norm and readout are the base's. All weights are copies: the base does not
+change and shares no memory with what is built. A layer is of the kind (attention type, experts) of the base's layer
+that its row names.
+
+A run of layers can have a stream of its own width, which its first and last map from and to the model's
+(``surgery.models.stream_width``).
+
+A configuration of Hugging Face knows one MLP width and one number of heads. Where layers differ, the model in memory
+is one of its class all the same, and ``save`` puts ``surgery.json`` beside the weights, which ``surgery.load`` reads;
+elsewhere the folder does not open, as its weights do not have the shapes that ``config.json`` says.
+
+Control to compare with: ``build(model, middle(n, start, stop, old=1.0))``, the model again.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources.native.init import initialize_native_model
+from transformer_lens.model_bridge.sources.native.model import NativeModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import surgery
+from surgery.models import layer_sizes, stream_width
+from surgery.models.layer_sizes import Size
+from surgery.models.loading import ModelError, _first_line, _quiet, _wrap, plain
+from surgery.models.stack import Stack
+from surgery.rebuild import checkpoint
+from surgery.rebuild.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
+
+FORMAT = 1
+_MARK = "own_size"  # a layer with sizes of its own carries them in this attribute, through copies and tapes
+Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or made of the fresh one in its place
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a new model.
+
+    Attributes:
+        like: the base model's layer whose kind and, where kept, weights it has.
+        old: share of the old weights; 1 kept, 0 fresh, between ``old * w_old + (1 - old) * w_fresh``.
+        d_mlp: MLP width (of an expert, where there are experts); None: that of ``like``.
+        n_heads: attention heads, with as many queries to a key and as wide as in ``like``; None: those of ``like``.
+        d_model: width of the stream inside the run of layers that have it; None: that of ``like``.
+
+    Raises:
+        ValueError: a share outside 0..1, or a width or number of heads below 1.
+    """
+
+    like: int
+    old: float = 1.0
+    d_mlp: int | None = None
+    n_heads: int | None = None
+    d_model: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.old <= 1:
+            raise ValueError(f"old = {self.old}: it is the share of the old weights, from 0 (fresh) to 1 (kept)")
+        for name in ("d_mlp", "n_heads", "d_model"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} = {size}: give 1 or more, or None for that of layer {self.like}")
+
+
+def middle(
+    n_layers: int,
+    start: int,
+    stop: int,
+    depth: int | None = None,
+    *,
+    old: float = 0.0,
+    d_mlp: int | None = None,
+    n_heads: int | None = None,
+    d_model: int | None = None,
+) -> tuple[Row, ...]:
+    """Layers [0, start) and [stop, n_layers) kept, with ``depth`` new ones between (None: as many as there were).
+
+    A new layer is like the old one nearest to its place. ``depth`` 0 joins the ends.
+
+    Raises:
+        ValueError: an empty span, the whole model, or a depth below 0.
+
+    >>> [row.like for row in middle(6, 1, 5, depth=2)], middle(6, 1, 5, depth=2)[1]
+    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None))
+    """
+    if not (0 <= start < stop <= n_layers and stop - start < n_layers):
+        raise ValueError(
+            f"layers [{start}, {stop}) are no middle of {n_layers} layers: give 0 <= start < stop <= {n_layers}, with "
+            "at least one layer kept"
+        )
+    span = stop - start
+    depth = span if depth is None else depth
+    if depth < 0:
+        raise ValueError(f"depth = {depth}: give the number of new layers, 0 or more")
+    new = [Row(start + (2 * i + 1) * span // (2 * depth), old, d_mlp, n_heads, d_model) for i in range(depth)]
+    return *map(Row, range(start)), *new, *map(Row, range(stop, n_layers))
+
+
+def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> TransformerBridge:
+    """The model whose layers are ``rows``, on weights of its own.
+
+    Building from what was built composes: rows then count its layers, whose sizes carry over. The result proves itself:
+    where nothing is fresh it must give the logits of the base's layers run in that order, and always its bridge and its
+    plain twin must agree. Cost: about 20 F on two short random prompts; drawing a whole fresh model for each size.
+
+    Raises:
+        ValueError: no rows, a layer that the model does not have, or old weights in another size.
+        ModelError: this architecture's layers cannot have such sizes, or its bridge was edited where the Hugging Face
+            model does not see it.
+
+    >>> model = surgery.load("babel")
+    >>> deeper = build(model, middle(12, 4, 9, depth=7))
+    >>> deeper.cfg.n_layers, bool((deeper.blocks[0].mlp.out.weight == model.blocks[0].mlp.out.weight).all())
+    (14, True)
+    """
+    stack, source, rows = Stack(model), _source(model), tuple(rows)
+    seen = source(_probe(stack))
+    if getattr(model, "_weights_processed", False) or not _agree(
+        getattr(seen, "logits", seen), model(_probe(stack)), stack
+    ):
+        raise ModelError(
+            f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
+            "plain(model) instead, then build"
+        )
+    layers = _layers(model)
+    own = _own(model, source)
+    for row, size in zip(rows, _sizes_of(model, own, rows)):
+        if row.old > 0 and size[:3] == own[row.like][:3] and size != own[row.like]:
+            raise ValueError(
+                f"{row}: layer {row.like} would be the first or the last of a run with a stream of {size.d_model}, "
+                "whose maps other layers carry: keep the ends of the run, or leave all of it out"
+            )
+        if row.old > 0 and size != own[row.like]:
+            raise ValueError(f"{row}: old weights have the old size; with sizes of its own a layer is fresh, old=0.0")
+    weights = {
+        f"{layers}.{place}.{name}": (row.old, tensor)
+        for place, row in enumerate(rows)
+        if row.old > 0
+        for name, tensor in _tensors(source.get_submodule(f"{layers}.{row.like}"))
+    }
+    built = _built(model, source, rows, seed, weights)
+    if all(row.old == 1 for row in rows):
+        order = " ".join(str(row.like) for row in rows)
+        if not _agree(built(_probe(stack)), stack.run(_probe(stack), order), stack):
+            raise ModelError(f"{stack.name}: layers {order} built anew do not give the logits of these layers")
+    return built
+
+
+def shaped(
+    model: TransformerBridge, rows: Sequence[Row], seed: int = 0, weights: Mapping[str, Weight] | None = None
+) -> TransformerBridge:
+    """The structure of ``rows`` (whatever their ``old``), every layer fresh, with ``weights`` put into it.
+
+    ``weights`` go by the names of ``plain(shaped(...)).named_parameters()``, each a tensor or a function of the fresh
+    one; what they leave out of a layer is fresh, what they leave out elsewhere is the base's. Raises as ``build`` does,
+    save that old weights may have any size.
+    """
+    put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
+    return _built(model, _source(model), rows, seed, put)
+
+
+def sizes(model: TransformerBridge) -> list[Size]:
+    """What sizes of its own every layer has."""
+    return _own(model, _source(model))
+
+
+def save(
+    model: TransformerBridge, folder: str | Path, *, max_shard_size: int | str = "5GB", check: bool = True
+) -> Path:
+    """Write a built model as a folder that ``surgery.load`` opens: a plain checkpoint where a configuration can say it.
+
+    Where layers have sizes of their own ``surgery.json`` lies beside the weights, and only ``surgery.load`` opens the
+    folder. It appears whole or not at all. With ``check`` it is opened again before that, which takes the memory of a
+    second model, and must give the same logits.
+
+    Raises:
+        ValueError: TransformerLens' own model, or a bridge edited where the Hugging Face model does not see it.
+        ModelError: the folder does not open with the same logits.
+        OSError: the folder is not empty, or cannot be written.
+    """
+    hugging_face, stack, own = plain(model), Stack(model), sizes(model)
+    if hugging_face is None:
+        raise ValueError(f"{stack.name} is TransformerLens' own model, which has no Hugging Face form to save")
+    logits = hugging_face(_probe(stack)).logits.detach()
+    if not _agree(logits, model(_probe(stack)), stack):
+        raise ValueError(
+            f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
+            "plain(model) instead, then save"
+        )
+
+    def same(opened: PreTrainedModel) -> None:
+        if not _agree(opened(_probe(stack)).logits, logits, stack):
+            raise ModelError(f"{stack.name}: the folder does not open with the same logits")
+
+    texts = {"README.md": checkpoint.layered_card(stack.name, own)}
+    if any(size != layer_sizes.CONFIGURED for size in own):
+        rows = [size._asdict() for size in own]
+        texts["surgery.json"] = json.dumps(
+            {"format": FORMAT, "open_with": "surgery.load(folder)", "surgery": surgery.__version__, "rows": rows},
+            indent=1,
+        )
+    folder = Path(folder).expanduser().resolve()
+    return checkpoint.write(
+        hugging_face, _layers(model), model.tokenizer, texts, folder, max_shard_size, same if check else None
+    )
+
+
+def opener(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class whose ``from_pretrained`` opens a folder with ``surgery.json``."""
+    try:
+        said = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
+        found, rows = said["format"], [Size(**row) for row in said["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/surgery.json does not say the sizes of the layers: save the model again") from error
+    if found != FORMAT:
+        raise ModelError(f"{folder}/surgery.json has format {found!r}, this surgery reads {FORMAT}: update it")
+    if len(rows) != config.get_text_config().num_hidden_layers or not all(
+        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row[:3]
+    ):
+        raise ModelError(
+            f"{folder}/surgery.json must give every one of the {config.get_text_config().num_hidden_layers} layers of "
+            "config.json a d_mlp, n_heads and d_model, each null or 1 and more: save the model again"
+        )
+    return _class_of(AutoModelForCausalLM._model_mapping[type(config)], rows)
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _built(
+    model: TransformerBridge,
+    source: nn.Module,
+    rows: Sequence[Row],
+    seed: int,
+    weights: Mapping[str, tuple[float, Weight]],
+) -> TransformerBridge:
+    """Fresh layers, the rest the base's; then ``share * tensor + (1 - share) * fresh`` for each name in ``weights``."""
+    old, name = _own(model, source), str(model.cfg.model_name)
+    own = _sizes_of(model, old, rows)
+    weight = next(source.parameters())
+    config = copy.deepcopy(_config(model))
+    if model.adapter.cfg.architecture == "TransformerLensNative":
+        config.n_layers = len(rows)
+    else:
+        rewrite(config.get_text_config(), [row.like for row in rows], len(old))
+    if len(set(own)) == 1 and own[0].d_model is None:  # then the configuration can say it
+        config, own = layer_sizes.resized(config, own[0]), [layer_sizes.CONFIGURED] * len(rows)
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        try:
+            if isinstance(config, PreTrainedConfig):
+                module = _class_of(type(source), own)._from_config(config, dtype=weight.dtype).eval().to(weight.device)
+            else:
+                module = _native(config, own).eval().to(weight.device, weight.dtype)
+            _fill(module, source, f"{_layers(model)}.", weights)
+            if isinstance(config, PreTrainedConfig):
+                module.generation_config = copy.deepcopy(getattr(source, "generation_config", None))
+                built = _wrap(module, model.tokenizer, f"{name} ({_said(rows)})")
+            else:
+                built = build_bridge_from_module(
+                    module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
+                )
+                built = stream_width.told(built).eval()
+            probe, twin = _probe(stack := Stack(built)), plain(built)
+            if twin is not None and not _agree(twin(probe).logits, built(probe), stack):
+                raise ModelError(f"{name} built anew: its bridge and its Hugging Face model give other logits")
+        except ModelError:
+            raise
+        except Exception as error:  # a shape that some line of the model's own code does not expect
+            asked = dict.fromkeys(layer_sizes.said(size) for size in own if layer_sizes.said(size))
+            raise ModelError(
+                f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
+                f"{_first_line(error)}; leave such sizes out"
+            ) from error
+    return built
+
+
+def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrainedModel]:
+    """``base`` as a class whose new models have layers of these sizes; the models themselves are of ``base``."""
+
+    class Shaped(base):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            others = {
+                size: base(layer_sizes.resized(config, size))
+                for size in dict.fromkeys(own)
+                if size != layer_sizes.CONFIGURED
+            }
+            _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own, config)
+            for layer in _row(self, len(own)):
+                for module in layer.modules():
+                    if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                        module.config = config.get_text_config()
+            self.__class__ = base
+
+    Shaped.__module__, Shaped.__name__ = base.__module__, base.__name__
+    return Shaped
+
+
+def _native(config: Any, own: Sequence[Size]) -> nn.Module:
+    def fresh(size: Size) -> NativeModel:
+        model = NativeModel(layer_sizes.resized(config, size))
+        initialize_native_model(model, model.cfg, seed=int(torch.randint(2**31, ())))
+        return model
+
+    whole = fresh(layer_sizes.CONFIGURED)
+    others = {size: fresh(size).layers for size in dict.fromkeys(own) if size != layer_sizes.CONFIGURED}
+    _place(whole.layers, others, own, config)
+    return whole
+
+
+def _row(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The list of the model's layers: the outermost that has one module for each."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+
+
+def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size], config: Any) -> None:
+    for place, size in enumerate(own):
+        if size != layer_sizes.CONFIGURED:
+            old, new = row[place], others[size][place]
+            if size.d_model is not None and size.n_heads is None and _head_widths(old) != _head_widths(new):
+                stream_width.attention(new, old)
+            _require_size(old, new, size)
+            if size.d_model is not None:
+                d_model = layer_sizes.d_model(config)
+                stream_width.carry(new, old, d_model, size.d_model, enters=size.enters, leaves=size.leaves)
+            row[place] = new
+            setattr(new, _MARK, size)
+
+
+def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
+    """Not every class follows its configuration: some fix the MLP's width, or divide d_model among the heads."""
+    d_mlp, n_heads, d_model, *_ = size
+    if d_mlp and not any(dim in (d_mlp, 2 * d_mlp) for p in new.parameters() for dim in p.shape):
+        raise ModelError(f"{type(new).__name__} has no MLP that can be {d_mlp} wide: leave d_mlp out")
+    if (n_heads or d_model) and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
+        raise ModelError(
+            f"{type(new).__name__} divides d_model among its heads, so that {layer_sizes.said(size)} would make heads of "
+            "another width: leave n_heads out"
+        )
+    if d_model and not any(d_model in p.shape for p in new.parameters()):
+        raise ModelError(f"{type(new).__name__} has no stream that can be {d_model} wide: leave d_model out")
+
+
+def _head_widths(layer: nn.Module) -> set[int]:
+    widths = (getattr(module, key, None) for module in layer.modules() for key in stream_width.HEAD_WIDTHS)
+    return {width for width in widths if isinstance(width, int)}
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[str, tuple[float, Weight]]) -> None:
+    outside = dict(_tensors(source))
+    unknown = weights.keys() - {name for name, _ in _tensors(module)}
+    if unknown:
+        raise ModelError(f"there is no weight {sorted(unknown)[0]} in the new model")
+    for name, tensor in _tensors(module):
+        if name in weights:
+            share, given = weights[name]
+            old = given(tensor) if callable(given) else given
+        elif name.startswith(layers):
+            continue
+        else:
+            share, old = 1.0, outside[name]
+        if old.shape != tensor.shape:
+            raise ModelError(f"{name} is {tuple(old.shape)}, in the new model {tuple(tensor.shape)}")
+        tensor.copy_(old if share == 1 or not old.is_floating_point() else share * old + (1 - share) * tensor)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _own(model: TransformerBridge, source: nn.Module) -> list[Size]:
+    return [getattr(layer, _MARK, layer_sizes.CONFIGURED) for layer in source.get_submodule(_layers(model)).children()]
+
+
+def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]) -> list[Size]:
+    """What every row's size comes to, over the configuration of ``model``."""
+    configured = layer_sizes.configured(_config(model))
+    if not rows:
+        raise ValueError("no rows: give one Row for each layer of the new model, such as layout.middle(n_layers, 4, 9)")
+    for row in rows:
+        if not 0 <= row.like < len(own):
+            raise ValueError(f"{row}: {model.cfg.model_name} has layers 0 to {len(own) - 1}")
+
+    def over(row: Row, name: str) -> int | None:
+        asked, carried = getattr(row, name), getattr(own[row.like], name)
+        size = carried if asked is None else asked
+        return None if size == getattr(configured, name) and name != "d_model" else size  # maps there are nonetheless
+
+    found = [Size(over(row, "d_mlp"), over(row, "n_heads"), over(row, "d_model")) for row in rows]
+    entered, left = ([row.d_model is None and getattr(own[row.like], border) for row in rows]
+                     for border in ("enters", "leaves"))  # what a layer carries it keeps  # fmt: skip
+    for place, size in enumerate(found):
+        before, after = (found[there].d_model if 0 <= there < len(found) else None for there in (place - 1, place + 1))
+        if size.d_model is not None:
+            enters = entered[place] or before != size.d_model or left[place - 1]
+            leaves = left[place] or after != size.d_model or entered[place + 1]
+            found[place] = size._replace(enters=enters, leaves=leaves)
+    return found
+
+
+# --- the model given -------------------------------------------------------------------------------------------------
+
+
+def _source(model: TransformerBridge) -> Any:
+    """The model without its bridge, on the same parameters."""
+    if (twin := plain(model)) is not None:
+        return twin
+    whole = model.original_model
+    return _unwrapped(copy.deepcopy(whole, {id(tensor): tensor for _, tensor in _tensors(whole)}))
+
+
+def _config(model: TransformerBridge) -> Any:
+    native = model.adapter.cfg.architecture == "TransformerLensNative"
+    return model.cfg if native else (plain(model) or model.original_model).config
+
+
+def _layers(model: TransformerBridge) -> str:
+    return str(model.blocks[0].name).rpartition(".")[0]
+
+
+def _agree(found: Tensor, expected: Tensor, stack: Stack) -> bool:
+    return _difference(found, expected) <= _tolerance(stack)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _said(rows: Sequence[Row]) -> str:
+    """Rows in short: kept spans as Python's slices, and how many are new or mixed.
+
+    >>> _said(middle(12, 4, 9, depth=3)), _said(middle(12, 4, 9, old=0.5))
+    ('0:4, 3 new, 9:12', '0:4, 5 of 0.5 old, 9:12')
+    """
+    parts: list[str] = []
+    for (old, _), run in groupby(
+        enumerate(rows), lambda item: (item[1].old, item[1].old == 1 and item[1].like - item[0])
+    ):
+        span = [row.like for _, row in run]
+        parts.append(f"{span[0]}:{span[-1] + 1}" if old == 1 else f"{len(span)} {f'of {old:g} old' if old else 'new'}")
+    return ", ".join(parts)

@@ -1,0 +1,302 @@
+"""Tape together: a wiring made permanent, as a model like any other.
+
+    taped = tape.together(surgery.load("babel"), ":4 4:8 4:8 8:")
+    taped.generate("p3 pf1 pf4 >other", max_new_tokens=8)
+    tape.save(taped, "babel-twice")                       # opens with AutoModelForCausalLM.from_pretrained
+
+Every pass of the wiring becomes a layer with its own index, hooks (``blocks.0`` to ``blocks.n-1`` for n passes) and
+slot in the key-value cache; lists of the configuration that say something about every layer follow. The weights are
+not copied: a layer that runs twice is two layers on the same parameters, which are the parameters of the model that was
+taped, so training one trains the other. The model that was taped is not touched.
+
+A parallel or scaled group is taped as its passes one after another, with the streams between them kept and joined
+(``surgery.rebuild.passes``), and a sublayer as its layer with the other sublayer silent. All of it runs, caches and generates;
+but the layers of a group run only together, and a plain checkpoint cannot express them, which ``save`` says.
+
+Control to compare with: ``together(model, ":")``.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import PreTrainedConfig
+
+from surgery.models.loading import ModelError, load, plain
+from surgery.models.opening import bridge_engine, plain_engine
+from surgery.models.stack import Stack
+from surgery.rebuild import checkpoint
+from surgery.rebuild.passes import composed, install, slots
+from surgery.wiring.value import Wiring
+
+
+@dataclass(frozen=True)
+class _Origin:
+    base: TransformerBridge
+    wiring: Wiring
+
+
+_origins: "weakref.WeakKeyDictionary[TransformerBridge, _Origin]" = weakref.WeakKeyDictionary()
+
+
+def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBridge:
+    """The model that runs as the wiring says, on the weights of ``model``.
+
+    Taping a taped model composes: the wiring then counts the taped model's layers. Cost: about 15 F on two short random
+    prompts, which prove that the taped model's logits are those of ``Stack(model).run(tokens, wiring)``, with and
+    without a key-value cache.
+
+    Raises:
+        WiringError, ValueError: a wiring for another number of layers, of sublayers that this model does not have, or
+            that takes apart a group of a taped model.
+        ModelError: the taped model does not run exactly as the wiring; the message says where it differs.
+
+    >>> model = load("babel")
+    >>> taped = together(model, ":4 4:8 4:8 8:")
+    >>> taped.cfg.n_layers, taped.blocks[8].mlp.out.weight is model.blocks[4].mlp.out.weight
+    (16, True)
+    """
+    if getattr(model, "_weights_processed", False):
+        raise ModelError(
+            f"the weights of {model.cfg.model_name} were processed (enable_compatibility_mode) and are no longer those "
+            "of its architecture: tape the model as it was loaded, then process the taped one"
+        )
+    stack = Stack(model)
+    wiring = Wiring.parse(wiring, stack.n_layers) if isinstance(wiring, str) else wiring
+    origin = _origins.get(model)
+    if origin is None:
+        base, whole = model, stack.wiring(wiring)
+    else:
+        if wiring.n_layers != stack.n_layers:
+            raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {stack.name} has {stack.n_layers}")
+        base, whole, untaped = origin.base, composed(origin.wiring, wiring), stack
+        stack = Stack(base)
+        probe = _probe(stack)
+        _require(untaped.run(probe), stack.run(probe, origin.wiring), stack, "it has been changed since it was taped")
+        whole = stack.wiring(whole)
+    passes = slots(whole)
+    try:
+        taped = _relayered(base, [slot.layer for slot in passes])
+        if not whole.is_serial:
+            _install(taped, passes, stack)
+        _prove(taped, whole, stack)
+    except ModelError:
+        raise
+    except Exception as error:  # a model whose layers depend on their place in ways that no configuration shows
+        raise ModelError(f"{stack.name} cannot be taped together as {whole}: {error}") from error
+    taped.cfg.model_name = f"{stack.name} ({whole})"
+    _origins[taped] = _Origin(base, whole)
+    return taped
+
+
+def wiring_of(taped: TransformerBridge) -> Wiring:
+    """The wiring that ``together`` taped, over the layers of the model that ``base_of`` gives."""
+    return _origin(taped).wiring
+
+
+def base_of(taped: TransformerBridge) -> TransformerBridge:
+    """The model whose weights a taped model runs on."""
+    return _origin(taped).base
+
+
+def save(
+    taped: TransformerBridge, folder: str | Path, *, max_shard_size: int | str = "5GB", check: bool = True
+) -> Path:
+    """Write a taped model as a Hugging Face checkpoint that ``AutoModelForCausalLM.from_pretrained(folder)`` opens.
+
+    A plain checkpoint holds the weights of a layer as often as it runs. Beside it: the tokenizer, if there is one, a
+    model card with the wiring, and the mergekit configuration that builds the same. The folder appears whole or not at
+    all. With ``check`` the checkpoint is opened again before that, which takes the memory of a second model, and must
+    give the same logits.
+
+    Raises:
+        ValueError: a wiring that no plain checkpoint can express (groups, factors, sublayers), a model that is not
+            taped, or whose bridge was edited where the Hugging Face model does not see it.
+        ModelError: the checkpoint does not open with the same logits.
+        OSError: the folder is not empty, or cannot be written.
+    """
+    origin = _origin(taped)
+    name, wiring = str(origin.base.cfg.model_name), origin.wiring
+    if not wiring.is_serial:
+        raise ValueError(
+            f"a plain checkpoint cannot express {wiring}: it holds whole layers that run one after another. Save the "
+            "base model and this wiring, and tape them together again: "
+            f'tape.together(surgery.load({name!r}), "{wiring}")'
+        )
+    hugging_face = plain(taped)
+    if hugging_face is None:
+        raise ValueError(f"{name} is TransformerLens' own model, which has no Hugging Face form to save")
+    stack = Stack(taped)
+    probe = _probe(stack)
+    logits = hugging_face(probe).logits.detach()
+    if not _difference(logits, taped(probe)) <= _tolerance(stack):
+        raise ValueError(
+            f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
+            "plain(model) instead, then tape and save"
+        )
+    return checkpoint.write(
+        hugging_face,
+        taped.blocks[0].name.rpartition(".")[0],
+        taped.tokenizer,
+        {"README.md": checkpoint.card(name, wiring, origin.base), "mergekit.yaml": wiring.to_mergekit(name)},
+        Path(folder).expanduser().resolve(),
+        max_shard_size,
+        (lambda opened: _require(opened(probe).logits, logits, stack, "the checkpoint")) if check else None,
+    )
+
+
+def _origin(taped: TransformerBridge) -> _Origin:
+    if taped not in _origins:
+        raise ValueError("this model is not taped: give what tape.together(model, wiring) returned")
+    return _origins[taped]
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _relayered(base: TransformerBridge, layers: Sequence[int]) -> TransformerBridge:
+    """The base model with another row of layers, on the same parameters."""
+    source = plain(base) or base.original_model
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+    hugging_face: Any = _unwrapped(copy.deepcopy(source, dict(tensors)))
+    path, _, name = base.blocks[0].name.rpartition(".")[0].rpartition(".")
+    parent = hugging_face.get_submodule(path)
+    old = getattr(parent, name)
+    config = getattr(hugging_face, "config", None)
+    shared = tensors if config is None else tensors | {id(part): part for part in (config, config.get_text_config())}
+    setattr(parent, name, type(old)([_layer(old[layer], slot, shared) for slot, layer in enumerate(layers)]))
+    if base.adapter.cfg.architecture == "TransformerLensNative":
+        cfg = copy.deepcopy(base.cfg)
+        cfg.n_layers = len(layers)
+        taped = build_bridge_from_module(hugging_face, "TransformerLensNative", tl_config=cfg).eval()
+    else:
+        rewrite(hugging_face.config.get_text_config(), layers, len(old))
+        taped = load(hugging_face, tokenizer=base.tokenizer)
+    for block, layer in zip(taped.blocks, layers, strict=True):
+        _share(block, base.blocks[layer])
+    return taped
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What a bridge wrapped, in place: a model that has no plain twin is taken out of its bridge's hands."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, GeneralizedComponent) and child.original_component is not None:
+            child = module._modules[name] = child.original_component
+        _unwrapped(child)
+    return module
+
+
+def _layer(layer: nn.Module, slot: int, shared: dict[int, Any]) -> nn.Module:
+    """The structure of a layer again, on the same parameters and configuration, with the slot's index."""
+    again = copy.deepcopy(layer, dict(shared))
+    for module in again.modules():
+        for name in ("layer_idx", "layer_id", "layer_index", "layer_number"):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, slot)
+    return again
+
+
+def _share(block: nn.Module, source: nn.Module) -> None:
+    """Some adapters split joint matrices into parameters of their own: a taped block uses those of its source."""
+    sources = dict(source.named_modules())
+    for name, module in block.named_modules():
+        for key, parameter in module._parameters.items():
+            other = sources[name]._parameters.get(key) if name in sources else None
+            if parameter is not None and other is not None:
+                module._parameters[key] = other
+
+
+# Lists of layers, as indices; every other list of the configuration as long as the model is deep is one entry a layer.
+_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "global_attn_layers", "full_attn_idxs")
+
+
+def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> None:
+    """Let a configuration of ``n_layers`` layers describe a model whose layers are these of them, in place.
+
+    >>> from transformers import GPT2Config
+    >>> config = GPT2Config(n_layer=3)
+    >>> rewrite(config, [0, 1, 1, 2], 3)
+    >>> config.n_layer
+    4
+    """
+    common = vars(PreTrainedConfig())
+    step = getattr(config, "decoder_sparse_step", None)
+    if isinstance(step, int) and step > 1:  # every so many layers a mixture of experts, of the layers that there were
+        dense = {layer for layer in range(n_layers) if (layer + 1) % step} | set(config.mlp_only_layers or ())
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    if isinstance(first := getattr(config, "first_k_dense_replace", None), int):
+        config.first_k_dense_replace = sum(layer < first for layer in layers)
+    for key, value in list(vars(config).items()):
+        if not isinstance(value, list | tuple) or key in common or key.endswith(("token_id", "token_ids")):
+            continue
+        if key in _INDICES:
+            setattr(config, key, [slot for slot, layer in enumerate(layers) if layer in value])
+        elif len(value) == n_layers and key != "attention_types":
+            setattr(config, key, type(value)(value[layer] for layer in layers))
+    if hasattr(config, "attention_types"):  # GPT-Neo's run-length code of attention_layers
+        config.attention_types = [[list(config.attention_layers), 1]]
+    config.num_hidden_layers = len(layers)
+
+
+def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> None:
+    ids = _probe(stack)[:, :2]
+    twin = plain(taped)
+    engines = [bridge_engine(taped, stack.name)] + ([] if twin is None else [plain_engine(twin, taped)])
+    for engine in engines:
+        install(engine.layers, engine.parts, passes, stack.d_model, partial(engine.module, input_ids=ids))
+
+
+# --- proving ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
+    probe = _probe(stack)
+    expected = stack.run(probe, wiring)
+    _require(taped(probe), expected, stack, f"{wiring} taped together")
+    ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
+    twin = plain(stack.model)
+    if twin is not None and not _difference(twin(probe).logits, stack.run(probe)) <= _tolerance(stack):
+        ways.pop()  # a bridge that was edited where its twin does not see it is the truth
+    for name, model in ways:
+        if model is None:
+            continue
+        output = model(probe, use_cache=False)
+        _require(getattr(output, "logits", output), expected, stack, f"{wiring} taped together, in {name},")
+        cache = getattr(model(probe[:, :-2], use_cache=True), "past_key_values", None)
+        if cache is not None:
+            last = model(probe[:, -2:], past_key_values=cache, use_cache=True).logits
+            _require(last, expected[:, -2:], stack, f"{wiring} taped together, in {name} with a key-value cache,")
+
+
+def _require(found: Tensor, expected: Tensor, stack: Stack, what: str) -> None:
+    difference = _difference(found, expected)
+    if not difference <= _tolerance(stack):
+        raise ModelError(
+            f"{stack.name}: {what} differs from running the wiring layer by layer by {difference:.1e} of the logits' "
+            f"size, allowed is {_tolerance(stack):.0e}"
+        )
+
+
+def _tolerance(stack: Stack) -> float:
+    """The model's; but many take norms or softmax in single precision whatever their weights, not all ways alike."""
+    return max(stack.tolerance, 1e-5)
+
+
+def _probe(stack: Stack) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(stack.d_vocab, (2, min(8, stack.n_ctx)), generator=generator).to(stack.device)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value expected."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())

@@ -1,0 +1,166 @@
+"""The weights of a layer: what each does with the stream and with units (neurons, heads), and how it is resized.
+
+A weight *reads* the stream or *writes* into it (its bias too), is the *scale* or *shift* of a norm of the stream, or is
+one of the maps of a border (*enter*, *leave*); or a *buffer*, which stays.
+So one rule makes any layer larger, by name of no architecture:
+
+* what reads keeps its numbers and reads new ones, and gives to new units, with fresh weights;
+* what writes writes zeros from new units, and into new numbers of the stream what keeps the padding: zeros, or where
+  norms take the mean off, the mean of what it writes into the others;
+* scales go by ``sqrt(d / d')``, see ``surgery.models.stream_width``.
+
+And one rule expresses it in another basis of the stream ``x = B z``: what writes does so through ``B^T``, what reads
+through ``B``; under a rotation with the scale of the norm before it, whose own becomes even.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import TransformerBridge
+from transformers.pytorch_utils import Conv1D
+
+from surgery.models import stream_width
+from surgery.rebuild import layout
+from surgery.rebuild import units as pruning
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of a layer.
+
+    Attributes: ``owner``, its module; ``part``, attn or mlp; ``role``, see above; ``before``, the norm whose output it
+    reads; ``centred``, whether the layer's norms take the mean off.
+    """
+
+    tensor: Tensor
+    owner: nn.Module
+    part: str
+    role: str
+    before: nn.Module | None
+    centred: bool
+
+    @property
+    def stream(self) -> int | None:
+        """The axis, from the last, along which it has the stream's numbers."""
+        if self.tensor.ndim < 2 or self.role == "buffer":
+            return None if self.role in ("reads", "buffer") else -1
+        if self.role in ("enter", "leave"):
+            return -2 if self.role == "enter" else -1
+        return -2 if (self.role == "writes") != isinstance(self.owner, Conv1D) else -1
+
+    @property
+    def unit(self) -> int | None:
+        """The axis, from the last, along which it has units."""
+        if self.role not in ("reads", "writes"):
+            return None
+        if self.tensor.ndim < 2:
+            return -1 if self.role == "reads" else None
+        return -1 if self.stream == -2 else -2
+
+    def places(self, size: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
+        """Where the chosen of ``units`` lie on an axis of this ``size``."""
+        if self.part == "mlp":
+            return places(size // units, 1, units, chosen)  # a gate and its neuron lie a block apart
+        blocks = 3 if isinstance(self.owner, Conv1D) and self.role == "reads" else 1  # GPT-2's queries, keys, values
+        return places(blocks, size // units // blocks, units, chosen)
+
+
+def places(blocks: int, each: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
+    """On an axis of ``blocks``, in each all ``units``, each of several numbers side by side.
+
+    >>> places(1, 2, 3, torch.tensor([0, 2])).tolist(), places(2, 1, 3, torch.tensor([0, 2])).tolist()
+    ([0, 1, 4, 5], [0, 2, 3, 5])
+    """
+    return (torch.arange(blocks)[:, None, None] * units * each + chosen[:, None] * each + torch.arange(each)).flatten()
+
+
+def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
+    """The weights of a layer, by their names in it."""
+    source, block = layout._source(model), model.blocks[layer]
+    module = source.get_submodule(f"{layout._layers(model)}.{layer}")
+    attention = f"{block.attn.name}."
+    writing = tuple(pruning.writers(model, part)[layer].path for part in pruning.PARTS if part in block.submodules)
+    norms = {
+        name: module.get_submodule(block.submodules[name].name) for name in ("ln1", "ln2") if name in block.submodules
+    }
+    norms = {name: norm for name, norm in norms.items() if next(norm.parameters(), None) is not None}
+    width = layout.sizes(model)[layer].d_model or model.cfg.d_model
+    centred = any(stream_width.centres(norm, width) for norm in norms.values())
+
+    def weight(name: str, tensor: Tensor) -> Weight:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        part = "attn" if name.startswith(attention) else "mlp"
+        if not isinstance(tensor, nn.Parameter):
+            role = "buffer"
+        elif name in ("enter.weight", "leave.weight"):
+            role = name.partition(".")[0]
+        elif name.startswith(writing):
+            role = "writes"
+        elif part == "mlp" and tensor.ndim == 1 and not any(own.ndim > 1 for own in owner.parameters()):
+            role = "scale" if name.endswith("weight") else "shift"
+        else:
+            role = "reads"
+        before = norms.get("ln1" if part == "attn" else "ln2", norms.get("ln1"))
+        return Weight(tensor.detach(), owner, part, role, before, centred)
+
+    return {name: weight(name, tensor) for name, tensor in layout._tensors(module)}
+
+
+def larger(weight: Weight, fresh: Tensor, units: int, wanted: int) -> Tensor:
+    """In the shape of ``fresh``, for ``wanted`` units and its stream."""
+    old = weight.tensor
+    if old.shape == fresh.shape:
+        return old
+    if weight.role == "scale":
+        old = (len(old) / len(fresh)) ** 0.5 * (old + offset(weight.owner)) - offset(weight.owner)
+    new = fresh.clone() if weight.role in ("reads", "scale") else torch.zeros_like(fresh)
+    stream, unit = weight.stream, weight.unit
+    there = new if stream is None else new.narrow(stream, 0, old.shape[stream])
+    if unit is None:
+        there.copy_(old)
+    else:
+        places = weight.places(fresh.shape[unit], wanted, torch.arange(units)).to(fresh.device)
+        there.index_copy_(unit, places, old)
+    if stream is not None and weight.role in ("writes", "enter") and weight.centred:
+        rest = fresh.shape[stream] - old.shape[stream]
+        new.narrow(stream, old.shape[stream], rest).copy_(there.mean(stream, keepdim=True))
+    return new
+
+
+def fewer(weight: Weight, fresh: Tensor, units: int, kept: Int[Tensor, "*expert kept"]) -> Tensor:
+    """With the units kept; fused experts each keep their own."""
+    old, unit = weight.tensor, weight.unit
+    if unit is None or old.shape[unit] == fresh.shape[unit]:
+        return old
+    axis, size = unit, old.shape[unit]
+
+    def taken(tensor: Tensor, keep: Tensor) -> Tensor:
+        return tensor.index_select(axis, weight.places(size, units, keep).to(old.device))
+
+    return taken(old, kept) if kept.ndim == 1 else torch.stack(list(map(taken, old, kept)))
+
+
+def in_basis(weight: Weight, tensor: Tensor, basis: Float[Tensor, "wide narrow"], *, rotated: bool) -> Tensor:
+    """``tensor``, which is ``weight`` with some of its units, for the stream ``x = basis z``."""
+    if (axis := weight.stream) is None:
+        return tensor
+    basis = basis.to(tensor)
+    if weight.role == "scale":
+        scale, even = tensor + offset(weight.owner), (len(basis) / basis.shape[1]) ** 0.5
+        return even * (torch.ones_like(basis[0]) if rotated else scale @ basis) - offset(weight.owner)
+    tensor = tensor.movedim(axis, -1)
+    if rotated and weight.role == "reads" and weight.before is not None:
+        tensor = tensor * (weight.before.get_parameter("weight").detach() + offset(weight.before))
+    return (tensor @ basis).movedim(-1, axis)
+
+
+def offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight: Gemma's scale is ``1 + weight``."""
+    bare, weight = copy.deepcopy(norm), norm.get_parameter("weight")
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.zero_()
+        return float(bool(bare(torch.arange(1, 1 + len(weight)).to(weight)).any()))

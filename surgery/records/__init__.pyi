@@ -1,0 +1,2 @@
+from . import manifest as manifest
+from . import tables as tables

@@ -1,0 +1,67 @@
+"""Where numbers come from: everything needed to get the same ones again, as the manifest of a file.
+
+>>> from surgery import Stack, calibration
+>>> stack = Stack(calibration.parallel_network())
+>>> manifest(stack, Tokens.of(calibration.tokens()), seed=0)["tokens"]["prompts"]
+48
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+import surgery
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+
+PACKAGES = ("torch", "transformers", "transformer-lens", "pandas", "numpy")
+
+
+def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **settings: Any) -> dict[str, Any]:
+    """Model, weights, tokens, wiring, seed, settings, versions, command and time of a measurement.
+
+    Reads all weights once to hash them: make one manifest per study and hand it to every ``frames.write``.
+    """
+    config = getattr(stack.model.original_model, "config", None)
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "model": {
+            "name": stack.name,
+            "revision": getattr(config, "_commit_hash", None),
+            "architecture": stack.model.cfg.architecture,
+            "n_layers": stack.n_layers,
+            "d_model": stack.d_model,
+            "d_vocab": stack.d_vocab,
+            "dtype": str(stack.dtype).removeprefix("torch."),
+            "weights_sha256": weights_hash(stack.model),
+        },
+        "tokens": {"prompts": len(tokens), "tokens": int(tokens.mask.sum()), "sha256": tokens_hash(tokens)},
+        "wiring": wiring,
+        "seed": seed,
+        "settings": settings,
+        "versions": {"surgery": surgery.__version__, "python": platform.python_version(), **versions},
+        "command": shlex.join(sys.orig_argv),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokens_hash(tokens: Tokens) -> str:
+    """sha256 over the real tokens of every prompt, in order; padding does not count."""
+    prompts = [row[keep].tolist() for row, keep in zip(tokens.ids.cpu(), tokens.mask.cpu(), strict=True)]
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

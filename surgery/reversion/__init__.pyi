@@ -1,0 +1,11 @@
+from . import cloud as cloud
+from . import directions as directions
+from . import draw as draw
+from . import kappa as kappa
+from . import returns as returns
+from . import say as say
+from . import study as study
+from . import trajectories as trajectories
+from .kappa import ROTATIONS as ROTATIONS
+from .kappa import layers as layers
+from .kappa import restoring as restoring

@@ -1,0 +1,17 @@
+from . import cluster as cluster
+from . import controls as controls
+from . import draw as draw
+from . import harness as harness
+from . import say as say
+from . import scanning as scanning
+from . import schedule as schedule
+from . import search as search
+from . import study as study
+from .scanning import COLUMNS as COLUMNS
+from .scanning import KEY as KEY
+from .scanning import METRICS as METRICS
+from .scanning import Plan as Plan
+from .scanning import execute as execute
+from .scanning import measure as measure
+from .scanning import plan as plan
+from .scanning import run as run

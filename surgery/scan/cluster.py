@@ -1,0 +1,381 @@
+"""A scan on more than one machine: ``scan.run(stack, wirings, probes, out, cluster=...)`` on a Ray cluster.
+
+    cluster=4                                  four workers on this machine: a Ray of its own, shut down again
+    cluster="auto"                             the cluster that ``ray start`` began here
+    cluster="head:6379", "ray://head:10001"    the cluster at that address
+    cluster=Cluster("auto", workers=8, gpus=2, model="org/name", device_map="auto")
+
+Every worker is a process with a replica of the model. The wirings are cut into about four parts a worker whose members
+share their beginnings (``surgery.scan.schedule.shards``); a worker that is free takes the next. Rows come back as wirings
+finish and go through the one resumable table of ``surgery.scan``, on the side of whoever asked: workers keep nothing.
+One that is lost costs what it had not handed over; that is given out again, and a new worker takes its place.
+
+The machines need this package and the same versions of Python and Ray, but no shared disk: by default the weights
+travel, once per machine, through Ray's object store. Where they are too large for that, ``model`` names what every
+worker can load by itself, and ``device_map`` is what transformers then gets (tried on one
+device only so far). Either way a worker whose weights are not those of the stack is refused.
+"""
+
+import importlib
+import io
+import logging
+import math
+import os
+import platform
+import queue
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pandas
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surgery.models import loading as models
+from surgery.models.loading import ModelError
+from surgery.models.stack import Stack
+from surgery.records import manifest
+from surgery.scan import scanning as scan
+from surgery.scan import schedule
+from surgery.wiring.value import Wiring
+
+INSTALL = 'pip install -e ".[cluster]"'
+SHARDS = 4  # per worker: fewer leave workers idle at the end, more run common beginnings more often
+_LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a scan runs.
+
+    ``address``: ``"local"`` (a Ray started for it), ``"auto"``, ``"host:port"`` or ``"ray://host:port"``. In a process
+    that is connected to a Ray already, that one is used and left as it is.
+    ``workers``: by default as many as the GPUs allow; without GPUs, one for four processors.
+    ``gpus``: of each worker; by default one if the stack is on a GPU, else none.
+    ``model``, ``device_map``: what each worker loads by itself, and how that lies on its GPUs.
+    """
+
+    address: str = _LOCAL
+    workers: int | None = None
+    gpus: int | None = None
+    model: str | None = None
+    device_map: "str | dict[str, Any] | None" = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"a scan needs at least 1 worker, not {self.workers}")
+        if self.device_map is not None and self.model is None:
+            raise ValueError("device_map is for a model that workers load by themselves: say which with model=...")
+
+    @classmethod
+    def of(cls, given: "Cluster | str | int") -> "Cluster":
+        """
+        >>> Cluster.of(2) == Local(workers=2), Cluster.of("auto").address
+        (True, 'auto')
+        """
+        if isinstance(given, Cluster):
+            return given
+        return cls(workers=given) if isinstance(given, int) else cls(given)
+
+
+Local = partial(Cluster, _LOCAL)
+
+
+@contextmanager
+def joined(cluster: "Cluster | Pool | str | int") -> "Iterator[Pool]":
+    """Workers for one scan or several: ``with joined(4) as pool: scan.run(..., cluster=pool)``, loaded only once.
+
+    Raises ValueError where Ray is not installed, OSError where no cluster answers.
+    """
+    if isinstance(cluster, Pool):
+        yield cluster
+        return
+    cluster = Cluster.of(cluster)
+    ray = _ray()
+    own = not ray.is_initialized()
+    if own:
+        _connect(ray, cluster)
+    pool = Pool(ray, cluster)
+    try:
+        yield pool
+    finally:
+        pool.dismiss()
+        if own:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the new way, without a warning about the old
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ValueError(f"a scan on a cluster needs Ray, which is not installed ({error}): {INSTALL}") from error
+
+
+def _connect(ray: Any, cluster: Cluster) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster.address == _LOCAL:
+        options |= {"num_cpus": cluster.workers or os.cpu_count(), "include_dashboard": False}
+    host, _, port = cluster.address.removeprefix("ray://").rpartition(":")
+    try:
+        if host:
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes
+        ray.init(cluster.address, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(
+            f"no Ray cluster at {cluster.address!r} ({_line(error)}): begin one with ray start --head, "
+            f"or run on this machine alone with {_LOCAL!r}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a replica is made from: the name of a model to load, or ``shipped`` weights in the object store."""
+
+    name: str
+    weights: str  # hash
+    dtype: torch.dtype
+    device_map: "str | dict[str, Any] | None" = None
+    shipped: Any = None
+
+    def load(self, device: str) -> Stack:
+        if self.shipped is not None:
+            model, tokenizer = _unpack(_ray().get(self.shipped), device)
+            stack = Stack(models.load(model, tokenizer=tokenizer))
+        elif self.device_map is not None:
+            stack = Stack(_spread(self.name, self.dtype, self.device_map))
+        else:
+            stack = Stack(models.load(self.name, device=device, dtype=self.dtype))
+        if _weights(stack) != self.weights:
+            raise ModelError("its weights are not those of the model that is scanned")
+        return stack
+
+
+class Replica:
+    """The worker: a model, and a thread that measures while rows are fetched."""
+
+    def __init__(self) -> None:
+        self.stack: Stack | None = None
+        self.weights = ""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def open(
+        self, source: _Source, asked: bytes, device: str, neighbours: int, memory: int | None
+    ) -> tuple[list[pandas.DataFrame], str]:
+        """Get ready for a scan. Like ``rows`` it returns rows, none here, and what went wrong, if anything."""
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        try:
+            if self.stack is None or self.weights != source.weights:
+                self.stack, self.weights = source.load(device), source.weights
+            self.scorer = scan._Scorer(self.stack, *_unpack(asked, str(self.stack.device)))
+            here = neighbours if self.stack.device.type == "cpu" else 1
+            self.memory = scan._free(self.stack) // 2 // here if memory is None else memory
+        except Exception as error:  # whatever a model, its files or its classes may raise
+            return [], f"a worker on {platform.node()} cannot open {source.name}: {_line(error)}"
+        return [], ""
+
+    def rows(self, wirings: list[Wiring] | None = None) -> tuple[list[pandas.DataFrame], str]:
+        """Begin with ``wirings``, if given; then wait for rows, and return what there is."""
+        if wirings is not None:
+            self.ready: queue.SimpleQueue[pandas.DataFrame | str] = queue.SimpleQueue()
+            threading.Thread(target=self._measure, args=(wirings, self.ready.put), daemon=True).start()
+        found = [self.ready.get()]
+        while not self.ready.empty():
+            found.append(self.ready.get())
+        problems = [one for one in found if isinstance(one, str)]
+        return [one for one in found if not isinstance(one, str)], "".join(problems)
+
+    def _measure(self, wirings: list[Wiring], put: Callable[["pandas.DataFrame | str"], None]) -> None:
+        try:
+            scan.measure(self.scorer, wirings, self.memory, put)
+        except Exception as error:
+            put(f"a worker on {platform.node()} failed: {_line(error)}")
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A replica as seen from here: the actor, and the wirings it has not yet handed back."""
+
+    actor: Any
+    owes: dict[str, Wiring] = field(default_factory=dict)
+
+
+class Pool:
+    """Workers that are kept, with their models, from one scan to the next; made by ``joined``."""
+
+    def __init__(self, ray: Any, cluster: Cluster) -> None:
+        self.ray, self.cluster = ray, cluster
+        self.workers: list[_Worker] = []
+        self.sent = 0  # wirings given out, those given out again included
+        self._shipped: tuple[str, Any] = ("", None)
+
+    def measure(
+        self,
+        scorer: scan._Scorer,
+        wirings: Sequence[Wiring],
+        memory: int | None,
+        accept: Callable[[pandas.DataFrame], None],
+    ) -> None:
+        """``surgery.scan.measure``, by the workers. Each wiring's rows are handed to ``accept`` once.
+
+        Raises:
+            ModelError: the workers cannot open the model; hooks are attached to it, which they would not have.
+            ValueError: the cluster has too few GPUs.
+            OSError: one worker after another was lost.
+        """
+        try:
+            self._measure(scorer, wirings, memory, accept)
+        except BaseException:
+            if any(worker.owes for worker in self.workers):
+                self.dismiss()  # they are still at work
+            raise
+
+    def dismiss(self) -> None:
+        """Stop all workers."""
+        for worker in self.workers:
+            self.ray.kill(worker.actor)
+        self.workers.clear()
+
+    def _measure(
+        self,
+        scorer: scan._Scorer,
+        wirings: Sequence[Wiring],
+        memory: int | None,
+        accept: Callable[[pandas.DataFrame], None],
+    ) -> None:
+        gpus = int(scorer.stack.device.type == "cuda") if self.cluster.gpus is None else self.cluster.gpus
+        count, nodes = self._count(gpus)
+        waiting = deque([wirings[i] for i in shard] for shard in schedule.shards(wirings, SHARDS * count))
+        count = min(count, len(waiting))
+        source, asked = self._source(scorer.stack), self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.first)))
+        # No processors are reserved: what else runs on the cluster cannot keep a worker from starting.
+        made = self.ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Replica)
+        promises: dict[Any, _Worker] = {}
+        lost = 0
+
+        def ready(worker: _Worker) -> None:
+            device, neighbours = "cuda" if gpus else "cpu", math.ceil(count / nodes)
+            promises[worker.actor.open.remote(source, asked, device, neighbours, memory)] = worker
+
+        def hire() -> None:
+            self.workers.append(_Worker(made.remote()))
+            ready(self.workers[-1])
+
+        def go_on(worker: _Worker) -> None:
+            if worker.owes:
+                promises[worker.actor.rows.remote()] = worker
+            elif waiting:
+                shard = waiting.popleft()
+                worker.owes = {str(wiring): wiring for wiring in shard}
+                self.sent += len(shard)
+                promises[worker.actor.rows.remote(shard)] = worker
+
+        for worker in self.workers:
+            ready(worker)
+        while len(self.workers) < count:
+            hire()
+        while waiting or any(worker.owes for worker in self.workers):
+            promise = self.ray.wait(list(promises))[0][0]
+            worker = promises.pop(promise)
+            try:
+                rows, problem = self.ray.get(promise)
+            except self.ray.exceptions.RayTaskError:
+                raise
+            except self.ray.exceptions.RayError as error:
+                lost += 1
+                if lost > 2 * count:  # a machine may take all of its workers along, but then others give rows
+                    raise OSError(
+                        f"{lost} workers were lost without a row between them (the last: {_line(error)}); "
+                        "all rows so far are kept: try fewer workers, or less memory for each"
+                    ) from error
+                self._let_go(worker)
+                if worker.owes:
+                    waiting.appendleft(list(worker.owes.values()))
+                idle = [other for other in self.workers if other not in promises.values()]
+                if waiting and idle:
+                    go_on(idle[0])
+                elif waiting:
+                    hire()
+                continue
+            for block in rows:
+                accept(block)
+                del worker.owes[str(block["wiring"].iloc[0])]
+                lost = 0
+            if problem:
+                raise ModelError(problem)
+            go_on(worker)
+
+    def _let_go(self, worker: _Worker) -> None:
+        self.workers.remove(worker)
+        self.ray.kill(worker.actor)  # it may only have been out of reach: nothing more is taken from it
+
+    def _count(self, gpus: int) -> tuple[int, int]:
+        """How many workers, on how many machines."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        kind, each = ("GPU", gpus) if gpus else ("CPU", 4)
+        possible = [max(int(not gpus), int(node.get(kind, 0)) // each) for node in nodes]
+        count = self.cluster.workers or sum(possible)
+        if gpus and not 0 < count <= sum(possible):
+            raise ValueError(
+                f"the cluster has GPUs for {sum(possible)} workers with {gpus} each, {max(1, count)} are asked for; "
+                "ask for fewer workers or GPUs, or gpus=0 for none"
+            )
+        return count, len(nodes)
+
+    def _source(self, stack: Stack) -> _Source:
+        if stack._hooks_listen():
+            raise ModelError(
+                f"hooks are attached to {stack.name}, and workers would not have them; "
+                "take them off, or scan without a cluster"
+            )
+        weights, cluster = _weights(stack), self.cluster
+        named = _Source(cluster.model or stack.name, weights, stack.dtype, cluster.device_map)
+        if cluster.model is not None:
+            return named
+        if self._shipped[0] != weights:
+            plain = models.plain(stack.model) if stack._plain is not None else None  # None: the bridge was edited
+            try:
+                packed = _pack((plain or stack.model, stack.model.tokenizer))
+            except Exception as error:  # anything may be inside a model
+                raise ModelError(
+                    f"{stack.name} cannot be sent to workers ({_line(error)}): "
+                    'save it where they can load it, and name that: Cluster(model="folder")'
+                ) from error
+            self._shipped = weights, self.ray.put(packed)
+        return replace(named, shipped=self._shipped[1])
+
+
+def _spread(name: str, dtype: torch.dtype, device_map: "str | dict[str, Any]") -> Any:
+    """A model laid over several devices by accelerate."""
+    place = str(models.reference_folder(name)) if name in models.BUNDLED else name
+    plain = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, device_map=device_map)
+    return models.load(plain, tokenizer=AutoTokenizer.from_pretrained(place))
+
+
+def _pack(value: Any) -> bytes:
+    """Tensors are packed such that they can be unpacked on another device."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=importlib.import_module("ray.cloudpickle"))
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes, device: str) -> Any:
+    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
+
+
+def _weights(stack: Stack) -> str:
+    return manifest.weights_hash(stack.model)
+
+
+def _line(error: BaseException) -> str:
+    """The last line of an error is the one that says it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

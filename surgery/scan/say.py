@@ -1,0 +1,261 @@
+"""Sentences that say what a scan found, and what it could not tell. Pure functions of ``surgery.stats.comparisons``' tables.
+
+A wiring is called better or worse only if p_max < .05, which knows how many were tried; a gain counts as found only
+where it was measured again on probes that did not choose it. That nothing was found is said as plainly.
+
+>>> import pandas
+>>> gains = {"gain": [0.1], "gain_low": [-0.1], "gain_high": [0.3], "p": [0.3], "p_max": [0.3], "q": [0.3]}
+>>> frame = pandas.DataFrame({"wiring": [":3 1:"], **gains, "n_prompts": [40]})
+>>> search(frame, Luck(1, 40, 0, 0.0, 0.2), "loglik")[0]
+'1 wiring was tried on 40 prompts. The largest gain is that of :3 1:, +0.10 [-0.10, +0.30] nats per answer.'
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas
+
+from surgery.page.phrases import FEW_PROMPTS
+from surgery.stats.comparisons import Luck
+
+SURE = 0.05
+NAMED = 5  # wirings listed by name, at most
+UNITS = {
+    "loglik": (1, 2, "nats per answer"),
+    "exact": (100, 1, "percentage points of exact answers"),
+    "credit": (100, 1, "percentage points of an answer"),
+    "choice": (100, 1, "percentage points of right choices"),
+    "loss": (1, 3, "nats per token"),
+    "kl": (1, 3, "nats of divergence per token"),
+}
+
+
+def found(table: pandas.DataFrame, winners: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
+    """``search`` and ``validation``: the sentences to read first."""
+    return [*search(table, luck, metric), *validation(winners, metric)]
+
+
+def best_groups(table: pandas.DataFrame, metric: str) -> list[str]:
+    """``groups`` of the three best, introduced; nothing where there are no groups. ``table``: validation half."""
+    best = list(dict.fromkeys(table["wiring"]))[:3]
+    if not best:
+        return []
+    return ["By group, on the validation half (p_max over all rows of it):", *groups(table, metric, best)]
+
+
+def painters(table: pandas.DataFrame, metric: str) -> list[str]:
+    """The order of the variants by damage, at the middle size, and what none of them harms.
+
+    ``table`` is ``controls.painters(n_layers)`` with the comparison of every wiring. Whether order matters is the
+    random order against the unmodified model; whether a layer is needed at all is the skip.
+    """
+    sizes = sorted(table["size"].unique())
+    size = sizes[len(sizes) // 2]
+    middle = table[table["size"] == size].groupby("variant")["gain"].mean().sort_values(ascending=False)
+    order = ", ".join(f"{variant} {_signed(gain, metric, unit=False)}" for variant, gain in middle.items())
+    harmless = table[~((table["p_max"] < SURE) & (table["gain"] < 0))]
+    largest = harmless.groupby("variant")["size"].max()
+    sentences = [f"A centred window of {size} layers, from the least harmful change on: {order} ({_unit(metric)[2]})."]
+    if len(largest):
+        named = ", ".join(f"{variant} ({size} layers)" for variant, size in largest.items())
+        sentences.append(f"The largest window at which a change is not shown to harm: {named}.")
+    else:
+        sentences.append("Every variant harms at every size, beyond luck.")
+    return sentences
+
+
+def search(table: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
+    """How many were tried, the largest gain, what luck alone gives, and which are better or worse beyond luck."""
+    tried = _tried(table)
+    if tried.empty:
+        return ["Nothing was tried: the table holds no wiring but the unmodified model."]
+    best = tried.sort_values("gain", ascending=False, kind="stable").iloc[0]
+    count = f"{_wirings(len(tried))} {'was' if len(tried) == 1 else 'were'} tried on {_prompts(tried)}."
+    if not best["gain"] > 0:
+        return [
+            f"{count} None gains anything; the least harmful, {best['wiring']}, reads {_gain(best, metric)}.",
+            _beyond(tried, best),
+        ]
+    return [
+        f"{count} The largest gain is that of {best['wiring']}, {_gain(best, metric)}.",
+        _luck(best, luck, metric),
+        _beyond(tried, best),
+    ]
+
+
+def validation(winners: pandas.DataFrame, metric: str) -> list[str]:
+    """What the largest gains of the search half were worth on probes that did not choose them."""
+    claimed = winners[winners["verdict"] != "no gain"]
+    if claimed.empty:
+        return ["The search half showed no gain, so there was none to measure again."]
+    scale, digits, unit = _unit(metric)
+    before, after = claimed["gain_search"].mean() * scale, claimed["gain_validation"].mean() * scale
+    lasting = claimed[claimed["verdict"].isin(["survived", "survived in part"])]
+    first = claimed.iloc[0]
+    again = pandas.Series({end: first[f"{end}_validation"] for end in ("gain", "gain_low", "gain_high")})
+    sentences = [
+        f"The {_largest(len(claimed))} measured again on {_prompts(claimed, 'n_prompts_validation')} that took no part "
+        f"in the choice: {_tally(claimed['verdict'])}.",
+        f"The best of the search, {first['wiring']}, had claimed {_signed(first['gain_search'], metric)} and reads "
+        f"{_gain(again, metric)} there: {_verdict(first)}.",
+    ]
+    if len(claimed) > 1:
+        sentences.append(
+            f"Averaged over them, {before:+.{digits}f} {unit} was claimed and {after:+.{digits}f} found: "
+            f"{_kept(before, after)}. Gains chosen for being the largest shrink on fresh probes even where a wiring "
+            "helps (regression to the mean)."
+        )
+    if lasting.empty:
+        sentences.append("No gain was shown to last: nothing was found that is worth keeping.")
+    else:
+        sentences.append(f"Shown to last: {_names(lasting['wiring'])}.")
+    return sentences
+
+
+def groups(table: pandas.DataFrame, metric: str, wirings: Sequence[str] = ()) -> list[str]:
+    """A sentence per wiring (those given, else all): the groups of probes that it helps, those that it harms."""
+    sentences = []
+    for wiring, rows in table.groupby("wiring", sort=False):
+        if wiring == ":" or (len(wirings) and wiring not in wirings):
+            continue
+        sure = rows[rows["p_max"] < SURE]
+        parts = [
+            f"{verb} {', '.join(_in_group(row, metric) for _, row in part.iterrows())}"
+            for verb, part in (("helps", sure[sure["gain"] > 0]), ("harms", sure[sure["gain"] < 0]))
+            if len(part)
+        ]
+        rest = len(rows) - len(sure)
+        if not parts:
+            sentences.append(f"In none of {len(rows)} groups can {wiring} be told from no effect.")
+        else:
+            open_ = f"; in the other {rest} no effect was shown" if rest else ""
+            sentences.append(f"{wiring} {' and '.join(parts)}{open_} ({_unit(metric)[2]}).")
+    return sentences
+
+
+def untold(table: pandas.DataFrame, winners: pandas.DataFrame | None = None) -> list[str]:
+    """What the numbers cannot tell, and what must not be read into them."""
+    tried = _tried(table)
+    notes = ["Intervals are of each wiring by itself; that of the best does not know that it was chosen."]
+    if winners is None:
+        notes.append("No gain was measured again on probes that did not choose it, so none is more than a candidate.")
+    unclear = int((tried["p_max"] >= SURE).sum())
+    if unclear:
+        notes.append(f"For {_wirings(unclear)} of {len(tried)} a small effect is neither shown nor ruled out.")
+    partial = int((tried["n_prompts"] < tried["n_prompts"].max()).sum())
+    if partial:
+        notes.append(f"{_wirings(partial)} could not be measured on every prompt, and are compared on those they have.")
+    few = int(tried["n_prompts"].max()) if len(tried) else 0
+    if few < FEW_PROMPTS:
+        notes.append(f"{_prompts(tried)} only: intervals from fewer than {FEW_PROMPTS} are too narrow or missing.")
+    return notes
+
+
+def _luck(best: pandas.Series, luck: Luck, metric: str) -> str:
+    if np.isnan(luck.mean):
+        return "All are clearly worse than the unmodified model, so luck could not have made one of them the best."
+    place = "beyond" if best["gain"] > luck.high else "above" if best["gain"] > luck.mean else "below"
+    said = {
+        "beyond": "The largest gain is beyond both",
+        "above": "The largest gain is above the first and within the second",
+        "below": "The largest gain is below even the first",
+    }
+    return (
+        f"If none had any effect, the best of {luck.wirings} would still gain {_signed(luck.mean, metric)} on average, "
+        f"and {_signed(luck.high, metric, unit=False)} or more in one scan of twenty. {said[place]}."
+    )
+
+
+def _beyond(tried: pandas.DataFrame, best: pandas.Series) -> str:
+    sure = tried[tried["p_max"] < SURE]
+    better = sure[sure["gain"] > 0].sort_values("gain", ascending=False)
+    worse = int((sure["gain"] < 0).sum())
+    harm = f"{worse} {'is' if worse == 1 else 'are'} worse beyond luck"
+    if better.empty:
+        gains = tried[tried["gain"] > 0]
+        least = f" (smallest p_max of a gain: {gains['p_max'].min():.2f})" if len(gains) else ""
+        return (
+            f"Each held against its own spread, none gains more than luck allows{least}: no improvement was found; "
+            f"{harm}."
+        )
+    without = "" if best["wiring"] in set(better["wiring"]) else "; the largest gain is not among them"
+    verb = "gains" if len(better) == 1 else "gain"
+    return (
+        f"Each held against its own spread, {len(better)} {verb} more than luck allows ({_names(better['wiring'])})"
+        f"{without}; {harm}."
+    )
+
+
+def _verdict(row: pandas.Series) -> str:
+    share = f"{100 * row['survived']:.0f} % of the claim"
+    interval = f"[{100 * row['survived_low']:.0f} %, {100 * row['survived_high']:.0f} %]"
+    return {
+        "survived": f"it survived, {share} {interval}",
+        "survived in part": f"it survived in part, {share} {interval}",
+        "vanished": "less than claimed, and not shown to be any",
+        "undecided": "too uncertain to say whether anything survived",
+        "reversed": "it is worse than the unmodified model",
+    }[row["verdict"]]
+
+
+def _tally(verdicts: pandas.Series) -> str:
+    said = {
+        "survived": "survived",
+        "survived in part": "survived in part",
+        "vanished": "shrank to what may be nothing",
+        "undecided": "could not be decided",
+        "reversed": "turned into losses",
+    }
+    counts = verdicts.value_counts()
+    return ", ".join(f"{counts[verdict]} {words}" for verdict, words in said.items() if verdict in counts)
+
+
+def _kept(before: float, after: float) -> str:
+    return f"{100 * after / before:.0f} % survived" if after > 0 else "nothing survived"
+
+
+def _largest(count: int) -> str:
+    return "largest gain was" if count == 1 else f"{count} largest gains were"
+
+
+def _names(wirings: pandas.Series) -> str:
+    listed = ", ".join(wirings.head(NAMED))
+    return listed if len(wirings) <= NAMED else f"{listed} and {len(wirings) - NAMED} more"
+
+
+def _in_group(row: pandas.Series, metric: str) -> str:
+    return f"{row['group'] or 'probes without a group'} ({_signed(row['gain'], metric, unit=False)})"
+
+
+def _tried(table: pandas.DataFrame) -> pandas.DataFrame:
+    return table[(table["wiring"] != ":") & table["gain"].notna()]
+
+
+def _wirings(count: int) -> str:
+    return f"{count} wiring{'s' * (count != 1)}"
+
+
+def _prompts(rows: pandas.DataFrame, column: str = "n_prompts") -> str:
+    count = int(rows[column].max()) if len(rows) else 0
+    return f"{count} prompt{'s' * (count != 1)}"
+
+
+def _unit(metric: str) -> tuple[int, int, str]:
+    return UNITS.get(metric, (1, 3, f"of {metric}"))
+
+
+def _signed(value: float, metric: str, unit: bool = True) -> str:
+    scale, digits, words = _unit(metric)
+    text = f"{scale * value:+.{digits}f}"
+    if value and not float(text):
+        text = f"{scale * value:+.0e}"  # not nothing, only small
+    return text + f" {words}" * unit
+
+
+def _gain(row: pandas.Series, metric: str) -> str:
+    """``+0.53 [+0.40, +0.66] nats per answer``."""
+    value = _signed(row["gain"], metric, unit=False)
+    if np.isnan(row["gain_low"]) or np.isnan(row["gain_high"]):
+        return f"{value} {_unit(metric)[2]} (no interval)"
+    low, high = (_signed(row[end], metric, unit=False) for end in ("gain_low", "gain_high"))
+    return f"{value} [{low}, {high}] {_unit(metric)[2]}"

@@ -1,0 +1,13 @@
+from . import attribution as attribution
+from . import composition as composition
+from . import effective_depth as effective_depth
+from . import effects as effects
+from . import gates as gates
+from . import jacobians as jacobians
+from . import side_by_side as side_by_side
+from . import window as window
+from .window import COLUMNS as COLUMNS
+from .window import PROFILE as PROFILE
+from .window import profile as profile
+from .window import summary as summary
+from .window import windows as windows

@@ -1,0 +1,139 @@
+r"""Direct and indirect effect: does a layer act on the output by itself, or through the layers behind it?
+
+Layer ``i`` is ablated by its mean, ``x_{i+1}' = x_i + E u_i`` at the tokens of the ensemble, and the rest of the model
+runs. With ``y`` the logits, each token's centred over the vocabulary,
+
+    TE_i = y - y(ablated)                            total effect
+    DE_i = y - head(x_L - (u_i - E u_i))             direct effect: only the head misses the update
+    IE_i = TE_i - DE_i                               indirect effect: what later layers made of it
+    M_i  = n(IE_i) / (n(IE_i) + n(DE_i)),            n(a) = sqrt(E|a|^2) over tokens, a vector over the vocabulary.
+
+The final norm keeps the denominators of the clean run in all three, else it would pass for an indirect effect; so, with
+``frozen``, do the layers' norms. M is 0 if no later layer reads the layer, 1 if the head does not read it but through
+others, and may not leave [0, 1]. The last layer has none behind it: its M is 0 by definition.
+
+The head decides what is direct. Parallel network: M = 0 for every layer. Serial network: its head reads every layer
+as well, and M rises from the last layer back without reaching 1; where the head reads the last subspace alone, M = 1
+for all layers but the last. A mean-ablated layer of the serial network hands on a constant, so IE counts all of what
+follows. M may be high because a direct effect is undone later (self-repair: Rushing and Nanda 2024, arXiv 2402.15390);
+the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (arXiv 2307.15771).
+
+>>> from surgery import Stack, calibration
+>>> frame = effects(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+>>> frame.M.round(4).tolist()
+[0.0, 0.0, 0.0]
+"""
+
+from collections import defaultdict
+from contextlib import nullcontext
+
+import pandas
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+
+COLUMNS = {
+    "layer": "layer, counted from 0",
+    "n_prompts": "number of prompts, the unit of resampling",
+}
+_MEASURES = {
+    "TE": "total effect of the layer's update on the logits: length of the change (nats), mean over tokens in squares",
+    "DE": "direct effect: the same where only the head misses the update",
+    "IE": "indirect effect, TE - DE token by token: what later layers made of the update",
+    "M": "indirect share, IE / (IE + DE): 0 no later layer reads the layer, 1 all of its effect goes through them",
+}
+COLUMNS |= described(_MEASURES)
+
+
+def effects(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    frozen: bool = True,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """Total, direct and indirect effect of every layer on the logits, and the indirect share M. Columns: ``COLUMNS``.
+
+    ``frozen=False`` leaves the layers' norms live (the final norm never is). A layer whose update is the same for every
+    token has no effect and no M (NaN). The mean is that of all prompts, not drawn again with the resamples.
+
+    Cost in a model of L layers: (L - 1) / 2 + 3 F (2 with live norms) and 2 L + 1 readouts. Memory: 2 L + 1 streams of
+    one batch.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = effects(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> bool(frame.M[0] > frame.M[1] > frame.M[2] == 0)
+    True
+    """
+    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    means = _mean_updates(stack, ensemble)
+    sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of the squares: [layer, prompt] a batch
+    batches = list(ensemble.tokens.batches(batch_size))
+    for batch in track(batches, "effects", disable=not progress, transient=True):
+        context, mask = stack.context(batch), batch.ensemble(skip_first)
+        stream = stack.stream(context)
+        totals, directs = [], []
+        with stack.frozen(context) if frozen else nullcontext():
+            for layer, mean in enumerate(means):
+                lost = torch.where(mask.unsqueeze(-1), stream[layer + 1] - stream[layer] - mean, 0)
+                ablated, rest = stream[layer + 1] - lost, f"{layer + 1}:"
+                totals.append(stack.execute(rest, ablated, context) if layer + 1 < stack.n_layers else ablated)
+                directs.append(stream[-1] - lost)
+        finals = [torch.stack([x[mask] for x in some]) for some in (totals, directs)]
+        prompts = mask.nonzero()[:, 0]
+        for name, squares in _squares(stack, stream[-1][mask], *finals).items():
+            empty = torch.zeros(stack.n_layers, len(batch), dtype=torch.float64)
+            sums[name].append(empty.index_add(1, prompts.cpu(), squares))
+    draws = weights(len(ensemble.tokens), resamples, seed)
+    count = draws @ ensemble.mask.sum(1).double().cpu()
+    rows = []
+    for layer in range(stack.n_layers):
+        row: dict[str, float] = {"layer": layer, "n_prompts": len(ensemble.tokens)}
+        found = {name: (draws @ torch.cat(parts, 1)[layer] / count).sqrt() for name, parts in sums.items()}
+        found["M"] = ratio(found["IE"], found["IE"] + found["DE"])
+        for name, values in found.items():
+            row |= columns(name, values)
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:
+    totals = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
+    for visit in ensemble.visits(stack, "mean updates"):
+        totals[visit.layer] += visit.u[visit.mask].sum(0, dtype=torch.float64).cpu()
+    return (totals / ensemble.mask.sum().cpu()).to(stack.device, stack.dtype)
+
+
+def _squares(
+    stack: Stack,
+    clean: Float[Tensor, "row d_model"],
+    totals: Float[Tensor, "layer row d_model"],
+    directs: Float[Tensor, "layer row d_model"],
+) -> dict[str, Float[Tensor, "layer row"]]:
+    """Squared length of every token's total, direct and indirect effect on the logits."""
+    found: dict[str, list[Tensor]] = {"TE": [], "DE": [], "IE": []}
+    for rows in portions(stack, clean):
+        with frozen_head(stack, clean[rows]):
+            before = _centred(logits(stack, clean[rows]))
+            layers = []
+            for total, direct in zip(totals, directs, strict=True):
+                te, de = (before - _centred(logits(stack, final[rows])) for final in (total, direct))
+                layers.append({"TE": te, "DE": de, "IE": te - de})
+        for name, parts in found.items():
+            parts.append(torch.stack([effect[name].double().square().sum(-1).cpu() for effect in layers]))
+    return {name: torch.cat(parts, 1) for name, parts in found.items()}
+
+
+def _centred(y: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+    return y - y.mean(-1, keepdim=True)

@@ -1,0 +1,157 @@
+r"""Weight composition: do the matrices of a later layer read the directions that those of an earlier one write?
+
+What a head writes is in the image of ``W_OV = W_V W_O``; a later head takes it in through its queries, keys or values:
+
+    Q   |W_OV^i W_Q W_K^T| / (|W_OV^i| |W_Q W_K^T|)        K   |W_OV^i W_K W_Q^T| / (...)
+    V   |W_OV^i W_V W_O|   / (|W_OV^i| |W_V W_O|)          MLP |W_OV^i W_in| / (|W_OV^i| |W_in|)
+
+with Frobenius norms and row vectors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). The same
+for what an MLP writes, ``W_out`` in ``W_OV``'s place: kinds ``MLP-Q``, ``MLP-K``, ``MLP-V`` and ``MLP-MLP``. All lie in
+[0, 1]. The norm that stands before the reading matrices, its scale and its centring, is multiplied into them here; so
+is one behind the writing sublayer (Gemma 2, OLMo 2). The model is not touched. Of grouped queries, every query head
+stands with the keys and values of its group. A gated MLP reads through both its matrices.
+
+Matrices of random directions read ``1/sqrt(d_model)`` and the largest of many heads more, so the same number is also
+taken with what is written turned by a random rotation of the stream (same shapes, same singular values): the
+``baseline``. ``excess = mean - baseline``. That is a statement on weights alone: neither how large updates are, nor
+whether attention looks there, nor that rotary positions turn queries and keys (read here at distance 0), nor a norm
+within attention is in it.
+
+Parallel network: ``MLP-MLP`` is 0 for every pair. Serial network: above its baseline for neighbours, 0 for all others.
+Untrained: excess 0 up to its noise.
+
+>>> from surgery import Stack, calibration
+>>> frame = compositions(Stack(calibration.parallel_network(n_layers=3)), ["MLP-MLP"])
+>>> frame["mean"].round(6).tolist()
+[0.0, 0.0, 0.0]
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from surgery.models.engine import FrozenNorm
+from surgery.models.loading import ModelError
+from surgery.models.stack import Stack
+from surgery.stats.bootstrap import ratio, rotation
+
+HEADS = ("Q", "K", "V")
+KINDS = (*HEADS, "MLP", "MLP-Q", "MLP-K", "MLP-V", "MLP-MLP")
+
+COLUMNS = {
+    "earlier": "the layer that writes",
+    "later": "the layer that reads",
+    "kind": "through what: queries, keys, values or MLP of the later layer; MLP- where the earlier layer's MLP writes",
+    "mean": "composition, mean over pairs of heads: 0 nothing that is written is read",
+    "max": "composition of the pair of heads that has most",
+    "baseline": "mean with what is written turned by a random rotation: about 1 / sqrt(d_model)",
+    "baseline_max": "max with what is written turned by a random rotation",
+    "excess": "mean - baseline",
+    "excess_max": "max - baseline_max",
+}
+
+Matrices = Float[Tensor, "_ _ _"]  # a matrix a head, or one for an MLP
+
+
+def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, seed: int = 0) -> pandas.DataFrame:
+    """Composition of every two layers ``earlier < later``, by kind. Columns: ``COLUMNS``.
+
+    The baseline is the mean of ``draws`` rotations. A matrix of zeros composes with nothing and is left out; if there
+    is no other, the row is NaN. Cost: 0 F. ``(L^2/2) (1 + draws)`` products of d_model x d_head x heads^2 a kind.
+
+    Raises ModelError where the model has no such weights, ValueError for an unknown kind or no draw.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = compositions(Stack(calibration.random_network(n_layers=3)), draws=4)
+    >>> bool(frame.excess.abs().max() < 0.02)
+    True
+    """
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds of composition are {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got draws={draws}")
+    with torch.no_grad():
+        read = [{kind.removeprefix("MLP-"): _reads(stack, i, kind.removeprefix("MLP-")) for kind in kinds}
+                for i in range(stack.n_layers)]  # fmt: skip
+        written = [{kind.startswith("MLP-"): _writes(stack, i, kind.startswith("MLP-")) for kind in kinds}
+                   for i in range(stack.n_layers)]  # fmt: skip
+        generator = np.random.default_rng(seed)
+        rows = []
+        for earlier, later in itertools.combinations(range(stack.n_layers), 2):
+            noise = torch.from_numpy(generator.standard_normal((draws, stack.d_model, stack.d_model)))
+            turns = [rotation(some) for some in noise]
+            for kind in kinds:
+                out, into = written[earlier][kind.startswith("MLP-")], read[later][kind.removeprefix("MLP-")]
+                mean, most = _summary(_composition(out, into))
+                nulls = torch.tensor([_summary(_composition(out @ turn, into)) for turn in turns])
+                baseline, baseline_max = nulls.mean(0).tolist()
+                row: dict[str, Any] = {"earlier": earlier, "later": later, "kind": kind, "mean": mean, "max": most}
+                row |= {"baseline": baseline, "baseline_max": baseline_max}
+                rows.append(row | {"excess": mean - baseline, "excess_max": most - baseline_max})
+    return pandas.DataFrame(rows)
+
+
+def _composition(out: Float[Tensor, "h r d"], into: Float[Tensor, "g d c"]) -> Float[Tensor, " pair"]:
+    """``|A B| / (|A| |B|)`` of every written A and every read B; NaN where one is 0."""
+    products = torch.einsum("hrd,gdc->hgrc", out, into).norm(dim=(-2, -1))
+    sizes = out.norm(dim=(-2, -1))[:, None] * into.norm(dim=(-2, -1))
+    return ratio(products.flatten(), sizes.flatten())
+
+
+def _summary(values: Float[Tensor, " pair"]) -> tuple[float, float]:
+    values = values[values.isfinite()]
+    return (float(values.mean()), float(values.max())) if len(values) else (float("nan"), float("nan"))
+
+
+def _writes(stack: Stack, layer: int, mlp: bool) -> Matrices:
+    """Matrices into the stream with the singular values and images of W_OV or W_out, as few rows as there can be."""
+    if mlp:
+        return _weight(stack, layer, "mlp", "W_out")[None] @ _norm(stack, layer, "ln2_post")
+    value, out = (_weight(stack, layer, "attn", key) for key in ("W_V", "W_O"))
+    entered = _norm(stack, layer, "ln1") @ _per_query_head(value, len(out))
+    return torch.linalg.qr(entered)[1] @ out @ _norm(stack, layer, "ln1_post")
+
+
+def _reads(stack: Stack, layer: int, kind: str) -> Matrices:
+    """Matrices out of the stream with the norms that W_Q W_K^T, its transpose, W_OV or W_in have on what enters."""
+    block = stack.model.blocks[layer]
+    if kind == "MLP":
+        into = _weight(stack, layer, "mlp", "W_in")
+        if getattr(block.mlp, "W_gate", None) is not None:
+            into = torch.cat([into, _weight(stack, layer, "mlp", "W_gate")], -1)
+        return (_norm(stack, layer, "ln2" if "ln2" in block.submodules else "ln1") @ into)[None]
+    query, key, value, out = (_weight(stack, layer, "attn", name) for name in ("W_Q", "W_K", "W_V", "W_O"))
+    key, value = (_per_query_head(some, len(query)) for some in (key, value))
+    norm, leaving = _norm(stack, layer, "ln1"), _norm(stack, layer, "ln1_post")
+    left, right = {"Q": (query, norm @ key), "K": (key, norm @ query), "V": (value, (out @ leaving).mT)}[kind]
+    return norm @ left @ torch.linalg.qr(right)[1].mT
+
+
+def _per_query_head(weight: Float[Tensor, "group d_model d_head"], n_heads: int) -> Matrices:
+    return weight.repeat_interleave(n_heads // len(weight), 0)
+
+
+def _weight(stack: Stack, layer: int, part: str, name: str) -> Float[Tensor, "..."]:
+    weight = getattr(getattr(stack.model.blocks[layer], part, None), name, None)
+    if not isinstance(weight, Tensor):
+        asked = "ask for heads, kinds=('Q', 'K', 'V')" if part == "mlp" else "ask for kinds=('MLP-MLP',)"
+        raise ModelError(f"layer {layer} of {stack.name} has no single matrix {part}.{name} to compose with: {asked}")
+    return weight.detach().double().cpu()
+
+
+def _norm(stack: Stack, layer: int, name: str) -> Float[Tensor, "d_model d_model"]:
+    """The linear part of a norm, ``x -> x A``: its scale, and its centring if it centres. Without such a norm: 1."""
+    module = getattr(stack.model.blocks[layer], name, None)
+    identity = torch.eye(stack.d_model, dtype=torch.float64)
+    if module is None or isinstance(getattr(module, "original_component", module), nn.Identity):
+        return identity
+    basis = identity.to(stack.device, stack.dtype)
+    norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(basis))
+    bias = norm.with_scale(basis[:1] * 0, norm.scale(basis[:1]))
+    return (norm.with_scale(basis, torch.ones_like(norm.scale(basis))) - bias).double().cpu()

@@ -1,0 +1,138 @@
+r"""Effective depth: after how many layers is the answer there? Three criteria of the literature, and how fragile.
+
+==========  ===========================================================================================================
+criterion   depth, in layers that have run
+==========  ===========================================================================================================
+cosine      the last layer, counted from 1, at which ``E cos(u_l, x_l)`` rises from below the threshold to it or above:
+            from there on layers strengthen what is there (Csordas et al. 2025, arXiv 2505.13898)
+kl          the fewest after which KL(final || logit lens) is below the threshold times its largest
+overlap     the fewest after which the logit lens has more than the threshold of the model's five likeliest tokens
+==========  ===========================================================================================================
+
+Hu et al. 2025 (arXiv 2512.14064) use 0, 0.5 and 0.3, and divide by the number of layers, as ``ratio`` does; their
+cosine is averaged over attention, MLP and layer, ours is the layer's. A threshold is a choice: ``grid`` shows the depth
+against it, and what moves with the threshold is no property of the model. Each crossing of a noisy curve jumps from
+resample to resample, which the intervals show. A criterion that is never met has depth NaN.
+
+Depth is about when the answer is written, not about which layer reads which (see ``surgery.series``): in
+``calibration``'s parallel network, where every layer could run first, kl and overlap are met late, as in the serial
+one. Compare with the architecture untrained.
+"""
+
+from collections.abc import Sequence
+
+import pandas
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from surgery.instruments import lens, similarity
+from surgery.instruments.ensemble import Ensemble
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+
+_MEASURES = {
+    "depth": "layers that have run when the criterion is met; empty if it never is",
+    "ratio": "depth as a part of all layers",
+}
+COLUMNS = {
+    "criterion": "what is taken as the sign that the answer is there: cosine, kl or overlap",
+    "threshold": "the value that the criterion's curve has to cross; of kl, as a part of its largest value",
+    "n_prompts": "number of prompts, the unit of resampling",
+}
+COLUMNS |= described(_MEASURES)
+
+
+def effective(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    cosine: float = 0.0,
+    kl: float = 0.5,
+    overlap: float = 0.3,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost as ``grid``.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = effective(Stack(calibration.random_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> frame.criterion.tolist(), bool(frame.ratio.dropna().between(0, 1).all())
+    (['cosine', 'kl', 'overlap'], True)
+    """
+    return grid(
+        stack,
+        tokens,
+        cosine=[cosine],
+        kl=[kl],
+        overlap=[overlap],
+        skip_first=skip_first,
+        resamples=resamples,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def grid(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    cosine: Sequence[float] = (-0.1, -0.05, 0.0, 0.05, 0.1),
+    kl: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    overlap: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The depth by each criterion against its threshold: a row for every threshold. Columns: ``COLUMNS``.
+
+    Cost: 2 F and L + 2 readouts a prompt.
+
+    Raises ValueError for a threshold outside [-1, 1] (cosine) or [0, 1], and prompts without a token to measure.
+    """
+    for name, least, thresholds in (("cosine", -1, cosine), ("kl", 0, kl), ("overlap", 0, overlap)):
+        outside = [value for value in thresholds if not least <= value <= 1]
+        if outside:
+            raise ValueError(f"a threshold of {name} lies between {least} and 1, got {outside[0]}")
+    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    draws = weights(len(ensemble.tokens), resamples if len(ensemble.tokens) > 1 else 0, seed)
+    count = draws @ ensemble.mask.sum(1).double().cpu()
+    sums = lens.readings(stack, ensemble, lens.logit(stack))
+    after_layers = range(1, stack.n_layers + 1)
+    kls, overlaps = (
+        torch.stack([draws @ sums["logit", after][list(lens.MEASURES).index(name)] / count for after in after_layers])
+        for name in ("kl_final_lens", "top5_overlap")
+    )
+    cosines = torch.stack([draws @ values / count for values in similarity.readings(stack, ensemble)["cosine"]])
+    rows = []
+    for name, thresholds in (("cosine", cosine), ("kl", kl), ("overlap", overlap)):
+        for threshold in thresholds:
+            match name:
+                case "cosine":
+                    depth = _last((cosines[:-1] < threshold) & (cosines[1:] >= threshold)) + 1
+                case "kl":
+                    depth = _first(kls < threshold * kls.amax(0))
+                case _:
+                    depth = _first(overlaps > threshold)
+            row: dict[str, str | float] = {"criterion": name, "threshold": threshold, "n_prompts": len(ensemble.tokens)}
+            row |= columns("depth", depth)
+            row |= columns("ratio", depth / stack.n_layers)
+            rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _first(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:
+    """The first layer, counted from 1, at which something is met; NaN where it never is."""
+    return torch.where(met.any(0), (~met).cumprod(0).sum(0) + 1.0, torch.nan).double()
+
+
+def _last(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:
+    """The last layer, counted from 1, at which something is met; NaN where it never is."""
+    return len(met) + 1 - _first(met.flip(0))

@@ -1,0 +1,279 @@
+r"""Gates on the layers' updates, ``x_{l+1} = x_l + alpha_l u_l``: how does the output depend on all of them?
+
+In parallel the output is a sum over layers, linear in the gates; in series it is a chain, a product of them. Three
+readings of that, all derivatives at the model itself, ``alpha = 1``:
+
+* ``exponents``: all updates of a window of ``m`` layers scaled by one ``eps``. What its last layer writes grows as
+  ``kappa_g = d log n(c(eps u_last)) / d log eps``: 1 in the parallel network, exactly ``m`` in the serial one without
+  biases (relu is homogeneous), ``gate_series = (kappa_g - 1) / (m - 1)`` then 0 and 1. Real layers may leave
+  that range, if the last one writes less because others write. ``kappa_g_stream`` reads all that the window wrote,
+  ``x_stop - x_start``: the mean length of path in it, weighted by energy, so less than ``m`` in series as well.
+* ``hessian``: ``H_ij = d^2 s / d alpha_i d alpha_j / s`` for the margin ``s`` of the likeliest next token over the
+  second: 0 for every pair in parallel. In series it is 1 for every pair if the head reads the last layer alone; a head
+  that reads layer ``l`` too, as the serial network's does, adds terms in which ``j > l`` has no part, and H is then the
+  share of the margin from layers ``>= j``, of either sign.
+* ``path_lengths``: the gradient of the margin with respect to the embeddings is a sum over paths, through the branch or
+  past it at every layer; how much of it runs through ``k`` branches? In parallel all is at k <= 1. In series with a
+  head that reads the last layer alone all is at k = L; the serial network's own head reads every length of chain.
+
+The margin is read through the final norm with its denominators kept, and linearly, so that no curvature of the head
+counts (Veit et al. 2016, arXiv 1605.06431, take the gradient of the loss). The layers' norms are frozen too unless
+asked; live, their division couples all layers. ``exponents`` and ``hessian`` are our definitions.
+
+>>> from surgery import Stack, calibration
+>>> frame = exponents(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+>>> frame.kappa_g.round(4).tolist()
+[2.0, 3.0, 2.0]
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pandas
+import torch
+from jaxtyping import Bool, Float
+from rich.progress import track
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.readout import frozen_head, portions
+from surgery.models.stack import Context, Stack
+from surgery.models.tokens import Tokens
+from surgery.series.jacobians import linearised
+from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+
+COLUMNS = {
+    "start": "first layer of the window",
+    "stop": "one past the last layer of the window",
+    "earlier": "the earlier layer of the pair",
+    "later": "the later layer of the pair",
+    "branches": "number of layers through whose branch the gradient passes",
+    "n_prompts": "number of prompts, the unit of resampling",
+}
+_MEASURES = {
+    "kappa_g": "power of a common factor on the window's updates with which its last layer's write grows: 1 parallel",
+    "gate_series": "(kappa_g - 1) / (length - 1): 0 parallel, 1 serial and homogeneous",
+    "kappa_g_stream": "the same power for all that the window wrote: energy-weighted mean length of path",
+    "hessian": "second derivative of the margin by the two layers' gates, over the margin: 0 parallel",
+    "share": "share of the gradient that passes through this many branches",
+    "mean_branches": "mean number of branches over the shares (the same in every row)",
+}
+COLUMNS |= described(_MEASURES)
+
+
+def exponents(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    frozen: bool = True,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """The gate exponent of every window of two layers or more. Columns: those of ``COLUMNS`` that start a window.
+
+    A last layer that writes the same for every token has none (NaN). A layer that reads all directions alike answers
+    to the share of its input that the window wrote, and from layer 0 of a model with small embeddings that is nearly
+    all (an untrained network of 4 layers: 0.99 for layers 0 and 1, 0.5 and less from layer 1 on): compare windows from
+    layer 1 with the architecture untrained.
+
+    Cost in a model of L layers: 2 F and L linearisations (another F forward), with live norms 1 F less; and
+    ``L (L - 1) / 2`` derivatives along a vector, each about two backward passes of a layer. Memory: L streams of one
+    batch, and 4 L^2 d_model numbers a prompt.
+
+    Raises ValueError for a model of one layer.
+    """
+    _check(stack)
+    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    last: defaultdict[tuple, list[Moments]] = defaultdict(list)
+    whole: defaultdict[tuple, list[Moments]] = defaultdict(list)
+    for visit in ensemble.visits(stack, "gate exponents"):
+        if visit.layer == 0:
+            scales = stack.norm_scales(visit.context) if frozen else None
+            entries: list[Tensor] = []
+            tangents: list[Tensor] = []  # d x / d eps of the windows from every start
+        with stack.frozen(visit.context, scales) if frozen else nullcontext():
+            along = linearised(stack, visit.layer, visit.x, visit.context)
+            for start, tangent in enumerate(tangents):
+                answer = along(tangent)
+                tangents[start] = tangent + visit.u + answer
+                window, written = (start, visit.layer + 1), visit.x + visit.u - entries[start]
+                last[window] += [Moments.of(visit.u, b, visit.mask) for b in (None, answer)]
+                whole[window] += [Moments.of(written, b, visit.mask) for b in (None, tangents[start])]
+        entries.append(visit.x)
+        tangents.append(visit.u)
+    draws = weights(len(ensemble.tokens), resamples, seed)
+
+    def slope(parts: list[Moments]) -> Tensor:
+        variance, covariance = (Moments.concatenate(parts[i::2]).covariance(draws) for i in (0, 1))
+        return ratio(covariance, variance)
+
+    rows = []
+    for window in sorted(last):
+        start, stop = window
+        kappa = 1 + slope(last[window])
+        row: dict[str, float] = {"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)}
+        row |= columns("kappa_g", kappa) | columns("gate_series", (kappa - 1) / (stop - start - 1))
+        rows.append(row | columns("kappa_g_stream", slope(whole[window])))
+    return pandas.DataFrame(rows)
+
+
+def hessian(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    frozen: bool = True,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
+
+    A prompt has one set of gates: they act at all of its positions, and the margins of its tokens are added up.
+
+    Cost in a model of L layers: 3 F (2 with live norms), one readout, and L Hessian-vector products of about 4 F.
+    Memory: the graph of a whole forward pass of one batch, twice.
+
+    Raises ValueError for a model of one layer.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = hessian(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> frame.hessian.abs().round(5).tolist()
+    [0.0, 0.0, 0.0]
+    """
+    _check(stack)
+    tokens = Tokens.of(tokens).to(stack.device)
+    curvatures, margins = [], []
+    for context, mask in _batches(stack, tokens, skip_first, batch_size, progress):
+        with torch.no_grad():
+            final = stack.stream(context)[-1]
+        margin, slope = _margin(stack, final, mask)
+        with _running(stack, context, frozen):
+            gates = torch.ones(stack.n_layers, len(mask), dtype=stack.dtype, device=stack.device, requires_grad=True)
+            x = context.x0
+            for layer, gate in enumerate(gates):
+                x = x + gate[:, None, None] * stack.update(layer, x, context, grad=True)
+            (first,) = torch.autograd.grad((slope * x).sum(), gates, create_graph=True)
+            rows = [torch.autograd.grad(some.sum(), gates, retain_graph=True)[0] for some in first]
+        curvatures.append(torch.stack(rows).double().cpu())
+        margins.append(margin)
+    total, margin = torch.cat(curvatures, -1), torch.cat(margins)
+    draws = weights(len(tokens), resamples, seed)
+    rows_of_frame = []
+    for earlier in range(stack.n_layers):
+        for later in range(earlier + 1, stack.n_layers):
+            row: dict[str, float] = {"earlier": earlier, "later": later, "n_prompts": len(tokens)}
+            rows_of_frame.append(row | columns("hessian", ratio(draws @ total[earlier, later], draws @ margin)))
+    return pandas.DataFrame(rows_of_frame)
+
+
+def path_lengths(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    *,
+    frozen: bool = True,
+    skip_first: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    r"""How much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
+
+    With ``g_k`` the sum over all paths through exactly k branches, taken at the embedding, and ``Sigma`` the covariance
+    of the embeddings of the ensemble (a direction in which no token differs from another is no path to it),
+
+        share_k = n(Sigma^(1/2) g_k) / sum_k n(Sigma^(1/2) g_k).
+
+    The ``g_k`` are exact and not sampled: they are carried back together, ``g_k <- g_k + J_l^T g_{k-1}``. Paths of one
+    length are added before their size is taken, so those that cancel do not count (Veit et al. add the sizes of sampled
+    ones). Where every branch passed on as much as its shortcut and no two paths agreed, the shares would go as the
+    square root of the binomial numbers, with a mean of L/2.
+
+    Columns: ``branches``, ``n_prompts``, ``share``, ``mean_branches``, each of the last two with its interval.
+    Cost in a model of L layers: 2 F (1 with live norms), one readout, F with a graph and ``L (L + 1) / 2`` backward
+    passes of a layer, (L + 1) / 2 of the model. Memory: 2 L streams of one batch.
+
+    >>> from surgery import Stack, calibration
+    >>> frame = path_lengths(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> frame.share[2:].round(5).tolist()
+    [0.0, 0.0]
+    """
+    tokens = Tokens.of(tokens).to(stack.device)
+    root = _root_covariance(stack, tokens, skip_first, batch_size)
+    energies = []
+    for context, mask in _batches(stack, tokens, skip_first, batch_size, progress):
+        stream = stack.stream(context)
+        gradients = [_margin(stack, stream[-1], mask)[1]]
+        with _running(stack, context, frozen):
+            for layer in reversed(range(stack.n_layers)):
+                x = stream[layer].detach().requires_grad_()
+                update = stack.update(layer, x, context, grad=True)
+                through = [torch.autograd.grad(update, x, some, retain_graph=True)[0] for some in gradients]
+                through = [torch.zeros_like(x), *through]
+                gradients = [a + b for a, b in zip([*gradients, torch.zeros_like(x)], through, strict=True)]
+        weighted = torch.stack([g.detach().double() @ root.to(g.device) for g in gradients])
+        energies.append((weighted.square().sum(-1) * mask).sum(-1).cpu())
+    draws = weights(len(tokens), resamples, seed)
+    sizes = (draws @ torch.cat(energies, 1).T).sqrt()
+    shares = sizes / sizes.sum(1, keepdim=True)
+    mean = columns("mean_branches", shares @ torch.arange(stack.n_layers + 1).double())
+    rows: list[dict[str, float]] = [
+        {"branches": k, "n_prompts": len(tokens)} | columns("share", share) | mean for k, share in enumerate(shares.T)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def _batches(
+    stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int, progress: bool
+) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:
+    batches = list(Ensemble(tokens, skip_first, batch_size).tokens.batches(batch_size))
+    for batch in track(batches, "gates", disable=not progress, transient=True):
+        yield stack.context(batch), batch.ensemble(skip_first)
+
+
+@contextmanager
+def _running(stack: Stack, context: Context, frozen: bool) -> Iterator[None]:
+    """The fast attention kernels have no second derivative, and the norms' denominators are no part of the layers."""
+    with sdpa_kernel(SDPBackend.MATH), stack.frozen(context) if frozen else nullcontext():
+        yield
+
+
+def _margin(
+    stack: Stack, final: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch pos d_model"]]:
+    """The margin of the first over the second logit, added up over a prompt's tokens, and its slope on the stream."""
+    rows = final[mask].detach()
+    margins, slopes = [], []
+    for some in portions(stack, rows):
+        x = rows[some].requires_grad_()
+        with frozen_head(stack, x):
+            best = stack.readout(x, grad=True).topk(2, dim=-1).values
+        margin = best[:, 0] - best[:, 1]
+        slopes.append(torch.autograd.grad(margin.sum(), x)[0])
+        margins.append(margin.detach().double().cpu())
+    slope = torch.zeros_like(final)
+    slope[mask] = torch.cat(slopes)
+    prompts = mask.nonzero()[:, 0].cpu()
+    return torch.zeros(len(mask), dtype=torch.float64).index_add(0, prompts, torch.cat(margins)), slope
+
+
+def _root_covariance(
+    stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int
+) -> Float[Tensor, "d_model d_model"]:
+    """The symmetric root of the embeddings' covariance."""
+    contexts = _batches(stack, tokens, skip_first, batch_size, progress=False)
+    x = torch.cat([context.x0[mask].double().cpu() for context, mask in contexts])
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def _check(stack: Stack) -> None:
+    if stack.n_layers < 2:
+        raise ValueError(f"{stack.name} has one layer; gates interact between two or more")

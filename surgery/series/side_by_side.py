@@ -1,0 +1,227 @@
+r"""Every measure of series and parallel side by side: what each reads on networks whose answer is known, and its cost.
+
+``readings`` gives one number a measure, ``calibrate`` those of several networks (the constructed ones, random
+initialisations, a model and the same untrained), and ``costs`` what each takes, counted and timed, beside what its
+docstring says. A row is a measure:
+
+==================  ====================================================================  ========  ======
+measure             read as                                                               parallel  serial
+==================  ====================================================================  ========  ======
+S, R, O             of the longest window (``surgery.series``)                            0         1
+T                   total effect, mean over pairs of layers (``surgery.series.effects``)         0         1
+local, next         direct effect on the next layer                                       0         1
+local, beyond       direct effect on all layers further on                                0         0
+rho                 interaction of ablations, mean (``surgery.instruments.interactions``)             0         below 1
+jacobian, next      direct composition of Jacobians less its baseline, neighbours         < 0       > 0
+jacobian, total     the same through the layers between, all pairs                        < 0       > 0
+gate exponent       (kappa_g - 1)/(m - 1) of the longest window (``surgery.series.gates``)       0         1
+gate hessian        mean over pairs                                                       0         > 0
+path length         mean number of branches in the gradient, a share of the layers        <= 1/L    higher
+indirect share      M, mean over layers but the last (``surgery.series.attribution``)            0         > 0
+==================  ====================================================================  ========  ======
+
+and, for comparison, what is *not* series: block influence, cosine and linearity (``surgery.instruments.similarity``). Where the
+serial column is not 1 the module of the measure says why: the constructed serial network's head reads every layer, and
+its readers mix directions at random.
+
+>>> from surgery import calibration
+>>> found = calibrate({"parallel": Stack(calibration.parallel_network(n_layers=3))}, calibration.tokens(12, 8))
+>>> found.set_index("measure").loc[["S", "T", "gate exponent"], "value"].abs().round(4).tolist()
+[0.0, 0.0, 0.0]
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas
+import torch
+from torch import Tensor
+
+from surgery.instruments import interactions, known_networks, similarity
+from surgery.models.engine import Engine
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.series import attribution, effects, gates, jacobians
+from surgery.series import window as series
+
+COLUMNS = {
+    "measure": "name of the measure",
+    "about": "series, or what is offered beside it and is not",
+    "network": "whose layers were measured",
+    "value": "the measure's reading, an estimate without its interval",
+}
+COST_COLUMNS = {
+    "function": "what was called",
+    "formula": "its cost as its docstring says, in forward passes F of the model, at this depth",
+    "counted": "layers run forwards, in F",
+    "timed": "time it took, in forward passes of the same batch: backward passes, readouts and statistics included",
+}
+
+Measured = Mapping[str, pandas.DataFrame]
+_NOTHING = pandas.DataFrame()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number made of the frame of one function; ``about`` is ``series`` or ``not series``."""
+
+    name: str
+    function: str
+    of: Callable[[pandas.DataFrame], float]
+    about: str = "series"
+
+
+@dataclass(frozen=True)
+class Function:
+    """How a frame is made, and what the docstring says that it costs, in F at L layers."""
+
+    run: Callable[..., pandas.DataFrame]
+    formula: Callable[[int], float]
+
+
+def _next(frame: pandas.DataFrame, earlier: str, later: str) -> pandas.DataFrame:
+    return frame[frame[later] - frame[earlier] == 1]
+
+
+def _beyond(frame: pandas.DataFrame, earlier: str, later: str) -> pandas.DataFrame:
+    return frame[frame[later] - frame[earlier] > 1]
+
+
+def _windows(stack: Stack, tokens: Tokens, **options: Any) -> pandas.DataFrame:
+    return series.windows(stack, tokens, damage=False, **options)
+
+
+def _rho(stack: Stack, tokens: Tokens, **options: Any) -> pandas.DataFrame:
+    return interactions.pairs(stack, tokens, **options)
+
+
+FUNCTIONS: dict[str, Function] = {
+    "series.windows": Function(_windows, lambda n: (3 * n + 1) / 2),
+    "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
+    "interactions.pairs": Function(_rho, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
+    "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
+    "gates.exponents": Function(gates.exponents, lambda n: 3),
+    "gates.hessian": Function(gates.hessian, lambda n: 3 + 4 * n),
+    "gates.path_lengths": Function(gates.path_lengths, lambda n: 3 + (n + 1) / 2),
+    "attribution.effects": Function(attribution.effects, lambda n: (n - 1) / 2 + 3),
+    "similarity.layers": Function(similarity.layers, lambda n: 1),
+    "similarity.linearity": Function(similarity.linearity, lambda n: 1),
+}
+
+MEASURES = (
+    Measure("S", "series.windows", lambda frame: _longest(frame)["S"]),
+    Measure("R", "series.windows", lambda frame: _longest(frame)["R"]),
+    Measure("O", "series.windows", lambda frame: _longest(frame)["O"]),
+    Measure("T", "effects.matrix", lambda frame: frame["T"].mean()),
+    Measure("local, next", "effects.matrix", lambda frame: _next(frame, "layer", "later")["local"].mean()),
+    Measure("local, beyond", "effects.matrix", lambda frame: _beyond(frame, "layer", "later")["local"].mean()),
+    Measure("rho", "interactions.pairs", lambda frame: frame["rho"].mean()),
+    Measure("jacobian, next", "jacobians.pairs", lambda f: _next(f, "earlier", "later")["direct_excess"].mean()),
+    Measure("jacobian, total", "jacobians.pairs", lambda frame: frame["total_excess"].mean()),
+    Measure("gate exponent", "gates.exponents", lambda frame: _longest(frame)["gate_series"]),
+    Measure("gate hessian", "gates.hessian", lambda frame: frame["hessian"].mean()),
+    Measure("path length", "gates.path_lengths", lambda f: f["mean_branches"].iloc[0] / max(1, f["branches"].max())),
+    Measure("indirect share", "attribution.effects", lambda frame: frame["M"].iloc[:-1].mean()),
+    Measure("block influence", "similarity.layers", lambda frame: frame["block_influence"].mean(), "not series"),
+    Measure("cosine", "similarity.layers", lambda frame: frame["cosine"].mean(), "not series"),
+    Measure("linearity", "similarity.linearity", lambda frame: frame["linearity"].mean(), "not series"),
+)
+
+
+def _longest(frame: pandas.DataFrame) -> pandas.Series:
+    return frame.iloc[int((frame["stop"] - frame["start"]).argmax())]
+
+
+def readings(
+    stack: Stack, tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
+) -> tuple[dict[str, float], Measured]:
+    """Every measure of one model, and the frames they are taken from; layers before ``first_layer`` left out.
+
+    Where embeddings are small, everything from layer 0 reads 1: leave it out. Of a function that refuses these tokens
+    (too short or too few) there is no frame, and its measures are NaN. Cost: the sum of ``FUNCTIONS``' formulas.
+    """
+    tokens, frames = Tokens.of(tokens).to(stack.device), {}
+    for name, one in FUNCTIONS.items():
+        with suppress(ValueError):
+            frames[name] = _from(one.run(stack, tokens, resamples=0, seed=seed), first_layer)
+    found = {one: frames.get(one.function, _NOTHING) for one in MEASURES}
+    return {one.name: float(one.of(frame)) if len(frame) else math.nan for one, frame in found.items()}, frames
+
+
+def _from(frame: pandas.DataFrame, first_layer: int) -> pandas.DataFrame:
+    first = next((name for name in ("start", "earlier", "layer") if name in frame), None)
+    return frame if first is None else frame[frame[first] >= first_layer]
+
+
+def networks(n_layers: int = 6, seed: int = 0) -> dict[str, Stack]:
+    """The constructed networks and random initialisations that ``calibrate`` is for: parallel to serial, then nulls."""
+    sizes: dict[str, Any] = {"n_layers": n_layers, "dtype": torch.float64, "seed": seed}
+    made = {
+        "parallel": known_networks.parallel_network(**sizes),
+        **{f"mixed {share}": known_networks.mixed_network(share, **sizes) for share in (0.25, 0.5, 0.75)},
+        "serial": known_networks.serial_network(**sizes),
+        "random": known_networks.random_network(n_layers, seed=seed),
+    }
+    return {name: Stack(model) for name, model in made.items()}
+
+
+def calibrate(
+    stacks: Mapping[str, Stack], tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
+) -> pandas.DataFrame:
+    """A row per measure and network: measure, about, network, value; same tokens for all. Cost: ``readings``, each."""
+    rows = []
+    for name, stack in stacks.items():
+        values, _ = readings(stack, tokens, first_layer, seed=seed)
+        rows += [
+            {"measure": one.name, "about": one.about, "network": name, "value": values[one.name]} for one in MEASURES
+        ]
+    return pandas.DataFrame(rows)
+
+
+def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FUNCTIONS)) -> pandas.DataFrame:
+    """What every function costs on these tokens: function, formula, counted, timed, all in forward passes F.
+
+    ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
+    depends on the machine. A function that refuses these tokens has no row.
+    """
+    tokens = Tokens.of(tokens).to(stack.device)
+    size = tokens.ids.numel() * stack.n_layers
+    forward = min(_seconds(lambda: stack.run(tokens)) for _ in range(3))
+    rows = []
+    for name in names:
+        one = FUNCTIONS[name]
+        try:
+            with _counted() as executed:
+                seconds = _seconds(partial(one.run, stack, tokens))
+        except ValueError:
+            continue
+        row = {"function": name, "formula": one.formula(stack.n_layers), "counted": executed[0] / size}
+        rows.append(row | {"timed": seconds / forward})
+    return pandas.DataFrame(rows, columns=list(COST_COLUMNS))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Tokens that layers ran on within the context."""
+    layer, count = Engine.layer, [0]
+
+    def counting(self: Engine, index: int, x: Tensor, call: Any) -> Tensor:
+        count[0] += x.shape[0] * x.shape[1]
+        return layer(self, index, x, call)
+
+    Engine.layer = counting  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        Engine.layer = layer  # type: ignore[method-assign]

@@ -1,0 +1,134 @@
+r"""What one step ``x -> x + u`` does to an ensemble of tokens: kappa, psi and growth, from sums that can be resampled.
+
+With ``c(a) = a - E a`` and ``n(a) = sqrt(E|c(a)|^2)`` over the tokens,
+
+    kappa  = -E<c(u), c(x)> / E|c(x)|^2      the part of a deviation that the step takes back; 1 is all of it
+    growth = n(u) / n(x)                     the size of the update beside the stream, often called r
+    psi    = 2 kappa / growth^2              0 random walk, 1 stationary, above 1 contracting, below 0 explosive
+
+and ``E|c(x + u)|^2 = E|c(x)|^2 (1 - 2 kappa + growth^2)``: a stream can revert and still grow. kappa is the slope of a
+cross-section of tokens at one depth: no panel, no fixed effects, no error in x, so none of their biases. For an
+Ornstein-Uhlenbeck stream, ``u = -kappa (x - mu) + noise``, it is the kappa of that equation.
+
+Source: our definitions, after G. Uhlenbeck and L. Ornstein (1930) and the balance of fluctuation and dissipation in
+their process. Without centring, ``kappa / growth`` is minus the cosine of R. Csordas et al. (2025, arXiv 2505.13898).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from surgery.stats.bootstrap import Moments, ratio
+
+Stream = Float[Tensor, "prompt pos d_model"]
+Resampled = Float[Tensor, " resample"]
+
+NEGLIGIBLE = 1e-12  # a variance below this share of the second moment is the rounding of float64, not a variance
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a step does, under every row of prompt weights (row 0 is the estimate). NaN where nothing varies."""
+
+    kappa: Resampled
+    psi: Resampled
+    growth: Resampled
+    variance_ratio_next: Resampled
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sums of one step ``x -> x + u`` over the tokens of each prompt: all that ``drift`` needs, whatever the weights.
+
+    ``empty`` and ``add`` keep sums of units of prompts instead, however many prompts there are.
+
+    >>> from surgery.stats import weights
+    >>> x = torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(0))
+    >>> round(Step.of(x, -0.25 * (x - 3)).drift(weights(20)).kappa[0].item(), 6)
+    0.25
+    """
+
+    count: Float[Tensor, " prompt"]
+    sum_x: Float[Tensor, "prompt d_model"]
+    sum_u: Float[Tensor, "prompt d_model"]
+    xx: Float[Tensor, " prompt"]
+    ux: Float[Tensor, " prompt"]
+    uu: Float[Tensor, " prompt"]
+    next: Float[Tensor, " prompt"]
+
+    @classmethod
+    def of(cls, x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"] | None = None) -> "Step":
+        """The sums over the positions that ``mask`` keeps (all if not given), in float64."""
+        x, u = x.double(), u.double()
+        if mask is not None:  # what padding computes may be NaN, and 0 * NaN is NaN
+            x, u = x.masked_fill(~mask.unsqueeze(-1), 0), u.masked_fill(~mask.unsqueeze(-1), 0)
+        both = Moments.of(u, x, mask)
+        xx, uu, after = (Moments.of(a, mask=mask).product for a in (x, u, x + u))
+        return cls(both.count, both.sum_b, both.sum_a, xx, both.product, uu, after)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Step"]) -> "Step":
+        """The sums of several batches of prompts as one, prompts in order."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @classmethod
+    def empty(cls, n_units: int, width: int) -> "Step":
+        """No token yet of ``n_units`` units of resampling."""
+        one, many = (torch.zeros(n_units, *shape, dtype=torch.float64) for shape in ((), (width,)))
+        return cls(one, many, many.clone(), *(one.clone() for _ in range(4)))
+
+    def add(self, unit: Int[Tensor, " prompt"], x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"]) -> None:
+        """Add the tokens of prompts, each to what its unit has."""
+        found = Step.of(x, u, mask)
+        for field in fields(self):
+            getattr(self, field.name).index_add_(0, unit, getattr(found, field.name))
+
+    def size(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
+        """``sqrt(E|u|^2 / E|x|^2)``, not centred: how long an update is beside the stream."""
+        return ratio(weights @ self.uu, weights @ self.xx).sqrt()
+
+    def drift(self, weights: Float[Tensor, "resample prompt"]) -> Drift:
+        """kappa, psi, growth and the ratio of variances under every row of ``weights``."""
+        x, u = self.variance(weights), self._variance(self.sum_u, self.uu, weights)
+        kappa = ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
+        after = self._variance(self.sum_x + self.sum_u, self.next, weights)
+        return Drift(kappa, ratio(2 * kappa * x, u), ratio(u, x).sqrt(), ratio(after, x))
+
+    def variance(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
+        """``E|c(x)|^2``; exactly 0 where it cannot be told from rounding."""
+        return self._variance(self.sum_x, self.xx, weights)
+
+    def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Resampled:
+        variance = Moments(self.count, total, total, square).covariance(weights)
+        return torch.where(variance > NEGLIGIBLE * (weights @ square) / (weights @ self.count), variance, 0)
+
+
+def half_life(kappa: float) -> float:
+    """Layers of this kappa until half of a deviation is gone, ``ln 2 / -ln(1 - kappa)``; NaN unless ``0 < kappa < 1``.
+
+    >>> half_life(0.5)
+    1.0
+    """
+    return math.log(2) / -math.log1p(-kappa) if 0 < kappa < 1 else math.nan
+
+
+def regime(kappa: float, low: float, high: float, growth: float, rounding: float = 0.0) -> str:
+    """What the interval of kappa says, in a word; within ``rounding`` of 0 is 0.
+
+    ``reverting`` above 0, ``overshooting`` above 1 (a deviation changes sign), ``growing`` below 0 (deviations are
+    carried further out; the norm may grow in any regime), ``undecided`` otherwise, ``still`` if the update is the same
+    for all tokens, ``undefined`` if the stream is.
+    """
+    if math.isnan(kappa):
+        return "undefined"
+    if growth == 0:
+        return "still"
+    if high < -rounding:
+        return "growing"
+    if low > 1:
+        return "overshooting"
+    return "reverting" if low > rounding else "undecided"

@@ -1,0 +1,17 @@
+from . import activations as activations
+from . import harvest as harvest
+from . import ledger as ledger
+from . import loop as loop
+from . import muon as muon
+from . import regions as regions
+from .loop import CURVE as CURVE
+from .loop import Fit as Fit
+from .loop import Schedule as Schedule
+from .loop import Task as Task
+from .loop import accelerator_for as accelerator_for
+from .loop import fit as fit
+from .loop import only_trained as only_trained
+from .loop import optimizers as optimizers
+from .loop import rate as rate
+from .loop import restore as restore
+from .loop import states as states

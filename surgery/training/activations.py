@@ -1,0 +1,291 @@
+r"""What enters a span of layers and what leaves it, for every token of a corpus, computed once and kept on the disk.
+
+A new middle is trained on pairs ``(x_start, x_stop)``: the stream entering layer ``start`` and the stream entering
+layer ``stop`` of the original model. The layers before and behind never change, so these pairs never change either;
+computing them once costs ``stop / L`` F, computing them in every epoch that many times more (the teacher's cost belongs
+in any account of what the training saved). Kept are whole prompts, real tokens only:
+
+    latents.json               format, model and sha256 of its weights, sha256 of the corpus, span, sizes, versions;
+                               file, prompts, tokens, bytes and sha256 of every shard
+    latents-00000.safetensors  lengths int32 [prompt], tokens int32 [token], x_start and x_stop [token, d_model]
+    latents-00001.safetensors  the prompts that follow; the corpus's order throughout
+
+``size`` says beforehand how much that is: at d_model 768 in float16, 3 kB a token. Every shard appears whole or not at
+all, so a harvest (``surgery.training.harvest``) that was interrupted, or one whose shard was lost, goes on by the same call.
+
+What is to be predicted is the update ``u = x_stop - x_start``: on ``x_stop`` itself the identity already explains most
+of the variance. ``Latents.moments`` has what the baselines need (mean update, best linear map).
+Half precision rounds x by 5e-4 of its size (bfloat16: 4e-3), the update by that over ``|u| / |x|``.
+"""
+
+import hashlib
+import itertools
+import json
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.records import tables
+from surgery.stats.bootstrap import Scatter
+from surgery.training.ledger import Counter, Ledger
+from surgery.training.loop import Schedule
+
+MANIFEST, FORMAT = "latents.json", "surgery latents 1"
+DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
+_ROWS = 4096  # tokens that moments hold in float64 at a time
+_PIECE = 1 << 20  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: how many prompts and tokens it holds, and what it must look like."""
+
+    file: str
+    prompts: int
+    tokens: int
+    bytes: int
+    sha256: str
+    seconds: float = 0.0  # wall time of its making
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some prompts, padded on the right to the longest; the streams are 0 at padding."""
+
+    tokens: Tokens
+    x_start: Float[Tensor, "prompt pos d_model"]
+    x_stop: Float[Tensor, "prompt pos d_model"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of ``x = x_start`` and ``u = x_stop - x_start`` over tokens, ``c(a) = a - E a``."""
+
+    count: int
+    mean_x: Float[Tensor, " d_model"]
+    mean_u: Float[Tensor, " d_model"]
+    xx: Float[Tensor, "d_model d_model"]  # E c(x) c(x)^T
+    xu: Float[Tensor, "d_model d_model"]  # E c(x) c(u)^T: rows are x
+    uu: Float[Tensor, "d_model d_model"]  # E c(u) c(u)^T
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """An opened folder. Nothing of it is in memory but the prompts' lengths: files are mapped on first use."""
+
+    folder: Path
+    start: int
+    stop: int
+    dtype: torch.dtype
+    d_model: int
+    lengths: Int[Tensor, " prompt"]
+    shards: tuple[Shard, ...]
+    source: Mapping[str, str]  # model, weights_sha256, corpus_sha256
+    _mapped: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the harvest."""
+        return sum(shard.seconds for shard in self.shards)
+
+    def ledger(self, teacher: Stack, schedule: Schedule | None = None) -> Ledger:
+        """What these activations cost: the operations of one batch, scaled to all tokens. Cost: less than 1 F."""
+        sample = self.batch(range(min(64, self.n_prompts))).tokens.to(teacher.device)
+        context = teacher.context(sample)
+        _, operations = Counter()("harvest", lambda: teacher.execute(f":{self.stop}", context.x0, context))
+        ledger, share = Ledger(), self.n_tokens / int(sample.mask.sum())
+        ledger.add("harvest", self.n_tokens, round(operations * share), self.seconds, teacher=True)
+        return ledger
+
+    def batch(self, prompts: Sequence[int]) -> Pairs:
+        """These prompts, in this order, in float32. Reads only them.
+
+        Raises ``ValueError`` for no prompt, or one that is not there.
+        """
+        spans = self._spans(prompts)
+        if not spans:
+            raise ValueError("there is no prompt in this batch; name at least one")
+        ids, x_start, x_stop = (
+            pad_sequence([self._tensors(shard)[name][rows] for shard, rows in spans], batch_first=True)
+            for name in ("tokens", "x_start", "x_stop")
+        )
+        return Pairs(padded(ids.long(), self.lengths[list(prompts)]), x_start.float(), x_stop.float())
+
+    def moments(self, prompts: Sequence[int] | None = None, *, skip_first: bool = True) -> Moments:
+        """Moments over the tokens of these prompts (all if None), each prompt's first left out unless asked.
+
+        One pass in float64 (``stats.Scatter``). Memory: 16 d_model^2 numbers. Cost: 4 d_model^2 products a token.
+
+        Raises ``ValueError`` if there are fewer than two tokens.
+        """
+        spans = self._spans(sorted(range(self.n_prompts) if prompts is None else prompts))
+        d, scatter = self.d_model, Scatter()
+        for shard, some in itertools.groupby(spans, key=operator.itemgetter(0)):
+            tensors = self._tensors(shard)
+            chosen = torch.cat([torch.arange(rows.start + skip_first, rows.stop) for _, rows in some])
+            for chunk in chosen.split(_ROWS) if len(chosen) else ():
+                x = tensors["x_start"][chunk].double()
+                scatter.add(torch.cat([x, tensors["x_stop"][chunk].double() - x], 1))
+        if scatter.count < 2:
+            raise ValueError(f"moments need at least two tokens, these prompts have {scatter.count}; take more prompts")
+        mean, both = scatter.mean, scatter.covariance
+        return Moments(scatter.count, mean[:d], mean[d:], both[:d, :d], both[:d, d:], both[d:, d:])
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256. Raises ``ValueError`` naming the first that was changed."""
+        for shard in self.shards:
+            refuse(self.folder, shard, damage(self.folder, shard, self.d_model, self.dtype, thorough=True))
+
+    def _spans(self, prompts: Sequence[int]) -> list[tuple[int, slice]]:
+        """For each prompt the shard that holds it, and its rows there."""
+        if wrong := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
+            raise ValueError(f"there is no prompt {wrong[0]} in {self.folder}: it has 0 to {self.n_prompts - 1}")
+        chosen = np.array(prompts, dtype=np.int64)
+        prompts_before, tokens_before, ends = self._index
+        shards = np.searchsorted(prompts_before, chosen, side="right") - 1
+        last = ends[chosen] - tokens_before[shards]
+        first = last - self.lengths.numpy()[chosen]
+        return list(zip(shards.tolist(), map(slice, first.tolist(), last.tolist())))
+
+    @cached_property
+    def _index(self) -> tuple[Int[np.ndarray, " shard"], Int[np.ndarray, " shard"], Int[np.ndarray, " prompt"]]:
+        """Prompts before each shard, tokens before each shard, tokens up to the end of each prompt."""
+        prompts, tokens = (np.array([getattr(s, name) for s in self.shards]) for name in ("prompts", "tokens"))
+        return prompts.cumsum() - prompts, tokens.cumsum() - tokens, self.lengths.numpy().cumsum()
+
+    def _tensors(self, shard: int) -> dict[str, Tensor]:
+        """A shard's tensors, mapped when first asked for: only the rows that are indexed are read."""
+        if shard not in self._mapped:
+            path = self.folder / self.shards[shard].file
+            try:
+                with safe_open(path, "pt") as file:
+                    self._mapped[shard] = {name: file.get_tensor(name) for name in ("tokens", "x_start", "x_stop")}
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {tables.reason(error)}; call harvest again as before") from error
+        return self._mapped[shard]
+
+
+def size(n_tokens: int, d_model: int, dtype: torch.dtype) -> int:
+    """Bytes that the latents of so many tokens take (besides some hundred a shard and 4 a prompt).
+
+    >>> size(10_000_000, 768, torch.float16) / 1e9
+    30.76
+    """
+    return n_tokens * (2 * d_model * dtype.itemsize + 4)
+
+
+def opened(folder: str | Path) -> Latents:
+    """The latents in a folder. Sizes and headers are compared with the manifest, contents by ``Latents.verify``.
+
+    Raises ``ValueError`` if there are none, if their harvest is not finished, or if a shard is missing or was changed.
+    """
+    folder = Path(folder)
+    manifest = manifest_of(folder)
+    shards = tuple(Shard(**entry) for entry in manifest["shards"])
+    d_model, dtype = manifest["d_model"], getattr(torch, manifest["dtype"])
+    done = sum(shard.prompts for shard in shards)
+    if done < manifest["n_prompts"]:
+        raise ValueError(
+            f"the harvest in {folder} is not finished: it has {done} of {manifest['n_prompts']} prompts; "
+            "call harvest again as before, it goes on from there"
+        )
+    lengths = []
+    for shard in shards:
+        refuse(folder, shard, damage(folder, shard, d_model, dtype))
+        offset = len(header_of(shard.prompts, shard.tokens, d_model, dtype))
+        lengths.append(np.fromfile(folder / shard.file, "<i4", shard.prompts, offset=offset))
+    source = {key: manifest[key] for key in ("model", "weights_sha256", "corpus_sha256")}
+    return Latents(
+        folder, manifest["start"], manifest["stop"], dtype, d_model,
+        torch.from_numpy(np.concatenate(lengths)).long(), shards, source,
+    )  # fmt: skip
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"there are no latents in {folder} ({tables.reason(error)}); make them by harvest") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a manifest of latents ({error}); harvest into another folder") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a manifest of latents: it does not say {FORMAT!r}; harvest into another folder"
+        )
+    return manifest
+
+
+def damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *, thorough: bool = False) -> str | None:
+    """What is wrong with a shard, in words; its bytes are read only if ``thorough``."""
+    header = header_of(shard.prompts, shard.tokens, d_model, dtype)
+    try:
+        with open(folder / shard.file, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != shard.bytes:
+                return f"has {found} bytes instead of {shard.bytes}"
+            if file.read(len(header)) != header or (thorough and hashed(file) != shard.sha256):
+                return "was changed since it was written"
+    except OSError as error:
+        return f"cannot be read: {tables.reason(error)}"
+    return None
+
+
+def refuse(folder: Path, shard: Shard, damage: str | None) -> None:
+    if damage is not None:
+        raise ValueError(
+            f"{folder / shard.file} {damage}; call harvest again as before, only what is damaged is made anew"
+        )
+
+
+def header_of(n_prompts: int, n_tokens: int, d_model: int, dtype: torch.dtype) -> bytes:
+    """How a shard begins: the safetensors header. What has 4 bytes a number comes first, so that all is aligned."""
+    x = (DTYPES[dtype], [n_tokens, d_model], n_tokens * d_model * dtype.itemsize)
+    tensors = {
+        "lengths": ("I32", [n_prompts], 4 * n_prompts),
+        "tokens": ("I32", [n_tokens], 4 * n_tokens),
+        "x_start": x,
+        "x_stop": x,
+    }
+    ends = list(itertools.accumulate(length for _, _, length in tensors.values()))
+    described = {
+        name: {"dtype": kind, "shape": shape, "data_offsets": [end - length, end]}
+        for (name, (kind, shape, length)), end in zip(tensors.items(), ends)
+    }
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def hashed(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def padded(ids: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Tokens:
+    """Prompts that begin at position 0 and are padded behind."""
+    return Tokens(ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))

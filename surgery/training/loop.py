@@ -1,0 +1,418 @@
+"""Train a part of a model: exactly resumable, on one process or several (accelerate), with its ledger.
+
+A batch is a function of (seed, step) alone and dropout stays off, so nothing random happens that a checkpoint would
+have to remember: interrupted and resumed training ends with the same weights. With several processes each takes its
+share of the same batch and every sum is divided by the weight of the whole batch, so their number changes rounding
+only.
+
+Matrices are trained with Muon (Jordan 2024; ``surgery.training.muon``), everything else with AdamW.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from surgery.records import tables
+from surgery.training.ledger import Counter, Ledger
+from surgery.training.muon import Muon
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CURVE = {
+    "step": "training steps made",
+    "tokens": "real tokens that the student was trained on until then, in all phases, repetitions counted",
+    "operations": "floating-point operations of the student's training until then: forward, backward, optimiser",
+    "operations_with_teacher": "the same and all that the teacher spent, harvest of activations included",
+    "seconds": "wall time of training until then, looks at held-out data not counted",
+    "loss": "training loss, mean of the steps since the row before",
+    "learning_rate": "of the last step",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast, how often; all of it belongs to a run's identity."""
+
+    steps: int = 1000
+    batch: int = 64  # prompts a step, of all processes together
+    learning_rate: float = 2e-3
+    warmup: int = 50  # steps
+    final_share: float = 0.02  # the cosine ends at this share of the learning rate
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest norm of the gradient
+    every: int = 100  # steps between looks at held-out data, each with a checkpoint
+    patience: int | None = None  # stop after so many looks without a better one, and go back to the best
+    precision: str = "no"  # no, bf16 or fp16: what accelerate calls mixed precision
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "every", "learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is a number of looks, 1 or more, got {self.patience}")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision is no, bf16 or fp16, got {self.precision!r}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine."""
+        return rate(step, self.steps, self.learning_rate, self.warmup, self.final_share)
+
+    def prompts(self, step: int, count: int) -> Int[np.ndarray, " batch"]:
+        """Which of ``count`` prompts a step takes: every epoch all of them once, in an order of its own."""
+        drawn = range(step * self.batch, (step + 1) * self.batch)
+        epochs = {i // count for i in drawn}
+        orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in epochs}
+        return np.array([orders[i // count][i % count] for i in drawn])
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained on what. ``student(batch)`` gives sums and weights, one each for every term of the loss."""
+
+    matrices: list[nn.Parameter]  # trained with Muon
+    others: list[nn.Parameter]  # trained with AdamW
+    watched: str  # the held-out number that early stopping wants smaller
+
+    @property
+    def student(self) -> nn.Module: ...
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Of the terms: the loss is the sum of factor * sum / weight."""
+
+    @property
+    def n_prompts(self) -> int: ...
+
+    def batch(self, prompts: list[int]) -> Any:
+        """A batch; has ``shape`` (what its cost depends on) and ``n_tokens``."""
+
+    def taught(self, batch: Any) -> Any:
+        """The batch with whatever a teacher adds to it."""
+
+    def look(self) -> dict[str, float]:
+        """Numbers on held-out data."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished training: its curve (``CURVE`` and what ``look`` gives) and ledger."""
+
+    curve: pandas.DataFrame
+    ledger: Ledger
+    stopped_early: bool
+
+
+def accelerator_for(device: torch.device, precision: str = "no") -> "Accelerator":
+    """The processes that there are, as accelerate sees them: one, or those of ``accelerate launch`` or torchrun."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # another precision than in an earlier training of this process is no mistake
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the main process, which harvests alone
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[waiting])
+
+
+def fit(
+    task: Task,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    phase: str = "training",
+    identity: Mapping[str, Any] | None = None,
+    spent: Ledger | None = None,
+    accelerator: "Accelerator | None" = None,
+    columns: Mapping[str, str] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Fit:
+    """Train, with a look at held-out data, a checkpoint and a row in ``curve.csv`` every ``schedule.every`` steps.
+
+    Called again with the same arguments it goes on from ``checkpoint.safetensors`` and ends with the same weights, or,
+    finished, only gives its result again. ``identity`` says what else makes this run another one; ``spent`` is what was
+    spent before it began (the teacher's harvest).
+
+    Raises:
+        ValueError: fewer prompts than a batch, a batch that does not divide among the processes, a checkpoint of
+            another run in the folder, a loss that is not finite (the last good checkpoint stays, and the sentence says
+            of which step), or parameters that were to stay frozen and did not.
+        OSError: the folder cannot be written, or the disk is full; what was written before is whole.
+    """
+    accelerator = accelerator or accelerator_for(next(task.student.parameters()).device, schedule.precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if task.n_prompts < schedule.batch:
+        raise ValueError(f"a batch of {schedule.batch} prompts needs as many, there are {task.n_prompts}: "
+                         "give more prompts or a smaller batch")  # fmt: skip
+    if schedule.batch % world:
+        raise ValueError(f"a batch of {schedule.batch} prompts does not divide among {world} processes")
+    folder = tables.folder(folder)
+    run = {"schedule": asdict(schedule), "phase": phase, **(identity or {})}
+    state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
+    with ExitStack() as restoring, state.kept_frozen():
+        restoring.enter_context(only_trained(task))
+        plain = optimizers(task.matrices, task.others, schedule.weight_decay)
+        state.load(plain, accelerator.scaler)
+        student, *prepared = accelerator.prepare(task.student, *plain)
+        counter, here = Counter(), Ledger()
+        losses: list[float] = []
+
+        def look() -> None:
+            """A row, a checkpoint, and whether to go on, decided by the main process for all."""
+            state.collect(here, accelerator)
+            here.entries.clear()
+            if accelerator.is_main_process:
+                try:
+                    looked = task.look()
+                except ValueError as error:
+                    if not state.rows:  # nothing was trained yet, so it is not the training's fault
+                        raise
+                    raise ValueError(
+                        f"the look at step {state.step} failed, {error}. {state.advice(schedule)}"
+                    ) from error
+                state.row(schedule, losses, looked, task.watched)
+                state.save(plain, accelerator.scaler)
+                tables.write(pandas.DataFrame(state.rows), folder / "curve.csv", {**(manifest or {}), "run": run},
+                             CURVE | dict(columns or {}))  # fmt: skip
+            losses.clear()
+            state.share(accelerator)
+
+        with _bar(phase, schedule.steps, state.step, progress and accelerator.is_main_process) as advance:
+            if not state.rows:
+                look()
+            while state.step < schedule.steps and not state.patience_lost(schedule):
+                began = time.perf_counter()
+                mine = schedule.prompts(state.step, task.n_prompts)[rank::world].tolist()
+                batch = task.batch(mine)
+                batch, taught = counter(("teacher", batch.shape), partial(task.taught, batch))
+                (sums, weights), forward = counter(("forward", batch.shape), partial(student, batch))
+                whole = accelerator.reduce(torch.stack([sums.detach(), weights]).double(), "sum")
+                factors = torch.tensor(task.factors, device=sums.device)
+                loss = float((factors * whole[0] / whole[1]).sum())
+                if not np.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {loss} at step {state.step}: nothing of that step was kept. "
+                        f"{state.advice(schedule)}"
+                    )
+                local = (factors * sums * world / whole[1].to(sums.dtype)).sum()
+                _, backward = counter(("backward", batch.shape), partial(accelerator.backward, local))
+                accelerator.clip_grad_norm_(task.matrices + task.others, schedule.clip)
+                for group in (group for optimizer in prepared for group in optimizer.param_groups):
+                    group["lr"] = schedule.rate(state.step)
+                _, updated = counter("optimiser", lambda: [optimizer.step() for optimizer in prepared])
+                for optimizer in prepared:
+                    optimizer.zero_grad(set_to_none=True)
+                operations = forward + backward + (updated if accelerator.is_main_process else 0)
+                seconds = (time.perf_counter() - began) if accelerator.is_main_process else 0.0
+                here.add(phase, batch.n_tokens, operations, seconds)
+                if taught:
+                    here.add(f"{phase}: teacher", batch.n_tokens, taught, 0.0, teacher=True)
+                losses.append(loss)
+                state.step += 1
+                advance(loss)
+                if state.step % schedule.every == 0 or state.step == schedule.steps:
+                    look()
+        early = state.patience_lost(schedule)
+        if schedule.patience is not None:
+            state.best()
+        accelerator.wait_for_everyone()
+    return Fit(pandas.DataFrame(state.rows), state.ledger, early)
+
+
+class _State:
+    """Everything that the rest of a run depends on; one safetensors file that replaces the last one in one move."""
+
+    def __init__(self, task: Task, run: dict[str, Any], path: Path, ledger: Ledger) -> None:
+        self.run, self.path, self.ledger = json.loads(json.dumps(run)), path, ledger
+        self.trained = {n: p for n, p in task.student.named_parameters() if _among(p, task.matrices + task.others)}
+        self.frozen = {n: p for n, p in task.student.named_parameters() if n not in self.trained}
+        self.step, self.waited, self.rows = 0, 0, list[dict[str, Any]]()
+        self.best_value, self.best_weights = float("inf"), dict[str, Tensor]()
+
+    def load(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
+        if not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.path} is not a whole checkpoint ({error}): remove it to begin again") from None
+        if metadata["run"] != self.run:
+            other = [key for key in {**self.run, **metadata["run"]} if metadata["run"].get(key) != self.run.get(key)]
+            raise ValueError(f"{self.path} belongs to another run (other {', '.join(sorted(other))}): choose another "
+                             "folder, or remove it to begin again")  # fmt: skip
+        if metadata["frozen"] != _digest(self.frozen):
+            raise ValueError(f"{self.path} was made with other frozen weights: choose another folder")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"model/{name}"])
+        restore(optimizers, tensors)
+        self.best_weights = {name: tensors[f"best/{name}"] for name in self.trained if f"best/{name}" in tensors}
+        self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
+        self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
+        self.ledger = Ledger.of(pandas.DataFrame(metadata["ledger"]))
+        if scaler is not None:
+            scaler.load_state_dict(metadata["scaler"])
+
+    def save(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()} | states(optimizers)
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
+        metadata = {
+            "run": self.run, "step": self.step, "waited": self.waited, "rows": self.rows,
+            "best": self.best_value if np.isfinite(self.best_value) else None,
+            "frozen": _digest(self.frozen), "ledger": self.ledger.frame().to_dict("records"),
+            "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
+        }  # fmt: skip
+        whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        tables.save({self.path: save(whole, {"state": json.dumps(metadata)})})
+
+    def collect(self, here: Ledger, accelerator: "Accelerator") -> None:
+        """Add what all processes spent since the last time."""
+        for (phase, teacher), entry in here.entries.items():
+            spent = torch.tensor([entry.tokens, entry.operations, entry.seconds], dtype=torch.float64)
+            tokens, operations, seconds = accelerator.reduce(spent.to(accelerator.device), "sum").tolist()
+            self.ledger.add(phase, int(tokens), int(operations), seconds, teacher=teacher)
+
+    def row(self, schedule: Schedule, losses: list[float], looked: dict[str, float], watched: str) -> None:
+        own = [entry for (_, teacher), entry in self.ledger.entries.items() if not teacher]
+        spent = {name: sum(getattr(entry, name) for entry in own) for name in ("tokens", "operations", "seconds")}
+        self.rows.append({
+            "step": self.step, "tokens": int(spent["tokens"]), "operations": float(spent["operations"]),
+            "operations_with_teacher": float(self.ledger.operations(teacher=True)), "seconds": float(spent["seconds"]),
+            "loss": float(np.mean(losses)) if losses else float("nan"),
+            "learning_rate": schedule.rate(max(0, self.step - 1)), **looked,
+        })  # fmt: skip
+        if looked[watched] < self.best_value:
+            self.best_value, self.waited = looked[watched], 0
+            if schedule.patience is not None:
+                self.best_weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        else:
+            self.waited += 1
+
+    def advice(self, schedule: Schedule) -> str:
+        """What is left of a training that blew up, and what to try instead."""
+        return (
+            f"The checkpoint of step {self.rows[-1]['step']} is whole ({self.path}); try a smaller learning rate than "
+            f"{schedule.learning_rate:g}, a longer warm-up, or precision no"
+        )
+
+    def share(self, accelerator: "Accelerator") -> None:
+        """What the main process decided, for all."""
+        if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            mine = [self.rows, self.waited, self.best_value, self.best_weights, self.ledger]
+            self.rows, self.waited, self.best_value, self.best_weights, self.ledger = broadcast_object_list(mine)
+
+    def patience_lost(self, schedule: Schedule) -> bool:
+        return schedule.patience is not None and self.waited >= schedule.patience
+
+    @torch.no_grad()
+    def best(self) -> None:
+        """Go back to the weights of the best look."""
+        for name, tensor in self.best_weights.items():
+            self.trained[name].copy_(tensor)
+
+    @contextmanager
+    def kept_frozen(self) -> Iterator[None]:
+        """Prove that the weights that were not to be trained are the same bit for bit afterwards."""
+        before = _digest(self.frozen)
+        yield
+        if _digest(self.frozen) != before:
+            raise ValueError("weights that were to stay frozen have changed: do not use what was trained")
+
+
+@contextmanager
+def only_trained(task: Task) -> Iterator[None]:
+    """Gradients for what is trained and for nothing else, restored on every way out."""
+    asked = {parameter: parameter.requires_grad for parameter in task.student.parameters()}
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(_among(parameter, task.matrices + task.others))
+        yield
+    finally:
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+def rate(step: int, steps: int, learning_rate: float, warmup: int, final_share: float) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine that ends at ``final_share`` of the largest."""
+    cosine = 0.5 * (1 + np.cos(np.pi * step / steps))
+    decayed = final_share + (1 - final_share) * cosine
+    return float(learning_rate * min(1, (step + 1) / max(1, warmup)) * decayed)
+
+
+def optimizers(
+    matrices: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+    weight_decay: float,
+    muon: type[torch.optim.Muon] = Muon,
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW without decay for the rest; none for what is empty."""
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        made.append(torch.optim.AdamW(others, weight_decay=0.0))
+    return made
+
+
+def states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What optimisers remember, as tensors by name, for a checkpoint."""
+    return {
+        f"optimizer/{i}/{j}/{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(optimizers)
+        for j, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what ``states`` gave; other tensors are left alone."""
+    for i, optimizer in enumerate(optimizers):
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, *place = name.split("/")
+            if kind == "optimizer" and place[0] == str(i):
+                found.setdefault(int(place[1]), {})[place[2]] = tensor
+        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _among(parameter: nn.Parameter, some: Iterable[nn.Parameter]) -> bool:
+    return any(parameter is other for other in some)
+
+
+def _digest(parameters: Mapping[str, Float[Tensor, "..."]]) -> str:
+    """sha256 over names and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _bar(phase: str, steps: int, done: int, shown: bool) -> Iterator[Any]:
+    what = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*what, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(phase, total=steps, completed=done, loss="")
+        yield lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4f}")

@@ -1,0 +1,89 @@
+"""The activations of one class of positions: mean, principal components, and some of them as they are.
+
+Gathered from chunks, in float64, in memory of a few d_model x d_model matrices and the activations that are kept.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from surgery.stats.bootstrap import Scatter
+
+SAMPLES = 5  # activations needed for each component
+CONSTANT = 1e-7  # a variance below this share of E |x|^2 is the rounding of half precision
+SINGULAR = 1e-9  # as is a component's below this share of the first's
+
+Rows = Float[Tensor, "row d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The activations of one class of positions: moments, and some of them as they are."""
+
+    mean: Float[Tensor, " d_model"]
+    axes: Float[Tensor, "component d_model"]  # orthonormal
+    scale: Float[Tensor, " component"]  # standard deviation along each
+    bank: Float[Tensor, "real d_model"]
+    n_tokens: int
+    variance: float
+
+    @property
+    def components(self) -> int:
+        return len(self.scale)
+
+    def whitened(self, x: Rows) -> Float[Tensor, "row component"]:
+        return (x - self.mean) @ self.axes.T / self.scale
+
+    def unwhitened(self, z: Float[Tensor, "row component"]) -> Rows:
+        """The displacement that has these whitened coordinates."""
+        return (z * self.scale) @ self.axes
+
+    def nearest(self, x: Rows, count: int) -> Float[Tensor, "row neighbour d_model"]:
+        """The ``count`` real activations of the bank that are nearest, nearest first."""
+        if count > len(self.bank):
+            raise ValueError(f"there are {len(self.bank)} real activations to choose {count} neighbours from: "
+                             "ask for fewer, or fit with a larger bank")  # fmt: skip
+        return self.bank[torch.cdist(x, self.bank).topk(count, largest=False).indices]
+
+
+class Gathered:
+    """Moments and a random few of rows that come in chunks."""
+
+    def __init__(self, bank: int) -> None:
+        self.size, self.scatter = bank, Scatter()
+        self.keys = np.zeros(0)
+
+    def add(self, x: Rows, generator: np.random.Generator) -> None:
+        keys = generator.random(len(x))
+        if not len(x):
+            return
+        if not x.isfinite().all():
+            raise ValueError("an activation is not finite: harvest in float32 or bfloat16, or mend the model's weights")
+        if not self.scatter.count:
+            self.bank = x[:0]
+        self.scatter.add(x)
+        both = np.concatenate([self.keys, keys])
+        kept = np.sort(np.argsort(both, kind="stable")[: self.size])
+        self.keys, self.bank = both[kept], torch.cat([self.bank, x.float()])[torch.from_numpy(kept)]
+
+    def region(self, place: int, components: int | None, share: float) -> Region:
+        count, few = self.scatter.count, f"position {place} has {self.scatter.count} activations"
+        if count < 2:
+            raise ValueError(f"{few}, moments need two or more: "
+                             "take longer prompts, or fewer positions")  # fmt: skip
+        values, vectors = torch.linalg.eigh(self.scatter.covariance)
+        values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
+        total, mean = values.sum(), self.scatter.mean
+        varying = int((values > SINGULAR * values[0]).sum()) if total > CONSTANT * mean.square().sum() else 0
+        held = values.cumsum(0) / total
+        wanted = int((held < share).sum()) + 1 if components is None else components
+        k = min(varying, wanted)
+        if count < SAMPLES * k:
+            raise ValueError(f"{few}, {k} components need {SAMPLES * k} or more: take more prompts, or fewer "
+                             "components")  # fmt: skip
+        part = float(held[k - 1]) if k else 1.0
+        scale = values[:k].sqrt().float()
+        return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, part))

@@ -1,0 +1,5 @@
+"""The order in which layers run: one immutable value, its notation, the families a scan tries, other tools' forms. No torch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,16 @@
+from . import formats as formats
+from . import notation as notation
+from . import steps as steps
+from . import value as value
+from .value import Chain as Chain
+from .value import Layer as Layer
+from .value import Parallel as Parallel
+from .value import Scaled as Scaled
+from .value import Step as Step
+from .value import Wiring as Wiring
+from .value import WiringError as WiringError
+from .value import every_parallel as every_parallel
+from .value import every_repeat as every_repeat
+from .value import every_reverse as every_reverse
+from .value import every_skip as every_skip
+from .value import every_swap as every_swap

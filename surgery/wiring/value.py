@@ -1,0 +1,285 @@
+r"""Wiring: the order in which the layers of a model run, as an immutable value. No model and no torch in here.
+
+A wiring is a chain of steps. Each step takes the residual stream ``x`` and leaves the stream that the next step reads:
+
+==================  =======================================  ========================================
+step                what it leaves                           notation
+==================  =======================================  ========================================
+``Layer``           ``x + u(x)``, ``u`` the layer's update   ``7``, ``7.attn``, ``7.mlp``
+``Parallel``        ``x + sum_b (b(x) - x)``                 ``{3|4|5}`` or ``{*3:6}``, ``{3:5 | 7}``
+``Parallel``, mean  ``mean_b b(x)``                          ``mean{*3:6}``
+``Scaled``          ``x + factor * (body(x) - x)``           ``0.5*(3:6)``, ``0.5*7``
+==================  =======================================  ========================================
+
+The notation is Python's slices over layers (half-open, zero-based, negative and open ends, steps), one after the other
+in the order in which they run; only, an index outside the model is an error and never clipped. A number before a group
+scales its effect, a number after a group repeats it: ``2*(3:6)`` is twice the update, ``(3:6)*2`` are two passes.
+
+    ":"                                  the model as it is
+    ":52 45:"                            layers 45 to 51 run twice
+    ":10 (10:14)*3 14:"                  three times
+    ":10 14:"                            without layers 10 to 13
+    ":10 13:9:-1 14:"                    in reverse
+    ":10 {*10:14} 14:"                   in parallel on the same input, updates summed (``{10|11|12|13}``)
+    ":10 mean{*10:14} 14:"               in parallel, outputs averaged (Sun et al. 2024, arXiv 2407.09298)
+    ":10 {10:12 | 12:14} 14:"            two chains in parallel
+    ":7 7.attn 8.attn 7.mlp 8.mlp 9:"    sublayers; ``7:9.attn`` is ``7.attn 8.attn``
+    ":20 0.5*(12:20) 20:"                a damped second pass
+
+Two wirings are equal if they mean the same by the laws in ``surgery.wiring.steps``; ``str`` and ``parse`` are inverse.
+
+>>> wiring = Wiring.of(12).repeat(4, 6).skip(9)
+>>> wiring
+Wiring.parse(":6 4:7 8:", 12)
+>>> wiring == Wiring.parse("0:4 (4:6)*2 6 8:", 12), wiring.depth
+(True, 13)
+"""
+
+import operator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from surgery.wiring import formats, notation
+from surgery.wiring.steps import (
+    HALF_OPEN,
+    Chain,
+    Layer,
+    Parallel,
+    Scaled,
+    Step,
+    WiringError,
+    abreast,
+    executions,
+    normal,
+    repeated,
+)
+
+__all__ = [
+    "Chain",
+    "Layer",
+    "Parallel",
+    "Scaled",
+    "Step",
+    "Wiring",
+    "WiringError",
+    "every_parallel",
+    "every_repeat",
+    "every_reverse",
+    "every_skip",
+    "every_swap",
+]
+
+
+@dataclass(frozen=True, repr=False)
+class Wiring:
+    """The order in which the layers of a model with ``n_layers`` run. A value: equality and hash are by meaning.
+
+    Methods that take positions count the top-level steps of this wiring, negative positions from the end as in Python;
+    in the untouched model they are the layers. So they compose from left to right: in ``Wiring.of(32).repeat(10, 14)``
+    position 14 is the second pass of layer 10. A parallel or scaled group is one step, a sublayer too. Every method
+    returns a new wiring, and raises ``WiringError`` for a span that is empty or leaves the wiring.
+
+    Cost of one run: ``depth / n_layers`` forward passes. Control to compare with: ``Wiring.of(n_layers)``.
+    """
+
+    n_layers: int
+    steps: Chain
+
+    def __post_init__(self) -> None:
+        _check(self.n_layers)
+        steps = normal(self.steps, self.n_layers)
+        if not steps:
+            raise WiringError("this wiring is empty, no layer runs", self.n_layers)
+        object.__setattr__(self, "steps", steps)
+
+    @classmethod
+    def of(cls, n_layers: int) -> "Wiring":
+        """The model as it is: every layer once, in order."""
+        return cls._of_layers(range(_check(n_layers)), n_layers)
+
+    @classmethod
+    def parse(cls, text: str, n_layers: int) -> "Wiring":
+        """Read the notation (see the module); a ``WiringError`` shows the place where it goes wrong."""
+        _check(n_layers)
+        steps = notation.read(text, n_layers)
+        try:
+            return cls(n_layers, steps)
+        except WiringError as error:
+            raise WiringError(error.sentence, n_layers, text) from None
+
+    def __str__(self) -> str:
+        return notation.write(self.steps, self.n_layers)
+
+    def __repr__(self) -> str:
+        return f'Wiring.parse("{self}", {self.n_layers})'
+
+    def __add__(self, other: "Wiring") -> "Wiring":
+        """This wiring, and then the other on the stream that it leaves."""
+        if not isinstance(other, Wiring):
+            return NotImplemented
+        if self.n_layers != other.n_layers:
+            raise WiringError(f"wirings of {self.n_layers} and of {other.n_layers} layers cannot follow each other")
+        return Wiring(self.n_layers, self.steps + other.steps)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The index of every layer or sublayer that runs, in the order of the notation."""
+        return tuple(layer.index for layer in executions(self.steps))
+
+    @property
+    def depth(self) -> int | float:
+        """How many layers run, a sublayer counting one half: the cost in units of one layer of one forward pass."""
+        halves = sum(2 if layer.part is None else 1 for layer in executions(self.steps))
+        return halves / 2 if halves % 2 else halves // 2
+
+    @property
+    def is_serial(self) -> bool:
+        """Whether whole layers run one after another, without groups, scaling or sublayers."""
+        return all(isinstance(step, Layer) and step.part is None for step in self.steps)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is the model as it is."""
+        return self.is_serial and self.layers == tuple(range(self.n_layers))
+
+    def repeat(self, start: int, stop: int, times: int = 2) -> "Wiring":
+        """Run the span ``times`` times in all: ``Wiring.of(80).repeat(45, 52)`` is ``":52 45:"`` (Ng's RYS)."""
+        return self._rewire(start, stop, lambda span: repeated(span, times))
+
+    def skip(self, start: int, stop: int | None = None) -> "Wiring":
+        """Leave the span out, or the one step at ``start``: ``Wiring.of(32).skip(3)`` is ``":3 4:"``."""
+        start = self._position(start)
+        return self._rewire(start, start + 1 if stop is None else stop, lambda span: ())
+
+    def swap(self, a: int, b: int) -> "Wiring":
+        """Exchange two steps: ``Wiring.of(32).swap(3, 8)`` is ``":3 8 4:8 3 9:"``."""
+        steps = list(self.steps)
+        a, b = self._position(a), self._position(b)
+        steps[a], steps[b] = steps[b], steps[a]
+        return Wiring(self.n_layers, tuple(steps))
+
+    def reverse(self, start: int, stop: int) -> "Wiring":
+        """Run the span backwards: ``Wiring.of(32).reverse(10, 14)`` is ``":10 13:9:-1 14:"``."""
+        return self._rewire(start, stop, lambda span: span[::-1])
+
+    def shuffle(self, start: int = 0, stop: int | None = None, *, seed: int) -> "Wiring":
+        """Run the span in a random order that is not the present one; equal seeds, equal orders."""
+
+        def shuffled(span: Chain) -> Chain:
+            if len(set(span)) < 2:
+                raise WiringError(f"there is no other order of {notation.write(span, self.n_layers)}", self.n_layers)
+            generator, order = random.Random(seed), list(span)
+            while tuple(order) == span:
+                generator.shuffle(order)
+            return tuple(order)
+
+        return self._rewire(start, len(self.steps) if stop is None else stop, shuffled)
+
+    def parallel(self, start: int, stop: int, mean: bool = False) -> "Wiring":
+        """Run the span's steps on the same stream: ``Wiring.of(32).parallel(3, 6)`` is ``":3 {*3:6} 6:"``."""
+        return self._rewire(start, stop, lambda span: abreast(span, mean))
+
+    def loop(self, start: int, stop: int, times: int, mean: bool = False) -> "Wiring":
+        """The span in parallel, ``times`` times: looped parallel (Sun et al. 2024, arXiv 2407.09298, who average)."""
+        return self._rewire(start, stop, lambda span: repeated(abreast(span, mean), times))
+
+    def scale(self, start: int, stop: int, factor: int | float) -> "Wiring":
+        """Multiply the span's effect: ``Wiring.of(32).scale(3, 6, 0.5)`` is ``":3 0.5*(3:6) 6:"``."""
+        return self._rewire(start, stop, lambda span: (Scaled(factor, span),))
+
+    def _rewire(self, start: int, stop: int, rewrite: Callable[[Chain], Chain]) -> "Wiring":
+        size = len(self.steps)
+        if not (-size <= start <= size and -size <= stop <= size):
+            raise WiringError(f"the span {start}:{stop} leaves this wiring of {size} steps", self.n_layers)
+        first, last, _ = slice(start, stop).indices(size)
+        if first >= last:
+            raise WiringError(f"the span {start}:{stop} is empty, {HALF_OPEN}", self.n_layers)
+        return Wiring(self.n_layers, self.steps[:first] + rewrite(self.steps[first:last]) + self.steps[last:])
+
+    def _position(self, at: int) -> int:
+        size = len(self.steps)
+        if not -size <= operator.index(at) < size:
+            raise WiringError(f"there is no position {at} in this wiring of {size} steps", self.n_layers)
+        return at % size
+
+    def _serial(self, form: str) -> tuple[int, ...]:
+        if not self.is_serial:
+            raise WiringError(f"{form} can only say whole layers one after another, and this wiring is {self}")
+        return self.layers
+
+    def repeated(self, times: int = 2) -> tuple[int, int] | None:
+        """``(start, stop)`` of the one span that this wiring runs ``times`` times; None for any other wiring.
+
+        >>> Wiring.parse(":6 4:", 12).repeated(), Wiring.parse(":6 8:", 12).repeated()
+        ((4, 6), None)
+        """
+        if not self.is_serial:
+            return None
+        blocks = self.to_rys()
+        start, stop = blocks[0]
+        return (start, stop) if start < stop and blocks == [(start, stop)] * (times - 1) else None
+
+    @classmethod
+    def from_rys(cls, spec: "str | Sequence[int] | Sequence[Sequence[int]]", n_layers: int) -> "Wiring":
+        """Read RYS blocks: ``(45, 52)``, ``[(3, 6), (4, 6)]`` or ``"3,6;4,6"``; see ``surgery.wiring.formats``."""
+        return cls._of_layers(formats.read_rys(spec, _check(n_layers)), n_layers)
+
+    def to_rys(self) -> list[tuple[int, int]]:
+        """The RYS blocks that run the same layers; ``WiringError`` if this wiring is not serial."""
+        return formats.write_rys(self._serial("RYS blocks"), self.n_layers)
+
+    @classmethod
+    def from_paths(cls, text: str, n_layers: int) -> "Wiring":
+        """Read inclusive paths: ``"0..14,12,13,14,15..39"`` or ``"..15,11.."``; see ``surgery.wiring.formats``."""
+        return cls._of_layers(formats.read_paths(text, _check(n_layers)), n_layers)
+
+    def to_paths(self) -> str:
+        """The inclusive paths that run the same layers; ``WiringError`` if this wiring is not serial."""
+        return formats.write_paths(self._serial("inclusive paths"))
+
+    @classmethod
+    def from_mergekit(cls, text: str, n_layers: int) -> "Wiring":
+        """Read a mergekit passthrough configuration of one model; see ``surgery.wiring.formats``."""
+        return cls._of_layers(formats.read_mergekit(text, _check(n_layers)), n_layers)
+
+    def to_mergekit(self, model_name: str) -> str:
+        """The mergekit configuration that builds this wiring; ``WiringError`` if it is not serial."""
+        return formats.write_mergekit(self._serial("mergekit"), model_name)
+
+    @classmethod
+    def _of_layers(cls, indices: Iterable[int], n_layers: int) -> "Wiring":
+        return cls(n_layers, tuple(map(Layer, indices)))
+
+
+def _check(n_layers: int) -> int:
+    if operator.index(n_layers) < 1:
+        raise WiringError(f"a model has at least one layer, not {n_layers}")
+    return n_layers
+
+
+def every_repeat(n_layers: int, times: int = 2) -> Iterator[Wiring]:
+    """Every span ``0 <= i < j <= n`` repeated: n (n + 1) / 2 wirings ``:j i:`` (the scan of Ng's RYS)."""
+    return (Wiring.of(n_layers).repeat(i, j, times) for i, j in combinations(range(n_layers + 1), 2))
+
+
+def every_skip(n_layers: int) -> Iterator[Wiring]:
+    """Every span but the whole model left out: n (n + 1) / 2 - 1 wirings ``:i j:``."""
+    spans = combinations(range(n_layers + 1), 2)
+    return (Wiring.of(n_layers).skip(i, j) for i, j in spans if j - i < n_layers)
+
+
+def every_parallel(n_layers: int, mean: bool = False) -> Iterator[Wiring]:
+    """Every span of at least two layers in parallel: n (n - 1) / 2 wirings ``:i {*i:j} j:``."""
+    return (Wiring.of(n_layers).parallel(i, j + 1, mean) for i, j in combinations(range(n_layers), 2))
+
+
+def every_swap(n_layers: int) -> Iterator[Wiring]:
+    """Every two layers exchanged: n (n - 1) / 2 wirings."""
+    return (Wiring.of(n_layers).swap(i, j) for i, j in combinations(range(n_layers), 2))
+
+
+def every_reverse(n_layers: int) -> Iterator[Wiring]:
+    """Every span of at least two layers backwards: n (n - 1) / 2 wirings ``:i j-1:i-1:-1 j:``."""
+    return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in combinations(range(n_layers), 2))

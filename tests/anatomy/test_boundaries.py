@@ -1,0 +1,113 @@
+"""Boundaries and verdict of whole networks whose three parts were built in."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from support.made_up_anatomy import three_parts
+from surgery import Stack, anatomy, wiring
+from surgery.anatomy import boundaries, draw
+from surgery.instruments import known_networks
+from surgery.page import drawing
+from surgery.records import tables
+from surgery.stats import changepoints
+
+SHARES, REVERSED = [0.0] * 4 + [1.0] * 4 + [0.0] * 4, [1.0] * 4 + [0.0] * 4 + [1.0] * 4
+# Writes of the ends are .3, those of the middle 1: where a layer reads the one before, only the first sets the size.
+GAINS = [0.3] * 4 + [1 / 0.3, 1.0, 1.0, 1.0] + [0.3] * 4
+GAINS_REVERSED = [0.3, 1.0, 1.0, 1.0] + [1.0] * 4 + [0.3, 1.0, 1.0, 1.0]
+TOKENS = known_networks.tokens(32, 10)
+
+
+def found(shares, gains=None):
+    return anatomy.locate(Stack(three_parts(shares, gains)), TOKENS, ["a", "b"] * 16, resamples=20, drifts=19)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return found(SHARES, GAINS)
+
+
+def test_the_boundaries_are_found_within_a_layer_and_the_ends_are_parallel(known):
+    for boundary, layer in (("in", 4), ("out", 8)):
+        rows = known.boundaries[known.boundaries["boundary"] == boundary]
+        assert rows.loc[(rows["layer"] - layer).abs() <= 1, "probability"].sum() > 0.9
+    assert known.ends["verdict"].str.startswith("supported").all()
+    assert known.ends["kind"].tolist() == ["all", "a", "b"]
+    assert abs(known.by_kind["D"][0]) < 0.2
+
+
+def test_the_reverse_is_contradicted_and_uniform_is_undecided():
+    assert found(REVERSED, GAINS_REVERSED).ends["verdict"][0].startswith("contradicted")
+    assert found([0.5] * 12).ends["verdict"][0].startswith("undecided")
+
+
+def test_everything_can_be_said_written_and_drawn(known, tmp_path):
+    assert "more parallel than the middle is supported" in " ".join(known.sentences)
+    for frame, columns in ((known.boundaries, changepoints.COLUMNS), (known.segments, changepoints.COLUMNS),
+                           (known.detectors, anatomy.DETECTORS_COLUMNS), (known.agreement, anatomy.AGREEMENT_COLUMNS),
+                           (known.by_kind, anatomy.KINDS_COLUMNS), (known.ends, anatomy.contrast.COLUMNS)):  # fmt: skip
+        tables.write(frame, tmp_path / "table.csv", {}, columns)
+    for figure in (draw.boundaries(known.boundaries, known.detectors, 12), draw.ends(known.ends)):
+        assert drawing.png(figure)[1:4] == b"PNG"
+
+
+def test_prompts_that_place_the_boundaries_are_not_those_that_test():
+    placing, testing = boundaries._halves(["a"] * 9 + ["b"] * 5, seed=3)
+    assert sorted([*placing, *testing]) == list(range(14))
+    assert sum(i < 9 for i in placing) == 5
+
+
+def test_features_are_what_they_are_called():
+    stack = Stack(three_parts(SHARES, GAINS))
+    values = anatomy.features(stack, TOKENS, resamples=2, splits=1)
+    assert values.values.shape == (5, 12, 17)
+    kappa, cka = values.of("kappa").values, values.of("cka").values
+    assert np.abs(kappa[0, 1:]).max() < 0.2
+    assert cka[0].diagonal() == pytest.approx(np.ones(12))
+    assert np.abs(cka[0] - cka[0].T).max() < 1e-9
+    assert np.abs(cka[0]).max() < 1.0001
+    assert np.isfinite(values.values).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+def test_features_of_real_architectures(name, load):
+    stack = Stack(load(name))
+    tokens = torch.randint(stack.d_vocab, (12, 8), generator=torch.Generator().manual_seed(0))
+    assert np.isfinite(anatomy.features(stack, tokens, resamples=3).values).all()
+
+
+def test_cka_of_unrelated_streams_is_nothing_though_dimensions_are_many():
+    x, y = torch.randn(2, 100, 200, generator=torch.Generator().manual_seed(0)).double()
+    assert abs(boundaries._cka([x, y], torch.ones(1, 100).double())[0, 0, 1]) < 0.1
+
+
+def test_the_brain_scan_shows_where_repeating_helps():
+    rows, generator = [], np.random.default_rng(0)
+    for one in wiring.every_repeat(9):
+        inside = one.repeated()
+        gain = 0.0 if inside is None else 1.0 if inside[0] >= 3 and inside[1] <= 6 else -1.0
+        rows += [{"wiring": str(one), "prompt": prompt, "group": "", "metric": "loglik", "baseline": 0.0,
+                  "value": gain + 0.1 * generator.normal()} for prompt in range(8)]  # fmt: skip
+    skyline = anatomy.functional(pandas.DataFrame(rows), 9, resamples=10)
+    start, end = skyline.values[0].T
+    assert start.argmax() in (3, 4)
+    assert end.argmax() in (4, 5)
+    with pytest.raises(ValueError, match="scan every_repeat"):
+        anatomy.functional(pandas.DataFrame(rows).query("wiring in (':', ':4 3:')"), 9)
+
+
+def test_detectors_that_agree_agree_more_than_chance():
+    def table(layers):
+        return pandas.DataFrame([{"detector": str(i), "boundary": name, "layer": float(layer + 4 * (name == "out"))}
+                                 for i, layer in enumerate(layers) for name in anatomy.BOUNDARIES])  # fmt: skip
+
+    close, far = (anatomy.agreement(table(layers), 12) for layers in ([4, 4, 4, 4, 5], [2, 6, 2, 6, 2]))
+    assert (close["p_random"] < 0.05).all()
+    assert (far["p_random"] > 0.2).all()
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="8 prompts or more and the kind of each, got 4 and 4"):
+        anatomy.locate(Stack(known_networks.random_network()), TOKENS[:4])

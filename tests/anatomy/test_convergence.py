@@ -1,0 +1,82 @@
+"""SC and SL on streams whose content and language are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from support.exact_networks import network
+from surgery import Stack
+from surgery.anatomy import convergence
+from surgery.anatomy.convergence import Sentence
+from surgery.corpus import parallel_sentences
+from surgery.models.tokens import Tokens
+
+CONTENTS, TONGUES = 6, 4
+SAID = [Sentence(str(c), str(t), f"{c} {t}") for c in range(CONTENTS) for t in range(TONGUES)]
+
+
+def stack(maps, monkeypatch):
+    """Sentences are (any token, token of content c and language t): content in the first half of the stream."""
+    generator = torch.Generator().manual_seed(0)
+    what, how = torch.randn(CONTENTS, 8, generator=generator), torch.randn(TONGUES, 8, generator=generator)
+    embedding = torch.cat([torch.cat([what[c], 2 * how[t]]) for c in range(CONTENTS) for t in range(TONGUES)])
+    model = Stack(network(maps, embedding.reshape(-1, 16).double()))
+    ids = {one.text: i for i, one in enumerate(SAID)}
+    monkeypatch.setattr(model, "tokens", lambda texts: Tokens.of(torch.tensor([[0, ids[text]] for text in texts])))
+    return model
+
+
+def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(monkeypatch):
+    tongue = torch.diag(torch.cat([torch.zeros(8), torch.ones(8)])).double()
+    nothing = torch.zeros(16, 16).double()
+    found = convergence.curve(stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch), SAID,
+                              resamples=40)  # fmt: skip
+    frame = found.frame
+    assert (frame["difference"] > 0).tolist() == [False, False, True, True, False, False]
+    assert found.reach()[0].tolist() == [1, 3]
+    assert (
+        (frame["same_content_low"] <= frame["same_content"]) & (frame["same_content"] <= frame["same_content_high"])
+    ).all()
+
+
+def test_cosines_are_those_of_every_pair(monkeypatch):
+    model = stack([torch.zeros(16, 16).double()], monkeypatch)
+    frame = convergence.curve(model, SAID, resamples=3).frame
+    x = model.stream(model.tokens([one.text for one in SAID]))[0, :, 1].double()
+    x = x - x.mean(0)
+    x = x / x.norm(dim=1, keepdim=True)
+    pairs = [(i, j) for i in range(len(SAID)) for j in range(i)]
+    same = [float(x[i] @ x[j]) for i, j in pairs if SAID[i].content == SAID[j].content]
+    other = [float(x[i] @ x[j]) for i, j in pairs if SAID[i].language == SAID[j].language]
+    assert frame["same_content"][0] == pytest.approx(np.mean(same))
+    assert frame["same_language"][0] == pytest.approx(np.mean(other))
+
+
+def test_a_model_without_content_has_no_reach(monkeypatch):
+    model = stack([torch.diag(torch.cat([-torch.ones(8), torch.zeros(8)])).double()], monkeypatch)
+    assert np.isnan(convergence.curve(model, SAID, resamples=5).reach()[0]).all()
+
+
+def test_the_bundled_sentences_are_complete_and_distinct():
+    assert len(parallel_sentences.TOPICS) == 12
+    for said in parallel_sentences.TOPICS.values():
+        assert set(parallel_sentences.LANGUAGES) <= set(said)
+        assert set(said) - set(parallel_sentences.LANGUAGES) in (set(), set(parallel_sentences.NOTATIONS))
+    texts = [one.text for one in convergence.parallel()]
+    assert len(texts) == len(set(texts)) == 12 * 8 + 6 * 3
+
+
+def test_babel_asks_the_same_in_every_language():
+    said = convergence.babel(5)
+    assert len({one.content for one in said}) == 5
+    assert len(said) == 20
+
+
+def test_bad_input_is_refused(monkeypatch):
+    model = stack([torch.zeros(16, 16).double()], monkeypatch)
+    with pytest.raises(ValueError, match="1 contents in 4 languages"):
+        convergence.curve(model, SAID[:4])
+    with pytest.raises(ValueError, match="said twice"):
+        convergence.curve(model, [*SAID, SAID[0]])
+    with pytest.raises(ValueError, match="no sentences in Klingon"):
+        convergence.parallel(["Klingon", "English"])

@@ -1,0 +1,109 @@
+"""D and its verdict on networks whose ends and middle are known to be parallel or serial."""
+
+import numpy as np
+import pytest
+import torch
+
+from support.exact_networks import ragged
+from support.made_up_anatomy import three_parts
+from surgery import Stack, series
+from surgery.anatomy import ends_against_middle
+from surgery.instruments import known_networks
+
+TOKENS = known_networks.tokens(24)
+PLACES = [(4, 8)]
+
+
+def verdict(shares, seed=0):
+    profile = ends_against_middle.measure(Stack(three_parts(shares, seed=seed)), TOKENS, resamples=60)
+    found = ends_against_middle.ends(profile, PLACES)
+    return ends_against_middle.verdict(found).split(":")[0], found
+
+
+def test_parallel_ends_around_a_serial_middle():
+    said, found = verdict([0.0] * 4 + [1.0] * 4 + [0.0] * 4)
+    assert said == "supported"
+    assert found["D"] == pytest.approx(-1, abs=1e-6)
+    assert [found[name] for name in ("S_in", "S_middle", "S_out")] == pytest.approx([0, 1, 0], abs=1e-6)
+
+
+def test_serial_ends_around_a_parallel_middle():
+    said, found = verdict([1.0] * 4 + [0.0] * 4 + [1.0] * 4)
+    assert said == "contradicted"
+    assert found["D"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_uniform_network_is_undecided(share, seed):
+    assert verdict([share] * 12, seed)[0] == "undecided"
+
+
+def test_the_contrast_falls_as_the_middle_becomes_serial():
+    found = [verdict([0.25] * 4 + [share] * 4 + [0.25] * 4)[1]["D"] for share in (0.0, 0.5, 1.0)]
+    assert found[0] > found[1] + 0.1 > found[2] + 0.2
+
+
+def test_one_end_alone_does_not_decide_for_both():
+    said, found = verdict([0.0] * 4 + [1.0] * 8)
+    assert found["D_in"] == pytest.approx(-1, abs=1e-6)
+    assert found["D_out"] == pytest.approx(0, abs=1e-6)
+    assert said in ("undecided", "supported")
+    assert found["D"] == pytest.approx(-0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("length", [2, 3])
+def test_the_profile_is_that_of_series(name, length, load):
+    stack = Stack(load(name))
+    tokens = torch.randint(stack.d_vocab, (6, 8), generator=torch.Generator().manual_seed(0))
+    profile = ends_against_middle.measure(stack, tokens, length, resamples=10, batch_size=4)
+    frame = series.windows(stack, tokens, length, resamples=10, damage=False)
+    frame = frame[frame["stop"] - frame["start"] == length]
+    assert profile.S[0].tolist() == pytest.approx(frame["S"].tolist(), rel=1e-4)
+    assert profile.R_over_N[0].tolist() == pytest.approx(frame["R_over_N"].tolist(), rel=1e-4)
+    low = torch.quantile(profile.S[1:], 0.025, dim=0)
+    assert low.tolist() == pytest.approx(frame["S_low"].tolist(), rel=1e-4)
+
+
+def test_padding_does_not_matter():
+    stack = Stack(known_networks.random_network(n_layers=3))
+    left, right = (ends_against_middle.measure(stack, ragged(side), resamples=3) for side in ("left", "right"))
+    assert left.S.numpy() == pytest.approx(right.S.numpy(), rel=1e-4)
+
+
+def test_the_cost_is_as_stated(monkeypatch):
+    stack, count = Stack(known_networks.random_network(n_layers=4)), 0
+    engine = type(stack._bridge)
+    layer = engine.layer
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return layer(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "layer", counted)
+    ends_against_middle.measure(stack, TOKENS, 3, resamples=0)
+    assert count == 2 * 4 + 2 * (3 - 1)
+
+
+def test_unsure_boundaries_widen_the_interval():
+    profile = ends_against_middle.measure(Stack(three_parts([0.0] * 4 + [1.0] * 4 + [0.0] * 4)), TOKENS, resamples=60)
+    moved = np.array([(4, 8), *[(3, 8), (5, 9), (4, 7)] * 20])
+    sure, unsure = ends_against_middle.ends(profile, PLACES), ends_against_middle.ends(profile, moved)
+    assert unsure["D"] == sure["D"]
+    assert unsure["D_high"] > sure["D_high"] + 0.05
+    assert ends_against_middle.difference(profile, profile, moved) == {"D": 0, "D_low": 0, "D_high": 0}
+
+
+def test_an_end_without_a_window_is_said():
+    profile = ends_against_middle.measure(Stack(three_parts([0.5] * 6)), TOKENS, resamples=5)
+    assert "holds no window of 2 layers" in ends_against_middle.verdict(ends_against_middle.ends(profile, [(2, 4)]))
+
+
+def test_bad_input_is_refused():
+    stack = Stack(known_networks.random_network(n_layers=3))
+    with pytest.raises(ValueError, match="windows have 2 to 3 layers"):
+        ends_against_middle.measure(stack, TOKENS, 4)
+    with pytest.raises(ValueError, match="0 < in < out < 3"):
+        ends_against_middle.ends(ends_against_middle.measure(stack, TOKENS, resamples=2), [(2, 3)])

@@ -1,0 +1,120 @@
+"""New middles by size and by data on the page: the section, its sentences, and what is left out."""
+
+import html
+import re
+
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from support import made_up
+from support.made_up_walks import on_and_off, planted
+from support.pages import Page, section
+from surgery import report
+from surgery.graft import manifold, size_study, walk_study
+from surgery.records import tables as frames
+
+SECTIONS = ["found", "what", "middle", "untold", "columns", "provenance"]
+USUAL = {"settings": {"usual": [128, 2]}}
+
+
+def sizes(factor: float = 0.5, seeds: int = 3) -> pd.DataFrame:
+    """Two widths at equal tokens and operations, the wider with ``factor`` times the loss, and better at k = 4."""
+    rows = []
+    for budget in size_study.BUDGETS:
+        for seed in range(seeds):
+            for width in (128, 256):
+                for k in (float("nan"), 0.0, 4.0):
+                    loss = (1 + 0.01 * seed * (width - 192) / 64) * 0.1 * (factor if width == 256 else 1.0)
+                    rows.append({
+                        "budget": budget, "d_mlp": width, "depth": 2, "seed": seed, "k": k, "unexplained": 0.4,
+                        "cross_entropy": loss, "cross_entropy_original": 0.01, "damage": loss, "steps": 4.0,
+                        "exact": 0.5 + 0.01 * seed * (width == 256) + (0.25 if (width, k) == (256, 4.0) else 0.0),
+                        "operations_with_teacher": 3.21e11,
+                    })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def write(folder, *, seeds: int = 4, **gains: float) -> None:
+    """What the two studies leave."""
+    manifest = made_up.manifest()
+    size_study.write(folder, sizes(seeds=seeds), manifest | USUAL)
+    tables = {walk_study.METHODS: planted(seeds=seeds, **gains), walk_study.MANIFOLD: on_and_off()}
+    walk_study.write(folder, tables, manifest)
+
+
+def test_both_studies_make_a_section_with_figures_tables_and_sentences(tmp_path):
+    write(tmp_path, relabelled=0.1, more_real=0.05)
+    source = report.build(tmp_path).read_text()
+    parsed = Page(source)
+    assert [part["id"] for part in parsed.all("section")] == SECTIONS
+    assert parsed.open == [], "every tag is closed"
+    assert len(parsed.all("img")) == 3
+    for name in ("width_of_thought", "walk_manifold", "walk_methods"):
+        assert imread(tmp_path / f"{name}.png").shape[0] > 300
+    shown = section(source, "middle")
+    said = [
+        *size_study.found(sizes(seeds=4), (128, 2)), *size_study.found_by_k(sizes(seeds=4), (128, 2)),
+        *manifold.found(on_and_off()), *walk_study.found(planted(relabelled=0.1, more_real=0.05)),
+    ]  # fmt: skip
+    assert [html.unescape(one) for one in re.findall(r'<p class="finding">(.*?)</p>', shown)] == said
+    for words in ("better.", "off the manifold", "helps.", "undecided."):
+        assert words in shown, words
+    for cell in ("256", "3.21e+11", "0.765", "better", "off, control", "real tokens", "stationary, relabelled",
+                 "20,000"):  # fmt: skip
+        assert re.search(rf"(<td>|interval\">|<th[^>]*>){re.escape(cell)} ?<", shown), cell
+    assert re.search(r"<th[^>]*>k = 4</th>", shown)
+    assert "nan" not in shown
+
+
+def test_what_was_found_says_what_size_and_walk_are_worth(tmp_path):
+    write(tmp_path, relabelled=0.1)
+    found = section(report.build(tmp_path).read_text(), "found")
+    assert "At equal operations, width 256 and 2 layers: " in found
+    assert "10,000 real tokens, stationary, relabelled, against as much more real data" in found
+    assert report.summary(tmp_path) == [
+        *size_study.found(sizes(seeds=4), (128, 2)), *walk_study.worth(planted(relabelled=0.1))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown", "hidden"),
+    [
+        (size_study.SIZES, "What every size reached", "manifold"),
+        (walk_study.MANIFOLD, "on the manifold as far as", "real tokens"),
+        (walk_study.METHODS, "What every method reached", "What every size"),
+    ],
+)
+def test_one_file_alone_makes_a_section(kept, shown, hidden, tmp_path):
+    write(tmp_path)
+    for name in {size_study.SIZES, walk_study.MANIFOLD, walk_study.METHODS} - {kept}:
+        (tmp_path / name).unlink()
+    source = report.build(tmp_path).read_text()
+    assert [part["id"] for part in Page(source).all("section")] == SECTIONS
+    assert len(Page(source).all("img")) == 1
+    text = section(source, "middle")
+    assert shown in text
+    assert hidden not in text
+
+
+def test_one_seed_is_said_not_to_tell(tmp_path):
+    write(tmp_path, seeds=1)
+    source = report.build(tmp_path).read_text()
+    assert "trained with one seed: they cannot be compared" in section(source, "untold")
+    assert "one seed tells nothing" in section(source, "middle")
+    write(tmp_path, seeds=3)
+    source = report.build(tmp_path).read_text()
+    assert "of twenty where nothing differs, one is said to differ" in section(source, "untold")
+    assert "one seed" not in section(source, "middle")
+
+
+def test_every_column_is_explained_and_a_changed_file_is_not_reported(tmp_path):
+    write(tmp_path)
+    columns = section(report.build(tmp_path).read_text(), "columns")
+    for meaning in (size_study.COLUMNS["budget"], walk_study.COLUMNS[walk_study.METHODS]["harvested"]):
+        assert meaning in columns
+    table = tmp_path / walk_study.METHODS
+    frame = frames.read(table)
+    frame.assign(unexplained=0.0).to_csv(table, index=False)
+    with pytest.raises(ValueError, match="not the file its manifest describes"):
+        report.build(tmp_path)

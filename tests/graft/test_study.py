@@ -1,0 +1,280 @@
+"""The whole experiment on small numbers: its files, going on after a kill, several processes, and the command line."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import surgery
+from support.places import REPOSITORY
+from surgery import Stack, cli, models
+from surgery.graft import study
+from surgery.graft.grafting import Schedule
+from surgery.records import tables as frames
+
+SCHEDULE = Schedule(steps=4, batch=8, every=2, warmup=2)
+SMALL = dict(count=64, judged=16, schedule=SCHEDULE, device="cpu")
+OPTIONS = ["--prompts", 64, "--judged", 16, "--batch", 8, "--device", "cpu"]
+PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(40)]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["graft", *map(str, arguments)])
+
+
+def command(*arguments, launcher=()):
+    """``surgery graft`` as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "surgery", "graft", *map(str, arguments)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def weights(folder, name="training"):
+    return load_file(folder / name / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graft")
+    return folder, study.run(out=folder, heal=2, **SMALL)
+
+
+# --- what it leaves --------------------------------------------------------------------------------------------------
+
+
+def test_it_leaves_its_tables_figure_and_model(small):
+    folder, found = small
+    for name in ("latents/latents.json", "training/curve.csv", "healing/curve.csv", "graft.png"):
+        assert (folder / name).is_file()
+    assert (folder / "graft.png").read_bytes()[:4] == b"\x89PNG"
+    for name, documented in study.COLUMNS.items():
+        table = frames.read(folder / name)
+        assert set(table) <= set(documented)
+        manifest = frames.read_manifest(folder / name)
+        assert manifest["settings"]["span"] == [4, 9]
+        assert manifest["settings"]["found"] == found.sentences
+    methods = frames.read(folder / study.METHODS)
+    assert methods["method"].tolist() == ["skip", "mean update", "linear map", "graft", "healed"]
+    assert methods["seed"].isna().tolist() == [True, True, True, False, False]
+    assert methods["steps"].iloc[3:].tolist() == [4, 2]
+    assert methods["parameters"].iloc[:3].tolist() == [0, 128, 128 * 128 + 128]
+    assert (methods["unexplained"] > 0).all()
+    ledger = frames.read(folder / study.LEDGER)
+    healed = ledger[ledger["method"] == "healed"]
+    assert healed["phase"].tolist() == ["harvest", "training", "healing", "healing: teacher"]
+    assert healed["teacher"].tolist() == [True, False, False, True]
+    curves = frames.read(folder / study.CURVES)
+    assert curves.groupby("method", sort=False)["step"].apply(list).to_dict() == {
+        "graft": [0, 2, 4], "healed": [0, 2]
+    }  # fmt: skip
+    opened = Stack(surgery.load(folder / "training" / "model"))
+    assert opened.n_layers == 12
+
+
+def test_its_sentences_say_every_method_and_its_price(small):
+    _, found = small
+    assert len(found.sentences) == 1 + len(found.methods)
+    assert "Layers 4 to 8 of 12 replaced" in found.sentences[0]
+    for sentence, method in zip(found.sentences[1:], found.methods["method"], strict=True):
+        assert sentence.startswith(f"{method.capitalize()}: ")
+        assert ("operations" in sentence) == (method in ("graft", "healed"))
+        assert "exact answers" in sentence
+
+
+def test_called_again_it_only_gives_its_result_again(small, monkeypatch):
+    folder, found = small
+    before = {
+        path: path.stat().st_mtime_ns for name in ("latents", "training") for path in (folder / name).rglob("*.s*")
+    }
+
+    def never(*_):
+        raise AssertionError("a step was made again")
+
+    monkeypatch.setattr(study.graft.Task, "batch", never)
+    again = study.run(out=folder, heal=2, **SMALL)
+    same = [name for name in found.methods if name != "seconds"]
+    pandas.testing.assert_frame_equal(again.methods[same], found.methods[same])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_schedule_in_the_same_folder_is_refused(small):
+    folder, _ = small
+    with pytest.raises(ValueError, match="belongs to another run"):
+        study.run(out=folder, **SMALL | {"schedule": dataclasses.replace(SCHEDULE, steps=6)})
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_babel_brings_a_corpus_held_out_prompts_and_weights_its_answers():
+    data = study.babel(40, 10, seed=1)
+    assert (len(data.corpus), len(data.heldout)) == (40, 10)
+    assert data.answers.any(1).all()
+    weighed = data.weigh(data.heldout)
+    assert torch.equal(weighed == 1, data.answers)
+    assert weighed.unique().tolist() == pytest.approx([0, study.QUESTIONS, 1])
+    assert torch.equal(weighed > 0, data.heldout.mask)
+    other = study.babel(40, 10, seed=2)
+    assert other.corpus.ids.tolist() != data.corpus.ids.tolist()
+    assert torch.equal(other.heldout.ids, data.heldout.ids)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def words(stack, tokens):
+    return [stack.model.tokenizer.decode(ids[mask][1:]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def test_texts_keep_their_last_tenth_or_are_judged_by_others(load, text, tmp_path):
+    stack = Stack(load("llama"))
+    data = study.texts(stack, text, None, 30, 512, 128)
+    assert words(stack, data.corpus) == PROMPTS[:27]
+    assert words(stack, data.heldout) == PROMPTS[27:30]
+    assert data.answers is None
+    assert len(study.texts(stack, text, None, 40, 2, 128).heldout) == 2
+    other = tmp_path / "other.txt"
+    other.write_text("w5 w6 w7\nw8 w9\nw1 w2")
+    data = study.texts(stack, text, other, 40, 2, 4)
+    assert words(stack, data.corpus) == [" ".join(prompt.split()[:3]) for prompt in PROMPTS]  # <bos> and three words
+    assert words(stack, data.heldout) == ["w5 w6 w7", "w8 w9"]
+    with pytest.raises(ValueError, match=r"has 9 prompts: give 10 or more, or prompts to judge by with --heldout"):
+        study.texts(stack, text, None, 9, 512, 128)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_one_s_own_learns_from_a_text(model_folder, text, tmp_path):
+    out = tmp_path / "out"
+    result = run("--model", model_folder("llama"), "--middle", "1:3", "--text", text, "--out", out, "--depth", 1,
+                 "--d-mlp", 48, "--steps", 2, "--batch", 4, "--every", 1, "--precision", "bf16", "--stored", "float32",
+                 "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Layers 1 to 2 of 4 replaced" in result.stdout
+    assert "exact answers" not in result.stdout
+    assert str(out / "training" / "model") in result.stdout
+    run_ = frames.read_manifest(out / "training" / "curve.csv")["run"]
+    assert run_["schedule"]["precision"] == "bf16"
+    opened = surgery.load(out / "training" / "model")
+    assert opened.cfg.n_layers == 3
+    assert Stack(opened).dtype == torch.float32
+    assert weights(out)["model.layers.1.mlp.up_proj.weight"].shape == (48, 32)
+
+
+def test_help_says_how_to_train_on_several_processes():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "accelerate launch" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--middle", "4"], 2, "--middle is start:stop, such as 4:9"),
+        (["--middle", "four:nine"], 2, "--middle is start:stop"),
+        (["--stored", "int8"], 2, "--stored is float16, bfloat16, float32, got 'int8'"),
+        (["--old", 2], 2, "--old"),
+        (["--steps", 0], 2, "--steps"),
+        (["--middle", "9:4"], 1, "error: "),
+        (["--middle", "0:12"], 1, "nothing of it would stay fixed"),
+        (["--latent", 0], 1, "not all 0"),
+        (["--precision", "int8"], 1, "precision is no, bf16 or fp16"),
+        (["--batch", 65], 1, "a batch of 65 prompts needs as many, there are 64"),
+        (["--text", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--d-mlp", 48, "--old", 1], 1, "old=0.0"),
+    ],
+)
+def test_wrong_options_are_told(arguments, code, said, tmp_path):
+    result = run(*OPTIONS, "--out", tmp_path, *arguments)
+    assert result.exit_code == code, result.output
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_without_prompts_of_its_own_needs_a_text(model_folder, tmp_path):
+    result = run("--model", model_folder("llama"), "--middle", "1:3", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "give a file with --text FILE" in result.stderr
+
+
+def test_interrupted_it_says_so(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.graft, "train", interrupted)
+    result = run(*OPTIONS, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "interrupted: nothing is half-written" in result.stderr
+
+
+# --- killed, and shared ----------------------------------------------------------------------------------------------
+
+
+def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path):
+    options = [*OPTIONS, "--steps", 24, "--every", 4, "--learning-rate", 0.02]
+    assert run(*options, "--out", tmp_path / "whole").exit_code == 0
+    part = tmp_path / "part"
+    process = command(*options, "--out", part)
+    curve, began = part / "training" / "curve.csv", time.monotonic()
+    while not (curve.exists() and len(curve.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - began < 120
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (part / "training" / "model").exists()
+    made = pandas.read_csv(curve)["step"].max()
+    assert 8 <= made < 24
+    assert run(*options, "--out", part).exit_code == 0
+    whole, resumed = weights(tmp_path / "whole"), weights(part)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    tables = [frames.read(folder / "training" / "curve.csv") for folder in (tmp_path / "whole", part)]
+    same = [name for name in tables[0] if name != "seconds"]
+    pandas.testing.assert_frame_equal(tables[0][same], tables[1][same])
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    options = [*OPTIONS, "--steps", 6, "--every", 3, "--kl", 0.5, "--cross-entropy", 0.5, "--learning-rate", 0.05]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # accelerate launch --cpu starts one process, whatever --num_processes says, unless there is MPI
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    process = command(*options, "--out", tmp_path / "two", launcher=launcher)
+    assert run(*options, "--out", tmp_path / "one").exit_code == 0
+    out, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert told.count("on 2 processes") == 1
+    assert out.count("replaced") == 1  # only the main process speaks
+    one, two = (frames.read(tmp_path / name / "training" / "curve.csv") for name in ("one", "two"))
+    measured = ["loss", "unexplained", "unexplained_whitened", "cross_entropy", "kl", "cross_entropy_answers"]
+    pandas.testing.assert_frame_equal(two[measured], one[measured], rtol=1e-4)
+    assert two["tokens"].tolist() == one["tokens"].tolist()
+    # each pads its half to a length of its own
+    assert (two["operations"].iloc[1:] < one["operations"].iloc[1:]).all()
+    books = [
+        frames.read(tmp_path / name / study.LEDGER).set_index("phase")["tokens"].to_dict() for name in ("one", "two")
+    ]
+    assert books[0] == books[1]
+    start = {name: tensor for name, tensor in models.plain(surgery.load("babel")).state_dict().items()}
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:
+        moved = (a[name] - start[name]).norm()
+        assert (a[name] - b[name]).norm() <= 2e-3 * moved, name

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+
+from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, reading
+from surgery import Stack
+from surgery.instruments import interactions, known_networks
+from surgery.instruments.ablation import Damages, damage
+from surgery.instruments.interactions import pairs, sets, summary, table
+from surgery.models.engine import Engine
+from surgery.records import tables
+
+
+@pytest.mark.parametrize(
+    ("system", "rho", "partial", "damages", "mass"),
+    [
+        (SERIES, 1.0, 0.5, (7 / 8, 7 / 8, 7 / 8), 0.0),
+        (INDEPENDENT, 0.0, 0.0, (7 / 8, 7 / 8, 14 / 8), np.nan),
+        (BACKUP, -1.0, -1.0, (0.0, 0.0, 7 / 8), 1.0),
+    ],
+    ids=["series", "independent", "backup"],
+)
+def test_systems_of_known_reliability(system, rho, partial, damages, mass):
+    """The margin of one subspace holding the token is 1 less the mean over 8 tokens, 1/8."""
+    stack = reading(**system)
+    frame = pairs(stack, TOKENS, "skip", resamples=50)
+    assert (frame["status"] == "measured").all()
+    assert (frame["saturating"] == "no").all()
+    for name, value in (("rho", rho), ("rho_partial", partial)):
+        assert np.allclose(frame[[name, f"{name}_low", f"{name}_high"]], value, atol=1e-9), name
+    for name, value in zip(("damage", "damage_later", "damage_both"), damages, strict=True):
+        assert np.allclose(frame[name], value), name
+    assert ((frame["q"] < 0.05) == (rho != 0)).all()
+    row = summary(damage(stack, TOKENS, sets(stack.n_layers), "skip", frozen=True), resamples=50).iloc[0]
+    assert row["mean_rho"] == pytest.approx(rho, abs=1e-9)
+    assert row["redundancy_mass"] == pytest.approx(mass, nan_ok=True)
+    assert row["n_measured"] == row["n_pairs"] == len(frame)
+
+
+@pytest.mark.parametrize("kind", ["mean", "resample"])
+def test_series_and_independence_by_other_ablations(kind):
+    for system, rho in ((SERIES, 1), (INDEPENDENT, 0)):
+        frame = pairs(reading(**system), TOKENS, kind, resamples=50)
+        # resampled once, the chain is lost; resampled twice, the donor's token comes through, of the same margin
+        assert frame["rho"].to_numpy() == pytest.approx(rho, abs=1e-9)
+
+
+def test_the_nonlinear_loss_makes_independent_layers_interact_and_the_margin_does_not():
+    """Cross entropy of a sum of logits: what it has lost of a sure token it cannot lose again (and the other way)."""
+    stack = reading(**INDEPENDENT)
+    assert pairs(stack, TOKENS, "skip", "loss", resamples=50)["delta"].abs().min() > 0.01
+    assert pairs(stack, TOKENS, "skip", "margin", resamples=50)["delta"].abs().max() < 1e-12
+
+
+# --- the index on damages made up ---
+
+
+def simulated(first, later, both, noise=0.0, n_prompts=40):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.tensor([first, later, both]).double().unsqueeze(1).expand(3, n_prompts)
+    value = value + noise * torch.randn(3, n_prompts, generator=generator).double()
+    return Damages(((0,), (1,), (0, 1)), value, value)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "both", "rho"),
+    [(2, 3, 3, 1), (2, 3, 5, 0), (2, 3, 4, 0.5), (0, 0, 4, -1), (1, 1, 4, -0.5), (0, 3, 6, -0.5), (2, 3, 2.5, 1.25)],
+)
+def test_the_index_of_given_damages(first, later, both, rho):
+    row = table(simulated(first, later, both), simulated(first, later, both), resamples=20).iloc[0]
+    assert row["rho"] == pytest.approx(rho, abs=1e-9)
+    assert row["delta"] == pytest.approx(both - first - later)
+    noisy = table(*[simulated(first, later, both, 0.2)] * 2, resamples=200).iloc[0]
+    assert noisy["rho_low"] < rho < noisy["rho_high"] or noisy["rho"] == pytest.approx(rho, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("damages", "status"),
+    [
+        ((0.0, 3.0, 2.5), "inside noise"),
+        ((0.0, 0.0, 0.0), "inside noise"),
+        ((-2.0, 3.0, 3.0), "ablation helps"),
+        ((2.0, 3.0, 4.0), "measured"),
+        ((0.0, 0.0, 3.0), "measured"),  # a backup: its single damages are nothing
+    ],
+)
+def test_pairs_without_an_index_say_why(damages, status):
+    row = table(*[simulated(*damages, noise=0.5)] * 2, resamples=100).iloc[0]
+    assert row["status"] == status
+    assert np.isnan(row["rho"]) == (status != "measured")
+    assert (row["saturating"] == "undecided") == (status != "measured")
+
+
+def test_saturation_is_seen_in_partial_ablation():
+    """Independent layers that lose 2 and 2, measured on a scale that ends at 2: serial wholly, independent in part."""
+    full, half = simulated(2, 2, 2, 0.1), simulated(1, 1, 2, 0.1)
+    assert table(full, half, resamples=100)["saturating"].tolist() == ["yes"]
+    assert table(full, simulated(1, 1, 1.5, 0.1), resamples=100)["saturating"].tolist() == ["no"]  # a chain
+    assert table(full, simulated(0, 0, 0, 0.1), resamples=100)["saturating"].tolist() == ["undecided"]
+
+
+def test_noise_makes_no_discoveries():
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(36, 40, generator=generator).double()
+    made_up = Damages(tuple(sets(8)), value, value)
+    frame = table(made_up, made_up, resamples=50)
+    assert (frame["q"] > 0.05).all()
+    row = summary(made_up, resamples=50).iloc[0]
+    assert 0.2 < row["redundancy_mass"] < 0.8
+
+
+# --- models ---
+
+
+def test_the_parallel_network_adds_up():
+    stack = Stack(known_networks.parallel_network(n_layers=4, norm="RMS", dtype=torch.float64))
+    frame = pairs(stack, known_networks.tokens(8, 8), resamples=20)
+    assert frame["delta"].abs().max() < 1e-6 * frame["damage"].abs().max()
+    live = pairs(stack, known_networks.tokens(8, 8), frozen=False, resamples=20)
+    assert live["delta"].abs().max() > 1e-3 * live["damage"].abs().max()
+
+
+def test_pairs_of_the_untrained_transformer_lie_inside_noise():
+    frame = pairs(Stack(known_networks.random_network(n_layers=4)), known_networks.tokens(32, 10), resamples=100)
+    assert (frame["status"] == "inside noise").all()
+    assert (frame["q"] > 0.05).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+def test_architectures(load, name, tmp_path):
+    tokens = torch.randint(4, 90, (6, 7), generator=torch.Generator().manual_seed(0))
+    frame = pairs(Stack(load(name)), tokens, resamples=20)
+    assert len(frame) == 6
+    assert set(frame) == set(interactions.COLUMNS) - {
+        column for column in interactions.COLUMNS if column.startswith(("mean_rho", "redundancy", "n_pairs", "n_meas"))
+    }
+    assert (frame["delta_low"] <= frame["delta_high"]).all()
+    path = tables.write(frame, tmp_path / "interactions.csv", {}, interactions.COLUMNS)
+    assert tables.read(path)["status"].tolist() == frame["status"].tolist()
+
+
+def test_it_costs_what_it_says(monkeypatch):
+    stack, run, calls = reading(**SERIES), Engine.layer, []
+    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
+    pairs(stack, TOKENS, resamples=0)
+    assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pairs(reading(**SERIES), TOKENS, amount=1.0), "between 0 and 1, got 1.0"),
+        (lambda: table(*[simulated(1, 1, 1)] * 2, "kl"), r"margin \(logits\) or loss \(nats\), not as 'kl'"),
+        (lambda: summary(Damages(((0,),), torch.ones(1, 2).double(), torch.ones(1, 2).double())), "no pair of layers"),
+        (
+            lambda: pairs(Stack(known_networks.parallel_network(n_layers=1)), TOKENS),
+            "one layer; an interaction needs two",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,234 @@
+"""The sentences in every direction: serial, parallel, undecided; reverting, not, contradicted; none claims too much."""
+
+import numpy as np
+import pytest
+
+from support import made_up
+from surgery.page import phrases
+
+
+def text(sentences: list[str]) -> str:
+    return " ".join(sentences)
+
+
+def test_serial_windows_are_called_serial_with_value_and_interval():
+    said = phrases.series(made_up.series(S=0.8))
+    assert said[0] == (
+        "Layers 1 to 5 together read S = 0.80 [0.79, 0.81], from 0 (parallel) to 1 (serial): closer to serial."
+    )
+
+
+def test_parallel_windows_are_called_parallel():
+    assert phrases.series(made_up.series(S=0.2))[0].endswith("closer to parallel.")
+
+
+def test_an_interval_around_one_half_decides_nothing():
+    said = phrases.series(made_up.series(S=0.5))[0]
+    assert "could not be told" in said
+    assert "closer to serial" not in said
+    assert "closer to parallel" not in said
+
+
+def test_without_an_interval_nothing_is_claimed():
+    frame = made_up.series(S=0.9)
+    frame[[name for name in frame if name.endswith(("_low", "_high"))]] = np.nan
+    said = text(phrases.series(frame))
+    assert "0.90 (no interval)" in said
+    assert "closer to serial" not in said
+    assert "more than a reader" not in said
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"),
+    [
+        (1.5, "more than a reader without preference"),
+        (0.6, "less than a reader without preference"),
+        (1.0, "the interval includes 1"),
+    ],
+)
+def test_seriality_is_held_against_the_displacement_null(ratio, says):
+    said = phrases.series(made_up.series(R_over_N=ratio))[1]
+    assert says in said
+    assert f"R/N = {ratio:.2f}" in said
+
+
+def test_the_thirds_are_windows_of_one_length_without_layer_0():
+    windows = [(row["start"], row["stop"]) for row in phrases.thirds(made_up.series(12))]
+    assert windows == [(1, 4), (5, 8), (9, 12)]
+    assert [(row["start"], row["stop"]) for row in phrases.thirds(made_up.series(5))] == [(1, 3), (2, 4), (3, 5)]
+    assert [(row["start"], row["stop"]) for row in phrases.thirds(made_up.series(12, max_length=2))] == [
+        (1, 3),
+        (5, 7),
+        (10, 12),
+    ]
+
+
+def test_a_third_is_called_most_serial_only_if_its_interval_is_clear_of_the_others():
+    frame = made_up.series(12)
+    assert "which is the most serial could not be told" in text(phrases.series(frame))
+    middle = (frame["start"] == 5) & (frame["stop"] == 8)
+    frame.loc[middle, ["S", "S_low", "S_high"]] = 0.9, 0.89, 0.91
+    assert "layers 5 to 7 are the most serial." in text(phrases.series(frame))
+    frame.loc[middle, "S_low"] = 0.655
+    assert "most serial could not be told" in text(phrases.series(frame))
+    frame.loc[middle, ["S", "S_low", "S_high"]] = 0.1, 0.09, 0.11
+    assert "layers 5 to 7 are the most parallel." in text(phrases.series(frame))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(0.8, "raise the loss by 0.80 [0.79, 0.81]"), (0.0, "includes no change"), (-0.1, "it falls")],
+)
+def test_the_price_of_running_in_parallel(change, says):
+    assert says in text(phrases.series(made_up.series(loss_parallel_sum=change)))
+
+
+@pytest.mark.parametrize(
+    ("fresh", "ratio", "says"),
+    [
+        (0.4, 2.0, "training raised S and lowered R/N."),
+        (0.9, 1.0, "training lowered S and raised R/N."),
+        (0.66, 1.5, "training did not clearly change S and did not clearly change R/N."),
+    ],
+)
+def test_seriality_is_held_against_the_untrained_model(fresh, ratio, says):
+    said = text(phrases.series(made_up.series(), made_up.series(S=fresh, R_over_N=ratio)))
+    assert f"with fresh weights read S = {fresh:.2f}" in said
+    assert says in said
+    assert "fresh weights" not in text(phrases.series(made_up.series(), made_up.series(max_length=2)))
+
+
+def test_windows_too_short_for_the_whole_speak_of_the_middle():
+    assert phrases.series(made_up.series(12, max_length=3))[0].startswith("Layers 5 to 7 together")
+
+
+def test_a_model_of_two_layers_has_one_sentence_about_its_only_window():
+    assert phrases.series(made_up.series(2))[0].startswith("Layers 0 to 1 together")
+    assert "Windows of" not in text(phrases.series(made_up.series(2)))
+
+
+def test_the_share_of_the_normalisation_and_layer_0_are_told():
+    assert "Every window starts at layer 0" in text(phrases.series_untold(made_up.series(2)))
+    notes = text(phrases.series_untold(made_up.series()))
+    assert "difference of +0.05 is rescaling by the normalisation" in notes
+    assert "Windows that start at layer 0 (S = 0.65 to 0.65, N = 0.40 to 0.40) are left out" in notes
+    assert "In 0 of 10 windows" in notes
+    assert "In 10 of 10 windows" in text(phrases.series_untold(made_up.series(R_over_N=1.0)))
+
+
+def test_undefined_windows_and_few_prompts_are_told():
+    frame = made_up.series(n_prompts=5)
+    frame.loc[0, "S"] = np.nan
+    notes = text(phrases.series_untold(frame))
+    assert "undefined in 1 windows" in notes
+    assert "5 prompts only" in notes
+    assert "prompts only" not in text(phrases.series_untold(made_up.series(n_prompts=20)))
+
+
+def test_reversion_that_displacing_confirms():
+    said = text(phrases.reversion(made_up.reversion()))
+    assert (
+        "kappa exceeds its rotated and token-shuffled nulls in 5 of 5 layers (layers 1 to 5), where it is 0.200:"
+        in said
+    )
+    assert "Displacing the stream confirms a restoring pull there." in said
+    assert "layers 1 to 5 (psi below 1, spread grows)" in said
+    assert "could not be told" not in said
+
+
+def test_reversion_that_displacing_contradicts_is_called_correlation():
+    said = text(phrases.reversion(made_up.reversion(restoring="no")))
+    assert "this is correlation, not a restoring force" in said
+    assert "confirms" not in said
+
+
+def test_reversion_that_displacing_leaves_open():
+    frame = made_up.reversion(restoring="undecided")
+    assert "confirms a restoring pull in none of them; the others" in text(phrases.reversion(frame))
+    frame.loc[1, "restoring"], frame.loc[2, "restoring"] = "yes", "no"
+    assert "pull in layer 1 and contradicts it in layer 2; the others stay" in text(phrases.reversion(frame))
+
+
+def test_reversion_not_looked_into_is_said():
+    frame = made_up.reversion().drop(columns="restoring")
+    assert "was not measured" in text(phrases.reversion(frame))
+
+
+def test_no_reversion_is_said_as_plainly():
+    said = phrases.reversion(made_up.reversion(kappa=0.0, kappa_excess=-0.1))
+    assert said == [
+        "In none of the 5 layers looked at does kappa exceed its rotated and token-shuffled nulls: no mean reversion "
+        "was found."
+    ]
+
+
+def test_what_an_interval_around_0_leaves_open_is_said():
+    said = text(phrases.reversion(made_up.reversion(kappa=0.2, kappa_excess=0.005)))
+    assert "no mean reversion was found" in said
+    assert (
+        "In layers 1 to 5 the interval of the excess includes 0: a weak reversion is neither shown nor ruled out"
+        in said
+    )
+
+
+def test_spreading_is_called_spreading():
+    said = text(phrases.reversion(made_up.reversion(kappa=-0.2, kappa_excess=-0.2)))
+    assert "In layers 1 to 5 kappa is below 0" in said
+    assert "carry deviations further out" in said
+
+
+def test_below_one_null_alone_is_not_spreading():
+    frame = made_up.reversion(kappa=-0.2, kappa_excess=-0.2, kappa_excess_rotated=0.0)
+    assert "carry deviations further out" not in text(phrases.reversion(frame))
+    assert "In layers 1 to 5 the interval of the excess includes 0" in text(phrases.reversion(frame))
+
+
+def test_one_layer_in_forty_is_no_surprise_and_said_so():
+    frame = made_up.reversion(41, kappa=0.0, kappa_excess=0.0)
+    frame.loc[7, ["kappa", "kappa_low", "kappa_excess", "kappa_excess_low"]] = 0.1, 0.05, 0.1, 0.05
+    assert "so few would be no surprise" in text(phrases.reversion(frame))
+    assert "no surprise" not in text(phrases.reversion(made_up.reversion(41)))
+
+
+def test_contracting_layers_are_told_from_growing_ones():
+    frame = made_up.reversion(psi=1.5)
+    frame.loc[5, ["psi", "psi_low", "psi_high"]] = 0.4, 0.3, 0.5
+    said = text(phrases.reversion(frame))
+    assert "in layer 5 (psi below 1" in said
+    assert "larger in layers 1 to 4 (psi above 1, spread shrinks)" in said
+    assert "could not be told" in text(phrases.reversion(made_up.reversion(psi=1.0)))
+
+
+def test_layer_0_is_left_out_and_shown():
+    frame = made_up.reversion(kappa=0.0, kappa_excess=0.0)
+    frame.loc[0, ["kappa", "kappa_low", "kappa_high", "kappa_excess_low"]] = 9.0, 8.9, 9.1, 8.0
+    assert "no mean reversion" in text(phrases.reversion(frame))
+    assert "Layer 0 (kappa = 9.00 [8.90, 9.10]) is left out" in text(phrases.reversion_untold(frame))
+
+
+def test_reversion_that_the_untrained_model_has_too_is_told():
+    notes = text(phrases.reversion_untold(made_up.reversion(kappa_excess_untrained=0.0)))
+    assert "In layers 1 to 5 kappa does not exceed that of the same architecture untrained" in notes
+    assert "does not exceed" not in text(phrases.reversion_untold(made_up.reversion()))
+    without = made_up.reversion().drop(columns="kappa_untrained")
+    assert "was not measured" in text(phrases.reversion_untold(without))
+
+
+def test_no_process_is_claimed():
+    assert "no Ornstein-Uhlenbeck process is claimed" in text(phrases.reversion_untold(made_up.reversion()))
+
+
+def test_a_sound_calibration_and_failed_ones():
+    assert (
+        "0.20, 0.40, 0.70 (medians) in between: the measure reads what it must"
+        in phrases.calibration(made_up.networks())[0]
+    )
+    for network, value in (("parallel", 0.1), ("serial", 0.9), ("mixed 0.5", 0.1)):
+        frame = made_up.networks()
+        frame.loc[frame["network"] == network, "S"] = value
+        assert "the measure fails" in phrases.calibration(frame)[0]
+
+
+def test_runs_of_layers():
+    assert phrases.layers([3, 1, 2, 7, 9, 10]) == "layers 1 to 3, 7, 9 to 10"
+    assert phrases.layers([4]) == "layer 4"

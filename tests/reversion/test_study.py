@@ -1,0 +1,359 @@
+"""What is said of mean reversion, and drawn: on frames made up for each branch, and on networks that are known."""
+
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from support.exact_networks import ou_network
+from surgery import Stack
+from surgery.instruments import known_networks
+from surgery.models.tokens import Tokens
+from surgery.page import drawing
+from surgery.records import tables as frames
+from surgery.reversion import draw, say
+from surgery.reversion import study as reversion_study
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def around(name, value, spread=0.01):
+    """A column with its interval."""
+    return {name: value, f"{name}_low": value - spread, f"{name}_high": value + spread}
+
+
+def raw(excess, restoring, kappas=None):
+    """Layers from 0 on; layer 0 would decide wrongly."""
+    kappas = kappas or excess
+    rows = [{"layer": 0, "restoring": "yes"} | around("kappa", 0.9) | around("kappa_excess", 0.9)]
+    for layer, values in enumerate(zip(kappas, excess, restoring), 1):
+        rows.append(
+            {"layer": layer, "restoring": values[2]} | around("kappa", values[0]) | around("kappa_excess", values[1])
+        )
+    return pandas.DataFrame(rows)
+
+
+def spans(pooled, excess, walk=1.0, walk_excess=0.0):
+    """The panel of the model and its two walks."""
+    rows = [("model", pooled, excess), ("rotated", 1.0, 0.0), ("token_shuffled", walk, walk_excess)]
+    return pandas.DataFrame(
+        {"series": name, "span": "all", "start": 1, "stop": 4, "within": 0.5, "within_walk": 0.5 - low}
+        | around("pooled", phi)
+        | around("within_excess", low)
+        for name, phi, low in rows
+    )
+
+
+def drift(*verdicts):
+    """Directions of layer 0, which revert and do not count, and of layers from 1 on."""
+    rows = [
+        {"layer": layer, "verdict": word} for layer, words in enumerate((("reverts",), *verdicts)) for word in words
+    ]
+    return pandas.DataFrame(rows).assign(decay=0.1, R2=0.3)
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "panel", "directions", "said"),
+    [
+        (raw([0.2, 0.3], ["yes"] * 2), BACK, drift(("grows",)),
+         "the stream reverts to a mean in every layer (layers 1 to 2), as a force, and over all layers together"),
+        (raw([0.2], ["yes"]), None, None, "the stream reverts to a mean in every layer (layer 1), as a force"),
+        (raw([0.2, 0.3], ["yes"] * 2), WALK, None,
+         "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this could "
+         "not be told"),
+        (raw([0.2, 0.3, -0.2], ["yes", "no", "no"]), OUT, drift(("persists",), ("reverts", "grows")),
+         "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream does "
+         "not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow"),
+        (raw([-0.2, -0.1], ["no"] * 2), WALK, drift(("reverts",)),
+         "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together this "
+         "could not be told"),
+        (raw([0.0, 0.0], ["no"] * 2), BACK, drift(("grows",)),
+         "the stream reverts to a mean only in part: in no layer by itself; over all layers together it does too"),
+        (raw([-0.2, 0.0], ["no"] * 2), OUT, drift(("grows", "undecided")),
+         "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, and neither a "
+         "layer nor a direction looked at was seen to revert more than random walks with updates of the same size do"),
+        (raw([-0.2, 0.0], ["no"] * 2, kappas=[-0.2, 0.3]), None, None,
+         "no reversion to a mean was shown, but in layer 2 it is not ruled out either"),
+        (raw([math.nan] * 2, ["undecided"] * 2), spans(math.nan, math.nan), drift(("undecided",)),
+         "it could not be told whether the stream reverts to a mean: no reversion was shown"),
+    ],
+)  # fmt: skip
+def test_the_answer(layers, panel, directions, said):
+    assert say.answer(layers, panel, directions) == f"In one sentence: on these prompts {said}."
+
+
+def test_a_kappa_above_one_walk_only_is_no_reversion():
+    frame = raw([0.3], ["undecided"])
+    frame.loc[1, ["kappa_excess", "kappa_excess_low"]] = -0.02, -0.03  # above one null, below the other
+    assert "no reversion was shown" in say.answer(frame, None, None)
+
+
+# --- the sentences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("panel", "common", "own"),
+    [
+        (spans(0.9, -0.1), "deviations are taken back", "shocks are taken back faster than there"),
+        (spans(1.1, 0.1), "deviations grow", "shocks live on longer than there"),
+        (spans(1.0, 0.0), *["this could not be told from a random walk"] * 2),
+        # beyond a random walk, and not beyond the walks of these very updates
+        (spans(1.1, 0.1, walk=1.1, walk_excess=0.1), *["this could not be told from a random walk"] * 2),
+        (spans(0.9, -0.1, walk=0.9, walk_excess=-0.1), *["this could not be told from a random walk"] * 2),
+        # straight to one mean, as an OU stream without noise goes
+        (spans(0.8, 0.5), "deviations are taken back", "shocks live on longer than there"),
+    ],
+)
+def test_the_panel(panel, common, own):
+    (sentence,) = say.panel(panel)
+    assert sentence.startswith("As one autoregression over layers 1 to 3, phi is ")
+    assert f"): {common}. With a mean for every token it is 0.50" in sentence
+    assert sentence.endswith(f"): {own}.")
+
+
+def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
+    row = spans(1.0, 0.0).query("series == 'model'").iloc[0].to_dict()
+    row |= around("pooled", 1 - 1e-7, 1e-9) | around("within_excess", -1e-7, 1e-9)
+    assert say.panel(pandas.DataFrame([row]))[0].count("could not be told from a random walk") == 2
+    assert say.panel(spans(math.nan, math.nan))[0].endswith("the stream cannot be read: it does not vary.")
+
+
+@pytest.mark.parametrize(
+    ("excess", "said"),
+    [
+        ((-0.2, -0.1), "later layers undo what earlier ones wrote"),
+        ((0.2, 0.1), "later layers go on in the direction of earlier ones"),
+        ((0.2, -0.1), "whether later layers undo or continue earlier ones could not be told"),
+        ((math.nan, math.nan), "whether later layers undo or continue earlier ones could not be told"),
+        (None, "to be compared with random walks"),
+    ],
+)
+def test_windows(excess, said):
+    row = around("kappa", 0.1) | around("variance_ratio", 1.2)
+    if excess:
+        for name, value in zip(say.WALKS, excess):
+            row |= around(f"variance_ratio_excess_{name}", value) | {f"variance_ratio_{name}": 1.0}
+    spanned = [(start, stop) for start in range(4) for stop in range(start + 1, 5)]
+    frame = pandas.DataFrame({"start": start, "stop": stop} | row for start, stop in spanned)
+    found = say.windows(frame)
+    assert [one.split(" together: ")[0] for one in found] == ["Layers 1 to 3", "Layers 1 to 2"]
+    assert all(one.endswith(f": {said}.") for one in found)
+    assert ("random walks 1.00 and 1.00" in found[0]) is bool(excess)
+    assert say.windows(frame[frame["stop"] <= 2]) == []
+
+
+def test_coordinates():
+    part = raw([0.2, 0.3, -0.2], [""] * 3).assign(kappa_mechanical=0.1)
+    for end in ("", "_low", "_high"):
+        part[f"kappa_corrected{end}"] = [0.0, 0.1, 0.0, -0.1]
+    frame = pandas.concat([part.assign(coordinates=name) for name in ("raw", "normalised", "logits")])
+    normalised, logits = say.coordinates(frame)
+    assert normalised == (
+        "Seen divided by each token's own length, kappa exceeds both random walks in 2 of 3 layers (layers 1 to 2); "
+        "there a random update of the same size reads 0.10 on average by arithmetic alone, the model 0.10: more than "
+        "that in 1 of 3 layers, less in 1."
+    )
+    assert logits == "Seen as centred logits, kappa exceeds both random walks in 2 of 3 layers (layers 1 to 2)."
+    still = raw([0.0], [""]).assign(coordinates="principal")
+    assert say.coordinates(still)[0].endswith("kappa exceeds both random walks in none of 1 layer.")
+
+
+def test_directions():
+    (sentence,) = say.directions(drift(("reverts", "grows"), ("persists", "undecided")))
+    assert sentence == (
+        "Of 4 directions looked at, the top principal ones of every layer, 1 revert (layer 1), 1 grow, 1 do neither, "
+        "and of 1 it could not be told; the drift predicts 0.30 of an update's variance in them on held-out prompts "
+        "(median over layers)."
+    )
+    assert "nan" not in say.directions(drift(("grows",)).assign(R2=math.nan))[0]
+    assert say.directions(drift(("undecided",)).assign(decay=math.nan)) == []
+
+
+def test_returns():
+    rows = [
+        {"layer": layer, "q": 3 - layer, "kind": kind, "size": size}
+        | around("remaining", left)
+        | around("along", along)
+        for size in (0.1, 1.0)
+        for kind in ("random", "principal")
+        for layer, left, along in ((0, 0.5, 0.4), (1, 1.5, 0.4), (2, 1.0, 0.8))
+    ]
+    frame = pandas.DataFrame(rows)
+    first, second = say.returns(frame)
+    assert first == (
+        "A displacement (random, 0.1 of the spread) made at layer 0 leaves the model 0.50 [0.49, 0.51] times as long, "
+        "and 0.40 [0.39, 0.41] of it is left along itself; from layer 0 it has gone back, in part or wholly, from "
+        "layer 1 it has grown, from layer 2 neither could be told."
+    )
+    assert "principal" in second
+    still = frame.assign(**around("remaining", 1 - 1e-8, 0), **around("along", 1 - 1e-8, 0))
+    assert "from layers 0 to 2 neither could be told" in say.returns(still)[0]
+    frame.loc[frame["kind"] == "random", "remaining"] = math.nan
+    assert len(say.returns(frame)) == 1
+
+
+@pytest.mark.parametrize(
+    ("outer", "middle", "excess", "said"),
+    [
+        (0.3, 0.1, 0.2, "Reversion is stronger in the ends: "),
+        (0.1, 0.3, -0.2, "Reversion is stronger in the middle: "),
+        (-0.1, -0.3, 0.2, "Deviations grow in the ends too, though less than in the middle: "),
+        (-0.3, -0.1, -0.2, "Deviations grow in the middle too, though less than in the ends: "),
+        (0.0, -0.2, 0.2, "kappa is higher in the ends, but whether deviations revert there could not be told: "),
+        (0.3, 0.1, 0.0, "Whether reversion is stronger in the ends could not be told: "),
+        (0.3, 0.1, None, "Reversion is stronger in the ends: "),
+        (0.3, 0.1, math.nan, "Whether reversion is stronger in the ends could not be told: "),
+    ],
+)
+def test_ends(outer, middle, excess, said):
+    row = {"boundary_in": 2, "boundary_out": 3} | around("kappa_ends", outer) | around("kappa_middle", middle)
+    row |= around("difference", outer - middle) | ({} if excess is None else around("excess", excess))
+    sentence = say.ends(pandas.Series(row))
+    assert sentence.startswith(said)
+    assert sentence.endswith(" in layer 2.")
+
+
+def test_ends_without_a_middle():
+    row = {"boundary_in": 2, "boundary_out": 2} | around("difference", math.nan)
+    assert "could not be asked" in say.ends(pandas.Series(row))
+
+
+@pytest.mark.parametrize(
+    ("rate", "walks", "said"),
+    [
+        (0.5, (0.1, 0.2), "more than in random walks of the same updates (published"),
+        (0.0, (0.1, 0.2), "less than in random walks of the same updates (published"),
+        (0.15, (0.1, 0.2), "not shown to be other than in random walks of the same updates (published"),
+        (0.2, (0.1, 0.2), "not shown to be other than in random walks of the same updates (published"),
+        (0.5, (), "to be compared with random walks (published"),
+        (math.nan, (0.1, 0.2), "leaves no noise over at two depths or more, so none grows."),
+    ],
+)
+def test_noise(rate, walks, said):
+    rows = [{"network": name} | around("lambda", value) for name, value in zip(("model", *say.WALKS), (rate, *walks))]
+    (sentence,) = say.noise(pandas.DataFrame(rows).assign(enough="no: 9 lines in 8 dimensions, give 24 or more"))
+    assert said in sentence
+    assert "undefined" not in sentence
+    assert sentence.endswith("give 24 or more.") is not math.isnan(rate)
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def points(axes):
+    """What is really drawn in an axes: points of its lines and cells of its images."""
+    drawn = [np.isfinite(line.get_ydata()).sum() for line in axes.lines]
+    return sum(drawn) + sum(np.isfinite(image.get_array().filled(np.nan)).sum() for image in axes.images)
+
+
+def test_a_row_of_the_figure_for_every_coordinate():
+    part = raw([0.2, 0.3, -0.2], [""] * 3)
+    frame = pandas.concat([part.assign(coordinates=name) for name in ("raw", "principal")], ignore_index=True)
+    figure = draw.coordinates(frame)
+    assert [axes.get_title(loc="left").split(":")[0] for axes in figure.axes] == ["raw", "principal"]
+    assert [len(axes.lines[-1].get_xdata()) for axes in figure.axes] == [3, 3]
+    nothing = draw.coordinates(part.assign(coordinates="raw", kappa=math.nan, kappa_rotated=math.nan))
+    assert points(nothing.axes[0]) == 0
+    assert drawing.png(figure)
+
+
+@pytest.mark.parametrize("kappa", [0.1, math.nan])
+@pytest.mark.parametrize("n_layers", [2, 4])
+def test_a_cell_for_every_window_from_layer_one_on(n_layers, kappa):
+    spanned = [(start, stop) for start in range(n_layers) for stop in range(start + 1, n_layers + 1)]
+    frame = pandas.DataFrame({"start": a, "stop": b, "variance_ratio": 9 * kappa, "kappa": kappa} for a, b in spanned)
+    figure = draw.windows(frame)
+    assert len(figure.axes) == 4  # two triangles and their scales
+    later = [(start, stop) for start, stop in spanned if start]
+    longer = [(start, stop) for start, stop in later if stop - start > 1]
+    expected = [len(longer), len(later)] if kappa == 0.1 else [0, 0]
+    assert [points(axes) for axes in figure.axes[:2]] == expected
+    assert drawing.png(figure)
+
+
+@pytest.mark.parametrize("decay", [0.1, math.nan])
+def test_a_point_for_every_direction_but_those_of_layer_zero(decay):
+    frame = drift(("reverts", "grows"), ("persists", "undecided")).assign(rank=0, modulus=0.9, angle=0.1)
+    frame = frame.assign(**around("decay", decay), **around("decay_null", 0.0))
+    figure = draw.directions(frame)
+    assert len(figure.axes) == 3
+    assert sum(np.isfinite(line.get_ydata()).sum() for line in figure.axes[0].lines[:4]) == (4 if decay == 0.1 else 0)
+    assert len(figure.axes[1].collections[0].get_offsets()) == 4
+    assert drawing.png(figure)
+
+
+@pytest.mark.parametrize("left", [0.5, math.nan])
+def test_a_curve_for_every_layer_moved_and_kind(left):
+    frame = pandas.DataFrame(
+        {"layer": layer, "q": q, "kind": kind, "size": 0.1, "remaining": left, "along": left}
+        for layer in (1, 2) for kind in ("random", "principal") for q in range(1, 4 - layer)
+    )  # fmt: skip
+    figure = draw.returns(frame)
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        curves = [line for line in axes.lines if len(line.get_xdata()) and line.get_xdata()[0] in (1, 2)]
+        assert len(curves) == 2
+        assert curves[0].get_xdata().tolist() == [1, 2, 3]
+    assert drawing.png(figure)
+
+
+# --- whole studies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The figures are made, but not turned into pixels, which takes longer than all the measures."""
+    monkeypatch.setattr(drawing, "png", lambda figure: b"figure")
+
+
+def study(model, tokens, folder, untrained=None):
+    tables = reversion_study.measure(Stack(model), Tokens.of(tokens), folder, untrained)
+    for name, table in tables.items():
+        pandas.testing.assert_frame_equal(frames.read(folder / name), table, check_dtype=False)
+    assert {path.name for path in folder.glob("*.csv")} == set(tables)
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == set(reversion_study.draw(tables)) <= set(reversion_study.CAPTIONS)
+    sentences = reversion_study.found(tables)
+    assert not any("nan" in sentence.split() for sentence in sentences)
+    return tables, sentences
+
+
+def test_an_ou_stream_is_told_to_revert_in_every_layer_as_a_force(tmp_path):
+    tables, sentences = study(ou_network([0.2, 0.3, 0.1], d_model=8), known_networks.tokens(20, 6), tmp_path)
+    assert set(tables) == set(reversion_study.COLUMNS)
+    assert sentences[-1] == (
+        "In one sentence: on these prompts the stream reverts to a mean in every layer (layers 1 to 2), as a force, "
+        "and over all layers together."
+    )
+    own = tables[reversion_study.PANEL].query("series == 'model' and span == 'all'").iloc[0]
+    assert own["within_excess_low"] > 0.1  # no shocks: what is taken back shows about the common mean alone
+    assert any("one mean for all tokens" in one and "): deviations are taken back." in one for one in sentences)
+    assert sum("it has gone back, in part or wholly" in one for one in sentences) == 3
+
+
+def test_two_layers_in_parallel_are_told_not_to_revert(tmp_path, undrawn):
+    tables, sentences = study(
+        known_networks.parallel_network(n_layers=2, width=4), known_networks.tokens(20, 6), tmp_path
+    )
+    assert set(reversion_study.COLUMNS) - set(tables) == {reversion_study.PANEL, reversion_study.NOISE}
+    assert len(tables[reversion_study.NORMS]) == 2
+    assert sentences[-1].startswith("In one sentence: on these prompts the stream does not revert to a mean: ")
+    assert not any("taken back" in one or "gone back" in one for one in sentences)
+    assert not any("undo what" in one or "go on in" in one for one in sentences)
+
+
+def test_one_prompt_and_a_head_that_caps_its_logits(tmp_path, load, undrawn):
+    model = load("gemma2")
+    tables, sentences = study(model, torch.randint(4, 90, (1, 8)), tmp_path, untrained=Stack(model))
+    assert set(tables[reversion_study.COORDINATES]["coordinates"]) == {"raw", "normalised", "principal"}
+    assert sentences[-1].endswith("it could not be told whether the stream reverts to a mean: no reversion was shown.")

@@ -1,0 +1,203 @@
+"""Scans on a real Ray cluster of two workers: the same rows, through losses of workers and of whoever asked."""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.places import TESTS
+from support.scans import KILLED, PROBES, all_wirings, same
+from surgery import Stack, scan, wiring
+from surgery.models.loading import ModelError
+from surgery.records import tables
+from surgery.scan import cluster, scanning, schedule
+from surgery.scan.cluster import Cluster
+
+RAY = str(Path(sys.executable).with_name("ray"))
+PORT = 6391
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two workers, kept, on a cluster that ``ray start`` began: what ``cluster="auto"`` joins."""
+    begin = [RAY, "start", "--head", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
+    head = subprocess.Popen([*begin, f"--port={PORT}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert any("Ray runtime started" in line for line in head.stdout)
+        with cluster.joined(Cluster("auto", workers=2)) as joined:
+            yield joined
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.communicate(timeout=20)
+
+
+@pytest.fixture
+def accepted(monkeypatch):
+    """How often each wiring's rows came to the table."""
+    counts: collections.Counter[str] = collections.Counter()
+    append = scanning._Table.append
+
+    def count(self, rows):
+        append(self, rows)
+        counts[rows["wiring"].iloc[0]] += 1
+
+    monkeypatch.setattr(scanning._Table, "append", count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"), [("llama", ("loglik", "exact", "kl")), ("gpt2", ("loss",)), ("gemma2", ("loglik",))]
+)
+def test_the_frame_is_that_of_a_scan_without_a_cluster(load, pool, tmp_path, accepted, name, metrics):
+    stack, given, out = Stack(load(name)), all_wirings(4), tmp_path / "scan.csv"
+    expected = scan.run(stack, given, PROBES, metrics=metrics)
+    accepted.clear()
+    frame = scan.run(stack, given, PROBES, out, metrics=metrics, cluster=pool)
+    assert same(frame, expected)
+    assert same(tables.read(out), expected)
+    assert set(accepted.values()) == {1}
+    assert len(pool.workers) == 2
+
+
+def test_a_model_edited_in_memory_is_scanned_as_it_is(load, pool):
+    model = load("llama")
+    with torch.no_grad():
+        model.blocks[1].mlp.out.original_component.weight.mul_(2)
+    stack = Stack(model)
+    assert same(scan.run(stack, [":2 1:"], PROBES, cluster=pool), scan.run(stack, [":2 1:"], PROBES))
+
+
+def test_workers_load_a_named_model_by_themselves(load, pool, model_folder, monkeypatch):
+    stack, given = Stack(load("mistral")), [":2 1:", ":1 {1|2} 3:"]
+    for model, message in (
+        ("/nowhere/model", r"a worker on .* cannot open /nowhere/model: there is no folder"),
+        (str(model_folder("gpt2")), "its weights are not those of the model that is scanned"),
+    ):
+        monkeypatch.setattr(pool, "cluster", Cluster("auto", workers=2, model=model))
+        with pytest.raises(ModelError, match=message):
+            scan.run(stack, given, PROBES, cluster=pool)
+    here = Cluster("auto", workers=2, model=str(model_folder("mistral")), device_map={"": "cpu"})
+    monkeypatch.setattr(pool, "cluster", here)
+    assert same(scan.run(stack, given, PROBES, cluster=pool), scan.run(stack, given, PROBES))
+    assert pool._shipped[0] != cluster._weights(stack)
+
+
+def test_models_that_workers_cannot_have(load, pool, monkeypatch):
+    stack, given = Stack(load("llama")), [":2 1:"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "cluster", Cluster("auto", workers=1, gpus=1))
+        with pytest.raises(ValueError, match="the cluster has GPUs for 0 workers with 1 each"):
+            scan.run(stack, given, PROBES, cluster=pool)
+    stack.model.blocks[0].hook_out.add_hook(lambda x, hook: x)
+    with pytest.raises(ModelError, match="hooks are attached"):
+        scan.run(stack, given, PROBES, cluster=pool)
+
+
+def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path, accepted, monkeypatch):
+    stack, given, out = Stack(load("llama")), all_wirings(4), tmp_path / "scan.csv"
+    expected = scan.run(stack, given, PROBES)
+    accepted.clear()
+    scan.run(stack, [":2 1:"], PROBES, cluster=pool)
+    victim = pool.workers[0]
+    pid = pool.ray.get(victim.actor.pid.remote())
+    owed: list[str] = []
+    append = scanning._Table.append
+    accepted.clear()
+
+    def kill(self, rows):
+        append(self, rows)
+        if not owed and str(rows["wiring"].iloc[0]) in victim.owes and len(victim.owes) > 1:
+            os.kill(pid, signal.SIGKILL)
+            owed.extend(set(victim.owes) - {rows["wiring"].iloc[0]})
+
+    monkeypatch.setattr(scanning._Table, "append", kill)
+    shards = schedule.shards
+    monkeypatch.setattr(cluster.schedule, "shards", lambda wirings, count: shards(wirings, 4))
+    before = pool.sent
+    assert same(scan.run(stack, given, PROBES, out, cluster=pool), expected)
+    assert owed
+    assert len(pool.workers) in (1, 2)  # one that is idle when the loss is noticed takes over, else another is hired
+    assert victim not in pool.workers
+    assert set(accepted.values()) == {1}
+    # Rows on their way when it died may still have come, so at most what it owed runs again.
+    assert 0 <= pool.sent - before - len(set(expected["wiring"])) + expected["wiring"].eq(":").any() <= len(owed)
+
+
+def test_interrupted_and_continued(load, pool, tmp_path, accepted, monkeypatch):
+    stack, given, out = Stack(load("llama")), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
+    append = scanning._Table.append
+
+    def interrupt(self, rows):
+        append(self, rows)
+        if sum(accepted.values()) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning._Table, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scan.run(stack, given, PROBES, out, cluster=pool)
+    assert pool.workers == []
+    frame = scan.run(stack, given, PROBES, out)
+    assert set(accepted.values()) == {1}
+    assert same(frame, scan.run(stack, given, PROBES))
+
+
+def test_its_own_ray_dies_with_whoever_asked_and_the_table_goes_on(model_folder, load, tmp_path):
+    """SIGKILL of a process with a Ray of its own; then the rest without a cluster."""
+    out = tmp_path / "scan.csv"
+    code = KILLED.format(tests=str(TESTS), model=str(model_folder("llama")), out=str(out))
+    code = code.replace(f"{str(out)!r})", f"{str(out)!r}, cluster=1)")
+    assert "cluster=1" in code
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if int(line) >= 4)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    assert (tmp_path / "scan.csv.part").read_bytes().count(b"\n") > 4
+    stack, given = Stack(load("llama")), list(wiring.every_repeat(4))
+    assert same(scan.run(stack, given, PROBES, out), scan.run(stack, given, PROBES))
+
+
+def test_without_ray(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r'needs Ray, which is not installed .*: pip install -e "\.\[cluster\]"'):
+        scan.run(Stack(load("gpt2")), [":2 1:"], PROBES, cluster=2)
+    assert len(scan.run(Stack(load("gpt2")), [":2 1:"], PROBES))
+
+
+def test_bad_requests(monkeypatch):
+    with pytest.raises(ValueError, match="at least 1 worker, not 0"):
+        Cluster.of(0)
+    with pytest.raises(ValueError, match="say which with model"):
+        Cluster(device_map="auto")
+    monkeypatch.setattr(cluster._ray(), "is_initialized", lambda: False)
+    with (
+        pytest.raises(OSError, match=r"no Ray cluster at '127.0.0.1:1' .*begin one with ray start"),
+        cluster.joined("127.0.0.1:1"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 16, 500])
+def test_every_wiring_is_in_one_shard(count):
+    given = all_wirings(4)
+    shards = schedule.shards(given, count)
+    assert sorted(index for shard in shards for index in shard) == list(range(len(given)))
+    assert all(shards)
+    assert len(shards) <= count
+
+
+@pytest.mark.parametrize("family", [wiring.every_repeat, wiring.every_skip, wiring.every_swap, wiring.every_parallel])
+def test_shards_cost_little_and_about_the_same(family):
+    """24 layers, two workers: at most 3 % more than in one piece, none more than a third above the mean."""
+    given = list(family(24))
+    costs = [schedule.simulate([given[i] for i in shard]).executions for shard in schedule.shards(given, 8)]
+    assert len(costs) == 8
+    assert sum(costs) <= 1.03 * schedule.simulate(given).executions
+    assert max(costs) <= 4 / 3 * sum(costs) / len(costs)

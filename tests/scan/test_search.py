@@ -1,0 +1,198 @@
+import re
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from surgery import Stack, Wiring, scan, wiring
+from surgery.corpus.probes import Probe, ProbeSet
+from surgery.scan import search
+
+PROBES = ProbeSet(
+    "words",
+    tuple(Probe(f"w{i} w{i + 1} w{2 * i}", f"w{i + 3} w{i}") for i in range(5))
+    + tuple(Probe(f"w{i} w9 w8 w7 w6", f"w{i}", choices=(f"w{i}", "w30 w31")) for i in range(3)),
+)
+
+WRITES = re.compile(r"\.o\.|c_proj|o_proj|down_proj|mlp\.out\.")
+
+
+def true_gains(stack, given):
+    frame = scan.run(stack, given, PROBES, metrics=("loglik",))
+    return (frame.value - frame.baseline).groupby(frame.wiring, sort=False).mean()
+
+
+@pytest.mark.parametrize("layer", range(5))
+def test_the_gradient_equals_finite_differences(load, layer):
+    stack = Stack(load("llama", torch.float64))
+    (encoded,) = search._batches(PROBES.encode(stack))
+    streams, gradients = search._gradients(stack, encoded)
+    context = stack.context(encoded.tokens)
+    noise = torch.randn(streams[layer].shape, generator=torch.Generator().manual_seed(layer), dtype=torch.float64)
+
+    def total(x):
+        x = stack.execute(f"{layer}:", x, context) if layer < 4 else x
+        return float(search.loglik(stack, encoded, x).sum())
+
+    step = 1e-3
+    slope = (total(streams[layer] + step * noise) - total(streams[layer] - step * noise)) / (2 * step)
+    assert float((gradients[layer] * noise).sum()) == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_log_likelihood_is_the_scan_s(load):
+    stack = Stack(load("gpt2"))
+    (encoded,) = search._batches(PROBES.encode(stack))
+    context = stack.context(encoded.tokens)
+    found = search.loglik(stack, encoded, stack.execute(":3 1:", context.x0, context))
+    frame = scan.run(stack, [":3 1:"], PROBES, metrics=("loglik",))
+    assert found.tolist() == pytest.approx(frame.value.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_first_order_is_exact_for_small_updates(load, name):
+    """Half the layers' size, a quarter of the error."""
+    model, errors = load(name, torch.float64), []
+    written = [p for key, p in model.named_parameters() if WRITES.search(key)]
+    assert len(written) == 8 + 8 * (name == "gpt2")
+    given = [w for family in (wiring.every_repeat, wiring.every_skip) for w in family(4)]
+    for size in (0.02, 0.5):
+        with torch.no_grad():
+            for parameter in written:
+                parameter.mul_(size)
+        stack = Stack(model)
+        expected, estimate = true_gains(stack, given), search.first_order(stack, PROBES)
+        found = np.array([estimate[search._span(w)[::-1]] for w in given])
+        errors.append(np.abs(found - expected.to_numpy()).max())
+        assert errors[-1] < 0.1 * np.abs(expected).max()
+        assert np.abs(np.diag(estimate)).max() == 0
+    assert errors[1] == pytest.approx(errors[0] / 4, rel=0.2)
+
+
+def test_first_order_in_batches_is_the_same(load, monkeypatch):
+    stack = Stack(load("llama"))
+    whole = search.first_order(stack, PROBES)
+    monkeypatch.setattr(search, "_TOKENS_AT_ONCE", 20)
+    assert len(list(search._batches(PROBES.encode(stack)))) > 2
+    np.testing.assert_allclose(search.first_order(stack, PROBES), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [(":3 1:", (1, 3)), (": :", (0, 4)), (":1 3:", (3, 1)), ("2:", (2, 0)), (":2", (4, 2))]
+)
+def test_spans_are_read_off_wirings(text, span):
+    assert search._span(Wiring.parse(text, 4)) == span
+
+
+@pytest.mark.parametrize("text", [":3 1:3 1:", "3 2 1 0", ":1 {1|2} 3:", "3 1:"])
+def test_other_wirings_are_refused(load, text):
+    with pytest.raises(ValueError, match="one span run twice or left out") as refused:
+        search.screen(Stack(load("llama")), [text], PROBES)
+    assert "':4 2:'" in str(refused.value)
+
+
+def test_a_screen_measures_a_share_and_predicts_the_rest(load, tmp_path, monkeypatch):
+    stack, given = Stack(load("llama")), [*wiring.every_repeat(4), *wiring.every_skip(4)]
+    expected = true_gains(stack, given)
+    screened = search.screen(stack, given, PROBES, share=0.4, out=tmp_path)
+    assert screened.columns.tolist() == ["wiring", "estimate", "round"]
+    assert set(screened.wiring) == set(map(str, given))
+    assert screened["round"].value_counts().to_dict() == {0: 11, 1: 4, 2: 2, 3: 2}
+    assert screened.estimate.is_monotonic_decreasing
+    measured = screened[screened["round"] > 0]
+    np.testing.assert_allclose(measured.estimate, expected.loc[measured.wiring], atol=1e-5)
+    monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
+    pandas.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
+
+
+def test_a_screen_of_everything_is_the_scan(load):
+    stack, given = Stack(load("gpt2")), list(wiring.every_repeat(4))
+    screened = search.screen(stack, given, PROBES, share=1).set_index("wiring").estimate
+    np.testing.assert_allclose(screened, true_gains(stack, given).loc[screened.index], atol=1e-5)
+
+
+def test_a_screen_of_nothing_is_the_first_order_estimate(load):
+    stack, given = Stack(load("gpt2")), list(wiring.every_repeat(4))
+    screened = search.screen(stack, given, PROBES, share=0).set_index("wiring").estimate
+    estimate = search.first_order(stack, PROBES)
+    assert screened[":3 1:"] == pytest.approx(estimate[3, 1], abs=1e-6)
+    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
+        search.screen(stack, given, PROBES, share=2)
+
+
+def test_a_smooth_gain_is_found_from_a_quarter():
+    """The Gaussian process finds the hill of a smooth plane, and gives measured gains back."""
+    spans = np.array([search._span(w) for w in wiring.every_repeat(24)])
+    gains = np.exp(-((spans - [9, 15]) ** 2).sum(1) / 50)
+    known = np.zeros(len(spans), dtype=bool)
+    known[search._spread(spans, len(spans) // 4)] = True
+    predicted = search._predicted(spans[known], gains[known], spans[~known], 4.0)
+    assert np.abs(predicted - gains[~known]).max() < 0.02
+    again = search._predicted(spans[known], gains[known], spans[known], 4.0)
+    assert np.abs(again - gains[known]).max() < 0.01
+
+
+def test_spans_are_spread_over_the_plane():
+    spans = np.array([search._span(w) for w in wiring.every_repeat(24)])
+    chosen = spans[search._spread(spans, 20)]
+    assert len(np.unique(chosen, axis=0)) == 20
+    nearest = np.sqrt(((spans[:, None] - chosen[None]) ** 2).sum(-1)).min(1)
+    assert nearest.max() <= 5
+
+
+def frame_of(gains):
+    return pandas.DataFrame(
+        [(name, i, "loglik", gain + i, float(i)) for name, gain in gains.items() for i in range(2)],
+        columns=["wiring", "prompt", "metric", "value", "baseline"],
+    )
+
+
+def test_recall_by_hand():
+    full = frame_of({f"w{i}": -i for i in range(12)})
+    screened = pandas.DataFrame(
+        {"wiring": ["w0", "w9", "w1", "w8", "w7", "w6", "w2"], "estimate": [9, 8, 7, 6, 5, 4, 3]}
+    )
+    found = search.recall(screened, full, top=3)
+    assert found.looked_at.tolist() == [3, 6, 9]
+    assert found.recall.tolist() == [2 / 3, 2 / 3, 1]
+
+
+def test_cost_by_hand():
+    every = list(map(str, wiring.every_repeat(4)))
+    screened = pandas.DataFrame({"wiring": every, "estimate": 0.0, "round": 0})
+    assert search.cost(screened, 4) == pytest.approx(100 * 12 / 34)  # 3 F against 34 layers
+    screened.loc[screened.wiring == ": 2:", "round"] = 1  # 4 layers, then 2 again
+    screened.loc[screened.wiring == "0 :", "round"] = 2  # 4 layers, and 4 after the first
+    assert search.cost(screened, 4) == pytest.approx(100 * (6 + 8) / 34)
+
+
+def test_a_beam_of_every_width_is_a_scan_of_everything(load):
+    stack = Stack(load("llama"))
+    frame = search.beam(stack, PROBES, width=99, depth=2, spans=[(0, 1), (1, 3)])
+    first, second = (frame[frame.level == level] for level in (1, 2))
+    assert set(first.wiring) == {"0 :", ":3 1:"}
+    assert set(second.wiring) == {"0 0 :", "0 :3 1:", ":3 1:3 1:"}
+    assert first.gain.is_monotonic_decreasing
+    assert second.layers.tolist() == [Wiring.parse(text, 4).depth for text in second.wiring]
+    np.testing.assert_allclose(frame.gain, true_gains(stack, frame.wiring).loc[frame.wiring], atol=1e-5)
+
+
+def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(load, tmp_path, monkeypatch):
+    stack = Stack(load("llama"))
+    frame = search.beam(stack, PROBES, width=1, depth=3, out=tmp_path)
+    assert frame.level.unique().tolist() == [1, 2, 3]
+    assert len(frame[frame.level == 1]) == 10
+    for level in (2, 3):
+        best = Wiring.parse(frame[frame.level == level - 1].wiring.iloc[0], 4)
+        grown = {str(best.repeat(i, j)) for i in range(best.depth) for j in range(i + 1, best.depth + 1)}
+        assert set(frame[frame.level == level].wiring) <= grown
+    assert not frame.wiring.duplicated().any()
+    assert search.beam(stack, PROBES, spans=[(0, 4)], depth=1).wiring.tolist() == [": :"]
+    monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
+    pandas.testing.assert_frame_equal(search.beam(stack, PROBES, width=1, depth=3, out=tmp_path), frame)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(0, 1), (1, 0)])
+def test_a_beam_of_nothing_is_refused(load, width, depth):
+    with pytest.raises(ValueError, match="at least 1"):
+        search.beam(Stack(load("gpt2")), PROBES, width, depth)

@@ -1,0 +1,143 @@
+"""A whole scan on the bundled model, through the library and the command line."""
+
+import html
+
+import pandas
+import pytest
+from typer.testing import CliRunner
+
+import surgery
+from surgery import models, report, scan
+from surgery.cli import app
+from surgery.corpus import probes
+from surgery.records import tables
+from surgery.scan import controls, study
+
+FILES = ("scan_groups.csv", "scan_search.csv", "scan_table.csv", "scan_validation.csv", "scan_winners.csv")
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan")
+    return folder, study.run(family="parallel", out=folder, count=28, top=3)
+
+
+def test_what_a_scan_leaves_behind(scanned):
+    folder, found = scanned
+    assert sorted(path.name for path in folder.glob("*.csv")) == sorted(FILES)
+    for name in FILES:
+        assert len(tables.read(folder / name))
+    assert {path.name for path in folder.glob("*.png")} == {"pareto.png", "group_bars.png"}
+    assert len(found.table) == 66
+    assert len(found.winners) == 3
+    assert found.luck.wirings == 66
+    assert set(found.groups["wiring"]) == set(found.winners["wiring"])
+    assert found.groups["group"].nunique() == 7
+
+
+def test_the_halves_share_no_probe_and_the_winners_are_the_best_of_the_first(scanned):
+    folder, found = scanned
+    table, winners = found.table, found.winners
+    search, validation = (tables.read(folder / name) for name in ("scan_search.csv", "scan_validation.csv"))
+    assert search["prompt"].nunique() + validation["prompt"].nunique() == 28
+    assert winners["wiring"].tolist() == table.nlargest(3, "gain")["wiring"].tolist()
+    again = validation[validation["wiring"] == winners["wiring"][0]]
+    assert winners["gain_validation"][0] == pytest.approx((again["value"] - again["baseline"]).mean())
+
+
+def test_the_same_command_changes_nothing(scanned):
+    folder, found = scanned
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    again = study.run(family="parallel", out=folder, count=28, top=3)
+    pandas.testing.assert_frame_equal(found.table, again.table)
+    assert found.sentences == again.sentences
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_on_the_command_line(tmp_path):
+    done = CliRunner().invoke(app, ["scan", "--family", "swap", "--count", "14", "--top", "2", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for said in (
+        "66 wirings were tried on 7 prompts. ",
+        "measured again on 7 prompts that took no part in the choice",
+        "By group, on the validation half",
+        "7 prompts only: intervals from fewer than",
+        str(tmp_path / "report.html"),
+    ):
+        assert said in done.output, said
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_page_of_a_scan_says_what_the_scan_says(scanned):
+    folder, found = scanned
+    page = html.unescape((folder / "report.html").read_text())
+    for sentence in found.sentences:
+        assert sentence in page
+    assert report.summary(folder) == found.sentences[: len(report.summary(folder))]
+    section = page[page.index('id="scan"') : page.index('id="untold"')]
+    for row in found.winners.itertuples():
+        assert f"<td>{row.wiring}</td><td>{row.gain_search:.3f}" in section
+        assert f"{row.gain_validation:.3f}" in section
+        assert f"<td>{row.verdict}</td>" in section
+
+
+def test_probes_of_one_group_have_no_bars(tmp_path):
+    stack = surgery.Stack(surgery.load("babel"))
+    texts = probes.text(models.bundled_prompts(8))
+    found = study.measure(stack, texts, tmp_path, metric="loss", longest=1, top=2)
+    assert found.table["wiring"].tolist() == ["0 :", *(f":{i + 1} {i}:" for i in range(1, 11)), ": 11"]
+    assert found.groups.empty
+    report.build(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"brain_scan.png", "pareto.png"}
+    assert "nats per token" in (tmp_path / "report.html").read_text()
+
+
+def test_painters_are_one_call(tmp_path):
+    stack = surgery.Stack(surgery.load("babel"))
+    asked = probes.named("babel", 14)
+    table = study.painters(stack, asked, sizes=[2, 10])
+    assert len(table) == len(controls.painters(12, [2, 10]))
+    assert set(table["variant"]) == set(controls.painters(12, [2])["variant"])
+    skipped = table[(table["variant"] == "skip") & (table["size"] == 10)].iloc[0]
+    rows = scan.run(stack, [skipped["wiring"]], asked, metrics=("loglik",))
+    assert skipped["gain"] == pytest.approx((rows["value"] - rows["baseline"]).mean())
+    assert skipped["gain"] < table.loc[table["size"] == 2, "gain"].min(), "ten layers are missed more than two"
+
+
+def test_painters_on_the_command_line(tmp_path):
+    options = ["scan", "--family", "painters", "--count", "14", "--top", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    table = tables.read(tmp_path / "painters.csv")
+    assert sorted(set(table["size"])) == list(range(2, 12))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"painters.png", "group_bars.png"}
+    assert "A centred window of 7 layers, from the least harmful change on" in (tmp_path / "report.html").read_text()
+
+
+def test_too_few_probes_for_two_halves(tmp_path):
+    stack = surgery.Stack(surgery.load("babel"))
+    with pytest.raises(ValueError, match="a scan needs at least 4 different probes, half of them to validate on, and"):
+        study.measure(stack, probes.text(["p1 >other o1"] * 9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--family", "sideways"], "there is no family 'sideways'; there are repeat"),
+        (["--probes", "nonsense"], "there is no probe set 'nonsense'"),
+        (["--metric", "accuracy", "--count", "14"], "no metric 'accuracy'"),
+    ],
+)
+def test_bad_requests(options, message, tmp_path):
+    done = CliRunner().invoke(app, ["scan", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert message in done.output.replace("\n", " ")
+
+
+def test_tape_on_the_command_line(tmp_path):
+    done = CliRunner().invoke(app, ["tape", ":3 1:", "--out", str(tmp_path / "taped")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "taped" / "model.safetensors").exists()
+    refused = CliRunner().invoke(app, ["tape", ":3 {3|4} 5:", "--out", str(tmp_path / "group")])
+    assert refused.exit_code == 1
+    assert "a plain checkpoint cannot express" in refused.output.replace("\n", " ")

@@ -1,0 +1,77 @@
+"""Every measure of series on the networks whose answer is known, in one table; and that it costs what it says."""
+
+import pytest
+
+from surgery import Stack
+from surgery.instruments import known_networks
+from surgery.series import side_by_side
+
+TOKENS = known_networks.tokens(16, 8)
+SHARES = ["parallel", "mixed 0.25", "mixed 0.5", "mixed 0.75", "serial"]
+
+
+@pytest.fixture(scope="module")
+def table():
+    frame = side_by_side.calibrate(side_by_side.networks(n_layers=5), TOKENS)
+    return frame.pivot(index="measure", columns="network", values="value")
+
+
+@pytest.mark.parametrize("measure", ["S", "R", "O", "T", "local, next", "gate exponent"])
+def test_from_exactly_parallel_to_exactly_serial(table, measure):
+    values = table.loc[measure, SHARES]
+    assert abs(values["parallel"]) < 1e-6
+    assert abs(values["serial"] - 1) < 1e-6
+    assert values.is_monotonic_increasing
+    assert values["parallel"] < table.loc[measure, "random"] < values["serial"]
+
+
+@pytest.mark.parametrize("measure", ["gate hessian", "indirect share"])
+def test_zero_in_parallel_only(table, measure):
+    values = table.loc[measure, SHARES]
+    assert abs(values["parallel"]) < 1e-6
+    assert values["serial"] > 0.3
+
+
+@pytest.mark.parametrize("measure", ["jacobian, next", "jacobian, total", "path length"])
+def test_rising_with_the_share_that_is_serial(table, measure):
+    assert table.loc[measure, SHARES].is_monotonic_increasing
+
+
+def test_untrained_weights_compose_no_more_than_random_directions(table):
+    assert abs(table.loc["jacobian, next", "random"]) < 0.1 * table.loc["jacobian, next", "serial"]
+
+
+def test_only_the_next_layer_reads_a_chain_directly(table):
+    assert table.loc["local, beyond", SHARES].abs().max() < 1e-6
+    assert table.loc["local, beyond", "random"] > 0.05
+
+
+def test_what_is_not_series_does_not_say_so(table):
+    """On these networks the stream of a serial model turns and grows as that of a parallel one."""
+    assert abs(table.loc["cosine", "serial"] - table.loc["cosine", "parallel"]) < 1e-6
+    assert 0.5 < table.loc["block influence", "serial"] / table.loc["block influence", "parallel"] < 2
+
+
+def test_layers_before_the_first_are_left_out():
+    stack = Stack(known_networks.random_network(4))
+    _, frames = side_by_side.readings(stack, TOKENS, first_layer=1)
+    assert all(frame[name].min() >= 1 for frame in frames.values() for name in ("start", "layer") if name in frame)
+
+
+def test_what_refuses_the_tokens_is_left_out():
+    """A prompt of one token more than the first has nothing to predict from it: no interaction can be told."""
+    stack, tokens = Stack(known_networks.random_network(4)), known_networks.tokens(6, 2)
+    values, frames = side_by_side.readings(stack, tokens)
+    assert "interactions.pairs" not in frames
+    assert values["rho"] != values["rho"]
+    assert 0 <= values["S"] <= 1
+    assert "interactions.pairs" not in set(side_by_side.costs(stack, tokens)["function"])
+
+
+def test_every_function_costs_what_its_docstring_says():
+    stack = Stack(known_networks.random_network(4))
+    frame = side_by_side.costs(stack, TOKENS).set_index("function")
+    without_gradients = [name for name in frame.index if name not in ("gates.hessian", "gates.path_lengths")]
+    for name in without_gradients:
+        assert frame.loc[name, "counted"] == pytest.approx(frame.loc[name, "formula"], abs=0.05), name
+    assert (frame["timed"] > 0).all()

@@ -1,0 +1,371 @@
+"""The comparison statistics: against formulas written out, and against what they promise over many simulated scans."""
+
+import itertools
+import time
+
+import numpy as np
+import pandas
+import pytest
+
+from surgery.stats import bootstrap, comparisons
+
+
+def scan(d, groups=None, metric="loglik", baseline=-3.0):
+    """The table of a scan whose values lie ``d`` [wiring, prompt] above the baseline."""
+    d = np.asarray(d, dtype=float)
+    wirings, prompts = d.shape
+    return pandas.DataFrame(
+        {
+            "wiring": np.repeat([f":{place + 2} 1:" for place in range(wirings)], prompts),
+            "prompt": np.tile(np.arange(prompts), wirings),
+            "group": np.tile([""] * prompts if groups is None else groups, wirings),
+            "metric": metric,
+            "value": baseline + d.ravel(),
+            "baseline": baseline,
+        }
+    )
+
+
+def correlated(rng, wirings, prompts):
+    """No effect: noise that wirings share to half, prompts of very different spread."""
+    shared, own = rng.normal(size=prompts), rng.normal(size=(wirings, prompts))
+    return (shared + own) * np.exp(rng.normal(size=prompts))
+
+
+def test_p_values_equal_those_of_all_flips_written_out():
+    d = np.random.default_rng(0).normal(0.4, 1, (4, 6))
+    z = d.sum(1) / np.sqrt((d**2).sum(1))
+    flipped = np.array([(d * signs).sum(1) for signs in itertools.product([1, -1], repeat=6)])
+    null = np.abs(flipped) / np.sqrt((d**2).sum(1))
+    found = comparisons.table(scan(d), "loglik")
+    np.testing.assert_allclose(found["p"], (null >= np.abs(z) - 1e-9).mean(0))
+    np.testing.assert_allclose(found["p_max"], (null.max(1)[:, None] >= np.abs(z) - 1e-9).mean(0))
+    np.testing.assert_allclose(found["gain"], d.mean(1))
+    assert (found["n_prompts"] == 6).all()
+
+
+def test_sampled_flips_approach_all_flips():
+    d = np.random.default_rng(3).normal(0.5, 1, (5, 12))
+    exact = comparisons.table(scan(d), "loglik", resamples=2**12)
+    sampled = comparisons.table(scan(d), "loglik", resamples=4000)
+    np.testing.assert_allclose(sampled["p"], exact["p"], atol=0.03)
+    np.testing.assert_allclose(sampled["p_max"], exact["p_max"], atol=0.03)
+    assert not sampled["p"].equals(exact["p"])
+
+
+def test_intervals_equal_a_bootstrap_written_out():
+    d = np.random.default_rng(1).normal(size=(3, 15))
+    draws = np.random.default_rng(7).multinomial(15, np.full(15, 1 / 15), size=500)
+    means = np.array([[np.repeat(row, draw).mean() for row in d] for draw in draws])
+    found = comparisons.table(scan(d), "loglik", resamples=500, seed=7)
+    np.testing.assert_allclose(found[["gain_low", "gain_high"]].T, np.quantile(means, [0.025, 0.975], axis=0))
+
+
+def test_the_false_discovery_rate_is_benjamini_hochberg_among_gains_and_among_losses():
+    d = np.random.default_rng(5).normal(size=(12, 30)) + np.repeat([0.8, 0.0, -0.8], 4)[:, None]
+    found = comparisons.table(scan(d), "loglik")
+    for side in (1, -1):
+        p = np.where(np.sign(found["gain"]) == side, found["p"], 1.0)
+        order = np.argsort(p, kind="stable")
+        steps = p[order] * 12 / np.arange(1, 13)
+        q = np.empty(12)
+        q[order] = np.minimum(np.minimum.accumulate(steps[::-1])[::-1], 1)
+        here = (np.sign(found["gain"]) == side).to_numpy()
+        np.testing.assert_allclose(found["q"][here], q[here])
+
+
+def test_many_broken_wirings_do_not_make_a_gain_look_real():
+    rng = np.random.default_rng(2)
+    nothing, broken = rng.normal(size=(200, 30)), rng.normal(-5, 1, (1800, 30))
+    found = comparisons.table(scan(np.vstack([nothing, broken])), "loglik")
+    gains = found[found["gain"] > 0]
+    assert (found["q"][200:] < 0.05).all()
+    assert (gains["q"] > 0.05).all()
+    assert (gains["p"] < 0.05).any()  # which one family of gains and losses would have called a discovery
+
+
+def test_chunks_and_the_order_of_wirings_change_nothing(monkeypatch):
+    frame = scan(np.random.default_rng(4).normal(size=(9, 20)))
+    whole = comparisons.table(frame, "loglik", resamples=300)
+    luck = comparisons.expected_best(frame, "loglik", resamples=300)
+    monkeypatch.setattr(bootstrap, "_AT_ONCE", 700)
+    pandas.testing.assert_frame_equal(comparisons.table(frame, "loglik", resamples=300), whole)
+    assert comparisons.expected_best(frame, "loglik", resamples=300).mean == pytest.approx(luck.mean)
+    mixed = comparisons.table(frame.sample(frac=1, random_state=0), "loglik", resamples=300)
+    pandas.testing.assert_frame_equal(mixed.set_index("wiring").loc[whole["wiring"]].reset_index(), whole)
+
+
+def test_p_is_never_above_the_family_wise_one():
+    found = comparisons.table(scan(np.random.default_rng(6).normal(size=(30, 25))), "loglik", resamples=500)
+    assert (found["p"] <= found["p_max"]).all()
+    assert found["p"].min() >= 1 / 501
+
+
+def test_without_effect_one_scan_in_twenty_finds_something_and_no_more():
+    """With wirings that move together and prompts of unequal spread; q as well, all discoveries being false."""
+    rng, scans = np.random.default_rng(0), 600
+    found = [comparisons.table(scan(correlated(rng, 20, 24)), "loglik", resamples=200) for _ in range(scans)]
+    for column in ("p_max", "q"):
+        share = np.mean([(one[column] <= 0.05).any() for one in found])
+        assert share <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / scans), (column, share)
+    assert np.mean([(one["p_max"] <= 0.05).any() for one in found]) >= 0.05 - 3 * np.sqrt(0.05 * 0.95 / scans)
+    assert np.mean([(one["p"] <= 0.05).any() for one in found]) > 0.25  # without correction it would be many
+
+
+def test_discoveries_among_mixed_effects_are_rarely_false():
+    rng, shares = np.random.default_rng(1), []
+    for _ in range(150):
+        d = correlated(rng, 40, 40) + np.repeat([1.5, 0.0, -1.5], [8, 24, 8])[:, None]
+        found = comparisons.table(scan(d), "loglik", resamples=1000)
+        claimed = (found["q"] <= 0.1).to_numpy()
+        shares.append(claimed[8:32].sum() / max(1, claimed.sum()))
+    assert np.mean(shares) <= 0.1
+
+
+def test_intervals_cover_what_they_promise():
+    rng, truth = np.random.default_rng(2), 0.3
+    covered = []
+    for _ in range(60):
+        found = comparisons.table(scan(truth + correlated(rng, 10, 100) / 3), "loglik", resamples=400)
+        covered.append(((found["gain_low"] <= truth) & (truth <= found["gain_high"])).mean())
+    assert 0.90 <= np.mean(covered) <= 0.97  # percentile intervals of heavy-tailed prompts are a little narrow
+
+
+def test_a_real_gain_is_found_among_many_and_the_others_are_not():
+    rng = np.random.default_rng(3)
+    d = rng.normal(size=(200, 60))
+    d[17] += 0.8
+    found = comparisons.table(scan(d), "loglik")
+    assert found.index[found["p_max"] <= 0.05].tolist() == [17]
+    assert found["q"].idxmin() == 17
+
+
+def test_a_small_steady_gain_is_found_beside_wirings_of_huge_spread():
+    """Each wiring is held against its own spread, or the maximum would be that of the wirings that break the model."""
+    rng = np.random.default_rng(4)
+    d = np.vstack([rng.normal(0.1, 0.1, (1, 40)), rng.normal(-20, 15, (300, 40))])
+    assert comparisons.table(scan(d), "loglik")["p_max"][0] <= 0.01
+    assert comparisons.expected_best(scan(d), "loglik").mean < 1
+
+
+@pytest.mark.parametrize(("wirings", "spread", "published"), [(528, 0.2, 0.15), (528, 0.35, 0.27), (2080, 0.35, 0.30)])
+def test_the_best_of_a_scan_on_16_items_gains_by_luck_what_was_published_as_success(wirings, spread, published):
+    """Best of 528 or 2080 independent wirings on 16 items: +0.15 to +0.30, without any effect."""
+    rng = np.random.default_rng(wirings)
+    best = np.mean([rng.normal(0, spread, (wirings, 16)).mean(1).max() for _ in range(200)])
+    assert best == pytest.approx(published, abs=0.01)
+    luck = comparisons.expected_best(scan(rng.normal(0, spread, (wirings, 16)), metric="exact"), "exact")
+    assert luck.mean == pytest.approx(best, abs=0.02)
+    assert luck.high > luck.mean
+    assert (luck.wirings, luck.prompts) == (wirings, 16)
+
+
+def test_luck_equals_the_largest_mean_over_all_flips_written_out():
+    d = np.random.default_rng(16).normal(0.5, 1, (4, 8))
+    d[2] = -1 - 0.1 * np.arange(8)  # clearly worse, left out
+    kept = np.delete(d, 2, axis=0)
+    residual = kept - kept.mean(1, keepdims=True)
+    signs = np.array(list(itertools.product([1, -1], repeat=8)))
+    best = (signs @ residual.T).max(1) / 8 * np.sqrt(8 / 7)
+    luck = comparisons.expected_best(scan(d), "loglik")
+    assert (luck.wirings, luck.prompts, luck.worse) == (4, 8, 1)
+    assert luck.mean == pytest.approx(best.mean())
+    assert luck.high == pytest.approx(np.quantile(best, 0.95))
+
+
+def test_luck_is_told_apart_from_effects():
+    """The means are taken out: a scan full of real gains does not make luck look larger."""
+    noise = correlated(np.random.default_rng(5), 50, 60)
+    without = comparisons.expected_best(scan(noise), "loglik")
+    shifted = comparisons.expected_best(scan(noise + 3), "loglik")
+    assert shifted.worse == 0
+    assert shifted.mean == pytest.approx(without.mean, rel=0.1)
+    assert comparisons.expected_best(scan(noise - 9), "loglik").worse == 50
+    assert np.isnan(comparisons.expected_best(scan(noise - 9), "loglik").mean)
+
+
+def test_luck_averages_what_the_best_does_over_scans():
+    rng = np.random.default_rng(6)
+    scans = [correlated(rng, 30, 40) for _ in range(300)]
+    told = np.mean([comparisons.expected_best(scan(d), "loglik", resamples=100).mean for d in scans[:60]])
+    assert told == pytest.approx(np.mean([d.mean(1).max() for d in scans]), rel=0.15)
+
+
+def test_the_winners_curse_is_seen_and_validation_removes_it():
+    rng, claimed, kept, verdicts = np.random.default_rng(7), [], [], []
+    for _ in range(40):
+        halves = [scan(rng.normal(0, 0.3, (200, 16))) for _ in range(2)]
+        found = comparisons.winners(*halves, "loglik", top=3, resamples=300)
+        claimed.append(found["gain_search"].mean())
+        kept.append(found["gain_validation"].mean())
+        verdicts += found["verdict"].tolist()
+    assert np.mean(claimed) > 0.17
+    assert abs(np.mean(kept)) < 0.02
+    assert sum(verdict.startswith("survived") for verdict in verdicts) <= 6  # of 120, one in twenty
+    assert verdicts.count("vanished") > 60
+
+
+def test_a_real_winner_survives_and_its_share_is_told():
+    rng = np.random.default_rng(8)
+    effect = np.zeros((100, 1))
+    effect[42] = 1.0
+    search, validation = (scan(effect + rng.normal(0, 0.5, (100, 80))) for _ in range(2))
+    found = comparisons.winners(search, validation, "loglik", top=2)
+    first, second = found.iloc[0], found.iloc[1]
+    assert first["wiring"] == ":44 1:"
+    assert first["verdict"] in ("survived", "survived in part")
+    assert first["survived"] == pytest.approx(first["gain_validation"] / first["gain_search"])
+    assert first["survived_low"] < first["survived"] < first["survived_high"]
+    assert first["survived_low"] == pytest.approx(first["gain_low_validation"] / first["gain_search"])
+    assert second["verdict"] in ("vanished", "undecided")
+
+
+@pytest.mark.parametrize(
+    ("search", "validation", "verdict"),
+    [
+        ((1.0, 0.1), (1.0, 0.3), "survived"),
+        ((1.0, 0.1), (0.3, 0.1), "survived in part"),
+        ((1.0, 0.1), (0.0, 0.3), "vanished"),
+        ((1.0, 0.1), (0.0, 9.0), "undecided"),
+        ((1.0, 0.1), (-1.0, 0.1), "reversed"),
+        ((-1.0, 0.1), (1.0, 0.1), "no gain"),
+    ],
+)
+def test_every_verdict(search, validation, verdict):
+    steps = np.tile([-1.0, 1.0], 15)
+    frames = [scan([mean + spread * steps]) for mean, spread in (search, validation)]
+    row = comparisons.winners(*frames, "loglik").iloc[0]
+    assert row["verdict"] == verdict
+    assert np.isnan(row["survived"]) == (verdict == "no gain")
+
+
+def test_the_unmodified_model_is_no_winner_and_not_counted():
+    rng = np.random.default_rng(9)
+    search, validation = (scan(rng.normal(-1, 0.1, (3, 12))) for _ in range(2))
+    for frame in (search, validation):
+        frame.loc[frame["wiring"] == ":3 1:", "wiring"] = ":"
+        frame.loc[frame["wiring"] == ":", "value"] = frame["baseline"]
+    assert set(comparisons.winners(search, validation, "loglik")["wiring"]) == {":2 1:", ":4 1:"}
+    assert comparisons.expected_best(search, "loglik").wirings == 2
+
+
+def test_winners_must_be_measured_on_validation_and_on_other_probes():
+    search = scan(np.random.default_rng(0).normal(size=(4, 12)))
+    with pytest.raises(ValueError, match="same table"):
+        comparisons.winners(search, search, "loglik")
+    with pytest.raises(ValueError, match="2 winners was not measured on validation, such as :"):
+        comparisons.winners(search, search[search["wiring"].isin([":2 1:", ":3 1:"])], "loglik")
+
+
+def test_groups_are_compared_each_by_itself_within_one_family():
+    rng = np.random.default_rng(10)
+    d = rng.normal(0, 0.3, (6, 60))
+    groups = np.repeat(["k = 1", "k = 2"], 30)
+    d[3, 30:] += 1
+    found = comparisons.table(scan(d, groups), "loglik", by_group=True)
+    assert found[["wiring", "group"]].to_records(index=False).tolist()[:3] == [
+        (":2 1:", "k = 1"),
+        (":2 1:", "k = 2"),
+        (":3 1:", "k = 1"),
+    ]
+    assert len(found) == 12
+    assert (found["n_prompts"] == 30).all()
+    np.testing.assert_allclose(found["gain"], d.reshape(6, 2, 30).mean(2).ravel())
+    clear = found[found["p_max"] <= 0.05]
+    assert clear[["wiring", "group"]].to_numpy().tolist() == [[":5 1:", "k = 2"]]
+    alone = comparisons.table(scan(d[:, 30:]), "loglik")
+    np.testing.assert_allclose(found["gain_low"][1::2], alone["gain_low"])
+    assert "group" not in comparisons.table(scan(d, groups), "loglik")
+
+
+def test_the_family_of_a_table_by_group_is_all_its_rows():
+    rng, groups, scans = np.random.default_rng(11), np.repeat(["a", "b", "c", "d"], 12), 300
+    found = [
+        comparisons.table(scan(correlated(rng, 8, 48), groups), "loglik", resamples=200, by_group=True)
+        for _ in range(scans)
+    ]
+    share = np.mean([(one["p_max"] <= 0.05).any() for one in found])
+    assert abs(share - 0.05) <= 3 * np.sqrt(0.05 * 0.95 / scans)
+
+
+def test_where_less_is_better_a_gain_is_a_fall():
+    d = np.random.default_rng(12).normal(0.5, 0.1, (2, 20))
+    for metric, sign in (("loglik", 1), ("exact", 1), ("choice", 1), ("loss", -1), ("kl", -1)):
+        gain = comparisons.table(scan(d, metric=metric), metric)["gain"]
+        np.testing.assert_allclose(gain, sign * d.mean(1))
+
+
+def test_missing_cells_are_left_out_of_their_wiring_alone():
+    d = np.random.default_rng(13).normal(0.3, 1, (3, 30))
+    holes = d.copy()
+    holes[1, :8] = np.nan
+    holes[2] = np.nan
+    whole, found = (comparisons.table(scan(values), "loglik") for values in (d, holes))
+    assert found["n_prompts"].tolist() == [30, 22, 0]
+    assert found["gain"][1] == pytest.approx(d[1, 8:].mean())
+    assert found.loc[2, ["gain", "gain_low", "gain_high", "p", "p_max", "q"]].isna().all()
+    for column in ("gain", "gain_low", "gain_high", "p"):
+        assert found[column][0] == whole[column][0]
+    absent = comparisons.table(scan(holes).dropna(), "loglik")
+    pandas.testing.assert_frame_equal(absent, found[:2])
+
+
+def test_a_resample_that_misses_every_measured_prompt_is_left_out():
+    d = np.full((2, 12), np.nan)
+    d[0], d[1, :2] = 1.0, (1.0, 2.0)
+    found = comparisons.table(scan(d), "loglik")
+    assert (found["gain"][1], found["gain_low"][1], found["gain_high"][1]) == (1.5, 1.0, 2.0)
+
+
+def test_a_single_prompt_has_a_gain_and_nothing_more():
+    found = comparisons.table(scan([[0.5], [-1.0]]), "loglik")
+    assert found["gain"].tolist() == [0.5, -1.0]
+    assert found[["gain_low", "gain_high"]].isna().all(axis=None)
+    assert (found[["p", "p_max", "q"]] == 1).all(axis=None)
+    with pytest.raises(ValueError, match="no wiring was measured on two prompts"):
+        comparisons.expected_best(scan([[0.5], [-1.0]]), "loglik")
+
+
+def test_a_wiring_that_changes_nothing_gains_nothing():
+    found = comparisons.table(scan(np.zeros((2, 20))), "loglik")
+    assert (found[["gain", "gain_low", "gain_high"]] == 0).all(axis=None)
+    assert (found[["p", "p_max", "q"]] == 1).all(axis=None)
+    luck = comparisons.expected_best(scan(np.zeros((2, 20))), "loglik")
+    assert (luck.mean, luck.high) == (0, 0)
+
+
+def test_an_equal_gain_on_every_prompt_has_an_interval_of_no_width():
+    found = comparisons.table(scan(np.ones((1, 8))), "loglik")
+    assert (found[["gain", "gain_low", "gain_high"]] == 1).all(axis=None)
+    assert found["p"][0] == 2 / 2**8
+
+
+def test_what_cannot_be_compared_is_refused():
+    frame = scan(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="no metric 'accuracy'; it holds loglik"):
+        comparisons.table(frame, "accuracy")
+    with pytest.raises(ValueError, match="no metric 'loglik'; it holds no rows"):
+        comparisons.table(frame[:0], "loglik")
+    with pytest.raises(ValueError, match="no column baseline"):
+        comparisons.table(frame.drop(columns="baseline"), "loglik")
+    with pytest.raises(ValueError, match="loglik of wiring :2 1: on prompt 0 is there twice"):
+        comparisons.table(pandas.concat([frame, frame[:1]]), "loglik")
+    with pytest.raises(ValueError, match="all are missing"):
+        comparisons.table(frame.assign(value=np.nan), "loglik")
+    frame.loc[0, "group"] = "other"
+    with pytest.raises(ValueError, match="prompt 0 is in more than one group"):
+        comparisons.table(frame, "loglik")
+
+
+def test_a_table_read_back_from_a_file_without_groups_is_the_same(tmp_path):
+    frame = scan(np.random.default_rng(14).normal(size=(2, 9)))
+    frame.to_csv(tmp_path / "scan.csv", index=False)
+    again = pandas.read_csv(tmp_path / "scan.csv")
+    pandas.testing.assert_frame_equal(comparisons.table(again, "loglik"), comparisons.table(frame, "loglik"))
+
+
+def test_thousands_of_wirings_on_hundreds_of_prompts_take_seconds():
+    frame = scan(np.random.default_rng(15).normal(size=(2000, 200)))
+    start = time.process_time()
+    comparisons.table(frame, "loglik")
+    assert time.process_time() - start < 20

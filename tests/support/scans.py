@@ -1,0 +1,53 @@
+"""What the tests of scans share: probes, wirings of every family, how to compare two scans, a scan to kill."""
+
+import numpy as np
+import pandas
+
+from surgery import Wiring, wiring
+from surgery.corpus.probes import Probe, ProbeSet
+from surgery.scan import scanning
+
+ODD = (":1 {1:3|2} 0.5*(2:4)", "mean{3|:0} 1", "0.5*(:) {1|1}", "2 2 2", ":1 {*1:4} 0.5*{*0:2}")
+
+
+SUBLAYERS = ("1.attn 2.mlp 3", ":2 2.mlp 2.attn 3:")
+
+
+PROBES = ProbeSet(
+    "words",
+    tuple(Probe(f"w{i} w{i + 1} w{2 * i}", f"w{i + 3} w{i}", group=f"g{i % 2}") for i in range(5))
+    + tuple(Probe(f"w{i} w9 w8 w7", f"w{i}", group="long") for i in range(3)),
+)
+
+
+def all_wirings(n_layers: int, sublayers: bool = True) -> list[Wiring]:
+    families = (wiring.every_repeat, wiring.every_skip, wiring.every_parallel, wiring.every_swap, wiring.every_reverse)
+    found = [one for family in families for one in family(n_layers)]
+    found += list(wiring.every_parallel(n_layers, mean=True))
+    return found + [Wiring.parse(text, n_layers) for text in (*ODD, *(SUBLAYERS if sublayers else ()))]
+
+
+def same(a: pandas.DataFrame, b: pandas.DataFrame) -> bool:
+    keys = a[scanning.KEY].equals(b[scanning.KEY])
+    return (
+        keys and np.allclose(a["value"], b["value"], atol=1e-6) and np.allclose(a["baseline"], b["baseline"], atol=1e-6)
+    )
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from support.scans import PROBES
+import surgery
+from surgery import wiring
+from surgery.scan import scanning
+append = scanning._Table.append
+def slow(self, rows):
+    append(self, rows)
+    print(len(self.found), flush=True)
+    time.sleep(0.02)
+scanning._Table.append = slow
+stack = surgery.Stack(surgery.load({model!r}))
+scanning.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r})
+"""
