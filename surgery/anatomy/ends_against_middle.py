@@ -22,9 +22,10 @@ those tested. A part that holds no window makes D undefined (NaN).
 all lie above, else ``undecided``, and why. On constructed networks it is right (tests); of 20
 uniform ones of 12 layers one was called supported, of 20 whose layers were of random kinds none. D is our definition.
 
->>> from surgery import Stack, calibration
->>> network = Stack(calibration.serial_network(n_layers=9))
->>> found = ends(measure(network, calibration.tokens(12), resamples=20), [(3, 6)])
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> network = Stack(known_networks.serial_network(n_layers=9))
+>>> found = ends(measure(network, known_networks.tokens(12), resamples=20), [(3, 6)])
 >>> verdict(found).split(":")[0]
 'undecided'
 """

@@ -1,8 +1,9 @@
 """Variance of activations, gradients and losses over training, with and without dropout, as one figure.
 
->>> from surgery import figures, stability
+>>> from surgery.page import drawing
+>>> from surgery.dropout import stability
 >>> frame = stability.perceptrons((4,), (1,), (0.0, 0.5), (0, 1), steps=4, every=1, examples=16)
->>> figures.png(draw(frame))[1:4]
+>>> drawing.png(draw(frame))[1:4]
 b'PNG'
 """
 

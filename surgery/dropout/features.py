@@ -213,8 +213,8 @@ def activations(
 
     Raises ValueError for a layer that the model does not have, ModelError for one without an MLP.
 
-    >>> from surgery import calibration
-    >>> [heard.shape for heard in activations(Stack(calibration.random_network(2)), calibration.tokens(3, 5))]
+    >>> from surgery.instruments import known_networks
+    >>> [heard.shape for heard in activations(Stack(known_networks.random_network(2)), known_networks.tokens(3, 5))]
     [torch.Size([12, 192]), torch.Size([12, 192])]
     """
     places = range(stack.n_layers) if layers is None else layers
@@ -253,9 +253,9 @@ def within(
 
     Raises ValueError for one prompt, no seed, and what ``sae`` and ``activations`` refuse.
 
-    >>> from surgery import calibration
-    >>> stack = Stack(calibration.random_network(1, 8))
-    >>> frame = within(stack, calibration.tokens(8, 6), steps=5, seeds=1, resamples=0)
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.random_network(1, 8))
+    >>> frame = within(stack, known_networks.tokens(8, 6), steps=5, seeds=1, resamples=0)
     >>> frame[["n_neurons", "n_features", "L0"]].values.tolist()
     [[32.0, 64.0, 8.0]]
     """

@@ -17,9 +17,10 @@ keep at large counts is how far the picture is off. A model trained without drop
 subnetworks were never trained, and their average may be far worse than the model. (Srivastava et al. 2014 needed about
 50 masks to match scaling.)
 
->>> from surgery import Stack, calibration
->>> stack, names = Stack(calibration.random_network(n_layers=2)), ["unembed.hook_in"]
->>> frame = curve(stack, calibration.tokens(8, 6), names, 0.2, (1, 4), resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> stack, names = Stack(known_networks.random_network(n_layers=2)), ["unembed.hook_in"]
+>>> frame = curve(stack, known_networks.tokens(8, 6), names, 0.2, (1, 4), resamples=0)
 >>> frame[["way", "count"]].values.tolist()
 [['scaling', 0], ['arithmetic', 1], ['geometric', 1], ['arithmetic', 4], ['geometric', 4]]
 """
@@ -181,9 +182,10 @@ def _row(
 def found(frame: pandas.DataFrame) -> list[str]:
     """What the most masks leave between each average and dropout switched off, in sentences.
 
-    >>> from surgery import Stack, calibration
-    >>> stack = Stack(calibration.random_network(n_layers=2))
-    >>> print(found(curve(stack, calibration.tokens(8, 6), "unembed.hook_in", 0.0, (1, 2)))[0])
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.random_network(n_layers=2))
+    >>> print(found(curve(stack, known_networks.tokens(8, 6), "unembed.hook_in", 0.0, (1, 2)))[0])
     Arithmetic mean of 2 masks: 0.0000 [0.0000, 0.0000] nats of KL from dropout off, loss +0.0000 [+0.0000, +0.0000].
     """
     last = frame[frame["count"] == frame["count"].max()]

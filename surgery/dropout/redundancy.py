@@ -93,8 +93,8 @@ def across(
 
     Raises ValueError for what these refuse.
 
-    >>> from surgery import calibration
-    >>> row = across(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(60, 8), resamples=20).iloc[0]
+    >>> from surgery.instruments import known_networks
+    >>> row = across(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(60, 8), resamples=20).iloc[0]
     >>> bool(abs(row.second_difference) < 1e-6), bool(abs(row.self_repair) < 1e-6)
     (True, True)
     """
@@ -162,8 +162,8 @@ def subsets(
     Raises ValueError for sizes that are not 1, 2, ... up to n_layers or fewer than two, for no draws, and for what
     ``ablation.damage`` refuses.
 
-    >>> from surgery import calibration
-    >>> frame = subsets(Stack(calibration.parallel_network(n_layers=4)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery.instruments import known_networks
+    >>> frame = subsets(Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(8, 6), resamples=0)
     >>> frame["n_subsets"].tolist(), bool(frame["second_difference"].abs().max() < 1e-6)
     ([1, 4, 6], True)
     """
@@ -221,8 +221,8 @@ def self_repair(
 
     Raises ValueError for one prompt, prompts of two tokens, and what ``ablation.clean_runs`` refuses.
 
-    >>> from surgery import calibration
-    >>> frame = self_repair(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery.instruments import known_networks
+    >>> frame = self_repair(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> frame["self_repair"].abs().round(4).tolist()
     [0.0, 0.0, 0.0]
     """
@@ -259,9 +259,9 @@ def predictability(
 
     Raises ValueError for one prompt, and for no more tokens to fit on than twice d_model.
 
-    >>> from surgery import calibration
-    >>> tokens = calibration.tokens(60, 8)
-    >>> frame = predictability(Stack(calibration.serial_network(n_layers=2)), tokens, resamples=0)
+    >>> from surgery.instruments import known_networks
+    >>> tokens = known_networks.tokens(60, 8)
+    >>> frame = predictability(Stack(known_networks.serial_network(n_layers=2)), tokens, resamples=0)
     >>> frame[["predictability"]].isna().values.tolist()  # the later layer reads nothing that enters the first
     [[True]]
     """

@@ -4,8 +4,8 @@
 evaluation loss; ``found`` puts it into words, ``draw`` shows the plane of sparsity and rate after Pona (2023). The
 sweep without dropout in it is the control.
 
->>> from surgery import superposition
->>> frame = superposition.sweep((0.0, 0.9), (0.0, 0.5), (0, 1), n_features=6, n_hidden=2, steps=20)
+>>> from surgery.dropout import toy_model
+>>> frame = toy_model.sweep((0.0, 0.9), (0.0, 0.5), (0, 1), n_features=6, n_hidden=2, steps=20)
 >>> found(frame).startswith("With importance falling by 0.7")
 True
 """

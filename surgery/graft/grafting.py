@@ -137,9 +137,9 @@ def train(
     ``cross_entropy`` about 4 a weight of the decoder more. Raises as ``fit`` and ``layout.middle`` do.
 
     >>> import tempfile
-    >>> from surgery import calibration
-    >>> teacher, folder = Stack(calibration.mixed_network(0.5)), tempfile.mkdtemp()
-    >>> tokens = Tokens.of(calibration.tokens(16, 8))
+    >>> from surgery.instruments import known_networks
+    >>> teacher, folder = Stack(known_networks.mixed_network(0.5)), tempfile.mkdtemp()
+    >>> tokens = Tokens.of(known_networks.tokens(16, 8))
     >>> pairs = latents(teacher, tokens[:12], 1, 3, f"{folder}/latents")
     >>> grown = train(teacher, pairs, tokens[12:], f"{folder}/run", schedule=Schedule(steps=2, batch=4, every=1))
     >>> grown.span, grown.curve["step"].tolist()

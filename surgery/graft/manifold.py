@@ -81,9 +81,10 @@ def report(
     Raises ValueError for fewer than four prompts, a ``start`` that is no layer, a walk of another width, and a stream
     that is not finite.
 
-    >>> from surgery import calibration, walk
-    >>> stack = Stack(calibration.random_network(n_layers=2, d_model=8))
-    >>> some, others = (Tokens.of(calibration.tokens(n, 6, seed=n)) for n in (64, 8))
+    >>> from surgery.instruments import known_networks
+    >>> from surgery.graft import walk
+    >>> stack = Stack(known_networks.random_network(n_layers=2, d_model=8))
+    >>> some, others = (Tokens.of(known_networks.tokens(n, 6, seed=n)) for n in (64, 8))
     >>> found = walk.fit(stack.stream(some)[1], some.mask)
     >>> report(stack, found, {"far": walk.Free(3.0)}, others, 1)[["kind", "control"]].values.tolist()
     [['real', False], ['far', False], ['far', True]]

@@ -78,9 +78,9 @@ def layers(
     Raises ValueError for no seed, an ``initial`` of another shape, a stream that is not finite, and what
     ``fidelity.measure`` refuses of prompts and answers.
 
-    >>> from surgery import calibration
-    >>> stack = Stack(calibration.random_network(n_layers=2, seed=4))
-    >>> layers(stack, calibration.tokens(4, 6), seeds=1, seed=4).damage.tolist()  # what is put back was there before
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.random_network(n_layers=2, seed=4))
+    >>> layers(stack, known_networks.tokens(4, 6), seeds=1, seed=4).damage.tolist()  # what is put back was there before
     [0.0, 0.0]
     """
     if seeds < 1:

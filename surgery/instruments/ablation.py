@@ -117,9 +117,9 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
     Raises ValueError for an unknown kind, an amount outside (0, 1], one prompt to resample from, and a stream that is
     not finite.
 
-    >>> from surgery import calibration
-    >>> ensemble = Ensemble(Tokens.of(calibration.tokens(4)))
-    >>> run = next(clean_runs(Stack(calibration.parallel_network()), ensemble, "skip"))
+    >>> from surgery.instruments import known_networks
+    >>> ensemble = Ensemble(Tokens.of(known_networks.tokens(4)))
+    >>> run = next(clean_runs(Stack(known_networks.parallel_network()), ensemble, "skip"))
     >>> run.ablated(2, run.update(2))[run.mask].abs().max().item()
     0.0
     """
@@ -170,8 +170,8 @@ def damage(
     Raises ValueError for a layer that the model does not have, a prompt without a predicted token in the ensemble, what
     ``clean_runs`` refuses and, with ``frozen``, a norm whose denominator cannot be found (then ``frozen=False``).
 
-    >>> from surgery import calibration
-    >>> found = damage(Stack(calibration.parallel_network()), calibration.tokens(8), [[], [1], [4], [1, 4]])
+    >>> from surgery.instruments import known_networks
+    >>> found = damage(Stack(known_networks.parallel_network()), known_networks.tokens(8), [[], [1], [4], [1, 4]])
     >>> alone = found.margin[found.row[1,]] + found.margin[found.row[4,]]
     >>> torch.allclose(found.margin[found.row[1, 4]], alone, atol=1e-5)  # none reads another: damages add up
     True

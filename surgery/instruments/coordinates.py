@@ -26,9 +26,10 @@ so ``z``, at most d_model numbers, is read in their place: an isometry, not an a
 
 Source: the definitions are ours; reading a stream through the head is the logit lens (nostalgebraist 2020).
 
->>> from surgery import Stack, calibration
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
 >>> from surgery.models.tokens import Tokens
->>> stack, ensemble = Stack(calibration.random_network()), Ensemble(Tokens.of(calibration.tokens(8)))
+>>> stack, ensemble = Stack(known_networks.random_network()), Ensemble(Tokens.of(known_networks.tokens(8)))
 >>> context = stack.context(ensemble.tokens)
 >>> found = of("principal", stack, ensemble, components=4)
 >>> found.linear, tuple(found.map(context.x0, context).shape)

@@ -21,10 +21,11 @@ and random reads 0 within its interval. A force shows at several lengths of ``d`
 
 Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model matrix a layer. The measure is ours.
 
->>> from surgery import Stack, calibration
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
 >>> from surgery.stats import weights
 >>> from surgery.models.tokens import Tokens
->>> stack, ensemble = Stack(calibration.parallel_network()), Ensemble(Tokens.of(calibration.tokens(48)))
+>>> stack, ensemble = Stack(known_networks.parallel_network()), Ensemble(Tokens.of(known_networks.tokens(48)))
 >>> found = responses(stack, ensemble, lengths=[0.1] * stack.n_layers, draws=1)
 >>> abs(round(found["difference"].slope(3, weights(48))[0].item(), 6))
 0.0

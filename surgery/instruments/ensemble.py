@@ -14,9 +14,10 @@ batch's stream.
 for this very token: let each have its partner's vector (``exchanged``), and nothing should be left of the claim. As
 they are permuted, the vectors keep their mean and their size exactly.
 
->>> from surgery import Stack, calibration
->>> ensemble = Ensemble(Tokens.of(calibration.tokens(48)), batch_size=32)
->>> [(visit.first, visit.layer) for visit in ensemble.visits(Stack(calibration.parallel_network(n_layers=2)))]
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> ensemble = Ensemble(Tokens.of(known_networks.tokens(48)), batch_size=32)
+>>> [(visit.first, visit.layer) for visit in ensemble.visits(Stack(known_networks.parallel_network(n_layers=2)))]
 [(0, 0), (0, 1), (24, 0), (24, 1)]
 """
 

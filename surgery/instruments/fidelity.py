@@ -20,9 +20,10 @@ update, best linear map) below, the original layers above, a fresh middle before
 ``ensemble.UNITS`` of them); one prompt has none (NaN). Formulas: blockwise distillation (A. Bercovich et al. 2024,
 arXiv 2411.19146) and stitching (Y. Bansal et al. 2021, arXiv 2106.07682: penalty = stitched loss - original loss).
 
->>> from surgery import Stack, calibration
->>> stack = Stack(calibration.serial_network(n_layers=4))
->>> row = measure(stack, calibration.tokens(8), lambda x, context: stack.execute("1:3", x, context), 1, 3).iloc[0]
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> stack = Stack(known_networks.serial_network(n_layers=4))
+>>> row = measure(stack, known_networks.tokens(8), lambda x, context: stack.execute("1:3", x, context), 1, 3).iloc[0]
 >>> [float(row[name]) for name in ("unexplained", "damage", "agreement")]
 [0.0, 0.0, 1.0]
 """
@@ -101,9 +102,9 @@ def measure(
     Raises ValueError for an empty span or one that leaves the model, a middle that gives another shape or values that
     are not finite, prompts without a token to measure or to predict, and answers that are not real, predicted tokens.
 
-    >>> from surgery import calibration
-    >>> stack = Stack(calibration.parallel_network(n_layers=4))
-    >>> row = measure(stack, calibration.tokens(8), lambda x, context: x, 1, 3).iloc[0]  # the middle left out
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.parallel_network(n_layers=4))
+    >>> row = measure(stack, known_networks.tokens(8), lambda x, context: x, 1, 3).iloc[0]  # the middle left out
     >>> bool(row.unexplained >= 1 and row.kl > 0)
     True
     """
@@ -144,9 +145,9 @@ def of(
 
     Raises ValueError as ``measure`` does, and for models of different vocabulary or stream.
 
-    >>> from surgery import calibration
-    >>> teacher, other = (Stack(calibration.random_network(n_layers=n)) for n in (4, 3))
-    >>> bool(of(teacher, other, calibration.tokens(8), (1, 3), (1, 2)).unexplained[0] > 0)
+    >>> from surgery.instruments import known_networks
+    >>> teacher, other = (Stack(known_networks.random_network(n_layers=n)) for n in (4, 3))
+    >>> bool(of(teacher, other, known_networks.tokens(8), (1, 3), (1, 2)).unexplained[0] > 0)
     True
     """
     span, (first, last) = _checked(teacher, *span), _checked(student, *student_span, least=0)

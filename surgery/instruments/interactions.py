@@ -107,8 +107,9 @@ def pairs(
 
     Raises ValueError for a model of one layer, an amount not below 1, and what ``ablation.damage`` refuses.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = pairs(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(24), resamples=50)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(24), resamples=50)
     >>> bool(frame["delta"].abs().max() < 1e-5)
     True
     """

@@ -20,8 +20,9 @@ says. A KL that falls from layer to layer says when the answer can be read, not 
 ``surgery.series`` for that. On ``calibration``'s serial and parallel networks alike the KL falls from
 layer to layer: each writes something into the answer.
 
->>> from surgery import Stack, calibration
->>> frame = layers(Stack(calibration.random_network(n_layers=2)), calibration.tokens(8, 6), tuned=False, resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = layers(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(8, 6), tuned=False, resamples=0)
 >>> frame[["lens", "layer"]].values.tolist(), bool(frame.kl_lens_final.iloc[-1] < 1e-9)
 ([['logit', 0], ['logit', 1], ['logit', 2]], True)
 """

@@ -3,8 +3,9 @@
 The readout of a batch at a large vocabulary would be gigabytes, so whoever needs logits of many tokens asks for them
 by ``portions``:
 
->>> from surgery import Stack, calibration
->>> stack = Stack(calibration.random_network())
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> stack = Stack(known_networks.random_network())
 >>> x = torch.randn(5, stack.d_model)
 >>> round(sum(float(log_probabilities(stack, x[rows]).exp().sum()) for rows in portions(stack, x)), 4)
 5.0
@@ -58,8 +59,9 @@ def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]
 
     A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
 
-    >>> from surgery import Stack, calibration
-    >>> stack = Stack(calibration.random_network())
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.random_network())
     >>> x = torch.randn(3, stack.d_model)
     >>> with frozen_head(stack, x):
     ...     twice = stack.readout(2 * x)

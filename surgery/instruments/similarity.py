@@ -21,9 +21,10 @@ of distant streams do, because a chain of rectifiers bends more than one rectifi
 Angles are dominated by the few directions in which some models' streams are huge. Compare all with the architecture
 untrained. ``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts (``surgery.stats``).
 
->>> from surgery import Stack, calibration
->>> [bool(layers(Stack(network), calibration.tokens()).cosine.abs().max() < 1e-6)
-...  for network in (calibration.parallel_network(), calibration.serial_network())]
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> [bool(layers(Stack(network), known_networks.tokens()).cosine.abs().max() < 1e-6)
+...  for network in (known_networks.parallel_network(), known_networks.serial_network())]
 [True, True]
 """
 

@@ -1,8 +1,9 @@
 """Where numbers come from: everything needed to get the same ones again, as the manifest of a file.
 
->>> from surgery import Stack, calibration
->>> stack = Stack(calibration.parallel_network())
->>> manifest(stack, Tokens.of(calibration.tokens()), seed=0)["tokens"]["prompts"]
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> stack = Stack(known_networks.parallel_network())
+>>> manifest(stack, Tokens.of(known_networks.tokens()), seed=0)["tokens"]["prompts"]
 48
 """
 

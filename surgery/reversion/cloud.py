@@ -30,8 +30,9 @@ alone: the paper has 3 to 14 times as many as d_model, and below 3 times ``enoug
 
 Compare: ``PUBLISHED``. The measure is theirs, intervals and nulls are ours.
 
->>> from surgery import Stack, calibration
->>> frame = fit(Stack(calibration.linear_network(gain=1.0)), calibration.tokens(96), resamples=50)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = fit(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(96), resamples=50)
 >>> frame.network.tolist()
 ['model', 'token_shuffled', 'rotated']
 """
@@ -115,8 +116,9 @@ def noise(
 
     Raises ValueError for another ``null``, for fewer than 3 lines, and if the stream is not finite.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = noise(Stack(calibration.random_network(n_layers=2)), calibration.tokens(60), resamples=20)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = noise(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(60), resamples=20)
     >>> frame[["start", "stop"]].values.tolist()
     [[0, 1], [0, 2], [1, 2]]
     """
@@ -202,8 +204,9 @@ def growth(
 
     Raises ValueError if no token is left to measure, if the stream is not finite, or if two depths do not remain.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = growth(Stack(calibration.linear_network(gain=1.0)), calibration.tokens(8), resamples=20)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = growth(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(8), resamples=20)
     >>> bool((frame.norm_growth > 1).all())
     True
     """

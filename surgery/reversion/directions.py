@@ -32,8 +32,9 @@ Source: first-order vector autoregression by ridge regression, after G. Uhlenbec
 the way is read from the symmetric part: L. Trefethen and M. Embree (2005, Spectra and Pseudospectra). The regression
 from sums, its null and its verdict are ours.
 
->>> from surgery import Stack, calibration
->>> frame = layers(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(12, 6), resamples=40)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = layers(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(12, 6), resamples=40)
 >>> sorted(set(frame.verdict))
 ['persists']
 """
@@ -141,9 +142,10 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
     mean of ``pc_kappa`` over the variance; then ``<verdict>`` and ``share_<verdict>`` for every verdict: the number of
     directions and their share of the variance of the whole stream.
 
-    >>> from surgery import Stack, calibration
-    >>> network = Stack(calibration.parallel_network(n_layers=2, width=3))
-    >>> summary(layers(network, calibration.tokens(12, 6), resamples=40))[list(VERDICTS)].values.tolist()
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> network = Stack(known_networks.parallel_network(n_layers=2, width=3))
+    >>> summary(layers(network, known_networks.tokens(12, 6), resamples=40))[list(VERDICTS)].values.tolist()
     [[0, 3, 0, 0], [0, 6, 0, 0]]
     """
     rows = []

@@ -30,8 +30,9 @@ single directions: ``surgery.reversion.directions``; a displacement followed thr
 
 Source: our definitions, see ``surgery.stats.drift``.
 
->>> from surgery import Stack, calibration, reversion
->>> frame = reversion.layers(Stack(calibration.parallel_network()), calibration.tokens(), nulls=False, causal=False)
+>>> from surgery import Stack, reversion
+>>> from surgery.instruments import known_networks
+>>> frame = reversion.layers(Stack(known_networks.parallel_network()), known_networks.tokens(), nulls=False, causal=False)
 >>> bool((frame.kappa.abs() < 1e-6).all())
 True
 """

@@ -29,8 +29,9 @@ norm divides away; ``frozen`` keeps the denominators at the clean run's.
 
 Source: the measure is ours, the directions are those of ``surgery.instruments.displacement``.
 
->>> from surgery import Stack, calibration
->>> frame = curves(Stack(calibration.parallel_network(n_layers=2)), calibration.tokens(6, 5), layers=[0], resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = curves(Stack(known_networks.parallel_network(n_layers=2)), known_networks.tokens(6, 5), layers=[0], resamples=0)
 >>> frame[frame.kind == "principal"].along.round(4).tolist()
 [1.0, 1.0, 1.0, 1.0]
 """

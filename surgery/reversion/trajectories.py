@@ -35,8 +35,9 @@ rounding. Cost: 1 F with the walks, ``draws`` F in random orders, 1 F untrained,
 the stream of one batch three times, and L d_model + L^2 numbers a unit. The measures are ours but for the sources
 named.
 
->>> from surgery import Stack, calibration
->>> frame = windows(measure(Stack(calibration.parallel_network()), calibration.tokens(), resamples=20, draws=1))
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = windows(measure(Stack(known_networks.parallel_network()), known_networks.tokens(), resamples=20, draws=1))
 >>> bool((frame.kappa.abs() < 1e-6).all() and ((frame.variance_ratio - 1).abs() < 1e-6).all())
 True
 """

@@ -102,9 +102,9 @@ def plan(
 
     ``memory`` in bytes bounds the streams held and the working memory of a layer; by default half of what is free.
 
-    >>> from surgery import calibration
-    >>> tokens = Tokens.of(calibration.tokens(2, 8))
-    >>> plan(Stack(calibration.random_network()), [":", ":2 1:"], tokens).executions_shared
+    >>> from surgery.instruments import known_networks
+    >>> tokens = Tokens.of(known_networks.tokens(2, 8))
+    >>> plan(Stack(known_networks.random_network()), [":", ":2 1:"], tokens).executions_shared
     11.0
     """
     portions = (
@@ -156,8 +156,9 @@ def run(
     Raises ValueError for an unknown metric, for ``choice`` on probes without choices, and if ``out`` holds a scan of
     another model, probe set or choice of metrics.
 
-    >>> from surgery import calibration, probes
-    >>> network = calibration.random_network()
+    >>> from surgery.instruments import known_networks
+    >>> from surgery.corpus import probes
+    >>> network = known_networks.random_network()
     """
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown:

@@ -18,8 +18,9 @@ for all layers but the last. A mean-ablated layer of the serial network hands on
 follows. M may be high because a direct effect is undone later (self-repair: Rushing and Nanda 2024, arXiv 2402.15390);
 the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (arXiv 2307.15771).
 
->>> from surgery import Stack, calibration
->>> frame = effects(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = effects(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
 >>> frame.M.round(4).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -71,8 +72,9 @@ def effects(
     Cost in a model of L layers: (L - 1) / 2 + 3 F (2 with live norms) and 2 L + 1 readouts. Memory: 2 L + 1 streams of
     one batch.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = effects(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = effects(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> bool(frame.M[0] > frame.M[1] > frame.M[2] == 0)
     True
     """

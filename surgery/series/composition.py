@@ -20,8 +20,9 @@ within attention is in it.
 Parallel network: ``MLP-MLP`` is 0 for every pair. Serial network: above its baseline for neighbours, 0 for all others.
 Untrained: excess 0 up to its noise.
 
->>> from surgery import Stack, calibration
->>> frame = compositions(Stack(calibration.parallel_network(n_layers=3)), ["MLP-MLP"])
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = compositions(Stack(known_networks.parallel_network(n_layers=3)), ["MLP-MLP"])
 >>> frame["mean"].round(6).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -67,8 +68,9 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
 
     Raises ModelError where the model has no such weights, ValueError for an unknown kind or no draw.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = compositions(Stack(calibration.random_network(n_layers=3)), draws=4)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = compositions(Stack(known_networks.random_network(n_layers=3)), draws=4)
     >>> bool(frame.excess.abs().max() < 0.02)
     True
     """

@@ -59,8 +59,9 @@ def effective(
 ) -> pandas.DataFrame:
     """The depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost as ``grid``.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = effective(Stack(calibration.random_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = effective(Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> frame.criterion.tolist(), bool(frame.ratio.dropna().between(0, 1).all())
     (['cosine', 'kl', 'overlap'], True)
     """

@@ -97,8 +97,9 @@ def matrix(
     Raises ValueError for a model of one layer, what ``ablation.clean_runs`` refuses and, with ``frozen``, a norm whose
     denominator cannot be found (then ``frozen=False``).
 
-    >>> from surgery import Stack, calibration
-    >>> frame = matrix(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = matrix(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), resamples=0)
     >>> frame[["layer", "later", "T", "local"]].round(6).values.tolist()
     [[0.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 0.0], [1.0, 2.0, 1.0, 1.0]]
     """
@@ -138,8 +139,9 @@ def future(
 
     Raises ValueError for a cut with no token of the ensemble on either side, and for what ``matrix`` refuses.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = future(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = future(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), resamples=0)
     >>> frame["T"].tolist()
     [0.0, 0.0, 0.0]
     """
@@ -173,8 +175,9 @@ def future_output(
     Columns: ``layer``, ``n_prompts``, ``l2``, ``kl`` with intervals, and ``l2_max`` (published: the largest). The last
     layer's is 0, nothing reads it. Cost: as ``future``, and L + 1 readouts a cut; the last norm stays live.
 
-    >>> from surgery import Stack, calibration
-    >>> future_output(Stack(calibration.random_network(2)), calibration.tokens(), resamples=0)["l2"].gt(0).tolist()
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> future_output(Stack(known_networks.random_network(2)), known_networks.tokens(), resamples=0)["l2"].gt(0).tolist()
     [True, False]
     """
     draws, sums, largest = _outputs(**locals())
@@ -206,8 +209,9 @@ def depth_score(
     How deep, in layers, what later tokens use is written. NaN where no layer has an effect on later tokens. Published
     with the maximum over tokens for m (arXiv 2505.13898). Compare with the architecture untrained.
 
-    >>> from surgery import Stack, calibration
-    >>> depth_score(Stack(calibration.random_network(2)), calibration.tokens(), resamples=0)["depth_score"].tolist()
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> depth_score(Stack(known_networks.random_network(2)), known_networks.tokens(), resamples=0)["depth_score"].tolist()
     [0.0]
     """
     draws, sums, _ = _outputs(**locals())

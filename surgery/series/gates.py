@@ -20,8 +20,9 @@ The margin is read through the final norm with its denominators kept, and linear
 counts (Veit et al. 2016, arXiv 1605.06431, take the gradient of the loss). The layers' norms are frozen too unless
 asked; live, their division couples all layers. ``exponents`` and ``hessian`` are our definitions.
 
->>> from surgery import Stack, calibration
->>> frame = exponents(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = exponents(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
 >>> frame.kappa_g.round(4).tolist()
 [2.0, 3.0, 2.0]
 """
@@ -142,8 +143,9 @@ def hessian(
 
     Raises ValueError for a model of one layer.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = hessian(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = hessian(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> frame.hessian.abs().round(5).tolist()
     [0.0, 0.0, 0.0]
     """
@@ -200,8 +202,9 @@ def path_lengths(
     Cost in a model of L layers: 2 F (1 with live norms), one readout, F with a graph and ``L (L + 1) / 2`` backward
     passes of a layer, (L + 1) / 2 of the model. Memory: 2 L streams of one batch.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = path_lengths(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = path_lengths(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> frame.share[2:].round(5).tolist()
     [0.0, 0.0]
     """

@@ -24,8 +24,9 @@ Derivatives are products of the whole layer with a vector, by reverse mode twice
 architecture, attention running in its plain form. Hutchinson's estimator (1990); the normalised product is ours, after
 the coupling of Jacobians in Aubry et al. 2024 (arXiv 2407.07810), who compare singular vectors of each with each.
 
->>> from surgery import Stack, calibration
->>> frame = pairs(Stack(calibration.parallel_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
 >>> frame.total.round(5).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -69,10 +70,11 @@ def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callabl
 
     Cost: a forward and a backward pass of the layer, and about two backward passes for every use.
 
-    >>> from surgery import Stack, calibration
-    >>> stack = Stack(calibration.serial_network())
-    >>> x = stack.stream(calibration.tokens(2, 4))[1]
-    >>> jvp = linearised(stack, 1, x, stack.context(calibration.tokens(2, 4)))
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> stack = Stack(known_networks.serial_network())
+    >>> x = stack.stream(known_networks.tokens(2, 4))[1]
+    >>> jvp = linearised(stack, 1, x, stack.context(known_networks.tokens(2, 4)))
     >>> bool(torch.allclose(jvp(x), stack.update(1, x), atol=1e-5))  # relu: homogeneous
     True
     """
@@ -112,8 +114,9 @@ def pairs(
 
     Raises ValueError for a model of one layer, and if ``probes`` is not positive.
 
-    >>> from surgery import Stack, calibration
-    >>> serial = pairs(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(8, 6), resamples=0)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> serial = pairs(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
     >>> bool((serial.total > 0.1).all())
     True
     """

@@ -24,8 +24,8 @@ and, for comparison, what is *not* series: block influence, cosine and linearity
 serial column is not 1 the module of the measure says why: the constructed serial network's head reads every layer, and
 its readers mix directions at random.
 
->>> from surgery import calibration
->>> found = calibrate({"parallel": Stack(calibration.parallel_network(n_layers=3))}, calibration.tokens(12, 8))
+>>> from surgery.instruments import known_networks
+>>> found = calibrate({"parallel": Stack(known_networks.parallel_network(n_layers=3))}, known_networks.tokens(12, 8))
 >>> found.set_index("measure").loc[["S", "T", "gate exponent"], "value"].abs().round(4).tolist()
 [0.0, 0.0, 0.0]
 """

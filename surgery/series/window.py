@@ -115,8 +115,9 @@ def windows(
     Raises ValueError for ``max_length`` below 2, a model of one layer, prompts without two tokens to compare, a stream
     that is not finite, and sublayers of a model whose layers cannot be split.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = windows(Stack(calibration.parallel_network()), calibration.tokens(), max_length=2)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = windows(Stack(known_networks.parallel_network()), known_networks.tokens(), max_length=2)
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
@@ -181,8 +182,9 @@ def summary(
     The ends of the windows' intervals are averaged as the estimates are: right if the windows move together from
     resample to resample (they share prompts and layers), too wide if they do not.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = windows(Stack(calibration.serial_network(n_layers=9)), calibration.tokens(), max_length=3, damage=False)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = windows(Stack(known_networks.serial_network(n_layers=9)), known_networks.tokens(), max_length=3, damage=False)
     >>> summary(frame, n_layers=9)[["third", "length", "n_windows"]].values.tolist()
     [['first', 2, 1], ['middle', 2, 2], ['last', 2, 2]]
     """
@@ -228,8 +230,9 @@ def profile(
     starts. Compare with the architecture untrained. Cost: that of ``windows(max_length=length)`` with damage, and
     (L + 3)/2 F and L + 1 readouts. Raises as ``windows`` does, and for a ``length`` beyond the model.
 
-    >>> from surgery import Stack, calibration
-    >>> frame = profile(Stack(calibration.serial_network(n_layers=3)), calibration.tokens(24, 8), length=3)
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> frame = profile(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(24, 8), length=3)
     >>> print(frame[["layer", "S_pair", "S_window", "cosine"]].round(2).abs().to_string(index=False))
      layer  S_pair  S_window  cosine
          0     1.0       1.0     0.0

@@ -4,9 +4,10 @@ Control: a plain forward of the whole model on the same batches, which takes lon
 layers behind the span and the head do not run here.
 
 >>> import tempfile
->>> from surgery import Stack, calibration
->>> stack = Stack(calibration.mixed_network(0.5))
->>> latents = harvest(stack, Tokens.of(calibration.tokens(6, 8)), 1, 3, tempfile.mkdtemp(), shard_tokens=16)
+>>> from surgery import Stack
+>>> from surgery.instruments import known_networks
+>>> stack = Stack(known_networks.mixed_network(0.5))
+>>> latents = harvest(stack, Tokens.of(known_networks.tokens(6, 8)), 1, 3, tempfile.mkdtemp(), shard_tokens=16)
 >>> latents.n_tokens, len(latents.shards), latents.batch([5, 0]).x_start.shape == (2, 8, stack.d_model)
 (48, 3, True)
 """
