@@ -19,7 +19,7 @@ import torch
 
 import surgery
 from surgery import graft, models, training
-from surgery.graft import study
+from surgery.corpus import splits
 from surgery.graft.grafting import Objective, Schedule
 from surgery.models.stack import Stack
 from surgery.rebuild import layout
@@ -39,7 +39,7 @@ STEPS = {  # name: what is trained, on what
 class Step:
     """One step of training, and what it is counted to cost."""
 
-    def __init__(self, teacher: Stack, pairs: Latents, data: study.Data, name: str) -> None:
+    def __init__(self, teacher: Stack, pairs: Latents, data: splits.Split, name: str) -> None:
         parts, objective = STEPS[name]
         fresh = models.untrained(teacher.model) if parts == "all" else layout.build(
             teacher.model, layout.middle(teacher.n_layers, *SPAN)
@@ -71,7 +71,7 @@ class Step:
         return timing.seconds(lambda: self(self.task.batch(prompts) if batch is None else batch))
 
 
-def compare(teacher: Stack, pairs: Latents, data: study.Data, size: int, rounds: int) -> list[dict[str, object]]:
+def compare(teacher: Stack, pairs: Latents, data: splits.Split, size: int, rounds: int) -> list[dict[str, object]]:
     prompts = Schedule(batch=size).prompts(0, pairs.n_prompts).tolist()
     steps = {name: Step(teacher, pairs, data, name) for name in STEPS}
     with ExitStack() as restoring:
@@ -102,7 +102,7 @@ def compare(teacher: Stack, pairs: Latents, data: study.Data, size: int, rounds:
 
 def main() -> None:
     rounds = timing.rounds(__doc__)
-    teacher, data = Stack(surgery.load("babel")), study.babel(1024, heldout=16)
+    teacher, data = Stack(surgery.load("babel")), splits.babel(1024, heldout=16)
     with tempfile.TemporaryDirectory() as folder:
         pairs = graft.latents(teacher, data.corpus, *SPAN, folder)
         rows = [row for size in (64, 512) for row in compare(teacher, pairs, data, size, rounds)]

@@ -26,6 +26,7 @@ import torch
 
 import surgery
 from surgery import models, reversion
+from surgery.corpus import bundled
 from surgery.models.engine import Engine
 from surgery.reversion import cloud, directions, returns, study, trajectories
 
@@ -84,7 +85,7 @@ def passes(run: Callable[[], object]) -> tuple[float, float]:
 def costs(prompts: int) -> pd.DataFrame:
     stack = surgery.Stack(surgery.load("babel"))
     untrained = surgery.Stack(models.untrained(stack.model))
-    tokens = stack.tokens(models.bundled_prompts(prompts))
+    tokens = stack.tokens(bundled.prompts(prompts))
     batches = list(tokens.batches(64))
     F = min(timing.seconds(lambda: [stack.stream(batch) for batch in batches]) for _ in range(5))
     rows = []

@@ -27,7 +27,7 @@ from surgery.corpus import probes
 from surgery.models.loading import plain
 from surgery.models.tokens import Tokens
 from surgery.scan import schedule, search
-from surgery.wiring.value import every_repeat
+from surgery.wiring.families import every_repeat
 
 SIZES = ((1, 8), (2, 64), (16, 128))
 

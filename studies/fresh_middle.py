@@ -35,9 +35,10 @@ from scipy import stats
 import surgery
 from surgery import graft, models, report, reversion
 from surgery import series as serial
+from surgery.corpus import splits
+from surgery.corpus.splits import Split
 from surgery.graft import reinitialise, study
 from surgery.graft.grafting import Graft, Objective, Schedule
-from surgery.graft.study import Data
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -93,7 +94,7 @@ def main() -> None:
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = study.babel(prompts, heldout=judged)
+    data = splits.babel(prompts, heldout=judged)
     manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
 
     layers = reinitialise.layers(stack, some(data.heldout, 200), seeds=3)
@@ -139,7 +140,7 @@ def main() -> None:
     print(f"\nThe page is {page}, the numbers and figures are beside it.")
 
 
-def trained(stack: Stack, pairs: Latents, data: Data, folder: Path, schedule: Schedule):
+def trained(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: Schedule):
     """Every method at the operations that the graft took, the teacher's included, one after the other."""
     budget = None
     for name, (parts, objective) in METHODS.items():
@@ -175,7 +176,7 @@ def begun(stack: Stack, parts: str, seed: int):
     return layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), seed), SPAN
 
 
-def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data) -> dict:
+def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Split) -> dict:
     """A snapshot of the whole model's own training as a row of the table."""
     model, step = models.untrained(stack.model), int(file.stem.removeprefix("step_"))
     models.plain(model).load_state_dict(load_file(file))
@@ -184,10 +185,10 @@ def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Data)
     return {"method": f"whole, step {step}", "seed": np.nan} | read.iloc[0].to_dict() | spent
 
 
-def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Data) -> pd.DataFrame:
+def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Split) -> pd.DataFrame:
     """Exact answers and damage of every model on the problems of every length."""
     rows = []
-    for k, part in study.by_k(data).items():
+    for k, part in splits.by_k(data).items():
         for (name, seed), one in made.items():
             read = study.judge(stack, one, pairs, part).iloc[0].to_dict()
             rows.append({"method": name, "seed": float(seed), "k": k} | read)

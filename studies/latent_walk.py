@@ -26,7 +26,8 @@ import argparse
 import torch
 
 import surgery
-from surgery.graft import manifold, study, walk, walk_study
+from surgery.corpus import splits
+from surgery.graft import manifold, walk, walk_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
 from surgery.records import manifest as provenance
@@ -56,7 +57,7 @@ def main() -> None:
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = study.babel(MOST // 4, heldout=args.judged)
+    data = splits.babel(MOST // 4, heldout=args.judged)
     harvested = walk_study.harvester(stack, data.corpus, SPAN, folder)
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), walk_study.SHOWN, data.heldout, SPAN[0])

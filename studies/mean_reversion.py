@@ -30,6 +30,7 @@ from torch import Tensor
 
 import surgery
 from surgery import models, reversion
+from surgery.corpus import bundled
 from surgery.corpus.text_files import read_prompts
 from surgery.models.tokens import Tokens
 from surgery.page import drawing, phrases
@@ -113,7 +114,7 @@ def main() -> None:
         parser.error(
             f"{stack.name} has {stack.n_layers} layers; to have a beginning, a middle and an end give 4 or more"
         )
-    texts = [text for _, text in read_prompts(args.text, count)] if args.text else models.bundled_prompts(count)
+    texts = [text for _, text in read_prompts(args.text, count)] if args.text else bundled.prompts(count)
     tokens = stack.tokens(texts, stack.n_ctx)
     middle = ANATOMY.get(args.model, (round(stack.n_layers / 3), round(2 * stack.n_layers / 3)))
     boundaries = (args.boundaries[0], args.boundaries[1]) if args.boundaries else middle

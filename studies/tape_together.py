@@ -32,7 +32,8 @@ from surgery.scan import controls, say, search
 from surgery.scan import draw as scan_figures
 from surgery.scan.study import WINNERS_COLUMNS
 from surgery.stats import comparisons
-from surgery.wiring.value import Wiring, every_repeat
+from surgery.wiring.families import every_repeat
+from surgery.wiring.value import Wiring
 
 FAR = ["k=5", "k=6", "k=7"]  # never trained
 METRICS = ("exact", "loglik")

@@ -21,7 +21,8 @@ import torch
 
 import surgery
 from surgery import graft
-from surgery.graft import size_study, study
+from surgery.corpus import splits
+from surgery.graft import size_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
 from surgery.records import manifest, tables
@@ -50,11 +51,11 @@ def main() -> None:
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
-    data = study.babel(args.prompts, heldout=args.judged)
+    data = splits.babel(args.prompts, heldout=args.judged)
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
     sizes = {"widths": sorted({WIDTH, *args.widths}), "depths": sorted({DEPTH, *args.depths})}
-    options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": study.by_k(data)}
+    options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": splits.by_k(data)}
     frame = size_study.run(stack, pairs, data, folder / "cells", **sizes, **options)
     said = size_study.found(frame, (WIDTH, DEPTH)) + size_study.found_by_k(frame, (WIDTH, DEPTH))
     settings = {"span": SPAN, "steps": steps, "seeds": seeds, "usual": (WIDTH, DEPTH), "found": said}

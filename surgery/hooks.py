@@ -35,8 +35,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import TransformerBridge
 
-from surgery.dropout.identities import probability
-
 Part = Literal["attn", "mlp"]
 Hook = tuple["str | Callable[[str], bool]", Callable[..., "Tensor | None"]]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -335,3 +333,10 @@ def _output(model: TransformerBridge, layer: int, part: Part) -> str:
 
 def _layer_of(hook_name: str) -> int:
     return int(hook_name.split(".")[1])
+
+
+def probability(p: float) -> float:
+    """``p`` as it is; raises ValueError outside [0, 1)."""
+    if not 0 <= p < 1:
+        raise ValueError(f"p is the probability of being dropped, from 0 to below 1; got p={p}")
+    return p

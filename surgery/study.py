@@ -19,13 +19,13 @@ from typing import Any
 import pandas
 import torch
 
-import surgery
 from surgery import report
 from surgery.anatomy import convergence, study
-from surgery.corpus import probes
+from surgery.corpus import bundled, probes
 from surgery.corpus.text_files import read_prompts
 from surgery.instruments import known_networks
 from surgery.models import loading as models
+from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.records import manifest as provenance
@@ -79,7 +79,7 @@ def run(
     folder = tables.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
-    stack = Stack(surgery.load(model))
+    stack = Stack(load(model))
     tokens = tokenise(stack, numbered, text, max_tokens)
     if "scan" in names:
         asked, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
@@ -148,7 +148,7 @@ def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tu
 
 def _kinds(count: int, seed: int) -> list[str]:
     """Of the bundled model's own problems: those that only translate, and those that compose less and more."""
-    steps = [problem.k for problem in models.bundled_problems(count, seed)]
+    steps = [problem.k for problem in bundled.problems(count, seed)]
     return ["k=0" if k == 0 else "k=1, 2" if k < 3 else "k=3, 4" for k in steps]
 
 
@@ -194,7 +194,7 @@ def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list
         raise ValueError(
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
-    return list(enumerate(models.bundled_prompts(count, seed), start=1))
+    return list(enumerate(bundled.prompts(count, seed), start=1))
 
 
 def _questions(

@@ -21,7 +21,7 @@ from surgery import cli, report, study
 from surgery.corpus import text_files
 from surgery.records import tables
 from surgery.reversion import study as reversion_study
-from surgery.wiring.value import every_repeat
+from surgery.wiring.families import every_repeat
 
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")

@@ -30,7 +30,7 @@ Compare with the same architecture untrained, and read ``p_drift`` (``surgery.st
 stack that drifts has none. A dozen layers resolve little.
 
 >>> from surgery import Stack, load
->>> found = locate(Stack(load("babel")), Stack(load("babel")).tokens(bundled_prompts(20)), resamples=10, drifts=9)
+>>> found = locate(Stack(load("babel")), Stack(load("babel")).tokens(bundled.prompts(20)), resamples=10, drifts=9)
 >>> found.boundaries["boundary"].unique().tolist()
 ['in', 'out']
 """
@@ -49,7 +49,6 @@ from surgery.anatomy import convergence, ends_against_middle
 from surgery.anatomy.convergence import Convergence, Sentence
 from surgery.instruments import lens
 from surgery.instruments.ensemble import Ensemble
-from surgery.models.loading import bundled_prompts as bundled_prompts
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page.phrases import number

@@ -18,6 +18,5 @@ from .identities import geometric_mean as geometric_mean
 from .identities import live as live
 from .identities import masks as masks
 from .identities import output_variance as output_variance
-from .identities import probability as probability
 from .identities import require_off as require_off
 from .identities import training_variance as training_variance

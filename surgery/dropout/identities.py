@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformer_lens import TransformerBridge
 from transformer_lens.hook_points import HookPoint
 
+from surgery.hooks import probability
 from surgery.models.loading import plain
 
 MOST_UNITS = 16  # 65536 masks
@@ -240,13 +241,6 @@ def _differ(first: Any, second: Any) -> bool:
     return any(
         isinstance(a, Tensor) and (a.shape != b.shape or not torch.allclose(a, b, equal_nan=True)) for a, b in pairs
     )
-
-
-def probability(p: float) -> float:
-    """``p`` as it is; raises ValueError outside [0, 1)."""
-    if not 0 <= p < 1:
-        raise ValueError(f"p is the probability of being dropped, from 0 to below 1; got p={p}")
-    return p
 
 
 def _odds(p: float) -> float:

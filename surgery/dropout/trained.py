@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery.corpus import babel
+from surgery.corpus import babel, bundled, splits
 from surgery.corpus.babel import Babel
+from surgery.corpus.splits import Split
 from surgery.dropout.stability import Recorder
-from surgery.graft import study
-from surgery.graft.study import Data
 from surgery.models import loading as models
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -93,7 +92,7 @@ class Trained:
         module.load_state_dict({n: t.float() for n, t in (self.weights if loss is None else self.rungs[loss]).items()})
         name = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
         tokenizer = models._tokenizer_of(str(models.reference_folder()), models.REFERENCE)  # the same words
-        return Stack(models._wrap(module, tokenizer, name))
+        return Stack(models.wrap(module, tokenizer, name))
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
@@ -111,9 +110,9 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 
 @cache
-def data(count: int = 40_000, heldout: int = 360) -> Data:
+def data(count: int = 40_000, heldout: int = 360) -> Split:
     """What they learn from and are judged on."""
-    return study.babel(count, heldout, shares=SHARES)
+    return splits.babel(count, heldout, shares=SHARES)
 
 
 def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trained:
@@ -245,7 +244,7 @@ class _Task:
 
     watched, factors = "loss", (1.0,)
 
-    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, learned: Data, folder: Path) -> None:
+    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, learned: Split, folder: Path) -> None:
         self.module, self.recipe, self.data, self.folder = module, recipe, learned, folder
         self.student = _Student(module, recipe.rate)
         named = list(module.named_parameters())
@@ -291,19 +290,19 @@ class _Task:
 
     @cached_property
     def weigh_heldout(self) -> Tensor:
-        return study.weigh_answers(self.data.heldout)
+        return splits.weigh_answers(self.data.heldout)
 
 
-def judged(model: nn.Module, learned: Data) -> dict[str, float]:
+def judged(model: nn.Module, learned: Split) -> dict[str, float]:
     """``COLUMNS`` of a model on held-out problems."""
     tokens, answers = learned.heldout, learned.answers
     assert answers is not None
     with torch.no_grad():
         logits = model(input_ids=tokens.ids, use_cache=False).logits
     each = cross_entropy(logits[:, :-1].transpose(1, 2), tokens.ids[:, 1:], reduction="none")
-    weigh = study.weigh_answers(tokens)[:, 1:]
+    weigh = splits.weigh_answers(tokens)[:, 1:]
     right = torch.from_numpy(babel.exact(logits.argmax(-1).numpy(), tokens.ids.numpy(), answers.numpy()))
-    k = torch.tensor([problem.k for problem in models.bundled_problems(len(tokens), longest=len(SHARES) - 1)])
+    k = torch.tensor([problem.k for problem in bundled.problems(len(tokens), longest=len(SHARES) - 1)])
     return {
         "loss": float((each * weigh).sum() / weigh.sum()),
         "answers": float(each[answers[:, 1:]].mean()),

@@ -13,7 +13,6 @@ from .grafting import Graft as Graft
 from .grafting import Objective as Objective
 from .grafting import Schedule as Schedule
 from .grafting import Task as Task
-from .grafting import Weigh as Weigh
 from .grafting import decoded as decoded
 from .grafting import fit as fit
 from .grafting import heal as heal

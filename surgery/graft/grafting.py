@@ -20,7 +20,6 @@ Controls: the same run on cross entropy alone (``Objective(latent=0.0, cross_ent
 random weights (``fit(..., parts="all")``), and the maps of ``surgery.graft.linear_maps``, at equal operations.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformer_lens import TransformerBridge
 
+from surgery.corpus.splits import Weigh
 from surgery.instruments import fidelity
 from surgery.models import loading as models
 from surgery.models.stack import Context, Stack
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Graft", "Objective", "Schedule", "Task", "fit", "heal", "latents", "train"]
 
-Weigh = Callable[[Tokens], Float[Tensor, "prompt pos"]]
 PARTS = ("middle", "junction", "all")
 
 
@@ -398,4 +397,4 @@ def _synchronised(model: TransformerBridge) -> TransformerBridge:
     shared = {id(parameter) for parameter in twin.parameters()}
     if all(id(parameter) in shared for parameter in model.parameters()):
         return model
-    return models._wrap(twin, model.tokenizer, str(model.cfg.model_name))
+    return models.wrap(twin, model.tokenizer, str(model.cfg.model_name))

@@ -21,10 +21,10 @@ import pandas
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from surgery.corpus.splits import Split
 from surgery.graft import grafting as graft
 from surgery.graft import study
 from surgery.graft.grafting import Graft, Objective, Schedule
-from surgery.graft.study import Data
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
 from surgery.page import drawing
@@ -70,7 +70,7 @@ class Cell:
 def run(
     teacher: Stack,
     pairs: Latents,
-    data: Data,
+    data: Split,
     folder: str | Path,
     *,
     widths: Sequence[int],
@@ -80,7 +80,7 @@ def run(
     budgets: Sequence[str] = BUDGETS,
     schedule: Schedule = Schedule(),
     objective: Objective = Objective(),
-    parts: dict[int, Data] | None = None,
+    parts: dict[int, Split] | None = None,
     progress: bool = False,
 ) -> pandas.DataFrame:
     """A row per budget, width, depth and seed, ``COLUMNS``; with ``parts``, held-out data by k, one for each of these.
@@ -107,7 +107,7 @@ def run(
 def trained(
     teacher: Stack,
     pairs: Latents,
-    data: Data,
+    data: Split,
     folder: Path,
     sizes: Sequence[tuple[int, int]],
     seeds: Sequence[int],
@@ -139,7 +139,7 @@ def operations(
     depth: int | None,
     objective: Objective,
     schedule: Schedule,
-    data: Data,
+    data: Split,
 ) -> float:
     """Floating-point operations of a training step of such a middle, see ``graft_study.step_operations``."""
     rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, d_mlp=d_mlp)

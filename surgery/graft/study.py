@@ -12,7 +12,7 @@ Killed, the same command goes on where it was. ``accelerate launch -m surgery gr
 GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on several CPU processes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,22 +21,19 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
-from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from torch import Tensor
 from transformer_lens import TransformerBridge
 
-import surgery
-from surgery.corpus import text_files
-from surgery.corpus.babel import TRAINING_MIX, Babel
+from surgery.corpus.babel import TRAINING_MIX
+from surgery.corpus.splits import Split, babel, texts
 from surgery.graft import grafting as graft
 from surgery.graft import linear_maps
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models import loading as models
+from surgery.models.loading import load
 from surgery.models.stack import Stack
-from surgery.models.tokens import Tokens
 from surgery.page import drawing
 from surgery.records import manifest as provenance
 from surgery.records import tables as frames
@@ -66,17 +63,6 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#2
 CAPTION = (
     "Held-out loss against operations, those of the teacher left out and included, and tokens. Dashed: no training."
 )
-QUESTIONS = 0.1  # weight of a Babel token that asks: it cannot be known beforehand
-
-
-@dataclass(frozen=True)
-class Data:
-    """A corpus to learn from and prompts to be judged on."""
-
-    corpus: Tokens
-    heldout: Tokens
-    answers: Bool[Tensor, "prompt pos"] | None = None
-    weigh: graft.Weigh | None = None
 
 
 @dataclass(frozen=True)
@@ -84,48 +70,6 @@ class Found:
     graft: Graft
     methods: pandas.DataFrame
     sentences: list[str]
-
-
-def babel(count: int, heldout: int = 512, seed: int = 0, shares: Sequence[float] = TRAINING_MIX) -> Data:
-    """Babel's training problems, k = 0, 1, ... in these shares, and held-out ones of each k in equal parts."""
-    problems = Babel()
-    asked, _ = problems.encode(problems.mixture(count, seed, shares))
-    judged, answers = problems.encode(models.bundled_problems(heldout, longest=len(shares) - 1))
-    padding = problems.token_ids["<pad>"]
-    corpus, unseen = (Tokens(ids, ids != padding) for ids in map(torch.from_numpy, (asked, judged)))
-    return Data(corpus, unseen, torch.from_numpy(answers), weigh_answers)
-
-
-def by_k(data: Data) -> dict[int, Data]:
-    """``babel``'s held-out problems by the number of steps that they ask for."""
-    lengths = np.array([problem.k for problem in models.bundled_problems(len(data.heldout))])
-    parts = {k: torch.from_numpy(np.flatnonzero(lengths == k)) for k in sorted(set(lengths.tolist()))}
-    return {
-        k: Data(
-            data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]),
-            None if data.answers is None else data.answers[some],
-        )
-        for k, some in parts.items()
-    }  # fmt: skip
-
-
-def weigh_answers(tokens: Tokens) -> Float[Tensor, "prompt pos"]:
-    """1 for Babel's answers, ``QUESTIONS`` for all else."""
-    answers = torch.from_numpy(Babel().answered(tokens.ids.cpu().numpy())).to(tokens.ids.device)
-    return torch.where(answers, 1.0, QUESTIONS) * tokens.mask
-
-
-def texts(stack: Stack, text: Path, heldout: Path | None, count: int, most: int, longest: int) -> Data:
-    """Prompts of files; without ``heldout`` the last tenth of ``text`` (``most`` at most) is kept for judging."""
-    found = [one for _, one in text_files.read_prompts(text, count)]
-    if heldout is not None:
-        kept = [one for _, one in text_files.read_prompts(heldout, most)]
-    else:
-        last = min(most, len(found) // 10)
-        if not last:
-            raise ValueError(f"{text} has {len(found)} prompts: give 10 or more, or prompts to judge by with --heldout")
-        found, kept = found[:-last], found[-last:]
-    return Data(stack.tokens(found, longest), stack.tokens(kept, longest))
 
 
 def run(
@@ -163,7 +107,7 @@ def run(
     main, folder = accelerator.is_main_process, frames.folder(out)
     speak = say if main else lambda _: None
     speak(f"opening {model}")
-    stack = Stack(surgery.load(model, device=accelerator.device))
+    stack = Stack(load(model, device=accelerator.device))
     if text is None:
         data = babel(count, judged, schedule.seed, TRAINING_MIX if model == models.REFERENCE else (1.0,))
     else:
@@ -225,7 +169,7 @@ def write(
     frames.save({folder / "graft.png": drawing.png(draw(tables[CURVES], methods))})
 
 
-def maps(stack: Stack, pairs: Latents, data: Data) -> list[dict[str, Any]]:
+def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:
     """What needs no training: the middle left out, its mean update, and the best linear map, as rows of ``METHODS``.
 
     The strength of the ridge is chosen on the last tenth of the corpus. Cost: two readings of the activations, and 3
@@ -246,7 +190,7 @@ def maps(stack: Stack, pairs: Latents, data: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Data) -> pandas.DataFrame:
+def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Split) -> pandas.DataFrame:
     """``fidelity.of`` a trained model on the prompts that nothing was trained on."""
     stack, span = Stack(grown.model), (pairs.start, pairs.stop)
     return fidelity.of(teacher, stack, data.heldout.to(teacher.device), span, grown.span, answers=data.answers)
@@ -257,7 +201,7 @@ def step_operations(
     student: TransformerBridge,
     span: tuple[int, int],
     pairs: Latents,
-    data: Data,
+    data: Split,
     *,
     objective: Objective,
     schedule: Schedule,

@@ -27,10 +27,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from surgery.corpus.splits import Split
 from surgery.graft import grafting as graft
 from surgery.graft import manifold, study, walk
 from surgery.graft.grafting import Objective, Schedule
-from surgery.graft.study import Data
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
@@ -119,7 +119,7 @@ def methods(
     trial = layout.build(teacher.model, layout.middle(teacher.n_layers, real.start, real.stop), schedule.seed)
     few = real.batch(range(min(16, real.n_prompts))).tokens
     each = study.step_operations(
-        teacher, trial, (real.start, real.stop), real, Data(few, few), objective=objective, schedule=schedule
+        teacher, trial, (real.start, real.stop), real, Split(few, few), objective=objective, schedule=schedule
     )
     yield REAL, real, schedule
     for name, kind in kinds.items():
@@ -142,7 +142,7 @@ def place(method: str, amount: int, seed: int) -> str:
 def run(
     teacher: Stack,
     harvested: Harvested,
-    data: Data,
+    data: Split,
     folder: str | Path,
     *,
     amounts: Sequence[int],

@@ -50,7 +50,7 @@ from torch.nn import functional
 
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import LOGITS_AT_ONCE, final_norm, frozen_head, logits, portions
-from surgery.models.engine import FrozenNorm
+from surgery.models.norms import FrozenNorm
 from surgery.models.stack import Context, Stack
 
 Stream = Float[Tensor, "*layer prompt pos d_model"]

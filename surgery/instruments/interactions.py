@@ -50,7 +50,8 @@ from torch import Tensor
 from surgery.instruments.ablation import Damages, damage
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, p_value, sign_flips, signs, weights
+from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.permutation import p_value, sign_flips, signs
 
 Resampled = Float[Tensor, " resample"]
 

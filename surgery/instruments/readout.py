@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from surgery.models.engine import FrozenNorm, replaced_forward
+from surgery.models.engine import replaced_forward
+from surgery.models.norms import FrozenNorm
 from surgery.models.stack import Stack
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 

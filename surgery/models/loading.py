@@ -25,17 +25,13 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.corpus.babel import Babel, Problem
 from surgery.models import stream_width
+from surgery.models.errors import ModelError, first_line
 
 REFERENCE = "babel"
 BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
 
 _plain_twins: "weakref.WeakKeyDictionary[TransformerBridge, PreTrainedModel]" = weakref.WeakKeyDictionary()
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or opened; the message says why and what to do instead."""
 
 
 def load(
@@ -63,14 +59,14 @@ def load(
         return model
     if isinstance(model, nn.Module):
         _refuse_encoder_decoder(model.config, type(model).__name__)
-        return _wrap(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        return wrap(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
     name = str(model)
     place = str(reference_folder(name)) if name in BUNDLED else name
-    with _quiet():
+    with quiet():
         plain = _from_pretrained(place, name, dtype)
         if tokenizer is None:
             tokenizer = _tokenizer_of(place, name)
-    return _wrap(plain.to(device) if device else plain, tokenizer, name)
+    return wrap(plain.to(device) if device else plain, tokenizer, name)
 
 
 def plain(model: TransformerBridge) -> PreTrainedModel | None:
@@ -81,7 +77,7 @@ def plain(model: TransformerBridge) -> PreTrainedModel | None:
 
 def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     """A model of the same architecture with freshly drawn weights: the null every trained number is compared with."""
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         if model.adapter.cfg.architecture == "TransformerLensNative":
             config = copy.deepcopy(model.cfg)
@@ -89,7 +85,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
             return TransformerBridge.boot_native(config)
         config = copy.deepcopy(model.original_model.config)
         fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
-    return _wrap(fresh.to(model.cfg.device), model.tokenizer, f"{model.cfg.model_name} (untrained, seed {seed})")
+    return wrap(fresh.to(model.cfg.device), model.tokenizer, f"{model.cfg.model_name} (untrained, seed {seed})")
 
 
 def reference_folder(name: str = REFERENCE) -> Path:
@@ -106,30 +102,12 @@ def bundled_file(name: str) -> Path:
     raise ModelError(f"{name} is not installed with this package; run from a checkout of the project")
 
 
-def bundled_prompts(count: int = 256, seed: int = 0, longest: int = 4) -> list[str]:
-    """Held-out Babel problems with their answers, k = 0..``longest`` and all language pairs in equal parts.
-
-    >>> bundled_prompts(1)[0].split()[1]
-    '>plain'
-    """
-    corpus = Babel()
-    problems = bundled_problems(count, seed, longest)
-    return [" ".join(corpus.words(problem)[1:]) for problem in problems]  # the tokenizer puts <bos> in front
-
-
-def bundled_problems(count: int = 256, seed: int = 0, longest: int = 4) -> list[Problem]:
-    """The problems of ``bundled_prompts``, the shortest first."""
-    corpus, lengths = Babel(), range(longest + 1)
-    shares = [count // len(lengths) + (k < count % len(lengths)) for k in lengths]
-    return [problem for k, share in zip(lengths, shares, strict=True) for problem in corpus.sample(k, share, seed)]
-
-
-def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
+def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
     hugging_face.eval()
     shared = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
     twin = copy.deepcopy(hugging_face, memo=dict(shared))
     architecture = type(hugging_face).__name__
-    with _quiet():
+    with quiet():
         twin.set_attn_implementation("eager")  # hooks on scores and patterns need it
         if tokenizer is not None:
             tokenizer.init_kwargs.setdefault("name_or_path", name)
@@ -140,7 +118,7 @@ def _wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
                 )
         except ValueError as error:
             raise ModelError(
-                f"TransformerLens has no adapter for {architecture} ({name}): {_first_line(error)}"
+                f"TransformerLens has no adapter for {architecture} ({name}): {first_line(error)}"
             ) from error
     _plain_twins[bridge] = hugging_face
     return stream_width.told(bridge).eval()
@@ -186,10 +164,10 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
 
 def _explain(place: str, name: str, error: Exception) -> str:
     if Path(place).is_dir():
-        return f"cannot open the model in {name}: {_first_line(error)}"
+        return f"cannot open the model in {name}: {first_line(error)}"
     return (
         f"no model {name!r}: there is no such folder here, and the Hugging Face hub did not give one "
-        f"({_first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this "
+        f"({first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this "
         f"machine can reach, or {REFERENCE!r} for the bundled model"
     )
 
@@ -198,7 +176,7 @@ def _tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:
-        warnings.warn(f"{name} has no usable tokenizer ({_first_line(error)}): pass token ids", stacklevel=3)
+        warnings.warn(f"{name} has no usable tokenizer ({first_line(error)}): pass token ids", stacklevel=3)
         return None
 
 
@@ -209,12 +187,8 @@ def _refuse_encoder_decoder(config: Any, name: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither transformers' progress bars nor its advice belong into a study's output."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()

@@ -7,7 +7,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 from surgery.models.engine import Engine, Parts
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 
 
 def bridge_engine(model: TransformerBridge, name: str) -> Engine:

@@ -24,8 +24,10 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from surgery.models import stream_width
-from surgery.models.engine import Engine, FrozenNorm, Given, Recording, Stream, replaced_forward
-from surgery.models.loading import ModelError, plain
+from surgery.models.engine import Engine, Given, Recording, Stream, replaced_forward
+from surgery.models.errors import ModelError
+from surgery.models.loading import plain
+from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Tokens, encode
 from surgery.wiring.steps import executions

@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.generalized_components.joint_qkv_attention im
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 from transformers.pytorch_utils import Conv1D
 
-from surgery.models.engine import FrozenNorm
+from surgery.models.norms import FrozenNorm
 
 HEAD_WIDTHS = ("head_dim", "head_size", "d_head")  # what modules of attention call it
 _MARK = "stream_width"  # modules of layers with a stream of their own carry its width in this attribute

@@ -14,7 +14,8 @@ from transformer_lens import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery
-from surgery.models.loading import ModelError, _quiet, load, plain
+from surgery.models.errors import ModelError
+from surgery.models.loading import load, plain, quiet
 from surgery.records.manifest import weights_hash
 from surgery.records.tables import reason
 from surgery.wiring.value import Wiring
@@ -38,7 +39,7 @@ def write(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with quiet():
             _untied(hugging_face, layers).save_pretrained(partial, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)

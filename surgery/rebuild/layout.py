@@ -37,8 +37,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import surgery
 from surgery.models import layer_sizes, stream_width
+from surgery.models.errors import ModelError, first_line
 from surgery.models.layer_sizes import Size
-from surgery.models.loading import ModelError, _first_line, _quiet, _wrap, plain
+from surgery.models.loading import plain, quiet, wrap
 from surgery.models.stack import Stack
 from surgery.rebuild import checkpoint
 from surgery.rebuild.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
@@ -260,7 +261,7 @@ def _built(
         rewrite(config.get_text_config(), [row.like for row in rows], len(old))
     if len(set(own)) == 1 and own[0].d_model is None:  # then the configuration can say it
         config, own = layer_sizes.resized(config, own[0]), [layer_sizes.CONFIGURED] * len(rows)
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         try:
             if isinstance(config, PreTrainedConfig):
@@ -270,7 +271,7 @@ def _built(
             _fill(module, source, f"{_layers(model)}.", weights)
             if isinstance(config, PreTrainedConfig):
                 module.generation_config = copy.deepcopy(getattr(source, "generation_config", None))
-                built = _wrap(module, model.tokenizer, f"{name} ({_said(rows)})")
+                built = wrap(module, model.tokenizer, f"{name} ({_said(rows)})")
             else:
                 built = build_bridge_from_module(
                     module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
@@ -285,7 +286,7 @@ def _built(
             asked = dict.fromkeys(layer_sizes.said(size) for size in own if layer_sizes.said(size))
             raise ModelError(
                 f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
-                f"{_first_line(error)}; leave such sizes out"
+                f"{first_line(error)}; leave such sizes out"
             ) from error
     return built
 

@@ -31,7 +31,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import PreTrainedConfig
 
-from surgery.models.loading import ModelError, load, plain
+from surgery.models.errors import ModelError
+from surgery.models.loading import load, plain
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.stack import Stack
 from surgery.rebuild import checkpoint

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from transformer_lens import TransformerBridge
 
 from surgery.models import layer_sizes
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from surgery.instruments import similarity
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout

@@ -37,7 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.models import loading as models
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
 from surgery.records import manifest
 from surgery.scan import scanning as scan

@@ -54,7 +54,8 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.scan import scanning as scan
 from surgery.scan import schedule
-from surgery.wiring.value import Wiring, every_repeat
+from surgery.wiring.families import every_repeat
+from surgery.wiring.value import Wiring
 
 _TOKENS_AT_ONCE = 2048  # with what a backward pass keeps of every layer
 _NOISE = 1e-3  # of a gain, beside the variance over the plane: how much neighbours differ without a pattern

@@ -20,10 +20,10 @@ from typing import Any
 
 import pandas
 
-import surgery
 from surgery import report
 from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
+from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.records import manifest as provenance
 from surgery.records import tables
@@ -32,16 +32,16 @@ from surgery.scan import say as scan_findings
 from surgery.scan import scanning as scan
 from surgery.scan.cluster import Cluster, Pool, joined
 from surgery.stats import comparisons
-from surgery.wiring import value as wiring
+from surgery.wiring import families
 from surgery.wiring.value import Wiring
 
 SEARCH = "scan_search.csv"
 FAMILIES: dict[str, Callable[[int], Any]] = {
-    "repeat": wiring.every_repeat,
-    "skip": wiring.every_skip,
-    "parallel": wiring.every_parallel,
-    "swap": wiring.every_swap,
-    "reverse": wiring.every_reverse,
+    "repeat": families.every_repeat,
+    "skip": families.every_skip,
+    "parallel": families.every_parallel,
+    "swap": families.every_swap,
+    "reverse": families.every_reverse,
     "painters": lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
 FEWEST = 4  # probes: two to search with, two to measure again on
@@ -111,7 +111,7 @@ def run(
     folder = tables.folder(out)
     asked = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
     say(f"opening {model}")
-    stack = Stack(surgery.load(model))
+    stack = Stack(load(model))
     with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
         found = measure(
             stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, cluster=pool, say=say,
@@ -193,7 +193,7 @@ def painters(
     Cost: ``scan.plan`` of the wirings; about 50 F for all sizes of 12 layers. Control: the unmodified model, and random
     orders beside the reverse.
 
-    >>> table = painters(Stack(surgery.load("babel")), probes.named("babel", 4), sizes=[2], seeds=[0])
+    >>> table = painters(Stack(load("babel")), probes.named("babel", 4), sizes=[2], seeds=[0])
     >>> table["variant"].tolist()
     ['skip', 'middle-repeat', 'reverse', 'random order', 'parallel mean', 'parallel sum', 'looped parallel']
     """

@@ -37,8 +37,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from surgery.models.engine import FrozenNorm
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
+from surgery.models.norms import FrozenNorm
 from surgery.models.stack import Stack
 from surgery.stats.bootstrap import ratio, rotation
 

@@ -44,7 +44,8 @@ import pandas
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
-from surgery.stats.bootstrap import FLIPS, chunks, p_value, sign_flips, signs, standardised, weights
+from surgery.stats.bootstrap import weights
+from surgery.stats.permutation import FLIPS, chunks, p_value, sign_flips, signs, standardised
 
 RESAMPLES = FLIPS
 LESS_IS_BETTER = ("loss", "kl")

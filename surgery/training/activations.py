@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.records import tables
-from surgery.stats.bootstrap import Scatter
+from surgery.stats.scatter import Scatter
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
 

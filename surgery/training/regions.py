@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.stats.bootstrap import Scatter
+from surgery.stats.scatter import Scatter
 
 SAMPLES = 5  # activations needed for each component
 CONSTANT = 1e-7  # a variance below this share of E |x|^2 is the rounding of half precision

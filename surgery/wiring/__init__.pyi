@@ -1,7 +1,13 @@
+from . import families as families
 from . import formats as formats
 from . import notation as notation
 from . import steps as steps
 from . import value as value
+from .families import every_parallel as every_parallel
+from .families import every_repeat as every_repeat
+from .families import every_reverse as every_reverse
+from .families import every_skip as every_skip
+from .families import every_swap as every_swap
 from .value import Chain as Chain
 from .value import Layer as Layer
 from .value import Parallel as Parallel
@@ -9,8 +15,3 @@ from .value import Scaled as Scaled
 from .value import Step as Step
 from .value import Wiring as Wiring
 from .value import WiringError as WiringError
-from .value import every_parallel as every_parallel
-from .value import every_repeat as every_repeat
-from .value import every_reverse as every_reverse
-from .value import every_skip as every_skip
-from .value import every_swap as every_swap

@@ -6,7 +6,8 @@ from torch.nn.functional import normalize
 from surgery import Stack
 from surgery.dropout import features
 from surgery.dropout.features import activations, effective, kurtosis, participation, sae, sparsity, within
-from surgery.models.loading import ModelError, untrained
+from surgery.models.errors import ModelError
+from surgery.models.loading import untrained
 from surgery.models.tokens import Tokens
 from surgery.rebuild import units
 from surgery.records import tables

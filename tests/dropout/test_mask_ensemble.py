@@ -5,7 +5,8 @@ import torch
 
 import surgery
 from support.exact_networks import network, parameters, ragged, rng
-from surgery import Stack, dropout, models
+from surgery import Stack, dropout
+from surgery.corpus import bundled
 from surgery.corpus.babel import Babel
 from surgery.dropout import mask_ensemble
 from surgery.dropout.mask_ensemble import ARITHMETIC, COLUMNS, GEOMETRIC, SCALING, curve, draw, found
@@ -112,7 +113,7 @@ def test_every_number_against_its_definition():
 
 def test_the_row_of_scaling_is_the_model():
     stack = Stack(surgery.load("babel"))
-    ids, answers = Babel().encode(models.bundled_problems(10))
+    ids, answers = Babel().encode(bundled.problems(10))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids != Babel().token_ids["<pad>"]))
     row = curve(stack, tokens, "blocks.3.hook_mlp_out", 0.1, (1,), answers=answers, resamples=0).iloc[0]
     own = measure(stack, tokens, lambda x, _: x, 3, 4, answers=torch.from_numpy(answers), resamples=0).iloc[0]

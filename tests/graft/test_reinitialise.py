@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.corpus.babel import Babel
 from surgery.graft import reinitialise
 from surgery.graft.reinitialise import COLUMNS, layers
@@ -108,7 +109,7 @@ def test_published_architectures_and_their_weights_stay_as_they_are(load, name):
 
 
 def test_the_bundled_model_needs_its_layers():
-    ids, answers = Babel().encode(models.bundled_problems(20))
+    ids, answers = Babel().encode(bundled.problems(20))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids) != 0)
     frame = layers(Stack(models.load("babel")), tokens, seeds=1, answers=answers, resamples=50)
     assert frame.exact_original.min() > 0.9

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from surgery import graft
+from surgery.corpus.splits import Split
 from surgery.graft import size_study
-from surgery.graft.study import Data
 from surgery.instruments import known_networks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -20,13 +20,13 @@ def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     teacher = Stack(known_networks.random_network(n_layers=4))
     tokens = Tokens.of(known_networks.tokens(24, 8))
-    pairs, data = graft.latents(teacher, tokens[:16], 1, 3, folder / "latents"), Data(tokens[:16], tokens[16:])
+    pairs, data = graft.latents(teacher, tokens[:16], 1, 3, folder / "latents"), Split(tokens[:16], tokens[16:])
     wide = teacher.model.cfg.d_mlp
 
     def again() -> pd.DataFrame:
         return size_study.run(
             teacher, pairs, data, folder / "sweep", widths=(wide, 4 * wide), depths=(2,), seeds=(0, 1),
-            schedule=SCHEDULE, parts={3: Data(tokens[:16], tokens[16:20])},
+            schedule=SCHEDULE, parts={3: Split(tokens[:16], tokens[16:20])},
         )  # fmt: skip
 
     return again(), wide, folder / "sweep", again
@@ -70,7 +70,7 @@ def test_a_cross_is_the_row_and_the_column_through_the_usual_size(tmp_path, monk
     monkeypatch.setattr(size_study, "trained", lambda *arguments: asked.append(arguments[4]) or iter(()))
     teacher, tokens = Stack(known_networks.random_network(n_layers=2)), Tokens.of(known_networks.tokens(8, 8))
     pairs = graft.latents(teacher, tokens, 1, 2, tmp_path / "latents")
-    size_study.run(teacher, pairs, Data(tokens, tokens), tmp_path, widths=(1, 2, 3), depths=(4, 5), cross=(2, 5))
+    size_study.run(teacher, pairs, Split(tokens, tokens), tmp_path, widths=(1, 2, 3), depths=(4, 5), cross=(2, 5))
     assert asked == [[(1, 5), (2, 4), (2, 5), (3, 5)]]
 
 
@@ -154,4 +154,4 @@ def test_an_empty_axis_or_unknown_budget_is_said(wrong, grid, tmp_path):
     pairs = graft.latents(teacher, tokens, 1, 3, tmp_path / "latents")
     options = {"widths": (8,), "depths": (1,)} | wrong
     with pytest.raises(ValueError, match="give at least one width, depth and seed, and budgets of tokens, operations"):
-        size_study.run(teacher, pairs, Data(tokens, tokens), tmp_path, **options)
+        size_study.run(teacher, pairs, Split(tokens, tokens), tmp_path, **options)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import surgery
 from support.places import REPOSITORY
 from surgery import Stack, cli, models
+from surgery.corpus import splits
 from surgery.graft import study
 from surgery.graft.grafting import Schedule
 from surgery.records import tables as frames
@@ -118,14 +119,14 @@ def test_another_schedule_in_the_same_folder_is_refused(small):
 
 
 def test_babel_brings_a_corpus_held_out_prompts_and_weights_its_answers():
-    data = study.babel(40, 10, seed=1)
+    data = splits.babel(40, 10, seed=1)
     assert (len(data.corpus), len(data.heldout)) == (40, 10)
     assert data.answers.any(1).all()
     weighed = data.weigh(data.heldout)
     assert torch.equal(weighed == 1, data.answers)
-    assert weighed.unique().tolist() == pytest.approx([0, study.QUESTIONS, 1])
+    assert weighed.unique().tolist() == pytest.approx([0, splits.QUESTIONS, 1])
     assert torch.equal(weighed > 0, data.heldout.mask)
-    other = study.babel(40, 10, seed=2)
+    other = splits.babel(40, 10, seed=2)
     assert other.corpus.ids.tolist() != data.corpus.ids.tolist()
     assert torch.equal(other.heldout.ids, data.heldout.ids)
 
@@ -143,18 +144,18 @@ def words(stack, tokens):
 
 def test_texts_keep_their_last_tenth_or_are_judged_by_others(load, text, tmp_path):
     stack = Stack(load("llama"))
-    data = study.texts(stack, text, None, 30, 512, 128)
+    data = splits.texts(stack, text, None, 30, 512, 128)
     assert words(stack, data.corpus) == PROMPTS[:27]
     assert words(stack, data.heldout) == PROMPTS[27:30]
     assert data.answers is None
-    assert len(study.texts(stack, text, None, 40, 2, 128).heldout) == 2
+    assert len(splits.texts(stack, text, None, 40, 2, 128).heldout) == 2
     other = tmp_path / "other.txt"
     other.write_text("w5 w6 w7\nw8 w9\nw1 w2")
-    data = study.texts(stack, text, other, 40, 2, 4)
+    data = splits.texts(stack, text, other, 40, 2, 4)
     assert words(stack, data.corpus) == [" ".join(prompt.split()[:3]) for prompt in PROMPTS]  # <bos> and three words
     assert words(stack, data.heldout) == ["w5 w6 w7", "w8 w9"]
     with pytest.raises(ValueError, match=r"has 9 prompts: give 10 or more, or prompts to judge by with --heldout"):
-        study.texts(stack, text, None, 9, 512, 128)
+        splits.texts(stack, text, None, 9, 512, 128)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

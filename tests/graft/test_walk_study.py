@@ -7,8 +7,8 @@ from matplotlib.colors import to_hex
 
 from support.made_up_walks import NAMES, on_and_off, planted
 from surgery import graft
+from surgery.corpus.splits import Split
 from surgery.graft import manifold, study, walk, walk_study
-from surgery.graft.study import Data
 from surgery.instruments import known_networks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -25,7 +25,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walks")
     teacher = Stack(known_networks.random_network(n_layers=4, d_model=8))
     tokens = Tokens.of(known_networks.tokens(216, 8))
-    data = Data(tokens[:200], tokens[200:])
+    data = Split(tokens[:200], tokens[200:])
     harvested = walk_study.harvester(teacher, data.corpus, (1, 3), folder)
 
     def again() -> pd.DataFrame:

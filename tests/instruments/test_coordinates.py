@@ -9,6 +9,7 @@ import torch
 
 from support.exact_networks import network, ou_network, ragged, rng
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.instruments import known_networks
 from surgery.instruments.coordinates import COORDINATES, MEANINGS, mechanical, of
 from surgery.instruments.ensemble import Ensemble
@@ -240,7 +241,7 @@ def test_a_constant_stream_has_none_and_a_count_of_none_is_refused():
 
 def test_coordinates_of_a_real_model():
     stack = Stack(models.load("babel"))
-    ensemble, context = opened(stack, stack.tokens(models.bundled_prompts(4)))
+    ensemble, context = opened(stack, stack.tokens(bundled.prompts(4)))
     widths = [of(name, stack, ensemble).map(context.x0, context).shape[-1] for name in COORDINATES]
     assert widths[:3] == [stack.d_model, stack.d_model, 16]
     assert 16 < widths[3] <= stack.d_model

@@ -4,6 +4,7 @@ import torch
 
 from support.exact_networks import network, parameters, ragged, rng
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.corpus.babel import Babel, exact
 from surgery.instruments import fidelity, known_networks
 from surgery.instruments.fidelity import COLUMNS, measure, of
@@ -177,7 +178,7 @@ def test_padding_and_batches_and_portions_do_not_matter(monkeypatch):
 
 def test_the_bundled_model_answers_as_exact_says():
     corpus, stack = Babel(), Stack(models.load("babel"))
-    ids, answers = corpus.encode(models.bundled_problems(30))
+    ids, answers = corpus.encode(bundled.problems(30))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids) != 0)
     predicted = stack.run(tokens).argmax(-1).numpy()
     row = measure(stack, tokens, skip, 4, 9, answers=answers, resamples=50).iloc[0]

@@ -5,7 +5,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from support import fixtures
-from surgery.models.loading import ModelError, bundled_prompts, plain, untrained
+from surgery.corpus import bundled
+from surgery.models.errors import ModelError
+from surgery.models.loading import plain, untrained
 
 
 def test_a_folder_a_model_in_memory_and_a_bridge_are_the_same_model(model_folder):
@@ -95,9 +97,9 @@ def test_encoder_decoders_are_refused(tmp_path):
 
 
 def test_bundled_prompts_are_seeded_and_balanced():
-    prompts = bundled_prompts(80, seed=1)
+    prompts = bundled.prompts(80, seed=1)
     assert len(prompts) == 80
-    assert prompts == bundled_prompts(80, seed=1)
-    assert prompts != bundled_prompts(80, seed=2)
+    assert prompts == bundled.prompts(80, seed=1)
+    assert prompts != bundled.prompts(80, seed=2)
     assert sum(prompt.startswith("p") for prompt in prompts) == 20
-    assert [len(bundled_prompts(count)) for count in (1, 3, 7)] == [1, 3, 7]
+    assert [len(bundled.prompts(count)) for count in (1, 3, 7)] == [1, 3, 7]

@@ -6,7 +6,8 @@ from transformer_lens import TransformerBridge
 import surgery
 from support import fixtures
 from surgery import Stack, Wiring, hooks
-from surgery.models.loading import ModelError, plain
+from surgery.models.errors import ModelError
+from surgery.models.loading import plain
 from surgery.models.stack import Context
 from surgery.models.tokens import Tokens
 

@@ -8,8 +8,9 @@ import surgery
 from support import fixtures
 from support.known_wirings import TOKENS, difference
 from surgery.models import stream_width
+from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
-from surgery.models.loading import ModelError, plain
+from surgery.models.loading import plain
 from surgery.rebuild import layout, tape, units, weights, width
 from surgery.rebuild.layout import Row
 

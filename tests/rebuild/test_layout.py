@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 import surgery
 from support import fixtures
 from support.known_wirings import TOKENS, difference
+from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
-from surgery.models.loading import ModelError, plain
+from surgery.models.loading import plain
 from surgery.rebuild import layout, tape
 from surgery.rebuild.layout import Row, build, middle
 from surgery.records.manifest import weights_hash

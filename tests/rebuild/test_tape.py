@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 import surgery
 from support import fixtures, random_wirings
 from support.known_wirings import GROUPS, SERIAL, SUBLAYERS, TOKENS, difference
-from surgery.models.loading import ModelError, plain
+from surgery.models.errors import ModelError
+from surgery.models.loading import plain
 from surgery.rebuild import tape
 from surgery.rebuild.passes import composed
 from surgery.records.manifest import weights_hash

@@ -5,8 +5,9 @@ import torch
 
 import surgery
 from support.known_wirings import TOKENS, difference
+from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
-from surgery.models.loading import ModelError, plain
+from surgery.models.loading import plain
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout, units, width
 

@@ -8,8 +8,9 @@ import torch
 import surgery
 from support import fixtures
 from support.known_wirings import TOKENS, difference
+from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
-from surgery.models.loading import ModelError, plain
+from surgery.models.loading import plain
 from surgery.rebuild import layout, width
 from surgery.rebuild import units as pruning
 from surgery.rebuild.weights import weights as resize_weights

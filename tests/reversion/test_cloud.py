@@ -10,6 +10,7 @@ import torch
 
 from support.exact_networks import network, ou_network, parameters, ragged, rng
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.engine import Engine
@@ -388,6 +389,6 @@ def test_it_costs_what_the_docstrings_say(monkeypatch, skip_massive):
 
 def test_a_real_model_and_what_is_published():
     stack = Stack(models.load("babel"))
-    frame = fit(stack, stack.tokens(models.bundled_prompts(60)), last=4, nulls=False, resamples=20)
+    frame = fit(stack, stack.tokens(bundled.prompts(60)), last=4, nulls=False, resamples=20)
     assert 0 < frame.unexplained[0] < 2
     assert {key for numbers in PUBLISHED.values() for key in numbers} <= set(lines.COLUMNS)

@@ -7,6 +7,7 @@ import torch
 
 from support.exact_networks import network, ou_network, ragged, rng
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
 from surgery.reversion.directions import COLUMNS, RIDGES, Regression, Spectrum, layers, summary, verdict
@@ -350,7 +351,7 @@ def test_it_costs_two_forward_passes_and_one_for_massive_activations(monkeypatch
 def test_the_bundled_model_grows_where_the_untrained_one_is_balanced():
     model = models.load("babel")
     trained, fresh = Stack(model), Stack(models.untrained(model))
-    tokens = trained.tokens(models.bundled_prompts(40))
+    tokens = trained.tokens(bundled.prompts(40))
     for stack, balanced in ((trained, False), (fresh, True)):
         found = summary(layers(stack, tokens, components=8, resamples=20))
         assert (found.R2_low > found.R2_null_high).sum() >= 10

@@ -7,6 +7,7 @@ import torch
 
 from support.exact_networks import attending_network, network, ou_network, parameters, ragged, rng
 from surgery import Stack, models
+from surgery.corpus import bundled
 from surgery.instruments import known_networks
 from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble
@@ -249,7 +250,7 @@ def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen, ski
 
 def test_the_bundled_model_carries_displacements_further_and_returns_none():
     stack = Stack(models.load("babel"))
-    frame = curves(stack, stack.tokens(models.bundled_prompts(20)), [6, 9], sizes=[0.1], draws=1, resamples=0)
+    frame = curves(stack, stack.tokens(bundled.prompts(20)), [6, 9], sizes=[0.1], draws=1, resamples=0)
     found = half_way(frame)
     assert found.half_way.isna().all()
     assert (of(found, kind="difference")[["along", "remaining"]] > 1).all(axis=None)

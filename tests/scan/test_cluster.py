@@ -13,7 +13,7 @@ import torch
 from support.places import TESTS
 from support.scans import KILLED, PROBES, all_wirings, same
 from surgery import Stack, scan, wiring
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 from surgery.records import tables
 from surgery.scan import cluster, scanning, schedule
 from surgery.scan.cluster import Cluster

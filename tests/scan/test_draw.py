@@ -7,7 +7,8 @@ from matplotlib.collections import LineCollection
 
 from surgery.page.drawing import png
 from surgery.scan import controls, draw
-from surgery.wiring.value import Wiring, every_repeat, every_skip
+from surgery.wiring.families import every_repeat, every_skip
+from surgery.wiring.value import Wiring
 
 
 def table(n_layers=12, times=2, gain=lambda start, stop: start / 10 - stop / 20, p_max=0.5):

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import surgery
-from surgery import models, report, scan
+from surgery import report, scan
 from surgery.cli import app
-from surgery.corpus import probes
+from surgery.corpus import bundled, probes
 from surgery.records import tables
 from surgery.scan import controls, study
 
@@ -83,7 +83,7 @@ def test_the_page_of_a_scan_says_what_the_scan_says(scanned):
 
 def test_probes_of_one_group_have_no_bars(tmp_path):
     stack = surgery.Stack(surgery.load("babel"))
-    texts = probes.text(models.bundled_prompts(8))
+    texts = probes.text(bundled.prompts(8))
     found = study.measure(stack, texts, tmp_path, metric="loss", longest=1, top=2)
     assert found.table["wiring"].tolist() == ["0 :", *(f":{i + 1} {i}:" for i in range(1, 11)), ": 11"]
     assert found.groups.empty

@@ -4,7 +4,7 @@ import torch
 
 from surgery import Stack
 from surgery.instruments import known_networks
-from surgery.models.loading import ModelError
+from surgery.models.errors import ModelError
 from surgery.records import tables
 from surgery.series.composition import COLUMNS, HEADS, KINDS, compositions
 

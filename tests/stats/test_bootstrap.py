@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.stats.bootstrap import Moments, columns, interval, p_value, ratio, rotation, sign_flips, signs, weights
+from surgery.stats.bootstrap import Moments, columns, interval, ratio, rotation, weights
+from surgery.stats.permutation import p_value, sign_flips, signs
 
 
 def clustered(n_prompts: int, length: int = 5, d_model: int = 4, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given
 
 from support.random_wirings import serial
-from surgery.wiring.value import Wiring, WiringError, every_repeat
+from surgery.wiring.families import every_repeat
+from surgery.wiring.value import Wiring, WiringError
 
 MODEL = "a model of 12 layers, they are 0 to 11"
 RYS = [

@@ -14,20 +14,8 @@ from hypothesis import strategies as st
 from support.random_wirings import chains, meaning, run, serial, terms, wirings
 from surgery import wiring
 from surgery.wiring import formats, notation, steps
-from surgery.wiring.value import (
-    Chain,
-    Layer,
-    Parallel,
-    Scaled,
-    Step,
-    Wiring,
-    WiringError,
-    every_parallel,
-    every_repeat,
-    every_reverse,
-    every_skip,
-    every_swap,
-)
+from surgery.wiring.families import every_parallel, every_repeat, every_reverse, every_skip, every_swap
+from surgery.wiring.value import Chain, Layer, Parallel, Scaled, Step, Wiring, WiringError
 
 
 @given(terms())
