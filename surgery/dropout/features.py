@@ -319,6 +319,6 @@ def _dense(writer: Writer, x: Tensor, *routes: Tensor) -> Tensor:
     found = x.new_zeros(len(x), *writer.shape)
     for expert, reads in enumerate(writer.reads):
         token, place = torch.where(chosen == expert)
-        act = writer.module._apply_gate(linear(x[token], reads))
+        act = writer.module._apply_gate(linear(x[token], reads))  # noqa: SLF001
         found[token, expert] = weight[token, place].unsqueeze(1).to(x) * act
     return found

@@ -191,7 +191,7 @@ def _structure(module: nn.Module) -> Iterator[str]:
         if not one.training:
             continue
         own = [value for key, value in vars(one).items() if "drop" in key and isinstance(value, float)]
-        rates = [one.p] if isinstance(one, nn.modules.dropout._DropoutNd) else own
+        rates = [one.p] if isinstance(one, nn.modules.dropout._DropoutNd) else own  # noqa: SLF001
         if any(rate > 0 for rate in rates):
             yield name
 

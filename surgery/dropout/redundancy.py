@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.instruments import interactions
-from surgery.instruments.ablation import CleanRun, Damages, _predicting, clean_runs, damage
+from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage, predicting_positions
 from surgery.instruments.ensemble import Ensemble, partners
 from surgery.instruments.readout import frozen_head, logits, portions
 from surgery.instruments.regression import LeastSquares, halves
@@ -305,11 +305,11 @@ def _above(values: Resampled) -> bool:
 def _repaired(stack: Stack, tokens: Tokens, seed: int, batch_size: int) -> dict[int, dict[str, Moments]]:
     """For every layer the moments of DE with itself, with DE - TE and with what the norm makes up for."""
     ensemble = Ensemble(tokens.to(stack.device), batch_size=batch_size, seed=seed)
-    if not _predicting(ensemble.tokens, ensemble.mask).any():
+    if not predicting_positions(ensemble.tokens, ensemble.mask).any():
         raise ValueError("no token of the ensemble predicts another: give prompts of 3 tokens or more")
     parts: defaultdict[int, defaultdict[str, list[Moments]]] = defaultdict(lambda: defaultdict(list))
     for run in clean_runs(stack, ensemble, "resample"):
-        kept = _predicting(run.context.tokens, run.mask)
+        kept = predicting_positions(run.context.tokens, run.mask)
         clean = _margin(stack, run, run.stream[-1], kept)
         for layer in range(stack.n_layers):
             lost = run.update(layer) - run.ablated(layer, run.update(layer))

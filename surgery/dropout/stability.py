@@ -45,8 +45,8 @@ from transformers import PreTrainedModel
 from surgery.dropout.perceptrons import COLUMNS as COLUMNS
 from surgery.dropout.perceptrons import NETWORK as NETWORK
 from surgery.dropout.perceptrons import perceptrons as perceptrons
+from surgery.models.layer_sizes import layer_list
 from surgery.models.tokens import Tokens
-from surgery.rebuild.layout import _row
 from surgery.stats import bootstrap as stats
 
 SETTLED = {
@@ -91,7 +91,7 @@ class Recorder:
         if not 0 <= rate < 1:
             raise ValueError(f"rate = {rate}: it is the probability of dropping a unit, from 0 (none) to below 1")
         self.model, self.rate, self.seed = model, rate, seed
-        self.blocks = list(_row(model, model.config.num_hidden_layers))
+        self.blocks = list(layer_list(model, model.config.num_hidden_layers))
         self._rows: list[dict[str, Any]] = []
 
     def note(self, step: int, tokens: "Tokens | Tensor", *, loss: float = float("nan"), training: bool = False) -> None:

@@ -91,7 +91,7 @@ class Trained:
         module = build(self.recipe)
         module.load_state_dict({n: t.float() for n, t in (self.weights if loss is None else self.rungs[loss]).items()})
         name = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
-        tokenizer = models._tokenizer_of(str(models.reference_folder()), models.REFERENCE)  # the same words
+        tokenizer = models.tokenizer_of(str(models.reference_folder()), models.REFERENCE)  # the same words
         return Stack(models.wrap(module, tokenizer, name))
 
 

@@ -36,6 +36,7 @@ from surgery.instruments import fidelity
 from surgery.models import loading as models
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout
 from surgery.records import manifest as provenance
 from surgery.stats.drift import NEGLIGIBLE
@@ -220,7 +221,7 @@ def fit(
     if teacher.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
                          "dtype=torch.float32; Schedule(precision='bf16') computes in half precision")  # fmt: skip
-    if pairs.source["weights_sha256"] != provenance.weights_hash(teacher.model):
+    if pairs.source["weights_sha256"] != teacher.sha256:
         raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
                          f"{teacher.name}: harvest them again")  # fmt: skip
     pairs.verify()
@@ -232,7 +233,7 @@ def fit(
                 watched or ("cross_entropy" if reads else "unexplained_whitened"))  # fmt: skip
     identity = {
         "parts": parts, "span": list(span), "objective": asdict(objective), "latents": pairs.source,
-        "student": provenance.weights_hash(student), "heldout": provenance.tokens_hash(heldout),
+        "student": weights_sha256(student), "heldout": provenance.tokens_hash(heldout),
     }  # fmt: skip
     harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
     before = pairs.ledger(teacher, schedule) if spent is None and harvested else spent

@@ -41,7 +41,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from surgery.models.stack import Stack
-from surgery.records import manifest
 from surgery.training.activations import Latents, Moments, Pairs
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
@@ -377,7 +376,7 @@ def relabelled(
 
     Raises ValueError for a share outside 0 to 1, less than one copy, and a teacher that did not make the pairs.
     """
-    if pairs.source["weights_sha256"] != manifest.weights_hash(teacher.model):
+    if pairs.source["weights_sha256"] != teacher.sha256:
         raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
                          f"{teacher.name}: it cannot relabel them; harvest them from it")  # fmt: skip
     return _augmented(pairs, teacher, walk, kind, share, copies, last, seed)

@@ -181,7 +181,7 @@ def damage(
     if absent:
         raise ValueError(f"there is no layer {absent[0]} to take out: {stack.name} has 0 to {stack.n_layers - 1}")
     ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
-    silent = ~_predicting(ensemble.tokens, ensemble.mask).any(1)
+    silent = ~predicting_positions(ensemble.tokens, ensemble.mask).any(1)
     if silent.any():
         raise ValueError(
             f"prompt {int(silent.nonzero()[0]) + 1} predicts no token from the ensemble: give prompts of "
@@ -220,14 +220,14 @@ def _leaves(
         yield from _leaves(stack, run, without, layer + 1, before + run.ablated(layer, u))
 
 
-def _predicting(tokens: Tokens, mask: Bool[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos_minus_1"]:
+def predicting_positions(tokens: Tokens, mask: Bool[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos_minus_1"]:
     """Tokens of the ensemble that another one follows."""
     return mask[:, :-1] & tokens.mask[:, 1:]
 
 
 def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[Tensor, "measure prompt"]:
     """Centred logit and log-probability of the right next token, averaged over every prompt's predictions."""
-    predicting = _predicting(run.context.tokens, run.mask)
+    predicting = predicting_positions(run.context.tokens, run.mask)
     x, clean = final[:, :-1][predicting], run.stream[-1][:, :-1][predicting]
     targets, prompts = run.context.tokens.ids[:, 1:][predicting], predicting.nonzero()[:, 0]
     parts = []

@@ -46,7 +46,7 @@ def log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Te
 
 def final_norm(stack: Stack) -> FrozenNorm | None:
     """The norm before the head, to be asked for its denominators; None in a model without."""
-    module = (stack._plain or stack._bridge).module.get_submodule(stack.model.ln_final.name)
+    module = stack.fastest_engine.module.get_submodule(stack.model.ln_final.name)
     if isinstance(getattr(module, "original_component", module), nn.Identity):
         return None
     probe = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0))

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import stream_width
+from surgery.models import layer_sizes, stream_width
 from surgery.models.errors import ModelError, first_line
 
 REFERENCE = "babel"
@@ -65,7 +65,7 @@ def load(
     with quiet():
         plain = _from_pretrained(place, name, dtype)
         if tokenizer is None:
-            tokenizer = _tokenizer_of(place, name)
+            tokenizer = tokenizer_of(place, name)
     return wrap(plain.to(device) if device else plain, tokenizer, name)
 
 
@@ -140,9 +140,7 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
         _refuse_encoder_decoder(config, name)
         opener = AutoModelForCausalLM
         if (folder / "surgery.json").is_file():
-            from surgery.rebuild import layout  # which opens its models here
-
-            opener = layout.opener(folder, config)
+            opener = layer_sizes.opener(folder, config)
         loaded, report = opener.from_pretrained(
             place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -172,7 +170,7 @@ def _explain(place: str, name: str, error: Exception) -> str:
     )
 
 
-def _tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:

@@ -26,17 +26,17 @@ from transformer_lens import TransformerBridge
 from surgery.models import stream_width
 from surgery.models.engine import Engine, Given, Recording, Stream, replaced_forward
 from surgery.models.errors import ModelError
+from surgery.models.exactness import TOLERANCES, probe_ids, relative_difference
 from surgery.models.loading import plain
 from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Tokens, encode
+from surgery.models.weights_hash import weights_sha256
 from surgery.wiring.steps import executions
 from surgery.wiring.value import Layer, Parallel, Scaled, Step, Wiring
 
 Logits = Float[Tensor, "batch pos d_vocab"]
 Tap = Callable[[Layer, Stream, Stream], "Tensor | None"]
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Stack:
         points = {id(point): point for point in model.hook_dict.values()}.values()
         self._silent_points = [point for point in points if not point.fwd_hooks and not point.bwd_hooks]
         self._resident = [(p, len(p.fwd_hooks), len(p.bwd_hooks)) for p in points if p.fwd_hooks or p.bwd_hooks]
+        self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
         self._prove()
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Stack:
                 return self._chain(engine, recording, wiring.steps, recording.x0, tap)
 
             batch = tokens.tokens if isinstance(tokens, Context) else Tokens.of(tokens)
-            return _choose(engine.forward(finish, **self._inputs(batch)), positions)
+            return _choose(engine.forward(finish, **self.inputs(batch)), positions)
 
     def context(self, tokens: "Tokens | Tensor | Context") -> Context:
         """Embed a batch once, to run many things on it. Cost: the embedding."""
@@ -136,7 +137,7 @@ class Stack:
             return tokens
         batch, engine = Tokens.of(tokens), self._engine()
         with torch.no_grad():
-            return Context(batch, engine, engine.record(**self._inputs(batch)))
+            return Context(batch, engine, engine.record(**self.inputs(batch)))
 
     def execute(
         self, wiring: "Wiring | str", x: Stream, context: Context, tap: Tap | None = None, *, grad: bool = False
@@ -182,11 +183,11 @@ class Stack:
 
         It is the model's own head: a one-token run in which every vector of ``x``, as a batch, leaves the last layer.
         """
-        engine = self._plain or self._bridge
+        engine = self.fastest_engine
         ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         vectors = x.reshape(-1, 1, x.shape[-1])
         with torch.set_grad_enabled(grad):
-            logits = engine.forward(lambda _: vectors, **self._inputs(Tokens.of(ids)))
+            logits = engine.forward(lambda _: vectors, **self.inputs(Tokens.of(ids)))
         return logits.reshape(*x.shape[:-1], -1)
 
     @contextmanager
@@ -271,10 +272,10 @@ class Stack:
         """
         tokens = self._probe()
         context, own = self.context(tokens), self._own_logits(tokens)
-        rows = [("identity wiring", "the model's own logits", _difference(self.run(tokens), own))]
+        rows = [("identity wiring", "the model's own logits", relative_difference(self.run(tokens), own))]
         if self._plain is not None:
-            both = (engine.observe(**self._inputs(tokens))[0] for engine in (self._plain, self._bridge))
-            difference = max(_difference(*pair) for pair in zip(*both, strict=True))
+            both = (engine.observe(**self.inputs(tokens))[0] for engine in (self._plain, self._bridge))
+            difference = max(relative_difference(*pair) for pair in zip(*both, strict=True))
             rows.append(("stream of the plain twin", "the bridge's blocks", difference))
         last = torch.zeros_like(tokens.mask)
         last[:, -1] = True
@@ -282,7 +283,7 @@ class Stack:
             (
                 "readout at chosen positions",
                 "all logits",
-                _difference(self.run(tokens, ":", positions=last), own[:, -1]),
+                relative_difference(self.run(tokens, ":", positions=last), own[:, -1]),
             )
         )
         for side in ("left", "right"):
@@ -291,7 +292,7 @@ class Stack:
                 (
                     f"prompts padded on the {side}",
                     "unpadded",
-                    _difference(self.run(padded)[padded.mask], own.flatten(0, 1)),
+                    relative_difference(self.run(padded)[padded.mask], own.flatten(0, 1)),
                 )
             )
         if self._resized:
@@ -300,7 +301,9 @@ class Stack:
         sublayers = f"attention {'beside' if self.parallel_sublayers else 'then'} MLP, every layer"
         rows.append((sublayers, "whole layers", self._sublayer_difference(context, streams)))
         with self.frozen(context):
-            rows.append(("norms frozen at their own scales", "live norms", _difference(self.stream(context), streams)))
+            rows.append(
+                ("norms frozen at their own scales", "live norms", relative_difference(self.stream(context), streams))
+            )
         return self._judged(rows)
 
     def _judged(self, rows: list[tuple[str, str, float]]) -> pd.DataFrame:
@@ -319,7 +322,7 @@ class Stack:
             attn = engine.sublayer(0, "attn", x, call)
             together = attn + engine.sublayer(0, "mlp", x, call) - x
             after = engine.sublayer(0, "mlp", attn, call)
-        return _difference(together, streams[1]) < _difference(after, streams[1])
+        return relative_difference(together, streams[1]) < relative_difference(after, streams[1])
 
     def _sublayer_difference(self, context: Context, streams: Tensor) -> float:
         """How far attention and MLP, run one by one, are from whole layers."""
@@ -331,20 +334,23 @@ class Stack:
                 if engine.parts[layer].mlp is not None:
                     from_stream = x if self.parallel_sublayers else composed
                     composed = composed + (engine.sublayer(layer, "mlp", from_stream, call) - from_stream)
-            worst = max(worst, _difference(composed, streams[layer + 1]))
+            worst = max(worst, relative_difference(composed, streams[layer + 1]))
         return worst
 
     def _prove(self) -> None:
         tokens = self._probe()
-        streams, own = self._bridge.observe(**self._inputs(tokens))
+        streams, own = self._bridge.observe(**self.inputs(tokens))
         if not torch.isfinite(own).all():
             raise ModelError(self._not_finite())
         model_logits = self._own_logits(tokens)
         twin, self._plain = self._plain, None
         self._require("identity wiring through the bridge's blocks", self.run(tokens), model_logits)
         if twin is not None:
-            twin_streams, twin_logits = twin.observe(**self._inputs(tokens))
-            agree = max(_difference(twin_logits, own), _difference(twin_streams[-1], streams[-1])) <= self.tolerance
+            twin_streams, twin_logits = twin.observe(**self.inputs(tokens))
+            agree = (
+                max(relative_difference(twin_logits, own), relative_difference(twin_streams[-1], streams[-1]))
+                <= self.tolerance
+            )
             if (
                 agree
             ):  # else the bridge was edited or processed since it was loaded: measure the bridge, it is the user's
@@ -352,7 +358,7 @@ class Stack:
                 self._require("identity wiring through the plain twin", self.run(tokens), model_logits)
 
     def _require(self, check: str, found: Tensor, expected: Tensor) -> None:
-        difference = _difference(found, expected)
+        difference = relative_difference(found, expected)
         if not difference <= self.tolerance:
             raise ModelError(
                 f"{self.name} cannot be opened exactly: {check} differs from the model's own logits by "
@@ -364,9 +370,7 @@ class Stack:
             return self.model(tokens.ids, return_type="logits", use_cache=False)
 
     def _probe(self) -> Tokens:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.d_vocab, (2, min(8, self.n_ctx - 3)), generator=generator)
-        return Tokens.of(ids.to(self.device))
+        return Tokens.of(probe_ids(self, spare=3))
 
     def _not_finite(self) -> str:
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
@@ -376,23 +380,46 @@ class Stack:
             return f"{self.name} has weights that are not finite (NaN or infinity): {first}{more}"
         return f"{self.name} gives logits that are not finite on random tokens though all its weights are"
 
+    @property
+    def fastest_engine(self) -> Engine:
+        """The plain twin where there is one, whether or not hooks listen."""
+        return self._plain or self._bridge
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the plain twin agrees with the bridge; not where the bridge was edited after loading."""
+        return self._plain is not None
+
+    @property
+    def sha256(self) -> str:
+        """``weights_sha256`` of the weights that are measured, which an exported model card gives too.
+
+        Computed once, and again after an edit that autograd's version counters see (not one through ``.data``).
+        """
+        module = self.model if self._plain is None else self._plain.module
+        edition = tuple((id(weight), weight._version) for weight in module.parameters())  # noqa: SLF001 (no other name)
+        if self._hashed is None or self._hashed[0] != edition:
+            self._hashed = edition, weights_sha256(module)
+        return self._hashed[1]
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Engine:
-        return self._bridge if self._plain is None or self._hooks_listen() else self._plain
+        return self._bridge if self._plain is None or self.hooks_listen() else self._plain
 
     def _current(self, context: Context) -> Context:
         """The same batch as the engine that runs now needs it (hooks may have come or gone since it was recorded)."""
         return context if context.engine is self._engine() else self.context(context.tokens)
 
-    def _hooks_listen(self) -> bool:
+    def hooks_listen(self) -> bool:
         """Whether hooks were attached since the Stack was opened (some adapters keep hooks of their own)."""
         for point in self._silent_points:  # a plain loop: this runs before everything, over hundreds of points
             if point.fwd_hooks or point.bwd_hooks:
                 return True
         return any(len(point.fwd_hooks) > fwd or len(point.bwd_hooks) > bwd for point, fwd, bwd in self._resident)
 
-    def _inputs(self, tokens: Tokens) -> dict[str, Any]:
+    def inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """What the model is called with on a batch: ids, and for prompts padded on the left mask and positions."""
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "use_cache": False}
         if tokens.padded_left:
             inputs |= {"attention_mask": tokens.mask.long(), "position_ids": tokens.positions}
@@ -463,8 +490,3 @@ def _choose(x: Stream, positions: Any) -> Tensor:
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         return x[positions]
     return x[:, positions]
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest value expected."""
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())

@@ -10,13 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformer_lens import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery
 from surgery.models.errors import ModelError
 from surgery.models.loading import load, plain, quiet
-from surgery.records.manifest import weights_hash
 from surgery.records.tables import reason
 from surgery.wiring.value import Wiring
 
@@ -65,8 +63,8 @@ def write(
     return folder
 
 
-def card(name: str, wiring: Wiring, base: TransformerBridge) -> str:
-    """The model card: what was taped, from what, and how to do it again."""
+def card(name: str, wiring: Wiring, base: str, taped: str) -> str:
+    """The model card: what was taped, from what, and how to do it again; ``base`` and ``taped`` are ``Stack.sha256``."""
     depth = len(wiring.layers)
     return f"""---
 base_model: {name}
@@ -84,7 +82,8 @@ The {wiring.n_layers} layers of `{name}` in another order, {depth} in all; no we
 | wiring | `{wiring}` (Python's slices over layers, one after another) |
 | layers, in order | {", ".join(map(str, wiring.layers))} |
 | base model | `{name}`, {wiring.n_layers} layers |
-| weights of the base model | sha256 `{weights_hash(plain(base) or base)}` |
+| weights of the base model | sha256 `{base}` |
+| weights of this model | sha256 `{taped}` |
 | made with | surgery {surgery.__version__} |
 
 Make it again (`mergekit.yaml` says the same to mergekit):
@@ -106,7 +105,7 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 """
 
 
-def layered_card(name: str, own: Sequence[Sequence[int | None]]) -> str:
+def layered_card(name: str, own: Sequence[Sequence[int | None]], sha256: str) -> str:
     """The card of a model built of other layers: MLP width, heads and stream of each, None as configured; how to open
     it."""
     sized = any(any(size) for size in own)
@@ -125,6 +124,7 @@ tags: [layer-surgery]
 # {name}
 
 {len(own)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
+Weights: sha256 `{sha256}`.
 
 ```python
 {how}

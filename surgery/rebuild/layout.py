@@ -33,19 +33,18 @@ from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.model_bridge.sources.native.init import initialize_native_model
 from transformer_lens.model_bridge.sources.native.model import NativeModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import surgery
 from surgery.models import layer_sizes, stream_width
 from surgery.models.errors import ModelError, first_line
-from surgery.models.layer_sizes import Size
+from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
+from surgery.models.layer_sizes import FORMAT, MARK, Size, place_layers, sized_class
 from surgery.models.loading import plain, quiet, wrap
 from surgery.models.stack import Stack
 from surgery.rebuild import checkpoint
-from surgery.rebuild.tape import _difference, _probe, _tolerance, _unwrapped, rewrite
+from surgery.rebuild.tape import rewrite, unwrapped
 
-FORMAT = 1
-_MARK = "own_size"  # a layer with sizes of its own carries them in this attribute, through copies and tapes
 Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or made of the fresh one in its place
 
 
@@ -129,17 +128,17 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
     >>> deeper.cfg.n_layers, bool((deeper.blocks[0].mlp.out.weight == model.blocks[0].mlp.out.weight).all())
     (14, True)
     """
-    stack, source, rows = Stack(model), _source(model), tuple(rows)
-    seen = source(_probe(stack))
+    stack, source, rows = Stack(model), source_of(model), tuple(rows)
+    seen = source(probe_ids(stack))
     if getattr(model, "_weights_processed", False) or not _agree(
-        getattr(seen, "logits", seen), model(_probe(stack)), stack
+        getattr(seen, "logits", seen), model(probe_ids(stack)), stack
     ):
         raise ModelError(
             f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
             "plain(model) instead, then build"
         )
-    layers = _layers(model)
-    own = _own(model, source)
+    layers = layers_path(model)
+    own = own_sizes(model, source)
     for row, size in zip(rows, _sizes_of(model, own, rows)):
         if row.old > 0 and size[:3] == own[row.like][:3] and size != own[row.like]:
             raise ValueError(
@@ -152,12 +151,12 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
         f"{layers}.{place}.{name}": (row.old, tensor)
         for place, row in enumerate(rows)
         if row.old > 0
-        for name, tensor in _tensors(source.get_submodule(f"{layers}.{row.like}"))
+        for name, tensor in tensors(source.get_submodule(f"{layers}.{row.like}"))
     }
     built = _built(model, source, rows, seed, weights)
     if all(row.old == 1 for row in rows):
         order = " ".join(str(row.like) for row in rows)
-        if not _agree(built(_probe(stack)), stack.run(_probe(stack), order), stack):
+        if not _agree(built(probe_ids(stack)), stack.run(probe_ids(stack), order), stack):
             raise ModelError(f"{stack.name}: layers {order} built anew do not give the logits of these layers")
     return built
 
@@ -172,12 +171,12 @@ def shaped(
     save that old weights may have any size.
     """
     put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
-    return _built(model, _source(model), rows, seed, put)
+    return _built(model, source_of(model), rows, seed, put)
 
 
 def sizes(model: TransformerBridge) -> list[Size]:
     """What sizes of its own every layer has."""
-    return _own(model, _source(model))
+    return own_sizes(model, source_of(model))
 
 
 def save(
@@ -197,18 +196,18 @@ def save(
     hugging_face, stack, own = plain(model), Stack(model), sizes(model)
     if hugging_face is None:
         raise ValueError(f"{stack.name} is TransformerLens' own model, which has no Hugging Face form to save")
-    logits = hugging_face(_probe(stack)).logits.detach()
-    if not _agree(logits, model(_probe(stack)), stack):
+    logits = hugging_face(probe_ids(stack)).logits.detach()
+    if not _agree(logits, model(probe_ids(stack)), stack):
         raise ValueError(
             f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
             "plain(model) instead, then save"
         )
 
     def same(opened: PreTrainedModel) -> None:
-        if not _agree(opened(_probe(stack)).logits, logits, stack):
+        if not _agree(opened(probe_ids(stack)).logits, logits, stack):
             raise ModelError(f"{stack.name}: the folder does not open with the same logits")
 
-    texts = {"README.md": checkpoint.layered_card(stack.name, own)}
+    texts = {"README.md": checkpoint.layered_card(stack.name, own, stack.sha256)}
     if any(size != layer_sizes.CONFIGURED for size in own):
         rows = [size._asdict() for size in own]
         texts["surgery.json"] = json.dumps(
@@ -217,27 +216,8 @@ def save(
         )
     folder = Path(folder).expanduser().resolve()
     return checkpoint.write(
-        hugging_face, _layers(model), model.tokenizer, texts, folder, max_shard_size, same if check else None
+        hugging_face, layers_path(model), model.tokenizer, texts, folder, max_shard_size, same if check else None
     )
-
-
-def opener(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class whose ``from_pretrained`` opens a folder with ``surgery.json``."""
-    try:
-        said = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
-        found, rows = said["format"], [Size(**row) for row in said["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/surgery.json does not say the sizes of the layers: save the model again") from error
-    if found != FORMAT:
-        raise ModelError(f"{folder}/surgery.json has format {found!r}, this surgery reads {FORMAT}: update it")
-    if len(rows) != config.get_text_config().num_hidden_layers or not all(
-        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row[:3]
-    ):
-        raise ModelError(
-            f"{folder}/surgery.json must give every one of the {config.get_text_config().num_hidden_layers} layers of "
-            "config.json a d_mlp, n_heads and d_model, each null or 1 and more: save the model again"
-        )
-    return _class_of(AutoModelForCausalLM._model_mapping[type(config)], rows)
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -251,10 +231,10 @@ def _built(
     weights: Mapping[str, tuple[float, Weight]],
 ) -> TransformerBridge:
     """Fresh layers, the rest the base's; then ``share * tensor + (1 - share) * fresh`` for each name in ``weights``."""
-    old, name = _own(model, source), str(model.cfg.model_name)
+    old, name = own_sizes(model, source), str(model.cfg.model_name)
     own = _sizes_of(model, old, rows)
     weight = next(source.parameters())
-    config = copy.deepcopy(_config(model))
+    config = copy.deepcopy(config_of(model))
     if model.adapter.cfg.architecture == "TransformerLensNative":
         config.n_layers = len(rows)
     else:
@@ -265,10 +245,12 @@ def _built(
         torch.manual_seed(seed)
         try:
             if isinstance(config, PreTrainedConfig):
-                module = _class_of(type(source), own)._from_config(config, dtype=weight.dtype).eval().to(weight.device)
+                module = (
+                    sized_class(type(source), own)._from_config(config, dtype=weight.dtype).eval().to(weight.device)  # noqa: SLF001
+                )
             else:
                 module = _native(config, own).eval().to(weight.device, weight.dtype)
-            _fill(module, source, f"{_layers(model)}.", weights)
+            _fill(module, source, f"{layers_path(model)}.", weights)
             if isinstance(config, PreTrainedConfig):
                 module.generation_config = copy.deepcopy(getattr(source, "generation_config", None))
                 built = wrap(module, model.tokenizer, f"{name} ({_said(rows)})")
@@ -277,7 +259,7 @@ def _built(
                     module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
                 )
                 built = stream_width.told(built).eval()
-            probe, twin = _probe(stack := Stack(built)), plain(built)
+            probe, twin = probe_ids(stack := Stack(built)), plain(built)
             if twin is not None and not _agree(twin(probe).logits, built(probe), stack):
                 raise ModelError(f"{name} built anew: its bridge and its Hugging Face model give other logits")
         except ModelError:
@@ -291,28 +273,6 @@ def _built(
     return built
 
 
-def _class_of(base: type[PreTrainedModel], own: Sequence[Size]) -> type[PreTrainedModel]:
-    """``base`` as a class whose new models have layers of these sizes; the models themselves are of ``base``."""
-
-    class Shaped(base):
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config)
-            others = {
-                size: base(layer_sizes.resized(config, size))
-                for size in dict.fromkeys(own)
-                if size != layer_sizes.CONFIGURED
-            }
-            _place(_row(self, len(own)), {size: _row(other, len(own)) for size, other in others.items()}, own, config)
-            for layer in _row(self, len(own)):
-                for module in layer.modules():
-                    if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                        module.config = config.get_text_config()
-            self.__class__ = base
-
-    Shaped.__module__, Shaped.__name__ = base.__module__, base.__name__
-    return Shaped
-
-
 def _native(config: Any, own: Sequence[Size]) -> nn.Module:
     def fresh(size: Size) -> NativeModel:
         model = NativeModel(layer_sizes.resized(config, size))
@@ -321,55 +281,17 @@ def _native(config: Any, own: Sequence[Size]) -> nn.Module:
 
     whole = fresh(layer_sizes.CONFIGURED)
     others = {size: fresh(size).layers for size in dict.fromkeys(own) if size != layer_sizes.CONFIGURED}
-    _place(whole.layers, others, own, config)
+    place_layers(whole.layers, others, own, config)
     return whole
-
-
-def _row(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The list of the model's layers: the outermost that has one module for each."""
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
-
-
-def _place(row: nn.ModuleList, others: Mapping[Size, nn.ModuleList], own: Sequence[Size], config: Any) -> None:
-    for place, size in enumerate(own):
-        if size != layer_sizes.CONFIGURED:
-            old, new = row[place], others[size][place]
-            if size.d_model is not None and size.n_heads is None and _head_widths(old) != _head_widths(new):
-                stream_width.attention(new, old)
-            _require_size(old, new, size)
-            if size.d_model is not None:
-                d_model = layer_sizes.d_model(config)
-                stream_width.carry(new, old, d_model, size.d_model, enters=size.enters, leaves=size.leaves)
-            row[place] = new
-            setattr(new, _MARK, size)
-
-
-def _require_size(old: nn.Module, new: nn.Module, size: Size) -> None:
-    """Not every class follows its configuration: some fix the MLP's width, or divide d_model among the heads."""
-    d_mlp, n_heads, d_model, *_ = size
-    if d_mlp and not any(dim in (d_mlp, 2 * d_mlp) for p in new.parameters() for dim in p.shape):
-        raise ModelError(f"{type(new).__name__} has no MLP that can be {d_mlp} wide: leave d_mlp out")
-    if (n_heads or d_model) and (not _head_widths(new) or _head_widths(new) != _head_widths(old)):
-        raise ModelError(
-            f"{type(new).__name__} divides d_model among its heads, so that {layer_sizes.said(size)} would make heads of "
-            "another width: leave n_heads out"
-        )
-    if d_model and not any(d_model in p.shape for p in new.parameters()):
-        raise ModelError(f"{type(new).__name__} has no stream that can be {d_model} wide: leave d_model out")
-
-
-def _head_widths(layer: nn.Module) -> set[int]:
-    widths = (getattr(module, key, None) for module in layer.modules() for key in stream_width.HEAD_WIDTHS)
-    return {width for width in widths if isinstance(width, int)}
 
 
 @torch.no_grad()
 def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[str, tuple[float, Weight]]) -> None:
-    outside = dict(_tensors(source))
-    unknown = weights.keys() - {name for name, _ in _tensors(module)}
+    outside = dict(tensors(source))
+    unknown = weights.keys() - {name for name, _ in tensors(module)}
     if unknown:
         raise ModelError(f"there is no weight {sorted(unknown)[0]} in the new model")
-    for name, tensor in _tensors(module):
+    for name, tensor in tensors(module):
         if name in weights:
             share, given = weights[name]
             old = given(tensor) if callable(given) else given
@@ -382,20 +304,22 @@ def _fill(module: nn.Module, source: nn.Module, layers: str, weights: Mapping[st
         tensor.copy_(old if share == 1 or not old.is_floating_point() else share * old + (1 - share) * tensor)
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _own(model: TransformerBridge, source: nn.Module) -> list[Size]:
-    return [getattr(layer, _MARK, layer_sizes.CONFIGURED) for layer in source.get_submodule(_layers(model)).children()]
+def own_sizes(model: TransformerBridge, source: nn.Module) -> list[Size]:
+    return [
+        getattr(layer, MARK, layer_sizes.CONFIGURED) for layer in source.get_submodule(layers_path(model)).children()
+    ]
 
 
 def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]) -> list[Size]:
     """What every row's size comes to, over the configuration of ``model``."""
-    configured = layer_sizes.configured(_config(model))
+    configured = layer_sizes.configured(config_of(model))
     if not rows:
         raise ValueError("no rows: give one Row for each layer of the new model, such as layout.middle(n_layers, 4, 9)")
     for row in rows:
@@ -422,25 +346,25 @@ def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]
 # --- the model given -------------------------------------------------------------------------------------------------
 
 
-def _source(model: TransformerBridge) -> Any:
+def source_of(model: TransformerBridge) -> Any:
     """The model without its bridge, on the same parameters."""
     if (twin := plain(model)) is not None:
         return twin
     whole = model.original_model
-    return _unwrapped(copy.deepcopy(whole, {id(tensor): tensor for _, tensor in _tensors(whole)}))
+    return unwrapped(copy.deepcopy(whole, {id(tensor): tensor for _, tensor in tensors(whole)}))
 
 
-def _config(model: TransformerBridge) -> Any:
+def config_of(model: TransformerBridge) -> Any:
     native = model.adapter.cfg.architecture == "TransformerLensNative"
     return model.cfg if native else (plain(model) or model.original_model).config
 
 
-def _layers(model: TransformerBridge) -> str:
+def layers_path(model: TransformerBridge) -> str:
     return str(model.blocks[0].name).rpartition(".")[0]
 
 
 def _agree(found: Tensor, expected: Tensor, stack: Stack) -> bool:
-    return _difference(found, expected) <= _tolerance(stack)
+    return relative_difference(found, expected) <= rebuilt_tolerance(stack)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

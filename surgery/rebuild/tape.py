@@ -25,16 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import PreTrainedConfig
 
 from surgery.models.errors import ModelError
+from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference, require_same
 from surgery.models.loading import load, plain
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.stack import Stack
+from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import checkpoint
 from surgery.rebuild.passes import composed, install, slots
 from surgery.wiring.value import Wiring
@@ -81,8 +83,10 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {stack.name} has {stack.n_layers}")
         base, whole, untaped = origin.base, composed(origin.wiring, wiring), stack
         stack = Stack(base)
-        probe = _probe(stack)
-        _require(untaped.run(probe), stack.run(probe, origin.wiring), stack, "it has been changed since it was taped")
+        probe = probe_ids(stack)
+        require_same(
+            untaped.run(probe), stack.run(probe, origin.wiring), stack, "it has been changed since it was taped"
+        )
         whole = stack.wiring(whole)
     passes = slots(whole)
     try:
@@ -137,9 +141,9 @@ def save(
     if hugging_face is None:
         raise ValueError(f"{name} is TransformerLens' own model, which has no Hugging Face form to save")
     stack = Stack(taped)
-    probe = _probe(stack)
+    probe = probe_ids(stack)
     logits = hugging_face(probe).logits.detach()
-    if not _difference(logits, taped(probe)) <= _tolerance(stack):
+    if not relative_difference(logits, taped(probe)) <= rebuilt_tolerance(stack):
         raise ValueError(
             f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
             "plain(model) instead, then tape and save"
@@ -148,10 +152,13 @@ def save(
         hugging_face,
         taped.blocks[0].name.rpartition(".")[0],
         taped.tokenizer,
-        {"README.md": checkpoint.card(name, wiring, origin.base), "mergekit.yaml": wiring.to_mergekit(name)},
+        {
+            "README.md": checkpoint.card(name, wiring, weights_sha256(plain(origin.base) or origin.base), stack.sha256),
+            "mergekit.yaml": wiring.to_mergekit(name),
+        },
         Path(folder).expanduser().resolve(),
         max_shard_size,
-        (lambda opened: _require(opened(probe).logits, logits, stack, "the checkpoint")) if check else None,
+        (lambda opened: require_same(opened(probe).logits, logits, stack, "the checkpoint")) if check else None,
     )
 
 
@@ -168,7 +175,7 @@ def _relayered(base: TransformerBridge, layers: Sequence[int]) -> TransformerBri
     """The base model with another row of layers, on the same parameters."""
     source = plain(base) or base.original_model
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
-    hugging_face: Any = _unwrapped(copy.deepcopy(source, dict(tensors)))
+    hugging_face: Any = unwrapped(copy.deepcopy(source, dict(tensors)))
     path, _, name = base.blocks[0].name.rpartition(".")[0].rpartition(".")
     parent = hugging_face.get_submodule(path)
     old = getattr(parent, name)
@@ -187,12 +194,12 @@ def _relayered(base: TransformerBridge, layers: Sequence[int]) -> TransformerBri
     return taped
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """What a bridge wrapped, in place: a model that has no plain twin is taken out of its bridge's hands."""
     for name, child in list(module.named_children()):
         if isinstance(child, GeneralizedComponent) and child.original_component is not None:
-            child = module._modules[name] = child.original_component
-        _unwrapped(child)
+            child = module._modules[name] = child.original_component  # noqa: SLF001
+        unwrapped(child)
     return module
 
 
@@ -210,10 +217,10 @@ def _share(block: nn.Module, source: nn.Module) -> None:
     """Some adapters split joint matrices into parameters of their own: a taped block uses those of its source."""
     sources = dict(source.named_modules())
     for name, module in block.named_modules():
-        for key, parameter in module._parameters.items():
-            other = sources[name]._parameters.get(key) if name in sources else None
+        for key, parameter in module._parameters.items():  # noqa: SLF001
+            other = sources[name]._parameters.get(key) if name in sources else None  # noqa: SLF001
             if parameter is not None and other is not None:
-                module._parameters[key] = other
+                module._parameters[key] = other  # noqa: SLF001
 
 
 # Lists of layers, as indices; every other list of the configuration as long as the model is deep is one entry a layer.
@@ -249,7 +256,7 @@ def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> N
 
 
 def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> None:
-    ids = _probe(stack)[:, :2]
+    ids = probe_ids(stack)[:, :2]
     twin = plain(taped)
     engines = [bridge_engine(taped, stack.name)] + ([] if twin is None else [plain_engine(twin, taped)])
     for engine in engines:
@@ -261,43 +268,19 @@ def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> N
 
 @torch.no_grad()
 def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
-    probe = _probe(stack)
+    probe = probe_ids(stack)
     expected = stack.run(probe, wiring)
-    _require(taped(probe), expected, stack, f"{wiring} taped together")
+    require_same(taped(probe), expected, stack, f"{wiring} taped together")
     ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
     twin = plain(stack.model)
-    if twin is not None and not _difference(twin(probe).logits, stack.run(probe)) <= _tolerance(stack):
+    if twin is not None and not relative_difference(twin(probe).logits, stack.run(probe)) <= rebuilt_tolerance(stack):
         ways.pop()  # a bridge that was edited where its twin does not see it is the truth
     for name, model in ways:
         if model is None:
             continue
         output = model(probe, use_cache=False)
-        _require(getattr(output, "logits", output), expected, stack, f"{wiring} taped together, in {name},")
+        require_same(getattr(output, "logits", output), expected, stack, f"{wiring} taped together, in {name},")
         cache = getattr(model(probe[:, :-2], use_cache=True), "past_key_values", None)
         if cache is not None:
             last = model(probe[:, -2:], past_key_values=cache, use_cache=True).logits
-            _require(last, expected[:, -2:], stack, f"{wiring} taped together, in {name} with a key-value cache,")
-
-
-def _require(found: Tensor, expected: Tensor, stack: Stack, what: str) -> None:
-    difference = _difference(found, expected)
-    if not difference <= _tolerance(stack):
-        raise ModelError(
-            f"{stack.name}: {what} differs from running the wiring layer by layer by {difference:.1e} of the logits' "
-            f"size, allowed is {_tolerance(stack):.0e}"
-        )
-
-
-def _tolerance(stack: Stack) -> float:
-    """The model's; but many take norms or softmax in single precision whatever their weights, not all ways alike."""
-    return max(stack.tolerance, 1e-5)
-
-
-def _probe(stack: Stack) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(stack.d_vocab, (2, min(8, stack.n_ctx)), generator=generator).to(stack.device)
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest value expected."""
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+            require_same(last, expected[:, -2:], stack, f"{wiring} taped together, in {name} with a key-value cache,")

@@ -89,7 +89,7 @@ def listen(
         for batch in tokens.to(stack.device).batches(batch_size):
             keep = batch.ensemble()
             with torch.no_grad():
-                layers[0].source(**stack._inputs(batch))
+                layers[0].source(**stack.inputs(batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -144,7 +144,9 @@ def _normed(
 ) -> Iterator[Float[Tensor, "token d_model"]]:
     """What enters each of these layers, in the stream's own width, over its root mean square; a batch at a time."""
     tokens, stack = _usable(tokens), Stack(model)
-    rows = [layout._source(model).get_submodule(f"{layout._layers(model)}.{layer}") for layer in range(start, stop)]
+    rows = [
+        layout.source_of(model).get_submodule(f"{layout.layers_path(model)}.{layer}") for layer in range(start, stop)
+    ]
     heard: dict[int, Tensor] = {}
 
     def hear(layer: Layer, before: Tensor, after: Tensor) -> None:
@@ -170,7 +172,7 @@ def _usable(tokens: Tokens | Tensor | None) -> Tokens:
 
 def writers(model: TransformerBridge, part: str, start: int = 0, stop: int | None = None) -> "list[Writer]":
     """What the layers [start, stop) write with in that part."""
-    source = layout._source(model)
+    source = layout.source_of(model)
     return [Writer(model, source, layer, part) for layer in range(len(model.blocks))[start:stop]]
 
 
@@ -178,7 +180,7 @@ class Writer:
     """What the units of one part of one layer write through: the output weights, found through the bridge."""
 
     def __init__(self, model: TransformerBridge, source: Any, layer: int, part: str) -> None:
-        module, self.source = source.get_submodule(f"{layout._layers(model)}.{layer}"), source
+        module, self.source = source.get_submodule(f"{layout.layers_path(model)}.{layer}"), source
         self.what = f"layer {layer} of {model.cfg.model_name}"
         component = model.blocks[layer].submodules.get(part)
         if component is None:
@@ -204,7 +206,7 @@ class Writer:
         self.count: int = rows.shape[-2]
         if part == "attn":
             heads, keys = _heads(model)
-            self.count, self.group = layout._own(model, source)[layer].n_heads or heads, heads // keys
+            self.count, self.group = layout.own_sizes(model, source)[layer].n_heads or heads, heads // keys
         self.rows: Tensor = rows.detach().unflatten(-2, (self.count, -1))
         self.shape = (*rows.shape[:-2], self.count // self.group)
 
@@ -241,7 +243,7 @@ class Writer:
         total = torch.zeros(self.shape, dtype=torch.float64, device=x.device)
         for expert, reads in enumerate(self.reads):
             token, place = torch.where((chosen == expert) & keep.unsqueeze(1))
-            act = self.module._apply_gate(linear(x[token], reads)).double().abs()
+            act = self.module._apply_gate(linear(x[token], reads)).double().abs()  # noqa: SLF001
             total[expert] = weights[token, place].double() @ act
         return total.cpu() * self.magnitude()
 
@@ -251,6 +253,6 @@ class Writer:
 
 def _heads(model: TransformerBridge) -> tuple[int, int]:
     """Query heads and key-value heads, as the configuration has them."""
-    config = layer_sizes.text(layout._config(model))
+    config = layer_sizes.text(layout.config_of(model))
     heads = getattr(config, "n_heads", None) or config.num_attention_heads
     return heads, getattr(config, "n_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads

@@ -79,8 +79,8 @@ def places(blocks: int, each: int, units: int, chosen: Int[Tensor, " chosen"]) -
 
 def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
     """The weights of a layer, by their names in it."""
-    source, block = layout._source(model), model.blocks[layer]
-    module = source.get_submodule(f"{layout._layers(model)}.{layer}")
+    source, block = layout.source_of(model), model.blocks[layer]
+    module = source.get_submodule(f"{layout.layers_path(model)}.{layer}")
     attention = f"{block.attn.name}."
     writing = tuple(pruning.writers(model, part)[layer].path for part in pruning.PARTS if part in block.submodules)
     norms = {
@@ -106,7 +106,7 @@ def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
         before = norms.get("ln1" if part == "attn" else "ln2", norms.get("ln1"))
         return Weight(tensor.detach(), owner, part, role, before, centred)
 
-    return {name: weight(name, tensor) for name, tensor in layout._tensors(module)}
+    return {name: weight(name, tensor) for name, tensor in layout.tensors(module)}
 
 
 def larger(weight: Weight, fresh: Tensor, units: int, wanted: int) -> Tensor:

@@ -33,13 +33,13 @@ from transformer_lens import TransformerBridge
 
 from surgery.instruments import similarity
 from surgery.models.errors import ModelError
+from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout
 from surgery.rebuild import units as pruning
 from surgery.rebuild import weights as resize
 from surgery.rebuild.layout import Row
-from surgery.rebuild.tape import _difference, _probe, _tolerance
 from surgery.rebuild.weights import Weight
 
 COLUMNS = {
@@ -215,7 +215,7 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
     """
     rows = []
     for name, model in models.items():
-        probe = _probe(stack := Stack(model))
+        probe = probe_ids(stack := Stack(model))
         larger = {
             "mlp": lambda model: widen(model, start, stop, d_mlp=2 * pruning.writers(model, "mlp")[start].count),
             "heads": lambda model: widen(model, start, stop, n_heads=2 * pruning.writers(model, "attn")[start].count),
@@ -225,7 +225,7 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
         for part, made in larger.items():
             difference, refused = float("nan"), ""
             try:
-                difference = _difference(made(model)(probe), model(probe))
+                difference = relative_difference(made(model)(probe), model(probe))
             except ModelError as error:
                 refused = str(error)
             rows.append((name, part, str(stack.dtype).removeprefix("torch."), difference, refused))
@@ -329,14 +329,14 @@ def _resized(
 
 
 def _placed(model: TransformerBridge, weights: Mapping[str, layout.Weight]) -> dict[str, layout.Weight]:
-    return {f"{layout._layers(model)}.{name}": weight for name, weight in weights.items()}
+    return {f"{layout.layers_path(model)}.{name}": weight for name, weight in weights.items()}
 
 
 @torch.no_grad()
 def _same(model: TransformerBridge, built: TransformerBridge, what: str) -> TransformerBridge:
-    probe = _probe(stack := Stack(model))
-    difference = _difference(built(probe), model(probe))
-    if not difference <= _tolerance(stack):
+    probe = probe_ids(stack := Stack(model))
+    difference = relative_difference(built(probe), model(probe))
+    if not difference <= rebuilt_tolerance(stack):
         raise ModelError(
             f"{stack.name} made {what} gives logits that differ by {difference:.1e} of their size: it has weights or "
             "norms that do not follow the rules of surgery.rebuild.weights, so this size cannot be changed"

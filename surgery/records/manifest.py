@@ -16,8 +16,6 @@ import shlex
 import sys
 from typing import Any
 
-import torch
-
 import surgery
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -41,7 +39,7 @@ def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **se
             "d_model": stack.d_model,
             "d_vocab": stack.d_vocab,
             "dtype": str(stack.dtype).removeprefix("torch."),
-            "weights_sha256": weights_hash(stack.model),
+            "weights_sha256": stack.sha256,
         },
         "tokens": {"prompts": len(tokens), "tokens": int(tokens.mask.sum()), "sha256": tokens_hash(tokens)},
         "wiring": wiring,
@@ -51,15 +49,6 @@ def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **se
         "command": shlex.join(sys.orig_argv),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of all parameters, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def tokens_hash(tokens: Tokens) -> str:

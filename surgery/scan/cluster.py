@@ -39,7 +39,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery.models import loading as models
 from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
-from surgery.records import manifest
 from surgery.scan import scanning as scan
 from surgery.scan import schedule
 from surgery.wiring.value import Wiring
@@ -175,9 +174,9 @@ class Replica:
         try:
             if self.stack is None or self.weights != source.weights:
                 self.stack, self.weights = source.load(device), source.weights
-            self.scorer = scan._Scorer(self.stack, *_unpack(asked, str(self.stack.device)))
+            self.scorer = scan.Scorer(self.stack, *_unpack(asked, str(self.stack.device)))
             here = neighbours if self.stack.device.type == "cpu" else 1
-            self.memory = scan._free(self.stack) // 2 // here if memory is None else memory
+            self.memory = scan.free_memory(self.stack) // 2 // here if memory is None else memory
         except Exception as error:  # whatever a model, its files or its classes may raise
             return [], f"a worker on {platform.node()} cannot open {source.name}: {_line(error)}"
         return [], ""
@@ -219,7 +218,7 @@ class Pool:
 
     def measure(
         self,
-        scorer: scan._Scorer,
+        scorer: scan.Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
         accept: Callable[[pandas.DataFrame], None],
@@ -246,7 +245,7 @@ class Pool:
 
     def _measure(
         self,
-        scorer: scan._Scorer,
+        scorer: scan.Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
         accept: Callable[[pandas.DataFrame], None],
@@ -331,7 +330,7 @@ class Pool:
         return count, len(nodes)
 
     def _source(self, stack: Stack) -> _Source:
-        if stack._hooks_listen():
+        if stack.hooks_listen():
             raise ModelError(
                 f"hooks are attached to {stack.name}, and workers would not have them; "
                 "take them off, or scan without a cluster"
@@ -341,7 +340,7 @@ class Pool:
         if cluster.model is not None:
             return named
         if self._shipped[0] != weights:
-            plain = models.plain(stack.model) if stack._plain is not None else None  # None: the bridge was edited
+            plain = models.plain(stack.model) if stack.has_twin else None
             try:
                 packed = _pack((plain or stack.model, stack.model.tokenizer))
             except Exception as error:  # anything may be inside a model
@@ -372,7 +371,7 @@ def _unpack(packed: bytes, device: str) -> Any:
 
 
 def _weights(stack: Stack) -> str:
-    return manifest.weights_hash(stack.model)
+    return stack.sha256
 
 
 def _line(error: BaseException) -> str:

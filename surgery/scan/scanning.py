@@ -174,7 +174,7 @@ def run(
         task = bar.add_task("wirings", total=len(portions) * len(given))
         pool, first = None, 0
         for portion in portions:
-            scorer = _Scorer(stack, portion, metrics, first)
+            scorer = Scorer(stack, portion, metrics, first)
             first += len(portion.groups)
             if not table.has(identity, scorer):
                 table.append(scorer.rows(identity, stack.execute(identity, scorer.context.x0, scorer.context)))
@@ -211,7 +211,7 @@ def _in_order(portions: list[pandas.DataFrame], metrics: Sequence[str]) -> panda
 
 
 def measure(
-    scorer: "_Scorer", wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pandas.DataFrame], None]
+    scorer: "Scorer", wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pandas.DataFrame], None]
 ) -> None:
     """Run the wirings here; the rows of each are handed to ``accept`` as it ends."""
     scheme = _plan(scorer.stack, wirings, scorer.context, memory, timed=False)
@@ -225,7 +225,7 @@ def measure(
         _execute(scorer.stack, chosen, scorer.context, scheme, finish)
 
 
-class _Scorer:
+class Scorer:
     """The metrics of a final stream, per probe; ``first`` is the number of a portion's first probe in its set."""
 
     def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str], first: int = 0) -> None:
@@ -301,7 +301,7 @@ class _Table:
         else:
             self._write(json.dumps(self.identity).encode() + b"\n", "wb")
 
-    def has(self, wiring: Wiring, scorer: _Scorer) -> bool:
+    def has(self, wiring: Wiring, scorer: Scorer) -> bool:
         """Whether the rows of a wiring are there for every probe of a portion; a probe's rows come all at once."""
         probes = range(scorer.first, scorer.first + len(scorer.encoded.groups))
         return self.prompts.get(str(wiring), set()).issuperset(probes)
@@ -375,7 +375,7 @@ class _Table:
 
 def _identity_of(stack: Stack, encoded: Encoded, probes: ProbeSet, metrics: Sequence[str]) -> dict[str, str]:
     return {
-        "model": provenance.weights_hash(stack.model)[:16],
+        "model": stack.sha256[:16],
         "probe set": f"{probes.name} {encoded.sha256[:16]}",
         "choice of metrics": " ".join(metrics),
     }
@@ -388,7 +388,7 @@ def _distinct(stack: Stack, wirings: Iterable["Wiring | str"]) -> list[Wiring]:
 def _plan(stack: Stack, wirings: Sequence[Wiring], context: Context, memory: int | None, timed: bool = True) -> Plan:
     tokens = context.tokens.ids.numel()
     stream = context.x0.numel() * context.x0.element_size()
-    memory = _free(stack) // 2 if memory is None else memory
+    memory = free_memory(stack) // 2 if memory is None else memory
     working = _inside(stack) * tokens * context.x0.element_size()
     group = max(1, min(_TOKENS_AT_ONCE.get(stack.device.type, 8192) // tokens, memory // 4 // working))
     alive = max(2, (memory - group * working) // stream - group)
@@ -423,7 +423,7 @@ def _inside(stack: Stack) -> int:
 
 def _portions(stack: Stack, encoded: Encoded, memory: int | None) -> list[Encoded]:
     """The probes in even portions of which one layer and one stream for every layer fit into the memory."""
-    memory = _free(stack) // 2 if memory is None else memory
+    memory = free_memory(stack) // 2 if memory is None else memory
     n_probes, size = len(encoded.groups), torch.finfo(stack.dtype).bits // 8
     needed = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * size * encoded.tokens.ids.numel()
     edges = np.linspace(0, n_probes, min(n_probes, math.ceil(needed / max(memory, 1))) + 1).round().astype(int)
@@ -442,7 +442,7 @@ def _seconds(stack: Stack, context: Context, group: int) -> float:
     return min(times) / group
 
 
-def _free(stack: Stack) -> int:
+def free_memory(stack: Stack) -> int:
     if stack.device.type == "cuda":
         return int(torch.cuda.mem_get_info(stack.device)[0])
     return int(psutil.virtual_memory().available)

@@ -101,7 +101,7 @@ def harvest(
     head: dict[str, Any] = {
         "format": FORMAT,
         "model": stack.name,
-        "weights_sha256": provenance.weights_hash(stack.model),
+        "weights_sha256": stack.sha256,
         "corpus_sha256": provenance.tokens_hash(corpus),
         "start": start,
         "stop": stop,

@@ -40,8 +40,8 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
 # torch 2.13 counts the attention kernels of CUDA, not the CPU's
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),  # noqa: SLF001
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),  # noqa: SLF001
 }
 
 
@@ -53,7 +53,7 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        if (formula := _FORMULAS.get(operation._overloadpacket)) is not None:
+        if (formula := _FORMULAS.get(operation._overloadpacket)) is not None:  # noqa: SLF001
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 

@@ -126,7 +126,7 @@ def accelerator_for(device: torch.device, precision: str = "no") -> "Accelerator
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # another precision than in an earlier training of this process is no mistake
+    AcceleratorState._reset_state()  # another precision than in an earlier training of this process is no mistake  # noqa: SLF001
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the main process, which harvests alone
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[waiting])
 

@@ -33,7 +33,7 @@ class Muon(torch.optim.Muon):
             for some in _alike(weights):
                 updates = [self._update(group, gradients[i], momenta[i]) for i in some]
                 steps = group["ns_coefficients"], group["ns_steps"], group["eps"]
-                rate = group["lr"] * torch.optim._muon._adjust_lr(1.0, group["adjust_lr_fn"], weights[some[0]].shape)
+                rate = group["lr"] * torch.optim._muon._adjust_lr(1.0, group["adjust_lr_fn"], weights[some[0]].shape)  # noqa: SLF001
                 for i, update in zip(some, orthogonalised(torch.stack(updates), *steps), strict=True):
                     weights[i].mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
         return loss

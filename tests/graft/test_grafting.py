@@ -13,9 +13,9 @@ from surgery.graft import grafting, linear_maps
 from surgery.graft.grafting import Objective, Schedule
 from surgery.instruments import fidelity, known_networks
 from surgery.models.tokens import Tokens
+from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout
 from surgery.records import tables
-from surgery.records.manifest import weights_hash
 from surgery.training.activations import Pairs
 from surgery.training.ledger import Counter
 
@@ -45,11 +45,11 @@ def harvested(stack, folder, corpus=CORPUS, span=SPAN, dtype=torch.float32):
 
 def weights_of(model):
     """Parameters by name, of the plain twin where there is one."""
-    return {name: parameter.detach().clone() for name, parameter in layout._source(model).named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in layout.source_of(model).named_parameters()}
 
 
 def layer(model, place):
-    prefix = f"{layout._layers(model)}.{place}."
+    prefix = f"{layout.layers_path(model)}.{place}."
     return {name.removeprefix(prefix): w for name, w in weights_of(model).items() if name.startswith(prefix)}
 
 
@@ -67,15 +67,17 @@ def logits(model, tokens=HELDOUT):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "gemma2", "native-gated"])
 def test_a_new_middle_between_the_old_ends(load, name, tmp_path):
     teacher = Stack(load(name))
-    before, pairs = weights_hash(teacher.model), harvested(teacher, tmp_path)
+    before, pairs = weights_sha256(teacher.model), harvested(teacher, tmp_path)
     grown = graft.train(teacher, pairs, HELDOUT, tmp_path / "run", objective=Objective(1.0, 0.1, 0.1), schedule=SHORT)
-    assert weights_hash(teacher.model) == before
+    assert weights_sha256(teacher.model) == before
     assert grown.span == SPAN
     assert grown.curve["unexplained_whitened"].iloc[-1] < grown.curve["unexplained_whitened"].iloc[0]
     old, new = weights_of(teacher.model), weights_of(grown.model)
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     inside = {
-        name for name in old if any(name.startswith(f"{layout._layers(teacher.model)}.{place}.") for place in (1, 2))
+        name
+        for name in old
+        if any(name.startswith(f"{layout.layers_path(teacher.model)}.{place}.") for place in (1, 2))
     }
     assert changed <= inside
     assert sum(old[name].numel() for name in inside) == grown.parameters
@@ -279,9 +281,9 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     assert tables.read(tmp_path / "part" / "curve.csv")["step"].tolist() == [0, 2]
     monkeypatch.undo()
     resumed = train("part")
-    assert weights_hash(resumed.model) == weights_hash(whole.model)
+    assert weights_sha256(resumed.model) == weights_sha256(whole.model)
     assert np.array_equal(resumed.curve["unexplained"], whole.curve["unexplained"])
-    assert weights_hash(train("part").model) == weights_hash(whole.model)  # finished: the same again
+    assert weights_sha256(train("part").model) == weights_sha256(whole.model)  # finished: the same again
 
 
 # --- healing ---------------------------------------------------------------------------------------------------------
@@ -291,13 +293,13 @@ def test_healing_changes_what_it_says_and_keeps_the_books(tmp_path):
     teacher = network()
     pairs = harvested(teacher, tmp_path)
     grown = graft.train(teacher, pairs, HELDOUT, tmp_path / "run", depth=1, schedule=SHORT)
-    before = weights_hash(grown.model)
+    before = weights_sha256(grown.model)
     for parts, changed in (("junction", {1, 2}), ("all", {0, 1, 2})):
         healed = graft.heal(teacher, grown, pairs, HELDOUT, tmp_path / parts, parts=parts, schedule=SHORT)
-        assert weights_hash(grown.model) == before
+        assert weights_sha256(grown.model) == before
         assert healed.span == (1, 2)
         assert changed == {i for i in range(3) if not same(layer(healed.model, i), layer(grown.model, i))}
-        outside = {n for n in weights_of(grown.model) if not n.startswith(f"{layout._layers(grown.model)}.")}
+        outside = {n for n in weights_of(grown.model) if not n.startswith(f"{layout.layers_path(grown.model)}.")}
         old, new = weights_of(grown.model), weights_of(healed.model)
         assert {torch.equal(old[name], new[name]) for name in outside} == {parts == "junction"}
         books = healed.ledger.frame().set_index(["phase", "teacher"])

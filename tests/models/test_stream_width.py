@@ -23,7 +23,7 @@ def broad(load, name="llama", d_model=48):
 
 
 def layer(model, place):
-    return layout._source(model).get_submodule(f"{layout._layers(model)}.{place}")
+    return layout.source_of(model).get_submodule(f"{layout.layers_path(model)}.{place}")
 
 
 # --- norms and maps --------------------------------------------------------------------------------------------------

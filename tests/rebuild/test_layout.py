@@ -12,9 +12,9 @@ from support.known_wirings import TOKENS, difference
 from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
 from surgery.models.loading import plain
+from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout, tape
 from surgery.rebuild.layout import Row, build, middle
-from surgery.records.manifest import weights_hash
 
 KEPT = middle(4, 1, 3, old=1.0)
 WIDER = ["gpt2", "opt", "phi3", "qwen3_moe", "native-ln"]
@@ -27,7 +27,7 @@ def storages(model):
 
 def layer(model, place):
     """Parameters of a layer by name; of the plain twin where there is one."""
-    module = layout._source(model).get_submodule(f"{layout._layers(model)}.{place}")
+    module = layout.source_of(model).get_submodule(f"{layout.layers_path(model)}.{place}")
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
@@ -36,7 +36,7 @@ def same(one, other):
 
 
 def state(model):
-    return weights_hash(model), layout._config(model).to_dict(), model.cfg.n_layers, len(model.hook_dict)
+    return weights_sha256(model), layout.config_of(model).to_dict(), model.cfg.n_layers, len(model.hook_dict)
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_all_kept_is_the_model_again(load, name):
     before, expected = state(base), base(TOKENS).detach()
     again = build(base, KEPT)
     assert torch.equal(again(TOKENS), expected)
-    assert not storages(layout._source(again)) & storages(layout._source(base))
+    assert not storages(layout.source_of(again)) & storages(layout.source_of(base))
     assert not storages(again) & storages(base)
     assert state(base) == before
     assert torch.equal(base(TOKENS), expected)
@@ -65,9 +65,9 @@ def test_the_ends_are_the_old_ones_and_the_middle_is_new(load, name):
     matrices = [key for key, weight in layer(deeper, 1).items() if weight.ndim > 1]
     for place, like in ((1, 1), (2, 2), (3, 2)):
         assert not any(torch.equal(layer(deeper, place)[key], layer(base, like)[key]) for key in matrices)
-    outside = dict(layout._source(base).named_parameters())
-    for key, parameter in layout._source(deeper).named_parameters():
-        if not key.startswith(layout._layers(base) + "."):
+    outside = dict(layout.source_of(base).named_parameters())
+    for key, parameter in layout.source_of(deeper).named_parameters():
+        if not key.startswith(layout.layers_path(base) + "."):
             assert torch.equal(parameter, outside[key])
     assert difference(deeper(TOKENS), base(TOKENS)) > 1e-3
     assert state(base) == before
@@ -81,7 +81,7 @@ def test_the_seed_decides_and_the_caller_s_is_untouched(load, name):
     torch.manual_seed(5)
     one, again, other = build(base, rows, seed=1), build(base, rows, seed=1), build(base, rows, seed=2)
     assert torch.equal(torch.rand(3), expected)
-    assert weights_hash(one) == weights_hash(again)
+    assert weights_sha256(one) == weights_sha256(again)
     for place in (1, 2):
         assert not same(layer(one, place), layer(other, place))
         assert same(layer(one, 0), layer(other, 0))

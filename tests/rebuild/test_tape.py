@@ -12,9 +12,9 @@ from support import fixtures, random_wirings
 from support.known_wirings import GROUPS, SERIAL, SUBLAYERS, TOKENS, difference
 from surgery.models.errors import ModelError
 from surgery.models.loading import plain
+from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import tape
 from surgery.rebuild.passes import composed
-from surgery.records.manifest import weights_hash
 from surgery.wiring.value import Wiring
 
 
@@ -24,7 +24,7 @@ def storages(*models):
 
 def state(model):
     config = model.original_model.config.to_dict() if plain(model) else model.cfg.to_dict()
-    return weights_hash(model), copy.deepcopy(config), len(model.hook_dict), model.cfg.n_layers
+    return weights_sha256(model), copy.deepcopy(config), len(model.hook_dict), model.cfg.n_layers
 
 
 # --- the law: taped runs as wired ------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ def test_what_widen_added_narrow_finds_and_removes(load, name, d_mlp, heads):
     model = load(name)
     wide = width.widen(model, 1, 3, d_mlp=d_mlp + 20, n_heads=heads and heads + 4)
     thin = width.narrow(wide, 1, 3, TOKENS, d_mlp=d_mlp, n_heads=heads)
-    weights = dict(layout._source(model).named_parameters())
-    for key, weight in layout._source(thin).named_parameters():
+    weights = dict(layout.source_of(model).named_parameters())
+    for key, weight in layout.source_of(thin).named_parameters():
         assert torch.equal(weight, weights[key])
 
 

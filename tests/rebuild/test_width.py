@@ -20,11 +20,11 @@ DIVIDED = ("gpt2", "gptj", "gpt_neox", "opt", "phi3", "olmo2")  # heads that can
 
 
 def layer(model, place):
-    return layout._source(model).get_submodule(f"{layout._layers(model)}.{place}")
+    return layout.source_of(model).get_submodule(f"{layout.layers_path(model)}.{place}")
 
 
 def parameters(model):
-    return sum(weight.numel() for weight in layout._source(model).parameters())
+    return sum(weight.numel() for weight in layout.source_of(model).parameters())
 
 
 # --- exact -----------------------------------------------------------------------------------------------------------

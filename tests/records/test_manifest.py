@@ -7,6 +7,7 @@ import torch
 from support import fixtures
 from surgery import Stack
 from surgery.models.tokens import Tokens
+from surgery.models.weights_hash import weights_sha256
 from surgery.records import manifest as provenance
 
 
@@ -16,22 +17,22 @@ def ids() -> torch.Tensor:
 
 def test_equal_weights_have_equal_hashes_and_one_changed_number_another():
     once, again = fixtures.native(seed=0), fixtures.native(seed=0)
-    assert provenance.weights_hash(once) == provenance.weights_hash(again)
+    assert weights_sha256(once) == weights_sha256(again)
     with torch.no_grad():
         next(again.parameters()).view(-1)[0] += 1e-6
-    assert provenance.weights_hash(once) != provenance.weights_hash(again)
+    assert weights_sha256(once) != weights_sha256(again)
 
 
 def test_weights_of_another_type_have_another_hash():
     half = torch.nn.Linear(2, 2).to(torch.bfloat16)
-    assert provenance.weights_hash(half) != provenance.weights_hash(half.float())
+    assert weights_sha256(half) != weights_sha256(half.float())
 
 
 def test_scalars_and_transposed_weights_are_hashed():
     module = torch.nn.Module()
     module.scale = torch.nn.Parameter(torch.tensor(2.0))
     module.weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).T)
-    assert len(provenance.weights_hash(module)) == 64
+    assert len(weights_sha256(module)) == 64
 
 
 def test_padding_does_not_change_the_hash_of_tokens():
@@ -47,7 +48,7 @@ def test_a_manifest_says_everything_and_is_plain_json(monkeypatch):
     manifest = provenance.manifest(stack, tokens, seed=7, wiring=":2 2:", max_length=3)
     assert json.loads(json.dumps(manifest)) == manifest
     assert manifest["model"]["n_layers"] == fixtures.N_LAYERS
-    assert manifest["model"]["weights_sha256"] == provenance.weights_hash(stack.model)
+    assert manifest["model"]["weights_sha256"] == stack.sha256
     assert manifest["tokens"] == {"prompts": 3, "tokens": 15, "sha256": provenance.tokens_hash(tokens)}
     assert (manifest["seed"], manifest["wiring"], manifest["settings"]) == (7, ":2 2:", {"max_length": 3})
     assert {"surgery", "python", "torch", "transformers", "transformer-lens"} <= set(manifest["versions"])
