@@ -101,10 +101,10 @@ def run(
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
         frame = series.windows(stack, tokens, max_length, seed=seed, progress=progress)
-        tables.write(frame, folder / report.SERIES, manifest)
+        tables.write(frame, folder / report.SERIES, manifest, series.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(untrained, tokens, max_length, seed, progress)
-        tables.write(networks, folder / report.CALIBRATION, manifest)
+        tables.write(networks, folder / report.CALIBRATION, manifest, CALIBRATION_COLUMNS)
         say("measures: every other reading of series and parallel, on the same networks")
         table, taken = compare(stack, untrained, tokens, seed)
         tables.write(table, folder / report.MEASURES, manifest, side_by_side.COLUMNS)

@@ -26,64 +26,6 @@ from typing import Any
 
 import pandas
 
-_INTERVALS = {
-    "R": "entry-read dependence of the window, 0 parallel to 1 serial, normalisation frozen at the clean run",
-    "O": "error of the window's output when its layers run in parallel, 0 to 1, normalisation frozen",
-    "S": "seriesness (R + O) / 2: 0 if no layer of the window reads another, 1 if each lives on the one before",
-    "R_live": "R with the normalisation live: it counts rescaling by the norm as reading",
-    "O_live": "O with the normalisation live",
-    "S_live": "(R_live + O_live) / 2",
-    "layernorm_share": "S_live - S: how much of the live value is the normalisation's doing",
-    "N": "displacement null of R: how far the stream moved inside the window, relative to its size",
-    "R_over_N": "R / N: above 1 the layers respond to what the window wrote more than to any displacement of that size",
-    "R_shuffled": "content null of R: R with the written content exchanged between tokens of equal position",
-    "loss_parallel_sum": "loss added by running the layers in parallel, updates summed (nats per token)",
-    "loss_parallel_mean": "the same with the layers' outputs averaged (Sun et al. 2024)",
-    "kl_parallel_sum": "KL(clean || parallel, updates summed) of the next-token distributions (nats per token)",
-    "kl_parallel_mean": "the same with the layers' outputs averaged",
-    "kappa": "the part of a deviation from the mean that the layer takes back: minus the slope of update on stream",
-    "psi": "2 kappa / growth^2: 0 random walk, 1 stationary variance, above 1 contracting, below 0 explosive",
-    "growth": "size of the layer's update relative to the stream, both centred",
-    "variance_ratio_next": "variance of the stream leaving the layer over that entering it: 1 - 2 kappa + growth^2",
-    "half_life": "layers like this one until half of a deviation is gone; empty unless kappa lies between 0 and 1",
-    "kappa_excess": "kappa minus the larger of its rotated and token-shuffled nulls",
-    "kappa_mechanical": "what an update of this size in any direction reads in normalised coordinates",
-    "kappa_corrected": "in normalised coordinates: 1 - phi / phi_mechanical, what goes beyond that",
-    "growth_order_shuffled": "growth with the layers in random order",
-    "growth_untrained": "growth of the same layer with fresh weights",
-}
-_NULLS = {
-    "rotated": "updates turned by a random rotation",
-    "token_shuffled": "updates of other tokens",
-    "order_shuffled": "layers in random order, updates brought to the layer's own size",
-    "untrained": "the same architecture with fresh weights, updates brought to the layer's own size",
-}
-_DISPLACEMENTS = {
-    "difference": "towards another prompt's token",
-    "random": "in a random direction",
-    "principal": "along a top principal component",
-}
-for _name, _meaning in _NULLS.items():
-    _INTERVALS[f"kappa_{_name}"] = f"null of kappa: {_meaning}"
-    _INTERVALS[f"kappa_excess_{_name}"] = f"kappa minus kappa_{_name}, from the same resamples"
-for _name, _meaning in _DISPLACEMENTS.items():
-    _INTERVALS[f"kappa_causal_{_name}"] = f"kappa by intervention: the stream at one token displaced {_meaning}"
-    _INTERVALS[f"kappa_causal_{_name}_frozen"] = f"kappa_causal_{_name} with the normalisation frozen at the clean run"
-COLUMNS: dict[str, str] = {
-    "network": "which network the row is about",
-    "start": "first layer of the window",
-    "stop": "one past the last layer of the window",
-    "layer": "layer, counted from 0",
-    "regime": "the interval of kappa in a word: reverting, overshooting (above 1), growing (below 0), undecided ...",
-    "restoring": "whether kappa's excess and every kind of displacement agree on a restoring force: yes, no, undecided",
-    "n_prompts": "number of prompts, the unit of resampling",
-    "n_massive": "tokens left out for massive activations (and each prompt's first, always)",
-}
-for _name, _meaning in _INTERVALS.items():
-    COLUMNS[_name] = _meaning
-    COLUMNS[f"{_name}_low"] = f"lower end of the 95 % interval of {_name} (bootstrap over prompts)"
-    COLUMNS[f"{_name}_high"] = f"upper end of the 95 % interval of {_name}"
-
 _REASONS = {
     errno.ENOSPC: "there is no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -148,20 +90,19 @@ def write(
     frame: pandas.DataFrame,
     path: str | Path,
     manifest: Mapping[str, Any],
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str],
 ) -> Path:
     """Write ``frame`` as CSV and, beside it, ``manifest`` with the meaning of the columns and the CSV's hash added.
 
-    ``columns`` explains columns of your own. Floats are written with as many digits as reading them back exactly takes.
-    Raises ``ValueError`` for a column that neither it nor ``COLUMNS`` explains, ``OSError`` where the files cannot be
-    written.
+    ``columns`` says what each column means: the ``COLUMNS`` of the module that measured, or your own. Floats are written
+    with as many digits as it takes to read them back exactly. Raises ``ValueError`` for a column that ``columns`` does
+    not explain, ``OSError`` where the files cannot be written.
     """
     path = Path(path)
-    meanings = COLUMNS | dict(columns or {})
-    unknown = [str(column) for column in frame.columns if column not in meanings]
+    unknown = [str(column) for column in frame.columns if column not in columns]
     if unknown:
         raise ValueError(
-            f"{path.name} has columns nobody explained: {', '.join(unknown)}; say what they mean in columns={{...}}"
+            f"{path.name} has columns without a meaning: {', '.join(unknown)}; say what they mean in columns={{...}}"
         )
     single = frame.select_dtypes("float32").columns
     text = frame.astype(dict.fromkeys(single, "float64")).to_csv(index=False).encode()
@@ -171,7 +112,7 @@ def write(
         "rows": len(frame),
         **manifest,
         "types": {column: _type(frame[column]) for column in frame.columns},
-        "columns": {column: meanings[column] for column in frame.columns},
+        "columns": {column: columns[column] for column in frame.columns},
     }
     save({manifest_path(path): (json.dumps(entries, indent=2) + "\n").encode(), path: text})
     return path

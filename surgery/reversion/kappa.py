@@ -53,9 +53,46 @@ from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchanged, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, ratio, rotation, weights
+from surgery.stats.bootstrap import described, RESAMPLES, columns, ratio, rotation, weights
 from surgery.stats.drift import Drift, Resampled, Step, half_life, regime
 
+_MEASURES = {
+    "kappa": "the part of a deviation from the mean that the layer takes back: minus the slope of update on stream",
+    "psi": "2 kappa / growth^2: 0 random walk, 1 stationary variance, above 1 contracting, below 0 explosive",
+    "growth": "size of the layer's update relative to the stream, both centred",
+    "variance_ratio_next": "variance of the stream leaving the layer over that entering it: 1 - 2 kappa + growth^2",
+    "half_life": "layers like this one until half of a deviation is gone; empty unless kappa lies between 0 and 1",
+    "kappa_excess": "kappa minus the larger of its rotated and token-shuffled nulls",
+    "kappa_mechanical": "what an update of this size in any direction reads in normalised coordinates",
+    "kappa_corrected": "in normalised coordinates: 1 - phi / phi_mechanical, what goes beyond that",
+    "growth_order_shuffled": "growth with the layers in random order",
+    "growth_untrained": "growth of the same layer with fresh weights",
+}
+_NULLS = {
+    "rotated": "updates turned by a random rotation",
+    "token_shuffled": "updates of other tokens",
+    "order_shuffled": "layers in random order, updates brought to the layer's own size",
+    "untrained": "the same architecture with fresh weights, updates brought to the layer's own size",
+}
+_DISPLACEMENTS = {
+    "difference": "towards another prompt's token",
+    "random": "in a random direction",
+    "principal": "along a top principal component",
+}
+for _name, _meaning in _NULLS.items():
+    _MEASURES[f"kappa_{_name}"] = f"null of kappa: {_meaning}"
+    _MEASURES[f"kappa_excess_{_name}"] = f"kappa minus kappa_{_name}, from the same resamples"
+for _name, _meaning in _DISPLACEMENTS.items():
+    _MEASURES[f"kappa_causal_{_name}"] = f"kappa by intervention: the stream at one token displaced {_meaning}"
+    _MEASURES[f"kappa_causal_{_name}_frozen"] = f"kappa_causal_{_name} with the normalisation frozen at the clean run"
+COLUMNS = {
+    "layer": "layer, counted from 0",
+    "regime": "the interval of kappa in a word: reverting, overshooting (above 1), growing (below 0), undecided ...",
+    "restoring": "whether kappa's excess and every kind of displacement agree on a restoring force: yes, no, undecided",
+    "n_prompts": "number of prompts, the unit of resampling",
+    "n_massive": "tokens left out for massive activations (and each prompt's first, always)",
+    **described(_MEASURES),
+}
 ROTATIONS = 4  # each serves for hundreds, see _rotated
 
 

@@ -33,8 +33,8 @@ PANEL, ENDS, DIRECTIONS = "reversion_panel.csv", "reversion_ends.csv", "reversio
 RETURNS, NOISE, NORMS = "reversion_returns.csv", "reversion_noise.csv", "reversion_norms.csv"
 SEEN = {"coordinates": "in which the stream is seen, see surgery.instruments.coordinates"}
 COLUMNS: dict[str, dict[str, str]] = {
-    LAYERS: {},
-    COORDINATES: SEEN,
+    LAYERS: reversion.COLUMNS,
+    COORDINATES: reversion.COLUMNS | SEEN,
     WINDOWS: trajectories.WINDOWS_COLUMNS,
     PANEL: trajectories.PANEL_COLUMNS,
     ENDS: trajectories.ENDS_COLUMNS,

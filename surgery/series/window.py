@@ -60,12 +60,25 @@ from surgery.instruments.windows import Reading, Stream, Sums, Units, book_alone
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.records import tables
-from surgery.stats.bootstrap import RESAMPLES, columns, weights
+from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
 
-COLUMNS = {
-    "first": "first unit of the window, a sublayer (3.attn); start and stop count sublayers",
-    "last": "last unit of the window",
-    "length": "length of the windows of the columns that end in _window",
+WINDOW_MEASURES = {
+    "R": "entry-read dependence of the window, 0 parallel to 1 serial, normalisation frozen at the clean run",
+    "O": "error of the window's output when its layers run in parallel, 0 to 1, normalisation frozen",
+    "S": "seriesness (R + O) / 2: 0 if no layer of the window reads another, 1 if each lives on the one before",
+    "R_live": "R with the normalisation live: it counts rescaling by the norm as reading",
+    "O_live": "O with the normalisation live",
+    "S_live": "(R_live + O_live) / 2",
+    "layernorm_share": "S_live - S: how much of the live value is the normalisation's doing",
+    "N": "displacement null of R: how far the stream moved inside the window, relative to its size",
+    "R_over_N": "R / N: above 1 the layers respond to what the window wrote more than to any displacement of that size",
+    "R_shuffled": "content null of R: R with the written content exchanged between tokens of equal position",
+    "loss_parallel_sum": "loss added by running the layers in parallel, updates summed (nats per token)",
+    "loss_parallel_mean": "the same with the layers' outputs averaged (Sun et al. 2024)",
+    "kl_parallel_sum": "KL(clean || parallel, updates summed) of the next-token distributions (nats per token)",
+    "kl_parallel_mean": "the same with the layers' outputs averaged",
+}
+LAYER_MEASURES = {
     "loss_skip": "loss added by leaving the layer out (nats per token)",
     "kl_skip": "KL(clean || without the layer) of the next-token distributions (nats per token)",
 }
@@ -73,13 +86,24 @@ PROFILE = [
     *(f"{name}_{span}" for span in ("pair", "window") for name in ("S", "R", "R_over_N", "loss_parallel_sum")),
     *("loss_skip", "kl_skip", "update_ratio", "cosine", "block_influence"),
 ]
-for _name in PROFILE:
-    _measure, _, _span = _name.rpartition("_")
-    _which = {"pair": "the layer and the next", "window": "the window that starts with the layer"}.get(_span)
-    _meaning = (tables.COLUMNS | similarity.COLUMNS | COLUMNS)[_measure if _which else _name]
-    COLUMNS[_name] = f"{_meaning}; of {_which}" if _which else _meaning
-    for _end, _word in (("low", "lower"), ("high", "upper")):
-        COLUMNS[f"{_name}_{_end}"] = f"{_word} end of the 95 % interval of {_name} (bootstrap over prompts)"
+
+
+def _profile_meaning(name: str) -> str:
+    measure, _, span = name.rpartition("_")
+    of = {"pair": "the layer and the next", "window": "the window that starts with the layer"}.get(span)
+    return f"{WINDOW_MEASURES[measure]}; of {of}" if of else (similarity.COLUMNS | LAYER_MEASURES)[name]
+
+
+COLUMNS = {
+    "start": "first layer of the window",
+    "stop": "one past the last layer of the window",
+    "first": "first unit of the window, a sublayer (3.attn); start and stop count sublayers",
+    "last": "last unit of the window",
+    "layer": "layer, counted from 0",
+    "length": "length of the windows of the columns that end in _window",
+    "n_prompts": "number of prompts, the unit of resampling",
+    **described(WINDOW_MEASURES | LAYER_MEASURES | {name: _profile_meaning(name) for name in PROFILE}),
+}
 
 
 def windows(
