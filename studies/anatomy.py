@@ -66,7 +66,7 @@ def main() -> None:
         scanned = scan.run(stack, repeats, asked, metrics=(metric,))
         found = study.measure(
             stack, tokens, tables.folder(folder / name), [kind for _, kind in prompts], said=said, scanned=scanned,
-            metric=metric, length=args.length, resamples=args.resamples,
+            metric=metric, length=args.length, sampling=surgery.Sampling(resamples=args.resamples),
         )  # fmt: skip
         print(f"\n== {name}\n")
         for title, frame in (

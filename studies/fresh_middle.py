@@ -46,6 +46,7 @@ from surgery.page import drawing
 from surgery.rebuild import layout
 from surgery.records import manifest as provenance
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 from surgery.training.activations import Latents
 from surgery.training.ledger import Ledger
 
@@ -203,9 +204,13 @@ def some(tokens: Tokens, count: int) -> Tokens:
 def wired(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, float]:
     """How the layers of a middle work together."""
     tokens = some(tokens, 128)
-    windows = serial.windows(stack, tokens, span[1] - span[0], resamples=0, damage=False)
+    windows = serial.windows(stack, tokens, span[1] - span[0], damage=False, sampling=Sampling(resamples=0))
     window = windows.query(f"start == {span[0]} and stop == {span[1]}").iloc[0]
-    drift = reversion.layers(stack, tokens, causal=False, resamples=0).iloc[span[0] : span[1]].mean(numeric_only=True)
+    drift = (
+        reversion.layers(stack, tokens, causal=False, sampling=Sampling(resamples=0))
+        .iloc[span[0] : span[1]]
+        .mean(numeric_only=True)
+    )
     return {
         name: float(source[name])
         for source, name in ((window, "S"), (window, "R_over_N"), (drift, "kappa"), (drift, "kappa_excess"))

@@ -24,6 +24,7 @@ from surgery.corpus.babel import Babel
 from surgery.records import manifest as provenance
 from surgery.records import tables
 from surgery.stats.bootstrap import columns
+from surgery.stats.sampling import Sampling
 
 STEPS = range(5)
 PARTS = {"before layer 4": (1, 4), "4 to 8": (4, 9), "from 9 on": (9, 12)}  # windows that lie wholly in them
@@ -73,7 +74,7 @@ def main() -> None:
             problems = corpus.sample(k, args.prompts, seed=0)
             tokens = stack.tokens([" ".join(corpus.words(problem)[1:]) for problem in problems])
             profiles.append(
-                ends_against_middle.measure(stack, tokens, args.length, seed=k)
+                ends_against_middle.measure(stack, tokens, args.length, sampling=Sampling(seed=k))
             )  # prompts of two k are independent
         measured = {measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in
                     ("S", "R_over_N")}  # fmt: skip

@@ -20,6 +20,7 @@ from . import wiring as wiring
 from .models.loading import load as load
 from .models.stack import Stack as Stack
 from .rebuild import tape as tape
+from .stats.sampling import Sampling as Sampling
 from .wiring.value import Wiring as Wiring
 
 __version__: str

@@ -20,7 +20,7 @@ import pandas
 import torch
 
 from surgery import report
-from surgery.anatomy import convergence, study
+from surgery.anatomy import boundaries, convergence, study
 from surgery.corpus import bundled, probes
 from surgery.corpus.text_files import read_prompts
 from surgery.instruments import known_networks
@@ -34,6 +34,7 @@ from surgery.reversion import study as reversion_study
 from surgery.scan import study as scan_study
 from surgery.series import side_by_side
 from surgery.series import window as series
+from surgery.stats.sampling import Sampling
 
 NAMES = ("series", "reversion", "scan", "anatomy")
 FEWEST = 16  # prompts for the anatomy: half of them place the boundaries, half test them
@@ -100,7 +101,7 @@ def run(
     manifest = provenance.manifest(stack, tokens, seed=seed, **settings)
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
-        frame = series.windows(stack, tokens, max_length, seed=seed, progress=progress)
+        frame = series.windows(stack, tokens, max_length, sampling=Sampling(seed=seed, progress=progress))
         tables.write(frame, folder / report.SERIES, manifest, series.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(untrained, tokens, max_length, seed, progress)
@@ -125,7 +126,7 @@ def run(
                 stack, tokens, folder, _kinds(len(tokens), seed) if own else None,
                 said=convergence.babel() if own else convergence.parallel(),
                 scanned=tables.read(repeats) if "scan" in names and repeats.exists() else None,
-                metric="loglik" if own else "loss", seed=seed,
+                metric="loglik" if own else "loss", sampling=boundaries.SAMPLING.but(seed=seed),
             )  # fmt: skip
     say("report")
     return report.build(folder)
@@ -169,9 +170,12 @@ def calibrate(
     }
     inputs = Tokens.of(known_networks.tokens(seed=seed))
     parts = {
-        name: series.windows(Stack(network), inputs, seed=seed, damage=False) for name, network in networks.items()
+        name: series.windows(Stack(network), inputs, damage=False, sampling=Sampling(seed=seed))
+        for name, network in networks.items()
     }
-    parts[report.UNTRAINED] = series.windows(untrained, tokens, max_length, seed=seed, damage=False, progress=progress)
+    parts[report.UNTRAINED] = series.windows(
+        untrained, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
+    )
     return pandas.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
 
 

@@ -8,7 +8,7 @@ from .boundaries import BOUNDARIES as BOUNDARIES
 from .boundaries import CKA_TOKENS as CKA_TOKENS
 from .boundaries import DETECTORS_COLUMNS as DETECTORS_COLUMNS
 from .boundaries import KINDS_COLUMNS as KINDS_COLUMNS
-from .boundaries import RESAMPLES as RESAMPLES
+from .boundaries import SAMPLING as SAMPLING
 from .boundaries import SPLITS as SPLITS
 from .boundaries import Anatomy as Anatomy
 from .boundaries import Features as Features

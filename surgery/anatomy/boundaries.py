@@ -30,7 +30,7 @@ Compare with the same architecture untrained, and read ``p_drift`` (``surgery.st
 stack that drifts has none. A dozen layers resolve little.
 
 >>> from surgery import Stack, load
->>> found = locate(Stack(load("babel")), Stack(load("babel")).tokens(bundled.prompts(20)), resamples=10, drifts=9)
+>>> found = locate(Stack(load("babel")), Stack(load("babel")).tokens(bundled.prompts(20)), sampling=Sampling(resamples=10), drifts=9)
 >>> found.boundaries["boundary"].unique().tolist()
 ['in', 'out']
 """
@@ -55,9 +55,10 @@ from surgery.page.phrases import number
 from surgery.stats import changepoints, comparisons
 from surgery.stats.bootstrap import weights
 from surgery.stats.drift import Step
+from surgery.stats.sampling import Sampling
 from surgery.wiring.value import Wiring
 
-RESAMPLES = 200
+SAMPLING = Sampling(resamples=200)
 SPLITS = 20  # random halves of the prompts on which the number of breaks is compared
 CKA_TOKENS = 256
 BOUNDARIES = ("in", "out")
@@ -170,10 +171,8 @@ def locate(
     metric: str = "loglik",
     length: int = 2,
     min_size: int | None = None,
-    resamples: int = RESAMPLES,
     drifts: int = 200,
-    seed: int = 0,
-    batch_size: int = 64,
+    sampling: Sampling = SAMPLING,
 ) -> Anatomy:
     """The boundaries on a random half of the prompts, the ends against the middle on the other half.
 
@@ -194,35 +193,32 @@ def locate(
     if len(kinds) != len(tokens) or len(tokens) < 8:
         raise ValueError(f"give 8 prompts or more and the kind of each, got {len(tokens)} and {len(kinds)} kinds")
     min_size = min(length + 1, stack.n_layers // 3) if min_size is None else min_size
-    placing, testing = _halves(kinds, seed)
-    found = features(stack, _chosen(tokens, placing), resamples=resamples, splits=SPLITS, seed=seed,
-                     batch_size=batch_size)  # fmt: skip
-    whole, halves = found.rows(slice(resamples + 1)), found.rows(slice(resamples + 1, None)).values
+    placing, testing = _halves(kinds, sampling.seed)
+    found = features(stack, _chosen(tokens, placing), splits=SPLITS, sampling=sampling)  # fmt: skip
+    whole, halves = found.rows(slice(sampling.resamples + 1)), found.rows(slice(sampling.resamples + 1, None)).values
     compared = changepoints.heldout(list(zip(halves[::2], halves[1::2], strict=True)), found.families,
                                     min_size=min_size)  # fmt: skip
     curve = None
     if said is not None:
-        curve = convergence.curve(stack, said, resamples=resamples, seed=seed, batch_size=batch_size)
+        curve = convergence.curve(stack, said, sampling=sampling)
         whole = whole + Features(("convergence",), curve.difference[:, 1:, None].numpy())
-    scan = None if scanned is None else functional(scanned, stack.n_layers, metric, resamples, seed)
+    scan = None if scanned is None else functional(scanned, stack.n_layers, metric, sampling.resamples, sampling.seed)
     placed = changepoints.places(whole.standardised, 2, min_size)
-    apart = detectors(whole, scan, curve, min_size, drifts, seed)
-    profiles = {"all": ends_against_middle.measure(stack, _chosen(tokens, testing), length, resamples=resamples, seed=seed,
-                                        batch_size=batch_size)}  # fmt: skip
+    apart = detectors(whole, scan, curve, min_size, drifts, sampling.seed)
+    profiles = {"all": ends_against_middle.measure(stack, _chosen(tokens, testing), length, sampling=sampling)}  # fmt: skip
     names = sorted(set(kinds)) if len(set(kinds)) > 1 else []
     for kind in names:
         own = testing[[kinds[i] == kind for i in testing]]
-        profiles[kind] = ends_against_middle.measure(stack, _chosen(tokens, own), length, resamples=resamples, seed=seed,
-                                          batch_size=batch_size)  # fmt: skip
+        profiles[kind] = ends_against_middle.measure(stack, _chosen(tokens, own), length, sampling=sampling)  # fmt: skip
     rows = []
     for kind, profile in profiles.items():
-        row = ends_against_middle.ends(profile, placed, seed=seed)
+        row = ends_against_middle.ends(profile, placed, seed=sampling.seed)
         rows.append({"kind": kind, **row, "verdict": ends_against_middle.verdict(row)})
     return Anatomy(
         changepoints.posterior(placed),
-        _segments(compared, whole, min_size, drifts, seed),
+        _segments(compared, whole, min_size, drifts, sampling.seed),
         apart,
-        agreement(apart, stack.n_layers, min_size, seed=seed),
+        agreement(apart, stack.n_layers, min_size, seed=sampling.seed),
         pandas.DataFrame(rows),
         pandas.DataFrame(
             [
@@ -240,24 +236,15 @@ def locate(
     )
 
 
-def features(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    splits: int = 0,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Features:
+def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling: Sampling = SAMPLING) -> Features:
     """Every family of the module's table but ``convergence``, under ``resamples`` draws of the prompts.
 
     Behind them come ``2 * splits`` rows: random halves of the prompts, each followed by its other half. Cost: 2 F and a
     lens readout a layer. Memory: 5 vectors a prompt and layer, and 256 tokens' products.
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     n_prompts = len(ensemble.tokens)
-    draws = torch.cat([weights(n_prompts, resamples, seed), _split(n_prompts, splits, seed)])
+    draws = torch.cat([weights(n_prompts, sampling.resamples, sampling.seed), _split(n_prompts, splits, sampling.seed)])
     count = draws @ ensemble.mask.sum(1).double().cpu()
     steps: list[list[Step]] = [[] for _ in range(stack.n_layers)]
     influence: list[list[Tensor]] = [[] for _ in range(stack.n_layers)]

@@ -19,7 +19,7 @@ Compare with the same model untrained: SC there is what tokens shared between la
 nothing. Cost: 1 F of all sentences. Memory: one vector a sentence and layer.
 
 >>> from surgery import Stack, load
->>> found = curve(Stack(load("babel")), babel(6), resamples=20)
+>>> found = curve(Stack(load("babel")), babel(6), sampling=Sampling(resamples=20))
 >>> found.frame[["layer", "same_content"]].shape
 (13, 2)
 """
@@ -36,7 +36,8 @@ from torch import Tensor
 from surgery.corpus import parallel_sentences
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
 from surgery.models.stack import Stack
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 COLUMNS = {
     "layer": "the layer that the stream enters; the number of layers for the stream that leaves the last",
@@ -115,14 +116,7 @@ def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Sentence]:
     ]
 
 
-def curve(
-    stack: Stack,
-    said: Sequence[Sentence],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Convergence:
+def curve(stack: Stack, said: Sequence[Sentence], *, sampling: Sampling = Sampling()) -> Convergence:
     """SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 1 F.
 
     Raises ValueError where there are no two contents or no two languages, or a content is said twice in a language.
@@ -135,7 +129,7 @@ def curve(
         )
     if len({(one.content, one.language) for one in said}) < len(said):
         raise ValueError("a content is said twice in one language; keep one sentence of each")
-    draws = weights(len(contents), resamples, seed)
+    draws = weights(len(contents), sampling.resamples, sampling.seed)
     weight = draws[:, torch.from_numpy(content)]
     same_content = torch.from_numpy(content[:, None] == content)
     same_language = torch.from_numpy(language[:, None] == language)
@@ -145,7 +139,7 @@ def curve(
         "neither": ~same_content & ~same_language,
     }
     rows, differences = [], []
-    for layer, pooled in enumerate(_pooled(stack, said, batch_size)):
+    for layer, pooled in enumerate(_pooled(stack, said, sampling.batch_size)):
         found = _means(pooled @ pooled.T, weight, kinds)
         found["difference"] = found["same_content"] - found["same_language"]
         row: dict[str, float] = {"layer": layer, "n_contents": len(contents)}

@@ -25,7 +25,7 @@ uniform ones of 12 layers one was called supported, of 20 whose layers were of r
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
 >>> network = Stack(known_networks.serial_network(n_layers=9))
->>> found = ends(measure(network, known_networks.tokens(12), resamples=20), [(3, 6)])
+>>> found = ends(measure(network, known_networks.tokens(12), sampling=Sampling(resamples=20)), [(3, 6)])
 >>> verdict(found).split(":")[0]
 'undecided'
 """
@@ -43,7 +43,8 @@ from surgery.instruments.windows import Reading, Sums, Units, average, book_alon
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page.phrases import number
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 PERMUTATIONS = 2000
 _MEASURES = {
@@ -81,16 +82,7 @@ class Profile:
         return self.S.shape[1] + self.length - 1
 
 
-def measure(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    length: int = 2,
-    *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Profile:
+def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling: Sampling = Sampling()) -> Profile:
     """S and R/N of every window of ``length`` layers, as ``series.windows`` has them, under the same resamples.
 
     Cost of W windows in L layers: 2 + W (length - 1) / L F. Memory: one batch's stream, a vector a prompt and update.
@@ -102,16 +94,16 @@ def measure(
         raise ValueError(f"windows have 2 to {stack.n_layers} layers in {stack.name}, got length={length}")
     units, sums = Units.of(stack, "layer"), Sums()
     starts = range(len(units) - length + 1)
-    for batch in tokens.batches(batch_size):
+    for batch in tokens.batches(sampling.batch_size):
         context = stack.context(batch)
         stream = units.stream(context)
-        sums.open(batch.ensemble(skip_first))
+        sums.open(batch.ensemble(sampling.skip_first))
         book_stream(stream, sums)
         with stack.frozen(context):
             for start in starts:
                 for layer, _ in book_alone(units, context, stream, start, length, "frozen", sums):
                     sums.square(stream[layer] - stream[start], "written", start, layer)
-    draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     reading = Reading(sums, draws, units.reads, stack.dtype)
     S, R_over_N = [], []
     for start in starts:

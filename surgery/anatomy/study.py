@@ -11,7 +11,6 @@ anatomy_by_kind.csv        whether that depends on what is asked
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas
 from matplotlib.figure import Figure
@@ -27,6 +26,7 @@ from surgery.page import drawing
 from surgery.records import manifest as provenance
 from surgery.records import tables as frames
 from surgery.stats import changepoints
+from surgery.stats.sampling import Sampling
 
 BOUNDARIES, DETECTORS, ENDS = "anatomy_boundaries.csv", "anatomy_detectors.csv", "anatomy_ends.csv"
 CONVERGENCE = "anatomy_convergence.csv"
@@ -58,12 +58,16 @@ def measure(
     said: Sequence[Sentence] | None = None,
     scanned: pandas.DataFrame | None = None,
     metric: str = "loglik",
-    seed: int = 0,
-    **options: Any,
+    length: int = 2,
+    sampling: Sampling = anatomy.SAMPLING,
 ) -> Anatomy:
     """``anatomy.locate`` on an opened model, its frames and figures written to ``folder``. Cost: that of the study."""
-    found = anatomy.locate(stack, tokens, kinds, said=said, scanned=scanned, metric=metric, seed=seed, **options)
-    manifest = provenance.manifest(stack, tokens, seed=seed, found=found.sentences, **options)
+    found = anatomy.locate(
+        stack, tokens, kinds, said=said, scanned=scanned, metric=metric, length=length, sampling=sampling
+    )
+    manifest = provenance.manifest(
+        stack, tokens, seed=sampling.seed, found=found.sentences, length=length, resamples=sampling.resamples
+    )
     tables = dict(zip(COLUMNS, (
         found.boundaries, found.segments, found.detectors, found.agreement,
         None if found.convergence is None else found.convergence.frame, found.ends, found.by_kind,

@@ -37,7 +37,8 @@ from surgery.instruments.regression import halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild.units import Writer, listen, writers
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 SILENT = 0.05  # of the largest activation of a neuron
 Draws = Float[Tensor, "resample token"]
@@ -236,14 +237,12 @@ def within(
     stack: Stack,
     tokens: Tokens | Tensor,
     layers: Sequence[int] | None = None,
-    seed: int = 0,
     *,
     n_features: int | None = None,
     k: int = 8,
     steps: int = 400,
     seeds: int = 2,
-    resamples: int = RESAMPLES,
-    batch_size: int = 64,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """Features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
 
@@ -255,26 +254,29 @@ def within(
 
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.random_network(1, 8))
-    >>> frame = within(stack, known_networks.tokens(8, 6), steps=5, seeds=1, resamples=0)
+    >>> frame = within(stack, known_networks.tokens(8, 6), steps=5, seeds=1, sampling=Sampling(resamples=0))
     >>> frame[["n_neurons", "n_features", "L0"]].values.tolist()
     [[32.0, 64.0, 8.0]]
     """
     if seeds < 1:
         raise ValueError(f"give at least one seed of autoencoders, got seeds={seeds}")
-    measured, fitted = halves(Tokens.of(tokens).to(stack.device), seed)
+    measured, fitted = halves(Tokens.of(tokens).to(stack.device), sampling.seed)
     places = list(range(stack.n_layers) if layers is None else layers)
-    heard = [activations(stack, half, places, batch_size) for half in (measured, fitted)]
+    heard = [activations(stack, half, places, sampling.batch_size) for half in (measured, fitted)]
     owners = [half.ensemble().nonzero()[:, 0].cpu() for half in (measured, fitted)]
-    drawn = [_tokens_drawn(owners[:1], resamples, seed), _tokens_drawn(owners, resamples, seed)]
-    generator, rows = torch.Generator().manual_seed(seed), []
+    drawn = [
+        _tokens_drawn(owners[:1], sampling.resamples, sampling.seed),
+        _tokens_drawn(owners, sampling.resamples, sampling.seed),
+    ]
+    generator, rows = torch.Generator().manual_seed(sampling.seed), []
     for layer, held, learnt in zip(places, *heard):
         everything, size = torch.cat([held, learnt]), held.shape[1]
         width = 2 * size if n_features is None else n_features
-        coders = [sae(learnt, width, k, steps=steps, seed=seed + i) for i in range(seeds)]
+        coders = [sae(learnt, width, k, steps=steps, seed=sampling.seed + i) for i in range(seeds)]
         F = torch.stack([effective(coder.encode(held), drawn[0]) for coder in coders])
         reports = pandas.DataFrame([coder.report(held) for coder in coders]).mean()
         apart = _shuffled(everything, generator)
-        alone = sae(apart[len(held) :], width, k, steps=steps, seed=seed).encode(apart[: len(held)])
+        alone = sae(apart[len(held) :], width, k, steps=steps, seed=sampling.seed).encode(apart[: len(held)])
         row: dict[str, float] = {
             "layer": layer, "n_neurons": size, "n_prompts": len(measured) + len(fitted), "n_features": width,
             "steps": steps, "seeds": seeds, **reports, "F_spread": float(F[:, 0].std()) if seeds > 1 else torch.nan,

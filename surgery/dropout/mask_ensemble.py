@@ -20,7 +20,7 @@ subnetworks were never trained, and their average may be far worse than the mode
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
 >>> stack, names = Stack(known_networks.random_network(n_layers=2)), ["unembed.hook_in"]
->>> frame = curve(stack, known_networks.tokens(8, 6), names, 0.2, (1, 4), resamples=0)
+>>> frame = curve(stack, known_networks.tokens(8, 6), names, 0.2, (1, 4), sampling=Sampling(resamples=0))
 >>> frame[["way", "count"]].values.tolist()
 [['scaling', 0], ['arithmetic', 1], ['geometric', 1], ['arithmetic', 4], ['geometric', 4]]
 """
@@ -42,7 +42,8 @@ from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.fidelity import Answers, checked_answers
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SCALING, ARITHMETIC, GEOMETRIC = "scaling", "arithmetic", "geometric"
@@ -76,10 +77,7 @@ def curve(
     *,
     shared: bool = True,
     answers: Answers | None = None,
-    batch_size: int = 32,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    progress: bool = False,
+    sampling: Sampling = Sampling(batch_size=32),
 ) -> pandas.DataFrame:
     """A row per way and count, ``COLUMNS``: hook points ``names`` dropped with probability ``p``.
 
@@ -95,11 +93,12 @@ def curve(
     if not counts or min(counts) < 1:
         raise ValueError(f"counts say how many masks to average, each 1 or more; got {tuple(counts)}")
     dropout.require_off(stack.model)
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), batch_size=batch_size, seed=seed, progress=progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     asked, first = checked_answers(answers, ensemble.tokens), 0
     names = names if callable(names) or isinstance(names, str) else list(names)
     drawn = [
-        hooks.dropout(stack.model, names, p, seed * 1_000_003 + mask, shared=shared) for mask in range(max(counts))
+        hooks.dropout(stack.model, names, p, sampling.seed * 1_000_003 + mask, shared=shared)
+        for mask in range(max(counts))
     ]
     totals = Totals(ensemble.n_units)
     for unit, context, _ in ensemble.batches(stack, "masks"):
@@ -131,7 +130,7 @@ def curve(
                 wrong = torch.zeros(len(unit), device=rows.device).index_add(0, rows, (answering & ~right).float())
                 totals.add((*key, "exact"), unit, (wrong == 0).double())
         first += len(unit)
-    draws = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     keys = [(SCALING, 0)] + [(way, count) for count in sorted(set(counts)) for way in (ARITHMETIC, GEOMETRIC)]
     return pandas.DataFrame([_row(totals, key, draws, len(ensemble.tokens)) for key in keys])
 

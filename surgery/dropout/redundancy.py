@@ -43,7 +43,8 @@ from surgery.instruments.readout import frozen_head, logits, portions
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 RIDGE = 0.01  # in units of the predictors' variances
 _ROUNDING = 1e-10  # share of the squares of a stream that rounding makes of an update that does not vary
@@ -82,9 +83,7 @@ def across(
     sizes: Sequence[int] | None = None,
     draws: int = 20,
     kind: str = "mean",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """Everything that is redundant in a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
 
@@ -94,37 +93,31 @@ def across(
     Raises ValueError for what these refuse.
 
     >>> from surgery.instruments import known_networks
-    >>> row = across(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(60, 8), resamples=20).iloc[0]
+    >>> row = across(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(60, 8), sampling=Sampling(resamples=20)).iloc[0]
     >>> bool(abs(row.second_difference) < 1e-6), bool(abs(row.self_repair) < 1e-6)
     (True, True)
     """
     tokens = Tokens.of(tokens)
-    drawn = subsets_drawn(stack.n_layers, sizes, draws, seed)
-    full = damage(
-        stack, tokens, [*interactions.sets(stack.n_layers), *drawn], kind, frozen=True, seed=seed, batch_size=batch_size
-    )
-    pairs = interactions.summary(full, resamples=resamples, seed=seed, tolerance=stack.tolerance)
-    curve = _curve(full, drawn, resamples, seed)
+    drawn = subsets_drawn(stack.n_layers, sizes, draws, sampling.seed)
+    full = damage(stack, tokens, [*interactions.sets(stack.n_layers), *drawn], kind, frozen=True, sampling=sampling)
+    pairs = interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
+    curve = _curve(full, drawn, sampling.resamples, sampling.seed)
     row: dict[str, float] = {
         **pairs.iloc[0],
         **columns("curvature", _curvature(curve)),
         **columns("second_difference", curve.diff(2, dim=0).mean(0)),
     }
-    products = _repaired(stack, tokens, seed, batch_size)
-    counted = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    products = _repaired(stack, tokens, sampling.seed, sampling.batch_size)
+    counted = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     row |= _slopes([products[layer] for layer in range(max(stack.n_layers - 1, 1))], counted)
-    row |= _pooled(_explained(stack, tokens, RIDGE, seed, batch_size), resamples, seed)
+    row |= _pooled(
+        _explained(stack, tokens, RIDGE, sampling.seed, sampling.batch_size), sampling.resamples, sampling.seed
+    )
     return pandas.DataFrame([row])
 
 
 def mass(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    kind: str = "mean",
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
+    stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """Redundancy mass and mean rho of all pairs of layers: ``interactions.summary`` of their damages, norms frozen.
 
@@ -132,8 +125,8 @@ def mass(
 
     Raises ValueError for a model of one layer, and what ``ablation.damage`` refuses.
     """
-    full = damage(stack, tokens, interactions.sets(stack.n_layers), kind, frozen=True, seed=seed, batch_size=batch_size)
-    return interactions.summary(full, resamples=resamples, seed=seed, tolerance=stack.tolerance)
+    full = damage(stack, tokens, interactions.sets(stack.n_layers), kind, frozen=True, sampling=sampling)
+    return interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
 
 
 def subsets(
@@ -141,12 +134,10 @@ def subsets(
     tokens: Tokens | Tensor,
     sizes: Sequence[int] | None = None,
     draws: int = 20,
-    seed: int = 0,
     *,
     kind: str = "mean",
     frozen: bool = True,
-    resamples: int = RESAMPLES,
-    batch_size: int = 64,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """Damage of taking out k layers at random, mean over the sets: a row per size from 0 on, ``COLUMNS``.
 
@@ -163,13 +154,13 @@ def subsets(
     ``ablation.damage`` refuses.
 
     >>> from surgery.instruments import known_networks
-    >>> frame = subsets(Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = subsets(Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame["n_subsets"].tolist(), bool(frame["second_difference"].abs().max() < 1e-6)
     ([1, 4, 6], True)
     """
-    drawn = subsets_drawn(stack.n_layers, sizes, draws, seed)
-    full = damage(stack, tokens, drawn, kind, frozen=frozen, seed=seed, batch_size=batch_size)
-    curve = _curve(full, drawn, resamples, seed)
+    drawn = subsets_drawn(stack.n_layers, sizes, draws, sampling.seed)
+    full = damage(stack, tokens, drawn, kind, frozen=frozen, sampling=sampling)
+    curve = _curve(full, drawn, sampling.resamples, sampling.seed)
     second = torch.full_like(curve, torch.nan)
     second[1:-1] = curve.diff(2, dim=0)
     rows = []
@@ -200,14 +191,7 @@ def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: 
     return found
 
 
-def self_repair(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> pandas.DataFrame:
+def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pandas.DataFrame:
     """How much of a layer's direct effect on the right next token is made up for when it is lost: a row per layer.
 
     The layer is resampled: it writes what it wrote at another prompt's token (``surgery.instruments.ablation``). DE is by how much
@@ -222,26 +206,20 @@ def self_repair(
     Raises ValueError for one prompt, prompts of two tokens, and what ``ablation.clean_runs`` refuses.
 
     >>> from surgery.instruments import known_networks
-    >>> frame = self_repair(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = self_repair(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame["self_repair"].abs().round(4).tolist()
     [0.0, 0.0, 0.0]
     """
     tokens = Tokens.of(tokens)
-    products = _repaired(stack, tokens, seed, batch_size)
-    drawn = weights(len(tokens), resamples, seed)
+    products = _repaired(stack, tokens, sampling.seed, sampling.batch_size)
+    drawn = weights(len(tokens), sampling.resamples, sampling.seed)
     return pandas.DataFrame(
         {"layer": layer, "n_prompts": len(tokens)} | _slopes([sums], drawn) for layer, sums in products.items()
     )
 
 
 def predictability(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    ridge: float = RIDGE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
+    stack: Stack, tokens: Tokens | Tensor, *, ridge: float = RIDGE, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """Does one layer's update say what another computes of the same input? Held-out R^2 of every pair, a row each.
 
@@ -261,13 +239,13 @@ def predictability(
 
     >>> from surgery.instruments import known_networks
     >>> tokens = known_networks.tokens(60, 8)
-    >>> frame = predictability(Stack(known_networks.serial_network(n_layers=2)), tokens, resamples=0)
+    >>> frame = predictability(Stack(known_networks.serial_network(n_layers=2)), tokens, sampling=Sampling(resamples=0))
     >>> frame[["predictability"]].isna().values.tolist()  # the later layer reads nothing that enters the first
     [[True]]
     """
-    found, rows = _explained(stack, Tokens.of(tokens), ridge, seed, batch_size), []
+    found, rows = _explained(stack, Tokens.of(tokens), ridge, sampling.seed, sampling.batch_size), []
     for (layer, later), sums in found.items():
-        drawn = weights(sums.shape[-1], resamples if sums.shape[-1] > 1 else 0, seed)
+        drawn = weights(sums.shape[-1], sampling.resamples if sums.shape[-1] > 1 else 0, sampling.seed)
         row: dict[str, float] = {"layer": layer, "later": later, "n_prompts": sums.shape[-1]}
         for name, values in _r_squared(sums, drawn).items():
             row |= columns(name, values)
@@ -304,7 +282,7 @@ def _above(values: Resampled) -> bool:
 
 def _repaired(stack: Stack, tokens: Tokens, seed: int, batch_size: int) -> dict[int, dict[str, Moments]]:
     """For every layer the moments of DE with itself, with DE - TE and with what the norm makes up for."""
-    ensemble = Ensemble(tokens.to(stack.device), batch_size=batch_size, seed=seed)
+    ensemble = Ensemble(tokens.to(stack.device), Sampling(batch_size=batch_size, seed=seed))
     if not predicting_positions(ensemble.tokens, ensemble.mask).any():
         raise ValueError("no token of the ensemble predicts another: give prompts of 3 tokens or more")
     parts: defaultdict[int, defaultdict[str, list[Moments]]] = defaultdict(lambda: defaultdict(list))

@@ -40,6 +40,7 @@ from surgery.models.tokens import Tokens
 from surgery.page import drawing
 from surgery.records import tables as frames
 from surgery.stats import bootstrap as stats
+from surgery.stats.sampling import Sampling
 
 MODELS, PROBES, ENSEMBLE = "dropout_models.csv", "dropout_probes.csv", "dropout_ensemble.csv"
 PERCEPTRONS, STREAM, TOY = "dropout_perceptrons.csv", "dropout_stream.csv", "dropout_toy.csv"
@@ -111,10 +112,10 @@ def measure(
     for one, matched, stack in opened(made):
         tokens = _heldout(count)
         heard = list(range(1, stack.n_layers)) if layers is None else list(layers)
-        within = features.within(stack, tokens, heard, seeds=coders, steps=coder_steps, resamples=0).mean(
-            numeric_only=True
-        )
-        across = redundancy.across(stack, tokens, resamples=resamples).iloc[0]
+        within = features.within(
+            stack, tokens, heard, seeds=coders, steps=coder_steps, sampling=Sampling(resamples=0)
+        ).mean(numeric_only=True)
+        across = redundancy.across(stack, tokens, sampling=Sampling(resamples=resamples)).iloc[0]
         row = _run(one, matched) | trained.judged(_module(stack), trained.data())
         row |= {name: float(within[name]) for name in (*_of(WITHIN), "explained", "dead")}
         row |= {name: float(across[name]) for name in _of(ACROSS)}

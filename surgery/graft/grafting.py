@@ -40,6 +40,7 @@ from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout
 from surgery.records import manifest as provenance
 from surgery.stats.drift import NEGLIGIBLE
+from surgery.stats.sampling import Sampling
 from surgery.training import loop as training
 from surgery.training.activations import Latents, Moments, Pairs
 from surgery.training.harvest import harvest as latents
@@ -371,7 +372,15 @@ class Task:
 
     def look(self) -> dict[str, float]:
         span = (self.pairs.start, self.pairs.stop)
-        row = fidelity.of(self.teacher, self.stack, self.heldout, span, self.span, answers=self.answers, resamples=0)
+        row = fidelity.of(
+            self.teacher,
+            self.stack,
+            self.heldout,
+            span,
+            self.span,
+            answers=self.answers,
+            sampling=Sampling(resamples=0),
+        )
         return {str(name): float(value) for name, value in row.iloc[0].items() if name in fidelity.COLUMNS}
 
 

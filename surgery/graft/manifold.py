@@ -34,7 +34,8 @@ from surgery.instruments.windows import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 REAL, LEVEL = "real", 0.95
 SUMMED = ("walked", "moved", "spread", "mahalanobis", "beyond_real", "beyond_chi_squared", "nearest")
@@ -63,15 +64,7 @@ COLUMNS = {
 
 
 def report(
-    stack: Stack,
-    walk: Walk,
-    kinds: Mapping[str, Kind],
-    heldout: Tokens,
-    start: int,
-    *,
-    batch_size: int = 64,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    stack: Stack, walk: Walk, kinds: Mapping[str, Kind], heldout: Tokens, start: int, *, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """A row for the activations as they are, and for each of ``kinds`` by name one walked and one control: ``COLUMNS``.
 
@@ -95,9 +88,9 @@ def report(
             f"{stack.d_model} dimensions, got {len(heldout)}, {start} and {len(walk.regions[0].mean)}"
         )
     walk = walk.to(stack.device)
-    first_half, second_half = (half.to(stack.device) for half in halves(heldout, seed))
-    limits = _limits(stack, walk, Ensemble(first_half, batch_size=batch_size), start)
-    ensemble = Ensemble(second_half, batch_size=batch_size)
+    first_half, second_half = (half.to(stack.device) for half in halves(heldout, sampling.seed))
+    limits = _limits(stack, walk, Ensemble(first_half, sampling), start)
+    ensemble = Ensemble(second_half, sampling)
     steps: dict[tuple[str, bool], Kind | None] = {(REAL, False): None}
     for name, one in kinds.items():
         steps |= {(name, False): one, (name, True): Scattered(one)}
@@ -109,14 +102,14 @@ def report(
         for key, kind in steps.items():
             moved = x
             if kind is not None:
-                moved = walk(x.float(), context.tokens.mask, kind, seed=seed, draws=draws).to(x)
+                moved = walk(x.float(), context.tokens.mask, kind, seed=sampling.seed, draws=draws).to(x)
             for name, values in _measured(walk, limits, x, moved, context, mask).items():
                 totals.add((key, name), unit, values.double().sum(1))
             final = stack.execute(f"{start}:", moved, context)
             totals.add((key, "entropy"), unit, _entropies(stack, final, mask).sum(1))
         totals.add("tokens", unit, mask.double().sum(1))
         first += len(unit)
-    drawn = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    drawn = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     rows, count = [], drawn @ totals["tokens"]
     real = {name: drawn @ totals[(REAL, False), name] for name in (*SUMMED, "entropy")}
     for name, control in steps:

@@ -36,7 +36,8 @@ from surgery.instruments.fidelity import ANSWERS, Answers, Ending, book_predicti
 from surgery.models.loading import untrained
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 ROBUST = 0.1  # nats per token
 
@@ -63,10 +64,7 @@ def layers(
     *,
     initial: TransformerBridge | None = None,
     answers: Answers | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """One row per layer, ``COLUMNS``: what it costs to put that layer back to fresh weights.
 
@@ -80,24 +78,24 @@ def layers(
 
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.random_network(n_layers=2, seed=4))
-    >>> layers(stack, known_networks.tokens(4, 6), seeds=1, seed=4).damage.tolist()  # what is put back was there before
+    >>> layers(stack, known_networks.tokens(4, 6), seeds=1, sampling=Sampling(seed=4)).damage.tolist()  # what is put back was there before
     [0.0, 0.0]
     """
     if seeds < 1:
         raise ValueError(f"seeds is how many fresh models to take layers from, at least 1, got {seeds}")
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), batch_size=batch_size, progress=progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     asked = checked_answers(answers, ensemble.tokens)
-    draws = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     skipped = _each(stack, None, ensemble, asked, draws, "layers left out")
     found = []
     for number in range(seeds if initial is None else 1):
-        fresh = Stack(untrained(stack.model, seed + number) if initial is None else initial)
+        fresh = Stack(untrained(stack.model, sampling.seed + number) if initial is None else initial)
         if (fresh.n_layers, fresh.d_model) != (stack.n_layers, stack.d_model):
             raise ValueError(
                 f"{fresh.name} has {fresh.n_layers} layers of {fresh.d_model} dimensions, {stack.name} has "
                 f"{stack.n_layers} of {stack.d_model}: give the same model before its training as initial, or none"
             )
-        found.append(_each(stack, fresh, ensemble, asked, draws, f"fresh layers, seed {seed + number}"))
+        found.append(_each(stack, fresh, ensemble, asked, draws, f"fresh layers, seed {sampling.seed + number}"))
         del fresh
     rows = []
     for layer in range(stack.n_layers):

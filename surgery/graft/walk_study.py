@@ -39,7 +39,8 @@ from surgery.records import tables as frames
 from surgery.stats import bootstrap as stats
 from surgery.training.activations import Latents
 
-METHODS, MANIFOLD = "walk_methods.csv", "walk_manifold.csv"
+METHODS: str = "walk_methods.csv"
+MANIFOLD: str = "walk_manifold.csv"
 REAL, LONGER, MORE = "real", "longer", "more real"
 KINDS: dict[str, walk.Kind] = {"stationary": walk.Stationary(0.9), "tangent": walk.Tangent(0.5)}
 SHOWN: dict[str, walk.Kind] = {

@@ -43,6 +43,7 @@ from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import RESAMPLES, columns, weights
+from surgery.stats.sampling import Sampling
 
 KINDS = ("skip", "mean", "resample")
 COLUMNS = {
@@ -135,14 +136,16 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
             means[visit.layer] += visit.u[visit.mask].double().sum(0).cpu()
         means /= int(ensemble.mask.sum())
     first = 0
-    for batch in ensemble.tokens.batches(max(ensemble.batch_size, 3)):  # in less, a prompt could have no donor
-        context, mask = stack.context(batch), batch.ensemble(ensemble.skip_first)
+    for batch in ensemble.tokens.batches(max(ensemble.sampling.batch_size, 3)):  # in less, a prompt could have no donor
+        context, mask = stack.context(batch), batch.ensemble(ensemble.sampling.skip_first)
         stream = stack.stream(context)
         if not stream[:, mask].isfinite().all():
             raise ValueError(
                 f"the stream of {stack.name} is not finite: load the model in float32, or mend its weights"
             )
-        partner = partners(mask, np.random.default_rng((ensemble.seed, 2, first))) if kind == "resample" else None
+        partner = (
+            partners(mask, np.random.default_rng((ensemble.sampling.seed, 2, first))) if kind == "resample" else None
+        )
         yield CleanRun(first, context, mask, stream, amount, means, partner)
         first += len(batch)
 
@@ -155,10 +158,7 @@ def damage(
     amount: float = 1.0,
     *,
     frozen: bool = False,
-    skip_first: bool = True,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> Damages:
     """What it costs each prompt to do without each of ``sets`` of layers.
 
@@ -180,16 +180,16 @@ def damage(
     absent = sorted({layer for layers in wanted for layer in layers if not 0 <= layer < stack.n_layers})
     if absent:
         raise ValueError(f"there is no layer {absent[0]} to take out: {stack.name} has 0 to {stack.n_layers - 1}")
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     silent = ~predicting_positions(ensemble.tokens, ensemble.mask).any(1)
     if silent.any():
         raise ValueError(
             f"prompt {int(silent.nonzero()[0]) + 1} predicts no token from the ensemble: give prompts of "
-            f"{3 if skip_first else 2} tokens or more"
+            f"{3 if sampling.skip_first else 2} tokens or more"
         )
     found = torch.zeros(2, len(wanted), len(ensemble.tokens), dtype=torch.float64)
     row = {layers: number for number, layers in enumerate(wanted)}
-    with Progress(disable=not progress, transient=True) as bar:
+    with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("ablations", total=len(wanted) * len(ensemble.tokens))
         for run in clean_runs(stack, ensemble, kind, amount):
             with stack.frozen(run.context) if frozen else nullcontext():

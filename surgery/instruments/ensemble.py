@@ -16,7 +16,7 @@ they are permuted, the vectors keep their mean and their size exactly.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> ensemble = Ensemble(Tokens.of(known_networks.tokens(48)), batch_size=32)
+>>> ensemble = Ensemble(Tokens.of(known_networks.tokens(48)), Sampling(batch_size=32))
 >>> [(visit.first, visit.layer) for visit in ensemble.visits(Stack(known_networks.parallel_network(n_layers=2)))]
 [(0, 0), (0, 1), (24, 0), (24, 1)]
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 UNITS = 256  # of resampling: with more, intervals gain nothing and memory grows with the corpus
 MASSIVE = 1000  # times the median magnitude
@@ -52,32 +53,37 @@ class Visit:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The tokens measured, and how to go through them: even batches of at most ``batch_size`` prompts.
+    """The tokens measured, and how to go through them: even batches of at most ``sampling.batch_size`` prompts.
 
-    ``seed`` is where every random draw starts from; ``progress`` draws a bar for every walk; ``left_out`` are tokens
-    that run but are not measured, see ``without_massive``.
+    ``left_out`` are tokens that run but are not measured, see ``without_massive``.
 
-    Raises ValueError if no token is left to measure, or if ``batch_size`` is not positive.
+    Raises ValueError if no token is left to measure, or if the batch size is not positive.
     """
 
     tokens: Tokens
-    skip_first: bool = True
-    batch_size: int = 64
-    seed: int = 0
-    progress: bool = False
+    sampling: Sampling = Sampling()
     left_out: Bool[Tensor, "prompt pos"] | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got batch_size={self.batch_size}")
+        if self.sampling.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got batch_size={self.sampling.batch_size}")
         if not self.mask.any():
-            hint = "prompts of two tokens or more, or skip_first=False" if self.skip_first else "prompts with tokens"
+            hint = (
+                "prompts of two tokens or more, or skip_first=False"
+                if self.sampling.skip_first
+                else "prompts with tokens"
+            )
             raise ValueError(f"no token is left to measure in {len(self.tokens)} prompts: give {hint}")
+
+    @classmethod
+    def of(cls, stack: Stack, tokens: "Tokens | Tensor", sampling: Sampling = Sampling()) -> "Ensemble":
+        """The ensemble of prompts, or of ids without padding, on the device of ``stack``."""
+        return cls(Tokens.of(tokens).to(stack.device), sampling)
 
     @property
     def mask(self) -> Bool[Tensor, "prompt pos"]:
         """Which tokens are in the ensemble."""
-        kept = self.tokens.ensemble(self.skip_first)
+        kept = self.tokens.ensemble(self.sampling.skip_first)
         return kept if self.left_out is None else kept & ~self.left_out
 
     @property
@@ -108,8 +114,10 @@ class Ensemble:
 
     def batches(self, stack: Stack, label: str = "prompts") -> Iterable[tuple[Tensor, Context, Tensor]]:
         """Unit of every prompt, context and mask of each batch: for measures that need all layers at once."""
-        batches = list(self.tokens.batches(self.batch_size))
-        return track(self._contexts(stack, batches), label, len(batches), disable=not self.progress, transient=True)
+        batches = list(self.tokens.batches(self.sampling.batch_size))
+        return track(
+            self._contexts(stack, batches), label, len(batches), disable=not self.sampling.progress, transient=True
+        )
 
     def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
         """Every layer of every batch, the layers run in ``order`` (as in the model if not given). Cost: 1 F.
@@ -117,13 +125,15 @@ class Ensemble:
         ``label`` stands beside the bar. Raises ValueError on the way if the stream is not finite.
         """
         order = range(stack.n_layers) if order is None else order
-        batches = list(self.tokens.batches(self.batch_size))
+        batches = list(self.tokens.batches(self.sampling.batch_size))
         total = len(batches) * len(order)
-        return track(self._walk(stack, batches, order), label, total, disable=not self.progress, transient=True)
+        return track(
+            self._walk(stack, batches, order), label, total, disable=not self.sampling.progress, transient=True
+        )
 
     def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
         """Random numbers for one visit, the same whenever it is made again for the same purpose."""
-        return np.random.default_rng((self.seed, *purpose, visit.layer, visit.first))
+        return np.random.default_rng((self.sampling.seed, *purpose, visit.layer, visit.first))
 
     def _contexts(self, stack: Stack, batches: Sequence[Tokens]) -> Iterator[tuple[Tensor, Context, Tensor]]:
         kept, units, first = self.mask, self.units, 0

@@ -41,8 +41,9 @@ from surgery.instruments.readout import log_probabilities, portions
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.drift import NEGLIGIBLE
+from surgery.stats.sampling import Sampling
 
 Middle = Callable[[Stream, Context], Stream]  # x_start, at every position, to x_stop
 Answers = Bool[Tensor, "prompt pos"] | Bool[np.ndarray, "prompt pos"]
@@ -87,10 +88,7 @@ def measure(
     stop: int,
     *,
     answers: Answers | None = None,
-    batch_size: int = 64,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """One row, ``COLUMNS``: layers ``[start, stop)`` replaced by ``middle(x_start, context) -> x_stop``.
 
@@ -121,7 +119,7 @@ def measure(
         found = found.to(x_start)
         return found, run(stack, stop, stack.n_layers, found, context)
 
-    row = _row(stack, stack, span, student, tokens, answers, batch_size, resamples, seed, progress)
+    row = _row(stack, stack, span, student, tokens, answers, sampling=sampling)
     return pandas.DataFrame([{"start": start, "stop": stop} | row])
 
 
@@ -133,10 +131,7 @@ def of(
     student_span: tuple[int, int],
     *,
     answers: Answers | None = None,
-    batch_size: int = 64,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """The row of ``measure`` for a model as a whole, whose middle may be of another depth and its ends healed.
 
@@ -162,7 +157,7 @@ def of(
         found = run(student, 0, last, own.x0, own)
         return found.to(x_start), run(student, last, student.n_layers, found, own)
 
-    row = _row(teacher, student, span, run_student, tokens, answers, batch_size, resamples, seed, progress)
+    row = _row(teacher, student, span, run_student, tokens, answers, sampling=sampling)
     spans = {"start": span[0], "stop": span[1], "student_start": first, "student_stop": last}
     return pandas.DataFrame([spans | row])
 
@@ -179,14 +174,11 @@ def _row(
     run_student: Callable[[Context, Stream], tuple[Stream, Stream]],
     tokens: Tokens | Tensor,
     answers: Answers | None,
-    batch_size: int,
-    resamples: int,
-    seed: int,
-    progress: bool,
+    sampling: Sampling,
 ) -> dict[str, int | float]:
     """Run both, batch by batch; ``run_student`` gives the streams that leave its middle and its last layer."""
     start, stop = span
-    ensemble = Ensemble(Tokens.of(tokens).to(teacher.device), batch_size=batch_size, seed=seed, progress=progress)
+    ensemble = Ensemble.of(teacher, tokens, sampling)
     asked = checked_answers(answers, ensemble.tokens)
     totals, first = Totals(ensemble.n_units), 0
     for unit, context, mask in ensemble.batches(teacher):
@@ -204,7 +196,7 @@ def _row(
         some = None if asked is None else asked[first : first + len(unit)]
         book_predictions(totals, unit, context.tokens, some, original, {"other": (student, final)})
         first += len(unit)
-    draws = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     measures = _unexplained(totals, draws) | predictions(totals, "other", draws)
     row: dict[str, int | float] = {"n_prompts": len(ensemble.tokens), "n_predictions": int(totals["predictions"].sum())}
     for name, values in measures.items():

@@ -52,6 +52,7 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
 from surgery.stats.permutation import p_value, sign_flips, signs
+from surgery.stats.sampling import Sampling
 
 Resampled = Float[Tensor, " resample"]
 
@@ -95,11 +96,7 @@ def pairs(
     amount: float = 0.5,
     *,
     frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """``table`` of every pair of layers, taken out wholly and in part (``amount``): a row per pair, ``COLUMNS``.
 
@@ -110,7 +107,7 @@ def pairs(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(24), resamples=50)
+    >>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(24), sampling=Sampling(resamples=50))
     >>> bool(frame["delta"].abs().max() < 1e-5)
     True
     """
@@ -120,12 +117,10 @@ def pairs(
         raise ValueError(f"amount is what partial ablation takes out, between 0 and 1, got {amount}")
     full, partial = (
         damage(
-            stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, skip_first=skip_first, seed=seed,
-            batch_size=batch_size, progress=progress,
-        )
+            stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
         for share in (1.0, amount)
     )  # fmt: skip
-    return table(full, partial, measure, amount, resamples, seed, tolerance=stack.tolerance)
+    return table(full, partial, measure, amount, sampling.resamples, sampling.seed, tolerance=stack.tolerance)
 
 
 def table(

@@ -25,9 +25,9 @@ the artefact of normalisation by itself. Biases change nothing: the measures are
 All are ordinary TransformerLens models (``TransformerBridge``), built in hundredths of a second, in float32 or float64.
 The constructions are ours.
 
->>> from surgery import Stack, series
+>>> from surgery import Sampling, Stack, series
 >>> from surgery.instruments import known_networks
->>> frame = series.windows(Stack(known_networks.serial_network()), known_networks.tokens(), resamples=0)
+>>> frame = series.windows(Stack(known_networks.serial_network()), known_networks.tokens(), sampling=Sampling(resamples=0))
 >>> frame.S.round(6).unique().tolist()
 [1.0]
 """

@@ -22,7 +22,7 @@ layer to layer: each writes something into the answer.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = layers(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(8, 6), tuned=False, resamples=0)
+>>> frame = layers(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(8, 6), tuned=False, sampling=Sampling(resamples=0))
 >>> frame[["lens", "layer"]].values.tolist(), bool(frame.kl_lens_final.iloc[-1] < 1e-9)
 ([['logit', 0], ['logit', 1], ['logit', 2]], True)
 """
@@ -40,7 +40,8 @@ from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 MEASURES = {
     "kl_lens_final": "KL(lens || final): nats by which the layer's reading is sure of what the model does not say",
@@ -61,16 +62,7 @@ Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]
 
 
 def layers(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    tuned: bool = True,
-    ridge: float = 0.01,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, tuned: bool = True, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """Every lens at every layer against the model's own probabilities. Columns: ``COLUMNS``.
 
@@ -85,13 +77,13 @@ def layers(
     and a stream that is not finite.
     """
     tokens = Tokens.of(tokens).to(stack.device)
-    measured, fitted = halves(tokens, seed) if tuned else (tokens, tokens)
-    ensemble = Ensemble(measured, skip_first, batch_size, seed, progress)
+    measured, fitted = halves(tokens, sampling.seed) if tuned else (tokens, tokens)
+    ensemble = Ensemble(measured, sampling)
     lenses = logit(stack)
     if tuned:
-        lenses |= translators(stack, Ensemble(fitted, skip_first, batch_size, seed, progress), ridge)
+        lenses |= translators(stack, Ensemble(fitted, sampling), ridge)
     found = readings(stack, ensemble, lenses)
-    draws = weights(len(measured), resamples if len(measured) > 1 else 0, seed)
+    draws = weights(len(measured), sampling.resamples if len(measured) > 1 else 0, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     rows = []
     for (lens, layer), sums in found.items():
@@ -144,9 +136,9 @@ def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], 
 
 def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Tensor, "layer_plus_1 token d_model"]]:
     """``x_0 .. x_L`` at the ensemble's tokens, batch by batch: [layer_plus_1, token, d_model]."""
-    batches = list(ensemble.tokens.batches(ensemble.batch_size))
-    for batch in track(batches, label, disable=not ensemble.progress, transient=True):
-        stream = stack.stream(batch)[:, batch.ensemble(ensemble.skip_first)]
+    batches = list(ensemble.tokens.batches(ensemble.sampling.batch_size))
+    for batch in track(batches, label, disable=not ensemble.sampling.progress, transient=True):
+        stream = stack.stream(batch)[:, batch.ensemble(ensemble.sampling.skip_first)]
         if not stream.isfinite().all():
             raise ValueError(
                 f"the stream of {stack.name} is not finite on these prompts: its numbers overflow {stack.dtype}"

@@ -42,7 +42,8 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 _MEASURES = {
     "block_influence": "1 - E cos(stream entering, stream leaving the layer), 0 to 2; says nothing of series",
@@ -69,15 +70,7 @@ COLUMNS |= described(_MEASURES)
 
 
 def layers(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    sublayers: bool = False,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """Block influence, cosine and size of every layer's update; with ``sublayers`` also of attention's and MLP's.
 
@@ -85,8 +78,8 @@ def layers(
     to which it is added last. Cost: 1 F, with ``sublayers`` less than 2 F. Raises ValueError where no token is left to
     measure, and, with ``sublayers``, for a model whose layers cannot be split.
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
-    draws = _draws(ensemble, resamples)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    draws = _draws(ensemble, sampling.resamples)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     sums = readings(stack, ensemble, sublayers)
     rows = []
@@ -121,23 +114,17 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
 
 
 def angles(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    max_length: int | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
+    stack: Stack, tokens: Tokens | Tensor, max_length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """The angle, as a part of pi, between the streams at both ends of every span of 1 to ``max_length`` layers.
 
     At the last token of every prompt, as Gromov et al. have it. Cost: 1 F.
     """
     tokens = Tokens.of(tokens).to(stack.device)
-    draws = _draws(Ensemble(tokens, False, batch_size, seed), resamples)
+    draws = _draws(Ensemble(tokens, sampling.but(skip_first=False)), sampling.resamples)
     last = torch.zeros_like(tokens.mask)
     last[torch.arange(len(tokens)), (tokens.positions * tokens.mask).argmax(1)] = True
-    stream = _streams(stack, tokens, last, batch_size)
+    stream = _streams(stack, tokens, last, sampling.batch_size)
     longest = stack.n_layers if max_length is None else max_length
     rows = []
     for start, stop in itertools.combinations(range(stack.n_layers + 1), 2):
@@ -149,15 +136,7 @@ def angles(
 
 
 def linearity(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    ridge: float = 0.01,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """How well an affine map of the stream, fitted on half of the prompts, predicts every layer's update on the others.
 
@@ -166,12 +145,12 @@ def linearity(
 
     Raises ValueError for a single prompt, prompts without a token to measure, and a negative ridge.
     """
-    measured, fitted = halves(Tokens.of(tokens).to(stack.device), seed)
+    measured, fitted = halves(Tokens.of(tokens).to(stack.device), sampling.seed)
     fits = [LeastSquares(stack.d_model) for _ in range(stack.n_layers)]
-    for visit in Ensemble(fitted, skip_first, batch_size, seed, progress).visits(stack, "fitting"):
+    for visit in Ensemble(fitted, sampling).visits(stack, "fitting"):
         fits[visit.layer].add(visit.x[visit.mask], visit.u[visit.mask])
     maps = [fit.solve(ridge) for fit in fits]
-    ensemble = Ensemble(measured, skip_first, batch_size, seed, progress)
+    ensemble = Ensemble(measured, sampling)
     missed = torch.zeros(stack.n_layers, len(measured), dtype=torch.float64)
     moments: dict[tuple[str, int], list[Moments]] = defaultdict(list)
     for visit in ensemble.visits(stack, "linearity"):
@@ -181,7 +160,7 @@ def linearity(
         missed[visit.layer, visit.first : visit.first + len(squares)] = squares
         moments["linearity", visit.layer].append(Moments.of(visit.u, mask=visit.mask))
         moments["linearity_stream", visit.layer].append(Moments.of(visit.x + visit.u, mask=visit.mask))
-    draws, rows = _draws(ensemble, resamples), []
+    draws, rows = _draws(ensemble, sampling.resamples), []
     count = draws @ ensemble.mask.sum(1).double().cpu()
     for layer in range(stack.n_layers):
         row: dict[str, float] = {"layer": layer, "n_prompts": len(measured)}
@@ -192,15 +171,7 @@ def linearity(
     return pandas.DataFrame(rows)
 
 
-def cka(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> pandas.DataFrame:
+def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pandas.DataFrame:
     """Centred kernel alignment of every two streams ``x_a``, ``x_b`` with ``a <= b``, from one random token a prompt.
 
     One, because the estimator takes its samples to be independent and tokens of one prompt are not. A resampled prompt
@@ -208,19 +179,19 @@ def cka(
     n_prompts^2 numbers a layer. Raises ValueError for fewer than four prompts with a token to measure.
     """
     tokens = Tokens.of(tokens).to(stack.device)
-    ensemble = Ensemble(tokens, skip_first, batch_size, seed)
+    ensemble = Ensemble(tokens, sampling)
     some = ensemble.mask.any(1)
     if some.sum() < 4:
         raise ValueError(f"cka takes four prompts with a token to measure, there are {int(some.sum())}: give more")
     tokens, mask = Tokens(tokens.ids[some], tokens.mask[some]), ensemble.mask[some]
-    noise = torch.from_numpy(np.random.default_rng((seed, 3)).random(tuple(mask.shape))).to(mask.device)
+    noise = torch.from_numpy(np.random.default_rng((sampling.seed, 3)).random(tuple(mask.shape))).to(mask.device)
     chosen = torch.zeros_like(mask)
     chosen[torch.arange(len(tokens)), (noise * mask).argmax(1)] = True
-    stream = _streams(stack, tokens, chosen, batch_size)
+    stream = _streams(stack, tokens, chosen, sampling.batch_size)
     stream = stream - stream.mean(1, keepdim=True)
     kernels = stream @ stream.mT
     kernels.diagonal(dim1=1, dim2=2).zero_()
-    draws, rows = weights(len(tokens), resamples, seed), []
+    draws, rows = weights(len(tokens), sampling.resamples, sampling.seed), []
     own = [_hsic(kernel, kernel, draws) for kernel in kernels]
     for a, b in itertools.combinations_with_replacement(range(len(kernels)), 2):
         found = ratio(_hsic(kernels[a], kernels[b], draws), (own[a] * own[b]).clamp(min=0).sqrt())
@@ -249,4 +220,4 @@ def _streams(stack: Stack, tokens: Tokens, chosen: Tensor, batch_size: int) -> F
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample prompt"]:
-    return weights(len(ensemble.tokens), resamples if len(ensemble.tokens) > 1 else 0, ensemble.seed)
+    return weights(len(ensemble.tokens), resamples if len(ensemble.tokens) > 1 else 0, ensemble.sampling.seed)

@@ -1,5 +1,6 @@
 from . import engine as engine
 from . import errors as errors
+from . import exactness as exactness
 from . import layer_sizes as layer_sizes
 from . import loading as loading
 from . import norms as norms
@@ -7,6 +8,7 @@ from . import opening as opening
 from . import stack as stack
 from . import stream_width as stream_width
 from . import tokens as tokens
+from . import weights_hash as weights_hash
 from .errors import ModelError as ModelError
 from .loading import BUNDLED as BUNDLED
 from .loading import REFERENCE as REFERENCE
@@ -15,6 +17,7 @@ from .loading import load as load
 from .loading import plain as plain
 from .loading import quiet as quiet
 from .loading import reference_folder as reference_folder
+from .loading import tokenizer_of as tokenizer_of
 from .loading import untrained as untrained
 from .loading import wrap as wrap
 from .stack import Context as Context

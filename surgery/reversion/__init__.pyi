@@ -6,6 +6,7 @@ from . import returns as returns
 from . import say as say
 from . import study as study
 from . import trajectories as trajectories
+from .kappa import COLUMNS as COLUMNS
 from .kappa import ROTATIONS as ROTATIONS
 from .kappa import layers as layers
 from .kappa import restoring as restoring

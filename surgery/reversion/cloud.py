@@ -32,7 +32,7 @@ Compare: ``PUBLISHED``. The measure is theirs, intervals and nulls are ours.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = fit(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(96), resamples=50)
+>>> frame = fit(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(96), sampling=Sampling(resamples=50))
 >>> frame.network.tolist()
 ['model', 'token_shuffled', 'rotated']
 """
@@ -52,7 +52,8 @@ from torch import Tensor
 from surgery.instruments.ensemble import Ensemble, Totals, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
+from surgery.stats.sampling import Sampling
 
 Streams = Float[Tensor, "depth row d_model"]
 Resampled = Float[Tensor, " resample"]
@@ -98,12 +99,8 @@ def noise(
     null: str | None = None,
     every_token: bool = False,
     centred: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """One row per pair of depths: ``noise`` and ``unexplained`` of the map between them, and their intervals.
 
@@ -118,13 +115,13 @@ def noise(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = noise(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(60), resamples=20)
+    >>> frame = noise(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(60), sampling=Sampling(resamples=20))
     >>> frame[["start", "stop"]].values.tolist()
     [[0, 1], [0, 2], [1, 2]]
     """
-    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, skip_massive, progress)
+    ensemble = _ensemble(stack, tokens, every_token, skip_massive, sampling=sampling)
     residuals = _measure(stack, ensemble, null, centred)
-    draws, components = _draws(ensemble, resamples), residuals.components
+    draws, components = _draws(ensemble, sampling.resamples), residuals.components
     rows = []
     for start, stop in combinations(range(stack.n_layers + 1), 2):
         row: dict[str, Any] = {"start": start, "stop": stop}
@@ -147,12 +144,8 @@ def fit(
     untrained: Stack | None = None,
     every_token: bool = False,
     centred: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """The exponential through the noise of all pairs of depths from ``first`` to ``last``: a row per network.
 
@@ -173,8 +166,8 @@ def fit(
     last = stack.n_layers if last is None else last
     if not 0 <= first < last <= stack.n_layers:
         raise ValueError(f"depths go from 0 to {stack.n_layers} and first before last, got {first} and {last}")
-    ensemble = _ensemble(stack, tokens, every_token, skip_first, batch_size, seed, skip_massive, progress)
-    draws, rows = _draws(ensemble, resamples), []
+    ensemble = _ensemble(stack, tokens, every_token, skip_massive, sampling=sampling)
+    draws, rows = _draws(ensemble, sampling.resamples), []
     networks: list[tuple[str, Stack, str | None]] = [("model", stack, None)]
     networks += [(null, stack, null) for null in NULLS if nulls]
     networks += [("untrained", untrained, None)] if untrained is not None else []
@@ -189,12 +182,8 @@ def growth(
     tokens: Tokens | Int[Tensor, "prompt pos"],
     *,
     first: int = 1,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """One row per layer: how long the stream is that enters, by what factor the layer lengthens it, and the fit.
 
@@ -206,16 +195,16 @@ def growth(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = growth(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(8), resamples=20)
+    >>> frame = growth(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(8), sampling=Sampling(resamples=20))
     >>> bool((frame.norm_growth > 1).all())
     True
     """
     if not 0 <= first < stack.n_layers:
         raise ValueError(f"first is a depth before the last, {stack.n_layers}: 0 to {stack.n_layers - 1}, got {first}")
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     if skip_massive:
         ensemble = ensemble.without_massive(stack)
-    totals, draws = Totals(ensemble.n_units), _draws(ensemble, resamples)
+    totals, draws = Totals(ensemble.n_units), _draws(ensemble, sampling.resamples)
     for unit, stream in _lines(stack, ensemble, None):
         totals.add("log", unit, stream.norm(dim=-1).log().T)
         totals.add("count", unit, torch.ones(len(unit)))
@@ -322,7 +311,9 @@ class Residuals:
         """The diagonal of ``Lambda``."""
         return _stretch(self.components.variance[start], self.components.variance[stop])
 
-    def noise(self, start: int, stop: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
+    def noise(
+        self, start: int, stop: int, draws: Float[Tensor, "resample unit"], *, sampling: Sampling = Sampling()
+    ) -> Resampled:
         """``E|w|^2 / d_model``."""
         return draws @ self.totals[start, stop] / (draws @ self.totals["count"]) / self.d_model
 
@@ -334,7 +325,9 @@ class Residuals:
         """``E w_i^4 / (E w_i^2)^2 - 3``, the mean over components; NaN without noise."""
         return draws @ self.totals["fourth", layer + 1] / (draws @ self.totals["count"]) - 3
 
-    def fit(self, first: int, last: int, draws: Float[Tensor, "resample unit"]) -> dict[str, Any]:
+    def fit(
+        self, first: int, last: int, draws: Float[Tensor, "resample unit"], *, sampling: Sampling = Sampling()
+    ) -> dict[str, Any]:
         """The columns of ``fit``, counts of prompts aside."""
         every, layers = list(combinations(range(first, last + 1), 2)), range(first, last)
         unexplained = torch.stack([self.unexplained(*pair, draws) for pair in every])
@@ -369,17 +362,10 @@ def _stretch(before: Float[Tensor, " component"], after: Float[Tensor, " compone
 
 
 def _ensemble(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    every_token: bool,
-    skip_first: bool,
-    batch_size: int,
-    seed: int,
-    skip_massive: bool,
-    progress: bool,
+    stack: Stack, tokens: Tokens | Tensor, every_token: bool, skip_massive: bool, sampling: Sampling
 ) -> Ensemble:
     tokens = Tokens.of(tokens).to(stack.device)
-    ensemble = Ensemble(tokens, skip_first, batch_size, seed, progress)
+    ensemble = Ensemble(tokens, sampling)
     if skip_massive:
         ensemble = ensemble.without_massive(stack)
     if not every_token:
@@ -407,7 +393,7 @@ def _measure(stack: Stack, ensemble: Ensemble, null: str | None, centred: bool) 
 
 def _lines(stack: Stack, ensemble: Ensemble, null: str | None) -> Iterator[tuple[Int[Tensor, " row"], Streams]]:
     """The stream of all measured tokens of every batch, in float64, and each token's unit; of a null the same again."""
-    turns, first = _turns(stack, ensemble.seed) if null == "rotated" else [], 0
+    turns, first = _turns(stack, ensemble.sampling.seed) if null == "rotated" else [], 0
     for unit, context, mask in ensemble.batches(stack, "lines of thought"):
         stream = stack.stream(context)[:, mask].double()
         if not stream.isfinite().all():
@@ -420,7 +406,7 @@ def _lines(stack: Stack, ensemble: Ensemble, null: str | None) -> Iterator[tuple
             if null == "rotated":
                 updates[layer] = u @ turns[layer].to(u)
             elif null == "token_shuffled":
-                generator = np.random.default_rng((ensemble.seed, 1, layer, first))
+                generator = np.random.default_rng((ensemble.sampling.seed, 1, layer, first))
                 updates[layer] = u[partners(mask, generator)]
         if null is not None:
             stream = torch.cat([stream[:1], stream[:1] + updates.cumsum(0)])
@@ -435,7 +421,7 @@ def _turns(stack: Stack, seed: int) -> list[Float[Tensor, "d_model d_model"]]:
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample unit"]:
-    return weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, ensemble.seed)
+    return weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, ensemble.sampling.seed)
 
 
 def _size(ensemble: Ensemble, stack: Stack) -> dict[str, Any]:

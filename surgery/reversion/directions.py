@@ -34,7 +34,7 @@ from sums, its null and its verdict are ours.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = layers(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(12, 6), resamples=40)
+>>> frame = layers(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(12, 6), sampling=Sampling(resamples=40))
 >>> sorted(set(frame.verdict))
 ['persists']
 """
@@ -53,8 +53,9 @@ from surgery.instruments.displacement import principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, exchanged, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.drift import NEGLIGIBLE, Step
+from surgery.stats.sampling import Sampling
 
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean eigenvalue
 FOLDS = 5
@@ -93,12 +94,8 @@ def layers(
     components: int = 16,
     ridge: float | None = None,
     draws: int = 4,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """A row for every layer and each of its ``components`` directions (fewer if the stream has fewer): ``COLUMNS``.
 
@@ -118,11 +115,11 @@ def layers(
             f"components and draws must be positive and ridge 0 or more, got components={components}, draws={draws}, "
             f"ridge={ridge}"
         )
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     if skip_massive:
         ensemble = ensemble.without_massive(stack)
     units = ensemble.n_units
-    resampled = weights(units, resamples if units > 1 else 0, seed)
+    resampled = weights(units, sampling.resamples if units > 1 else 0, sampling.seed)
     steps, totals = _sums(stack, ensemble, principal_components(stack, ensemble, components), draws)
     rounding = torch.finfo(stack.dtype).eps
     rows: list[dict[str, Any]] = []
@@ -145,7 +142,7 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
     >>> network = Stack(known_networks.parallel_network(n_layers=2, width=3))
-    >>> summary(layers(network, known_networks.tokens(12, 6), resamples=40))[list(VERDICTS)].values.tolist()
+    >>> summary(layers(network, known_networks.tokens(12, 6), sampling=Sampling(resamples=40)))[list(VERDICTS)].values.tolist()
     [[0, 3, 0, 0], [0, 6, 0, 0]]
     """
     rows = []

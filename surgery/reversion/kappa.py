@@ -53,8 +53,9 @@ from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchanged, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import described, RESAMPLES, columns, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
 from surgery.stats.drift import Drift, Resampled, Step, half_life, regime
+from surgery.stats.sampling import Sampling
 
 _MEASURES = {
     "kappa": "the part of a deviation from the mean that the layer takes back: minus the slope of update on stream",
@@ -100,10 +101,6 @@ def layers(
     stack: Stack,
     tokens: Tokens | Int[Tensor, "prompt pos"],
     *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     draws: int = 4,
     size: float = 0.1,
     nulls: bool = True,
@@ -111,7 +108,7 @@ def layers(
     untrained: Stack | None = None,
     coordinates: str = "raw",
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """One row per layer: how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
 
@@ -156,13 +153,13 @@ def layers(
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
     ``untrained`` has another shape, or if the stream is not finite.
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     _check(stack, draws, size, untrained)
     n_massive = 0
     if skip_massive:
         ensemble, n_tokens = ensemble.without_massive(stack), int(ensemble.mask.sum())
         n_massive = n_tokens - int(ensemble.mask.sum())
-    resampled = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     rounding = torch.finfo(stack.dtype).eps
     seen = maps.of(coordinates, stack, ensemble)
     steps = _steps(ensemble, stack, seen, "reversion")
@@ -244,7 +241,7 @@ def _exchanges(
     ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
 ) -> dict[str, list[list[Drift]]]:
     """The nulls that keep every layer's stream and updates but not which goes with which. Cost: 1 F."""
-    generator = np.random.default_rng((ensemble.seed, 1))
+    generator = np.random.default_rng((ensemble.sampling.seed, 1))
     width = steps[0].sum_x.shape[1]
     normal = torch.from_numpy(generator.standard_normal((ROTATIONS, width, width)))
     rotations = [rotation(noise) for noise in normal]
@@ -273,7 +270,7 @@ def _mapped_exchanges(
     ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
 ) -> dict[str, list[list[Drift]]]:
     """The same where the coordinates bend: updates are exchanged in the stream, and then seen. Cost: 1 F."""
-    generator = np.random.default_rng((ensemble.seed, 1))
+    generator = np.random.default_rng((ensemble.sampling.seed, 1))
     normal = torch.from_numpy(generator.standard_normal((ROTATIONS, stack.d_model, stack.d_model)))
     rotations = [rotation(noise) for noise in normal]
     width = steps[0].sum_x.shape[1]
@@ -315,7 +312,7 @@ def _rotated(
 
 def _orders(ensemble: Ensemble, stack: Stack, seen: maps.Map, draws: int, resampled: Tensor) -> list[list[Drift]]:
     """Each layer's drift at the place where it ran in ``draws`` random orders of all layers. Cost: ``draws`` F."""
-    generator = np.random.default_rng((ensemble.seed, 2))
+    generator = np.random.default_rng((ensemble.sampling.seed, 2))
     orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
     runs = (_steps(ensemble, stack, seen, "layers in random order", order) for order in orders)
     return [list(drifts) for drifts in zip(*([step.drift(resampled) for step in steps] for steps in runs))]

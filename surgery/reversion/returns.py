@@ -31,7 +31,7 @@ Source: the measure is ours, the directions are those of ``surgery.instruments.d
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = curves(Stack(known_networks.parallel_network(n_layers=2)), known_networks.tokens(6, 5), layers=[0], resamples=0)
+>>> frame = curves(Stack(known_networks.parallel_network(n_layers=2)), known_networks.tokens(6, 5), layers=[0], sampling=Sampling(resamples=0))
 >>> frame[frame.kind == "principal"].along.round(4).tolist()
 [1.0, 1.0, 1.0, 1.0]
 """
@@ -50,8 +50,9 @@ from surgery.instruments.displacement import KINDS, displacements, principal_com
 from surgery.instruments.ensemble import Ensemble, Totals, Visit
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.drift import Step
+from surgery.stats.sampling import Sampling
 
 HALF = 0.5
 
@@ -90,12 +91,8 @@ def curves(
     sizes: Sequence[float] = (0.1, 1.0),
     draws: int = 2,
     frozen: bool = False,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """A row for every layer moved (all if ``layers`` are not given), layer run since, kind and size: ``COLUMNS``.
 
@@ -117,7 +114,7 @@ def curves(
         raise ValueError(f"layers can be any of 0 to {stack.n_layers - 1} of {stack.name}, got {layers}")
     if draws < 1 or not sizes or min(sizes) <= 0:
         raise ValueError(f"draws and sizes must be positive, got draws={draws}, sizes={tuple(sizes)}")
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     if skip_massive:
         ensemble = ensemble.without_massive(stack)
     bases, spreads = principal_components(stack, ensemble, draws), _spreads(stack, ensemble)
@@ -139,7 +136,7 @@ def curves(
                             totals.add((layer, kind, size), unit[prompt.cpu()], sums)
         first += len(unit)
     units = ensemble.n_units
-    resampled = weights(units, resamples if units > 1 else 0, seed)
+    resampled = weights(units, sampling.resamples if units > 1 else 0, sampling.seed)
     rows = []
     for layer in moved:
         for kind in KINDS:

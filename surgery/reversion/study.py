@@ -27,6 +27,7 @@ from surgery.records import tables as frames
 from surgery.reversion import cloud, directions, returns, say, trajectories
 from surgery.reversion import draw as reversion_figures
 from surgery.reversion import kappa as reversion
+from surgery.stats.sampling import Sampling
 
 LAYERS, COORDINATES, WINDOWS = "reversion_layers.csv", "reversion_coordinates.csv", "reversion_windows.csv"
 PANEL, ENDS, DIRECTIONS = "reversion_panel.csv", "reversion_ends.csv", "reversion_directions.csv"
@@ -72,7 +73,7 @@ def measure(
     ``boundaries`` are those of the middle (thirds, if not given); ``settings`` go into the manifests. Cost: about 115 F
     and, untrained, 12 F more, in 12 layers. Raises as the measures do.
     """
-    whole: dict[str, Any] = {"seed": seed, "progress": progress}
+    sampling = Sampling(seed=seed, progress=progress)
     manifest = provenance.manifest(stack, tokens, seed=seed, **(settings or {}))
     tables: dict[str, pandas.DataFrame] = {}
 
@@ -80,40 +81,42 @@ def measure(
         tables[name] = frame
         frames.write(frame, folder / name, manifest, COLUMNS[name])
 
-    keep(LAYERS, reversion.layers(stack, tokens, untrained=untrained, **whole))
+    keep(LAYERS, reversion.layers(stack, tokens, untrained=untrained, sampling=sampling))
     raw = tables[LAYERS]
     seen = [
         raw[[str(name) for name in raw if "causal" not in str(name) and name != "restoring"]].assign(coordinates="raw")
     ]
     for name in coordinates.COORDINATES[1:]:
         try:
-            frame = reversion.layers(stack, tokens, untrained=untrained, coordinates=name, causal=False, **whole)
+            frame = reversion.layers(
+                stack, tokens, untrained=untrained, coordinates=name, causal=False, sampling=sampling
+            )
         except ValueError:  # a head that caps its logits has no such coordinates
             if name != "logits":
                 raise
             continue
         seen.append(frame.assign(coordinates=name))
     keep(COORDINATES, pandas.concat(seen, ignore_index=True))
-    ways = trajectories.measure(stack, tokens, untrained=untrained, **whole)
+    ways = trajectories.measure(stack, tokens, untrained=untrained, sampling=sampling)
     keep(WINDOWS, trajectories.windows(ways))
     panel = trajectories.panel(ways, boundaries)
     if len(panel):
         own = panel["series"] == "model"
         panel["cross_correlation"] = np.nan
         panel.loc[own, "cross_correlation"] = [
-            trajectories.cross_correlation(stack, tokens, start, stop, seed=seed)
+            trajectories.cross_correlation(stack, tokens, start, stop, sampling=Sampling(seed=seed))
             for start, stop in panel.loc[own, ["start", "stop"]].itertuples(index=False)
         ]
         keep(PANEL, panel)
     keep(ENDS, trajectories.ends(ways, boundaries))
-    keep(DIRECTIONS, directions.layers(stack, tokens, **whole))
+    keep(DIRECTIONS, directions.layers(stack, tokens, sampling=sampling))
     moved = np.linspace(min(1, stack.n_layers - 1), stack.n_layers - 1, FOLLOWED).round().astype(int)
-    keep(RETURNS, returns.curves(stack, tokens, sorted({*moved.tolist()}), draws=1, **whole))
+    keep(RETURNS, returns.curves(stack, tokens, sorted({*moved.tolist()}), draws=1, sampling=sampling))
     every_token = int(tokens.ensemble().any(1).sum()) < 3 * stack.d_model
     if stack.n_layers > 2 and int(tokens.ensemble().sum() - raw["n_massive"].max()) > 2:
-        keep(NOISE, cloud.fit(stack, tokens, untrained=untrained, every_token=every_token, **whole))
+        keep(NOISE, cloud.fit(stack, tokens, untrained=untrained, every_token=every_token, sampling=sampling))
     if stack.n_layers > 1:
-        keep(NORMS, cloud.growth(stack, tokens, **whole))
+        keep(NORMS, cloud.growth(stack, tokens, sampling=sampling))
     frames.save({folder / f"{name}.png": drawing.png(figure) for name, figure in draw(tables).items()})
     return tables
 

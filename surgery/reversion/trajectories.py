@@ -37,7 +37,7 @@ named.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = windows(measure(Stack(known_networks.parallel_network()), known_networks.tokens(), resamples=20, draws=1))
+>>> frame = windows(measure(Stack(known_networks.parallel_network()), known_networks.tokens(), sampling=Sampling(resamples=20), draws=1))
 >>> bool((frame.kappa.abs() < 1e-6).all() and ((frame.variance_ratio - 1).abs() < 1e-6).all())
 True
 """
@@ -58,8 +58,9 @@ from surgery.instruments.ensemble import Ensemble, exchanged, partners
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats import panels
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
 from surgery.stats.drift import NEGLIGIBLE, Resampled, half_life
+from surgery.stats.sampling import Sampling
 
 NULLS = ("rotated", "token_shuffled", "order_shuffled", "untrained")
 Way = Float[Tensor, "time prompt pos d_model"]
@@ -179,16 +180,12 @@ def measure(
     stack: Stack,
     tokens: Tokens | Int[Tensor, "prompt pos"],
     *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     draws: int = 4,
     nulls: bool = True,
     untrained: Stack | None = None,
     coordinates: str = "raw",
     skip_massive: bool = True,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> Ways:
     """Walk through the prompts once for everything that ``windows`` and ``panel`` say; both take what this returns.
 
@@ -196,18 +193,18 @@ def measure(
     is left to measure, for a ``batch_size`` or ``draws`` that is not positive, unknown coordinates, or a stream that is
     not finite.
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     if draws < 1:
         raise ValueError(f"draws must be positive, got draws={draws}")
     n_massive = 0
     if skip_massive:
         whole, ensemble = int(ensemble.mask.sum()), ensemble.without_massive(stack)
         n_massive = whole - int(ensemble.mask.sum())
-    resampled = weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, seed)
+    resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     seen = maps.of(coordinates, stack, ensemble)
     sums = _walk(stack, ensemble, seen, draws if nulls else 0)
     if nulls:
-        generator = np.random.default_rng((seed, 2))
+        generator = np.random.default_rng((sampling.seed, 2))
         orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
         sums["order_shuffled"] = [_walk(stack, ensemble, seen, order=order)["model"][0] for order in orders]
         if untrained is not None:
@@ -321,17 +318,15 @@ def cross_correlation(
     start: int = 1,
     stop: int | None = None,
     *,
-    skip_first: bool = True,
-    seed: int = 0,
-    batch_size: int = 64,
     coordinates: str = "raw",
+    sampling: Sampling = Sampling(),
 ) -> float:
     """Mean correlation over the layers from ``start`` to ``stop`` of two tokens' shocks, coordinate by coordinate.
 
     0 if tokens are independent. The shocks are the centred updates, as they are in a random walk (H. Pesaran 2004; his
     CD is this times ``sqrt(T N (N - 1) / 2)``). NaN for one token or fewer than two layers. Cost: 2 F.
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     seen = maps.of(coordinates, stack, ensemble)
     stop = stack.n_layers if stop is None else stop
     n_tokens = int(ensemble.mask.sum())
@@ -378,8 +373,8 @@ def _walk(
         ways = {"model": iter([mapped])}
         if draws:
             base = mapped if seen.linear else way
-            turns = turns or _turns(draws * stack.n_layers, base.shape[-1], ensemble.seed)
-            ways |= _random_walks(base, mask, turns, np.random.default_rng((ensemble.seed, 3, first)))
+            turns = turns or _turns(draws * stack.n_layers, base.shape[-1], ensemble.sampling.seed)
+            ways |= _random_walks(base, mask, turns, np.random.default_rng((ensemble.sampling.seed, 3, first)))
         for name, several in ways.items():
             for draw, one in enumerate(several):
                 one = one if seen.linear or name == "model" else seen.map(one, context)

@@ -11,7 +11,9 @@ from .scanning import COLUMNS as COLUMNS
 from .scanning import KEY as KEY
 from .scanning import METRICS as METRICS
 from .scanning import Plan as Plan
+from .scanning import Scorer as Scorer
 from .scanning import execute as execute
+from .scanning import free_memory as free_memory
 from .scanning import measure as measure
 from .scanning import plan as plan
 from .scanning import run as run

@@ -7,7 +7,9 @@ from . import jacobians as jacobians
 from . import side_by_side as side_by_side
 from . import window as window
 from .window import COLUMNS as COLUMNS
+from .window import LAYER_MEASURES as LAYER_MEASURES
 from .window import PROFILE as PROFILE
+from .window import WINDOW_MEASURES as WINDOW_MEASURES
 from .window import profile as profile
 from .window import summary as summary
 from .window import windows as windows

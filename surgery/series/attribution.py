@@ -20,7 +20,7 @@ the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (a
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = effects(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+>>> frame = effects(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.M.round(4).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -38,7 +38,8 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 COLUMNS = {
     "layer": "layer, counted from 0",
@@ -54,15 +55,7 @@ COLUMNS |= described(_MEASURES)
 
 
 def effects(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """Total, direct and indirect effect of every layer on the logits, and the indirect share M. Columns: ``COLUMNS``.
 
@@ -74,16 +67,16 @@ def effects(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = effects(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = effects(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> bool(frame.M[0] > frame.M[1] > frame.M[2] == 0)
     True
     """
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     means = _mean_updates(stack, ensemble)
     sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of the squares: [layer, prompt] a batch
-    batches = list(ensemble.tokens.batches(batch_size))
-    for batch in track(batches, "effects", disable=not progress, transient=True):
-        context, mask = stack.context(batch), batch.ensemble(skip_first)
+    batches = list(ensemble.tokens.batches(sampling.batch_size))
+    for batch in track(batches, "effects", disable=not sampling.progress, transient=True):
+        context, mask = stack.context(batch), batch.ensemble(sampling.skip_first)
         stream = stack.stream(context)
         totals, directs = [], []
         with stack.frozen(context) if frozen else nullcontext():
@@ -97,7 +90,7 @@ def effects(
         for name, squares in _squares(stack, stream[-1][mask], *finals).items():
             empty = torch.zeros(stack.n_layers, len(batch), dtype=torch.float64)
             sums[name].append(empty.index_add(1, prompts.cpu(), squares))
-    draws = weights(len(ensemble.tokens), resamples, seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     rows = []
     for layer in range(stack.n_layers):

@@ -30,7 +30,8 @@ from surgery.instruments import lens, similarity
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 _MEASURES = {
     "depth": "layers that have run when the criterion is met; empty if it never is",
@@ -51,32 +52,17 @@ def effective(
     cosine: float = 0.0,
     kl: float = 0.5,
     overlap: float = 0.3,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """The depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost as ``grid``.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = effective(Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = effective(Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.criterion.tolist(), bool(frame.ratio.dropna().between(0, 1).all())
     (['cosine', 'kl', 'overlap'], True)
     """
-    return grid(
-        stack,
-        tokens,
-        cosine=[cosine],
-        kl=[kl],
-        overlap=[overlap],
-        skip_first=skip_first,
-        resamples=resamples,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return grid(stack, tokens, cosine=[cosine], kl=[kl], overlap=[overlap], sampling=sampling)
 
 
 def grid(
@@ -86,11 +72,7 @@ def grid(
     cosine: Sequence[float] = (-0.1, -0.05, 0.0, 0.05, 0.1),
     kl: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     overlap: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """The depth by each criterion against its threshold: a row for every threshold. Columns: ``COLUMNS``.
 
@@ -102,8 +84,8 @@ def grid(
         outside = [value for value in thresholds if not least <= value <= 1]
         if outside:
             raise ValueError(f"a threshold of {name} lies between {least} and 1, got {outside[0]}")
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
-    draws = weights(len(ensemble.tokens), resamples if len(ensemble.tokens) > 1 else 0, seed)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    draws = weights(len(ensemble.tokens), sampling.resamples if len(ensemble.tokens) > 1 else 0, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     sums = lens.readings(stack, ensemble, lens.logit(stack))
     after_layers = range(1, stack.n_layers + 1)

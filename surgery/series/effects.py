@@ -46,7 +46,8 @@ from surgery.instruments.readout import portions
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 Resampled = Float[Tensor, " resample"]
 
@@ -81,11 +82,7 @@ def matrix(
     amount: float = 1.0,
     *,
     frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """T, local, chain and the relative effect of every layer on every later one: a row per pair, ``COLUMNS``.
 
@@ -99,12 +96,12 @@ def matrix(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = matrix(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), resamples=0)
+    >>> frame = matrix(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), sampling=Sampling(resamples=0))
     >>> frame[["layer", "later", "T", "local"]].round(6).values.tolist()
     [[0.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 0.0], [1.0, 2.0, 1.0, 1.0]]
     """
-    ensemble = _ensemble(stack, tokens, skip_first, batch_size, seed, progress)
-    tally = _Tally(stack, len(ensemble.tokens), resamples, seed)
+    ensemble = _ensemble(stack, tokens, sampling=sampling)
+    tally = _Tally(stack, len(ensemble.tokens), sampling.resamples, sampling.seed)
     for run in clean_runs(stack, ensemble, kind, amount):
         with stack.frozen(run.context) if frozen else nullcontext():
             tally.open(run, run.mask)
@@ -124,11 +121,7 @@ def future(
     kind: str = "skip",
     *,
     frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """T and the relative effect on the tokens from a cut on, of a layer taken out before it: a row per pair.
 
@@ -141,12 +134,12 @@ def future(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = future(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), resamples=0)
+    >>> frame = future(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(), sampling=Sampling(resamples=0))
     >>> frame["T"].tolist()
     [0.0, 0.0, 0.0]
     """
-    ensemble = _ensemble(stack, tokens, skip_first, batch_size, seed, progress)
-    tally, cuts = _Tally(stack, len(ensemble.tokens), resamples, seed), _cuts(ensemble, cuts)
+    ensemble = _ensemble(stack, tokens, sampling=sampling)
+    tally, cuts = _Tally(stack, len(ensemble.tokens), sampling.resamples, sampling.seed), _cuts(ensemble, cuts)
     for run in clean_runs(stack, ensemble, kind):
         with stack.frozen(run.context) if frozen else nullcontext():
             for before, after in _sides(run, cuts):
@@ -164,11 +157,7 @@ def future_output(
     kind: str = "skip",
     *,
     frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """What taking a layer out before a cut does to the next-token distributions from the cut on: a row per layer.
 
@@ -177,7 +166,7 @@ def future_output(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> future_output(Stack(known_networks.random_network(2)), known_networks.tokens(), resamples=0)["l2"].gt(0).tolist()
+    >>> future_output(Stack(known_networks.random_network(2)), known_networks.tokens(), sampling=Sampling(resamples=0))["l2"].gt(0).tolist()
     [True, False]
     """
     draws, sums, largest = _outputs(**locals())
@@ -198,11 +187,7 @@ def depth_score(
     kind: str = "skip",
     *,
     frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """``sum_l l m_l / sum_l m_l`` with m the mean ``l2`` (and ``kl``) of ``future_output``, at its cost: one row.
 
@@ -211,7 +196,7 @@ def depth_score(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> depth_score(Stack(known_networks.random_network(2)), known_networks.tokens(), resamples=0)["depth_score"].tolist()
+    >>> depth_score(Stack(known_networks.random_network(2)), known_networks.tokens(), sampling=Sampling(resamples=0))["depth_score"].tolist()
     [0.0]
     """
     draws, sums, _ = _outputs(**locals())
@@ -310,11 +295,9 @@ def _without(
 
 
 def _outputs(
-    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, skip_first: bool,
-    resamples: int, seed: int, batch_size: int, progress: bool,
-) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:  # fmt: skip
+    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, sampling: Sampling) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:  # fmt: skip
     """Weights of the prompts, per-prompt sums of l2, kl [layer, prompt] and count [prompt], and the largest l2."""
-    ensemble = _ensemble(stack, tokens, skip_first, batch_size, seed, progress)
+    ensemble = _ensemble(stack, tokens, sampling=sampling)
     n_prompts, cuts = len(ensemble.tokens), _cuts(ensemble, cuts)
     sums = {name: torch.zeros(stack.n_layers, n_prompts, dtype=torch.float64) for name in ("l2", "kl")}
     sums["count"], largest = torch.zeros(n_prompts, dtype=torch.float64), torch.zeros(stack.n_layers)
@@ -332,7 +315,7 @@ def _outputs(
                     sums["l2"][layer].index_add_(0, owner, l2)
                     sums["kl"][layer].index_add_(0, owner, kl)
                     largest[layer] = max(float(largest[layer]), float(l2.max()))
-    return weights(n_prompts, resamples if n_prompts > 1 else 0, seed), sums, largest
+    return weights(n_prompts, sampling.resamples if n_prompts > 1 else 0, sampling.seed), sums, largest
 
 
 def _distances(
@@ -366,9 +349,7 @@ def _cuts(ensemble: Ensemble, cuts: Sequence[int] | None) -> Sequence[int]:
     return cuts
 
 
-def _ensemble(
-    stack: Stack, tokens: Tokens | Tensor, skip_first: bool, batch_size: int, seed: int, progress: bool
-) -> Ensemble:
+def _ensemble(stack: Stack, tokens: Tokens | Tensor, sampling: Sampling) -> Ensemble:
     if stack.n_layers < 2:
         raise ValueError(f"{stack.name} has one layer; an effect on a later one needs two")
-    return Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    return Ensemble.of(stack, tokens, sampling)

@@ -22,7 +22,7 @@ asked; live, their division couples all layers. ``exponents`` and ``hessian`` ar
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = exponents(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+>>> frame = exponents(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.kappa_g.round(4).tolist()
 [2.0, 3.0, 2.0]
 """
@@ -43,7 +43,8 @@ from surgery.instruments.readout import frozen_head, portions
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.series.jacobians import linearised
-from surgery.stats.bootstrap import RESAMPLES, Moments, columns, described, ratio, weights
+from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 COLUMNS = {
     "start": "first layer of the window",
@@ -65,15 +66,7 @@ COLUMNS |= described(_MEASURES)
 
 
 def exponents(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """The gate exponent of every window of two layers or more. Columns: those of ``COLUMNS`` that start a window.
 
@@ -89,7 +82,7 @@ def exponents(
     Raises ValueError for a model of one layer.
     """
     _check(stack)
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     last: defaultdict[tuple, list[Moments]] = defaultdict(list)
     whole: defaultdict[tuple, list[Moments]] = defaultdict(list)
     for visit in ensemble.visits(stack, "gate exponents"):
@@ -107,7 +100,7 @@ def exponents(
                 whole[window] += [Moments.of(written, b, visit.mask) for b in (None, tangents[start])]
         entries.append(visit.x)
         tangents.append(visit.u)
-    draws = weights(len(ensemble.tokens), resamples, seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
 
     def slope(parts: list[Moments]) -> Tensor:
         variance, covariance = (Moments.concatenate(parts[i::2]).covariance(draws) for i in (0, 1))
@@ -124,15 +117,7 @@ def exponents(
 
 
 def hessian(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling(batch_size=16)
 ) -> pandas.DataFrame:
     """``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
 
@@ -145,14 +130,14 @@ def hessian(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = hessian(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = hessian(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.hessian.abs().round(5).tolist()
     [0.0, 0.0, 0.0]
     """
     _check(stack)
     tokens = Tokens.of(tokens).to(stack.device)
     curvatures, margins = [], []
-    for context, mask in _batches(stack, tokens, skip_first, batch_size, progress):
+    for context, mask in _batches(stack, tokens, sampling=sampling):
         with torch.no_grad():
             final = stack.stream(context)[-1]
         margin, slope = _margin(stack, final, mask)
@@ -166,7 +151,7 @@ def hessian(
         curvatures.append(torch.stack(rows).double().cpu())
         margins.append(margin)
     total, margin = torch.cat(curvatures, -1), torch.cat(margins)
-    draws = weights(len(tokens), resamples, seed)
+    draws = weights(len(tokens), sampling.resamples, sampling.seed)
     rows_of_frame = []
     for earlier in range(stack.n_layers):
         for later in range(earlier + 1, stack.n_layers):
@@ -176,15 +161,7 @@ def hessian(
 
 
 def path_lengths(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     r"""How much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
 
@@ -204,14 +181,14 @@ def path_lengths(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = path_lengths(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> frame = path_lengths(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.share[2:].round(5).tolist()
     [0.0, 0.0]
     """
     tokens = Tokens.of(tokens).to(stack.device)
-    root = _root_covariance(stack, tokens, skip_first, batch_size)
+    root = _root_covariance(stack, tokens, sampling.skip_first, sampling.batch_size)
     energies = []
-    for context, mask in _batches(stack, tokens, skip_first, batch_size, progress):
+    for context, mask in _batches(stack, tokens, sampling=sampling):
         stream = stack.stream(context)
         gradients = [_margin(stack, stream[-1], mask)[1]]
         with _running(stack, context, frozen):
@@ -223,7 +200,7 @@ def path_lengths(
                 gradients = [a + b for a, b in zip([*gradients, torch.zeros_like(x)], through, strict=True)]
         weighted = torch.stack([g.detach().double() @ root.to(g.device) for g in gradients])
         energies.append((weighted.square().sum(-1) * mask).sum(-1).cpu())
-    draws = weights(len(tokens), resamples, seed)
+    draws = weights(len(tokens), sampling.resamples, sampling.seed)
     sizes = (draws @ torch.cat(energies, 1).T).sqrt()
     shares = sizes / sizes.sum(1, keepdim=True)
     mean = columns("mean_branches", shares @ torch.arange(stack.n_layers + 1).double())
@@ -233,12 +210,10 @@ def path_lengths(
     return pandas.DataFrame(rows)
 
 
-def _batches(
-    stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int, progress: bool
-) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:
-    batches = list(Ensemble(tokens, skip_first, batch_size).tokens.batches(batch_size))
-    for batch in track(batches, "gates", disable=not progress, transient=True):
-        yield stack.context(batch), batch.ensemble(skip_first)
+def _batches(stack: Stack, tokens: Tokens, sampling: Sampling) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:
+    batches = list(Ensemble(tokens, sampling.but(progress=False)).tokens.batches(sampling.batch_size))
+    for batch in track(batches, "gates", disable=not sampling.progress, transient=True):
+        yield stack.context(batch), batch.ensemble(sampling.skip_first)
 
 
 @contextmanager
@@ -271,7 +246,7 @@ def _root_covariance(
     stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int
 ) -> Float[Tensor, "d_model d_model"]:
     """The symmetric root of the embeddings' covariance."""
-    contexts = _batches(stack, tokens, skip_first, batch_size, progress=False)
+    contexts = _batches(stack, tokens, sampling=Sampling(skip_first=skip_first, batch_size=batch_size, progress=False))
     x = torch.cat([context.x0[mask].double().cpu() for context, mask in contexts])
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
     return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -26,7 +26,7 @@ the coupling of Jacobians in Aubry et al. 2024 (arXiv 2407.07810), who compare s
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+>>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.total.round(5).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -46,7 +46,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.sampling import Sampling
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -92,16 +93,7 @@ def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callabl
 
 
 def pairs(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    *,
-    probes: int = 1,
-    frozen: bool = True,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, *, probes: int = 1, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """``direct`` and ``total`` Jacobian composition of every two layers ``earlier < later``. Columns: ``COLUMNS``.
 
@@ -116,12 +108,12 @@ def pairs(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> serial = pairs(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), resamples=0)
+    >>> serial = pairs(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> bool((serial.total > 0.1).all())
     True
     """
     _check(stack, probes)
-    ensemble = Ensemble(Tokens.of(tokens).to(stack.device), skip_first, batch_size, seed, progress)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     sums: defaultdict[tuple, Tensor] = defaultdict(lambda: torch.zeros(2, len(ensemble.tokens), dtype=torch.float64))
     for visit in ensemble.visits(stack, "jacobians"):
         keep, prompts = visit.mask.unsqueeze(-1), slice(visit.first, visit.first + len(visit.mask))
@@ -145,7 +137,7 @@ def pairs(
                         changes[earlier, probe] = change + read * keep
             for probe in range(probes):
                 written["direct"][visit.layer, probe] = written["total"][visit.layer, probe] = along(noise()) * keep
-    draws = weights(len(ensemble.tokens), resamples, seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     baseline = 1 / math.sqrt(stack.d_model)
     rows = []
     for later in range(1, stack.n_layers):

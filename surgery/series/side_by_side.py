@@ -92,18 +92,10 @@ def _beyond(frame: pandas.DataFrame, earlier: str, later: str) -> pandas.DataFra
     return frame[frame[later] - frame[earlier] > 1]
 
 
-def _windows(stack: Stack, tokens: Tokens, **options: Any) -> pandas.DataFrame:
-    return series.windows(stack, tokens, damage=False, **options)
-
-
-def _rho(stack: Stack, tokens: Tokens, **options: Any) -> pandas.DataFrame:
-    return interactions.pairs(stack, tokens, **options)
-
-
 FUNCTIONS: dict[str, Function] = {
-    "series.windows": Function(_windows, lambda n: (3 * n + 1) / 2),
+    "series.windows": Function(partial(series.windows, damage=False), lambda n: (3 * n + 1) / 2),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
-    "interactions.pairs": Function(_rho, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
+    "interactions.pairs": Function(interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
     "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
     "gates.exponents": Function(gates.exponents, lambda n: 3),
     "gates.hessian": Function(gates.hessian, lambda n: 3 + 4 * n),
@@ -148,7 +140,7 @@ def readings(
     tokens, frames = Tokens.of(tokens).to(stack.device), {}
     for name, one in FUNCTIONS.items():
         with suppress(ValueError):
-            frames[name] = _from(one.run(stack, tokens, resamples=0, seed=seed), first_layer)
+            frames[name] = _from(one.run(stack, tokens, sampling=Sampling(resamples=0, seed=seed)), first_layer)
     found = {one: frames.get(one.function, _NOTHING) for one in MEASURES}
     return {one.name: float(one.of(frame)) if len(frame) else math.nan for one, frame in found.items()}, frames
 

@@ -59,8 +59,8 @@ from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.windows import Reading, Stream, Sums, Units, book_alone, book_stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.records import tables
-from surgery.stats.bootstrap import RESAMPLES, columns, described, weights
+from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.sampling import Sampling
 
 WINDOW_MEASURES = {
     "R": "entry-read dependence of the window, 0 parallel to 1 serial, normalisation frozen at the clean run",
@@ -111,13 +111,9 @@ def windows(
     tokens: Tokens | Tensor,
     max_length: int | None = None,
     *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
     damage: bool = True,
     grain: str = "layer",
-    progress: bool = False,
+    sampling: Sampling = Sampling(),
 ) -> pandas.DataFrame:
     """R, O, S, their nulls and the damage of running it parallel, for every window of 2 to ``max_length`` layers.
 
@@ -147,16 +143,18 @@ def windows(
     """
     tokens, units = Tokens.of(tokens).to(stack.device), Units.of(stack, grain)
     longest = len(units) if max_length is None else max_length
-    _check(units, tokens, longest, skip_first, batch_size)
+    _check(units, tokens, longest, sampling.skip_first, sampling.batch_size)
     starts = range(len(units) - 1)
-    sums, generator = Sums(), np.random.default_rng((seed, 1))
-    batches = list(tokens.batches(max(batch_size, 3)))  # in less, a prompt could have no other to exchange with
-    with Progress(disable=not progress, transient=True) as bar:
+    sums, generator = Sums(), np.random.default_rng((sampling.seed, 1))
+    batches = list(
+        tokens.batches(max(sampling.batch_size, 3))
+    )  # in less, a prompt could have no other to exchange with
+    with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
             context = stack.context(batch)
             stream = units.stream(context)
-            sums.open(batch.ensemble(skip_first))
+            sums.open(batch.ensemble(sampling.skip_first))
             sums.add(_predicting(batch).sum(1), "predictions")
             book_stream(stream, sums)
             partner = partners(batch.mask, generator)
@@ -177,7 +175,7 @@ def windows(
                 else:
                     list(updates)
                 bar.advance(task)
-    draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
     for start in starts:
         layers = units.after(start, longest)
@@ -231,15 +229,7 @@ def summary(
 
 
 def profile(
-    stack: Stack,
-    tokens: Tokens | Tensor,
-    length: int | None = None,
-    *,
-    skip_first: bool = True,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = False,
+    stack: Stack, tokens: Tokens | Tensor, length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pandas.DataFrame:
     """The table to look at first: one row per layer, what it is to its neighbours, to the model, and to the stream.
 
@@ -269,25 +259,22 @@ def profile(
         raise ValueError(
             f"no window of {length} layers fits {stack.name}: length must be 2 to {stack.n_layers} or None"
         )
-    options: dict[str, Any] = dict(
-        skip_first=skip_first, resamples=resamples, seed=seed, batch_size=batch_size, progress=progress
-    )
-    found = windows(stack, tokens, length, **options)
-    frame = similarity.layers(stack, tokens, **options).set_index("layer")
+    found = windows(stack, tokens, length, sampling=sampling)
+    frame = similarity.layers(stack, tokens, sampling=sampling).set_index("layer")
     frame.insert(1, "length", length)
     spans = found["stop"] - found["start"]
     for span, some in (("pair", found[spans == 2]), ("window", found[spans == length])):
         named = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in found}
         frame = frame.join(some.set_index("start").rename(columns=named))
-    frame = frame.join(_skipping(stack, tokens, resamples, seed, batch_size))
+    frame = frame.join(_skipping(stack, tokens, sampling=sampling))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
 
 
-def _skipping(stack: Stack, tokens: Tokens, resamples: int, seed: int, batch_size: int) -> pandas.DataFrame:
+def _skipping(stack: Stack, tokens: Tokens, sampling: Sampling) -> pandas.DataFrame:
     """What leaving out each layer costs. Cost: (L + 1)/2 F and L + 1 readouts."""
     sums = Sums()
-    for batch in tokens.batches(batch_size):
+    for batch in tokens.batches(sampling.batch_size):
         context, predicting = stack.context(batch), _predicting(batch)
         stream, finals = stack.stream(context), {}
         for layer in range(stack.n_layers):
@@ -296,7 +283,7 @@ def _skipping(stack: Stack, tokens: Tokens, resamples: int, seed: int, batch_siz
             finals["skip", layer] = x[:, :-1][predicting]
         sums.add(predicting.sum(1), "predictions")
         _book_damage(stack, batch, stream[-1], finals, sums)
-    draws = weights(len(tokens), resamples if len(tokens) > 1 else 0, seed)
+    draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     count = draws @ sums["predictions",]
     rows = []
     for layer in range(stack.n_layers):

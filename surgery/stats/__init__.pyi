@@ -5,6 +5,7 @@ from . import drift as drift
 from . import ou as ou
 from . import panels as panels
 from . import permutation as permutation
+from . import sampling as sampling
 from . import scatter as scatter
 from .bootstrap import RESAMPLES as RESAMPLES
 from .bootstrap import Moments as Moments
@@ -19,4 +20,5 @@ from .bootstrap import weights as weights
 from .permutation import p_value as p_value
 from .permutation import sign_flips as sign_flips
 from .permutation import signs as signs
+from .sampling import Sampling as Sampling
 from .scatter import Scatter as Scatter

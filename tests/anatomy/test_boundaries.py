@@ -12,6 +12,7 @@ from surgery.instruments import known_networks
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.stats import changepoints
+from surgery.stats.sampling import Sampling
 
 SHARES, REVERSED = [0.0] * 4 + [1.0] * 4 + [0.0] * 4, [1.0] * 4 + [0.0] * 4 + [1.0] * 4
 # Writes of the ends are .3, those of the middle 1: where a layer reads the one before, only the first sets the size.
@@ -21,7 +22,9 @@ TOKENS = known_networks.tokens(32, 10)
 
 
 def found(shares, gains=None):
-    return anatomy.locate(Stack(three_parts(shares, gains)), TOKENS, ["a", "b"] * 16, resamples=20, drifts=19)
+    return anatomy.locate(
+        Stack(three_parts(shares, gains)), TOKENS, ["a", "b"] * 16, drifts=19, sampling=Sampling(resamples=20)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_prompts_that_place_the_boundaries_are_not_those_that_test():
 
 def test_features_are_what_they_are_called():
     stack = Stack(three_parts(SHARES, GAINS))
-    values = anatomy.features(stack, TOKENS, resamples=2, splits=1)
+    values = anatomy.features(stack, TOKENS, splits=1, sampling=Sampling(resamples=2))
     assert values.values.shape == (5, 12, 17)
     kappa, cka = values.of("kappa").values, values.of("cka").values
     assert np.abs(kappa[0, 1:]).max() < 0.2
@@ -75,7 +78,7 @@ def test_features_are_what_they_are_called():
 def test_features_of_real_architectures(name, load):
     stack = Stack(load(name))
     tokens = torch.randint(stack.d_vocab, (12, 8), generator=torch.Generator().manual_seed(0))
-    assert np.isfinite(anatomy.features(stack, tokens, resamples=3).values).all()
+    assert np.isfinite(anatomy.features(stack, tokens, sampling=Sampling(resamples=3)).values).all()
 
 
 def test_cka_of_unrelated_streams_is_nothing_though_dimensions_are_many():

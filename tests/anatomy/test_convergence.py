@@ -10,6 +10,7 @@ from surgery.anatomy import convergence
 from surgery.anatomy.convergence import Sentence
 from surgery.corpus import parallel_sentences
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 CONTENTS, TONGUES = 6, 4
 SAID = [Sentence(str(c), str(t), f"{c} {t}") for c in range(CONTENTS) for t in range(TONGUES)]
@@ -29,8 +30,7 @@ def stack(maps, monkeypatch):
 def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(monkeypatch):
     tongue = torch.diag(torch.cat([torch.zeros(8), torch.ones(8)])).double()
     nothing = torch.zeros(16, 16).double()
-    found = convergence.curve(stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch), SAID,
-                              resamples=40)  # fmt: skip
+    found = convergence.curve(stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch), SAID, sampling=Sampling(resamples=40))  # fmt: skip
     frame = found.frame
     assert (frame["difference"] > 0).tolist() == [False, False, True, True, False, False]
     assert found.reach()[0].tolist() == [1, 3]
@@ -41,7 +41,7 @@ def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(mon
 
 def test_cosines_are_those_of_every_pair(monkeypatch):
     model = stack([torch.zeros(16, 16).double()], monkeypatch)
-    frame = convergence.curve(model, SAID, resamples=3).frame
+    frame = convergence.curve(model, SAID, sampling=Sampling(resamples=3)).frame
     x = model.stream(model.tokens([one.text for one in SAID]))[0, :, 1].double()
     x = x - x.mean(0)
     x = x / x.norm(dim=1, keepdim=True)
@@ -54,7 +54,7 @@ def test_cosines_are_those_of_every_pair(monkeypatch):
 
 def test_a_model_without_content_has_no_reach(monkeypatch):
     model = stack([torch.diag(torch.cat([-torch.ones(8), torch.zeros(8)])).double()], monkeypatch)
-    assert np.isnan(convergence.curve(model, SAID, resamples=5).reach()[0]).all()
+    assert np.isnan(convergence.curve(model, SAID, sampling=Sampling(resamples=5)).reach()[0]).all()
 
 
 def test_the_bundled_sentences_are_complete_and_distinct():

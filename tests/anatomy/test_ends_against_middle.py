@@ -9,13 +9,16 @@ from support.made_up_anatomy import three_parts
 from surgery import Stack, series
 from surgery.anatomy import ends_against_middle
 from surgery.instruments import known_networks
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(24)
 PLACES = [(4, 8)]
 
 
 def verdict(shares, seed=0):
-    profile = ends_against_middle.measure(Stack(three_parts(shares, seed=seed)), TOKENS, resamples=60)
+    profile = ends_against_middle.measure(
+        Stack(three_parts(shares, seed=seed)), TOKENS, sampling=Sampling(resamples=60)
+    )
     found = ends_against_middle.ends(profile, PLACES)
     return ends_against_middle.verdict(found).split(":")[0], found
 
@@ -57,8 +60,8 @@ def test_one_end_alone_does_not_decide_for_both():
 def test_the_profile_is_that_of_series(name, length, load):
     stack = Stack(load(name))
     tokens = torch.randint(stack.d_vocab, (6, 8), generator=torch.Generator().manual_seed(0))
-    profile = ends_against_middle.measure(stack, tokens, length, resamples=10, batch_size=4)
-    frame = series.windows(stack, tokens, length, resamples=10, damage=False)
+    profile = ends_against_middle.measure(stack, tokens, length, sampling=Sampling(resamples=10, batch_size=4))
+    frame = series.windows(stack, tokens, length, damage=False, sampling=Sampling(resamples=10))
     frame = frame[frame["stop"] - frame["start"] == length]
     assert profile.S[0].tolist() == pytest.approx(frame["S"].tolist(), rel=1e-4)
     assert profile.R_over_N[0].tolist() == pytest.approx(frame["R_over_N"].tolist(), rel=1e-4)
@@ -68,7 +71,9 @@ def test_the_profile_is_that_of_series(name, length, load):
 
 def test_padding_does_not_matter():
     stack = Stack(known_networks.random_network(n_layers=3))
-    left, right = (ends_against_middle.measure(stack, ragged(side), resamples=3) for side in ("left", "right"))
+    left, right = (
+        ends_against_middle.measure(stack, ragged(side), sampling=Sampling(resamples=3)) for side in ("left", "right")
+    )
     assert left.S.numpy() == pytest.approx(right.S.numpy(), rel=1e-4)
 
 
@@ -83,12 +88,14 @@ def test_the_cost_is_as_stated(monkeypatch):
         return layer(*args, **kwargs)
 
     monkeypatch.setattr(engine, "layer", counted)
-    ends_against_middle.measure(stack, TOKENS, 3, resamples=0)
+    ends_against_middle.measure(stack, TOKENS, 3, sampling=Sampling(resamples=0))
     assert count == 2 * 4 + 2 * (3 - 1)
 
 
 def test_unsure_boundaries_widen_the_interval():
-    profile = ends_against_middle.measure(Stack(three_parts([0.0] * 4 + [1.0] * 4 + [0.0] * 4)), TOKENS, resamples=60)
+    profile = ends_against_middle.measure(
+        Stack(three_parts([0.0] * 4 + [1.0] * 4 + [0.0] * 4)), TOKENS, sampling=Sampling(resamples=60)
+    )
     moved = np.array([(4, 8), *[(3, 8), (5, 9), (4, 7)] * 20])
     sure, unsure = ends_against_middle.ends(profile, PLACES), ends_against_middle.ends(profile, moved)
     assert unsure["D"] == sure["D"]
@@ -97,7 +104,7 @@ def test_unsure_boundaries_widen_the_interval():
 
 
 def test_an_end_without_a_window_is_said():
-    profile = ends_against_middle.measure(Stack(three_parts([0.5] * 6)), TOKENS, resamples=5)
+    profile = ends_against_middle.measure(Stack(three_parts([0.5] * 6)), TOKENS, sampling=Sampling(resamples=5))
     assert "holds no window of 2 layers" in ends_against_middle.verdict(ends_against_middle.ends(profile, [(2, 4)]))
 
 
@@ -106,4 +113,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="windows have 2 to 3 layers"):
         ends_against_middle.measure(stack, TOKENS, 4)
     with pytest.raises(ValueError, match="0 < in < out < 3"):
-        ends_against_middle.ends(ends_against_middle.measure(stack, TOKENS, resamples=2), [(2, 3)])
+        ends_against_middle.ends(ends_against_middle.measure(stack, TOKENS, sampling=Sampling(resamples=2)), [(2, 3)])

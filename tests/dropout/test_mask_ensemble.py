@@ -14,6 +14,7 @@ from surgery.instruments import known_networks
 from surgery.instruments.fidelity import measure
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
+from surgery.stats.sampling import Sampling
 
 HEAD = "unembed.hook_in"
 UNITS = 6
@@ -54,7 +55,10 @@ def test_over_all_masks_of_a_softmax_linear_model_the_geometric_mean_is_the_mode
 
 def test_on_a_softmax_linear_model_the_geometric_mean_converges_as_one_over_the_root_of_the_count():
     counts = (4, 16, 64)
-    runs = [curve(linear(), ids(60), HEAD, 0.3, counts, shared=False, seed=s, resamples=0) for s in range(2)]
+    runs = [
+        curve(linear(), ids(60), HEAD, 0.3, counts, shared=False, sampling=Sampling(seed=s, resamples=0))
+        for s in range(2)
+    ]
     mean = pandas.concat(runs).groupby(["way", "count"])["kl"].mean()
     slope = np.polyfit(np.log(counts), np.log(np.sqrt(mean[GEOMETRIC])), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.06)
@@ -64,7 +68,9 @@ def test_on_a_softmax_linear_model_the_geometric_mean_converges_as_one_over_the_
 
 def test_through_several_layers_the_geometric_mean_is_not_the_model():
     def left(stack, names):
-        frame = curve(stack, known_networks.tokens(24, 8), names, 0.3, (64,), shared=False, resamples=0)
+        frame = curve(
+            stack, known_networks.tokens(24, 8), names, 0.3, (64,), shared=False, sampling=Sampling(resamples=0)
+        )
         return of(frame, GEOMETRIC, 64)["kl"]
 
     stack = Stack(known_networks.serial_network(n_layers=3, dtype=torch.float64))
@@ -77,7 +83,7 @@ def test_every_number_against_its_definition():
     tokens = ragged("right")
     answers = torch.zeros_like(tokens.mask)
     answers[:, 1] = True
-    frame = curve(stack, tokens, HEAD, p, (3,), answers=answers, batch_size=5, seed=2, resamples=30)
+    frame = curve(stack, tokens, HEAD, p, (3,), answers=answers, sampling=Sampling(batch_size=5, seed=2, resamples=30))
     log_p = []
     for mask in range(3):
         made = surgery.hooks.dropout(stack.model, HEAD, p, 2 * 1_000_003 + mask, shared=True)
@@ -115,15 +121,19 @@ def test_the_row_of_scaling_is_the_model():
     stack = Stack(surgery.load("babel"))
     ids, answers = Babel().encode(bundled.problems(10))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids != Babel().token_ids["<pad>"]))
-    row = curve(stack, tokens, "blocks.3.hook_mlp_out", 0.1, (1,), answers=answers, resamples=0).iloc[0]
-    own = measure(stack, tokens, lambda x, _: x, 3, 4, answers=torch.from_numpy(answers), resamples=0).iloc[0]
+    row = curve(
+        stack, tokens, "blocks.3.hook_mlp_out", 0.1, (1,), answers=answers, sampling=Sampling(resamples=0)
+    ).iloc[0]
+    own = measure(
+        stack, tokens, lambda x, _: x, 3, 4, answers=torch.from_numpy(answers), sampling=Sampling(resamples=0)
+    ).iloc[0]
     for name in ("cross_entropy", "exact", "cross_entropy_answers"):
         assert row[name] == pytest.approx(own[f"{name}_original"], abs=1e-6)  # in float32
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_nothing_dropped_is_scaling_exactly(shared):
-    frame = curve(linear(), ids(), [HEAD], 0.0, (1, 2), shared=shared, resamples=10)
+    frame = curve(linear(), ids(), [HEAD], 0.0, (1, 2), shared=shared, sampling=Sampling(resamples=10))
     scaling = of(frame, SCALING, 0)
     for _, row in frame.iterrows():
         assert row["cross_entropy"] == pytest.approx(scaling["cross_entropy"], abs=1e-12)
@@ -135,7 +145,7 @@ def test_nothing_dropped_is_scaling_exactly(shared):
 
 def test_subnetworks_do_not_depend_on_batches_and_the_same_seed_gives_the_same():
     def made(**options):
-        return curve(linear(), ids(), HEAD, 0.3, (1, 4), resamples=5, **options)
+        return curve(linear(), ids(), HEAD, 0.3, (1, 4), sampling=Sampling(resamples=5), **options)
 
     pandas.testing.assert_frame_equal(made(batch_size=4), made(batch_size=6))
     pandas.testing.assert_frame_equal(made(shared=False), made(shared=False))
@@ -144,13 +154,15 @@ def test_subnetworks_do_not_depend_on_batches_and_the_same_seed_gives_the_same()
 
 
 def test_fewer_counts_are_the_first_of_more():
-    some, more = (curve(linear(), ids(), HEAD, 0.3, counts, resamples=0) for counts in ((2,), (4, 2, 2)))
+    some, more = (
+        curve(linear(), ids(), HEAD, 0.3, counts, sampling=Sampling(resamples=0)) for counts in ((2,), (4, 2, 2))
+    )
     assert of(some, ARITHMETIC, 2)["kl"] == of(more, ARITHMETIC, 2)["kl"]
     assert more["count"].tolist() == [0, 2, 2, 4, 4]
 
 
 def test_the_variance_does_not_depend_on_the_count_but_for_sampling():
-    frame = curve(linear(), ids(80), HEAD, 0.3, (2, 32), shared=False, resamples=0)
+    frame = curve(linear(), ids(80), HEAD, 0.3, (2, 32), shared=False, sampling=Sampling(resamples=0))
     mean = frame[frame["way"] == ARITHMETIC].set_index("count")["variance"]
     assert mean[2] == pytest.approx(mean[32], rel=0.15)
 
@@ -158,7 +170,7 @@ def test_the_variance_does_not_depend_on_the_count_but_for_sampling():
 def test_the_model_is_left_as_it_was():
     stack = linear()
     before = stack.run(ids())
-    curve(stack, ids(), HEAD, 0.3, (2,), resamples=0)
+    curve(stack, ids(), HEAD, 0.3, (2,), sampling=Sampling(resamples=0))
     assert torch.equal(stack.run(ids()), before)
     assert all(not point.fwd_hooks for point in stack.model.hook_dict.values())
 
@@ -193,7 +205,7 @@ def test_a_model_with_dropout_left_on_is_refused():
 def test_sentences_and_figure(n_prompts):
     answers = torch.zeros(n_prompts, 5, dtype=torch.bool)
     answers[:, 2] = True
-    frame = curve(linear(), ids(n_prompts), HEAD, 0.2, (1, 2, 4), answers=answers, resamples=20)
+    frame = curve(linear(), ids(n_prompts), HEAD, 0.2, (1, 2, 4), answers=answers, sampling=Sampling(resamples=20))
     said = found(frame)
     assert [text.split(" mean of 4 masks: ")[0] for text in said] == ["Arithmetic", "Geometric"]
     assert f"{of(frame, GEOMETRIC, 4)['kl']:.4f}" in said[1]

@@ -12,6 +12,7 @@ from surgery.instruments.ablation import damage
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 CHAIN = SERIES | {"scored": [1, 2, 3]}  # its head reads every layer
 STANDBY = BACKUP | {"rectified": []}  # writes what is missing, and takes away what is wrong
@@ -27,10 +28,10 @@ STANDBY = BACKUP | {"rectified": []}  # writes what is missing, and takes away w
 )
 def test_systems_of_known_reliability(system, rho, share, curvature):
     stack = reading(**system)
-    row = mass(stack, TOKENS, "skip", resamples=50).iloc[0]
+    row = mass(stack, TOKENS, "skip", sampling=Sampling(resamples=50)).iloc[0]
     assert row["mean_rho"] == pytest.approx(rho, abs=1e-9)
     assert row["redundancy_mass"] == pytest.approx(share, nan_ok=True)
-    frame = subsets(stack, TOKENS, (1, 2), kind="skip", resamples=50)
+    frame = subsets(stack, TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=50))
     assert np.allclose(frame[["curvature", "curvature_low", "curvature_high"]], curvature, atol=1e-9)
     difference = {-1: -7 / 8, 0: 0, 1: 7 / 8}[curvature]
     assert frame["second_difference"].tolist() == pytest.approx([np.nan, difference, np.nan], nan_ok=True, abs=1e-9)
@@ -39,14 +40,14 @@ def test_systems_of_known_reliability(system, rho, share, curvature):
 def test_curvature_rises_from_a_chain_to_a_backup():
     """One layer that all rest on, beside one that stands alone: in between, and monotone in the chain's share."""
     mixed = dict(reads=[{0: 1}, {1: 1}, {0: 1}], writes=[1, 2, 3], scored=[2, 3])
-    found = [subsets(reading(**system), TOKENS, (1, 2), kind="skip", resamples=0)["curvature"][0]
+    found = [subsets(reading(**system), TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=0))["curvature"][0]
              for system in (SERIES, mixed, INDEPENDENT)]  # fmt: skip
     assert found[0] < found[1] < found[2]
 
 
 def test_the_curve_is_the_mean_damage_of_the_drawn_sets():
     stack, tokens = Stack(known_networks.random_network()), known_networks.tokens(8, 6)
-    frame = subsets(stack, tokens, (1, 2, 3), draws=4, seed=3, resamples=0)
+    frame = subsets(stack, tokens, (1, 2, 3), draws=4, sampling=Sampling(seed=3, resamples=0))
     drawn = subsets_drawn(6, (1, 2, 3), 4, 3)
     assert frame["n_subsets"].tolist() == [1, 4, 4, 4]
     assert len(set(drawn)) == 13
@@ -57,7 +58,9 @@ def test_the_curve_is_the_mean_damage_of_the_drawn_sets():
 
 
 def test_an_untrained_transformer_has_no_curvature():
-    frame = subsets(Stack(known_networks.random_network(n_layers=4)), known_networks.tokens(16, 8), resamples=100)
+    frame = subsets(
+        Stack(known_networks.random_network(n_layers=4)), known_networks.tokens(16, 8), sampling=Sampling(resamples=100)
+    )
     assert (frame["damage_low"][1:] < 0).all()
     assert frame["curvature"].isna().all()
 
@@ -71,21 +74,25 @@ def test_an_untrained_transformer_has_no_curvature():
     ids=["chain", "independent", "backup", "unread"],
 )
 def test_self_repair_of_known_systems(system, slopes):
-    frame = self_repair(reading(**system), TOKENS, resamples=50)
+    frame = self_repair(reading(**system), TOKENS, sampling=Sampling(resamples=50))
     for end in ("", "_low", "_high"):
         assert frame[f"self_repair{end}"].tolist() == pytest.approx(slopes, nan_ok=True, abs=1e-9)
     assert frame["norm_repair"].dropna().tolist() == pytest.approx([0] * frame["norm_repair"].notna().sum(), abs=1e-9)
 
 
 def test_what_repairs_the_last_layer_is_the_norm():
-    frame = self_repair(Stack(known_networks.random_network(4)), known_networks.tokens(24, 10), resamples=50)
+    frame = self_repair(
+        Stack(known_networks.random_network(4)), known_networks.tokens(24, 10), sampling=Sampling(resamples=50)
+    )
     last = frame.iloc[-1]
     assert last["self_repair"] == pytest.approx(last["norm_repair"], abs=1e-6)
     assert abs(last["norm_repair"]) > 1e-4
     if last["self_repair_low"] > 0:
         assert last["norm_share"] == pytest.approx(1, abs=1e-3)
     without = self_repair(
-        Stack(known_networks.random_network(4, norm=None)), known_networks.tokens(24, 10), resamples=0
+        Stack(known_networks.random_network(4, norm=None)),
+        known_networks.tokens(24, 10),
+        sampling=Sampling(resamples=0),
     )
     assert without["norm_repair"].abs().max() < 1e-5
 
@@ -94,7 +101,7 @@ def test_batches_and_padding_change_little_but_the_donors():
     """With one batch the donors are the same, so padding changes nothing."""
     stack, tokens = reading(**CHAIN), Tokens.of(TOKENS)
     for side in ("left", "right"):
-        padded = self_repair(stack, tokens.pad(2, side), resamples=0)["self_repair"]
+        padded = self_repair(stack, tokens.pad(2, side), sampling=Sampling(resamples=0))["self_repair"]
         assert padded.tolist() == pytest.approx([-2, -1, 0], abs=1e-9)
 
 
@@ -127,7 +134,7 @@ def related(kind):
     ],
 )
 def test_predictability_of_known_layers(kind, low, high, actual_low, actual_high):
-    row = predictability(related(kind), known_networks.tokens(120, 8), resamples=50).iloc[0]
+    row = predictability(related(kind), known_networks.tokens(120, 8), sampling=Sampling(resamples=50)).iloc[0]
     assert actual_low < row["predictability_actual"] < actual_high
     if low is None:
         assert np.isnan(row["predictability"])
@@ -142,18 +149,22 @@ def test_predictability_of_known_layers(kind, low, high, actual_low, actual_high
 
 def test_across_is_what_its_parts_are(tmp_path):
     stack, tokens = Stack(known_networks.random_network(3, 16)), known_networks.tokens(24, 8)
-    row = across(stack, tokens, resamples=30).iloc[0]
-    parts = mass(stack, tokens, resamples=30).iloc[0]
+    row = across(stack, tokens, sampling=Sampling(resamples=30)).iloc[0]
+    parts = mass(stack, tokens, sampling=Sampling(resamples=30)).iloc[0]
     assert row["redundancy_mass_high"] == parts["redundancy_mass_high"]
-    curve = subsets(stack, tokens, resamples=30)
+    curve = subsets(stack, tokens, sampling=Sampling(resamples=30))
     assert row["curvature"] == pytest.approx(curve["curvature"][0], nan_ok=True)
     assert row["second_difference_low"] == pytest.approx(curve["second_difference_low"][1])
-    repair = self_repair(stack, tokens, resamples=0)["self_repair"][:2]
+    repair = self_repair(stack, tokens, sampling=Sampling(resamples=0))["self_repair"][:2]
     assert repair.min() <= row["self_repair"] <= repair.max()
-    pairs = predictability(stack, tokens, resamples=0)
+    pairs = predictability(stack, tokens, sampling=Sampling(resamples=0))
     assert row["predictability"] == pytest.approx(pairs["predictability"].mean())
     assert set(row.index) <= set(redundancy.COLUMNS)
-    for name, frame in (("across", across(stack, tokens, resamples=0)), ("subsets", curve), ("pairs", pairs)):
+    for name, frame in (
+        ("across", across(stack, tokens, sampling=Sampling(resamples=0))),
+        ("subsets", curve),
+        ("pairs", pairs),
+    ):
         path = tables.write(frame, tmp_path / f"{name}.csv", {}, redundancy.COLUMNS)
         assert len(tables.read(path)) == len(frame)
 
@@ -161,7 +172,7 @@ def test_across_is_what_its_parts_are(tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "gemma2"])
 def test_architectures(load, name):
     tokens = torch.randint(4, 90, (30, 8), generator=torch.Generator().manual_seed(0))
-    row = across(Stack(load(name)), tokens, resamples=20).iloc[0]
+    row = across(Stack(load(name)), tokens, sampling=Sampling(resamples=20)).iloc[0]
     for measure in ("redundancy_mass", "self_repair", "norm_repair", "predictability"):
         assert row[f"{measure}_low"] <= row[measure] <= row[f"{measure}_high"]
 

@@ -16,6 +16,7 @@ from surgery.models.tokens import Tokens
 from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 from surgery.training.activations import Pairs
 from surgery.training.ledger import Counter
 
@@ -104,7 +105,7 @@ def test_a_middle_of_another_depth_and_width_is_a_model_like_any_other(load, tmp
     assert same(layer(grown.model, 4), layer(teacher.model, 3))
     stack = Stack(grown.model)
     assert torch.equal(logits(surgery.load(tmp_path / "run" / "model")), logits(grown.model))
-    windows = series.windows(stack, HELDOUT, resamples=0)
+    windows = series.windows(stack, HELDOUT, sampling=Sampling(resamples=0))
     assert windows["stop"].max() == 5
     assert windows["S"].notna().all()
     assert len(reversion.layers(stack, HELDOUT, causal=False)) == 5
@@ -120,7 +121,7 @@ def test_a_learnable_middle_beats_the_best_linear_map(tmp_path):
         schedule=Schedule(steps=100, batch=32, every=100, learning_rate=0.03, warmup=10),
     )  # fmt: skip
     best = linear_maps.linear(pairs.moments(range(54), skip_first=False), pairs.moments(range(54, 64)))
-    linear = fidelity.measure(teacher, heldout, best, 0, 1, resamples=0).iloc[0]
+    linear = fidelity.measure(teacher, heldout, best, 0, 1, sampling=Sampling(resamples=0)).iloc[0]
     assert 0.2 < linear["unexplained"] < 1  # a rectifier bends, so a line does not do
     assert grown.curve["unexplained"].iloc[-1] < 0.5 * linear["unexplained"] < grown.curve["unexplained"].iloc[0]
     assert grown.curve["kl"].iloc[-1] < linear["kl"]

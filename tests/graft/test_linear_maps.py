@@ -5,6 +5,7 @@ from support.exact_networks import network, rng
 from surgery import Stack
 from surgery.graft.linear_maps import RIDGES, Affine, linear, mean_update, skip
 from surgery.instruments import fidelity, known_networks
+from surgery.stats.sampling import Sampling
 from surgery.training.activations import Moments
 
 
@@ -110,7 +111,7 @@ def test_a_middle_that_is_linear_is_found_exactly_by_measure():
     x, u = stream[1, :, 1:].flatten(0, 1), (stream[3] - stream[1])[:, 1:].flatten(0, 1)
     m = moments(x, u)
     rows = {
-        name: fidelity.measure(stack, tokens, middle, 1, 3, resamples=0).iloc[0]
+        name: fidelity.measure(stack, tokens, middle, 1, 3, sampling=Sampling(resamples=0)).iloc[0]
         for name, middle in (("skip", skip), ("mean", mean_update(m)), ("linear", linear(m, ridge=0.0)))
     }
     assert rows["linear"].unexplained < 1e-20

@@ -8,6 +8,7 @@ from surgery.graft import manifold, walk
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
+from surgery.stats.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ KINDS = {"near": walk.Stationary(0.99), "stationary": walk.Stationary(0.5), "far
 @pytest.fixture(scope="module")
 def frame(made):
     stack, found, heldout = made
-    return manifold.report(stack, found, KINDS, heldout, 2, batch_size=13)
+    return manifold.report(stack, found, KINDS, heldout, 2, sampling=Sampling(batch_size=13))
 
 
 def row(frame, kind, control=False):
@@ -82,7 +83,7 @@ def test_rows_do_not_depend_on_batches_and_have_every_column(made, frame):
 def test_padding_is_left_out(made):
     stack, found, heldout = made
     plain, padded = (
-        manifold.report(stack, found, {"s": walk.Stationary(0.5)}, tokens, 2, resamples=20)
+        manifold.report(stack, found, {"s": walk.Stationary(0.5)}, tokens, 2, sampling=Sampling(resamples=20))
         for tokens in (heldout, heldout.pad(3, "right"))
     )
     for name in manifold.MEASURES:

@@ -10,6 +10,7 @@ from surgery.graft.reinitialise import COLUMNS, layers
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(10, 8)
 ANSWERED = torch.zeros(10, 8, dtype=torch.bool)
@@ -29,18 +30,18 @@ def transplanted(layer, seed):
 
 
 def test_a_layer_that_was_never_trained_costs_nothing_with_its_own_seed():
-    frame = layers(Stack(transplanted(2, seed=5)), TOKENS, seeds=1, seed=5)
+    frame = layers(Stack(transplanted(2, seed=5)), TOKENS, seeds=1, sampling=Sampling(seed=5))
     assert frame.loc[2, ["damage", "damage_low", "damage_high", "damage_least", "damage_most"]].eq(0).all()
     assert frame.robust[2] == "yes"
     assert frame.damage.drop(2).abs().min() > 1e-3
-    several = layers(Stack(transplanted(2, seed=5)), TOKENS, seeds=3, seed=3)
+    several = layers(Stack(transplanted(2, seed=5)), TOKENS, seeds=3, sampling=Sampling(seed=3))
     assert several.damage_least[2] * several.damage_most[2] == 0  # one seed of three is the layer's own
     assert several.damage[2] != 0
 
 
 def test_a_layer_is_worked_out_by_hand():
     stack = Stack(known_networks.random_network(n_layers=3, seed=9, dtype=torch.float64))
-    found = layers(stack, TOKENS, seeds=2, seed=20, answers=ANSWERED, resamples=0, batch_size=4)
+    found = layers(stack, TOKENS, seeds=2, answers=ANSWERED, sampling=Sampling(seed=20, resamples=0, batch_size=4))
     context, damages, exacts = stack.context(TOKENS), [], []
 
     def scores(x):
@@ -94,7 +95,7 @@ def test_the_model_itself_as_initial_costs_nothing_and_is_asked_alone():
     assert set(frame.n_seeds) == {1}
     other = known_networks.random_network(n_layers=3, seed=1)
     assert layers(Stack(model), TOKENS, initial=other).damage.tolist() == (
-        layers(Stack(model), TOKENS, seeds=1, seed=1).damage.tolist()
+        layers(Stack(model), TOKENS, seeds=1, sampling=Sampling(seed=1)).damage.tolist()
     )
 
 
@@ -111,7 +112,7 @@ def test_published_architectures_and_their_weights_stay_as_they_are(load, name):
 def test_the_bundled_model_needs_its_layers():
     ids, answers = Babel().encode(bundled.problems(20))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids) != 0)
-    frame = layers(Stack(models.load("babel")), tokens, seeds=1, answers=answers, resamples=50)
+    frame = layers(Stack(models.load("babel")), tokens, seeds=1, answers=answers, sampling=Sampling(resamples=50))
     assert frame.exact_original.min() > 0.9
     assert frame.damage[0] > 1
     assert frame.exact[0] < 0.5
@@ -122,13 +123,14 @@ def test_padding_and_batches_do_not_matter_and_a_seed_decides():
     stack = Stack(known_networks.random_network(n_layers=3, seed=9, dtype=torch.float64))
     tokens = Tokens(TOKENS, torch.arange(8) < torch.tensor([[8]] * 6 + [[5]] * 4))
     one, same, small, other = (
-        layers(stack, tokens, seeds=1, resamples=20, **options) for options in ({}, {}, {"batch_size": 3}, {"seed": 1})
+        layers(stack, tokens, seeds=1, sampling=Sampling(resamples=20), **options)
+        for options in ({}, {}, {"batch_size": 3}, {"seed": 1})
     )
     assert one.equals(same)
     assert not np.allclose(one.damage, other.damage)
     np.testing.assert_allclose(small.damage, one.damage, atol=1e-6)  # the fresh layers are in single precision
     state = torch.random.get_rng_state()
-    layers(stack, tokens, seeds=1, resamples=0)
+    layers(stack, tokens, seeds=1, sampling=Sampling(resamples=0))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -9,6 +9,7 @@ from surgery.instruments.ablation import Damages, damage
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(8, 8)
 SETS = [(), (0,), (2,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]
@@ -84,21 +85,23 @@ def test_padding_and_batches_do_not_matter():
         plain = damage(stack, right, SETS, frozen=frozen)
         for other in (
             damage(stack, left, SETS, frozen=frozen),
-            damage(stack, right, SETS, frozen=frozen, batch_size=4),
+            damage(stack, right, SETS, frozen=frozen, sampling=Sampling(batch_size=4)),
         ):
             torch.testing.assert_close(other.margin, plain.margin)
             torch.testing.assert_close(other.loss, plain.loss)
 
 
 def test_resampled_updates_are_another_prompts_and_reproducible():
-    ensemble = Ensemble(Tokens.of(TOKENS), batch_size=1, seed=3)
+    ensemble = Ensemble(Tokens.of(TOKENS), Sampling(batch_size=1, seed=3))
     runs = list(ablation.clean_runs(transformer(), ensemble, "resample"))
     assert [len(run.mask) for run in runs] == [3, 3, 2]  # nobody is left without a donor
     for run in runs:
         own, given = run.update(1), run.replacement(1)
         assert (own[:, 1:] - given[:, 1:]).norm(dim=-1).min() > 0
         torch.testing.assert_close(own.sum(0), given.sum(0))  # a permutation within every place
-    one, same, other = (damage(transformer(), TOKENS, SETS, "resample", seed=seed) for seed in (1, 1, 2))
+    one, same, other = (
+        damage(transformer(), TOKENS, SETS, "resample", sampling=Sampling(seed=seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(one.margin, same.margin)
     assert not torch.equal(one.margin, other.margin)
 

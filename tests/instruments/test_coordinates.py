@@ -16,6 +16,7 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 KINDS = ["gpt2", "llama", "gptj", "native-ln", "native-gated"]
 
@@ -26,7 +27,7 @@ def one_thread():
 
 
 def opened(stack, tokens, batch_size=64):
-    ensemble = Ensemble(Tokens.of(tokens), batch_size=batch_size)
+    ensemble = Ensemble(Tokens.of(tokens), Sampling(batch_size=batch_size))
     return ensemble, stack.context(ensemble.tokens)
 
 

@@ -10,6 +10,7 @@ from surgery.instruments.ensemble import Ensemble, Visit
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import interval, weights
+from surgery.stats.sampling import Sampling
 
 
 def pulls(stack, tokens, draws, length=0.5):
@@ -26,7 +27,7 @@ def slope_of_the_cross_section(stack, tokens):
 def test_a_linear_pull_is_recovered_exactly_at_every_layer_and_length():
     stack, tokens = Stack(ou_network([0.1, 0.4, -0.2])), Tokens.of(known_networks.tokens(24, 8))
     for lengths in ([0.01, 0.1, 1.0], [1.0] * 3):
-        found = responses(stack, Ensemble(tokens, batch_size=10), lengths, draws=2)
+        found = responses(stack, Ensemble(tokens, Sampling(batch_size=10)), lengths, draws=2)
         assert list(found) == [*KINDS, *(f"{kind}_frozen" for kind in KINDS)]
         for kind, response in found.items():
             for layer, kappa in enumerate((0.1, 0.4, -0.2)):
@@ -107,7 +108,7 @@ def test_principal_components_are_those_of_the_centred_stream():
     x = stack.stream(tokens)[0, :, 1:].flatten(0, 1)
     expected = torch.linalg.svd(x - x.mean(0))[2]
     for count, found in ((2, 2), (8, 4)):
-        (basis,) = principal_components(stack, Ensemble(Tokens.of(tokens), batch_size=5), count)
+        (basis,) = principal_components(stack, Ensemble(Tokens.of(tokens), Sampling(batch_size=5)), count)
         torch.testing.assert_close((basis * expected[:found]).sum(1).abs(), torch.ones(found).double())
 
 

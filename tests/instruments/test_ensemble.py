@@ -9,6 +9,7 @@ from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble, exchanged, partners
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def transformer():
 def test_a_walk_meets_every_layer_of_every_batch_with_the_models_own_stream(transformer):
     tokens = ragged("left")
     stream = transformer.stream(tokens)
-    visits = list(Ensemble(tokens, batch_size=5).visits(transformer))
+    visits = list(Ensemble(tokens, Sampling(batch_size=5)).visits(transformer))
     assert [(visit.first, len(visit.mask)) for visit in visits] == [(0, 4)] * 3 + [(4, 4)] * 3 + [(8, 4)] * 3
     assert [visit.layer for visit in visits] == [0, 1, 2] * 3
     for visit in visits:
@@ -44,16 +45,16 @@ def test_layers_run_in_the_order_asked_for(transformer):
 def test_first_tokens_belong_to_it_when_asked():
     tokens = ragged("left")
     assert torch.equal(Ensemble(tokens).mask, tokens.ensemble())
-    assert torch.equal(Ensemble(tokens, skip_first=False).mask, tokens.mask)
+    assert torch.equal(Ensemble(tokens, Sampling(skip_first=False)).mask, tokens.mask)
 
 
 @pytest.mark.parametrize("purpose", [(), (1,)])
 def test_random_numbers_return_for_the_same_visit_purpose_and_seed_only(transformer, purpose):
     tokens = Tokens.of(known_networks.tokens(4, 6))
-    visits = list(Ensemble(tokens, batch_size=2).visits(transformer))
+    visits = list(Ensemble(tokens, Sampling(batch_size=2)).visits(transformer))
 
     def drawn(seed, *purpose):
-        return [Ensemble(tokens, seed=seed).generator(visit, *purpose).random() for visit in visits]
+        return [Ensemble(tokens, Sampling(seed=seed)).generator(visit, *purpose).random() for visit in visits]
 
     assert drawn(0, *purpose) == drawn(0, *purpose)
     assert len({*drawn(0, *purpose), *drawn(1, *purpose)}) == 2 * len(visits)
@@ -78,14 +79,14 @@ def test_a_stream_that_is_not_finite_is_refused():
 )
 def test_bad_input_is_refused_in_a_sentence(tokens, options, message):
     with pytest.raises(ValueError, match=message):
-        Ensemble(Tokens.of(tokens), **options)
+        Ensemble(Tokens.of(tokens), Sampling(skip_first=options))
 
 
 def test_progress_draws_on_the_terminal_only_when_asked(transformer, capsys):
     tokens = Tokens.of(known_networks.tokens(2, 4))
     list(Ensemble(tokens).visits(transformer))
     assert capsys.readouterr() == ("", "")
-    list(Ensemble(tokens, progress=True).visits(transformer))
+    list(Ensemble(tokens, Sampling(progress=True)).visits(transformer))
     assert capsys.readouterr() != ("", "")
 
 

@@ -11,6 +11,7 @@ from surgery.instruments.fidelity import COLUMNS, measure, of
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import interval, weights
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(10, 9)
 NAMES = [*fidelity.UNEXPLAINED, *fidelity.PREDICTIONS, *fidelity.ANSWERS]
@@ -57,7 +58,9 @@ def test_the_original_layers_lose_nothing(load, name, start, stop):
     stack = Stack(made[name]() if name in made else load(name))
     tokens = torch.randint(4, 90, (6, 7), generator=rng())
     answers = torch.zeros(6, 7, dtype=torch.bool).index_fill_(1, torch.tensor([4, 6]), True)
-    row = measure(stack, tokens, original(stack, start, stop), start, stop, answers=answers, resamples=20).iloc[0]
+    row = measure(
+        stack, tokens, original(stack, start, stop), start, stop, answers=answers, sampling=Sampling(resamples=20)
+    ).iloc[0]
     assert (row.unexplained, row.unexplained_whitened, row.damage, row.agreement) == (0, 0, 0, 1)
     assert (row.damage_low, row.damage_high) == (0, 0)
     assert (row.exact, row.cross_entropy_answers) == (row.exact_original, row.cross_entropy_answers_original)
@@ -67,7 +70,7 @@ def test_the_original_layers_lose_nothing(load, name, start, stop):
 def test_leaving_the_middle_out_reads_the_second_moment_over_the_variance():
     for stack in (transformer(), Stack(known_networks.serial_network(n_layers=4, biases=True, dtype=torch.float64))):
         _, u = update(stack, TOKENS)
-        row = measure(stack, TOKENS, skip, 1, 3, resamples=0).iloc[0]
+        row = measure(stack, TOKENS, skip, 1, 3, sampling=Sampling(resamples=0)).iloc[0]
         assert row.unexplained == pytest.approx(float(u.square().sum(-1).mean() / variance(u)), rel=1e-9)
         assert row.unexplained > 1
 
@@ -75,7 +78,7 @@ def test_leaving_the_middle_out_reads_the_second_moment_over_the_variance():
 def test_the_mean_update_reads_one_exactly_in_either_unit():
     stack = transformer()
     _, u = update(stack, TOKENS)
-    row = measure(stack, TOKENS, lambda x, context: x + u.mean(0), 1, 3, resamples=0).iloc[0]
+    row = measure(stack, TOKENS, lambda x, context: x + u.mean(0), 1, 3, sampling=Sampling(resamples=0)).iloc[0]
     assert row.unexplained == pytest.approx(1, abs=1e-12)
     assert row.unexplained_whitened == pytest.approx(1, abs=1e-12)
 
@@ -86,8 +89,7 @@ def test_it_rises_steadily_from_the_original_to_the_mean():
     rows = [
         measure(
             stack, TOKENS, lambda x, c, part=part: (1 - part) * original(stack, 1, 3)(x, c) + part * (x + u.mean(0)),
-            1, 3, resamples=0,
-        ).iloc[0]
+            1, 3, sampling=Sampling(resamples=0)).iloc[0]
         for part in (0.0, 0.25, 0.5, 1.0)
     ]  # fmt: skip
     for row, part in zip(rows, (0.0, 0.25, 0.5, 1.0)):
@@ -105,7 +107,7 @@ def test_what_is_massive_owns_the_plain_number_and_not_the_whitened_one():
         found = original(stack, 1, 2)(x, context)
         return torch.cat([found[..., :1], x[..., 1:]], -1)
 
-    row = measure(stack, TOKENS, all_but_the_massive, 1, 2, resamples=0).iloc[0]
+    row = measure(stack, TOKENS, all_but_the_massive, 1, 2, sampling=Sampling(resamples=0)).iloc[0]
     assert row.unexplained < 1e-4
     assert row.unexplained_whitened == pytest.approx(15 / 16, abs=0.1)
 
@@ -123,7 +125,7 @@ def test_dimensions_that_hardly_vary_are_held_at_the_floor():
         found[..., 0] += off
         return found
 
-    row = measure(stack, TOKENS, one_dimension_off, 1, 2, resamples=0).iloc[0]
+    row = measure(stack, TOKENS, one_dimension_off, 1, 2, sampling=Sampling(resamples=0)).iloc[0]
     floor = fidelity.FLOOR * u.std(0, correction=0).median()
     assert row.unexplained_whitened == pytest.approx(float((off / floor) ** 2 / 15), rel=1e-3)
 
@@ -143,7 +145,7 @@ def test_predictions_are_those_worked_out_by_hand(side):
     clean = stack.stream(context)
     p, target, kept = by_hand(stack, tokens, clean[-1])
     q, _, _ = by_hand(stack, tokens, stack.execute("3:", middle(clean[1], context), context))
-    row = measure(stack, tokens, middle, 1, 3, answers=answers, batch_size=5).iloc[0]
+    row = measure(stack, tokens, middle, 1, 3, answers=answers, sampling=Sampling(batch_size=5)).iloc[0]
 
     def loss(log, where):
         return float(-log.gather(-1, target[..., None])[..., 0][where].mean())
@@ -169,7 +171,7 @@ def test_predictions_are_those_worked_out_by_hand(side):
 def test_padding_and_batches_and_portions_do_not_matter(monkeypatch):
     stack = transformer()
     rows = [measure(stack, ragged("right"), skip, 1, 3), measure(stack, ragged("left"), skip, 1, 3)]
-    rows.append(measure(stack, ragged("right"), skip, 1, 3, batch_size=4))
+    rows.append(measure(stack, ragged("right"), skip, 1, 3, sampling=Sampling(batch_size=4)))
     monkeypatch.setattr("surgery.instruments.readout.LOGITS_AT_ONCE", 700)
     rows.append(measure(stack, ragged("right"), skip, 1, 3))
     for row in rows[1:]:
@@ -181,7 +183,7 @@ def test_the_bundled_model_answers_as_exact_says():
     ids, answers = corpus.encode(bundled.problems(30))
     tokens = Tokens(torch.from_numpy(ids), torch.from_numpy(ids) != 0)
     predicted = stack.run(tokens).argmax(-1).numpy()
-    row = measure(stack, tokens, skip, 4, 9, answers=answers, resamples=50).iloc[0]
+    row = measure(stack, tokens, skip, 4, 9, answers=answers, sampling=Sampling(resamples=50)).iloc[0]
     assert row.exact_original == pytest.approx(exact(predicted, ids, answers).mean())
     assert row.exact_original > 0.9 > row.exact
     assert row.cross_entropy_answers > 1 > row.cross_entropy_answers_original
@@ -189,7 +191,7 @@ def test_the_bundled_model_answers_as_exact_says():
 
 def test_intervals_are_the_bootstrap_over_prompts_paired():
     stack = transformer()
-    row = measure(stack, TOKENS, skip, 1, 3, resamples=300, seed=5).iloc[0]
+    row = measure(stack, TOKENS, skip, 1, 3, sampling=Sampling(resamples=300, seed=5)).iloc[0]
     p, target, _ = by_hand(stack, Tokens.of(TOKENS), stack.stream(TOKENS)[-1])
     context = stack.context(TOKENS)
     q, _, _ = by_hand(stack, Tokens.of(TOKENS), stack.execute("3:", stack.stream(context)[1], context))
@@ -207,11 +209,15 @@ def test_a_small_damage_is_told_from_none_because_both_models_meet_the_same_prom
 
 def test_intervals_cover_what_more_prompts_say():
     stack = Stack(known_networks.mixed_network(0.5, 4))
-    truth = measure(stack, known_networks.tokens(1500, 8, seed=99), skip, 1, 3, resamples=0, batch_size=750).iloc[0]
+    truth = measure(
+        stack, known_networks.tokens(1500, 8, seed=99), skip, 1, 3, sampling=Sampling(resamples=0, batch_size=750)
+    ).iloc[0]
     names = ["unexplained", "unexplained_whitened", "damage", "kl", "agreement"]
     covered = dict.fromkeys(names, 0)
     for seed in range(30):
-        row = measure(stack, known_networks.tokens(60, 8, seed=seed), skip, 1, 3, resamples=100).iloc[0]
+        row = measure(
+            stack, known_networks.tokens(60, 8, seed=seed), skip, 1, 3, sampling=Sampling(resamples=100)
+        ).iloc[0]
         for name in names:
             covered[name] += row[f"{name}_low"] <= truth[name] <= row[f"{name}_high"]
     assert min(covered.values()) >= 25  # of 30; 95 % would be 28, a bootstrap of 60 prompts is a little narrow
@@ -221,7 +227,7 @@ def test_one_prompt_has_no_interval_and_many_share_units():
     stack = Stack(known_networks.serial_network(n_layers=3))
     row = measure(stack, TOKENS[:1], skip, 1, 2, answers=ANSWERED[:1]).iloc[0]
     assert all(np.isfinite(row[name]) and np.isnan(row[f"{name}_low"]) for name in NAMES)
-    many = measure(stack, known_networks.tokens(300, 4), skip, 1, 2, resamples=30).iloc[0]
+    many = measure(stack, known_networks.tokens(300, 4), skip, 1, 2, sampling=Sampling(resamples=30)).iloc[0]
     assert many.n_prompts == 300
     assert many.damage_low < many.damage < many.damage_high
 
@@ -229,7 +235,7 @@ def test_one_prompt_has_no_interval_and_many_share_units():
 def test_where_nothing_is_written_nothing_can_be_explained():
     d = 8
     stack = Stack(network([torch.zeros(d, d)] * 3, torch.randn(256, d, generator=rng())))
-    row = measure(stack, TOKENS, skip, 1, 2, resamples=10).iloc[0]
+    row = measure(stack, TOKENS, skip, 1, 2, sampling=Sampling(resamples=10)).iloc[0]
     assert np.isnan(row.unexplained)
     assert np.isnan(row.unexplained_whitened)
     assert row.damage == 0
@@ -237,7 +243,7 @@ def test_where_nothing_is_written_nothing_can_be_explained():
 
 def test_a_whole_model_compared_with_itself_and_with_its_layers_left_out():
     stack = transformer()
-    row = of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, resamples=20)
+    row = of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=20))
     assert (row.unexplained[0], row.damage[0], row.agreement[0], row.exact[0]) == (0, 0, 1, row.exact_original[0])
     assert abs(row.kl[0]) < 1e-12
     embedding = torch.randn(256, 8, generator=rng())
@@ -245,19 +251,21 @@ def test_a_whole_model_compared_with_itself_and_with_its_layers_left_out():
     with torch.no_grad():
         parameters(shorter)["head.weight"].copy_(parameters(longer)["head.weight"])
     three, two = Stack(longer), Stack(shorter)
-    left_out = measure(three, TOKENS, skip, 1, 2, answers=ANSWERED, resamples=20)
-    student = of(three, two, TOKENS, (1, 2), (1, 1), answers=ANSWERED, resamples=20)
+    left_out = measure(three, TOKENS, skip, 1, 2, answers=ANSWERED, sampling=Sampling(resamples=20))
+    student = of(three, two, TOKENS, (1, 2), (1, 1), answers=ANSWERED, sampling=Sampling(resamples=20))
     assert list(student)[:4] == ["start", "stop", "student_start", "student_stop"]
     np.testing.assert_allclose(student[list(left_out)].to_numpy(), left_out.to_numpy(), rtol=1e-9, atol=1e-12)
 
 
 def test_half_precision_is_measured_in_single():
     stack = Stack(known_networks.random_network(n_layers=4, dtype=torch.bfloat16))
-    row = measure(stack, TOKENS, skip, 1, 3, resamples=5).iloc[0]
+    row = measure(stack, TOKENS, skip, 1, 3, sampling=Sampling(resamples=5)).iloc[0]
     stream = stack.stream(TOKENS).double()
     u = (stream[3] - stream[1])[:, 1:].flatten(0, 1)
     assert row.unexplained == pytest.approx(float(u.square().sum(-1).mean() / variance(u)), rel=1e-9)
-    double = measure(stack, TOKENS, lambda x, context: x.double(), 1, 3, resamples=5).iloc[0]  # of another precision
+    double = measure(stack, TOKENS, lambda x, context: x.double(), 1, 3, sampling=Sampling(resamples=5)).iloc[
+        0
+    ]  # of another precision
     assert double.equals(row)
 
 
@@ -277,11 +285,15 @@ def test_it_costs_what_it_says(monkeypatch):
 
 def test_deterministic_by_seed_and_every_column_is_explained():
     stack = transformer()
-    one, same, other = (measure(stack, TOKENS, skip, 1, 3, answers=ANSWERED, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (
+        measure(stack, TOKENS, skip, 1, 3, answers=ANSWERED, sampling=Sampling(seed=seed)) for seed in (1, 1, 2)
+    )
     assert one.equals(same)
     assert not one.equals(other)
     assert set(one) < set(COLUMNS)
-    assert set(of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, resamples=2)) == set(COLUMNS)
+    assert set(of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=2))) == set(
+        COLUMNS
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from surgery.instruments.ablation import Damages, damage
 from surgery.instruments.interactions import pairs, sets, summary, table
 from surgery.models.engine import Engine
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from surgery.records import tables
 def test_systems_of_known_reliability(system, rho, partial, damages, mass):
     """The margin of one subspace holding the token is 1 less the mean over 8 tokens, 1/8."""
     stack = reading(**system)
-    frame = pairs(stack, TOKENS, "skip", resamples=50)
+    frame = pairs(stack, TOKENS, "skip", sampling=Sampling(resamples=50))
     assert (frame["status"] == "measured").all()
     assert (frame["saturating"] == "no").all()
     for name, value in (("rho", rho), ("rho_partial", partial)):
@@ -40,7 +41,7 @@ def test_systems_of_known_reliability(system, rho, partial, damages, mass):
 @pytest.mark.parametrize("kind", ["mean", "resample"])
 def test_series_and_independence_by_other_ablations(kind):
     for system, rho in ((SERIES, 1), (INDEPENDENT, 0)):
-        frame = pairs(reading(**system), TOKENS, kind, resamples=50)
+        frame = pairs(reading(**system), TOKENS, kind, sampling=Sampling(resamples=50))
         # resampled once, the chain is lost; resampled twice, the donor's token comes through, of the same margin
         assert frame["rho"].to_numpy() == pytest.approx(rho, abs=1e-9)
 
@@ -48,8 +49,8 @@ def test_series_and_independence_by_other_ablations(kind):
 def test_the_nonlinear_loss_makes_independent_layers_interact_and_the_margin_does_not():
     """Cross entropy of a sum of logits: what it has lost of a sure token it cannot lose again (and the other way)."""
     stack = reading(**INDEPENDENT)
-    assert pairs(stack, TOKENS, "skip", "loss", resamples=50)["delta"].abs().min() > 0.01
-    assert pairs(stack, TOKENS, "skip", "margin", resamples=50)["delta"].abs().max() < 1e-12
+    assert pairs(stack, TOKENS, "skip", "loss", sampling=Sampling(resamples=50))["delta"].abs().min() > 0.01
+    assert pairs(stack, TOKENS, "skip", "margin", sampling=Sampling(resamples=50))["delta"].abs().max() < 1e-12
 
 
 # --- the index on damages made up ---
@@ -114,14 +115,18 @@ def test_noise_makes_no_discoveries():
 
 def test_the_parallel_network_adds_up():
     stack = Stack(known_networks.parallel_network(n_layers=4, norm="RMS", dtype=torch.float64))
-    frame = pairs(stack, known_networks.tokens(8, 8), resamples=20)
+    frame = pairs(stack, known_networks.tokens(8, 8), sampling=Sampling(resamples=20))
     assert frame["delta"].abs().max() < 1e-6 * frame["damage"].abs().max()
-    live = pairs(stack, known_networks.tokens(8, 8), frozen=False, resamples=20)
+    live = pairs(stack, known_networks.tokens(8, 8), frozen=False, sampling=Sampling(resamples=20))
     assert live["delta"].abs().max() > 1e-3 * live["damage"].abs().max()
 
 
 def test_pairs_of_the_untrained_transformer_lie_inside_noise():
-    frame = pairs(Stack(known_networks.random_network(n_layers=4)), known_networks.tokens(32, 10), resamples=100)
+    frame = pairs(
+        Stack(known_networks.random_network(n_layers=4)),
+        known_networks.tokens(32, 10),
+        sampling=Sampling(resamples=100),
+    )
     assert (frame["status"] == "inside noise").all()
     assert (frame["q"] > 0.05).all()
 
@@ -129,7 +134,7 @@ def test_pairs_of_the_untrained_transformer_lie_inside_noise():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_architectures(load, name, tmp_path):
     tokens = torch.randint(4, 90, (6, 7), generator=torch.Generator().manual_seed(0))
-    frame = pairs(Stack(load(name)), tokens, resamples=20)
+    frame = pairs(Stack(load(name)), tokens, sampling=Sampling(resamples=20))
     assert len(frame) == 6
     assert set(frame) == set(interactions.COLUMNS) - {
         column for column in interactions.COLUMNS if column.startswith(("mean_rho", "redundancy", "n_pairs", "n_meas"))
@@ -142,7 +147,7 @@ def test_architectures(load, name, tmp_path):
 def test_it_costs_what_it_says(monkeypatch):
     stack, run, calls = reading(**SERIES), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    pairs(stack, TOKENS, resamples=0)
+    pairs(stack, TOKENS, sampling=Sampling(resamples=0))
     assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3)
 
 

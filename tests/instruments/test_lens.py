@@ -13,6 +13,7 @@ from surgery.instruments.regression import halves
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(40, 8)
 
@@ -25,7 +26,7 @@ def random_stack() -> Stack:
 def test_the_logit_lens_is_what_the_formulas_say(side, monkeypatch):
     monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 7 * known_networks.D_VOCAB)
     stack, tokens = random_stack(), ragged(side)
-    frame = lens.layers(stack, tokens, tuned=False, resamples=0, batch_size=5)
+    frame = lens.layers(stack, tokens, tuned=False, sampling=Sampling(resamples=0, batch_size=5))
     stream = stack.stream(tokens)[:, tokens.ensemble()]
     p = stack.readout(stream[-1]).softmax(-1)
     for layer in range(7):
@@ -41,7 +42,7 @@ def test_the_logit_lens_is_what_the_formulas_say(side, monkeypatch):
 
 
 def test_the_last_stream_reads_what_the_model_says():
-    frame = lens.layers(random_stack(), TOKENS, resamples=20)
+    frame = lens.layers(random_stack(), TOKENS, sampling=Sampling(resamples=20))
     last = frame[frame["layer"] == 6].set_index("lens")
     assert np.allclose(last[["kl_lens_final", "kl_final_lens"]], 0, atol=1e-12)
     assert np.allclose(last[["top5_overlap", "top1_agreement"]], 1)
@@ -50,7 +51,7 @@ def test_the_last_stream_reads_what_the_model_says():
 def test_the_constant_lens_sees_nothing_of_the_token():
     stack = random_stack()
     measured, fitted = halves(Tokens.of(TOKENS), seed=0)
-    frame = lens.layers(stack, TOKENS, resamples=0).set_index(["lens", "layer"])
+    frame = lens.layers(stack, TOKENS, sampling=Sampling(resamples=0)).set_index(["lens", "layer"])
     mean = stack.stream(fitted)[-1, fitted.ensemble()].mean(0)
     p = stack.run(measured)[measured.ensemble()].log_softmax(-1)
     q = stack.readout(mean).log_softmax(-1)
@@ -63,11 +64,11 @@ def test_the_tuned_lens_undoes_what_is_affine_and_nothing_when_all_penalty():
     turn = torch.linalg.qr(torch.randn(6, 6, generator=rng(), dtype=torch.float64))[0]
     embedding = torch.randn(known_networks.D_VOCAB, 6, generator=rng(1), dtype=torch.float64)
     stack = Stack(network([turn, -0.5 * turn.T], embedding, [torch.ones(6), torch.arange(6)]))
-    frame = lens.layers(stack, TOKENS, ridge=0.0, resamples=0)
+    frame = lens.layers(stack, TOKENS, ridge=0.0, sampling=Sampling(resamples=0))
     tuned, logit = (frame[frame["lens"] == name]["kl_final_lens"].to_numpy() for name in ("tuned", "logit"))
     assert np.allclose(tuned, 0, atol=1e-9)
     assert logit[0] > 0.1
-    shrunk = lens.layers(stack, TOKENS, ridge=1e9, resamples=0)
+    shrunk = lens.layers(stack, TOKENS, ridge=1e9, sampling=Sampling(resamples=0))
     context = halves(Tokens.of(TOKENS), 0)[1]
     stream = stack.stream(context)[:, context.ensemble()]
     shift = (stream[-1] - stream[0]).mean(0)  # what is left of the translator: the mean step
@@ -81,7 +82,7 @@ def test_the_tuned_lens_undoes_what_is_affine_and_nothing_when_all_penalty():
 @pytest.mark.parametrize("kind", ["parallel", "serial", "random"])
 def test_translation_brings_the_reading_nearer_in_serial_parallel_and_untrained_networks_alike(kind):
     stack = Stack(getattr(known_networks, f"{kind}_network")())
-    frame = lens.layers(stack, known_networks.tokens(150, 10), resamples=20)
+    frame = lens.layers(stack, known_networks.tokens(150, 10), sampling=Sampling(resamples=20))
     tuned, logit = (frame[frame["lens"] == name]["kl_final_lens"].to_numpy() for name in ("tuned", "logit"))
     assert (np.diff(logit) < 0).all()
     assert (np.diff(tuned) < 0).all()
@@ -92,7 +93,9 @@ def test_translation_brings_the_reading_nearer_in_serial_parallel_and_untrained_
 def test_few_tokens_overfit_and_it_shows():
     """Measured where it was fitted, a translator with more dimensions than tokens would be perfect."""
     stack = Stack(known_networks.random_network())
-    found = lens.layers(stack, known_networks.tokens(8, 6), ridge=1e-6, resamples=0).set_index(["lens", "layer"])
+    found = lens.layers(stack, known_networks.tokens(8, 6), ridge=1e-6, sampling=Sampling(resamples=0)).set_index(
+        ["lens", "layer"]
+    )
     assert found.loc[("tuned", 0), "kl_final_lens"] > 0.1
 
 
@@ -101,18 +104,18 @@ def test_it_costs_what_it_says(monkeypatch):
     read = Stack.readout
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(1) or run(*arguments))
     monkeypatch.setattr(Stack, "readout", lambda self, x, **options: heads.append(1) or read(self, x, **options))
-    lens.layers(stack, TOKENS, tuned=False, resamples=0)
+    lens.layers(stack, TOKENS, tuned=False, sampling=Sampling(resamples=0))
     assert (len(calls), len(heads)) == (3, 3 + 2)
     calls.clear()
     heads.clear()
-    lens.layers(stack, TOKENS, resamples=0)
+    lens.layers(stack, TOKENS, sampling=Sampling(resamples=0))
     assert (len(calls), len(heads)) == (2 * 3, 2 * 3 + 4)  # each walk meets half of the prompts
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load, tmp_path):
     stack, tokens = Stack(load(name)), torch.randint(4, 96, (12, 8), generator=rng())
-    frame = lens.layers(stack, tokens, resamples=5)
+    frame = lens.layers(stack, tokens, sampling=Sampling(resamples=5))
     assert list(frame.columns) == list(lens.COLUMNS)
     assert frame.groupby("lens")["layer"].max().to_dict() == {"logit": 4, "tuned": 4, "constant": 0}
     tables.write(frame, tmp_path / "lens.csv", {}, lens.COLUMNS)
@@ -120,14 +123,16 @@ def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load,
 
 
 def test_half_precision_is_read_in_float32():
-    half = lens.layers(Stack(known_networks.random_network(dtype=torch.bfloat16)), TOKENS, resamples=0)
-    full = lens.layers(random_stack(), TOKENS, resamples=0)
+    half = lens.layers(
+        Stack(known_networks.random_network(dtype=torch.bfloat16)), TOKENS, sampling=Sampling(resamples=0)
+    )
+    full = lens.layers(random_stack(), TOKENS, sampling=Sampling(resamples=0))
     assert np.allclose(half["kl_final_lens"], full["kl_final_lens"], atol=0.02)
 
 
 def test_the_seed_decides_the_halves_and_the_intervals():
     stack = random_stack()
-    one, again, other = (lens.layers(stack, TOKENS, resamples=50, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (lens.layers(stack, TOKENS, sampling=Sampling(resamples=50, seed=seed)) for seed in (0, 0, 1))
     pandas.testing.assert_frame_equal(one, again)
     assert not np.allclose(one["entropy"], other["entropy"])
     inside = (one["kl_final_lens_low"] <= one["kl_final_lens"]) & (one["kl_final_lens"] <= one["kl_final_lens_high"])

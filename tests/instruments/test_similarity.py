@@ -12,6 +12,7 @@ from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.records import tables
 from surgery.stats.bootstrap import rotation
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(48, 8)
 WIDTH, N_LAYERS = 6, 4
@@ -34,10 +35,10 @@ def rotations(serial: bool) -> Stack:
 
 def everything(stack: Stack, tokens=TOKENS) -> list[pandas.DataFrame]:
     return [
-        similarity.layers(stack, tokens, resamples=20),
-        similarity.angles(stack, tokens, resamples=20),
-        similarity.linearity(stack, tokens, resamples=20),
-        similarity.cka(stack, tokens, resamples=20),
+        similarity.layers(stack, tokens, sampling=Sampling(resamples=20)),
+        similarity.angles(stack, tokens, sampling=Sampling(resamples=20)),
+        similarity.linearity(stack, tokens, sampling=Sampling(resamples=20)),
+        similarity.cka(stack, tokens, sampling=Sampling(resamples=20)),
     ]
 
 
@@ -45,16 +46,22 @@ def test_a_chain_and_layers_side_by_side_read_the_same_in_everything_but_series(
     chain, beside = rotations(serial=True), rotations(serial=False)
     for one, other in zip(everything(chain), everything(beside), strict=True):
         pandas.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-9)  # the ridge is no rotation's friend
-    assert np.allclose(series.windows(chain, TOKENS, resamples=0, damage=False)["S"], 1)
-    assert np.allclose(series.windows(beside, TOKENS, resamples=0, damage=False)["S"], 0, atol=1e-6)
+    assert np.allclose(series.windows(chain, TOKENS, damage=False, sampling=Sampling(resamples=0))["S"], 1)
+    assert np.allclose(series.windows(beside, TOKENS, damage=False, sampling=Sampling(resamples=0))["S"], 0, atol=1e-6)
 
 
 def test_block_influence_size_and_angle_do_not_order_the_calibration_networks():
     means = {}
     for share in (0.0, 0.5, 1.0):
         stacks = [Stack(known_networks.mixed_network(share, seed=seed)) for seed in range(3)]
-        rows = [similarity.layers(stack, TOKENS, resamples=0).query("layer > 0").mean() for stack in stacks]
-        spans = [similarity.angles(stack, TOKENS, resamples=0).query("start > 0")["angle"].mean() for stack in stacks]
+        rows = [
+            similarity.layers(stack, TOKENS, sampling=Sampling(resamples=0)).query("layer > 0").mean()
+            for stack in stacks
+        ]
+        spans = [
+            similarity.angles(stack, TOKENS, sampling=Sampling(resamples=0)).query("start > 0")["angle"].mean()
+            for stack in stacks
+        ]
         means[share] = pandas.DataFrame(rows).assign(angle=spans)
     for name in ("block_influence", "update_ratio", "angle"):
         parallel, mixed, serial = (means[share][name] for share in (0.0, 0.5, 1.0))
@@ -67,7 +74,9 @@ def test_block_influence_size_and_angle_do_not_order_the_calibration_networks():
 def test_a_bent_chain_reads_less_alike_at_a_distance_and_a_neighbour_does_not():
     def alike(share: float, a: int, b: int) -> list[float]:
         stacks = [Stack(known_networks.mixed_network(share, seed=seed)) for seed in range(3)]
-        found = [similarity.cka(stack, known_networks.tokens(150, 8), resamples=0) for stack in stacks]
+        found = [
+            similarity.cka(stack, known_networks.tokens(150, 8), sampling=Sampling(resamples=0)) for stack in stacks
+        ]
         return [frame.set_index(["layer_a", "layer_b"]).loc[(a, b), "cka"] for frame in found]
 
     assert max(alike(1.0, 0, 6)) < 0.6 < 0.8 < min(alike(0.0, 0, 6))
@@ -77,7 +86,9 @@ def test_a_bent_chain_reads_less_alike_at_a_distance_and_a_neighbour_does_not():
 @pytest.mark.parametrize(("side", "skip_first"), [("left", True), ("right", True), ("right", False)])
 def test_layers_are_what_the_formulas_say_under_padding_and_batches(side, skip_first):
     stack, tokens = Stack(known_networks.random_network(dtype=torch.float64)), ragged(side)
-    frame = similarity.layers(stack, tokens, skip_first=skip_first, resamples=0, batch_size=5, sublayers=True)
+    frame = similarity.layers(
+        stack, tokens, sublayers=True, sampling=Sampling(skip_first=skip_first, resamples=0, batch_size=5)
+    )
     x = stack.stream(tokens)[:, tokens.ensemble(skip_first)]
     cosine = torch.nn.functional.cosine_similarity
     u = x[1:] - x[:-1]
@@ -93,7 +104,9 @@ def test_layers_are_what_the_formulas_say_under_padding_and_batches(side, skip_f
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_angles_are_those_of_the_last_token(side):
     stack, tokens = Stack(known_networks.random_network(dtype=torch.float64)), ragged(side)
-    frame = similarity.angles(stack, tokens, max_length=2, resamples=0, batch_size=5).set_index(["start", "stop"])
+    frame = similarity.angles(stack, tokens, max_length=2, sampling=Sampling(resamples=0, batch_size=5)).set_index(
+        ["start", "stop"]
+    )
     last = 14 if side == "left" else tokens.mask.sum(1) - 1
     x = stack.stream(tokens)[:, torch.arange(12), last]
     angle = torch.nn.functional.cosine_similarity(x[1], x[3], dim=-1).arccos().mean() / torch.pi
@@ -103,7 +116,7 @@ def test_angles_are_those_of_the_last_token(side):
 
 def test_a_linear_pull_is_linear_and_a_rectifier_is_so_in_part():
     tokens = known_networks.tokens(150, 10)
-    pull = similarity.linearity(Stack(ou_network([0.3, -0.2])), tokens, ridge=0.0, resamples=0)
+    pull = similarity.linearity(Stack(ou_network([0.3, -0.2])), tokens, ridge=0.0, sampling=Sampling(resamples=0))
     assert np.allclose(pull[["linearity", "linearity_stream"]], 1)
     bent = Stack(known_networks.random_network(n_layers=1, norm=None))
     with torch.no_grad():
@@ -113,16 +126,18 @@ def test_a_linear_pull_is_linear_and_a_rectifier_is_so_in_part():
             if "fc_in.weight" in name:
                 weight.mul_(0)
                 weight[0, 0] = 300  # one rectifier of one normal number
-    found = similarity.linearity(bent, tokens, resamples=20)
+    found = similarity.linearity(bent, tokens, sampling=Sampling(resamples=20))
     assert found["linearity"][0] == pytest.approx(0.25 / ((1 - 1 / np.pi) / 2), abs=0.1)
-    mostly_identity = similarity.linearity(Stack(known_networks.parallel_network()), tokens, resamples=0)
+    mostly_identity = similarity.linearity(
+        Stack(known_networks.parallel_network()), tokens, sampling=Sampling(resamples=0)
+    )
     assert (mostly_identity["linearity_stream"] > mostly_identity["linearity"] + 0.03).all()
 
 
 def test_linearity_is_measured_on_prompts_that_were_not_fitted():
     """With fewer tokens than dimensions the fitted half would read 1."""
     frame = similarity.linearity(
-        Stack(known_networks.random_network()), known_networks.tokens(8, 6), ridge=1e-6, resamples=0
+        Stack(known_networks.random_network()), known_networks.tokens(8, 6), ridge=1e-6, sampling=Sampling(resamples=0)
     )
     assert frame["linearity"].max() < 0.9
     assert (frame["n_prompts"] == 4).all()
@@ -147,7 +162,9 @@ def test_cka_is_the_unbiased_estimator_of_the_definition():
 
 def test_cka_of_unrelated_streams_is_nought_and_of_the_same_is_one():
     embedding = torch.randn(known_networks.D_VOCAB, 24, generator=rng(), dtype=torch.float64)
-    found = similarity.cka(Stack(network([torch.zeros(24, 24).double()], embedding)), TOKENS, resamples=50)
+    found = similarity.cka(
+        Stack(network([torch.zeros(24, 24).double()], embedding)), TOKENS, sampling=Sampling(resamples=50)
+    )
     assert np.allclose(found["cka"], 1)
     noise = torch.randn(2, 60, 400, generator=rng(), dtype=torch.float64)
     kernels = noise @ noise.mT
@@ -166,7 +183,7 @@ def test_cost_is_what_it_says(monkeypatch):
         measure(stack, tokens, resamples=0)
         assert len(calls) == 3
     calls.clear()
-    similarity.linearity(stack, tokens, resamples=0)
+    similarity.linearity(stack, tokens, sampling=Sampling(resamples=0))
     assert len(calls) == 2 * 3  # half of the prompts each
 
 
@@ -174,7 +191,10 @@ def test_cost_is_what_it_says(monkeypatch):
 def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load, tmp_path):
     tokens = torch.randint(4, 96, (12, 8), generator=rng())
     stack = Stack(load(name))
-    for frame in (*everything(stack, tokens), similarity.layers(stack, tokens, sublayers=True, resamples=5)):
+    for frame in (
+        *everything(stack, tokens),
+        similarity.layers(stack, tokens, sublayers=True, sampling=Sampling(resamples=5)),
+    ):
         assert frame.notna().all().all()
         tables.write(frame, tmp_path / "similarity.csv", {}, similarity.COLUMNS)
         pandas.testing.assert_frame_equal(tables.read(tmp_path / "similarity.csv"), frame)
@@ -185,7 +205,9 @@ def test_intervals_hold_the_estimate_and_the_seed_decides():
     frame = similarity.layers(stack, TOKENS)
     assert ((frame["cosine_low"] < frame["cosine"]) & (frame["cosine"] < frame["cosine_high"])).all()
     pandas.testing.assert_frame_equal(similarity.cka(stack, TOKENS), similarity.cka(stack, TOKENS))
-    assert not np.allclose(similarity.cka(stack, TOKENS, seed=1)["cka"], similarity.cka(stack, TOKENS)["cka"])
+    assert not np.allclose(
+        similarity.cka(stack, TOKENS, sampling=Sampling(seed=1))["cka"], similarity.cka(stack, TOKENS)["cka"]
+    )
 
 
 def test_bad_input_is_refused_in_a_sentence(load):

@@ -19,6 +19,7 @@ from surgery.records import tables
 from surgery.reversion import cloud as lines
 from surgery.reversion.cloud import NULLS, PUBLISHED, Clouds, Residuals, fit, growth, line, noise
 from surgery.stats.bootstrap import rotation, weights
+from surgery.stats.sampling import Sampling
 
 SPREAD = torch.tensor([30.0, 15.0, 8.0, 4.0, 2.0])
 
@@ -194,10 +195,10 @@ def test_a_line_is_that_of_least_squares():
 
 def test_an_ou_stream_is_a_cloud_that_shrinks_without_noise():
     stack = Stack(ou_network([0.1, 0.3, -0.2], d_model=8))
-    frame = noise(stack, known_networks.tokens(64, 6), resamples=20)
+    frame = noise(stack, known_networks.tokens(64, 6), sampling=Sampling(resamples=20))
     assert frame.unexplained.abs().max() < 1e-12
     assert len(frame) == 6
-    row = fit(stack, known_networks.tokens(64, 6), nulls=False, resamples=20).iloc[0]
+    row = fit(stack, known_networks.tokens(64, 6), nulls=False, sampling=Sampling(resamples=20)).iloc[0]
     assert row.n_pairs == 0
     assert math.isnan(row["lambda"])
 
@@ -205,7 +206,7 @@ def test_an_ou_stream_is_a_cloud_that_shrinks_without_noise():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_series_and_parallel_alike_grow_by_what_layers_add(share):
     stack, ids = Stack(known_networks.mixed_network(share)), known_networks.tokens(24, 8)
-    frame = growth(stack, ids, resamples=50)
+    frame = growth(stack, ids, sampling=Sampling(resamples=50))
     norm = stack.stream(ids)[:, :, 1:].double().norm(dim=-1).log().mean((1, 2)).exp()
     np.testing.assert_allclose(frame.norm, norm[:-1])
     np.testing.assert_allclose(frame.norm_growth, norm[1:] / norm[:-1])
@@ -217,7 +218,7 @@ def test_series_and_parallel_alike_grow_by_what_layers_add(share):
 @pytest.mark.parametrize("factor", [1.045, 0.9])
 def test_exponential_growth_is_recovered_exactly(factor):
     stack = Stack(ou_network([1 - factor] * 6, mean=0.0))
-    frame = growth(stack, known_networks.tokens(8, 6), resamples=20)
+    frame = growth(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=20))
     for name in ("norm_growth", "norm_growth_fitted"):
         for end in ("", "_low", "_high"):
             np.testing.assert_allclose(frame[name + end], factor, rtol=1e-6)
@@ -227,7 +228,7 @@ def test_exponential_growth_is_recovered_exactly(factor):
 @pytest.mark.parametrize("null", NULLS)
 def test_nulls_keep_every_update_but_not_where_it_goes(null):
     stack = Stack(known_networks.random_network(n_layers=3, d_model=16))
-    ensemble = Ensemble(Tokens.of(known_networks.tokens(40, 6)), batch_size=16)
+    ensemble = Ensemble(Tokens.of(known_networks.tokens(40, 6)), Sampling(batch_size=16))
     real, walk, again = (
         torch.cat([x for _, x in lines._lines(stack, ensemble, which)], 1) for which in (None, null, null)
     )
@@ -248,7 +249,9 @@ def test_nulls_keep_every_update_but_not_where_it_goes(null):
 def test_the_nulls_of_a_deterministic_map_are_noisy():
     spread = torch.randn(256, 6, generator=rng()) * torch.tensor([9.0, 7.0, 5.0, 3.0, 2.0, 1.0])
     stack = Stack(network([torch.eye(6) / 3] * 4, spread))
-    frame = fit(stack, known_networks.tokens(200, 6), untrained=stack, resamples=20).set_index("network")
+    frame = fit(stack, known_networks.tokens(200, 6), untrained=stack, sampling=Sampling(resamples=20)).set_index(
+        "network"
+    )
     assert frame.index.tolist() == ["model", *NULLS, "untrained"]
     assert frame.unexplained["model"] < 1e-12
     assert (frame.unexplained_low[list(NULLS)] > 0.05).all()
@@ -258,9 +261,9 @@ def test_the_nulls_of_a_deterministic_map_are_noisy():
 
 def test_first_and_last_choose_the_pairs():
     stack, ids = Stack(known_networks.random_network(n_layers=4, d_model=16)), known_networks.tokens(60, 6)
-    pairs = noise(stack, ids, resamples=0)
+    pairs = noise(stack, ids, sampling=Sampling(resamples=0))
     for first, last in ((1, 4), (0, 3), (2, 4)):
-        row = fit(stack, ids, first=first, last=last, nulls=False, resamples=0).iloc[0]
+        row = fit(stack, ids, first=first, last=last, nulls=False, sampling=Sampling(resamples=0)).iloc[0]
         chosen = pairs[(pairs.start >= first) & (pairs.stop <= last)]
         slope, intercept = np.polyfit(chosen.stop, np.log(chosen.noise), 1)
         assert [row["lambda"], row.alpha] == pytest.approx([slope, np.exp(intercept)])
@@ -272,7 +275,9 @@ def test_first_and_last_choose_the_pairs():
 
 def test_two_layers_have_one_pair_and_no_line_but_from_the_embedding_on():
     stack, ids = Stack(known_networks.random_network(n_layers=2, d_model=16)), known_networks.tokens(60, 6)
-    late, all_depths = (fit(stack, ids, first=first, nulls=False, resamples=20).iloc[0] for first in (1, 0))
+    late, all_depths = (
+        fit(stack, ids, first=first, nulls=False, sampling=Sampling(resamples=20)).iloc[0] for first in (1, 0)
+    )
     assert math.isnan(late["lambda"])
     assert late.n_pairs == 1
     assert all_depths["lambda_low"] < all_depths["lambda"] < all_depths["lambda_high"]
@@ -286,7 +291,7 @@ def test_lines_are_those_of_last_tokens_wherever_padding_lies(monkeypatch):
         return run(engine, index, x.nan_to_num(), call).masked_fill(padding, math.nan)
 
     right, left = ragged("right"), ragged("left")
-    plain = noise(stack, right, resamples=20), growth(stack, right, resamples=20)
+    plain = noise(stack, right, sampling=Sampling(resamples=20)), growth(stack, right, sampling=Sampling(resamples=20))
     monkeypatch.setattr(Engine, "layer", filled)
     for tokens in (right, left):
         padding = ~tokens.mask.unsqueeze(-1)
@@ -295,7 +300,7 @@ def test_lines_are_those_of_last_tokens_wherever_padding_lies(monkeypatch):
     assert (plain[0].n_tokens == 12).all()
     assert plain[0].enough[0] == "no: 12 lines in 16 dimensions, give 48 or more"
     padding = ~right.mask.unsqueeze(-1)
-    assert (noise(stack, right, every_token=True, resamples=20).n_tokens == sum(range(1, 13))).all()
+    assert (noise(stack, right, every_token=True, sampling=Sampling(resamples=20)).n_tokens == sum(range(1, 13))).all()
 
 
 def test_half_precision_reads_nearly_the_same():
@@ -304,7 +309,7 @@ def test_half_precision_reads_nearly_the_same():
             Stack(known_networks.random_network(3, 16, dtype=dtype)),
             known_networks.tokens(96, 6),
             nulls=False,
-            resamples=20,
+            sampling=Sampling(resamples=20),
         )
         for dtype in (torch.bfloat16, torch.float32)
     )
@@ -314,11 +319,11 @@ def test_half_precision_reads_nearly_the_same():
 
 def test_a_constant_stream_has_no_noise_and_nothing_to_explain():
     stack = Stack(network([torch.eye(8)] * 3, torch.randn(1, 8, generator=rng()).expand(256, 8)))
-    frame = noise(stack, known_networks.tokens(6, 5), resamples=20)
+    frame = noise(stack, known_networks.tokens(6, 5), sampling=Sampling(resamples=20))
     assert (frame.noise == 0).all()
     assert frame[["unexplained", "excess_kurtosis", "isotropy"]].isna().all(axis=None)
     assert (frame.n_components == 0).all()
-    row = fit(stack, known_networks.tokens(6, 5), resamples=20).iloc[0]
+    row = fit(stack, known_networks.tokens(6, 5), sampling=Sampling(resamples=20)).iloc[0]
     assert row[["lambda", "alpha", "r2", "unexplained", "top_quarter"]].isna().all()
 
 
@@ -365,12 +370,14 @@ def test_tokens_of_massive_activations_are_left_out_of_every_network():
     stack, other = (Stack(network([turn(8, 0).float() / 4] * 3, found)) for found in (embedding, tame))
     ids = torch.randint(8, 256, (40, 6), generator=rng())
     ids[5, -1] = ids[6, 2] = 7
-    frame = fit(stack, ids, untrained=other, resamples=20)
+    frame = fit(stack, ids, untrained=other, sampling=Sampling(resamples=20))
     assert (frame.n_tokens == 39).all()
     assert (frame["top_quarter"] < 0.7).all()
-    assert (fit(stack, ids, nulls=False, resamples=20, skip_massive=False).n_tokens == 40).all()
-    assert (noise(stack, ids, every_token=True, resamples=20).n_tokens == 198).all()
-    without, whole = (growth(stack, ids, resamples=20, skip_massive=skip).norm[0] for skip in (True, False))
+    assert (fit(stack, ids, nulls=False, skip_massive=False, sampling=Sampling(resamples=20)).n_tokens == 40).all()
+    assert (noise(stack, ids, every_token=True, sampling=Sampling(resamples=20)).n_tokens == 198).all()
+    without, whole = (
+        growth(stack, ids, skip_massive=skip, sampling=Sampling(resamples=20)).norm[0] for skip in (True, False)
+    )
     assert without < whole
 
 
@@ -389,6 +396,6 @@ def test_it_costs_what_the_docstrings_say(monkeypatch, skip_massive):
 
 def test_a_real_model_and_what_is_published():
     stack = Stack(models.load("babel"))
-    frame = fit(stack, stack.tokens(bundled.prompts(60)), last=4, nulls=False, resamples=20)
+    frame = fit(stack, stack.tokens(bundled.prompts(60)), last=4, nulls=False, sampling=Sampling(resamples=20))
     assert 0 < frame.unexplained[0] < 2
     assert {key for numbers in PUBLISHED.values() for key in numbers} <= set(lines.COLUMNS)

@@ -13,6 +13,7 @@ from surgery.models.engine import Engine
 from surgery.reversion.directions import COLUMNS, RIDGES, Regression, Spectrum, layers, summary, verdict
 from surgery.stats.bootstrap import weights
 from surgery.stats.drift import Step
+from surgery.stats.sampling import Sampling
 
 MEASURES = ("decay", "modulus", "share", "pc_kappa", "pc_share", "share_x", "share_u")
 
@@ -50,7 +51,9 @@ def test_the_drift_of_linear_layers_is_recovered_though_it_is_not_normal(ridge):
     drifts.append(0.3 * normal(d, d, seed=2))  # some of its eigenvalues are complex
     mean = torch.full((d,), 2.0, dtype=torch.float64)
     stack = Stack(network([-a for a in drifts], mean + normal(256, d), [a @ mean for a in drifts]))
-    frame = layers(stack, known_networks.tokens(24, 8), components=d, ridge=ridge, resamples=20, batch_size=10)
+    frame = layers(
+        stack, known_networks.tokens(24, 8), components=d, ridge=ridge, sampling=Sampling(resamples=20, batch_size=10)
+    )
     assert len(frame) == 3 * d
     for layer, a in enumerate(drifts):
         rows = frame[frame.layer == layer]
@@ -72,7 +75,7 @@ def test_in_fewer_directions_it_is_the_drift_within_the_principal_components():
     d, k = 8, 3
     a, spread = 0.4 * normal(d, d), torch.tensor([9.0, 6, 4, 2, 1, 0.5, 0.3, 0.1], dtype=torch.float64)
     stack, tokens = Stack(network([-a], 5 + normal(256, d, seed=1) * spread)), known_networks.tokens(24, 8)
-    frame = layers(stack, tokens, components=k, ridge=0.0, resamples=0)
+    frame = layers(stack, tokens, components=k, ridge=0.0, sampling=Sampling(resamples=0))
     x = stack.stream(tokens)[0, :, 1:].flatten(0, 1)
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
     basis = vectors.T.flip(0)[:k]
@@ -88,7 +91,7 @@ def test_in_fewer_directions_it_is_the_drift_within_the_principal_components():
 def test_each_direction_is_told_by_its_own_verdict():
     d = 4
     stack = noisy_network(torch.diag(torch.tensor([0.5, -0.4, 0.0, 0.0], dtype=torch.float64)), noise=0.1)
-    frame = layers(stack, every_token_once(), components=d, resamples=200)
+    frame = layers(stack, every_token_once(), components=d, sampling=Sampling(resamples=200))
     assert frame.verdict.tolist() == ["reverts", "persists", "persists", "grows"]
     np.testing.assert_allclose(frame.decay, [0.5, 0, 0, -0.4], atol=0.03)
     np.testing.assert_allclose(frame.share, 0.25, atol=0.02)
@@ -100,14 +103,14 @@ def test_each_direction_is_told_by_its_own_verdict():
 
 def test_deviations_that_grow_before_they_die_show_in_decay_and_not_in_modulus():
     drift = torch.tensor([[0.5, 3.0], [0.0, 0.5]], dtype=torch.float64)
-    frame = layers(noisy_network(drift, noise=0.01), every_token_once(), components=2, resamples=100)
+    frame = layers(noisy_network(drift, noise=0.01), every_token_once(), components=2, sampling=Sampling(resamples=100))
     assert frame.verdict.tolist() == ["reverts", "grows"]
     assert (frame.modulus_high < 0.6).all()
     np.testing.assert_allclose(frame.decay, [2, -1], atol=0.02)
 
 
 def test_nothing_reverts_in_parallel():
-    frame = layers(Stack(known_networks.parallel_network()), known_networks.tokens(), resamples=50)
+    frame = layers(Stack(known_networks.parallel_network()), known_networks.tokens(), sampling=Sampling(resamples=50))
     assert set(frame.verdict) == {"persists"}
     assert frame[["decay", "decay_low", "decay_high", "decay_null_high"]].abs().max(axis=None) < 1e-6
     assert (frame.modulus - 1).abs().max() < 1e-6
@@ -116,7 +119,7 @@ def test_nothing_reverts_in_parallel():
 
 
 def test_an_ornstein_uhlenbeck_stream_reverts_in_all_directions_alike():
-    frame = layers(Stack(ou_network([0.1, 0.4, -0.2])), known_networks.tokens(24, 8), resamples=50)
+    frame = layers(Stack(ou_network([0.1, 0.4, -0.2])), known_networks.tokens(24, 8), sampling=Sampling(resamples=50))
     for layer, kappa in enumerate((0.1, 0.4, -0.2)):
         rows = frame[frame.layer == layer]
         np.testing.assert_allclose(rows[["decay", "decay_low", "decay_high", "pc_kappa"]], kappa, atol=1e-5)
@@ -130,7 +133,9 @@ def test_updates_that_have_nothing_to_do_with_the_stream_get_no_verdict():
     spreads = []
     for seed in range(8):
         stack = noisy_network(torch.zeros(k, k, dtype=torch.float64), seed=seed)
-        frame = layers(stack, every_token_once(seed=seed), components=k, ridge=0.0, resamples=100, seed=seed)
+        frame = layers(
+            stack, every_token_once(seed=seed), components=k, ridge=0.0, sampling=Sampling(resamples=100, seed=seed)
+        )
         assert not set(frame.verdict) & {"reverts", "grows"}
         assert frame.R2_low[0] < frame.R2_null_high[0]
         assert frame.R2[0] == pytest.approx(frame.R2_null[0], abs=0.04)
@@ -142,10 +147,12 @@ def test_updates_that_have_nothing_to_do_with_the_stream_get_no_verdict():
 
 def test_the_penalty_is_chosen_by_what_predicts_other_prompts():
     k, tokens = 8, every_token_once()
-    assert layers(Stack(ou_network([0.3])), tokens % 256, resamples=0).ridge.eq(0).all()
-    noisy = layers(noisy_network(0.02 * torch.eye(k).double()), tokens, components=k, resamples=0)
+    assert layers(Stack(ou_network([0.3])), tokens % 256, sampling=Sampling(resamples=0)).ridge.eq(0).all()
+    noisy = layers(noisy_network(0.02 * torch.eye(k).double()), tokens, components=k, sampling=Sampling(resamples=0))
     assert noisy.ridge[0] == max(RIDGES)
-    free = layers(noisy_network(0.02 * torch.eye(k).double()), tokens, components=k, resamples=0, ridge=0.0)
+    free = layers(
+        noisy_network(0.02 * torch.eye(k).double()), tokens, components=k, ridge=0.0, sampling=Sampling(resamples=0)
+    )
     assert noisy.R2[0] > free.R2[0]
     assert noisy.decay[0] < free.decay[0]
 
@@ -243,7 +250,7 @@ def transformer():
 
 def test_over_all_directions_the_diagonal_is_the_scalar_slope(transformer):
     tokens = known_networks.tokens(24, 9)
-    frame = summary(layers(transformer, tokens, ridge=0.0, resamples=0))
+    frame = summary(layers(transformer, tokens, ridge=0.0, sampling=Sampling(resamples=0)))
     stream = transformer.stream(tokens)[:, :, 1:]
     for layer, kappa in enumerate(frame.kappa):
         drift = Step.of(stream[layer], stream[layer + 1] - stream[layer]).drift(weights(24, 0))
@@ -252,7 +259,8 @@ def test_over_all_directions_the_diagonal_is_the_scalar_slope(transformer):
 
 def test_columns_are_described_and_the_seed_decides(transformer):
     first, again, other = (
-        layers(transformer, known_networks.tokens(8, 6), components=4, resamples=20, seed=seed) for seed in (1, 1, 2)
+        layers(transformer, known_networks.tokens(8, 6), components=4, sampling=Sampling(resamples=20, seed=seed))
+        for seed in (1, 1, 2)
     )
     pd.testing.assert_frame_equal(first, again)
     assert first.decay.equals(other.decay)
@@ -263,10 +271,14 @@ def test_columns_are_described_and_the_seed_decides(transformer):
 
 
 def test_padding_and_batches_change_nothing(transformer):
-    left, right = (layers(transformer, ragged(side), components=4, resamples=20) for side in ("left", "right"))
+    left, right = (
+        layers(transformer, ragged(side), components=4, sampling=Sampling(resamples=20)) for side in ("left", "right")
+    )
     pd.testing.assert_frame_equal(left, right, rtol=1e-6, atol=1e-8)
     whole, split = (
-        layers(transformer, known_networks.tokens(20, 9), components=4, resamples=20, batch_size=size)
+        layers(
+            transformer, known_networks.tokens(20, 9), components=4, sampling=Sampling(resamples=20, batch_size=size)
+        )
         for size in (64, 7)
     )
     for name in MEASURES:
@@ -283,7 +295,7 @@ def test_one_prompt_has_an_estimate_and_nothing_more(transformer):
 
 
 def test_two_prompts_and_fewer_tokens_than_components(transformer):
-    frame = layers(transformer, known_networks.tokens(2, 4), resamples=30)
+    frame = layers(transformer, known_networks.tokens(2, 4), sampling=Sampling(resamples=30))
     assert (frame.n_components == 5).all()  # six tokens less their mean
     assert np.isfinite(frame[["decay", "decay_low", "decay_high", "modulus"]]).all(axis=None)
 
@@ -291,7 +303,7 @@ def test_two_prompts_and_fewer_tokens_than_components(transformer):
 def test_a_stream_that_does_not_vary_has_no_direction():
     constant = torch.ones(256, 4, dtype=torch.float64) / 3
     stack = Stack(network([torch.eye(4).double(), torch.eye(4).double()], constant))
-    frame = layers(stack, known_networks.tokens(6, 5), resamples=10)
+    frame = layers(stack, known_networks.tokens(6, 5), sampling=Sampling(resamples=10))
     assert frame.layer.tolist() == [0, 1]
     assert frame[["decay", "R2", "modulus"]].isna().all(axis=None)
     assert set(frame.verdict) == {"undecided"}
@@ -300,12 +312,14 @@ def test_a_stream_that_does_not_vary_has_no_direction():
 
 def test_half_precision_reads_the_same_in_sums_of_double():
     made = {dtype: Stack(known_networks.linear_network(2, 8, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)}
-    exact, coarse = (layers(stack, known_networks.tokens(24, 9), resamples=0) for stack in made.values())
+    exact, coarse = (
+        layers(stack, known_networks.tokens(24, 9), sampling=Sampling(resamples=0)) for stack in made.values()
+    )
     np.testing.assert_allclose(coarse.decay, exact.decay, atol=0.03)
 
 
 def test_a_long_corpus_is_resampled_in_groups(transformer):
-    frame = layers(transformer, known_networks.tokens(300, 3), components=2, resamples=10)
+    frame = layers(transformer, known_networks.tokens(300, 3), components=2, sampling=Sampling(resamples=10))
     assert set(frame.n_units) == {256}
     assert (frame.decay_low < frame.decay_high).all()
 
@@ -332,7 +346,9 @@ def test_tokens_of_massive_activations_are_left_out_unless_asked_for():
     stack = Stack(network([-0.2 * torch.diag(torch.arange(8).double() / 4)] * 2, embedding))
     tokens = torch.randint(8, 256, (24, 8), generator=rng())
     tokens[3, 4] = 7
-    without, whole = (layers(stack, tokens, resamples=20, skip_massive=skip) for skip in (True, False))
+    without, whole = (
+        layers(stack, tokens, skip_massive=skip, sampling=Sampling(resamples=20)) for skip in (True, False)
+    )
     assert without.share.max() < 0.5
     assert whole.share.max() > 0.999
 
@@ -344,7 +360,7 @@ def test_it_costs_two_forward_passes_and_one_for_massive_activations(monkeypatch
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
-    layers(stack, known_networks.tokens(4, 5), resamples=5, skip_massive=skip_massive)
+    layers(stack, known_networks.tokens(4, 5), skip_massive=skip_massive, sampling=Sampling(resamples=5))
     assert [seen.count(index) for index in range(3)] == [2 + skip_massive] * 3
 
 
@@ -353,7 +369,7 @@ def test_the_bundled_model_grows_where_the_untrained_one_is_balanced():
     trained, fresh = Stack(model), Stack(models.untrained(model))
     tokens = trained.tokens(bundled.prompts(40))
     for stack, balanced in ((trained, False), (fresh, True)):
-        found = summary(layers(stack, tokens, components=8, resamples=20))
+        found = summary(layers(stack, tokens, components=8, sampling=Sampling(resamples=20)))
         assert (found.R2_low > found.R2_null_high).sum() >= 10
         assert balanced == (found.kappa[1:].abs().max() < 0.05)
         assert balanced == (found.reverts.sum() > 5)

@@ -17,6 +17,7 @@ from surgery.reversion import kappa
 from surgery.reversion.kappa import layers, restoring
 from surgery.stats.bootstrap import interval, rotation, weights
 from surgery.stats.drift import Step, half_life, regime
+from surgery.stats.sampling import Sampling
 
 MEASURES = ("kappa", "psi", "growth", "variance_ratio_next")
 CAUSAL = [f"kappa_causal_{kind}{norm}" for kind in KINDS for norm in ("", "_frozen")]
@@ -36,7 +37,7 @@ def turn(d_model, seed):
 
 def test_kappa_and_causal_kappa_are_recovered_exactly():
     kappas = [0.1, 0.3, 0.5, -0.1, 0.05]
-    frame = layers(Stack(ou_network(kappas)), known_networks.tokens(24, 8), resamples=100, draws=3)
+    frame = layers(Stack(ou_network(kappas)), known_networks.tokens(24, 8), draws=3, sampling=Sampling(resamples=100))
     for name in ["kappa", *CAUSAL]:
         for end in ("", "_low", "_high"):
             np.testing.assert_allclose(frame[name + end], kappas, atol=1e-5, err_msg=name + end)
@@ -52,7 +53,9 @@ def test_kappa_and_causal_kappa_are_recovered_exactly():
 
 
 def test_overshooting_then_nothing_left():
-    frame = layers(Stack(ou_network([1.5, 1.0, 0.3])), known_networks.tokens(12, 6), resamples=50, draws=1)
+    frame = layers(
+        Stack(ou_network([1.5, 1.0, 0.3])), known_networks.tokens(12, 6), draws=1, sampling=Sampling(resamples=50)
+    )
     assert frame.regime.tolist()[0] == "overshooting"
     np.testing.assert_allclose(frame.kappa[:2], [1.5, 1.0], atol=1e-9)
     assert math.isnan(frame.half_life[0])
@@ -65,7 +68,7 @@ def test_overshooting_then_nothing_left():
 
 def test_a_layer_that_writes_the_same_for_all_tokens_is_still():
     model = network([torch.zeros(8, 8)], torch.randn(256, 8, generator=rng()), [torch.ones(8)])
-    row = layers(Stack(model), known_networks.tokens(12, 6), resamples=50, draws=1).iloc[0]
+    row = layers(Stack(model), known_networks.tokens(12, 6), draws=1, sampling=Sampling(resamples=50)).iloc[0]
     assert row.regime == "still"
     assert row.restoring == "no"
     assert row.kappa == row.growth == 0
@@ -76,7 +79,12 @@ def test_a_layer_that_writes_the_same_for_all_tokens_is_still():
 
 def test_the_common_mean_does_not_matter():
     near, far = (
-        layers(Stack(ou_network([0.2, 0.4], mean=mean)), known_networks.tokens(16, 6), resamples=50, draws=2)
+        layers(
+            Stack(ou_network([0.2, 0.4], mean=mean)),
+            known_networks.tokens(16, 6),
+            draws=2,
+            sampling=Sampling(resamples=50),
+        )
         for mean in (0.0, 1000.0)
     )
     for name in ["kappa", "growth", "psi", "kappa_token_shuffled", "kappa_rotated", "kappa_excess", *CAUSAL]:
@@ -89,7 +97,10 @@ def test_the_common_mean_does_not_matter():
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_layers_that_write_into_fresh_subspaces_do_not_revert(share):
     frame = layers(
-        Stack(known_networks.mixed_network(share, biases=True)), known_networks.tokens(24, 8), resamples=100, draws=2
+        Stack(known_networks.mixed_network(share, biases=True)),
+        known_networks.tokens(24, 8),
+        draws=2,
+        sampling=Sampling(resamples=100),
     )
     for name in ("kappa", "psi", "kappa_causal_difference", "kappa_causal_principal", "kappa_order_shuffled"):
         assert frame[name].abs().max() < 1e-6, name
@@ -112,7 +123,12 @@ def test_a_random_walk_covers_zero_and_psi_zero():
 
 
 def test_nulls_of_an_ou_stream_read_nothing_and_the_excess_is_kappa():
-    frame = layers(Stack(ou_network([0.3, 0.2], d_model=32)), known_networks.tokens(48, 8), resamples=100, causal=False)
+    frame = layers(
+        Stack(ou_network([0.3, 0.2], d_model=32)),
+        known_networks.tokens(48, 8),
+        causal=False,
+        sampling=Sampling(resamples=100),
+    )
     for null in ("rotated", "token_shuffled"):
         assert (frame[f"kappa_{null}"].abs() < 0.02).all()
         assert ((frame[f"kappa_{null}_low"] < 0) & (frame[f"kappa_{null}_high"] > 0)).all()
@@ -131,7 +147,10 @@ def test_nulls_of_an_ou_stream_read_nothing_and_the_excess_is_kappa():
 def test_rotations_spread_the_null_when_prompts_do_not():
     # all prompts alike: only the rotation is left to vary
     frame = layers(
-        Stack(ou_network([0.3], d_model=4)), known_networks.tokens(1, 16).repeat(10, 1), resamples=20, causal=False
+        Stack(ou_network([0.3], d_model=4)),
+        known_networks.tokens(1, 16).repeat(10, 1),
+        causal=False,
+        sampling=Sampling(resamples=20),
     )
     assert frame.kappa_high[0] - frame.kappa_low[0] < 1e-9
     assert frame.kappa_rotated_high[0] - frame.kappa_rotated_low[0] > 0.05
@@ -156,13 +175,20 @@ def test_order_shuffled_is_recomputed_at_the_place_where_the_layer_ran():
         assert any(kinds)
         assert any(others)
         assert all(kind != other for kind, other in zip(kinds, others))
-    frame = layers(stack, tokens, resamples=20, draws=12, causal=False)
+    frame = layers(stack, tokens, draws=12, causal=False, sampling=Sampling(resamples=20))
     assert (frame.kappa_order_shuffled_high - frame.kappa_order_shuffled_low > 0.05).all()
 
 
 def test_the_untrained_null_is_brought_to_the_size_of_the_update():
     trained, untrained = Stack(ou_network([0.3, 0.2])), Stack(ou_network([0.06, 0.01]))
-    frame = layers(trained, known_networks.tokens(12, 6), resamples=50, draws=1, causal=False, untrained=untrained)
+    frame = layers(
+        trained,
+        known_networks.tokens(12, 6),
+        draws=1,
+        causal=False,
+        untrained=untrained,
+        sampling=Sampling(resamples=50),
+    )
     np.testing.assert_allclose(frame.growth_untrained, [0.06, 0.01], atol=1e-9)
     np.testing.assert_allclose(frame.kappa_untrained, [0.3, 0.2], atol=1e-9)
     np.testing.assert_allclose(frame.kappa_excess_untrained, 0, atol=1e-9)
@@ -208,7 +234,11 @@ def test_writing_against_a_copy_kept_elsewhere_is_not_restoring():
     value = torch.randn(256, half, generator=rng())
     linear = torch.zeros(2 * half, 2 * half, dtype=torch.float64)
     linear[:half, half:] = -kappa * torch.eye(half, dtype=torch.float64)
-    row = layers(Stack(network([linear], torch.cat([value, value], 1))), known_networks.tokens(), resamples=200).iloc[0]
+    row = layers(
+        Stack(network([linear], torch.cat([value, value], 1))),
+        known_networks.tokens(),
+        sampling=Sampling(resamples=200),
+    ).iloc[0]
     assert row.kappa == pytest.approx(kappa / 2, abs=1e-9)
     assert row.regime == "reverting"
     assert row.kappa_excess_low > 0.1
@@ -220,7 +250,7 @@ def test_writing_against_a_copy_kept_elsewhere_is_not_restoring():
 
 def test_writing_against_another_token_that_happens_to_be_alike_is_not_restoring():
     stack, tokens = attending_network(0.4, sharpness=1e4)
-    row = layers(stack, tokens, resamples=100).iloc[0]
+    row = layers(stack, tokens, sampling=Sampling(resamples=100)).iloc[0]
     assert row.kappa == pytest.approx(0.4, abs=1e-6)
     assert row.kappa_excess_low > 0.1
     for name in CAUSAL:
@@ -255,12 +285,14 @@ def test_first_tokens_count_when_asked(transformer):
     tokens = known_networks.tokens(20, 9)
     stream = transformer.stream(tokens).flatten(1, 2).numpy()
     x, u = stream[1] - stream[1].mean(0), stream[2] - stream[1]
-    frame = layers(transformer, tokens, skip_first=False, nulls=False, causal=False)
+    frame = layers(transformer, tokens, nulls=False, causal=False, sampling=Sampling(skip_first=False))
     assert frame.kappa[1] == pytest.approx(-(u * x).sum() / (x * x).sum(), rel=1e-9)
 
 
 def test_padding_changes_nothing(transformer):
-    left, right = (layers(transformer, ragged(side), resamples=30, draws=2) for side in ("left", "right"))
+    left, right = (
+        layers(transformer, ragged(side), draws=2, sampling=Sampling(resamples=30)) for side in ("left", "right")
+    )
     pd.testing.assert_frame_equal(left, right, rtol=1e-7, atol=1e-9)
     alone = [layers(transformer, ragged("right").ids[i : i + 1, : i + 2], nulls=False, causal=False) for i in (4, 9)]
     chosen = Tokens(ragged("left").ids[[4, 9]], ragged("left").mask[[4, 9]])
@@ -273,7 +305,9 @@ def test_padding_changes_nothing(transformer):
 
 def test_batches_change_nothing_but_the_partners(transformer):
     tokens = known_networks.tokens(20, 9)
-    whole, split = (layers(transformer, tokens, resamples=30, draws=2, batch_size=size) for size in (64, 7))
+    whole, split = (
+        layers(transformer, tokens, draws=2, sampling=Sampling(resamples=30, batch_size=size)) for size in (64, 7)
+    )
     same = [
         f"{name}{end}" for name in (*MEASURES, "kappa_rotated", "kappa_order_shuffled") for end in ("", "_low", "_high")
     ]
@@ -286,7 +320,9 @@ def test_seed_decides_and_the_model_is_left_alone(transformer):
     logits = transformer.run(tokens)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, again, other = (layers(transformer, tokens, resamples=20, draws=1, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        layers(transformer, tokens, draws=1, sampling=Sampling(resamples=20, seed=seed)) for seed in (1, 1, 2)
+    )
     pd.testing.assert_frame_equal(first, again)
     assert not np.allclose(first.kappa_rotated, other.kappa_rotated)
     assert first.kappa.equals(other.kappa)
@@ -328,7 +364,7 @@ def test_one_prompt_has_an_estimate_and_no_interval(transformer):
 def test_prompts_that_are_all_the_same_give_no_differences_to_move_along(transformer):
     tokens = known_networks.tokens(1, 6).repeat(8, 1)
     tokens[:, 0] = torch.arange(8)  # what differs is not in the ensemble, and reaches it through attention later
-    frame = layers(transformer, tokens, resamples=20, draws=2, nulls=False)
+    frame = layers(transformer, tokens, draws=2, nulls=False, sampling=Sampling(resamples=20))
     assert math.isnan(frame.kappa_causal_difference[0])
     assert frame.kappa_causal_difference[1:].notna().all()
     assert frame.kappa_causal_random.notna().all()
@@ -340,7 +376,9 @@ def test_prompts_without_a_token_in_the_ensemble_add_nothing(transformer):
     mask = torch.ones(8, 5, dtype=torch.bool)
     mask[6:, 1:] = False
     more = Tokens(torch.cat([tokens, tokens[:2]]), mask)
-    with_empty, without = (layers(transformer, given, resamples=20, draws=1) for given in (more, tokens))
+    with_empty, without = (
+        layers(transformer, given, draws=1, sampling=Sampling(resamples=20)) for given in (more, tokens)
+    )
     np.testing.assert_allclose(with_empty.kappa, without.kappa, rtol=1e-12)
     assert np.isfinite(with_empty[CAUSAL]).all(axis=None)
 
@@ -465,5 +503,5 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
         ({"draws": 2}, 20),
     ):
         seen.clear()
-        layers(stack, tokens, resamples=5, **options)
+        layers(stack, tokens, sampling=Sampling(resamples=5), **options)
         assert [seen.count(index) for index in range(3)] == [cost] * 3

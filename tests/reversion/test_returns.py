@@ -16,6 +16,7 @@ from surgery.models.tokens import Tokens
 from surgery.reversion.returns import COLUMNS, HALF_WAY_COLUMNS, curves, half_way
 from surgery.stats.bootstrap import interval, weights
 from surgery.stats.drift import Step
+from surgery.stats.sampling import Sampling
 
 LEFT = ["along", "remaining", "spread"]
 
@@ -33,7 +34,9 @@ def of(frame, **chosen):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_ornstein_uhlenbeck_stream_takes_back_all_kinds_and_sizes_alike(frozen):
     kappas = np.array([0.1, 0.4, -0.2, 0.45])
-    frame = curves(Stack(ou_network(kappas.tolist())), known_networks.tokens(24, 8), frozen=frozen, resamples=20)
+    frame = curves(
+        Stack(ou_network(kappas.tolist())), known_networks.tokens(24, 8), frozen=frozen, sampling=Sampling(resamples=20)
+    )
     assert len(frame) == 10 * len(KINDS) * 2
     for layer in range(4):
         for kind in KINDS:
@@ -52,13 +55,15 @@ def test_an_ornstein_uhlenbeck_stream_takes_back_all_kinds_and_sizes_alike(froze
 
 
 def test_a_later_layer_can_undo_what_one_has_taken_back():
-    frame = curves(Stack(ou_network([0.5, -1.0])), known_networks.tokens(12, 6), [0], resamples=0)
+    frame = curves(Stack(ou_network([0.5, -1.0])), known_networks.tokens(12, 6), [0], sampling=Sampling(resamples=0))
     np.testing.assert_allclose(of(frame, q=1)[LEFT], 0.5, atol=1e-5)
     np.testing.assert_allclose(of(frame, q=2)[LEFT], 1.0, atol=1e-5)
 
 
 def test_in_parallel_displacements_stay_and_are_answered_elsewhere():
-    frame = curves(Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(24, 8), resamples=0)
+    frame = curves(
+        Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(24, 8), sampling=Sampling(resamples=0)
+    )
     inside = frame[frame.kind != "random"]
     np.testing.assert_allclose(inside.along, 1, atol=1e-4)
     assert (inside.remaining > 1.001).all()  # every layer reads the embedding, and answers into a subspace of its own
@@ -70,7 +75,12 @@ def test_a_direction_that_nobody_reads_keeps_its_displacement():
     spread = torch.tensor([9.0, 1, 1, 1, 1], dtype=torch.float64)
     embedding = torch.randn(256, 5, generator=rng(), dtype=torch.float64) * spread
     reads = torch.diag(torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64))  # not the first, nearly the top component
-    found = curves(Stack(network([-0.4 * reads] * 3, embedding)), known_networks.tokens(48, 9), draws=1, resamples=0)
+    found = curves(
+        Stack(network([-0.4 * reads] * 3, embedding)),
+        known_networks.tokens(48, 9),
+        draws=1,
+        sampling=Sampling(resamples=0),
+    )
     np.testing.assert_allclose(of(found, kind="principal")[LEFT], 1, atol=0.01)
     assert of(found, kind="random", layer=0, q=3).along.between(0.2, 0.8).all()
 
@@ -80,10 +90,10 @@ def test_along_one_layer_it_is_the_response_to_the_same_displacement():
     tokens, size, resampled = Tokens.of(known_networks.tokens(20, 7)), 0.5, weights(20, 50)
     stream = stack.stream(tokens)[:, :, 1:]
     spreads = [Step.of(x, x).variance(resampled[:1]).sqrt().item() for x in stream[:-1]]
-    ensemble = Ensemble(tokens, batch_size=8)
+    ensemble = Ensemble(tokens, Sampling(batch_size=8))
     found = responses(stack, ensemble, [size * spread for spread in spreads], draws=2)
     for suffix in ("", "_frozen"):
-        frame = curves(stack, tokens, sizes=[size], frozen=bool(suffix), resamples=50, batch_size=8)
+        frame = curves(stack, tokens, sizes=[size], frozen=bool(suffix), sampling=Sampling(resamples=50, batch_size=8))
         for row in half_way(frame).itertuples():
             kappa, low, high = interval(0 - found[row.kind + suffix].slope(row.layer, resampled))
             assert (row.kappa, row.kappa_low, row.kappa_high) == pytest.approx((kappa, low, high), abs=1e-11)
@@ -94,7 +104,7 @@ def test_later_tokens_that_attend_to_the_one_that_was_moved_are_counted_in_sprea
     # every token takes 0.4 of the mean of all so far: token 1 loses 0.4/2 and token 2 0.4/3 of its own displacement,
     # and of that of token 1, token 2 sees 0.4/3
     stack, tokens = attending_network(0.4, sharpness=0)
-    frame = of(curves(stack, tokens[:, :3], draws=8, resamples=0), kind="difference")
+    frame = of(curves(stack, tokens[:, :3], draws=8, sampling=Sampling(resamples=0)), kind="difference")
     at_one = (frame.along - (1 - 0.4 / 3)) / (0.4 / 3 - 0.4 / 2)
     assert at_one.between(0.2, 0.8).all()
     squares = at_one * (1 - 0.4 / 2) ** 2 + (1 - at_one) * (1 - 0.4 / 3) ** 2
@@ -108,7 +118,14 @@ def test_frozen_norms_leave_the_pull_that_live_norms_divide_away():
     stack = Stack(network([-0.4 * torch.eye(4)], embedding, norm="RMS"))
     live, frozen = (
         of(
-            curves(stack, known_networks.tokens(48, 8), sizes=[0.02], draws=12, frozen=frozen, resamples=0),
+            curves(
+                stack,
+                known_networks.tokens(48, 8),
+                sizes=[0.02],
+                draws=12,
+                frozen=frozen,
+                sampling=Sampling(resamples=0),
+            ),
             kind="random",
         )
         for frozen in (False, True)
@@ -125,7 +142,9 @@ def test_layers_that_bend_answer_by_size():
         parameters(model)["layers.0.mlp.fc_in.weight"][:] = torch.cat([torch.eye(4), torch.zeros(4, 4)])
         parameters(model)["layers.0.mlp.fc_out.weight"][:] = torch.cat([-torch.eye(4), torch.zeros(4, 4)], 1)
     stack = Stack(model)
-    frame = of(curves(stack, known_networks.tokens(24, 8), sizes=(0.1, 20.0), resamples=0), kind="random")
+    frame = of(
+        curves(stack, known_networks.tokens(24, 8), sizes=(0.1, 20.0), sampling=Sampling(resamples=0)), kind="random"
+    )
     assert of(frame, size=0.1).along.item() == pytest.approx(1, abs=1e-9)
     assert of(frame, size=20.0).along.item() < 0.8
 
@@ -150,20 +169,20 @@ def transformer():
 
 def test_chosen_layers_are_the_same_as_among_all_and_the_seed_decides(transformer):
     tokens = known_networks.tokens(8, 6)
-    whole = curves(transformer, tokens, resamples=20)
+    whole = curves(transformer, tokens, sampling=Sampling(resamples=20))
     assert list(whole) == list(COLUMNS)
     pd.testing.assert_frame_equal(
-        of(whole, layer=1).reset_index(drop=True), curves(transformer, tokens, [1], resamples=20)
+        of(whole, layer=1).reset_index(drop=True), curves(transformer, tokens, [1], sampling=Sampling(resamples=20))
     )
-    pd.testing.assert_frame_equal(whole, curves(transformer, tokens, resamples=20))
-    assert not np.allclose(whole.along, curves(transformer, tokens, resamples=20, seed=1).along)
+    pd.testing.assert_frame_equal(whole, curves(transformer, tokens, sampling=Sampling(resamples=20)))
+    assert not np.allclose(whole.along, curves(transformer, tokens, sampling=Sampling(resamples=20, seed=1)).along)
     assert not whole.isna().any(axis=None)
     assert (whole.spread >= whole.remaining - 1e-12).all()
     assert (whole.along.abs() <= whole.remaining + 1e-12).all()
 
 
 def test_padding_changes_nothing(transformer):
-    left, right = (curves(transformer, ragged(side), resamples=20) for side in ("left", "right"))
+    left, right = (curves(transformer, ragged(side), sampling=Sampling(resamples=20)) for side in ("left", "right"))
     pd.testing.assert_frame_equal(left, right, rtol=1e-6, atol=1e-8)
 
 
@@ -174,25 +193,30 @@ def test_one_prompt_has_curves_and_no_interval(transformer):
 
 
 def test_prompts_that_are_all_the_same_have_no_difference_to_move_along(transformer):
-    frame = curves(transformer, known_networks.tokens(1, 6).repeat(6, 1), resamples=5)
+    frame = curves(transformer, known_networks.tokens(1, 6).repeat(6, 1), sampling=Sampling(resamples=5))
     assert of(frame, kind="difference")[LEFT].isna().all(axis=None)
     assert frame[frame.kind != "difference"][LEFT].notna().all(axis=None)
 
 
 def test_a_stream_that_does_not_vary_cannot_be_moved_by_a_part_of_its_spread():
     constant = torch.ones(256, 4, dtype=torch.float64) / 3
-    frame = curves(Stack(network([torch.eye(4).double()], constant)), known_networks.tokens(6, 5), resamples=5)
+    frame = curves(
+        Stack(network([torch.eye(4).double()], constant)), known_networks.tokens(6, 5), sampling=Sampling(resamples=5)
+    )
     assert frame[LEFT].isna().all(axis=None)
 
 
 def test_half_precision_reads_the_same_curves():
     made = {dtype: Stack(known_networks.linear_network(2, 8, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)}
-    exact, coarse = (curves(stack, known_networks.tokens(24, 9), sizes=[1.0], resamples=0) for stack in made.values())
+    exact, coarse = (
+        curves(stack, known_networks.tokens(24, 9), sizes=[1.0], sampling=Sampling(resamples=0))
+        for stack in made.values()
+    )
     np.testing.assert_allclose(coarse[LEFT], exact[LEFT], atol=0.1)
 
 
 def test_a_long_corpus_is_resampled_in_groups(transformer):
-    frame = curves(transformer, known_networks.tokens(300, 3), sizes=[1.0], draws=1, resamples=10)
+    frame = curves(transformer, known_networks.tokens(300, 3), sizes=[1.0], draws=1, sampling=Sampling(resamples=10))
     assert set(frame.n_units) == {256}
     assert (frame.along_low < frame.along_high).all()
 
@@ -223,7 +247,8 @@ def test_tokens_of_massive_activations_are_neither_moved_nor_a_measure_of_spread
     tokens[3, 4] = 7
     stack = Stack(network([-0.4 * torch.eye(8)], embedding, norm="RMS"))
     without, whole = (
-        of(curves(stack, tokens, sizes=[0.1], resamples=0, skip_massive=skip), kind="random") for skip in (True, False)
+        of(curves(stack, tokens, sizes=[0.1], skip_massive=skip, sampling=Sampling(resamples=0)), kind="random")
+        for skip in (True, False)
     )
     assert without.along.item() < 0.8
     assert whole.along.item() == pytest.approx(1, abs=0.01)
@@ -250,7 +275,9 @@ def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen, ski
 
 def test_the_bundled_model_carries_displacements_further_and_returns_none():
     stack = Stack(models.load("babel"))
-    frame = curves(stack, stack.tokens(bundled.prompts(20)), [6, 9], sizes=[0.1], draws=1, resamples=0)
+    frame = curves(
+        stack, stack.tokens(bundled.prompts(20)), [6, 9], sizes=[0.1], draws=1, sampling=Sampling(resamples=0)
+    )
     found = half_way(frame)
     assert found.half_way.isna().all()
     assert (of(found, kind="difference")[["along", "remaining"]] > 1).all(axis=None)

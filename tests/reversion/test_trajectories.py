@@ -13,6 +13,7 @@ from surgery.instruments import known_networks
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.reversion import trajectories
+from surgery.stats.sampling import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def transformer():
 
 
 def read(stack, tokens, **options):
-    return trajectories.measure(stack, tokens, resamples=40, draws=2, **options)
+    return trajectories.measure(stack, tokens, draws=2, sampling=Sampling(resamples=40), **options)
 
 
 # --- what is known exactly --------------------------------------------------------------------------------------------
@@ -72,8 +73,10 @@ def test_layers_that_write_into_fresh_subspaces_are_a_random_walk(share):
 
 def test_a_layer_alone_reads_what_reversion_reads(transformer):
     tokens = known_networks.tokens(20, 9)
-    layer = reversion.layers(transformer, tokens, nulls=False, causal=False, resamples=40)
-    frame = trajectories.windows(trajectories.measure(transformer, tokens, nulls=False, resamples=40), max_length=1)
+    layer = reversion.layers(transformer, tokens, nulls=False, causal=False, sampling=Sampling(resamples=40))
+    frame = trajectories.windows(
+        trajectories.measure(transformer, tokens, nulls=False, sampling=Sampling(resamples=40)), max_length=1
+    )
     for name in ("kappa", "psi", "growth"):
         for end in ("", "_low", "_high"):
             np.testing.assert_allclose(frame[name + end], layer[name + end], rtol=1e-8)
@@ -144,7 +147,7 @@ def test_every_coordinate_has_its_windows(transformer, coordinates):
     tokens = known_networks.tokens(20, 9)
     ways = read(transformer, tokens, coordinates=coordinates)
     frame = trajectories.windows(ways, max_length=1)
-    layer = reversion.layers(transformer, tokens, nulls=False, resamples=40, coordinates=coordinates)
+    layer = reversion.layers(transformer, tokens, nulls=False, coordinates=coordinates, sampling=Sampling(resamples=40))
     np.testing.assert_allclose(frame.kappa, layer.kappa, rtol=1e-8)
     assert (frame.coordinates == coordinates).all()
     assert set(trajectories.WINDOWS_COLUMNS) >= set(frame)
@@ -226,7 +229,7 @@ def test_impossible_wishes(transformer, options, says):
 
 
 def test_a_window_of_no_layers_and_boundaries_outside(transformer):
-    ways = trajectories.measure(transformer, known_networks.tokens(4, 4), nulls=False, resamples=5)
+    ways = trajectories.measure(transformer, known_networks.tokens(4, 4), nulls=False, sampling=Sampling(resamples=5))
     with pytest.raises(ValueError, match="a window has 1 to 4 layers"):
         trajectories.windows(ways, 0)
     with pytest.raises(ValueError, match="boundaries are 0 <= in <= out <= 4"):
@@ -254,5 +257,5 @@ def test_it_costs_what_the_docstring_says(transformer, monkeypatch):
         ({"draws": 3, "untrained": stack}, 6),
     ):
         seen.clear()
-        trajectories.measure(stack, Tokens.of(known_networks.tokens(4, 5)), resamples=5, **options)
+        trajectories.measure(stack, Tokens.of(known_networks.tokens(4, 5)), sampling=Sampling(resamples=5), **options)
         assert [seen.count(index) for index in range(3)] == [cost] * 3

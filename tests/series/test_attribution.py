@@ -11,13 +11,14 @@ from surgery.instruments.readout import frozen_head
 from surgery.models.stack import Stack as Opened
 from surgery.records import tables
 from surgery.series.attribution import COLUMNS, effects
+from surgery.stats.sampling import Sampling
 
 
 @functools.cache
 def measured(share, norm=None, own_head=True, frozen=True):
     made = known_networks.mixed_network(share, n_layers=4, norm=norm, dtype=torch.float64)
     model = made if own_head else last_reader(share, norm)
-    return effects(Stack(model), known_networks.tokens(16, 6), frozen=frozen, resamples=20)
+    return effects(Stack(model), known_networks.tokens(16, 6), frozen=frozen, sampling=Sampling(resamples=20))
 
 
 @pytest.mark.parametrize("norm", [None, "RMS"])
@@ -53,7 +54,7 @@ def test_live_norms_pass_for_an_indirect_effect():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "gemma2"])
 def test_every_effect_is_what_the_formulas_say(load, name):
     stack, tokens = Stack(load(name)), known_networks.tokens(6, 5) % 96
-    found = effects(stack, tokens, frozen=False, resamples=0).set_index("layer").loc[1]
+    found = effects(stack, tokens, frozen=False, sampling=Sampling(resamples=0)).set_index("layer").loc[1]
     context = stack.context(tokens)
     x, mask = stack.stream(context), torch.ones(6, 5, dtype=torch.bool)
     mask[:, 0] = False
@@ -74,7 +75,7 @@ def test_every_effect_is_what_the_formulas_say(load, name):
 
 def test_intervals_batches_and_tables(tmp_path):
     stack, tokens = Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(12, 6)
-    whole, parts = (effects(stack, tokens, resamples=20, batch_size=size) for size in (64, 5))
+    whole, parts = (effects(stack, tokens, sampling=Sampling(resamples=20, batch_size=size)) for size in (64, 5))
     assert np.allclose(whole, parts, rtol=1e-4, atol=1e-6)
     assert (whole["M_low"][:2] < whole["M"][:2]).all()
     assert (whole["M"][:2] < whole["M_high"][:2]).all()
@@ -88,7 +89,7 @@ def test_a_layer_that_writes_the_same_for_all_has_no_share():
         for name, value in model.named_parameters():
             if name.startswith("layers.1") and "fc_out" in name and name.endswith("weight"):
                 value.zero_()
-    frame = effects(Stack(model), known_networks.tokens(8, 6), resamples=0)
+    frame = effects(Stack(model), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     assert frame["TE"][1] < 1e-5 * frame["TE"][0]
 
 

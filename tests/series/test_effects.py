@@ -12,6 +12,7 @@ from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.series import effects
 from surgery.stats.bootstrap import weights
+from surgery.stats.sampling import Sampling
 
 TOKENS = known_networks.tokens(16, 8)
 
@@ -23,7 +24,7 @@ def stack(kind, *args, **sizes):
 
 @functools.cache
 def measured(kind, *args, ablation="mean", frozen=True, **sizes):
-    return effects.matrix(stack(kind, *args, **sizes), TOKENS, ablation, frozen=frozen, resamples=20)
+    return effects.matrix(stack(kind, *args, **sizes), TOKENS, ablation, frozen=frozen, sampling=Sampling(resamples=20))
 
 
 # --- the constructed networks ---
@@ -74,7 +75,9 @@ def test_the_untrained_transformer_prefers_no_pair():
 def test_relative_effect_is_that_of_every_token():
     opened = stack("random", dtype=torch.float64)
     tokens = known_networks.tokens(6, 7)
-    frame = effects.matrix(opened, tokens, "skip", frozen=False, resamples=1, seed=4).set_index(["layer", "later"])
+    frame = effects.matrix(opened, tokens, "skip", frozen=False, sampling=Sampling(resamples=1, seed=4)).set_index(
+        ["layer", "later"]
+    )
     context = opened.context(tokens)
     stream = opened.stream(context)
     x = stream[2].clone()
@@ -98,10 +101,14 @@ def test_relative_effect_is_that_of_every_token():
 def test_a_linear_layer_shows_its_own_coefficient():
     """Layer 1 adds half of what it finds; layer 0, skipped, had doubled it: T = |x/2| / (|x| + |x/2|) = 1/3."""
     embedding = torch.randn(known_networks.D_VOCAB, 6, generator=rng(), dtype=torch.float64)
-    frame = effects.matrix(Stack(network([torch.eye(6), torch.eye(6) / 2], embedding)), TOKENS, "skip", resamples=0)
+    frame = effects.matrix(
+        Stack(network([torch.eye(6), torch.eye(6) / 2], embedding)), TOKENS, "skip", sampling=Sampling(resamples=0)
+    )
     assert frame["T"].tolist() == pytest.approx([1 / 3])
     assert frame["relative_mean"].tolist() == pytest.approx([1 / 2], rel=1e-5)
-    half = effects.matrix(Stack(network([torch.eye(6), torch.eye(6) / 2], embedding)), TOKENS, "skip", 0.5, resamples=0)
+    half = effects.matrix(
+        Stack(network([torch.eye(6), torch.eye(6) / 2], embedding)), TOKENS, "skip", 0.5, sampling=Sampling(resamples=0)
+    )
     assert half["T"].tolist() == pytest.approx([0.25 / 1.75])
 
 
@@ -120,19 +127,19 @@ def carrying_network():
 
 def test_only_attention_carries_to_later_tokens():
     for kind in ("parallel", "serial"):
-        frame = effects.future(stack(kind), TOKENS, resamples=0)
+        frame = effects.future(stack(kind), TOKENS, sampling=Sampling(resamples=0))
         assert frame[["T", "relative_max"]].max().max() == 0
-        assert np.isnan(effects.depth_score(stack(kind), TOKENS, resamples=0)["depth_score"][0])
+        assert np.isnan(effects.depth_score(stack(kind), TOKENS, sampling=Sampling(resamples=0))["depth_score"][0])
     opened = carrying_network()
-    frame = effects.future(opened, TOKENS, resamples=20).set_index(["layer", "later"])
+    frame = effects.future(opened, TOKENS, sampling=Sampling(resamples=20)).set_index(["layer", "later"])
     assert frame.loc[(0, 1), "T"] == 0
     assert frame.loc[[(0, 2), (1, 2)], "T"].min() > 0.001
-    output = effects.future_output(opened, TOKENS, resamples=20)
+    output = effects.future_output(opened, TOKENS, sampling=Sampling(resamples=20))
     assert (output["l2"][:2] > 0).all()
     assert (output["kl"][:2] > 0).all()
     assert output["l2"][2] == output["l2_max"][2] == 0  # the last layer's writes are read by nobody
     assert (output["l2_max"] >= output["l2_high"]).all()
-    score = effects.depth_score(opened, TOKENS, resamples=20)
+    score = effects.depth_score(opened, TOKENS, sampling=Sampling(resamples=20))
     l2 = output["l2"]
     assert score["depth_score"][0] == pytest.approx(l2[1] / (l2[0] + l2[1]))
     assert score["depth_score_low"][0] < score["depth_score"][0] < score["depth_score_high"][0]
@@ -140,7 +147,9 @@ def test_only_attention_carries_to_later_tokens():
 
 def test_the_tokens_before_a_cut_are_taken_out_and_those_after_it_are_read():
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(5, 8)
-    frame = effects.future(opened, tokens, [3], frozen=False, resamples=0).set_index(["layer", "later"])
+    frame = effects.future(opened, tokens, [3], frozen=False, sampling=Sampling(resamples=0)).set_index(
+        ["layer", "later"]
+    )
     context = opened.context(tokens)
     stream = opened.stream(context)
     entry = stream[1].clone()
@@ -152,8 +161,12 @@ def test_the_tokens_before_a_cut_are_taken_out_and_those_after_it_are_read():
 
     expected = size(changed - clean) / (size(changed) + size(clean))
     assert frame.loc[(0, 1), "T"] == pytest.approx(float(expected))
-    pooled = effects.future(opened, tokens, [3, 5], resamples=1, frozen=False).set_index(["layer", "later"])
-    single = effects.future(opened, tokens, [5], resamples=1, frozen=False).set_index(["layer", "later"])
+    pooled = effects.future(opened, tokens, [3, 5], frozen=False, sampling=Sampling(resamples=1)).set_index(
+        ["layer", "later"]
+    )
+    single = effects.future(opened, tokens, [5], frozen=False, sampling=Sampling(resamples=1)).set_index(
+        ["layer", "later"]
+    )
     tokens_after = np.array([5, 3])  # of eight, behind each cut
     expected = np.array([frame.loc[(0, 1), "relative_mean"], single.loc[(0, 1), "relative_mean"]])
     assert pooled.loc[(0, 1), "relative_mean"] == pytest.approx((tokens_after * expected).sum() / 8)
@@ -165,13 +178,13 @@ def test_the_tokens_before_a_cut_are_taken_out_and_those_after_it_are_read():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_architectures(load, name):
     opened, tokens = Stack(load(name)), torch.randint(4, 90, (4, 7), generator=rng())
-    frame = effects.matrix(opened, tokens, resamples=5)
+    frame = effects.matrix(opened, tokens, sampling=Sampling(resamples=5))
     assert len(frame) == 6
     assert frame["T"].between(0, 1).all()
     assert frame["local"].between(0, 1).all()
     assert (frame.loc[frame["later"] == frame["layer"] + 1, "chain"].abs() < 1e-5).all()  # nothing lies between
-    assert (effects.future(opened, tokens, resamples=5)["T"] > 0).all()
-    assert effects.depth_score(opened, tokens, resamples=5)["depth_score"].between(0, 2).all()
+    assert (effects.future(opened, tokens, sampling=Sampling(resamples=5))["T"] > 0).all()
+    assert effects.depth_score(opened, tokens, sampling=Sampling(resamples=5))["depth_score"].between(0, 2).all()
 
 
 def test_padding_and_batches_do_not_matter():
@@ -186,9 +199,11 @@ def test_padding_and_batches_do_not_matter():
 
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():
     opened, tokens = stack("random", dtype=torch.float64), ragged("right")
-    frame = effects.matrix(opened, tokens, "skip", resamples=1, seed=3)
+    frame = effects.matrix(opened, tokens, "skip", sampling=Sampling(resamples=1, seed=3))
     drawn = torch.repeat_interleave(torch.arange(12), weights(12, 1, seed=3)[1].long())
-    again = effects.matrix(opened, Tokens(tokens.ids[drawn], tokens.mask[drawn]), "skip", resamples=0)
+    again = effects.matrix(
+        opened, Tokens(tokens.ids[drawn], tokens.mask[drawn]), "skip", sampling=Sampling(resamples=0)
+    )
     for name in ("T", "local", "chain", "relative_mean", "relative_q50", "relative_q90"):
         assert np.allclose(frame[f"{name}_low"], again[name], rtol=1e-5, atol=1e-9), name
 
@@ -199,13 +214,13 @@ def test_a_dead_layer_is_undefined():
         for name, weight in model.named_parameters():
             if name.startswith("layers.3") and "fc_out" in name and name.endswith("weight"):
                 weight.zero_()
-    frame = effects.matrix(Stack(model), TOKENS, resamples=5)
+    frame = effects.matrix(Stack(model), TOKENS, sampling=Sampling(resamples=5))
     assert (frame["T"].isna() == (frame["later"] == 3)).all()
 
 
 def test_columns_are_explained_and_the_ends_of_intervals_in_order():
-    frames = [measured("random"), effects.future_output(stack("random"), TOKENS, resamples=20)]
-    frames.append(effects.depth_score(stack("random"), TOKENS, resamples=20))
+    frames = [measured("random"), effects.future_output(stack("random"), TOKENS, sampling=Sampling(resamples=20))]
+    frames.append(effects.depth_score(stack("random"), TOKENS, sampling=Sampling(resamples=20)))
     for frame in frames:
         assert set(frame) <= set(effects.COLUMNS)
         assert frame.notna().all().all()
@@ -216,10 +231,10 @@ def test_columns_are_explained_and_the_ends_of_intervals_in_order():
 def test_it_costs_what_it_says(monkeypatch):
     opened, run, calls = stack("random"), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    effects.matrix(opened, TOKENS, resamples=0)
+    effects.matrix(opened, TOKENS, sampling=Sampling(resamples=0))
     assert len(calls) == 4 * ((4 - 1) + 3)
     calls.clear()
-    effects.future(opened, TOKENS, [3, 5], resamples=0)
+    effects.future(opened, TOKENS, [3, 5], sampling=Sampling(resamples=0))
     assert len(calls) == 4 * (2 * (4 - 1) / 2 + 2)
 
 

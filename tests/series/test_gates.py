@@ -9,6 +9,7 @@ from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.records import tables
 from surgery.series.gates import COLUMNS, exponents, hessian, path_lengths
+from surgery.stats.sampling import Sampling
 
 MEASURES = (exponents, hessian, path_lengths)
 
@@ -84,7 +85,9 @@ def test_exponents_are_the_slopes_of_a_gated_run():
         Stack(known_networks.random_network(n_layers=3, norm=None, dtype=torch.float64)),
         known_networks.tokens(8, 6),
     )
-    found = exponents(stack, tokens, frozen=False, resamples=0).set_index(["start", "stop"]).loc[(0, 3)]
+    found = (
+        exponents(stack, tokens, frozen=False, sampling=Sampling(resamples=0)).set_index(["start", "stop"]).loc[(0, 3)]
+    )
     context, step, sizes = stack.context(tokens), 1e-4, []
     for factor in (1 + step, 1 - step):
         before = gated(stack, context, [factor, factor])
@@ -98,7 +101,7 @@ def test_exponents_are_the_slopes_of_a_gated_run():
 def test_the_hessian_is_that_of_a_gated_run():
     stack = Stack(known_networks.random_network(n_layers=3, norm=None, dtype=torch.float64))
     tokens = known_networks.tokens(6, 5)
-    found = hessian(stack, tokens, resamples=0).set_index(["earlier", "later"])["hessian"]
+    found = hessian(stack, tokens, sampling=Sampling(resamples=0)).set_index(["earlier", "later"])["hessian"]
     context, step = stack.context(tokens), 1e-3
     clean = stack.readout(gated(stack, context, [1, 1, 1])[:, 1:])
     best, second = clean.topk(2).indices.unbind(-1)
@@ -139,10 +142,12 @@ def test_batches_do_not_matter_and_tables_can_be_written(measure, tmp_path):
 def test_untrained_networks_read_the_share_of_the_stream_that_the_window_wrote():
     stack = Stack(known_networks.random_network(n_layers=4))
     tokens = known_networks.tokens(16, 6)
-    found = exponents(stack, tokens, resamples=0).set_index(["start", "stop"])["gate_series"]
+    found = exponents(stack, tokens, sampling=Sampling(resamples=0)).set_index(["start", "stop"])["gate_series"]
     assert found[0, 2] > 0.9  # the embeddings are small beside what layer 0 writes: it is nearly all that layer 1 reads
     assert found[1:].drop(index=0, level="start").between(0, 0.6).all()
-    assert path_lengths(stack, tokens, resamples=0)["mean_branches"][0] == pytest.approx(4 / 2, abs=0.5)
+    assert path_lengths(stack, tokens, sampling=Sampling(resamples=0))["mean_branches"][0] == pytest.approx(
+        4 / 2, abs=0.5
+    )
 
 
 def test_they_cost_what_the_docstrings_say(monkeypatch):

@@ -10,12 +10,13 @@ from surgery.instruments import known_networks
 from surgery.records import tables
 from surgery.series.jacobians import COLUMNS, linearised, pairs
 from surgery.stats.bootstrap import rotation
+from surgery.stats.sampling import Sampling
 
 
 @functools.cache
 def measured(share, norm=None, frozen=True):
     model = known_networks.mixed_network(share, n_layers=4, norm=norm, dtype=torch.float64)
-    frame = pairs(Stack(model), known_networks.tokens(16, 6), frozen=frozen, resamples=20)
+    frame = pairs(Stack(model), known_networks.tokens(16, 6), frozen=frozen, sampling=Sampling(resamples=20))
     return frame.set_index(["earlier", "later"])
 
 
@@ -46,7 +47,9 @@ def test_live_norms_couple_a_parallel_network():
 def test_of_linear_layers_it_is_the_norm_of_the_product_of_their_matrices():
     maps = [torch.randn(6, 6, generator=rng(i), dtype=torch.float64) / 3 for i in range(3)]
     stack = Stack(network(maps, torch.randn(256, 6, generator=rng(9))))
-    found = pairs(stack, known_networks.tokens(64, 16), probes=8, resamples=0).set_index(["earlier", "later"])
+    found = pairs(stack, known_networks.tokens(64, 16), probes=8, sampling=Sampling(resamples=0)).set_index(
+        ["earlier", "later"]
+    )
     first, second, third = maps
     for pair, between in (((0, 1), torch.eye(6)), ((0, 2), torch.eye(6) + second)):
         left, right = maps[pair[1]], between.double() @ first
@@ -61,7 +64,9 @@ def test_of_linear_layers_it_is_the_norm_of_the_product_of_their_matrices():
 def test_layers_without_preference_read_the_baseline():
     maps = [rotation(torch.randn(16, 16, generator=rng(i), dtype=torch.float64)) for i in range(3)]
     frame = pairs(
-        Stack(network(maps, torch.randn(256, 16, generator=rng(9)))), known_networks.tokens(8, 6), resamples=0
+        Stack(network(maps, torch.randn(256, 16, generator=rng(9)))),
+        known_networks.tokens(8, 6),
+        sampling=Sampling(resamples=0),
     )
     assert frame["baseline"].tolist() == [0.25] * 3
     assert np.allclose(frame[["direct", "total"]], 0.25)
@@ -69,7 +74,9 @@ def test_layers_without_preference_read_the_baseline():
 
 def test_a_random_network_is_near_the_baseline():
     stack = Stack(known_networks.random_network(n_layers=3))
-    assert pairs(stack, known_networks.tokens(24, 8), resamples=0)["direct_excess"].abs().max() < 0.05
+    assert (
+        pairs(stack, known_networks.tokens(24, 8), sampling=Sampling(resamples=0))["direct_excess"].abs().max() < 0.05
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "gemma2", "mixtral"])
@@ -82,15 +89,20 @@ def test_derivatives_are_those_of_the_layer_in_every_architecture(load, name):
         found = linearised(stack, 1, stream[1], context)(change)
         after, before = (stack.update(1, stream[1] + step * change, context) for step in (1e-3, -1e-3))
     torch.testing.assert_close(found, (after - before) / 2e-3, rtol=0, atol=5e-3 * float(found.abs().max()))
-    assert pairs(stack, known_networks.tokens(4, 6) % 96, resamples=5)[list(COLUMNS)].notna().all().all()
+    assert (
+        pairs(stack, known_networks.tokens(4, 6) % 96, sampling=Sampling(resamples=5))[list(COLUMNS)]
+        .notna()
+        .all()
+        .all()
+    )
 
 
 def test_batches_matter_to_the_probes_alone_and_the_seed_decides():
     stack, tokens = Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(12, 6)
-    first, again, other = (pairs(stack, tokens, resamples=5, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (pairs(stack, tokens, sampling=Sampling(resamples=5, seed=seed)) for seed in (0, 0, 1))
     assert first.equals(again)
     assert not np.allclose(first["total"], other["total"])
-    parts = pairs(stack, tokens, resamples=5, batch_size=5)
+    parts = pairs(stack, tokens, sampling=Sampling(resamples=5, batch_size=5))
     assert np.allclose(parts["total"], first["total"], atol=0.05)
 
 

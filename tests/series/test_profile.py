@@ -10,11 +10,12 @@ from surgery import Stack, series
 from surgery.instruments import known_networks, similarity
 from surgery.models.engine import Engine
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 
 def test_the_profile_gathers_what_the_measures_say():
     opened, tokens = stack("random"), known_networks.tokens(24, 10)
-    frame = series.profile(opened, tokens, length=3, resamples=20)
+    frame = series.profile(opened, tokens, length=3, sampling=Sampling(resamples=20))
     assert list(frame.columns[: 3 + len(series.PROFILE)]) == ["layer", "n_prompts", "length", *series.PROFILE]
     windows = measured("random").set_index(["start", "stop"])
     for layer, row in frame.iterrows():
@@ -26,14 +27,14 @@ def test_the_profile_gathers_what_the_measures_say():
                         assert row[f"{name}_{span}{end}"] == pytest.approx(expected, rel=1e-6), (name, span, end)
                     else:
                         assert np.isnan(row[f"{name}_{span}{end}"])
-    alike = similarity.layers(opened, tokens, resamples=20)
+    alike = similarity.layers(opened, tokens, sampling=Sampling(resamples=20))
     pandas.testing.assert_frame_equal(frame[alike.columns], alike)
 
 
 @pytest.mark.parametrize("layer", [0, 3, 5])
 def test_the_damage_of_skipping_is_that_of_the_wiring_without_the_layer(layer):
     opened, tokens = stack("random", dtype=torch.float64), uneven()
-    row = series.profile(opened, tokens, length=2, resamples=0, batch_size=4).iloc[layer]
+    row = series.profile(opened, tokens, length=2, sampling=Sampling(resamples=0, batch_size=4)).iloc[layer]
     predicting = tokens.mask[:, :-1] & tokens.mask[:, 1:]
     targets = tokens.ids[:, 1:][predicting]
     clean, rewired = (
@@ -48,7 +49,7 @@ def test_the_damage_of_skipping_is_that_of_the_wiring_without_the_layer(layer):
 
 @pytest.mark.parametrize(("kind", "value"), [("parallel", 0), ("serial", 1)])
 def test_the_profile_tells_serial_from_parallel_by_s_alone(kind, value):
-    frame = series.profile(stack(kind), known_networks.tokens(24, 10), resamples=20)
+    frame = series.profile(stack(kind), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
     for name, windows in (("S_pair", 5), ("S_window", 3)):
         assert frame[name].dropna().tolist() == pytest.approx([value] * windows, abs=1e-6)
     assert frame["cosine"].abs().max() < 1e-6
@@ -58,12 +59,12 @@ def test_the_profile_tells_serial_from_parallel_by_s_alone(kind, value):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_profiles_of_models_are_whole_and_explained(name, load, tmp_path):
     opened = Stack(load(name))
-    frame = series.profile(opened, some_tokens(), resamples=5)
+    frame = series.profile(opened, some_tokens(), sampling=Sampling(resamples=5))
     assert frame["length"].tolist() == [4] * 4
     assert frame[["S_pair", "S_window"]].notna().sum().tolist() == [3, 1]
     assert frame[["loss_skip", "update_ratio"]].notna().all().all()
     tables.write(frame, tmp_path / "profile.csv", {}, series.COLUMNS)
-    sub = series.windows(opened, some_tokens(), 2, resamples=5, grain="sublayer")
+    sub = series.windows(opened, some_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=5))
     tables.write(sub, tmp_path / "sublayers.csv", {}, series.COLUMNS)
     assert tables.read(tmp_path / "sublayers.csv")["first"].tolist() == sub["first"].tolist()
 
@@ -72,10 +73,10 @@ def test_the_profile_costs_what_it_says(monkeypatch):
     opened, run, calls = stack("random"), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     tokens, n = known_networks.tokens(4, 6), 6
-    series.windows(opened, tokens, 3, resamples=0)
+    series.windows(opened, tokens, 3, sampling=Sampling(resamples=0))
     alone = len(calls)
     calls.clear()
-    series.profile(opened, tokens, 3, resamples=0)
+    series.profile(opened, tokens, 3, sampling=Sampling(resamples=0))
     assert len(calls) - alone == n * (n + 3) / 2
 
 

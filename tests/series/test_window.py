@@ -11,6 +11,7 @@ from surgery.instruments import known_networks, readout
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import weights
+from surgery.stats.sampling import Sampling
 
 MEASURES = ("R", "O", "S", "R_live", "O_live", "S_live", "layernorm_share", "N", "R_over_N", "R_shuffled")
 DAMAGE = ("loss_parallel_sum", "loss_parallel_mean", "kl_parallel_sum", "kl_parallel_mean")
@@ -62,7 +63,10 @@ def test_mixed_network_rises_with_its_share(norm, expected):
     assert (pandas.concat([frame["S"] for frame in frames], axis=1).diff(axis=1).iloc[:, 1:] > 0.02).all().all()
     for share, value, frame in zip(shares[1:4], expected, frames[1:4], strict=True):
         others = [stack("mixed", share, norm=norm, seed=seed) for seed in (1, 2, 3)]
-        seeds = [series.windows(opened, known_networks.tokens(24, 10), resamples=0, damage=False) for opened in others]
+        seeds = [
+            series.windows(opened, known_networks.tokens(24, 10), damage=False, sampling=Sampling(resamples=0))
+            for opened in others
+        ]
         readings = [found.set_index(["start", "stop"]).loc[(0, 6), "S"] for found in (frame, *seeds)]
         assert np.mean(readings) == pytest.approx(value, abs=0.06)
         assert readings == pytest.approx([value] * 4, abs=0.12)
@@ -131,7 +135,7 @@ def test_running_a_serial_network_in_parallel_does_damage():
 @pytest.mark.parametrize(("start", "stop"), [(1, 3), (0, 4), (2, 6)])
 def test_a_window_of_a_random_network_is_what_the_formulas_say(start, stop, skip_first):
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(10, 8, seed=1)
-    frame = series.windows(opened, tokens, resamples=0, skip_first=skip_first)
+    frame = series.windows(opened, tokens, sampling=Sampling(resamples=0, skip_first=skip_first))
     found = frame.set_index(["start", "stop"]).loc[(start, stop)]
     context = opened.context(tokens)
     stream = opened.stream(context)
@@ -160,7 +164,9 @@ def test_frozen_values_of_a_mixed_network_follow_from_its_weights_alone():
     named = ((name.replace("._original_component", ""), value) for name, value in network.named_parameters())
     weight = {name: value.detach().numpy() for name, value in named}
     tokens = known_networks.tokens(8, 6, seed=2)
-    found = series.windows(Stack(network), tokens, resamples=0, damage=False).set_index(["start", "stop"])
+    found = series.windows(Stack(network), tokens, damage=False, sampling=Sampling(resamples=0)).set_index(
+        ["start", "stop"]
+    )
     x, updates, sizes = {0: weight["tok_embed.weight"][tokens[:, 1:].flatten()]}, {}, {}
 
     def update(layer: int, entry: np.ndarray) -> np.ndarray:
@@ -180,7 +186,9 @@ def test_frozen_values_of_a_mixed_network_follow_from_its_weights_alone():
 @pytest.mark.parametrize(("start", "stop"), [(1, 3), (3, 6)])
 def test_damage_is_that_of_the_parallel_wiring(start, stop):
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(6, 8, seed=3)
-    found = series.windows(opened, tokens, resamples=0).set_index(["start", "stop"]).loc[(start, stop)]
+    found = (
+        series.windows(opened, tokens, sampling=Sampling(resamples=0)).set_index(["start", "stop"]).loc[(start, stop)]
+    )
     targets = tokens[:, 1:].flatten()
     clean = opened.run(tokens)[:, :-1].flatten(0, 1).log_softmax(-1)
     group = "|".join(str(layer) for layer in range(start, stop))
@@ -195,14 +203,14 @@ def test_damage_is_that_of_the_parallel_wiring(start, stop):
 def test_damage_does_not_depend_on_how_many_rows_are_read_out_at_once(monkeypatch):
     whole = measured("random")
     monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 50 * known_networks.D_VOCAB)
-    parts = series.windows(stack("random"), known_networks.tokens(24, 10), resamples=20)
+    parts = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
     assert np.allclose(parts[list(DAMAGE)], whole[list(DAMAGE)], atol=1e-6)
 
 
 def test_shuffled_writes_are_another_prompts():
     """With two prompts of equal length the shuffle has to be their exchange."""
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(2, 8, seed=4)
-    found = series.windows(opened, tokens, resamples=0, damage=False).set_index(["start", "stop"])
+    found = series.windows(opened, tokens, damage=False, sampling=Sampling(resamples=0)).set_index(["start", "stop"])
     context = opened.context(tokens)
     stream = opened.stream(context)
     effects, sizes = [], []
@@ -219,8 +227,8 @@ def test_shuffled_writes_are_another_prompts():
 
 def test_no_batch_leaves_a_prompt_without_another_to_exchange_with():
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(3, 8, seed=4)
-    whole = series.windows(opened, tokens, resamples=0, damage=False)
-    alone = series.windows(opened, tokens, resamples=0, damage=False, batch_size=1)
+    whole = series.windows(opened, tokens, damage=False, sampling=Sampling(resamples=0))
+    alone = series.windows(opened, tokens, damage=False, sampling=Sampling(resamples=0, batch_size=1))
     assert np.allclose(alone["R_shuffled"], whole["R_shuffled"], rtol=1e-9)
 
 
@@ -229,12 +237,12 @@ def test_it_costs_what_it_says(monkeypatch):
     run, calls = Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     n = opened.n_layers
-    series.windows(opened, tokens, resamples=0, damage=False)
+    series.windows(opened, tokens, damage=False, sampling=Sampling(resamples=0))
     assert len(calls) == n * (3 * n + 1) / 2
-    series.windows(opened, tokens, resamples=0)
+    series.windows(opened, tokens, sampling=Sampling(resamples=0))
     assert len(calls) == n * ((3 * n + 1) + (n - 1) * (n - 2) / 3)
     calls.clear()
-    series.windows(opened, tokens, max_length=2, resamples=0, damage=False)
+    series.windows(opened, tokens, max_length=2, damage=False, sampling=Sampling(resamples=0))
     assert len(calls) == 2 * n + 3 * (n - 1)
 
 
@@ -252,23 +260,25 @@ def test_rows_are_all_windows_and_columns_come_with_intervals():
 
 def test_short_windows_are_the_same_rows_as_among_all():
     tokens = known_networks.tokens(24, 10)
-    short = series.windows(stack("random"), tokens, max_length=3, resamples=20)
+    short = series.windows(stack("random"), tokens, max_length=3, sampling=Sampling(resamples=20))
     among_all = measured("random").query("stop - start <= 3").reset_index(drop=True)
     pandas.testing.assert_frame_equal(short, among_all, rtol=1e-6)
-    longer_than_the_model = series.windows(stack("random"), tokens, max_length=99, resamples=20)
+    longer_than_the_model = series.windows(stack("random"), tokens, max_length=99, sampling=Sampling(resamples=20))
     pandas.testing.assert_frame_equal(longer_than_the_model, measured("random"), rtol=1e-6)
 
 
 def test_damage_can_be_left_out():
-    frame = series.windows(stack("random"), known_networks.tokens(24, 10), resamples=20, damage=False)
+    frame = series.windows(
+        stack("random"), known_networks.tokens(24, 10), damage=False, sampling=Sampling(resamples=20)
+    )
     assert not any("parallel" in name for name in frame)
     pandas.testing.assert_frame_equal(frame, measured("random")[frame.columns], rtol=1e-6)
 
 
 def test_results_are_reproducible():
-    again = series.windows(stack("random"), known_networks.tokens(24, 10), resamples=20)
+    again = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
     pandas.testing.assert_frame_equal(again, measured("random"))
-    other = series.windows(stack("random"), known_networks.tokens(24, 10), resamples=20, seed=1)
+    other = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20, seed=1))
     assert not np.allclose(other["S_low"], again["S_low"])
     assert not np.allclose(other["R_shuffled"], again["R_shuffled"])
     assert np.allclose(other["S"], again["S"])
@@ -277,25 +287,29 @@ def test_results_are_reproducible():
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 100])
 def test_batches_do_not_matter_but_to_the_shuffle(batch_size):
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
-    whole = series.windows(opened, tokens, resamples=20)
-    parts = series.windows(opened, tokens, resamples=20, batch_size=batch_size)
+    whole = series.windows(opened, tokens, sampling=Sampling(resamples=20))
+    parts = series.windows(opened, tokens, sampling=Sampling(resamples=20, batch_size=batch_size))
     pandas.testing.assert_frame_equal(without_shuffle(parts), without_shuffle(whole), rtol=1e-6)
     assert parts["R_shuffled"].between(0, 1).all()
 
 
 def test_padding_does_not_matter():
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
-    plain = series.windows(opened, tokens, resamples=20)
+    plain = series.windows(opened, tokens, sampling=Sampling(resamples=20))
     for padded in (tokens.pad(3, "right"), moved_left(tokens), moved_left(tokens).pad(2, "left")):
-        pandas.testing.assert_frame_equal(series.windows(opened, padded, resamples=20), plain, rtol=1e-6)
+        pandas.testing.assert_frame_equal(
+            series.windows(opened, padded, sampling=Sampling(resamples=20)), plain, rtol=1e-6
+        )
 
 
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():
     """With one resample both ends of every interval are its value, which must be that of the data set it stands for."""
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
-    frame = series.windows(opened, tokens, resamples=1, seed=3)
+    frame = series.windows(opened, tokens, sampling=Sampling(resamples=1, seed=3))
     prompts = torch.repeat_interleave(torch.arange(len(tokens)), weights(len(tokens), 1, seed=3)[1].long())
-    resampled = series.windows(opened, Tokens(tokens.ids[prompts], tokens.mask[prompts]), resamples=0)
+    resampled = series.windows(
+        opened, Tokens(tokens.ids[prompts], tokens.mask[prompts]), sampling=Sampling(resamples=0)
+    )
     for name in (*MEASURES, *DAMAGE):
         if name != "R_shuffled":
             assert np.allclose(frame[f"{name}_low"], resampled[name], rtol=1e-6, atol=1e-9), name
@@ -303,8 +317,8 @@ def test_a_resample_is_the_measurement_of_the_resampled_prompts():
 
 def test_intervals_hold_the_estimate_and_shrink_with_more_prompts():
     opened = stack("random", n_layers=4)
-    few = series.windows(opened, known_networks.tokens(16, 10), resamples=200)
-    many = series.windows(opened, known_networks.tokens(144, 10), resamples=200)
+    few = series.windows(opened, known_networks.tokens(16, 10), sampling=Sampling(resamples=200))
+    many = series.windows(opened, known_networks.tokens(144, 10), sampling=Sampling(resamples=200))
     for name in ("S_live", "R_over_N", *DAMAGE):
         assert (many[f"{name}_low"] < many[f"{name}_high"]).all(), name
         inside = (many[f"{name}_low"] <= many[name]) & (many[name] <= many[f"{name}_high"])
@@ -325,7 +339,9 @@ def test_a_dead_layer_has_no_say_and_an_all_dead_window_is_undefined():
         for name, value in network.named_parameters():
             if name.startswith(("layers.4", "layers.5")) and "fc_out" in name and name.endswith("weight"):
                 value.zero_()  # what is left is a bias: the layer writes, but the same for every token
-    frame = series.windows(Stack(network), known_networks.tokens(24, 10), resamples=20).set_index(["start", "stop"])
+    frame = series.windows(Stack(network), known_networks.tokens(24, 10), sampling=Sampling(resamples=20)).set_index(
+        ["start", "stop"]
+    )
     undefined = [(3, 5), (3, 6), (4, 6)]
     assert frame.loc[undefined, ["R", "O", "S", "S_low", "S_live", "N", "R_over_N", "R_shuffled"]].isna().all().all()
     assert frame.loc[undefined, list(DAMAGE)].notna().all().all()
@@ -333,13 +349,17 @@ def test_a_dead_layer_has_no_say_and_an_all_dead_window_is_undefined():
 
 
 def test_bfloat16_measures():
-    frame = series.windows(stack("random", dtype=torch.bfloat16), known_networks.tokens(24, 10), resamples=5)
+    frame = series.windows(
+        stack("random", dtype=torch.bfloat16), known_networks.tokens(24, 10), sampling=Sampling(resamples=5)
+    )
     later = frame["start"] > 0
     assert np.allclose(frame.loc[later, "S"], measured("random").loc[later, "S"], atol=0.05)
 
 
 def test_progress_draws_on_the_terminal_only_when_asked(capsys):
-    series.windows(stack("parallel"), known_networks.tokens(4, 6), max_length=2, resamples=0, damage=False)
+    series.windows(
+        stack("parallel"), known_networks.tokens(4, 6), max_length=2, damage=False, sampling=Sampling(resamples=0)
+    )
     assert capsys.readouterr() == ("", "")
 
 
@@ -387,7 +407,9 @@ def test_a_share_outside_zero_and_one_is_refused():
 
 def test_summary_averages_windows_of_one_length_inside_each_third():
     opened = stack("random", n_layers=12)
-    frame = series.windows(opened, known_networks.tokens(8, 8), max_length=4, resamples=10, damage=False)
+    frame = series.windows(
+        opened, known_networks.tokens(8, 8), max_length=4, damage=False, sampling=Sampling(resamples=10)
+    )
     thirds = series.summary(frame, n_layers=12)
     assert thirds["third"].tolist() == ["first", "middle", "last"]
     assert thirds["length"].tolist() == [3, 3, 3]  # layer 0 is left out, so the first third holds no window of 4
@@ -401,7 +423,9 @@ def test_summary_averages_windows_of_one_length_inside_each_third():
 
 
 def test_summary_of_a_small_model_says_where_no_window_is():
-    frame = series.windows(stack("random", n_layers=5), known_networks.tokens(4, 6), resamples=0, damage=False)
+    frame = series.windows(
+        stack("random", n_layers=5), known_networks.tokens(4, 6), damage=False, sampling=Sampling(resamples=0)
+    )
     thirds = series.summary(frame, n_layers=5)
     assert thirds["n_windows"].tolist() == [0, 0, 1]
     assert thirds["S"].isna().tolist() == [True, True, False]

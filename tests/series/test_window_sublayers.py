@@ -9,6 +9,7 @@ from support.known_windows import by_hand, measured, some_tokens, stack
 from surgery import Stack, series
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
+from surgery.stats.sampling import Sampling
 
 
 def inside_layers(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -18,7 +19,7 @@ def inside_layers(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 @pytest.mark.parametrize("name", ["gptj", "gpt_neox"])
 def test_attention_and_mlp_side_by_side_read_nothing_of_each_other(name, load):
-    frame = series.windows(Stack(load(name)), some_tokens(), 3, resamples=5, grain="sublayer")
+    frame = series.windows(Stack(load(name)), some_tokens(), 3, grain="sublayer", sampling=Sampling(resamples=5))
     inside = inside_layers(frame)
     assert inside["first"].tolist() == [f"{layer}.attn" for layer in range(4)]
     assert inside["last"].tolist() == [f"{layer}.mlp" for layer in range(4)]
@@ -31,7 +32,9 @@ def test_attention_and_mlp_side_by_side_read_nothing_of_each_other(name, load):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_an_mlp_behind_its_attention_reads_it(name, load):
-    inside = inside_layers(series.windows(Stack(load(name)), some_tokens(), 2, resamples=20, grain="sublayer"))
+    inside = inside_layers(
+        series.windows(Stack(load(name)), some_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=20))
+    )
     assert inside["S_low"].min() > 0.02
     assert inside["kl_parallel_sum_low"].min() > 0
 
@@ -39,7 +42,7 @@ def test_an_mlp_behind_its_attention_reads_it(name, load):
 @pytest.mark.parametrize(("name", "start", "stop"), [("gptj", 2, 5), ("gptj", 3, 6), ("gpt2", 2, 5), ("gpt2", 1, 4)])
 def test_a_window_of_sublayers_is_what_the_formulas_say(name, start, stop, load):
     opened, tokens = Stack(load(name, torch.float64)), some_tokens()
-    frame = series.windows(opened, tokens, resamples=0, grain="sublayer")
+    frame = series.windows(opened, tokens, grain="sublayer", sampling=Sampling(resamples=0))
     found = frame.set_index(["start", "stop"]).loc[(start, stop)]
     context, names = opened.context(tokens), [f"{unit // 2}.{('attn', 'mlp')[unit % 2]}" for unit in range(8)]
     beside = name == "gptj"
@@ -78,12 +81,16 @@ def test_where_attention_writes_nothing_sublayers_read_what_their_layers_do():
     """In the constructed networks the MLPs are the layers: a window of sublayers is that of its MLPs."""
     for kind, value in (("parallel", 0), ("serial", 1)):
         opened = stack(kind, norm="RMS", dtype=torch.float64)
-        found = series.windows(opened, known_networks.tokens(24, 10), resamples=0, grain="sublayer", damage=False)
+        found = series.windows(
+            opened, known_networks.tokens(24, 10), grain="sublayer", damage=False, sampling=Sampling(resamples=0)
+        )
         found = found.set_index(["start", "stop"])
         for start, stop in ((1, 4), (3, 8), (1, 12)):
             assert found.loc[(start, stop), ["R", "O", "S"]].tolist() == pytest.approx([value] * 3, abs=1e-6)
     mixed = stack("mixed", 0.5, dtype=torch.float64)
-    sub = series.windows(mixed, known_networks.tokens(24, 10), resamples=0, grain="sublayer", damage=False)
+    sub = series.windows(
+        mixed, known_networks.tokens(24, 10), grain="sublayer", damage=False, sampling=Sampling(resamples=0)
+    )
     sub = sub.set_index(["start", "stop"])
     for _, row in measured("mixed", 0.5, dtype=torch.float64).iterrows():
         assert sub.loc[(2 * row["start"] + 1, 2 * row["stop"]), "S"] == pytest.approx(row["S"], abs=1e-9)
@@ -94,7 +101,7 @@ def test_sublayers_cost_what_it_says(monkeypatch, load):
     opened.wiring("0.attn")  # asked once: can the layers be split
     assert not opened.parallel_sublayers
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    series.windows(opened, some_tokens(), 2, resamples=0, damage=False, grain="sublayer")
+    series.windows(opened, some_tokens(), 2, damage=False, grain="sublayer", sampling=Sampling(resamples=0))
     assert len(calls) == 8 + 4 + 3 * 7  # the stream by sublayers, the denominators by layers, 7 windows of sublayers
 
 

@@ -10,6 +10,7 @@ import torch
 from surgery import Stack, series
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
+from surgery.stats.sampling import Sampling
 
 
 @functools.cache
@@ -20,7 +21,7 @@ def stack(kind: str, *args, **sizes) -> Stack:
 @functools.cache
 def measured(kind: str, *args, **sizes) -> pandas.DataFrame:
     """Every window of a calibration network on 24 prompts."""
-    return series.windows(stack(kind, *args, **sizes), known_networks.tokens(24, 10), resamples=20)
+    return series.windows(stack(kind, *args, **sizes), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
 
 
 def uneven(n_prompts: int = 9, longest: int = 12) -> Tokens:
