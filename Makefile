@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 
-.PHONY: setup study test lint bench clean
+.PHONY: setup study test test-quick lint bench clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: setup

@@ -16,7 +16,7 @@ import torch
 
 import surgery
 from surgery import anatomy, models, scan, wiring
-from surgery.anatomy import convergence, study
+from surgery.anatomy import convergence, say, study
 from surgery.corpus import probes
 from surgery.corpus.babel import Babel
 from surgery.corpus.text_files import read_prompts
@@ -80,7 +80,7 @@ def main() -> None:
             ("Ends minus middle", found.ends[["kind", "D", "D_low", "D_high", "D_over_N", "p_windows"]]),
         ):
             print(f"{title}\n{frame.round(2).to_string(index=False)}\n")
-        print(*found.sentences, sep="\n")
+        print(*say.sentences(found.tables, stack.n_layers), sep="\n")
 
 
 if __name__ == "__main__":

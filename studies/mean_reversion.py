@@ -37,7 +37,7 @@ from surgery.page import drawing, phrases
 from surgery.rebuild import tape
 from surgery.records import manifest as provenance
 from surgery.records import tables as frames
-from surgery.reversion import cloud, study, trajectories
+from surgery.reversion import cloud, say, study, trajectories
 from surgery.stats import panels
 from surgery.stats.bootstrap import columns, described, ratio
 from surgery.wiring.value import Wiring
@@ -72,7 +72,7 @@ TRAINING = described({name: meaning for name, (meaning, _) in MEASURES.items()})
     "n_restoring": "layers from 1 on in which slope and every displacement agree on a restoring force",
     "n_looked_at": "layers from 1 on",
 }
-WIRINGS = frames.COLUMNS | trajectories.PANEL_COLUMNS | {
+WIRINGS = reversion.COLUMNS | trajectories.PANEL_COLUMNS | {
     "wiring": "how the model was taped together; : as it is",
     "part": "layer, or the stretch of passes that the panel is about: all from 1 on, input, middle, output",
     "start": "first pass of the part, counted from 0 in the taped model",
@@ -141,7 +141,7 @@ def main() -> None:
         say_wiring(wiring, wired_rows, kappa)
     say_training(trained, kappas)
     *found, ends, answer = study.found(tables)
-    print("\nThe model as it is\n", *phrases.reversion(clean), *found, sep="\n")
+    print("\nThe model as it is\n", *say.by_layer(clean), *found, sep="\n")
     print(f"\nIs reversion stronger in the ends than in the middle? {ends}\n\n{answer}")
 
 

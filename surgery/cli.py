@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 
 import surgery
-
-NAMES = ("series", "reversion", "scan", "anatomy")  # surgery.study.NAMES, here without importing torch
+from surgery.chapters import MEASURED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,8 +72,8 @@ def _version(asked: bool) -> bool:
 
 def _known(names: list[str]) -> list[str]:
     for name in names:
-        if name not in NAMES:
-            raise typer.BadParameter(f"there is no measurement {name!r}; there are {', '.join(NAMES)}.")
+        if name not in MEASURED:
+            raise typer.BadParameter(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}.")
     return names
 
 
@@ -124,7 +123,7 @@ def study(
         from surgery import study as studies
 
     page = studies.run(
-        names or NAMES, model, text, out, prompts=prompts, max_tokens=max_tokens, max_length=max_length, seed=seed,
+        names or MEASURED, model, text, out, prompts=prompts, max_tokens=max_tokens, max_length=max_length, seed=seed,
         say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
     )  # fmt: skip
     for sentence in report.summary(out):
@@ -202,6 +201,7 @@ def scan(
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
     with errors.status("starting"):
+        from surgery.report import build
         from surgery.scan import study as scan_study
         from surgery.scan.cluster import Cluster
 
@@ -211,9 +211,10 @@ def scan(
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
     )  # fmt: skip
+    page = build(out)
     for sentence in found.sentences:
         typer.echo(f"\n{sentence}")
-    typer.echo(f"\nThe page is {out / 'report.html'}, the tables and figures are beside it.")
+    typer.echo(f"\nThe page is {page}, the tables and figures are beside it.")
 
 
 @app.command()
@@ -287,6 +288,7 @@ def graft(
 
         from surgery.graft import study as graft_study
         from surgery.graft.grafting import Objective, Schedule
+        from surgery.report import build
 
     kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if stored not in kinds:
@@ -304,7 +306,7 @@ def graft(
         typer.echo(f"\n{sentence}")
     if found.sentences:
         typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
-        typer.echo(f"The page is {out / 'report.html'}, the tables and the figure are beside it.")
+        typer.echo(f"The page is {build(out)}, the tables and the figure are beside it.")
 
 
 def _span(text: str) -> tuple[int, int]:

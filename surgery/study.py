@@ -21,6 +21,7 @@ import torch
 
 from surgery import report
 from surgery.anatomy import boundaries, convergence, study
+from surgery.chapters import MEASURED
 from surgery.corpus import bundled, probes
 from surgery.corpus.text_files import read_prompts
 from surgery.instruments import known_networks
@@ -32,18 +33,17 @@ from surgery.records import manifest as provenance
 from surgery.records import tables
 from surgery.reversion import study as reversion_study
 from surgery.scan import study as scan_study
-from surgery.series import side_by_side
+from surgery.series import chapter, side_by_side
 from surgery.series import window as series
 from surgery.stats.sampling import Sampling
 
-NAMES = ("series", "reversion", "scan", "anatomy")
 FEWEST = 16  # prompts for the anatomy: half of them place the boundaries, half test them
-MEASURED = 64  # prompts for the table of all measures
+MODEL_PROMPTS = 64  # prompts for the table of all measures
 Say = Callable[[str], Any]
 
 
 def run(
-    names: Sequence[str] = NAMES,
+    names: Sequence[str] = MEASURED,
     model: str = models.REFERENCE,
     text: str | Path | None = None,
     out: str | Path = "results",
@@ -58,7 +58,7 @@ def run(
     """Measure ``model`` on ``prompts`` prompts and return the path of the report.
 
     Args:
-        names: which measurements, of ``NAMES``.
+        names: which measurements, of ``MEASURED``.
         model: what ``surgery.load`` takes.
         text: file of prompts (see ``read_prompts``); None means the bundled model's own problems.
         out: folder for the results, made if need be.
@@ -75,8 +75,8 @@ def run(
     'report.html'
     """
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(NAMES)}")
+        if name not in MEASURED:
+            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
     folder = tables.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
@@ -102,14 +102,14 @@ def run(
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
         frame = series.windows(stack, tokens, max_length, sampling=Sampling(seed=seed, progress=progress))
-        tables.write(frame, folder / report.SERIES, manifest, series.COLUMNS)
+        tables.write(frame, folder / chapter.WINDOWS, manifest, series.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(untrained, tokens, max_length, seed, progress)
-        tables.write(networks, folder / report.CALIBRATION, manifest, CALIBRATION_COLUMNS)
+        tables.write(networks, folder / chapter.NETWORKS, manifest, chapter.NETWORKS_COLUMNS)
         say("measures: every other reading of series and parallel, on the same networks")
         table, taken = compare(stack, untrained, tokens, seed)
-        tables.write(table, folder / report.MEASURES, manifest, side_by_side.COLUMNS)
-        tables.write(taken, folder / report.COSTS, manifest, side_by_side.COST_COLUMNS)
+        tables.write(table, folder / chapter.MEASURES_FILE, manifest, side_by_side.COLUMNS)
+        tables.write(taken, folder / chapter.COSTS_FILE, manifest, side_by_side.COST_COLUMNS)
     if "reversion" in names:
         say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
         reversion_study.measure(stack, tokens, folder, untrained, seed=seed, progress=progress, settings=settings)
@@ -134,13 +134,13 @@ def run(
 
 def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """Every measure of ``surgery.series.side_by_side`` on the networks of known answer, the model and the same untrained (these
-    from layer 1 on, of at most ``MEASURED`` prompts); and what each function costs."""
-    few = Tokens(tokens.ids[:MEASURED], tokens.mask[:MEASURED])
+    from layer 1 on, of at most ``MODEL_PROMPTS`` prompts); and what each function costs."""
+    few = Tokens(tokens.ids[:MODEL_PROMPTS], tokens.mask[:MODEL_PROMPTS])
     first = int(stack.n_layers > 2)
     table = pandas.concat(
         [
             side_by_side.calibrate(side_by_side.networks(seed=seed), known_networks.tokens(24, 12, seed), seed=seed),
-            side_by_side.calibrate({stack.name: stack, report.UNTRAINED: untrained}, few, first, seed=seed),
+            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: untrained}, few, first, seed=seed),
         ],
         ignore_index=True,
     )
@@ -173,7 +173,7 @@ def calibrate(
         name: series.windows(Stack(network), inputs, damage=False, sampling=Sampling(seed=seed))
         for name, network in networks.items()
     }
-    parts[report.UNTRAINED] = series.windows(
+    parts[chapter.UNTRAINED] = series.windows(
         untrained, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
     )
     return pandas.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)

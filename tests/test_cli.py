@@ -82,20 +82,20 @@ def test_a_study_leaves_everything_behind(model, text, tmp_path):
     result = run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
     assert result.exit_code == 0, result.output
     assert {file.name for file in out.iterdir()} == RESULTS
-    windows, layers = tables.read(out / report.SERIES), tables.read(out / report.REVERSION)
+    windows, layers = tables.read(out / made_up.SERIES), tables.read(out / made_up.REVERSION)
     assert len(windows) == 5
     assert set(windows["n_prompts"]) == {len(PROMPTS)}
     assert list(layers["layer"]) == [0, 1, 2, 3]
     assert {"kappa", "kappa_untrained", "restoring"} <= set(layers)
-    assert tables.read(out / report.SCAN)["wiring"].tolist() == [
+    assert tables.read(out / made_up.SCAN)["wiring"].tolist() == [
         str(wiring) for wiring in every_repeat(fixtures.N_LAYERS) if wiring.depth <= fixtures.N_LAYERS + 3
     ]
-    assert tables.read_manifest(out / report.SCAN)["settings"]["metric"] == "loss"
+    assert tables.read_manifest(out / made_up.SCAN)["settings"]["metric"] == "loss"
     assert "read S =" in result.stdout
     assert "9 wirings were tried on 4 prompts" in result.stdout
     assert "the measure reads what it must" in result.stdout
     assert str(out / "report.html") in result.stdout
-    manifest = tables.read_manifest(out / report.SERIES)
+    manifest = tables.read_manifest(out / made_up.SERIES)
     assert manifest["tokens"]["prompts"] == len(PROMPTS)
     assert manifest["settings"]["text"] == str(text)
     assert manifest["versions"]["torch"] == torch.__version__
@@ -104,10 +104,10 @@ def test_a_study_leaves_everything_behind(model, text, tmp_path):
 def test_the_same_study_gives_the_same_numbers(model, text, tmp_path):
     for out in ("once", "again"):
         assert run("study", "reversion", "--model", model, "--text", text, "--out", tmp_path / out).exit_code == 0
-    assert (tmp_path / "once" / report.REVERSION).read_bytes() == (tmp_path / "again" / report.REVERSION).read_bytes()
+    assert (tmp_path / "once" / made_up.REVERSION).read_bytes() == (tmp_path / "again" / made_up.REVERSION).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "file"), [("series", report.SERIES), ("reversion", report.REVERSION)])
+@pytest.mark.parametrize(("name", "file"), [("series", made_up.SERIES), ("reversion", made_up.REVERSION)])
 def test_one_measurement_can_be_asked_for(quick, model, text, tmp_path, name, file):
     out = tmp_path / "results"
     assert run("study", name, "--model", model, "--text", text, "--out", out).exit_code == 0
@@ -122,16 +122,16 @@ def test_prompts_are_the_first_of_a_jsonl_file(quick, model, tmp_path):
     run("study", "series", "--model", model, "--text", path, "--out", tmp_path / "jsonl", "--prompts", 3)
     (tmp_path / "three.txt").write_text("\n\n".join(PROMPTS[:3]))
     run("study", "series", "--model", model, "--text", tmp_path / "three.txt", "--out", tmp_path / "plain")
-    hashes = [tables.read_manifest(tmp_path / out / report.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
+    hashes = [tables.read_manifest(tmp_path / out / made_up.SERIES)["tokens"]["sha256"] for out in ("jsonl", "plain")]
     assert hashes[0] == hashes[1]
 
 
 def test_the_scan_asks_the_bundled_model_its_own_problems(tmp_path):
     result = run("study", "scan", "--prompts", 28, "--max-length", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert tables.read_manifest(tmp_path / report.SCAN)["settings"]["metric"] == "loglik"
+    assert tables.read_manifest(tmp_path / made_up.SCAN)["settings"]["metric"] == "loglik"
     assert "23 wirings were tried on 14 prompts" in result.stdout
-    assert tables.read(tmp_path / report.GROUPS)["group"].nunique() == 7
+    assert tables.read(tmp_path / made_up.GROUPS)["group"].nunique() == 7
 
 
 def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_measured(model, text, tmp_path):
@@ -139,7 +139,7 @@ def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_me
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "scan_search.csv.part").write_text("{}\n")
     refused(run(*options), "scan_search.csv.part holds a scan with another model")
-    assert not (tmp_path / "r" / report.SERIES).exists()
+    assert not (tmp_path / "r" / made_up.SERIES).exists()
 
 
 def test_the_anatomy_of_the_bundled_model_is_printed_and_put_on_the_page(tmp_path):
@@ -148,7 +148,7 @@ def test_the_anatomy_of_the_bundled_model_is_printed_and_put_on_the_page(tmp_pat
     assert "That the ends are more parallel than the middle is " in " ".join(result.stdout.split())
     assert {path.name for path in tmp_path.glob("anatomy_*.csv")} == set(study.anatomy_study.COLUMNS)
     assert {path.stem for path in tmp_path.glob("*.png")} == set(study.anatomy_study.CAPTIONS)
-    assert set(tables.read(tmp_path / report.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
+    assert set(tables.read(tmp_path / made_up.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
     assert 'id="anatomy"' in (tmp_path / report.PAGE).read_text()
 
 
@@ -167,7 +167,7 @@ def test_too_few_prompts_for_a_scan_leave_it_out(quick, model, tmp_path):
 
 
 def test_the_report_is_made_again_from_the_files(tmp_path):
-    tables.write(made_up.series(), tmp_path / report.SERIES, made_up.manifest())
+    tables.write(made_up.series(), tmp_path / made_up.SERIES, made_up.manifest(), made_up.COLUMNS[made_up.SERIES])
     result = run("report", tmp_path)
     assert result.exit_code == 0
     assert (tmp_path / "report.html").exists()
@@ -325,7 +325,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
         for name in RESULTS
         if name.startswith(("series_windows", "calibration.", "measures", "costs")) and not name.endswith("png")
     }
-    assert len(tables.read(out / report.SERIES)) == 6
+    assert len(tables.read(out / made_up.SERIES)) == 6
 
 
 def test_a_folder_without_results_has_no_report(tmp_path):
@@ -435,8 +435,8 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     whole = ("series_windows", "calibration", "measures", "costs")
     assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}
     assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
-    tables.read(out / report.SERIES)
-    tables.read(out / report.CALIBRATION)
+    tables.read(out / made_up.SERIES)
+    tables.read(out / made_up.CALIBRATION)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def test_every_command_has_help_with_an_example(command):
 
 
 def test_the_command_line_knows_the_measurements():
-    assert cli.NAMES == study.NAMES
+    assert cli.MEASURED == study.MEASURED
 
 
 def test_python_dash_m_is_the_command():

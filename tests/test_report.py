@@ -14,16 +14,22 @@ from surgery.graft import chapter, reinitialise, study
 from surgery.instruments import fidelity
 from surgery.page import drawing
 from surgery.records import tables as frames
-from surgery.series import side_by_side
+from surgery.reversion import draw as reversion_draw
+from surgery.reversion import kappa
+from surgery.series import draw, side_by_side, window
 from surgery.training.ledger import Ledger
 
 
 @pytest.fixture
 def results(tmp_path):
     """A folder with all three measurements."""
-    frames.write(made_up.series(), tmp_path / report.SERIES, made_up.manifest())
-    frames.write(made_up.networks(), tmp_path / report.CALIBRATION, made_up.manifest())
-    frames.write(made_up.reversion(), tmp_path / report.REVERSION, made_up.manifest())
+    frames.write(made_up.series(), tmp_path / made_up.SERIES, made_up.manifest(), made_up.COLUMNS[made_up.SERIES])
+    frames.write(
+        made_up.networks(), tmp_path / made_up.CALIBRATION, made_up.manifest(), made_up.COLUMNS[made_up.SERIES]
+    )
+    frames.write(
+        made_up.reversion(), tmp_path / made_up.REVERSION, made_up.manifest(), made_up.COLUMNS[made_up.REVERSION]
+    )
     return tmp_path
 
 
@@ -73,7 +79,7 @@ def test_every_column_of_the_files_is_explained(results):
     text = "".join(page(results).words)
     for column in (*made_up.series(), *made_up.reversion()):
         base = column.removesuffix("_low").removesuffix("_high")
-        assert frames.COLUMNS[base] in text
+        assert (made_up.COLUMNS[made_up.SERIES] | made_up.COLUMNS[made_up.REVERSION])[base] in text
 
 
 def test_the_numbers_of_the_networks_stand_beside_the_model(results):
@@ -87,10 +93,10 @@ def test_the_numbers_of_the_networks_stand_beside_the_model(results):
 
 @pytest.mark.parametrize(
     ("kept", "sections", "images"),
-    [(report.SERIES, "found what series untold", 1), (report.REVERSION, "found what reversion untold", 1)],
+    [(made_up.SERIES, "found what series untold", 1), (made_up.REVERSION, "found what reversion untold", 1)],
 )
 def test_one_measurement_alone_makes_a_page(results, kept, sections, images):
-    for name in {report.SERIES, report.REVERSION, report.CALIBRATION} - {kept}:
+    for name in {made_up.SERIES, made_up.REVERSION, made_up.CALIBRATION} - {kept}:
         (results / name).unlink()
     parsed = page(results)
     assert [section["id"] for section in parsed.all("section")] == [*sections.split(), "columns", "provenance"]
@@ -104,10 +110,10 @@ def test_every_measure_and_what_it_costs_stand_in_one_section(results):
         columns=list(side_by_side.COLUMNS),
     )  # fmt: skip
     taken = pandas.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(side_by_side.COST_COLUMNS))
-    frames.write(table, results / report.MEASURES, made_up.manifest(), side_by_side.COLUMNS)
+    frames.write(table, results / made_up.MEASURES, made_up.manifest(), side_by_side.COLUMNS)
     without = report.build(results).read_text()
     assert "series.windows" not in without[without.index('id="measures"') : without.index('id="series"')]
-    frames.write(taken, results / report.COSTS, made_up.manifest(), side_by_side.COST_COLUMNS)
+    frames.write(taken, results / made_up.COSTS, made_up.manifest(), side_by_side.COST_COLUMNS)
     source = report.build(results).read_text()
     section = source[source.index('id="measures"') : source.index('id="series"')]
     assert section.index(">serial</th>") < section.index(">toy</th>")
@@ -119,12 +125,14 @@ def test_every_measure_and_what_it_costs_stand_in_one_section(results):
 def test_files_of_different_models_are_not_passed_off_as_one(results):
     other = made_up.manifest()
     other["model"]["weights_sha256"] = "ef" * 32
-    frames.write(made_up.reversion(), results / report.REVERSION, other)
+    frames.write(made_up.reversion(), results / made_up.REVERSION, other, made_up.COLUMNS[made_up.REVERSION])
     assert "not measured on the same model" in "".join(page(results).words)
 
 
 def test_names_are_escaped(results):
-    frames.write(made_up.series(), results / report.SERIES, made_up.manifest("<b>bold</b>"))
+    frames.write(
+        made_up.series(), results / made_up.SERIES, made_up.manifest("<b>bold</b>"), made_up.COLUMNS[made_up.SERIES]
+    )
     assert "<b>bold" not in report.build(results).read_text()
 
 
@@ -134,7 +142,7 @@ def test_a_folder_without_measurement_says_how_to_make_one(tmp_path):
 
 
 def test_a_changed_file_is_not_reported(results):
-    (results / report.SERIES).write_text("start,stop,S\n1,3,0.5\n")
+    (results / made_up.SERIES).write_text("start,stop,S\n1,3,0.5\n")
     with pytest.raises(ValueError, match="not the file its manifest describes"):
         report.build(results)
 
@@ -143,7 +151,7 @@ def test_missing_intervals_and_undefined_numbers_make_a_page(tmp_path):
     frame = made_up.series(3)
     frame[[name for name in frame if name.endswith(("_low", "_high"))]] = np.nan
     frame.loc[0, ["S", "R", "R_over_N"]] = np.nan
-    frames.write(frame, tmp_path / report.SERIES, made_up.manifest())
+    frames.write(frame, tmp_path / made_up.SERIES, made_up.manifest(), made_up.COLUMNS[made_up.SERIES])
     source = report.build(tmp_path).read_text()
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]*", "", source).lower())
 
@@ -157,16 +165,16 @@ def test_figures_are_written_beside_the_page(results):
 @pytest.mark.parametrize("n_layers", [2, 5, 12, 48])
 def test_figures_are_drawn_for_any_depth(n_layers):
     for figure in (
-        drawing.windows(made_up.series(n_layers)),
-        drawing.reversion(made_up.reversion(n_layers)),
-        drawing.calibration(made_up.networks(), made_up.series(n_layers)),
+        draw.windows(made_up.series(n_layers)),
+        reversion_draw.by_layer(made_up.reversion(n_layers)),
+        draw.known_networks(made_up.networks(), made_up.series(n_layers)),
     ):
         assert drawing.png(figure).startswith(b"\x89PNG")
 
 
 def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
     frame = pandas.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "R_over_N": [0.5, 2.0]})
-    axes = drawing.windows(frame).axes[0]
+    axes = draw.windows(frame).axes[0]
     shown = axes.images[0].get_array()
     assert shown[1, 0] == 0.25
     assert shown[3, 1] == 0.75
@@ -175,31 +183,33 @@ def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
 
 
 def test_numbers_are_printed_into_the_triangle_only_where_they_fit():
-    assert len(drawing.windows(made_up.series(16)).axes[0].texts) == 16 * 15 / 2
-    assert not drawing.windows(made_up.series(17)).axes[0].texts
+    assert len(draw.windows(made_up.series(16)).axes[0].texts) == 16 * 15 / 2
+    assert not draw.windows(made_up.series(17)).axes[0].texts
 
 
 def test_the_ratio_is_shown_around_one_on_a_logarithmic_scale():
-    norm = drawing.windows(made_up.series(R_over_N=8.0)).axes[1].images[0].norm
+    norm = draw.windows(made_up.series(R_over_N=8.0)).axes[1].images[0].norm
     assert norm(1.0) == pytest.approx(0.5)
     assert norm(8.0) == pytest.approx(1.0)
     assert norm(1 / 8) == pytest.approx(0.0)
 
 
 def test_layer_0_is_left_out_of_the_depth_figure():
-    above, below = drawing.reversion(made_up.reversion(6)).axes
+    above, below = reversion_draw.by_layer(made_up.reversion(6)).axes
     assert list(above.lines[-2].get_xdata()) == [1, 2, 3, 4, 5]
     assert "layer 0 is left out" in below.get_xlabel()
 
 
 def test_the_nulls_are_in_the_legend():
-    words = [entry.get_text() for entry in drawing.reversion(made_up.reversion()).axes[0].get_legend().get_texts()]
+    words = [
+        entry.get_text() for entry in reversion_draw.by_layer(made_up.reversion()).axes[0].get_legend().get_texts()
+    ]
     assert sum(word.startswith("null: ") for word in words) == 4
     assert sum(word.startswith("by intervention: ") for word in words) == 3
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    once, again = (drawing.png(drawing.windows(made_up.series())) for _ in range(2))
+    once, again = (drawing.png(draw.windows(made_up.series())) for _ in range(2))
     assert once == again
 
 
@@ -321,7 +331,7 @@ def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
          **made_up.with_interval("damage_skip", 0.654), "robust": "no"}
     ])  # fmt: skip
     frames.write(by_k, tmp_path / chapter.BY_K, manifest, run | fidelity.COLUMNS | {"k": "steps"})
-    frames.write(wiring, tmp_path / chapter.WIRING, manifest, run)
+    frames.write(wiring, tmp_path / chapter.WIRING, manifest, run | window.COLUMNS | kappa.COLUMNS)
     frames.write(layers, tmp_path / chapter.LAYERS, manifest, reinitialise.COLUMNS)
     shown = section(report.build(tmp_path).read_text(), "graft")
     for cell in (

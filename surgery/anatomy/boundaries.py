@@ -51,7 +51,6 @@ from surgery.instruments import lens
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.page.phrases import number
 from surgery.stats import changepoints, comparisons
 from surgery.stats.bootstrap import weights
 from surgery.stats.drift import Step
@@ -130,35 +129,12 @@ class Anatomy:
     n_layers: int
 
     @property
-    def sentences(self) -> list[str]:
-        """What was found, and what could not be told."""
-        two = self.segments.set_index("breaks").loc[2]
-        likely = " and ".join(
-            f"{row['layer']} ({row['probability']:.0%})"
-            for _, row in self.boundaries.sort_values("probability", ascending=False)
-            .drop_duplicates("boundary").sort_values("boundary").iterrows()
-        )  # fmt: skip
-        real = "more than" if two["p_drift"] < 0.05 else "no more than"
-        said = [
-            f"Three parts are most likely divided before layers {likely} of {self.n_layers}; they explain "
-            f"{two['gain']:.0%} of how layers differ, {real} smooth drift would ({two['gain_drift']:.0%} on average, "
-            f"p = {two['p_drift']:.3f})."
-        ]
-        for _, row in self.agreement.iterrows():
-            together = "closer together than chance" if row["p_random"] < 0.05 else "no closer together than chance"
-            said.append(
-                f"The boundary '{row['boundary']}' of {row['n_detectors']} detectors lies between layers "
-                f"{row['earliest']:g} and {row['latest']:g}: {together} (SD {row['sd']:.1f}, at random "
-                f"{row['sd_random']:.1f}, p = {row['p_random']:.3f})."
-            )
-        if self.convergence is not None and np.isnan(self.convergence.reach()[0]).all():
-            said.append("What is said never counts for more than its language (SC > SL): no boundary from there.")
-        overall = self.ends.iloc[0]["verdict"]
-        said.append(f"That the ends are more parallel than the middle is {overall}.")
-        for _, row in self.by_kind.iterrows():
-            clear = "another" if row["D_low"] > 0 or row["D_high"] < 0 else "not clearly another"
-            said.append(f"On {row['kind']} D is {clear} than on {row['other']}: the difference is {number(row, 'D')}.")
-        return said
+    def tables(self) -> dict[str, pandas.DataFrame]:
+        """All tables by name; ``convergence`` only where there were parallel sentences."""
+        found = {name: getattr(self, name) for name in ("boundaries", "segments", "detectors", "agreement")}
+        if self.convergence is not None:
+            found["convergence"] = self.convergence.frame
+        return found | {"ends": self.ends, "by_kind": self.by_kind}
 
 
 def locate(
@@ -280,7 +256,7 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
 
 
 def functional(
-    scanned: pandas.DataFrame, n_layers: int, metric: str = "loglik", resamples: int = RESAMPLES, seed: int = 0
+    scanned: pandas.DataFrame, n_layers: int, metric: str = "loglik", resamples: int = SAMPLING.resamples, seed: int = 0
 ) -> Features:
     """The skyline of a brain scan: mean gain of the repeated spans that start with a layer, and that end with it.
 

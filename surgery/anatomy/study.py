@@ -9,14 +9,14 @@ anatomy_ends.csv           the ends against the middle: S and R/N, by kind of pr
 anatomy_by_kind.csv        whether that depends on what is asked
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas
 from matplotlib.figure import Figure
 
 from surgery.anatomy import boundaries as anatomy
-from surgery.anatomy import convergence, ends_against_middle
+from surgery.anatomy import convergence, ends_against_middle, say
 from surgery.anatomy import draw as anatomy_figures
 from surgery.anatomy.boundaries import Anatomy
 from surgery.anatomy.convergence import Sentence
@@ -28,17 +28,19 @@ from surgery.records import tables as frames
 from surgery.stats import changepoints
 from surgery.stats.sampling import Sampling
 
-BOUNDARIES, DETECTORS, ENDS = "anatomy_boundaries.csv", "anatomy_detectors.csv", "anatomy_ends.csv"
-CONVERGENCE = "anatomy_convergence.csv"
+BOUNDARIES, SEGMENTS, DETECTORS = "anatomy_boundaries.csv", "anatomy_segments.csv", "anatomy_detectors.csv"
+AGREEMENT, CONVERGENCE = "anatomy_agreement.csv", "anatomy_convergence.csv"
+ENDS, BY_KIND = "anatomy_ends.csv", "anatomy_by_kind.csv"
 COLUMNS: dict[str, dict[str, str]] = {
     BOUNDARIES: changepoints.COLUMNS,
-    "anatomy_segments.csv": changepoints.COLUMNS,
+    SEGMENTS: changepoints.COLUMNS,
     DETECTORS: anatomy.DETECTORS_COLUMNS,
-    "anatomy_agreement.csv": anatomy.AGREEMENT_COLUMNS,
+    AGREEMENT: anatomy.AGREEMENT_COLUMNS,
     CONVERGENCE: convergence.COLUMNS,
     ENDS: ends_against_middle.COLUMNS,
-    "anatomy_by_kind.csv": anatomy.KINDS_COLUMNS,
+    BY_KIND: anatomy.KINDS_COLUMNS,
 }
+NAMES = {file: file.removeprefix("anatomy_").removesuffix(".csv") for file in COLUMNS}  # as in ``Anatomy.tables``
 CAPTIONS = {
     "anatomy_boundaries": "Above, the probability of each boundary over resampled prompts; below, where every detector "
     "puts them by itself.",
@@ -65,22 +67,19 @@ def measure(
     found = anatomy.locate(
         stack, tokens, kinds, said=said, scanned=scanned, metric=metric, length=length, sampling=sampling
     )
+    sentences = [str(sentence) for sentence in say.sentences(found.tables, stack.n_layers)]
     manifest = provenance.manifest(
-        stack, tokens, seed=sampling.seed, found=found.sentences, length=length, resamples=sampling.resamples
+        stack, tokens, seed=sampling.seed, found=sentences, length=length, resamples=sampling.resamples
     )
-    tables = dict(zip(COLUMNS, (
-        found.boundaries, found.segments, found.detectors, found.agreement,
-        None if found.convergence is None else found.convergence.frame, found.ends, found.by_kind,
-    ), strict=True))  # fmt: skip
-    for name, frame in tables.items():
-        if frame is not None:
-            frames.write(frame, folder / name, manifest, COLUMNS[name])
-    drawn = draw({name: frame for name, frame in tables.items() if frame is not None}, stack.n_layers)
+    tables = {file: found.tables[name] for file, name in NAMES.items() if name in found.tables}
+    for file, frame in tables.items():
+        frames.write(frame, folder / file, manifest, COLUMNS[file])
+    drawn = draw(tables, stack.n_layers)
     frames.save({folder / f"{name}.png": drawing.png(figure) for name, figure in drawn.items()})
     return found
 
 
-def draw(tables: dict[str, pandas.DataFrame], n_layers: int) -> dict[str, Figure]:
+def draw(tables: Mapping[str, pandas.DataFrame], n_layers: int) -> dict[str, Figure]:
     """The figures of what ``measure`` wrote, by the name of their file."""
     drawn = {
         "anatomy_boundaries": anatomy_figures.boundaries(tables[BOUNDARIES], tables[DETECTORS], n_layers),

@@ -41,7 +41,8 @@ from surgery.training import ledger
 from surgery.training import loop as training
 from surgery.training.activations import Latents
 
-METHODS, CURVES, LEDGER = "graft_methods.csv", "graft_curves.csv", "graft_ledger.csv"
+METHODS: str = "graft_methods.csv"
+CURVES, LEDGER = "graft_curves.csv", "graft_ledger.csv"
 RUN = {
     "method": "how the middle came about",
     "seed": "of its random weights and of the order of its batches; empty where nothing is drawn",
@@ -144,9 +145,6 @@ def run(
             schedule=asdict(schedule), latents=dict(pairs.source),
         )  # fmt: skip
         write(folder, methods, {(name, schedule.seed): one for name, one in made.items()}, manifest)
-        from surgery import report  # which has a section about these files
-
-        report.build(folder)
     accelerator.wait_for_everyone()
     return Found(list(made.values())[-1], methods, sentences)
 

@@ -3,7 +3,7 @@
 A difference is always relative: the largest difference over the largest value expected.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from surgery.models.errors import ModelError
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+@runtime_checkable
 class Opened(Protocol):
     """What this needs to know of a ``Stack``."""
 

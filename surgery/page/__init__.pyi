@@ -1,3 +1,4 @@
+from . import chapters as chapters
 from . import drawing as drawing
 from . import parts as parts
 from . import phrases as phrases
@@ -7,5 +8,10 @@ from .parts import Picture as Picture
 from .parts import Section as Section
 from .parts import Table as Table
 from .parts import cell as cell
+from .parts import count_cell as count_cell
+from .parts import model_name as model_name
+from .parts import number_cell as number_cell
+from .parts import rows as rows
+from .parts import spread_cell as spread_cell
 from .parts import tabled as tabled
 from .parts import write_page as write_page

@@ -1,3 +1,4 @@
+from . import chapter as chapter
 from . import cloud as cloud
 from . import directions as directions
 from . import draw as draw

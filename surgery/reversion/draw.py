@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from surgery.page.drawing import ACCENT, FAINT, INK, NULLS, band, line, triangle
+from surgery.page.drawing import ACCENT, FAINT, INK, band, line, triangle, whiskers
 
 BLUE = "#0072B2"
 KINDS = {
@@ -148,3 +148,51 @@ def _finish(axes: Axes, integer: bool = True) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=24))
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+NULLS = {
+    "kappa_rotated": ("updates rotated", "#999999"),
+    "kappa_token_shuffled": ("updates of other tokens", "#56B4E9"),
+    "kappa_order_shuffled": ("layers in random order", "#E69F00"),
+    "kappa_untrained": ("untrained weights", "#009E73"),
+}
+
+
+CAUSAL = {
+    "kappa_causal_difference": ("along token differences", "o"),
+    "kappa_causal_random": ("random directions", "s"),
+    "kappa_causal_principal": ("principal directions", "^"),
+}
+
+
+def by_layer(frame: pandas.DataFrame) -> Figure:
+    """kappa and psi by layer from layer 1 on, with intervals; kappa's nulls as bands, the causal kappas as markers."""
+    shown = frame[frame["layer"] >= 1] if len(frame) > 1 else frame
+    layers = shown["layer"].to_numpy()
+    figure = Figure(figsize=(float(np.clip(0.32 * len(layers) + 5.5, 9, 15)), 6.8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for name, (label, colour) in NULLS.items():
+        if name in shown and shown[name].notna().any():
+            band(above, layers, shown, name, colour, f"null: {label}")
+    offset = 0.12
+    for place, (name, (label, marker)) in enumerate(CAUSAL.items()):
+        if name in shown and shown[name].notna().any():
+            x = layers + offset * (place - 1)
+            whiskers(above, x, shown, name, marker=marker, color="#CC79A7", label=f"by intervention: {label}", size=4)
+    line(above, layers, shown, "kappa", ACCENT, "kappa of the model")
+    above.axhline(0, color=INK, linewidth=0.8)
+    above.set_ylabel("kappa (fraction of a deviation\nundone by one layer)")
+    above.set_title("Mean reversion by depth: kappa, with what the nulls give shaded", loc="left")
+    line(below, layers, shown, "psi", "#0072B2", "psi of the model")
+    below.axhline(0, color=INK, linewidth=0.8, label="0: random walk")
+    below.axhline(1, color=INK, linewidth=0.8, linestyle="--", label="1: variance stationary")
+    below.set_ylabel("psi (2 kappa / r²)")
+    below.set_title("Reversion against spreading: psi", loc="left")
+    below.set_xlabel("layer" + (" (layer 0 is left out: it starts from the bare embeddings)" if len(frame) > 1 else ""))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=24))
+    for axes in (above, below):
+        axes.margins(x=0.02)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    return figure

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import pandas
 
-from surgery.page.phrases import layers, number
+from surgery.page.phrases import few_prompts, layers, number
 from surgery.reversion.directions import PERSISTS
 
 ROUNDING = 1e-4  # no claim rests on less
@@ -292,3 +292,106 @@ def _momentum(row: pandas.Series) -> str:
 def _of(row: pandas.Series, end: str) -> Sequence[float]:
     names = [f"variance_ratio_excess_{name}_{end}" for name in WALKS]
     return [float(row[name]) for name in names if name in row]
+
+
+def by_layer(frame: pandas.DataFrame) -> list[str]:
+    """Up to four sentences about ``reversion_layers``: kappa against its nulls, displacing the stream, psi."""
+    frame = _without_first(frame)
+    reverting = frame[frame["kappa_excess_low"] > 0]
+    below = (frame["kappa_excess_rotated_high"] < 0) & (frame["kappa_excess_token_shuffled_high"] < 0)
+    spreading = frame[below & (frame["kappa_high"] < 0)]
+    unclear = frame[~((frame["kappa_excess_low"] > 0) | below)]
+    sentences = []
+    if reverting.empty:
+        sentences.append(
+            f"In none of the {len(frame)} layers looked at does kappa exceed its rotated and token-shuffled nulls: no "
+            "mean reversion was found."
+        )
+    else:
+        sentences.append(
+            f"kappa exceeds its rotated and token-shuffled nulls in {len(reverting)} of {len(frame)} layers "
+            f"({layers(reverting['layer'])}), where it is {_range(reverting['kappa'])}: their updates run against the "
+            f"deviation of a token from the mean.{_chance(reverting, frame)}"
+        )
+        sentences.append(_causal(reverting) + _spread(reverting))
+    if len(spreading):
+        sentences.append(
+            f"In {layers(spreading['layer'])} kappa is below 0 and below its nulls "
+            f"({_range(spreading['kappa'])}): their updates carry deviations further out."
+        )
+    if len(unclear):
+        sentences.append(
+            f"In {layers(unclear['layer'])} the interval of the excess includes 0: a weak reversion is neither "
+            "shown nor ruled out."
+        )
+    return sentences
+
+
+def limits(frame: pandas.DataFrame) -> list[str]:
+    """What ``reversion_layers`` cannot tell."""
+    notes = [
+        "kappa is a regression over tokens: it becomes a restoring force only where displacing the stream agrees. "
+        "The model is deterministic; nothing here is noise in time, and no Ornstein-Uhlenbeck process is claimed."
+    ]
+    if (frame["layer"] == 0).any() and len(frame) > 1:
+        row = frame[frame["layer"] == 0].iloc[0]
+        notes.append(
+            f"Layer 0 (kappa = {number(row, 'kappa')}) is left out: the stream that enters it is the bare embedding, "
+            "and kappa and growth beside so small a stream mean nothing."
+        )
+    if "kappa_untrained" not in frame or frame["kappa_untrained"].isna().all():
+        notes.append(
+            "The untrained copy of the model was not measured, so what its architecture does by itself is not known."
+        )
+    else:
+        later = _without_first(frame)
+        short = later[(later["kappa_excess_low"] > 0) & ~(later["kappa_excess_untrained_low"] > 0)]
+        if len(short):
+            notes.append(f"In {layers(short['layer'])} kappa does not exceed that of the same architecture untrained.")
+    return notes + few_prompts(frame)
+
+
+def _range(values: pandas.Series) -> str:
+    low, high = f"{values.min():.3f}", f"{values.max():.3f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _chance(reverting: pandas.DataFrame, frame: pandas.DataFrame) -> str:
+    if len(reverting) > max(1.0, 0.05 * len(frame)):
+        return ""
+    return f" With {len(frame)} intervals of 95 %, so few would be no surprise where there is none."
+
+
+def _causal(reverting: pandas.DataFrame) -> str:
+    if "restoring" not in reverting:
+        return "Whether they restore a displaced stream was not measured."
+    agreed = reverting[reverting["restoring"] == "yes"]
+    refuted = reverting[reverting["restoring"] == "no"]
+    if len(agreed) == len(reverting):
+        return "Displacing the stream confirms a restoring pull there."
+    if len(refuted) == len(reverting):
+        return "Displacing the stream contradicts it there: this is correlation, not a restoring force."
+    confirmed = f"in {layers(agreed['layer'])}" if len(agreed) else "in none of them"
+    against = f" and contradicts it in {layers(refuted['layer'])}" if len(refuted) else ""
+    return f"Displacing the stream confirms a restoring pull {confirmed}{against}; the others stay correlations."
+
+
+def _spread(reverting: pandas.DataFrame) -> str:
+    growing = reverting[reverting["psi_high"] < 1]
+    shrinking = reverting[reverting["psi_low"] > 1]
+    parts = []
+    if len(growing):
+        parts.append(
+            f"smaller than what the same update adds in {layers(growing['layer'])} (psi below 1, spread grows)"
+        )
+    if len(shrinking):
+        parts.append(f"larger in {layers(shrinking['layer'])} (psi above 1, spread shrinks)")
+    return (
+        f" The pull is {' and '.join(parts)}."
+        if parts
+        else " Whether it outweighs what the same updates add could not be told."
+    )
+
+
+def _without_first(frame: pandas.DataFrame) -> pandas.DataFrame:
+    return frame[frame["layer"] >= 1] if len(frame) > 1 else frame

@@ -11,6 +11,7 @@ reversion_noise.csv         rotation, stretch and noise that grows with depth   
 reversion_norms.csv         how much longer each layer makes the stream
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from surgery.instruments import coordinates
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
+from surgery.page.chapters import Sentence, headlines
 from surgery.records import manifest as provenance
 from surgery.records import tables as frames
 from surgery.reversion import cloud, directions, returns, say, trajectories
@@ -121,25 +123,29 @@ def measure(
     return tables
 
 
-def found(tables: dict[str, pandas.DataFrame]) -> list[str]:
-    """What the tables say beyond ``findings.reversion``, the answer last."""
-    sentences: list[str] = []
+def sentences(tables: Mapping[str, pandas.DataFrame]) -> list[Sentence]:
+    """What the tables say beyond ``say.by_layer``, the answer last; headlines are the ends and the answer."""
+    said: list[Sentence] = []
     for name, tell in (
-        (COORDINATES, say.coordinates), (WINDOWS, say.windows), (PANEL, say.panel), (DIRECTIONS, say.directions),
-        (RETURNS, say.returns), (NOISE, say.noise),
-    ):  # fmt: skip
+        (COORDINATES, say.coordinates),
+        (WINDOWS, say.windows),
+        (PANEL, say.panel),
+        (DIRECTIONS, say.directions),
+        (RETURNS, say.returns),
+        (NOISE, say.noise),
+    ):
         if name in tables:
-            sentences += tell(tables[name])
+            said += map(Sentence, tell(tables[name]))
     if ENDS in tables:
-        sentences.append(say.ends(tables[ENDS].iloc[0]))
+        said += headlines([say.ends(tables[ENDS].iloc[0])])
     if DIRECTIONS in tables:
-        sentences.append(say.answer(tables[LAYERS], tables.get(PANEL), tables[DIRECTIONS]))
-    return sentences
+        said += headlines([say.answer(tables[LAYERS], tables.get(PANEL), tables[DIRECTIONS])])
+    return said
 
 
-def draw(tables: dict[str, pandas.DataFrame]) -> dict[str, Figure]:
+def draw(tables: Mapping[str, pandas.DataFrame]) -> dict[str, Figure]:
     """The figures of what ``measure`` wrote, by the name of their file."""
-    drawn = {"reversion": drawing.reversion(tables[LAYERS])}
+    drawn = {"reversion": reversion_figures.by_layer(tables[LAYERS])}
     for name, picture in (
         (COORDINATES, reversion_figures.coordinates), (WINDOWS, reversion_figures.windows),
         (DIRECTIONS, reversion_figures.directions), (RETURNS, reversion_figures.returns),

@@ -1,3 +1,4 @@
+from . import chapter as chapter
 from . import cluster as cluster
 from . import controls as controls
 from . import draw as draw

@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas
 
-from surgery import report
 from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
 from surgery.models.loading import load
@@ -36,6 +35,10 @@ from surgery.wiring import families
 from surgery.wiring.value import Wiring
 
 SEARCH = "scan_search.csv"
+TABLE: str = "scan_table.csv"
+WINNERS: str = "scan_winners.csv"
+GROUPS: str = "scan_groups.csv"
+PAINTERS: str = "painters.csv"
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "repeat": families.every_repeat,
     "skip": families.every_skip,
@@ -45,7 +48,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     "painters": lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
 FEWEST = 4  # probes: two to search with, two to measure again on
-WINNERS_COLUMNS = {
+WINNERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
     **{
         f"{name}_{half}": f"{meaning}; {half} half"
@@ -57,7 +60,7 @@ WINNERS_COLUMNS = {
     "survived_high": "upper end of its 95 % interval",
     "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain",
 }
-PAINTERS_COLUMNS = {
+PAINTERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
     "variant": "what was done to the window: skip, middle-repeat, reverse, random order, parallel mean or sum, looped",
     "size": "layers in the window, which is centred",
@@ -117,7 +120,6 @@ def run(
             stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, cluster=pool, say=say,
             progress=progress,
         )  # fmt: skip
-    report.build(folder)
     return found
 
 
@@ -162,13 +164,13 @@ def measure(
     groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
     settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck)}
     manifest = provenance.manifest(stack, search.encode(stack).tokens, seed=seed, **settings)
-    tables.write(table, folder / report.SCAN, manifest, comparisons.COLUMNS)
-    tables.write(winners, folder / report.WINNERS, manifest, WINNERS_COLUMNS)
+    tables.write(table, folder / TABLE, manifest, comparisons.COLUMNS)
+    tables.write(winners, folder / WINNERS, manifest, WINNERS_COLUMNS)
     fresh = provenance.manifest(stack, validation.encode(stack).tokens, seed=seed, **settings)
-    tables.write(groups, folder / report.GROUPS, fresh, comparisons.COLUMNS)
+    tables.write(groups, folder / GROUPS, fresh, comparisons.COLUMNS)
     if family == "painters":
         painted = controls.painters(stack.n_layers).merge(table, on="wiring")
-        tables.write(painted, folder / report.PAINTERS, manifest, PAINTERS_COLUMNS)
+        tables.write(painted, folder / PAINTERS, manifest, PAINTERS_COLUMNS)
     return Found(table, winners, groups, luck, metric)
 
 

@@ -1,9 +1,12 @@
 from . import attribution as attribution
+from . import chapter as chapter
 from . import composition as composition
+from . import draw as draw
 from . import effective_depth as effective_depth
 from . import effects as effects
 from . import gates as gates
 from . import jacobians as jacobians
+from . import say as say
 from . import side_by_side as side_by_side
 from . import window as window
 from .window import COLUMNS as COLUMNS

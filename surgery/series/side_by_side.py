@@ -48,6 +48,7 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.series import attribution, effects, gates, jacobians
 from surgery.series import window as series
+from surgery.stats.sampling import Sampling
 
 COLUMNS = {
     "measure": "name of the measure",

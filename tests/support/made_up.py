@@ -8,7 +8,13 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.records import manifest as provenance
 from surgery.records import tables
-from surgery.reversion import study
+from surgery.reversion import kappa, study
+from surgery.series import chapter
+
+SERIES, CALIBRATION, MEASURES, COSTS = chapter.WINDOWS, chapter.NETWORKS, chapter.MEASURES_FILE, chapter.COSTS_FILE
+REVERSION = "reversion_layers.csv"
+SCAN, GROUPS, ENDS = "scan_table.csv", "scan_groups.csv", "anatomy_ends.csv"
+COLUMNS = {SERIES: chapter.NETWORKS_COLUMNS, REVERSION: kappa.COLUMNS}
 
 
 def with_interval(name: str, value: float, half: float = 0.01) -> dict[str, float]:
@@ -52,7 +58,7 @@ def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> 
 def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **__: object) -> None:
     """In the place of ``reversion_study.measure``: the file that has to be there."""
     manifest = provenance.manifest(stack, tokens, seed=0)
-    tables.write(reversion(stack.n_layers), folder / study.LAYERS, manifest)
+    tables.write(reversion(stack.n_layers), folder / study.LAYERS, manifest, kappa.COLUMNS)
 
 
 def networks() -> pandas.DataFrame:

@@ -1,0 +1,35 @@
+"""The questions that surgery asks, in the order of the page: the one list from which page, study and commands take
+their names.
+
+A new question is a room with a ``Chapter`` and one line here. Nothing is imported before it is used, so that the
+command line can name the questions at once.
+"""
+
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from surgery.page.chapters import Chapter
+
+CHAPTERS = {
+    "calibration": "surgery.series.chapter:CALIBRATION",
+    "measures": "surgery.series.chapter:MEASURES",
+    "series": "surgery.series.chapter:CHAPTER",
+    "reversion": "surgery.reversion.chapter:CHAPTER",
+    "scan": "surgery.scan.chapter:CHAPTER",
+    "anatomy": "surgery.anatomy.chapter:CHAPTER",
+    "graft": "surgery.graft.chapter:CHAPTER",
+    "middle": "surgery.graft.resized_chapter:CHAPTER",
+    "dropout": "surgery.dropout.chapter:CHAPTER",
+}
+MEASURED = ("series", "reversion", "scan", "anatomy")  # by ``surgery study``, which runs the scan first
+
+
+def chapter(name: str) -> "Chapter":
+    """The chapter of that name."""
+    return pkgutil.resolve_name(CHAPTERS[name])
+
+
+def every_chapter() -> list["Chapter"]:
+    """All chapters, in the order of the page."""
+    return [chapter(name) for name in CHAPTERS]

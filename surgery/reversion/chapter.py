@@ -1,0 +1,45 @@
+"""Mean reversion on the page."""
+
+from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.parts import Section, rows, tabled
+from surgery.reversion import say as words
+from surgery.reversion import study
+
+
+def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
+    """Layer by layer, then everything else; the answer last."""
+    return headlines(words.by_layer(tables[study.LAYERS])) + study.sentences(tables)
+
+
+def untold(tables: Tables, manifests: Manifests) -> list[str]:
+    """What kappa cannot tell."""
+    return words.limits(tables[study.LAYERS])
+
+
+def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+    """kappa, psi and everything beside them."""
+    return {name: Drawing(figure, study.CAPTIONS[name]) for name, figure in study.draw(tables).items()}
+
+
+def section(tables: Tables, manifests: Manifests) -> Section:
+    """What kappa, psi and phi are, and kappa by layer."""
+    frame = tables[study.LAYERS]
+    paragraphs = [
+        "kappa is the part of a token's deviation from the mean that a layer takes back, by regression of what the "
+        "layer writes on what enters it. Its nulls keep the size of the updates and destroy their direction; only "
+        "the excess over them is a finding. psi sets it against the size of the update: at 0 the stream walks at "
+        "random, at 1 its spread stays, above 1 it shrinks.",
+        "A slope is not a force: the causal kappas displace the stream at one token and read what the layer does "
+        "differently.",
+        "Several layers at once have a variance ratio: 1 if their updates are uncorrelated, below 1 if later ones undo "
+        "earlier ones. Read as one autoregression over depth, the phi of a few layers is biased towards reversion "
+        "wherever tokens have means of their own; so it is compared with a random walk whose steps have the same "
+        "sizes.",
+    ]
+    names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
+    columns = [name for name in (*names, "regime", "restoring") if name in frame]
+    table = tabled("By layer", "layer", rows(frame), columns, lambda row: str(int(row["layer"])), digits=3)
+    return Section("reversion", "Mean reversion", paragraphs=paragraphs, tables=[table])
+
+
+CHAPTER = Chapter("reversion", study.COLUMNS, section, say, untold, draw, requires=(study.LAYERS,), same_prompts=True)

@@ -1,0 +1,96 @@
+"""What rewiring does, on the page: the best wirings of a scan, and what they are worth on fresh probes."""
+
+from typing import Any
+
+import pandas as pd
+
+from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
+from surgery.scan import draw as figures
+from surgery.scan import say as words
+from surgery.scan import study
+from surgery.stats import comparisons
+from surgery.stats.comparisons import Luck
+
+
+def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
+    """What the scan found, then by group of probes, and the reorderings of Sun et al."""
+    metric = _settings(manifests)["metric"]
+    luck = Luck(**_settings(manifests)["luck"])
+    said = headlines(words.found(tables[study.TABLE], tables[study.WINNERS], luck, metric))
+    said += map(Sentence, words.best_groups(tables[study.GROUPS], metric))
+    if study.PAINTERS in tables:
+        said += map(Sentence, words.painters(tables[study.PAINTERS], metric))
+    return said
+
+
+def untold(tables: Tables, manifests: Manifests) -> list[str]:
+    """What the scan cannot tell."""
+    return words.untold(tables[study.TABLE], tables[study.WINNERS])
+
+
+def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+    """The map of spans, gain against depth, gains by group, the reorderings: what there is."""
+    manifest = manifests[study.TABLE]
+    drawn = figures.of_scan(
+        tables[study.TABLE],
+        tables[study.GROUPS],
+        manifest["model"]["n_layers"],
+        manifest["settings"]["metric"],
+        tables.get(study.PAINTERS),
+    )
+    return {name: Drawing(figure, caption) for name, (figure, caption) in drawn.items()}
+
+
+def section(tables: Tables, manifests: Manifests) -> Section:
+    """How gains are measured twice, and the table of winners."""
+    paragraphs = [
+        "The model is run with its layers in another order (a wiring, in the notation of Python's slices: ':8 4:' runs "
+        "layers 4 to 7 twice) and compared on the same probes with itself unmodified. "
+        f"Gains are in {figures.UNITS[_settings(manifests)['metric']]}. The largest of many gains is large partly by "
+        "luck. So one half of the probes chooses, and the largest are measured again on the other half, which took no "
+        "part in the choice: that column is what to believe.",
+        "p_max asks whether the luckiest of all wirings would reach as much if none had any effect (of all that were "
+        "tried in the search, of those in the table on fresh probes). Verdicts: survived, better on fresh probes by "
+        "p_max < .05; in part, by less than claimed; vanished, less than claimed and not shown to be better; "
+        "undecided, too few probes to exclude either; reversed, worse.",
+    ]
+    heads = ["wiring", "gain, search half", "p_max", "gain, validation half", "p_max", "survived", "verdict"]
+    cells = [
+        [
+            Cell(row["wiring"]),
+            _gain(row, "search"),
+            number_cell(row["p_max_search"], digits=3),
+            _gain(row, "validation"),
+            number_cell(row["p_max_validation"], digits=3),
+            cell(row, "survived"),
+            Cell(row["verdict"]),
+        ]
+        for row in rows(tables[study.WINNERS])
+    ]
+    table = Table("The largest gains of the search half, and what they are worth on fresh probes", heads, cells)
+    return Section("scan", "What rewiring does", paragraphs=paragraphs, tables=[table])
+
+
+def _gain(row: pd.Series, half: str) -> Cell:
+    return number_cell(row[f"gain_{half}"], row[f"gain_low_{half}"], row[f"gain_high_{half}"], 3)
+
+
+def _settings(manifests: Manifests) -> dict[str, Any]:
+    return manifests[study.TABLE]["settings"]
+
+
+CHAPTER = Chapter(
+    "scan",
+    {
+        study.TABLE: comparisons.COLUMNS,
+        study.WINNERS: study.WINNERS_COLUMNS,
+        study.GROUPS: comparisons.COLUMNS,
+        study.PAINTERS: study.PAINTERS_COLUMNS,
+    },
+    section,
+    say,
+    untold,
+    draw,
+    requires=(study.TABLE, study.WINNERS, study.GROUPS),
+)

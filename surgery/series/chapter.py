@@ -1,0 +1,155 @@
+"""Series or parallel on the page: every window, the networks whose answer is known, and all measures side by side."""
+
+import pandas as pd
+
+from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.parts import Cell, Section, Table, model_name, number_cell, rows, spread_cell, tabled
+from surgery.series import draw as figures
+from surgery.series import say as words
+from surgery.series import side_by_side, window
+
+WINDOWS, NETWORKS = "series_windows.csv", "calibration.csv"
+MEASURES_FILE, COSTS_FILE = "measures.csv", "costs.csv"
+UNTRAINED = "this model untrained"  # in the column ``network``
+NETWORKS_COLUMNS = window.COLUMNS | {"network": "which network the row is about"}
+
+
+# --- every window of the model ---------------------------------------------------------------------------------------
+
+
+def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
+    """How serial the model is, against the nulls and untrained, and what running it in parallel costs."""
+    networks = tables.get(NETWORKS, pd.DataFrame({"network": []}))
+    untrained = networks[networks["network"] == UNTRAINED]
+    return headlines(words.windows(tables[WINDOWS], untrained if len(untrained) else None))
+
+
+def untold(tables: Tables, manifests: Manifests) -> list[str]:
+    """What the windows cannot tell."""
+    return words.limits(tables[WINDOWS])
+
+
+def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+    """S and R/N of every window."""
+    caption = f"S and R/N of every window measured; the numbers are in {WINDOWS}."
+    return {"series": Drawing(figures.windows(tables[WINDOWS]), caption)}
+
+
+def section(tables: Tables, manifests: Manifests) -> Section:
+    """What S and R/N are, and the windows the sentences speak of."""
+    frame = tables[WINDOWS]
+    paragraphs = [
+        "S = (R + O) / 2 asks whether the layers of a window depend on one another. R compares what each layer "
+        "writes with what it would write given the stream that enters the window; O compares what the whole window "
+        "writes with what its layers write side by side. Both are 0 if no layer reads another, 1 if each lives only "
+        "on the one before. The normalisation is frozen at the clean run; S_live lets it move.",
+        "A layer also changes its output because the stream has moved at all. N is how far it moved relative to its "
+        "size: R/N above 1 is response to what the window wrote beyond that, below 1 is preference for what was "
+        "there before. Compare windows of equal length.",
+    ]
+    chosen = words.thirds(frame) + [row for row in [words.whole_window(frame)] if row is not None]
+    pairs = frame[frame["stop"] - frame["start"] == 2]
+    columns = [
+        name for name in ("S", "R", "O", "N", "R_over_N", "R_shuffled", "S_live", "loss_parallel_sum") if name in frame
+    ]
+    shown = [
+        tabled("Three windows of equal length, and all layers but the first", "window", chosen, columns, _span),
+        tabled("Neighbours: windows of two layers", "window", rows(pairs), columns, _span),
+    ]
+    return Section("series", "Series or parallel", paragraphs=paragraphs, tables=shown)
+
+
+CHAPTER = Chapter(
+    "series", {WINDOWS: window.COLUMNS}, section, say, untold, draw, requires=(WINDOWS,), same_prompts=True
+)
+
+
+# --- networks whose answer is known ----------------------------------------------------------------------------------
+
+
+def _say_networks(tables: Tables, manifests: Manifests) -> list[Sentence]:
+    return headlines(words.known_networks(tables[NETWORKS]))
+
+
+def _draw_networks(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+    if WINDOWS not in tables:
+        return {}
+    figure = figures.known_networks(tables[NETWORKS], tables[WINDOWS], model_name(manifests[WINDOWS]))
+    return {"calibration": Drawing(figure, "S on networks of known structure and on the model, every window.")}
+
+
+def _networks_section(tables: Tables, manifests: Manifests) -> Section:
+    networks = tables[NETWORKS]
+    paragraphs = [
+        "Before the measure is believed it is shown networks whose structure was decided when their weights were "
+        "written: parallel (every layer reads the embedding alone), serial (every layer reads only the one before), "
+        "mixtures of the two, a linear network whose layers prefer nothing (R/N must be 1), and untrained random "
+        "ones."
+    ]
+    parts = [(str(name), part) for name, part in networks.groupby("network", sort=False)]
+    if WINDOWS in tables:
+        model = tables[WINDOWS]
+        parts.append((model_name(manifests[WINDOWS]), model[model["start"] > 0]))
+    columns = [column for column in ("S", "R", "O", "S_live", "R_over_N") if column in networks]
+    cells = [
+        [Cell(name), Cell(str(len(part))), *(spread_cell(part[column]) for column in columns)] for name, part in parts
+    ]
+    caption = "Median over windows [smallest, largest]; the model's windows from layer 1 on."
+    table = Table(caption, ["network", "windows", *columns], cells)
+    return Section("calibration", "Networks whose answer is known", paragraphs=paragraphs, tables=[table])
+
+
+CALIBRATION = Chapter(
+    "calibration",
+    {NETWORKS: NETWORKS_COLUMNS},
+    _networks_section,
+    _say_networks,
+    draw=_draw_networks,
+    requires=(NETWORKS,),
+    of_model=False,
+)
+
+
+# --- all measures side by side ---------------------------------------------------------------------------------------
+
+
+def _measures_section(tables: Tables, manifests: Manifests) -> Section:
+    frame = tables[MEASURES_FILE]
+    values = frame.pivot(index="measure", columns="network", values="value")
+    networks, names = list(dict.fromkeys(frame["network"])), list(dict.fromkeys(frame["measure"]))
+    about = frame.drop_duplicates("measure").set_index("measure")["about"]
+    paragraphs = [
+        "Other measures of the same question, each one number a network (surgery.series.side_by_side): T, how much "
+        "taking a layer out changes later ones; local, how much of that is direct; rho, the interaction of taking two "
+        "layers out; compositions of derivatives; gates on the updates; the length of gradient paths; the share of a "
+        "layer's effect that is indirect. The last three do not measure series; they stand beside it for comparison. "
+        "An empty cell is undefined: rho needs tokens that a model predicts, and the constructed networks predict "
+        "nothing.",
+    ]
+    cells = [
+        [Cell(name), Cell(about[name]), *(number_cell(values.loc[name, network]) for network in networks)]
+        for name in names
+    ]
+    caption = "Every measure on every network; the model's from layer 1 on"
+    shown = [Table(caption, ["measure", "", *networks], cells)]
+    if COSTS_FILE in tables:
+        costs = [
+            [Cell(row["function"]), *(number_cell(row[name], digits=1) for name in ("formula", "counted", "timed"))]
+            for row in rows(tables[COSTS_FILE])
+        ]
+        caption = "What each costs in forward passes of the same batch; gradients and readouts are in the time alone"
+        shown.append(Table(caption, ["function", "formula, F", "layers run, F", "time, F"], costs))
+    return Section("measures", "Other measures of series and parallel", paragraphs=paragraphs, tables=shown)
+
+
+MEASURES = Chapter(
+    "measures",
+    {MEASURES_FILE: side_by_side.COLUMNS, COSTS_FILE: side_by_side.COST_COLUMNS},
+    _measures_section,
+    requires=(MEASURES_FILE,),
+    of_model=False,
+)
+
+
+def _span(row: pd.Series) -> str:
+    return f"{int(row['start'])}:{int(row['stop'])}"
