@@ -41,9 +41,11 @@ class Step:
 
     def __init__(self, teacher: Stack, pairs: Latents, data: splits.Split, name: str) -> None:
         parts, objective = STEPS[name]
-        fresh = models.untrained(teacher.model) if parts == "all" else layout.build(
-            teacher.model, layout.middle(teacher.n_layers, *SPAN)
-        )  # fmt: skip
+        fresh = (
+            models.untrained(teacher.model)
+            if parts == "all"
+            else layout.build(teacher.model, layout.middle(teacher.n_layers, *SPAN))
+        )
         self.task = graft.Task(
             teacher, Stack(fresh), SPAN, parts, pairs, data.heldout, objective, data.weigh, None, "cross_entropy"
         )
@@ -78,9 +80,12 @@ def compare(teacher: Stack, pairs: Latents, data: splits.Split, size: int, round
         for step in steps.values():
             restoring.enter_context(training.only_trained(step.task))
         counted = {name: step(step.task.batch(prompts), Counter()) for name, step in steps.items()}
-        times = {name: np.array(found) for name, found in zip(steps, zip(*(
-            [step.timed(prompts) for step in steps.values()] for _ in range(rounds)
-        )))}  # fmt: skip
+        times = {
+            name: np.array(found)
+            for name, found in zip(
+                steps, zip(*([step.timed(prompts) for step in steps.values()] for _ in range(rounds)))
+            )
+        }
     context = teacher.context(steps[SCRATCH].task.batch(prompts).pairs.tokens)
 
     def harvest() -> object:
@@ -91,12 +96,19 @@ def compare(teacher: Stack, pairs: Latents, data: splits.Split, size: int, round
     whole, rows = sum(counted[SCRATCH].values()), list[dict[str, object]]()
     for name, found in times.items():
         low, middle, high = np.quantile(found / times[SCRATCH], [0.25, 0.5, 0.75])
-        rows.append({
-            "prompts": size, "tokens": int(context.tokens.mask.sum()), "step": name, "ms": 1000 * np.median(found),
-            "of the whole": f"{middle:.2f} [{low:.2f}, {high:.2f}]", "counted": sum(counted[name].values()) / whole,
-            "without": counted[name]["model"] / counted[SCRATCH]["model"],
-            "GFLOP": sum(counted[name].values()) / 1e9, "optimisers": counted[name]["optimisers"] / 1e9,
-        })  # fmt: skip
+        rows.append(
+            {
+                "prompts": size,
+                "tokens": int(context.tokens.mask.sum()),
+                "step": name,
+                "ms": 1000 * np.median(found),
+                "of the whole": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                "counted": sum(counted[name].values()) / whole,
+                "without": counted[name]["model"] / counted[SCRATCH]["model"],
+                "GFLOP": sum(counted[name].values()) / 1e9,
+                "optimisers": counted[name]["optimisers"] / 1e9,
+            }
+        )
     return rows
 
 

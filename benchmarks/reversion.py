@@ -122,8 +122,15 @@ def memory(sizes: tuple[int, int], pos: int) -> pd.DataFrame:
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         activations = prompts * pos * (L + 1) * 128 * 4 / 2**20
-        rows.append({"prompts": prompts, "tokens": prompts * pos, "grown by, MB": float(done.stdout),
-                     "all activations, MB": activations, "wall, s": time.perf_counter() - start})  # fmt: skip
+        rows.append(
+            {
+                "prompts": prompts,
+                "tokens": prompts * pos,
+                "grown by, MB": float(done.stdout),
+                "all activations, MB": activations,
+                "wall, s": time.perf_counter() - start,
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -65,9 +65,16 @@ def main() -> None:
         repeats = wiring.every_repeat(stack.n_layers)
         scanned = scan.run(stack, repeats, asked, metrics=(metric,))
         found = study.measure(
-            stack, tokens, tables.folder(folder / name), [kind for _, kind in prompts], said=said, scanned=scanned,
-            metric=metric, length=args.length, sampling=surgery.Sampling(resamples=args.resamples),
-        )  # fmt: skip
+            stack,
+            tokens,
+            tables.folder(folder / name),
+            [kind for _, kind in prompts],
+            said=said,
+            scanned=scanned,
+            metric=metric,
+            length=args.length,
+            sampling=surgery.Sampling(resamples=args.resamples),
+        )
         print(f"\n== {name}\n")
         for title, frame in (
             ("Boundaries, posterior over resampled prompts", found.boundaries),

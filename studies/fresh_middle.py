@@ -65,7 +65,7 @@ WIRING = study.RUN | {
     "R_over_N": "what these layers read of what they write, over what any displacement of that size explains",
     "kappa": "mean over them of the part of a deviation that one layer takes back",
     "kappa_excess": "the same beyond random walks with updates of the same size",
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -121,12 +121,16 @@ def main() -> None:
     other_ends = methods["method"].str.contains("scratch|whole")  # their streams are not the original's
     methods.loc[other_ends, [name for name in methods if name.startswith("unexplained")]] = np.nan
     ks = by_k(stack, made, pairs, data)
-    wires = pd.DataFrame([
-        {"method": "the old middle", "seed": np.nan} | wired(stack, SPAN, data.heldout),
-        {"method": "untrained", "seed": np.nan} | wired(Stack(models.untrained(stack.model)), SPAN, data.heldout),
-        *({"method": name, "seed": float(seed)} | wired(Stack(one.model), one.span, data.heldout)
-          for (name, seed), one in made.items()),
-    ])  # fmt: skip
+    wires = pd.DataFrame(
+        [
+            {"method": "the old middle", "seed": np.nan} | wired(stack, SPAN, data.heldout),
+            {"method": "untrained", "seed": np.nan} | wired(Stack(models.untrained(stack.model)), SPAN, data.heldout),
+            *(
+                {"method": name, "seed": float(seed)} | wired(Stack(one.model), one.span, data.heldout)
+                for (name, seed), one in made.items()
+            ),
+        ]
+    )
     found = answers(methods, ks, wires, per_step)
     manifest["settings"]["found"] = found
     study.write(folder, methods, made, manifest)
@@ -151,9 +155,14 @@ def trained(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: S
         steps = schedule.steps
         if budget is not None:
             each = study.step_operations(
-                stack, *begun(stack, parts, schedule.seed), pairs, data, objective=objective, schedule=schedule,
+                stack,
+                *begun(stack, parts, schedule.seed),
+                pairs,
+                data,
+                objective=objective,
+                schedule=schedule,
                 parts=parts,
-            )  # fmt: skip
+            )
             steps = max(1, round((budget - spent.operations(teacher=True)) / each))
         planned = replace(schedule, steps=steps, every=max(1, steps // 10))
         student, span = begun(stack, parts, schedule.seed)
@@ -164,10 +173,19 @@ def trained(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: S
             last = replace(
                 schedule, steps=max(1, schedule.steps // 10), every=max(1, schedule.steps // 10), learning_rate=5e-4
             )
-            yield "graft, healed", graft.heal(
-                stack, done, pairs, data.heldout, folder / f"healed_{schedule.seed}", schedule=last,
-                answers=data.answers, weigh=data.weigh,
-            )  # fmt: skip
+            yield (
+                "graft, healed",
+                graft.heal(
+                    stack,
+                    done,
+                    pairs,
+                    data.heldout,
+                    folder / f"healed_{schedule.seed}",
+                    schedule=last,
+                    answers=data.answers,
+                    weigh=data.weigh,
+                ),
+            )
 
 
 def begun(stack: Stack, parts: str, seed: int):
@@ -228,9 +246,11 @@ def over_seeds(values: pd.Series, style: str = ".3f") -> str:
 
 def say_layers(layers: pd.DataFrame) -> None:
     worst = layers.loc[layers["damage"].idxmax()]
-    print("Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
-          + ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
-          + f". Worst is layer {int(worst['layer'])}.")  # fmt: skip
+    print(
+        "Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
+        + ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
+        + f". Worst is layer {int(worst['layer'])}."
+    )
 
 
 def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_step: float) -> list[str]:
@@ -239,9 +259,11 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_st
     named = seeded.groupby("method", sort=False)
     grown, n = named.get_group("graft"), seeded["seed"].nunique()
     ended = ks[ks["method"] == "graft"].groupby("k")
-    said = [f"Over {n} seed{'s' if n > 1 else ''}, exact answers of the graft by k: "
-            + ", ".join(f"k = {k} {over_seeds(part['exact'])}" for k, part in ended)
-            + f" (the original {grown['exact_original'].iloc[0]:.3f} in all)."]  # fmt: skip
+    said = [
+        f"Over {n} seed{'s' if n > 1 else ''}, exact answers of the graft by k: "
+        + ", ".join(f"k = {k} {over_seeds(part['exact'])}" for k, part in ended)
+        + f" (the original {grown['exact_original'].iloc[0]:.3f} in all)."
+    ]
     for name, part in named:
         spent = part["operations_with_teacher"].mean()
         said.append(
@@ -254,9 +276,12 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_st
     fresh = wires[wires["method"] == "untrained"].iloc[0]
     said.append(
         "Is the fresh middle wired like the old one? "
-        + "; ".join(f"{name} {over_seeds(new[name])}, the old one {old[name]:.3f}, untrained {fresh[name]:.3f}"
-                    for name in ("S", "R_over_N", "kappa", "kappa_excess")) + "."
-    )  # fmt: skip
+        + "; ".join(
+            f"{name} {over_seeds(new[name])}, the old one {old[name]:.3f}, untrained {fresh[name]:.3f}"
+            for name in ("S", "R_over_N", "kappa", "kappa_excess")
+        )
+        + "."
+    )
     return said
 
 
@@ -297,7 +322,7 @@ def draw(ks: pd.DataFrame) -> Figure:
     """Exact answers by k, a line per method, its mean over seeds and every seed as a dot."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (name, part), colour in zip(ks.groupby("method", sort=False), study.COLOURS * 2):
+    for (name, part), colour in zip(ks.groupby("method", sort=False), drawing.COLOURS * 2):
         axes.plot(part.groupby("k")["exact"].mean(), color=colour, label=name)
         axes.plot(part["k"], part["exact"], ".", color=colour)
     axes.axhline(0.1, color=drawing.FAINT, linestyle="--", linewidth=0.8)

@@ -67,8 +67,14 @@ def main() -> None:
     walk_study.write(folder, {walk_study.MANIFOLD: report}, manifest)
 
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
-    options = {"amounts": amounts, "most": MOST, "seeds": range(seeds), "schedule": schedule, "kinds": kinds,
-               "say": print}  # fmt: skip
+    options = {
+        "amounts": amounts,
+        "most": MOST,
+        "seeds": range(seeds),
+        "schedule": schedule,
+        "kinds": kinds,
+        "say": print,
+    }
     frame = walk_study.run(stack, harvested, data, folder, **options)
     manifest["settings"]["found"] = said = manifold.found(report) + walk_study.found(frame)
     walk_study.write(folder, {walk_study.METHODS: frame}, manifest)

@@ -72,14 +72,18 @@ TRAINING = described({name: meaning for name, (meaning, _) in MEASURES.items()})
     "n_restoring": "layers from 1 on in which slope and every displacement agree on a restoring force",
     "n_looked_at": "layers from 1 on",
 }
-WIRINGS = reversion.COLUMNS | trajectories.PANEL_COLUMNS | {
-    "wiring": "how the model was taped together; : as it is",
-    "part": "layer, or the stretch of passes that the panel is about: all from 1 on, input, middle, output",
-    "start": "first pass of the part, counted from 0 in the taped model",
-    "stop": "first pass behind it",
-    "layer": "the layer of the model that runs in this pass; empty for a stretch",
-    "time": "the how manyth time it runs, from 1",
-}  # fmt: skip
+WIRINGS = (
+    reversion.COLUMNS
+    | trajectories.PANEL_COLUMNS
+    | {
+        "wiring": "how the model was taped together; : as it is",
+        "part": "layer, or the stretch of passes that the panel is about: all from 1 on, input, middle, output",
+        "start": "first pass of the part, counted from 0 in the taped model",
+        "stop": "first pass behind it",
+        "layer": "the layer of the model that runs in this pass; empty for a stretch",
+        "time": "the how manyth time it runs, from 1",
+    }
+)
 SIZES = {"size": "length of a displacement as a fraction of the stream's spread"}
 
 
@@ -89,8 +93,13 @@ def main() -> None:
     parser.add_argument("--text", help="prompts, one a line; the bundled model's own problems if not given")
     parser.add_argument("--prompts", type=int, help="how many; 128, and 512 with --full")
     parser.add_argument("--out", default="results/mean_reversion")
-    parser.add_argument("--boundaries", type=int, nargs=2, metavar=("IN", "OUT"),
-                        help="first layer of the middle and first behind it; babel 4 9, else thirds")  # fmt: skip
+    parser.add_argument(
+        "--boundaries",
+        type=int,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="first layer of the middle and first behind it; babel 4 9, else thirds",
+    )
     parser.add_argument("--wiring", action="append", help="how to tape layers together; babel ':9 6:', else the middle")
     parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
     parser.add_argument("--full", action="store_true")
@@ -119,8 +128,10 @@ def main() -> None:
     middle = ANATOMY.get(args.model, (round(stack.n_layers / 3), round(2 * stack.n_layers / 3)))
     boundaries = (args.boundaries[0], args.boundaries[1]) if args.boundaries else middle
     if not 0 <= boundaries[0] < boundaries[1] <= stack.n_layers:
-        parser.error(f"--boundaries {boundaries[0]} {boundaries[1]}: the middle of {stack.n_layers} layers is from IN, "
-                     "0 or more, to below OUT")  # fmt: skip
+        parser.error(
+            f"--boundaries {boundaries[0]} {boundaries[1]}: the middle of {stack.n_layers} layers is from IN, "
+            "0 or more, to below OUT"
+        )
     wirings = args.wiring or [":9 6:" if args.model == models.REFERENCE else f":{boundaries[1]} {boundaries[0]}:"]
     manifest = provenance.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
 
@@ -160,15 +171,19 @@ def wired(
     single = reversion.layers(stack, tokens)
     ends = described(dict.fromkeys(OF_A_LAYER, ""))
     rows = single[[*ends, "restoring", "half_life", "n_prompts", "n_massive"]].assign(
-        part="layer", start=single["layer"], stop=single["layer"] + 1, layer=order,
+        part="layer",
+        start=single["layer"],
+        stop=single["layer"] + 1,
+        layer=order,
         time=[order[: place + 1].count(layer) for place, layer in enumerate(order)],
-    )  # fmt: skip
+    )
     middle = [place for place, layer in enumerate(order) if boundaries[0] <= layer < boundaries[1]]
     inside = (middle[0], middle[-1] + 1) if middle else boundaries
     ways = trajectories.measure(stack, tokens, nulls=False)
     spans = trajectories.panel(ways, inside)
-    spans = spans[["start", "stop", *described(dict.fromkeys(OF_A_SPAN, "")), "half_life", "z", "p", "n_prompts",
-                   "n_massive"]].assign(part=spans["span"])  # fmt: skip
+    spans = spans[
+        ["start", "stop", *described(dict.fromkeys(OF_A_SPAN, "")), "half_life", "z", "p", "n_prompts", "n_massive"]
+    ].assign(part=spans["span"])
     found = pd.concat([rows, spans], ignore_index=True).assign(wiring=wiring)
     first = ["wiring", "part", "start", "stop", "layer", "time"]
     kappa = layer_drifts(ways.matrices["model"][0])["kappa"]
@@ -230,8 +245,10 @@ def training(
     for name, step, one in opened():
         row, found = at(one, tokens)
         weights = models.plain(one.model).state_dict()
-        apart, size = (sum(float(w.double().square().sum()) for w in some) for some in
-                       ((weights[key] - target[key] for key in target), target.values()))  # fmt: skip
+        apart, size = (
+            sum(float(w.double().square().sum()) for w in some)
+            for some in ((weights[key] - target[key] for key in target), target.values())
+        )
         rows.append({"checkpoint": name, "step": step, "distance": (apart / size) ** 0.5} | row)
         kappas.append(found)
     return pd.DataFrame(rows), kappas
@@ -302,9 +319,11 @@ def say_training(frame: pd.DataFrame, kappas: list[dict[str, Tensor]]) -> None:
     print(f"\nOver training\n{frame[shown].round(3).to_string(index=False)}")
     beyond = {walk: kappas[-1][walk] - kappas[0][walk] for walk in WALKS}
     change = kappas[-1]["model"] - kappas[0]["model"]
-    print(f"From the untrained model to the final one, the mean kappa of layers 1 on "
-          f"{verdict(change, 'rose', 'fell')}, by {number(change)}; beyond random walks by {number(beyond['rotated'])} "
-          f"(rotated) and {number(beyond['token_shuffled'])} (updates of other tokens).")  # fmt: skip
+    print(
+        f"From the untrained model to the final one, the mean kappa of layers 1 on "
+        f"{verdict(change, 'rose', 'fell')}, by {number(change)}; beyond random walks by {number(beyond['rotated'])} "
+        f"(rotated) and {number(beyond['token_shuffled'])} (updates of other tokens)."
+    )
     if len(frame) < 3:
         return
     last = kappas[-2]["model"] - kappas[0]["model"]

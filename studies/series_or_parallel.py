@@ -76,8 +76,9 @@ def main() -> None:
             profiles.append(
                 ends_against_middle.measure(stack, tokens, args.length, sampling=Sampling(seed=k))
             )  # prompts of two k are independent
-        measured = {measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in
-                    ("S", "R_over_N")}  # fmt: skip
+        measured = {
+            measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in ("S", "R_over_N")
+        }
         for k in STEPS:
             for start in range(measured["S"].shape[1]):
                 row = {"model": name, "k": k, "start": start, "stop": start + args.length, "n_prompts": args.prompts}
@@ -89,10 +90,13 @@ def main() -> None:
         print(f"\n== {name}\nS of the windows of {args.length} layers that begin at layer ..., by k")
         print(pd.DataFrame(S[:, :, 0].T.numpy()).loc[1:].round(2).to_string())
         own = {start: slope(S[:, start]) for start in range(1, S.shape[1])}
-        up, down = ([start for start, values in own.items() if clearly(values, "up", "down") == way]
-                    for way in ("up", "down"))  # fmt: skip
-        print(f"From k = 0 to k = 4, S rises clearly in the windows that begin at {up or 'no layer'}, falls clearly in "
-              f"those at {down or 'no layer'}; in the others the 95 % interval of the slope holds 0.")  # fmt: skip
+        up, down = (
+            [start for start, values in own.items() if clearly(values, "up", "down") == way] for way in ("up", "down")
+        )
+        print(
+            f"From k = 0 to k = 4, S rises clearly in the windows that begin at {up or 'no layer'}, falls clearly in "
+            f"those at {down or 'no layer'}; in the others the 95 % interval of the slope holds 0."
+        )
         parts = {str(start): [start] for start in own} | within | {"all": list(own)}
         for measure, values in measured.items():
             for part, starts in parts.items():
@@ -101,8 +105,10 @@ def main() -> None:
         for part, starts in within.items():
             change, relative = (slope(values[:, starts].mean(1)) for values in measured.values())
             level = S[:, starts].mean((0, 1))
-            print(f"Windows {part}: S = {level[0]:.2f} on average; with each step more, S changes by {number(change)} "
-                  f"({clearly(change, 'more', 'less')} serial), R/N by {number(relative)}.")  # fmt: skip
+            print(
+                f"Windows {part}: S = {level[0]:.2f} on average; with each step more, S changes by {number(change)} "
+                f"({clearly(change, 'more', 'less')} serial), R/N by {number(relative)}."
+            )
         first, middle, last = (S[:, starts].mean(1) for starts in within.values())
         for k in (0, 4):
             apart = middle[k] - (first[k] + last[k]) / 2

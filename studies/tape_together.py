@@ -26,6 +26,7 @@ from surgery import scan
 from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
 from surgery.page import drawing
+from surgery.page.drawing import BLUE, PALE
 from surgery.records import manifest as provenance
 from surgery.records import tables
 from surgery.scan import controls, say, search
@@ -215,7 +216,7 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
         style = {"color": scan_figures.PALETTE[place], "marker": scan_figures.MARKERS[place], "markersize": 4.5}
         left.errorbar(k, 100 * rows["gain"], yerr=ends, label=label, linewidth=1.4, elinewidth=1, **style)
     left.axhline(10, color=drawing.FAINT, linewidth=0.8, linestyle=":", label="chance")
-    left.axvspan(4.5, 7.4, color="#EEEEEE", zorder=0, label="never trained")
+    left.axvspan(4.5, 7.4, color=PALE, zorder=0, label="never trained")
     left.set(xlabel="k: functions in the chain", ylabel="exact answers (%)", ylim=(0, 104), xlim=(-0.4, 7.4))
     left.set_title("How far the model composes", loc="left")
     left.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 0.12))
@@ -225,7 +226,7 @@ def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
     for place, control in enumerate(order):
         for row in measured[measured["control"] == control].itertuples():
             ends = [[100 * (row.gain - row.gain_low)], [100 * (row.gain_high - row.gain)]]
-            colour = drawing.ACCENT if control == "chosen" else "#0072B2"
+            colour = drawing.ACCENT if control == "chosen" else BLUE
             faint = 0.35 if control == "random span" else 1
             right.errorbar([100 * row.gain], [place], xerr=ends, fmt="o", color=colour, markersize=4.5, alpha=faint)
     right.set_yticks(range(len(order)), [names.get(control, control) for control in order])

@@ -123,9 +123,17 @@ def study(
         from surgery import study as studies
 
     page = studies.run(
-        names or MEASURED, model, text, out, prompts=prompts, max_tokens=max_tokens, max_length=max_length, seed=seed,
-        say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
-    )  # fmt: skip
+        names or MEASURED,
+        model,
+        text,
+        out,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        max_length=max_length,
+        seed=seed,
+        say=lambda what: errors.print(what, markup=False),
+        progress=sys.stdout.isatty(),
+    )
     for sentence in report.summary(out):
         typer.echo(f"\n{sentence}")
     typer.echo(f"\nThe page is {page}, the numbers and figures are beside it.")
@@ -206,11 +214,19 @@ def scan(
         from surgery.scan.cluster import Cluster
 
     found = scan_study.run(
-        model, family, probes, out, metric=metric, count=count, top=top, seed=seed,
+        model,
+        family,
+        probes,
+        out,
+        metric=metric,
+        count=count,
+        top=top,
+        seed=seed,
         memory=None if memory is None else memory * 2**20,
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
-        say=lambda what: errors.print(what, markup=False), progress=sys.stdout.isatty(),
-    )  # fmt: skip
+        say=lambda what: errors.print(what, markup=False),
+        progress=sys.stdout.isatty(),
+    )
     page = build(out)
     for sentence in found.sentences:
         typer.echo(f"\n{sentence}")
@@ -294,14 +310,36 @@ def graft(
     if stored not in kinds:
         raise typer.BadParameter(f"--stored is {', '.join(kinds)}, got {stored!r}.")
     found = graft_study.run(
-        model, _span(middle), out, text=text, heldout=heldout, count=prompts, judged=judged, max_tokens=max_tokens,
-        depth=depth, d_mlp=d_mlp, n_heads=heads, d_model=d_model, old=old,
+        model,
+        _span(middle),
+        out,
+        text=text,
+        heldout=heldout,
+        count=prompts,
+        judged=judged,
+        max_tokens=max_tokens,
+        depth=depth,
+        d_mlp=d_mlp,
+        n_heads=heads,
+        d_model=d_model,
+        old=old,
         objective=Objective(latent, kl, cross_entropy),
-        schedule=Schedule(steps=steps, batch=batch, learning_rate=learning_rate, every=every, patience=patience,
-                          precision=precision, seed=seed),
-        heal=heal, parts=unfrozen, dtype=kinds[stored], device=device,
-        say=lambda what: errors.print(what, markup=False), progress=sys.stderr.isatty(),
-    )  # fmt: skip
+        schedule=Schedule(
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            every=every,
+            patience=patience,
+            precision=precision,
+            seed=seed,
+        ),
+        heal=heal,
+        parts=unfrozen,
+        dtype=kinds[stored],
+        device=device,
+        say=lambda what: errors.print(what, markup=False),
+        progress=sys.stderr.isatty(),
+    )
     for sentence in found.sentences:
         typer.echo(f"\n{sentence}")
     if found.sentences:

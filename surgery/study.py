@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 
 from surgery import report
@@ -123,21 +123,25 @@ def run(
             say("anatomy: where the parts begin and end, and the ends against the middle")
             own, repeats = text is None, folder / scan_study.SEARCH
             study.measure(
-                stack, tokens, folder, _kinds(len(tokens), seed) if own else None,
+                stack,
+                tokens,
+                folder,
+                _kinds(len(tokens), seed) if own else None,
                 said=convergence.babel() if own else convergence.parallel(),
                 scanned=tables.read(repeats) if "scan" in names and repeats.exists() else None,
-                metric="loglik" if own else "loss", sampling=boundaries.SAMPLING.but(seed=seed),
-            )  # fmt: skip
+                metric="loglik" if own else "loss",
+                sampling=boundaries.SAMPLING.but(seed=seed),
+            )
     say("report")
     return report.build(folder)
 
 
-def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every measure of ``surgery.series.side_by_side`` on the networks of known answer, the model and the same untrained (these
     from layer 1 on, of at most ``MODEL_PROMPTS`` prompts); and what each function costs."""
     few = Tokens(tokens.ids[:MODEL_PROMPTS], tokens.mask[:MODEL_PROMPTS])
     first = int(stack.n_layers > 2)
-    table = pandas.concat(
+    table = pd.concat(
         [
             side_by_side.calibrate(side_by_side.networks(seed=seed), known_networks.tokens(24, 12, seed), seed=seed),
             side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: untrained}, few, first, seed=seed),
@@ -155,7 +159,7 @@ def _kinds(count: int, seed: int) -> list[str]:
 
 def calibrate(
     untrained: Stack, tokens: Tokens, max_length: int | None = None, seed: int = 0, progress: bool = False
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``series.windows`` of networks with a known answer, and of the model untrained; ``network`` says which.
 
     The constructed ones normalise (RMS), so that their S_live shows what normalisation alone adds.
@@ -176,7 +180,7 @@ def calibrate(
     parts[chapter.UNTRAINED] = series.windows(
         untrained, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
     )
-    return pandas.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
+    return pd.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
 
 
 def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int) -> Tokens:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import pandas
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -181,7 +181,7 @@ def test_check_prints_every_check_of_the_stack(model):
 
 
 def test_a_failed_check_is_an_error(model, monkeypatch):
-    failing = pandas.DataFrame(
+    failing = pd.DataFrame(
         {"check": ["a"], "compared_with": ["b"], "largest_difference": [1.0], "tolerance": [1e-5], "passed": [False]}
     )
     monkeypatch.setattr(surgery.Stack, "checks", lambda self: failing)

@@ -73,9 +73,14 @@ def test_inside_generate(load, name, case, cached):
         tokens = torch.cat([tokens, following], dim=1)
     with model.hooks(fwd_hooks=SAME[case][0](model)):
         made = model.generate(
-            ids(batch=2, pos=5), max_new_tokens=6, do_sample=False, stop_at_eos=False, use_past_kv_cache=cached,
-            return_type="tokens", verbose=False,
-        )  # fmt: skip
+            ids(batch=2, pos=5),
+            max_new_tokens=6,
+            do_sample=False,
+            stop_at_eos=False,
+            use_past_kv_cache=cached,
+            return_type="tokens",
+            verbose=False,
+        )
     assert made.tolist() == tokens.tolist()
 
 
@@ -235,9 +240,14 @@ def test_dropout_keeps_the_expectation(load):
 
 def test_dropout_made_again_with_the_same_seed_draws_the_same_masks_in_the_same_order(load):
     model = load("gpt2")
-    first, again, other = ([kept(model, made)[1] for _ in range(3)] for made in (
-        hooks.dropout(model, POST, 0.5, 3), hooks.dropout(model, POST, 0.5, 3), hooks.dropout(model, POST, 0.5, 4)
-    ))  # fmt: skip
+    first, again, other = (
+        [kept(model, made)[1] for _ in range(3)]
+        for made in (
+            hooks.dropout(model, POST, 0.5, 3),
+            hooks.dropout(model, POST, 0.5, 3),
+            hooks.dropout(model, POST, 0.5, 4),
+        )
+    )
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], other[0])

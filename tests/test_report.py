@@ -3,7 +3,7 @@
 import re
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
@@ -104,12 +104,16 @@ def test_one_measurement_alone_makes_a_page(results, kept, sections, images):
 
 
 def test_every_measure_and_what_it_costs_stand_in_one_section(results):
-    table = pandas.DataFrame(
-        [("S, pairs", "series", "serial", 0.97), ("S, pairs", "series", "toy", 0.31),
-         ("rho", "series", "serial", np.nan), ("rho", "series", "toy", 0.12)],
+    table = pd.DataFrame(
+        [
+            ("S, pairs", "series", "serial", 0.97),
+            ("S, pairs", "series", "toy", 0.31),
+            ("rho", "series", "serial", np.nan),
+            ("rho", "series", "toy", 0.12),
+        ],
         columns=list(side_by_side.COLUMNS),
-    )  # fmt: skip
-    taken = pandas.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(side_by_side.COST_COLUMNS))
+    )
+    taken = pd.DataFrame([("series.windows", 18.5, 18.4, 27.3)], columns=list(side_by_side.COST_COLUMNS))
     frames.write(table, results / made_up.MEASURES, made_up.manifest(), side_by_side.COLUMNS)
     without = report.build(results).read_text()
     assert "series.windows" not in without[without.index('id="measures"') : without.index('id="series"')]
@@ -173,7 +177,7 @@ def test_figures_are_drawn_for_any_depth(n_layers):
 
 
 def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
-    frame = pandas.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "R_over_N": [0.5, 2.0]})
+    frame = pd.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "R_over_N": [0.5, 2.0]})
     axes = draw.windows(frame).axes[0]
     shown = axes.images[0].get_array()
     assert shown[1, 0] == 0.25
@@ -219,9 +223,15 @@ SAID = ["Layers 2 to 3 of 6 replaced.", "Graft: as close as that."]
 
 def scores(**values: float) -> dict[str, float]:
     numbers = {
-        "damage": 0.25, "unexplained": 0.5, "exact": 0.75, "exact_original": 1.0, "cross_entropy": 1.5,
-        "cross_entropy_original": 1.25, "cross_entropy_answers": 0.5, "cross_entropy_answers_original": 0.125,
-    }  # fmt: skip
+        "damage": 0.25,
+        "unexplained": 0.5,
+        "exact": 0.75,
+        "exact_original": 1.0,
+        "cross_entropy": 1.5,
+        "cross_entropy_original": 1.25,
+        "cross_entropy_answers": 0.5,
+        "cross_entropy_answers_original": 0.125,
+    }
     ends = [made_up.with_interval(name, number) for name, number in (numbers | values).items()]
     return {"start": 2.0, "stop": 4.0, "n_prompts": 32.0} | {k: value for one in ends for k, value in one.items()}
 
@@ -229,20 +239,36 @@ def scores(**values: float) -> dict[str, float]:
 def write_graft(folder, seeds: int = 1, found: list[str] | None = SAID, answers: bool = True) -> dict:
     """What ``surgery graft`` leaves."""
     runs = [(name, float(seed)) for seed in range(seeds) for name in ("graft", "whole")]
-    spent = {"parameters": 1e3, "steps": 6.0, "tokens": 2e4, "operations": 3.21e11, "operations_with_teacher": 4.32e11,
-             "seconds": 16.4}  # fmt: skip
+    spent = {
+        "parameters": 1e3,
+        "steps": 6.0,
+        "tokens": 2e4,
+        "operations": 3.21e11,
+        "operations_with_teacher": 4.32e11,
+        "seconds": 16.4,
+    }
     rows = [{"method": "skip", "seed": np.nan, "parameters": 0.0} | scores(damage=0.777)]
     rows += [{"method": name, "seed": seed} | scores(damage=0.111 * (1 + seed)) | spent for name, seed in runs]
-    curve = pandas.DataFrame([
-        {"method": name, "seed": seed, "step": step, "tokens": 1e4 * step, "operations": 1e11 * step,
-         "operations_with_teacher": 1e11 * (1 + step)} | scores(cross_entropy=2.0 - step / 4)
-        for name, seed in runs for step in range(3)
-    ])  # fmt: skip
+    curve = pd.DataFrame(
+        [
+            {
+                "method": name,
+                "seed": seed,
+                "step": step,
+                "tokens": 1e4 * step,
+                "operations": 1e11 * step,
+                "operations_with_teacher": 1e11 * (1 + step),
+            }
+            | scores(cross_entropy=2.0 - step / 4)
+            for name, seed in runs
+            for step in range(3)
+        ]
+    )
     ledger = Ledger()
     ledger.add("harvest", 16059, 12_300_000_000, 3.0, teacher=True)
     ledger.add("training", 20510, 321_000_000_000, 16.4)
     tables = {
-        study.METHODS: pandas.DataFrame(rows),
+        study.METHODS: pd.DataFrame(rows),
         study.CURVES: curve,
         study.LEDGER: ledger.frame().assign(method="graft", seed=0),
     }
@@ -268,8 +294,24 @@ def test_a_graft_alone_makes_a_page(tmp_path, answers):
     shown = section(source, "graft")
     for sentence in SAID:
         assert f'<p class="finding">{sentence}</p>' in shown
-    for cell in ("skip", "0.777", "[0.767, 0.787]", "graft, seed 0", "0.111", "0.500", "1,000", "20,000", "3.21e+11",
-                 "4.32e+11", "16", "harvest", "teacher", "student", "16,059", "1.23e+10"):  # fmt: skip
+    for cell in (
+        "skip",
+        "0.777",
+        "[0.767, 0.787]",
+        "graft, seed 0",
+        "0.111",
+        "0.500",
+        "1,000",
+        "20,000",
+        "3.21e+11",
+        "4.32e+11",
+        "16",
+        "harvest",
+        "teacher",
+        "student",
+        "16,059",
+        "1.23e+10",
+    ):
         assert re.search(rf"(<td>|interval\">){re.escape(cell)} ?<", shown), cell
     assert ("0.750" in shown) == answers
     assert "nan" not in shown
@@ -321,15 +363,26 @@ def test_seeds_are_told_apart_and_one_alone_is_said_to_be(tmp_path):
 def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
     manifest = write_graft(tmp_path)
     run = study.RUN
-    by_k = pandas.DataFrame([
-        {"method": "graft", "seed": float(seed), "k": k} | scores(exact=1 - k / 4 - seed / 8) for seed in (0, 1)
-        for k in (0, 2)
-    ])  # fmt: skip
-    wiring = pandas.DataFrame([{"method": "the old middle", "seed": np.nan, "S": 0.543, "R_over_N": 1.665}])
-    layers = pandas.DataFrame([
-        {"layer": 3, **made_up.with_interval("damage", 0.432), "damage_least": 0.321, "damage_most": 0.543,
-         **made_up.with_interval("damage_skip", 0.654), "robust": "no"}
-    ])  # fmt: skip
+    by_k = pd.DataFrame(
+        [
+            {"method": "graft", "seed": float(seed), "k": k} | scores(exact=1 - k / 4 - seed / 8)
+            for seed in (0, 1)
+            for k in (0, 2)
+        ]
+    )
+    wiring = pd.DataFrame([{"method": "the old middle", "seed": np.nan, "S": 0.543, "R_over_N": 1.665}])
+    layers = pd.DataFrame(
+        [
+            {
+                "layer": 3,
+                **made_up.with_interval("damage", 0.432),
+                "damage_least": 0.321,
+                "damage_most": 0.543,
+                **made_up.with_interval("damage_skip", 0.654),
+                "robust": "no",
+            }
+        ]
+    )
     frames.write(by_k, tmp_path / chapter.BY_K, manifest, run | fidelity.COLUMNS | {"k": "steps"})
     frames.write(wiring, tmp_path / chapter.WIRING, manifest, run | window.COLUMNS | kappa.COLUMNS)
     frames.write(layers, tmp_path / chapter.LAYERS, manifest, reinitialise.COLUMNS)

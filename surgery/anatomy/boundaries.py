@@ -40,7 +40,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -119,17 +119,17 @@ class Features:
 class Anatomy:
     """All that ``locate`` found."""
 
-    boundaries: pandas.DataFrame  # boundary, layer, probability
-    segments: pandas.DataFrame  # a row per number of breaks
-    detectors: pandas.DataFrame  # DETECTORS_COLUMNS
-    agreement: pandas.DataFrame  # AGREEMENT_COLUMNS
-    ends: pandas.DataFrame  # a row per kind of prompts: contrast.COLUMNS
-    by_kind: pandas.DataFrame  # D of every kind minus D of the first, KINDS_COLUMNS
+    boundaries: pd.DataFrame  # boundary, layer, probability
+    segments: pd.DataFrame  # a row per number of breaks
+    detectors: pd.DataFrame  # DETECTORS_COLUMNS
+    agreement: pd.DataFrame  # AGREEMENT_COLUMNS
+    ends: pd.DataFrame  # a row per kind of prompts: contrast.COLUMNS
+    by_kind: pd.DataFrame  # D of every kind minus D of the first, KINDS_COLUMNS
     convergence: Convergence | None
     n_layers: int
 
     @property
-    def tables(self) -> dict[str, pandas.DataFrame]:
+    def tables(self) -> dict[str, pd.DataFrame]:
         """All tables by name; ``convergence`` only where there were parallel sentences."""
         found = {name: getattr(self, name) for name in ("boundaries", "segments", "detectors", "agreement")}
         if self.convergence is not None:
@@ -143,7 +143,7 @@ def locate(
     kinds: Sequence[str] | None = None,
     *,
     said: Sequence[Sentence] | None = None,
-    scanned: pandas.DataFrame | None = None,
+    scanned: pd.DataFrame | None = None,
     metric: str = "loglik",
     length: int = 2,
     min_size: int | None = None,
@@ -170,10 +170,11 @@ def locate(
         raise ValueError(f"give 8 prompts or more and the kind of each, got {len(tokens)} and {len(kinds)} kinds")
     min_size = min(length + 1, stack.n_layers // 3) if min_size is None else min_size
     placing, testing = _halves(kinds, sampling.seed)
-    found = features(stack, _chosen(tokens, placing), splits=SPLITS, sampling=sampling)  # fmt: skip
+    found = features(stack, _chosen(tokens, placing), splits=SPLITS, sampling=sampling)
     whole, halves = found.rows(slice(sampling.resamples + 1)), found.rows(slice(sampling.resamples + 1, None)).values
-    compared = changepoints.heldout(list(zip(halves[::2], halves[1::2], strict=True)), found.families,
-                                    min_size=min_size)  # fmt: skip
+    compared = changepoints.heldout(
+        list(zip(halves[::2], halves[1::2], strict=True)), found.families, min_size=min_size
+    )
     curve = None
     if said is not None:
         curve = convergence.curve(stack, said, sampling=sampling)
@@ -181,11 +182,11 @@ def locate(
     scan = None if scanned is None else functional(scanned, stack.n_layers, metric, sampling.resamples, sampling.seed)
     placed = changepoints.places(whole.standardised, 2, min_size)
     apart = detectors(whole, scan, curve, min_size, drifts, sampling.seed)
-    profiles = {"all": ends_against_middle.measure(stack, _chosen(tokens, testing), length, sampling=sampling)}  # fmt: skip
+    profiles = {"all": ends_against_middle.measure(stack, _chosen(tokens, testing), length, sampling=sampling)}
     names = sorted(set(kinds)) if len(set(kinds)) > 1 else []
     for kind in names:
         own = testing[[kinds[i] == kind for i in testing]]
-        profiles[kind] = ends_against_middle.measure(stack, _chosen(tokens, own), length, sampling=sampling)  # fmt: skip
+        profiles[kind] = ends_against_middle.measure(stack, _chosen(tokens, own), length, sampling=sampling)
     rows = []
     for kind, profile in profiles.items():
         row = ends_against_middle.ends(profile, placed, seed=sampling.seed)
@@ -195,8 +196,8 @@ def locate(
         _segments(compared, whole, min_size, drifts, sampling.seed),
         apart,
         agreement(apart, stack.n_layers, min_size, seed=sampling.seed),
-        pandas.DataFrame(rows),
-        pandas.DataFrame(
+        pd.DataFrame(rows),
+        pd.DataFrame(
             [
                 {
                     "kind": kind,
@@ -245,8 +246,9 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
     }
     for family in ("growth", "kappa", "influence"):
         columns[family][0][0] = columns[family][0][1]
-    similar = _cka([torch.cat(parts)[::every] for parts in leaving],
-                   draws[:, ensemble.mask.cpu().nonzero()[::every, 0]])  # fmt: skip
+    similar = _cka(
+        [torch.cat(parts)[::every] for parts in leaving], draws[:, ensemble.mask.cpu().nonzero()[::every, 0]]
+    )
     columns["cka"] = [list(similar[:, :, other].T) for other in range(stack.n_layers)]
     families = tuple(family for family, found in columns.items() for _ in found)
     values = torch.stack([torch.stack(feature, 1) for found in columns.values() for feature in found], 2)
@@ -256,7 +258,7 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
 
 
 def functional(
-    scanned: pandas.DataFrame, n_layers: int, metric: str = "loglik", resamples: int = SAMPLING.resamples, seed: int = 0
+    scanned: pd.DataFrame, n_layers: int, metric: str = "loglik", resamples: int = SAMPLING.resamples, seed: int = 0
 ) -> Features:
     """The skyline of a brain scan: mean gain of the repeated spans that start with a layer, and that end with it.
 
@@ -286,7 +288,7 @@ def detectors(
     min_size: int = 2,
     drifts: int = 200,
     seed: int = 0,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Two rows per detector, ``DETECTORS_COLUMNS``: all features, every family by itself, the scan, and SC > SL."""
     evidence = {"all features": found} | {name: found.of(name) for name in dict.fromkeys(found.families)}
     if scan is not None:
@@ -295,16 +297,19 @@ def detectors(
     for name, one in evidence.items():
         path = one.standardised
         p, _ = changepoints.drift_null(path[0], one.families, 2, min_size, drifts, seed)
-        rows += _rows(name, changepoints.places(path, 2, min_size), path.shape[1], gain=changepoints.gain(path[0], 2,
-                      min_size), p_drift=p)  # fmt: skip
+        rows += _rows(
+            name,
+            changepoints.places(path, 2, min_size),
+            path.shape[1],
+            gain=changepoints.gain(path[0], 2, min_size),
+            p_drift=p,
+        )
     if curve is not None:
         rows += _rows("SC > SL", curve.reach(), found.values.shape[1])
-    return pandas.DataFrame(rows, columns=list(DETECTORS_COLUMNS))
+    return pd.DataFrame(rows, columns=list(DETECTORS_COLUMNS))
 
 
-def agreement(
-    apart: pandas.DataFrame, n_layers: int, min_size: int = 2, draws: int = 2000, seed: int = 0
-) -> pandas.DataFrame:
+def agreement(apart: pd.DataFrame, n_layers: int, min_size: int = 2, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     """How far the detectors' boundaries are apart, ``AGREEMENT_COLUMNS``; ``all features`` is left out: it is no other.
 
     ``p_random`` compares with detectors that place both boundaries anywhere, every part of ``min_size`` layers.
@@ -317,11 +322,18 @@ def agreement(
         layers = apart[(apart["boundary"] == name) & (apart["detector"] != "all features")]["layer"].dropna()
         chance = allowed[generator.integers(len(allowed), size=(draws, len(layers))), place].std(1)
         sd = float(layers.std(ddof=0))
-        rows.append({
-            "boundary": name, "n_detectors": len(layers), "earliest": layers.min(), "latest": layers.max(), "sd": sd,
-            "sd_random": float(chance.mean()), "p_random": float((1 + (chance <= sd + 1e-9).sum()) / (draws + 1)),
-        })  # fmt: skip
-    return pandas.DataFrame(rows)
+        rows.append(
+            {
+                "boundary": name,
+                "n_detectors": len(layers),
+                "earliest": layers.min(),
+                "latest": layers.max(),
+                "sd": sd,
+                "sd_random": float(chance.mean()),
+                "p_random": float((1 + (chance <= sd + 1e-9).sum()) / (draws + 1)),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _rows(name: str, places: np.ndarray, n_layers: int, **more: float) -> list[dict]:
@@ -330,21 +342,36 @@ def _rows(name: str, places: np.ndarray, n_layers: int, **more: float) -> list[d
         rest = column[1:][np.isfinite(column[1:])]
         low, high = np.quantile(rest, [0.025, 0.975]) if len(rest) else (np.nan, np.nan)
         layer = float(column[0])
-        rows.append({"detector": name, "boundary": boundary, "layer": layer, "layer_low": float(low),
-                     "layer_high": float(high), "depth": layer / n_layers, **more})  # fmt: skip
+        rows.append(
+            {
+                "detector": name,
+                "boundary": boundary,
+                "layer": layer,
+                "layer_low": float(low),
+                "layer_high": float(high),
+                "depth": layer / n_layers,
+                **more,
+            }
+        )
     return rows
 
 
-def _segments(compared: pandas.DataFrame, found: Features, min_size: int, drifts: int, seed: int) -> pandas.DataFrame:
+def _segments(compared: pd.DataFrame, found: Features, min_size: int, drifts: int, seed: int) -> pd.DataFrame:
     path, rows = found.standardised[0], []
     for count in compared["breaks"]:
         p, gain = (np.nan, np.nan)
         if count:
             p, gain = changepoints.drift_null(path, found.families, count, min_size, drifts, seed)
         cut = changepoints.breaks(path, count, min_size)
-        rows.append({"boundaries": " ".join(map(str, cut)), "gain": changepoints.gain(path, count, min_size),
-                     "p_drift": p, "gain_drift": gain})  # fmt: skip
-    return pandas.concat([compared, pandas.DataFrame(rows)], axis=1)
+        rows.append(
+            {
+                "boundaries": " ".join(map(str, cut)),
+                "gain": changepoints.gain(path, count, min_size),
+                "p_drift": p,
+                "gain_drift": gain,
+            }
+        )
+    return pd.concat([compared, pd.DataFrame(rows)], axis=1)
 
 
 def _cka(

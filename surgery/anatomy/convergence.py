@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +65,7 @@ class Sentence:
 class Convergence:
     """The curve, a row per layer, and SC - SL under every resample of the contents (row 0 the estimate)."""
 
-    frame: pandas.DataFrame
+    frame: pd.DataFrame
     difference: Float[Tensor, "resample layer_plus_1"]
 
     def reach(self) -> Float[np.ndarray, "resample 2"]:
@@ -108,8 +108,11 @@ def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Sentence]:
     """
     corpus = Babel()
     problems = {(one.symbol, one.chain): one for one in corpus.sample(k, 8 * n_contents, seed)}
-    asked = [Problem(symbol, chain, language, language) for symbol, chain in list(problems)[:n_contents]
-             for language in LANGUAGES]  # fmt: skip
+    asked = [
+        Problem(symbol, chain, language, language)
+        for symbol, chain in list(problems)[:n_contents]
+        for language in LANGUAGES
+    ]
     return [
         Sentence(f"{one.symbol} {one.chain}", one.source, " ".join(corpus.words(one)[1:-1]))  # no <bos>, no <eos>
         for one in asked
@@ -147,7 +150,7 @@ def curve(stack: Stack, said: Sequence[Sentence], *, sampling: Sampling = Sampli
             row |= columns(name, values)
         rows.append(row)
         differences.append(found["difference"])
-    return Convergence(pandas.DataFrame(rows), torch.stack(differences, 1))
+    return Convergence(pd.DataFrame(rows), torch.stack(differences, 1))
 
 
 def _pooled(stack: Stack, said: Sequence[Sentence], batch_size: int) -> Float[Tensor, "layer_plus_1 sentence d_model"]:

@@ -1,30 +1,30 @@
 """The figures of ``surgery.anatomy``, from its tables: the boundaries by every detector, convergence, and D.
 
->>> import pandas
->>> frame = pandas.DataFrame({"layer": [0, 1], "same_content": [0.1, 0.2], "same_language": [0.2, 0.1]})
+>>> import pandas as pd
+>>> frame = pd.DataFrame({"layer": [0, 1], "same_content": [0.1, 0.2], "same_language": [0.2, 0.1]})
 >>> len(convergence(frame.assign(neither=0.0)).axes)
 1
 """
 
-import pandas
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from surgery.page.drawing import ACCENT, FAINT, INK
+from surgery.page.drawing import ACCENT, BLUE, FAINT, GREY, INK
 
 KINDS = {
     "same_content": ("same content, other language", ACCENT),
-    "same_language": ("same language, other content", "#0072B2"),
-    "neither": ("neither", "#999999"),
+    "same_language": ("same language, other content", BLUE),
+    "neither": ("neither", GREY),
 }
 
 
-def boundaries(posterior: pandas.DataFrame, detectors: pandas.DataFrame, n_layers: int) -> Figure:
+def boundaries(posterior: pd.DataFrame, detectors: pd.DataFrame, n_layers: int) -> Figure:
     """Above, the probability of each boundary by layer; below, where every detector puts them, with intervals."""
     names = detectors["detector"].drop_duplicates().tolist()
     figure = Figure(figsize=(9, 0.36 * len(names) + 3.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, max(2, 0.36 * len(names))))
-    for boundary, colour in (("in", ACCENT), ("out", "#0072B2")):
+    for boundary, colour in (("in", ACCENT), ("out", BLUE)):
         one = posterior[posterior["boundary"] == boundary]
         above.bar(one["layer"], one["probability"], width=0.6, color=colour, alpha=0.8, label=f"boundary: {boundary}")
         found = detectors[(detectors["boundary"] == boundary) & detectors["layer"].notna()]
@@ -43,7 +43,7 @@ def boundaries(posterior: pandas.DataFrame, detectors: pandas.DataFrame, n_layer
     return figure
 
 
-def convergence(frame: pandas.DataFrame) -> Figure:
+def convergence(frame: pd.DataFrame) -> Figure:
     """SC, SL and neither by layer, intervals shaded (``surgery.anatomy.convergence.COLUMNS``)."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
@@ -60,14 +60,19 @@ def convergence(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def ends(frame: pandas.DataFrame) -> Figure:
+def ends(frame: pd.DataFrame) -> Figure:
     """D and D of R/N with intervals, a row per kind of prompts (``surgery.anatomy.ends_against_middle.COLUMNS``)."""
     figure = Figure(figsize=(9, 0.45 * len(frame) + 1.8), layout="constrained")
     for axes, name, label in zip(
         figure.subplots(1, 2, sharey=True), ("D", "D_over_N"), ("of S", "of R/N"), strict=True
     ):
-        axes.hlines(range(len(frame)), frame[f"{name}_low"].astype(float), frame[f"{name}_high"].astype(float),
-                    color="#0072B2", linewidth=2)  # fmt: skip
+        axes.hlines(
+            range(len(frame)),
+            frame[f"{name}_low"].astype(float),
+            frame[f"{name}_high"].astype(float),
+            color=BLUE,
+            linewidth=2,
+        )
         axes.plot(frame[name].astype(float), range(len(frame)), "o", color=ACCENT)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_title(f"ends minus middle, {label}", loc="left")

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -122,7 +122,7 @@ def ends(
     first_layer: int = 1,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
-) -> pandas.Series:
+) -> pd.Series:
     """D, its parts, its interval and p for boundaries ``(in, out)``: the first is the estimate, the rest its resamples.
 
     One pair is taken for certain. Keys: ``COLUMNS`` but ``kind`` and ``verdict``. No forward pass.
@@ -157,13 +157,13 @@ def ends(
     row["p_windows"] = _p_windows(
         profile.S[0, first_layer:], [part[0, first_layer:] for part in parts], permutations, seed
     )
-    return pandas.Series(row, dtype=object)
+    return pd.Series(row, dtype=object)
 
 
-def verdict(found: pandas.Series) -> str:
+def verdict(found: pd.Series) -> str:
     """``supported``, ``contradicted`` or ``undecided``, and the numbers: are the ends more parallel than the middle?"""
     said = f"D = {number(found, 'D')}, of R/N {number(found, 'D_over_N')}, p over windows {found['p_windows']:.3f}"
-    if pandas.isna(found["D"]):
+    if pd.isna(found["D"]):
         return f"undecided: an end or the middle holds no window of {found['length']} layers"
     below = found["D_high"] < 0 and found["D_over_N_high"] < 0
     above = found["D_low"] > 0 and found["D_over_N_low"] > 0

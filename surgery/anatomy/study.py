@@ -12,7 +12,7 @@ anatomy_by_kind.csv        whether that depends on what is asked
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pandas
+import pandas as pd
 from matplotlib.figure import Figure
 
 from surgery.anatomy import boundaries as anatomy
@@ -58,7 +58,7 @@ def measure(
     kinds: Sequence[str] | None = None,
     *,
     said: Sequence[Sentence] | None = None,
-    scanned: pandas.DataFrame | None = None,
+    scanned: pd.DataFrame | None = None,
     metric: str = "loglik",
     length: int = 2,
     sampling: Sampling = anatomy.SAMPLING,
@@ -79,7 +79,7 @@ def measure(
     return found
 
 
-def draw(tables: Mapping[str, pandas.DataFrame], n_layers: int) -> dict[str, Figure]:
+def draw(tables: Mapping[str, pd.DataFrame], n_layers: int) -> dict[str, Figure]:
     """The figures of what ``measure`` wrote, by the name of their file."""
     drawn = {
         "anatomy_boundaries": anatomy_figures.boundaries(tables[BOUNDARIES], tables[DETECTORS], n_layers),

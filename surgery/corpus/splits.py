@@ -45,11 +45,12 @@ def by_k(data: Split) -> dict[int, Split]:
     parts = {k: torch.from_numpy(np.flatnonzero(lengths == k)) for k in sorted(set(lengths.tolist()))}
     return {
         k: Split(
-            data.corpus, Tokens(data.heldout.ids[some], data.heldout.mask[some]),
+            data.corpus,
+            Tokens(data.heldout.ids[some], data.heldout.mask[some]),
             None if data.answers is None else data.answers[some],
         )
         for k, some in parts.items()
-    }  # fmt: skip
+    }
 
 
 def weigh_answers(tokens: Tokens) -> Float[Tensor, "prompt pos"]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import viridis
 from matplotlib.figure import Figure
@@ -20,13 +20,14 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from surgery.dropout.stability import SHOWS, SPREADS, counted, effects, named, settled
 from surgery.page import drawing
+from surgery.page.drawing import ACCENT, BLUE, GREEN, INK, ORANGE, PINK
 from surgery.stats import bootstrap as stats
 
-_COLOURS = ("#222222", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # of the rates
+_COLOURS = (INK, ACCENT, BLUE, GREEN, PINK, ORANGE)  # of the rates
 _DASHES = ("-", "--", ":", "-.")
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """Above by step, for the deepest of the widest networks: variance, gradient norm, held-out loss (means over
     seeds). Below variance in training over evaluation mode, the spreads by width and what dropout changes by depth.
 
@@ -50,8 +51,9 @@ def draw(frame: pandas.DataFrame) -> Figure:
         of_rate = shown[shown["rate"] == rate].groupby("step")
         above[2].plot(of_rate["heldout"].mean(), color=colour, label=f"held out, {named(rate)}")
         if shown["loss"].notna().any():
-            above[2].plot(of_rate["loss"].mean(), color=colour, linewidth=0.9, linestyle=":",
-                          label=f"training, {named(rate)}")  # fmt: skip
+            above[2].plot(
+                of_rate["loss"].mean(), color=colour, linewidth=0.9, linestyle=":", label=f"training, {named(rate)}"
+            )
     above[2].set(xlabel="training steps", ylabel="loss in evaluation mode, nats")
     for name, dashes in zip(SPREADS, _DASHES):
         for rate, colour in zip(rates, _COLOURS):
@@ -85,12 +87,13 @@ def draw(frame: pandas.DataFrame) -> Figure:
     figure.supxlabel(
         f"By step: width {width}, {counted(depth)}, means over seeds. By width: all depths; by depth: "
         f"width {width}; 95 % intervals over seeds.",
-        fontsize=9, color=drawing.FAINT,
-    )  # fmt: skip
+        fontsize=9,
+        color=drawing.FAINT,
+    )
     return figure
 
 
-def _by_step(axes: Axes, frame: pandas.DataFrame, column: str, rates: Sequence[float]) -> None:
+def _by_step(axes: Axes, frame: pd.DataFrame, column: str, rates: Sequence[float]) -> None:
     """A line per layer, its colour by depth, and rate, its dashes; on a logarithmic scale."""
     axes.set_xlabel("training steps")
     if not (frame[column] > 0).any():
@@ -110,12 +113,20 @@ def _by_step(axes: Axes, frame: pandas.DataFrame, column: str, rates: Sequence[f
     axes.legend(handles=handles, framealpha=0.8, edgecolor="none", fontsize=8, ncols=2)
 
 
-def _errors(axes: Axes, values: pandas.Series, **style: Any) -> None:
+def _errors(axes: Axes, values: pd.Series, **style: Any) -> None:
     """Mean and interval over seeds of what is indexed by (place, seed), places on a scale of doublings."""
     ends = np.array([stats.t_interval(part.to_numpy()) for _, part in values.groupby(level=0)])
     places = sorted(values.index.get_level_values(0).unique())
-    axes.errorbar(places, ends[:, 0], np.nan_to_num([ends[:, 0] - ends[:, 1], ends[:, 2] - ends[:, 0]]),
-                  marker="o", markersize=4, linewidth=1.3, capsize=2, **style)  # fmt: skip
+    axes.errorbar(
+        places,
+        ends[:, 0],
+        np.nan_to_num([ends[:, 0] - ends[:, 1], ends[:, 2] - ends[:, 0]]),
+        marker="o",
+        markersize=4,
+        linewidth=1.3,
+        capsize=2,
+        **style,
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -27,7 +27,7 @@ so that neurons keep what they are and lose what they share; and the model untra
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -243,7 +243,7 @@ def within(
     steps: int = 400,
     seeds: int = 2,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
 
     The autoencoders have ``n_features`` (twice the neurons if not given); they are trained on a random half of the
@@ -274,21 +274,28 @@ def within(
         width = 2 * size if n_features is None else n_features
         coders = [sae(learnt, width, k, steps=steps, seed=sampling.seed + i) for i in range(seeds)]
         F = torch.stack([effective(coder.encode(held), drawn[0]) for coder in coders])
-        reports = pandas.DataFrame([coder.report(held) for coder in coders]).mean()
+        reports = pd.DataFrame([coder.report(held) for coder in coders]).mean()
         apart = _shuffled(everything, generator)
         alone = sae(apart[len(held) :], width, k, steps=steps, seed=sampling.seed).encode(apart[: len(held)])
         row: dict[str, float] = {
-            "layer": layer, "n_neurons": size, "n_prompts": len(measured) + len(fitted), "n_features": width,
-            "steps": steps, "seeds": seeds, **reports, "F_spread": float(F[:, 0].std()) if seeds > 1 else torch.nan,
-            "F_shuffled": float(effective(alone)), "participation_shuffled": float(participation(apart)),
-        }  # fmt: skip
+            "layer": layer,
+            "n_neurons": size,
+            "n_prompts": len(measured) + len(fitted),
+            "n_features": width,
+            "steps": steps,
+            "seeds": seeds,
+            **reports,
+            "F_spread": float(F[:, 0].std()) if seeds > 1 else torch.nan,
+            "F_shuffled": float(effective(alone)),
+            "participation_shuffled": float(participation(apart)),
+        }
         found = {"F": F.mean(0), "psi": F.mean(0) / size}
         for name, measure in (("participation", participation), ("kurtosis", kurtosis), ("sparsity", sparsity)):
             found[name] = measure(everything, drawn[1])
         for name, values in found.items():
             row |= columns(name, values)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _largest(found: Float[Tensor, "token feature"], k: int) -> Tensor:

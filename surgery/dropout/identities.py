@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def chain(
     mean: Float[Tensor, " unit"],
     covariance: Float[Tensor, "unit unit"],
     p: float,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """How the variance shift grows through linear layers with dropout before each: a row per layer (``CHAIN``), exact.
 
     ``mean`` and ``covariance`` are those of what enters the first.
@@ -100,13 +100,15 @@ def chain(
         mean, training, testing = linear @ mean, linear @ dropped @ linear.T, linear @ testing @ linear.T
         with_, without = (float(found.diagonal().mean()) for found in (training, testing))
         rows.append((layer, with_, without, with_ / without if without else float("nan")))
-    return pandas.DataFrame(rows, columns=list(CHAIN))
+    return pd.DataFrame(rows, columns=list(CHAIN))
 
 
 def geometric_mean(
-    weights: Float[Tensor, "outcome unit"], x: Float[Tensor, " unit"], p: float,
+    weights: Float[Tensor, "outcome unit"],
+    x: Float[Tensor, " unit"],
+    p: float,
     bias: Float[Tensor, " outcome"] | None = None,
-) -> Float[Tensor, " outcome"]:  # fmt: skip
+) -> Float[Tensor, " outcome"]:
     """Over all masks, the normalised geometric mean of ``softmax(W (m x) / (1 - p) + b)``: ``softmax(W x + b)``.
 
     >>> W, x = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([0.5, 1.0])
@@ -118,9 +120,11 @@ def geometric_mean(
 
 
 def arithmetic_mean(
-    weights: Float[Tensor, "outcome unit"], x: Float[Tensor, " unit"], p: float,
+    weights: Float[Tensor, "outcome unit"],
+    x: Float[Tensor, " unit"],
+    p: float,
     bias: Float[Tensor, " outcome"] | None = None,
-) -> Float[Tensor, " outcome"]:  # fmt: skip
+) -> Float[Tensor, " outcome"]:
     """Over all masks, the mean of ``softmax(W (m x) / (1 - p) + b)``: what averaging samples comes to. It is not the
     scaled layer; see ``geometric_mean``.
 

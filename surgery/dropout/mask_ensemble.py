@@ -29,7 +29,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
@@ -42,6 +42,7 @@ from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.fidelity import Answers, checked_answers
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.page.drawing import ACCENT, BLUE, FAINT, INK
 from surgery.stats.bootstrap import columns, described, weights
 from surgery.stats.sampling import Sampling
 
@@ -64,7 +65,7 @@ COLUMNS = {
     "n_prompts": "number of prompts, the unit of resampling",
     "n_predictions": "number of predicted tokens",
 } | described(MEASURES | ANSWERS)
-COLOURS = {ARITHMETIC: "#D55E00", GEOMETRIC: "#0072B2", SCALING: "#222222"}
+COLOURS = {ARITHMETIC: ACCENT, GEOMETRIC: BLUE, SCALING: INK}
 LogP = Float[Tensor, "token d_vocab"]
 
 
@@ -78,7 +79,7 @@ def curve(
     shared: bool = True,
     answers: Answers | None = None,
     sampling: Sampling = Sampling(batch_size=32),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row per way and count, ``COLUMNS``: hook points ``names`` dropped with probability ``p``.
 
     A mask is a subnetwork, the same for all prompts and positions (``shared``), or drawn per prompt, position and unit
@@ -132,7 +133,7 @@ def curve(
         first += len(unit)
     draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     keys = [(SCALING, 0)] + [(way, count) for count in sorted(set(counts)) for way in (ARITHMETIC, GEOMETRIC)]
-    return pandas.DataFrame([_row(totals, key, draws, len(ensemble.tokens)) for key in keys])
+    return pd.DataFrame([_row(totals, key, draws, len(ensemble.tokens)) for key in keys])
 
 
 def _averages(
@@ -178,7 +179,7 @@ def _row(
     return row
 
 
-def found(frame: pandas.DataFrame) -> list[str]:
+def found(frame: pd.DataFrame) -> list[str]:
     """What the most masks leave between each average and dropout switched off, in sentences.
 
     >>> from surgery import Stack
@@ -195,12 +196,12 @@ def found(frame: pandas.DataFrame) -> list[str]:
     ]
 
 
-def _interval(row: pandas.Series, name: str, style: str) -> str:
+def _interval(row: pd.Series, name: str, style: str) -> str:
     value, low, high = (float(row[name + end]) + 0.0 for end in ("", "_low", "_high"))
     return f"{value:{style}}" if np.isnan(low) else f"{value:{style}} [{low:{style}}, {high:{style}}]"
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """Loss (of the answers, if there are), KL from scaling and variance by the number of masks, with intervals."""
     loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
     panels = {
@@ -231,5 +232,5 @@ def draw(frame: pandas.DataFrame) -> Figure:
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Averaging over dropout masks, against dropout switched off", x=0.01, ha="left")
-    figure.supxlabel("bands: 95 % over prompts", fontsize=9, color="#555555")
+    figure.supxlabel("bands: 95 % over prompts", fontsize=9, color=FAINT)
     return figure

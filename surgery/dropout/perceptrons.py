@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -120,7 +120,7 @@ def perceptrons(
     learning_rate: float = 1e-3,
     examples: int = 512,
     dtype: torch.dtype = torch.float32,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Train a multilayer perceptron for every width, depth, rate and seed on its seed's ``Task``; a row per look and
     layer (``COLUMNS``), looks at step 0 and ``every`` so many. As many held-out examples as ``examples``.
 
@@ -149,7 +149,7 @@ def perceptrons(
                     rows += cells.look(step)
                 cells.optimizer.step()
     order = [*NETWORK, "step", "layer"]
-    return pandas.DataFrame(rows, columns=list(COLUMNS)).sort_values(order, ignore_index=True)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(order, ignore_index=True)
 
 
 class _Cells:
@@ -212,12 +212,13 @@ class _Cells:
             for layer, (active, noisy) in enumerate(zip(hidden, dropped, strict=True))
             for (rate, seed), *values in zip(
                 names,
-                *(column.double().tolist() for column in (
-                    _spread(active), _spread(noisy), self._gradient(layer), loss, heldout
-                )),
+                *(
+                    column.double().tolist()
+                    for column in (_spread(active), _spread(noisy), self._gradient(layer), loss, heldout)
+                ),
                 strict=True,
             )
-        ]  # fmt: skip
+        ]
 
     def _gradient(self, layer: int) -> Float[Tensor, " cell"]:
         squared = [parameter.grad.square().sum((1, 2)) for parameter in self.layers[layer]]  # type: ignore[union-attr]

@@ -31,7 +31,7 @@ from itertools import combinations
 from math import comb
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -84,7 +84,7 @@ def across(
     draws: int = 20,
     kind: str = "mean",
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Everything that is redundant in a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
 
     Self-repair is that of all layers but the last pooled, predictability the mean of all pairs. Cost in a model of L
@@ -113,12 +113,10 @@ def across(
     row |= _pooled(
         _explained(stack, tokens, RIDGE, sampling.seed, sampling.batch_size), sampling.resamples, sampling.seed
     )
-    return pandas.DataFrame([row])
+    return pd.DataFrame([row])
 
 
-def mass(
-    stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+def mass(stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """Redundancy mass and mean rho of all pairs of layers: ``interactions.summary`` of their damages, norms frozen.
 
     Cost in a model of L layers: ``(L - 1)/2 + (L - 1)(L - 2)/6 + 3`` F and ``L (L + 1)/2 + 1`` readouts.
@@ -138,7 +136,7 @@ def subsets(
     kind: str = "mean",
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Damage of taking out k layers at random, mean over the sets: a row per size from 0 on, ``COLUMNS``.
 
     With D(k) the mean damage and K the largest size, ``curvature = 1 - 2 sum_{k<K} D(k) / ((K - 1) D(K))``, the area
@@ -168,7 +166,7 @@ def subsets(
         row: dict[str, float] = {"size": size, "n_subsets": sum(len(layers) == size for layers in drawn)}
         row |= {"n_prompts": full.margin.shape[1]} | columns("damage", values)
         rows.append(row | columns("second_difference", second[size]) | columns("curvature", _curvature(curve)))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: int) -> list[tuple[int, ...]]:
@@ -191,7 +189,7 @@ def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: 
     return found
 
 
-def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pandas.DataFrame:
+def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """How much of a layer's direct effect on the right next token is made up for when it is lost: a row per layer.
 
     The layer is resampled: it writes what it wrote at another prompt's token (``surgery.instruments.ablation``). DE is by how much
@@ -213,14 +211,14 @@ def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = S
     tokens = Tokens.of(tokens)
     products = _repaired(stack, tokens, sampling.seed, sampling.batch_size)
     drawn = weights(len(tokens), sampling.resamples, sampling.seed)
-    return pandas.DataFrame(
+    return pd.DataFrame(
         {"layer": layer, "n_prompts": len(tokens)} | _slopes([sums], drawn) for layer, sums in products.items()
     )
 
 
 def predictability(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = RIDGE, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Does one layer's update say what another computes of the same input? Held-out R^2 of every pair, a row each.
 
     Of layers i < j, ``u_i = f_i(x_i)`` and ``p_j = f_j(x_i)``, what j makes of the stream that enters i. Both are freed
@@ -250,7 +248,7 @@ def predictability(
         for name, values in _r_squared(sums, drawn).items():
             row |= columns(name, values)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 # --- damage of subsets ---
@@ -379,13 +377,18 @@ def _updates(
 
     written = [stacked(stream[layer + 1] - stream[layer] for stream in streams) for layer in range(stack.n_layers)]
     for layer in range(stack.n_layers - 1):
-        yield layer, stacked(stream[layer] for stream in streams), written[layer], {
-            later: (
-                stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts)),
-                written[later],
-            )
-            for later in range(layer + 1, stack.n_layers)
-        }  # fmt: skip
+        yield (
+            layer,
+            stacked(stream[layer] for stream in streams),
+            written[layer],
+            {
+                later: (
+                    stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts)),
+                    written[later],
+                )
+                for later in range(layer + 1, stack.n_layers)
+            },
+        )
 
 
 def _freed(

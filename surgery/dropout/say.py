@@ -13,7 +13,7 @@ True
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ _WORDS = {
 }
 
 
-def differences(frame: pandas.DataFrame) -> pandas.DataFrame:
+def differences(frame: pd.DataFrame) -> pd.DataFrame:
     """Every rate against none, paired by sparsity and seed: ``DIFFERENCES``, a row per rate, sparsity (and their mean),
     measure and control.
 
@@ -69,16 +69,16 @@ def differences(frame: pandas.DataFrame) -> pandas.DataFrame:
                     means = {np.nan: change.dropna().mean()} | {at: row.dropna() for at, row in change.iterrows()}
                     row = {"decay": decay, "rate": rate, "measure": name, "control": control}
                     rows += [row | {"sparsity": at} | _compared(seeds) for at, seeds in means.items() if len(seeds)]
-    return pandas.DataFrame(rows, columns=list(DIFFERENCES))
+    return pd.DataFrame(rows, columns=list(DIFFERENCES))
 
 
-def _compared(seeds: pandas.Series) -> dict[str, Any]:
+def _compared(seeds: pd.Series) -> dict[str, Any]:
     mean, low, high = t_interval(seeds.to_numpy())
     ends = {"difference": mean, "difference_low": low, "difference_high": high}
     return ends | {"verdict": verdict(low, high, "higher", "lower"), "n_seeds": len(seeds)}
 
 
-def found(frame: pandas.DataFrame) -> str:
+def found(frame: pd.DataFrame) -> str:
     """Does dropout lower superposition at equal sparsity? One sentence for every ``decay`` in the sweep.
 
     Less superposition is what both measures that do not depend on the scale of W say: fewer effective features, and a
@@ -87,7 +87,7 @@ def found(frame: pandas.DataFrame) -> str:
     return " ".join(_sentence(decay, frame[frame["decay"] == decay]) for decay in sorted(frame["decay"].unique()))
 
 
-def _sentence(decay: float, frame: pandas.DataFrame) -> str:
+def _sentence(decay: float, frame: pd.DataFrame) -> str:
     table = differences(frame)
     overall, single = table["sparsity"].isna(), table["sparsity"].notna()
     steps, matched = table["control"] == "steps", table["control"] == "loss"
@@ -102,7 +102,7 @@ def _sentence(decay: float, frame: pandas.DataFrame) -> str:
     )
 
 
-def _does(table: pandas.DataFrame, axis: str) -> str:
+def _does(table: pd.DataFrame, axis: str) -> str:
     """``lowers superposition at rate 0.2, 0.5 and raises it at rate 0.1``: where it is sure and not ``SMALL``."""
     table = table[table["difference"].abs() >= SMALL].fillna({"sparsity": -1})
     verdicts = table.pivot(index=["rate", "sparsity"], columns="measure", values="verdict")
@@ -116,7 +116,7 @@ def _does(table: pandas.DataFrame, axis: str) -> str:
     return " and ".join(said) or "surely changes superposition nowhere"
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """The plane of sparsity (across) and dropout (up), means over seeds: a row of panels per ``decay``."""
     decays = sorted(frame["decay"].unique())
     figure = Figure(figsize=(15, 3.2 * len(decays) + 0.9), layout="constrained")

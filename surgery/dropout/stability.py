@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -120,9 +120,9 @@ class Recorder:
             self._rows.append(dict(zip(COLUMNS, (*about, layer, *values, loss, heldout), strict=True)))
 
     @property
-    def frame(self) -> pandas.DataFrame:
-        """What was noted so far (``COLUMNS``); frames of several runs are put together with ``pandas.concat``."""
-        return pandas.DataFrame(self._rows, columns=list(COLUMNS))
+    def frame(self) -> pd.DataFrame:
+        """What was noted so far (``COLUMNS``); frames of several runs are put together with ``pd.concat``."""
+        return pd.DataFrame(self._rows, columns=list(COLUMNS))
 
     def _variances(self, tokens: Tokens, training: bool) -> tuple[list[float], float]:
         """Variance of x_0..x_L and next-token loss of one forward pass."""
@@ -172,7 +172,7 @@ def _gradient_norm(block: nn.Module) -> float:
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-def settled(frame: pandas.DataFrame) -> pandas.DataFrame:
+def settled(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per training run (``SETTLED``): level and spread over the last half of its steps, mean over layers.
 
     A layer in which nothing varies, or that has no gradient, has no logarithm at that step, and is left out there.
@@ -188,7 +188,7 @@ def settled(frame: pandas.DataFrame) -> pandas.DataFrame:
         )
     late = late.assign(log_variance=_log(late["variance"]), log_gradient=_log(late["gradient"]))
     layers = late.groupby([*NETWORK, "layer"])
-    found = pandas.DataFrame(
+    found = pd.DataFrame(
         {
             "log_variance": layers["log_variance"].mean(),
             "variation": layers["variance"].std(ddof=0) / layers["variance"].mean(),
@@ -199,11 +199,11 @@ def settled(frame: pandas.DataFrame) -> pandas.DataFrame:
         }
     )
     found = found.groupby(NETWORK).mean()
-    found["converged"] = pandas.Series({key: _converged(part) for key, part in frame.groupby(NETWORK)}, dtype=float)
+    found["converged"] = pd.Series({key: _converged(part) for key, part in frame.groupby(NETWORK)}, dtype=float)
     return found.reset_index()
 
 
-def found(frame: pandas.DataFrame) -> list[str]:
+def found(frame: pd.DataFrame) -> list[str]:
     """The claims, a sentence each, by the 95 % interval over seeds (Student's t) of differences within a seed.
 
     Confirmed or refuted where the interval lies on one side; that dropout changes nothing, only where the whole
@@ -238,7 +238,7 @@ SPREADS = {
 SHOWS = {"heldout": "held-out loss, nats", "log_variance": "log variance"}
 
 
-def _changes(frame: pandas.DataFrame, runs: pandas.DataFrame, rate: float) -> list[str]:
+def _changes(frame: pd.DataFrame, runs: pd.DataFrame, rate: float) -> list[str]:
     """Does dropout change the variance, at equal steps and at equal loss, and is it steadier?"""
     said = []
     for values, where in (
@@ -263,7 +263,7 @@ def _changes(frame: pandas.DataFrame, runs: pandas.DataFrame, rate: float) -> li
     return said
 
 
-def _wider(runs: pandas.DataFrame, rate: float, name: str) -> str:
+def _wider(runs: pd.DataFrame, rate: float, name: str) -> str:
     wide = runs[runs["rate"] == rate].pivot_table(index="seed", columns="width", values=name).dropna()
     octaves = np.log2(wide.columns.to_numpy(float))
     octaves -= octaves.mean()
@@ -274,7 +274,7 @@ def _wider(runs: pandas.DataFrame, rate: float, name: str) -> str:
     )
 
 
-def _sooner(runs: pandas.DataFrame, shallow: int, deep: int) -> str:
+def _sooner(runs: pd.DataFrame, shallow: int, deep: int) -> str:
     steps = runs[runs["rate"] == 0].pivot_table(index="seed", columns="depth", values="converged")
     steps = steps[[shallow, deep]].dropna()
     difference = (steps[deep] - steps[shallow]).to_numpy()
@@ -285,7 +285,7 @@ def _sooner(runs: pandas.DataFrame, shallow: int, deep: int) -> str:
     )
 
 
-def _hardly(runs: pandas.DataFrame, rate: float, name: str, shallow: int, deep: int) -> str:
+def _hardly(runs: pd.DataFrame, rate: float, name: str, shallow: int, deep: int) -> str:
     """Is ``|shallow| < HARDLY |deep|``? It is where ``HARDLY deep - shallow`` and ``HARDLY deep + shallow`` have one
     sign, it is not where they have two: so no sign has to be known beforehand, and none is chosen by the data."""
     words, values = list[str](), list[str]()
@@ -307,7 +307,7 @@ def _hardly(runs: pandas.DataFrame, rate: float, name: str, shallow: int, deep: 
     )
 
 
-def effects(runs: pandas.DataFrame, rate: float, name: str) -> pandas.Series:
+def effects(runs: pd.DataFrame, rate: float, name: str) -> pd.Series:
     """A column of ``settled`` with dropout minus the same without, by width, depth and seed.
 
     Raises ValueError where no two runs differ in the rate alone.
@@ -323,7 +323,7 @@ def effects(runs: pandas.DataFrame, rate: float, name: str) -> pandas.Series:
     return paired
 
 
-def _matched(frame: pandas.DataFrame, rate: float) -> pandas.Series:
+def _matched(frame: pd.DataFrame, rate: float) -> pd.Series:
     """``effects`` on log variance, each run at its first look with a held-out loss that both reach."""
     found = {}
     logs = frame.assign(log_variance=_log(frame["variance"]))
@@ -333,11 +333,11 @@ def _matched(frame: pandas.DataFrame, rate: float) -> pandas.Series:
             both = max(curve["heldout"].min() for curve in curves)
             without, dropped = (curve.loc[curve["heldout"] <= both, "log_variance"].iloc[0] for curve in curves)
             found[key] = dropped - without
-    index = pandas.MultiIndex.from_tuples(found, names=["width", "depth", "seed"])
-    return pandas.Series(list(found.values()), index=index, dtype=float).dropna()
+    index = pd.MultiIndex.from_tuples(found, names=["width", "depth", "seed"])
+    return pd.Series(list(found.values()), index=index, dtype=float).dropna()
 
 
-def _about_line(values: pandas.DataFrame) -> float:
+def _about_line(values: pd.DataFrame) -> float:
     """Standard deviation of log variance about its least-squares line in the step."""
     step, y = values.dropna().to_numpy(float).T
     if len(y) < LEAST:
@@ -347,16 +347,16 @@ def _about_line(values: pandas.DataFrame) -> float:
     return float((y - slope * step).std())
 
 
-def _converged(run: pandas.DataFrame) -> float:
+def _converged(run: pd.DataFrame) -> float:
     by_step = run.groupby("step")["heldout"].mean()
     return float((by_step <= 1.05 * by_step.min()).idxmax())
 
 
-def _by_seed(values: pandas.Series) -> Float[np.ndarray, " seed"]:
+def _by_seed(values: pd.Series) -> Float[np.ndarray, " seed"]:
     return values.groupby("seed").mean().to_numpy()
 
 
-def _each_depth(values: pandas.Series, judge: Callable[[Float[np.ndarray, " seed"]], str]) -> str:
+def _each_depth(values: pd.Series, judge: Callable[[Float[np.ndarray, " seed"]], str]) -> str:
     """What ``judge`` says at every depth, where there are several: what all of them average to can hide much."""
     words = [f"{judge(_by_seed(part))} with {counted(int(str(depth)))}" for depth, part in values.groupby("depth")]
     return f"; by depth: {', '.join(words)}" if len(words) > 1 else ""
@@ -386,5 +386,5 @@ def counted(count: int) -> str:
     return f"{count} layer" if count == 1 else f"{count} layers"
 
 
-def _log(values: pandas.Series) -> pandas.Series:
+def _log(values: pd.Series) -> pd.Series:
     return np.log(values.where(values > 0))

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool
 from matplotlib.figure import Figure
@@ -33,11 +33,11 @@ from surgery.dropout import draw as stability_figures
 from surgery.dropout import features, mask_ensemble, redundancy, stability, toy_model, trained
 from surgery.dropout import say as superposition_findings
 from surgery.dropout.trained import Trained
-from surgery.graft.study import COLOURS
 from surgery.models.loading import plain
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
+from surgery.page.drawing import COLOURS
 from surgery.records import tables as frames
 from surgery.stats import bootstrap as stats
 from surgery.stats.sampling import Sampling
@@ -99,7 +99,7 @@ def measure(
     coder_steps: int = 400,
     resamples: int = 100,
     say: Callable[[str], Any] = lambda _: None,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row per rate, seed and way of matching, on ``count`` held-out problems: ``COLUMNS[MODELS]``.
 
     ``layers`` are those whose neurons are measured (all but the first if not given), ``coders`` the autoencoders for
@@ -120,14 +120,16 @@ def measure(
         row |= {name: float(within[name]) for name in (*_of(WITHIN), "explained", "dead")}
         row |= {name: float(across[name]) for name in _of(ACROSS)}
         rows.append(row)
-        say(f"dropout {one.recipe.rate:g}, seed {one.recipe.seed}, matched {matched}: features per neuron "
-            f"{row['psi']:.3f}, redundancy mass {row['redundancy_mass']:.3f}")  # fmt: skip
-    return pandas.DataFrame(rows)
+        say(
+            f"dropout {one.recipe.rate:g}, seed {one.recipe.seed}, matched {matched}: features per neuron "
+            f"{row['psi']:.3f}, redundancy mass {row['redundancy_mass']:.3f}"
+        )
+    return pd.DataFrame(rows)
 
 
 def probe(
     made: Iterable[Trained], *, rates: Sequence[float] = (0.1, 0.2, 0.4), draws: int = 4, count: int = 120
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """How much it hurts to drop whole layers or neurons at test time, whatever a model was trained with: a row per
     model, probe and p, ``COLUMNS[PROBES]``. Cost: ``2 draws len(rates) + 1`` F a model.
     """
@@ -139,12 +141,12 @@ def probe(
             for p in rates:
                 losses = [_answer_loss(stack, tokens, answers, dropped(stack, p, seed)) for seed in range(draws)]
                 rows.append(_run(one, matched) | {"probe": name, "p": p, "excess": float(np.mean(losses)) - plain})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def ensemble(
     made: Iterable[Trained], p: float = 0.2, *, counts: Sequence[int] = mask_ensemble.COUNTS, count: int = 120
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``mask_ensemble.curve`` over neurons of every model after all its steps: ``COLUMNS[ENSEMBLE]``.
 
     Cost: ``1 + max(counts)`` F a model.
@@ -154,7 +156,7 @@ def ensemble(
         if matched == STEPS:
             curve = mask_ensemble.curve(stack, _heldout(count), _neurons, p, counts, answers=_answers(count))
             found.append(curve.assign(**_run(one, matched), p=p))
-    frame = pandas.concat(found, ignore_index=True)
+    frame = pd.concat(found, ignore_index=True)
     return frame[[name for name in COLUMNS[ENSEMBLE] if name in frame]]
 
 
@@ -167,13 +169,13 @@ def opened(made: Iterable[Trained]) -> Iterator[tuple[Trained, str, Stack]]:
         yield one, LOSS, one.stack(loss)
 
 
-def changes(frame: pandas.DataFrame, name: str, matched: str) -> list[float]:
+def changes(frame: pd.DataFrame, name: str, matched: str) -> list[float]:
     """Of every seed: the change of a measure from no dropout to the largest rate, along a line through all rates.
 
     Raises ValueError for fewer than two rates.
 
     >>> rows = [{"rate": p, "seed": 0, "matched": "steps", "psi": 1 - p} for p in (0.0, 0.1, 0.4)]
-    >>> [round(change, 6) for change in changes(pandas.DataFrame(rows), "psi", "steps")]
+    >>> [round(change, 6) for change in changes(pd.DataFrame(rows), "psi", "steps")]
     [-0.4]
     """
     part = frame[frame["matched"] == matched]
@@ -183,7 +185,7 @@ def changes(frame: pandas.DataFrame, name: str, matched: str) -> list[float]:
     return [float(slope * part["rate"].max()) for slope in slopes]
 
 
-def verdicts(frame: pandas.DataFrame) -> pandas.DataFrame:
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """Every measure and way of matching: predicted sign, change with its interval over seeds, and what that says."""
     rows = []
     for name, (half, sign, phrase) in MEASURES.items():
@@ -191,42 +193,61 @@ def verdicts(frame: pandas.DataFrame) -> pandas.DataFrame:
             found = changes(frame, name, matched)
             mean, low, high = stats.t_interval(found) if found else (np.nan,) * 3
             words = {1: ("confirmed", "refuted"), -1: ("refuted", "confirmed"), 0: ("rises", "falls")}[sign]
-            rows.append({"half": half, "measure": name, "phrase": phrase, "predicted": sign, "matched": matched,
-                         "change": mean, "low": low, "high": high, "seeds": len(found),
-                         "verdict": stats.verdict(low, high, *words)})  # fmt: skip
-    return pandas.DataFrame(rows)
+            rows.append(
+                {
+                    "half": half,
+                    "measure": name,
+                    "phrase": phrase,
+                    "predicted": sign,
+                    "matched": matched,
+                    "change": mean,
+                    "low": low,
+                    "high": high,
+                    "seeds": len(found),
+                    "verdict": stats.verdict(low, high, *words),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
-def rows_of(frame: pandas.DataFrame) -> list[Any]:
+def rows_of(frame: pd.DataFrame) -> list[Any]:
     """Rows with their columns as attributes."""
     return [SimpleNamespace(**{str(name): value for name, value in row.items()}) for row in frame.to_dict("records")]
 
 
-def found(frame: pandas.DataFrame) -> list[str]:
+def found(frame: pd.DataFrame) -> list[str]:
     """Both halves of the prediction, then a sentence for each measure and way of matching."""
     judged, largest = verdicts(frame), frame["rate"].max()
     said = []
-    for half, claim in ((WITHIN, "lowers superposition within components"),
-                        (ACROSS, "raises redundancy across components")):  # fmt: skip
+    for half, claim in (
+        (WITHIN, "lowers superposition within components"),
+        (ACROSS, "raises redundancy across components"),
+    ):
         main = judged[judged["half"] == half].head(2)
         words = set(main["verdict"])
         word = words.pop() if len(words) == 1 else "undecided"
         by = ", ".join(f"{one.change:+.3f}{_ends(one)} at matched {one.matched}" for one in rows_of(main))
-        said.append(f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {by}."
-                    + _floor(frame, str(main["measure"].iloc[0])) + _others(judged, half))  # fmt: skip
+        said.append(
+            f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {by}."
+            + _floor(frame, str(main["measure"].iloc[0]))
+            + _others(judged, half)
+        )
     for one in rows_of(judged):
         predicted = {1: ", predicted to rise", -1: ", predicted to fall", 0: ""}[one.predicted]
-        said.append(f"{one.half.capitalize()}, matched {one.matched}: {one.phrase}{predicted}: {one.change:+.3f}"
-                    f"{_ends(one)}; {one.verdict}.")  # fmt: skip
+        said.append(
+            f"{one.half.capitalize()}, matched {one.matched}: {one.phrase}{predicted}: {one.change:+.3f}"
+            f"{_ends(one)}; {one.verdict}."
+        )
     for matched in (STEPS, LOSS):
         part = frame[frame["matched"] == matched].groupby("rate")[["loss", f"exact_{_LAST}"]].mean()
-        listed = "; ".join(f"p = {rate:g}: {row['loss']:.2f} nats, {row[f'exact_{_LAST}']:.0%}"
-                           for rate, row in part.iterrows())  # fmt: skip
+        listed = "; ".join(
+            f"p = {rate:g}: {row['loss']:.2f} nats, {row[f'exact_{_LAST}']:.0%}" for rate, row in part.iterrows()
+        )
         said.append(f"Matched {matched}, held-out loss and exact answers at k = {_LAST}: {listed}.")
     return said
 
 
-def found_probes(frame: pandas.DataFrame) -> list[str]:
+def found_probes(frame: pd.DataFrame) -> list[str]:
     """Does dropout in training make dropping at test time hurt less? Per probe and way of matching."""
     said = []
     for (name, matched), part in frame.groupby(["probe", "matched"], sort=False):
@@ -234,12 +255,14 @@ def found_probes(frame: pandas.DataFrame) -> list[str]:
         mean, low, high = stats.t_interval(changes(summed, "excess", str(matched)))
         plain = summed.loc[summed["rate"] == 0, "excess"].mean()
         word = stats.verdict(low, high, "hurts more", "hurts less")
-        said.append(f"Dropping {name} at test time costs {plain:.2f} nats an answer token without dropout in training; "
-                    f"with it, matched {matched}, {mean:+.2f} [{low:+.2f}, {high:+.2f}]: {word}.")  # fmt: skip
+        said.append(
+            f"Dropping {name} at test time costs {plain:.2f} nats an answer token without dropout in training; "
+            f"with it, matched {matched}, {mean:+.2f} [{low:+.2f}, {high:+.2f}]: {word}."
+        )
     return said
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """``CAPTION``."""
     columns = max(len(_of(WITHIN)), len(_of(ACROSS)))
     figure = Figure(figsize=(2.7 * columns, 5.4), layout="constrained")
@@ -263,7 +286,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def draw_probes(frame: pandas.DataFrame) -> Figure:
+def draw_probes(frame: pd.DataFrame) -> Figure:
     """What dropping at test time costs, over the rate in training, a panel per probe and a line per p."""
     kinds = list(dict.fromkeys(frame["probe"]))
     figure = Figure(figsize=(4 * len(kinds), 3.4), layout="constrained")
@@ -280,7 +303,7 @@ def draw_probes(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def found_ensemble(frame: pandas.DataFrame) -> list[str]:
+def found_ensemble(frame: pd.DataFrame) -> list[str]:
     """How far one mask, the average of many, and dropout switched off are from each other: a sentence a rate."""
     said, most = [], frame["count"].max()
     asked = {
@@ -294,20 +317,29 @@ def found_ensemble(frame: pandas.DataFrame) -> list[str]:
         for what, (way, count) in asked.items():
             rows = part[(part["way"] == way) & (part["count"] == count)]
             listed.append(f"{what} {rows['cross_entropy_answers'].mean():.2f} nats, {rows['exact'].mean():.0%}")
-        said.append(f"Trained with dropout {rate:g}, {frame['p'].iloc[0]:g} of the neurons dropped (nats an answer "
-                    f"token, whole answers right): {'; '.join(listed)}.")  # fmt: skip
+        said.append(
+            f"Trained with dropout {rate:g}, {frame['p'].iloc[0]:g} of the neurons dropped (nats an answer "
+            f"token, whole answers right): {'; '.join(listed)}."
+        )
     return said
 
 
-DRAWN: Mapping[str, Callable[[pandas.DataFrame], Figure]] = {
-    MODELS: draw, PROBES: draw_probes, ENSEMBLE: lambda frame: mask_ensemble.draw(_pooled(frame)),
-    PERCEPTRONS: stability_figures.draw, STREAM: stability_figures.draw, TOY: superposition_findings.draw,
-}  # fmt: skip
-SAID: Mapping[str, Callable[[pandas.DataFrame], list[str]]] = {
-    MODELS: found, PROBES: found_probes, ENSEMBLE: found_ensemble, PERCEPTRONS: stability.found,
+DRAWN: Mapping[str, Callable[[pd.DataFrame], Figure]] = {
+    MODELS: draw,
+    PROBES: draw_probes,
+    ENSEMBLE: lambda frame: mask_ensemble.draw(_pooled(frame)),
+    PERCEPTRONS: stability_figures.draw,
+    STREAM: stability_figures.draw,
+    TOY: superposition_findings.draw,
+}
+SAID: Mapping[str, Callable[[pd.DataFrame], list[str]]] = {
+    MODELS: found,
+    PROBES: found_probes,
+    ENSEMBLE: found_ensemble,
+    PERCEPTRONS: stability.found,
     STREAM: lambda frame: [f"In the small models: {sentence}" for sentence in stability.found(frame)],
     TOY: lambda frame: [superposition_findings.found(frame)],
-}  # fmt: skip
+}
 CAPTIONS = {
     MODELS: CAPTION,
     PROBES: "Loss above nothing dropped when layers or neurons are dropped at test time, over the rate of dropout in "
@@ -321,7 +353,7 @@ CAPTIONS = {
 }
 
 
-def write(folder: str | Path, tables: Mapping[str, pandas.DataFrame], manifest: Mapping[str, Any]) -> list[Path]:
+def write(folder: str | Path, tables: Mapping[str, pd.DataFrame], manifest: Mapping[str, Any]) -> list[Path]:
     """The tables by file name and the figure of each; returns their paths. Raises OSError."""
     folder, written = frames.folder(folder), []
     for name, frame in tables.items():
@@ -341,13 +373,13 @@ def _neurons(name: str) -> bool:
     return name.endswith(".mlp.out.hook_in")
 
 
-def _floor(frame: pandas.DataFrame, name: str) -> str:
+def _floor(frame: pd.DataFrame, name: str) -> str:
     values = frame[name]
     same = f" It is {values.iloc[0]:.3f} in every model, so it tells nothing."
     return same if np.ptp(values) < 1e-6 else ""
 
 
-def _others(judged: pandas.DataFrame, half: str) -> str:
+def _others(judged: pd.DataFrame, half: str) -> str:
     """How many of the measures that do not decide agree."""
     others = judged[(judged["half"] == half) & (judged["predicted"] != 0)].iloc[2:]
     if others.empty:
@@ -404,7 +436,7 @@ def _neurons_dropped(stack: Stack, p: float, seed: int) -> list[hooks.Hook]:
     return hooks.dropout(stack.model, _neurons, p, seed)
 
 
-def _pooled(frame: pandas.DataFrame) -> pandas.DataFrame:
+def _pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """The mean over seeds of the models with the largest rate, as ``mask_ensemble.draw`` takes it."""
     most = frame[frame["rate"] == frame["rate"].max()]
     return most.groupby(["way", "count"], sort=False).mean(numeric_only=True).reset_index()

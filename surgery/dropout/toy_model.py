@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -269,7 +269,7 @@ def sweep(
     batch: int = 64,
     decay: float = 0.7,
     lr: float = 0.01,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One model per sparsity, rate and seed, trained together: ``COLUMNS``, a row each.
 
     Cost: about 20 s on one core as it stands. ``superposition_findings`` compares, says and draws what came out; it
@@ -290,14 +290,14 @@ def sweep(
     for w, b in training(sparsity, rate, seed, n_features, n_hidden, steps, batch, decay, lr, checkpoints=checkpoints):
         history.append({"loss": loss(w[control], b[control], sparsity[control], decay), **measures(w[control])})
     found = {"loss": loss(w, b, sparsity, decay), **measures(w)}
-    frame = pandas.DataFrame({"decay": decay, "sparsity": cells[:, 0], "rate": cells[:, 1], "seed": seed})
+    frame = pd.DataFrame({"decay": decay, "sparsity": cells[:, 0], "rate": cells[:, 1], "seed": seed})
     values = {name: value.double().numpy() for name, value in found.items()}
     frame = frame.assign(n_features=n_features, n_hidden=n_hidden, steps=steps, **values)
     frame["geometry"] = [_commonest(geometry(one)) for one in w]
     return frame.join(_matched(frame, history))
 
 
-def _matched(frame: pandas.DataFrame, history: list[dict[str, Tensor]]) -> pandas.DataFrame:
+def _matched(frame: pd.DataFrame, history: list[dict[str, Tensor]]) -> pd.DataFrame:
     """``MATCHED`` of every row's twin without dropout, where its loss last came down to the row's."""
     past = {name: torch.stack([at[name] for at in history]).double().numpy() for name in ("loss", *MATCHED)}
     twins = frame[frame["rate"] == 0]
@@ -313,7 +313,7 @@ def _matched(frame: pandas.DataFrame, history: list[dict[str, Tensor]]) -> panda
             when = last + (path[last] - target) / (path[last] - path[last + 1]) if last + 1 < len(path) else last
         values = {name: np.interp(when, np.arange(len(path)), past[name][:, twin]) for name in MATCHED}
         rows.append({f"{name}_matched": value for name, value in values.items()})
-    return pandas.DataFrame(rows, index=frame.index)
+    return pd.DataFrame(rows, index=frame.index)
 
 
 def _commonest(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -81,13 +81,15 @@ class Trained:
     recipe: Recipe
     weights: Mapping[str, Tensor]
     rungs: Mapping[float, Mapping[str, Tensor]]
-    curve: pandas.DataFrame
+    curve: pd.DataFrame
 
     def stack(self, loss: float | None = None) -> Stack:
         """Opened. Raises ValueError for a rung that was not reached."""
         if loss is not None and loss not in self.rungs:
-            raise ValueError(f"{self.recipe.name} was not kept at a loss of {loss}: it reached "
-                             f"{', '.join(map(str, sorted(self.rungs))) or 'no rung'}")  # fmt: skip
+            raise ValueError(
+                f"{self.recipe.name} was not kept at a loss of {loss}: it reached "
+                f"{', '.join(map(str, sorted(self.rungs))) or 'no rung'}"
+            )
         module = build(self.recipe)
         module.load_state_dict({n: t.float() for n, t in (self.weights if loss is None else self.rungs[loss]).items()})
         name = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
@@ -99,11 +101,18 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
     """The untrained model of a recipe."""
     corpus = Babel()
     config = LlamaConfig(
-        vocab_size=len(corpus.vocabulary), hidden_size=recipe.d_model, intermediate_size=recipe.d_mlp,
-        num_hidden_layers=recipe.n_layers, num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_heads,
-        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=corpus.token_ids[babel.BOS],
-        eos_token_id=corpus.token_ids[babel.EOS], pad_token_id=corpus.token_ids[babel.PAD],
-    )  # fmt: skip
+        vocab_size=len(corpus.vocabulary),
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=corpus.token_ids[babel.BOS],
+        eos_token_id=corpus.token_ids[babel.EOS],
+        pad_token_id=corpus.token_ids[babel.PAD],
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return LlamaForCausalLM(config)
@@ -124,8 +133,9 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trai
     folder, module = tables.folder(folder), build(recipe)
     schedule = Schedule(steps=recipe.steps, every=recipe.every, warmup=100, seed=recipe.seed)
     task = _Task(module, recipe, data(), folder)
-    done = training.fit(task, schedule, folder, identity={"recipe": asdict(recipe)}, columns=_columns(recipe),
-                        progress=progress)  # fmt: skip
+    done = training.fit(
+        task, schedule, folder, identity={"recipe": asdict(recipe)}, columns=_columns(recipe), progress=progress
+    )
     rungs = {float(path.stem.split("_")[1]): load_file(path) for path in folder.glob("loss_*.safetensors")}
     return Trained(recipe, module.state_dict(), rungs, done.curve)
 
@@ -136,8 +146,9 @@ def matched(made: Iterable[Trained]) -> float:
     common = set.intersection(*(set(one.rungs) for one in made))
     if not common:
         last = max(one.curve["loss"].iloc[-1] for one in made)
-        raise ValueError(f"no loss of {LADDER[0]:g} or less was reached by all, the worst ended at {last:.2f}: "
-                         "train for more steps")  # fmt: skip
+        raise ValueError(
+            f"no loss of {LADDER[0]:g} or less was reached by all, the worst ended at {last:.2f}: train for more steps"
+        )
     return min(common)
 
 
@@ -149,8 +160,11 @@ def ship(made: Iterable[Trained], file: str | Path) -> None:
     for one in made:
         for kind, weights in (("steps", one.weights), ("loss", one.rungs[loss])):
             tensors |= {f"{one.recipe.name}/{kind}/{name}": tensor.half() for name, tensor in weights.items()}
-    described = {"loss": loss, "recipes": [asdict(one.recipe) for one in made],
-                 "curves": [one.curve.drop(columns="seconds").round(5).to_dict("list") for one in made]}  # fmt: skip
+    described = {
+        "loss": loss,
+        "recipes": [asdict(one.recipe) for one in made],
+        "curves": [one.curve.drop(columns="seconds").round(5).to_dict("list") for one in made],
+    }
     tables.folder(Path(file).parent)
     tables.save({Path(file): save(tensors, {"models": json.dumps(described)})})
 
@@ -170,25 +184,35 @@ def shipped(file: str | Path | None = None) -> list[Trained]:
 
     recipes = [Recipe(**recipe) for recipe in said["recipes"]]
     return [
-        Trained(recipe, weights(recipe.name, "steps"), {said["loss"]: weights(recipe.name, "loss")},
-                pandas.DataFrame(curve))
+        Trained(
+            recipe, weights(recipe.name, "steps"), {said["loss"]: weights(recipe.name, "loss")}, pd.DataFrame(curve)
+        )
         for recipe, curve in zip(recipes, said["curves"], strict=True)
-    ]  # fmt: skip
+    ]
 
 
-def curves(made: Iterable[Trained]) -> pandas.DataFrame:
+def curves(made: Iterable[Trained]) -> pd.DataFrame:
     """Variance of the stream and gradients over training, without dropout, in the columns of ``stability``; what enters
     the first layer was not noted."""
     rows = [
         {
-            "width": one.recipe.d_model, "depth": one.recipe.n_layers, "rate": one.recipe.rate, "seed": one.recipe.seed,
-            "step": int(look["step"]), "layer": layer, "variance": look.get(f"variance_{layer - 1}", float("nan")),
-            "variance_training": float("nan"), "gradient": look.get(f"gradient_{layer}", float("nan")),
-            "loss": look["answers"], "heldout": look["loss"],
+            "width": one.recipe.d_model,
+            "depth": one.recipe.n_layers,
+            "rate": one.recipe.rate,
+            "seed": one.recipe.seed,
+            "step": int(look["step"]),
+            "layer": layer,
+            "variance": look.get(f"variance_{layer - 1}", float("nan")),
+            "variance_training": float("nan"),
+            "gradient": look.get(f"gradient_{layer}", float("nan")),
+            "loss": look["answers"],
+            "heldout": look["loss"],
         }
-        for one in made for look in one.curve.to_dict("records") for layer in range(one.recipe.n_layers + 1)
-    ]  # fmt: skip
-    return pandas.DataFrame(rows)
+        for one in made
+        for look in one.curve.to_dict("records")
+        for layer in range(one.recipe.n_layers + 1)
+    ]
+    return pd.DataFrame(rows)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class Graft:
 
     model: TransformerBridge
     span: tuple[int, int]  # its middle, in its own layers
-    curve: pandas.DataFrame  # see training.CURVE and fidelity.COLUMNS
+    curve: pd.DataFrame  # see training.CURVE and fidelity.COLUMNS
     ledger: Ledger
     parameters: int = 0  # how many numbers were trained
     stopped_early: bool = False
@@ -177,9 +177,19 @@ def heal(
     """
     copy = layout.build(grown.model, [layout.Row(layer) for layer in range(grown.model.cfg.n_layers)])
     return fit(
-        teacher, copy, grown.span, pairs, heldout, folder, parts=parts, objective=objective, schedule=schedule,
-        phase="healing", spent=grown.ledger, **options,
-    )  # fmt: skip
+        teacher,
+        copy,
+        grown.span,
+        pairs,
+        heldout,
+        folder,
+        parts=parts,
+        objective=objective,
+        schedule=schedule,
+        phase="healing",
+        spent=grown.ledger,
+        **options,
+    )
 
 
 def fit(
@@ -217,32 +227,59 @@ def fit(
     if parts not in PARTS:
         raise ValueError(f"parts is {', '.join(PARTS)}, got {parts!r}")
     if parts == "junction" and not objective.reads_out:
-        raise ValueError("the layer behind the middle learns from kl or cross_entropy only: give one of them, or "
-                         "parts='middle'")  # fmt: skip
+        raise ValueError(
+            "the layer behind the middle learns from kl or cross_entropy only: give one of them, or parts='middle'"
+        )
     if teacher.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
-                         "dtype=torch.float32; Schedule(precision='bf16') computes in half precision")  # fmt: skip
+        raise ValueError(
+            f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
+            "dtype=torch.float32; Schedule(precision='bf16') computes in half precision"
+        )
     if pairs.source["weights_sha256"] != teacher.sha256:
-        raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
-                         f"{teacher.name}: harvest them again")  # fmt: skip
+        raise ValueError(
+            f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
+            f"{teacher.name}: harvest them again"
+        )
     pairs.verify()
     stack = Stack(student)
     reads = objective.reads_out or parts == "all"
     if parts == "all" and objective.latent:
         objective = replace(objective, latent=0.0)
-    task = Task(teacher, stack, span, parts, pairs, heldout, objective, weigh or _evenly, answers,
-                watched or ("cross_entropy" if reads else "unexplained_whitened"))  # fmt: skip
+    task = Task(
+        teacher,
+        stack,
+        span,
+        parts,
+        pairs,
+        heldout,
+        objective,
+        weigh or _evenly,
+        answers,
+        watched or ("cross_entropy" if reads else "unexplained_whitened"),
+    )
     identity = {
-        "parts": parts, "span": list(span), "objective": asdict(objective), "latents": pairs.source,
-        "student": weights_sha256(student), "heldout": provenance.tokens_hash(heldout),
-    }  # fmt: skip
+        "parts": parts,
+        "span": list(span),
+        "objective": asdict(objective),
+        "latents": pairs.source,
+        "student": weights_sha256(student),
+        "heldout": provenance.tokens_hash(heldout),
+    }
     harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
     before = pairs.ledger(teacher, schedule) if spent is None and harvested else spent
     manifest = provenance.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase)
     done = training.fit(
-        task, schedule, Path(folder), phase=phase, identity=identity, spent=before, accelerator=accelerator,
-        columns=fidelity.COLUMNS, manifest=manifest, progress=progress,
-    )  # fmt: skip
+        task,
+        schedule,
+        Path(folder),
+        phase=phase,
+        identity=identity,
+        spent=before,
+        accelerator=accelerator,
+        columns=fidelity.COLUMNS,
+        manifest=manifest,
+        progress=progress,
+    )
     trained = sum(parameter.numel() for parameter in task.matrices + task.others)
     return Graft(_synchronised(student), span, done.curve, done.ledger, trained, done.stopped_early)
 

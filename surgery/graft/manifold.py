@@ -19,7 +19,7 @@ Intervals over prompts of the second half; the usual quantiles and the bank are 
 from collections.abc import Mapping
 
 import numpy as np
-import pandas
+import pandas as pd
 import scipy.stats
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,7 @@ from surgery.instruments.windows import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
+from surgery.page.drawing import BLUE, GREY
 from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
@@ -65,7 +66,7 @@ COLUMNS = {
 
 def report(
     stack: Stack, walk: Walk, kinds: Mapping[str, Kind], heldout: Tokens, start: int, *, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row for the activations as they are, and for each of ``kinds`` by name one walked and one control: ``COLUMNS``.
 
     ``walk`` is of the streams that enter layer ``start``, of other prompts than ``heldout``. Cost, K kinds:
@@ -127,7 +128,7 @@ def report(
         for measure, resampled in measures.items():
             row |= columns(measure, resampled)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def halves(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens]:
@@ -144,7 +145,7 @@ CAPTION = (
 )
 
 
-def figure(frame: pandas.DataFrame) -> Figure:
+def figure(frame: pd.DataFrame) -> Figure:
     """Every measure by kind, beside its control; the activations as they are as a line."""
     names = ("mahalanobis", "beyond_real", "nearest", "entropy")
     titles = ("Squared distance / k", "Beyond 95 % of real ones", "Nearest real one, ratio", "Entropy (nats)")
@@ -152,9 +153,9 @@ def figure(frame: pandas.DataFrame) -> Figure:
     real, walked = frame[frame.kind == REAL].iloc[0], frame[frame.kind != REAL]
     kinds = list(dict.fromkeys(walked.kind))
     for axes, name, title in zip(found.subplots(1, len(names)), names, titles, strict=True):
-        axes.axhspan(real[f"{name}_low"], real[f"{name}_high"], color="#999999", alpha=0.25, linewidth=0)
+        axes.axhspan(real[f"{name}_low"], real[f"{name}_high"], color=GREY, alpha=0.25, linewidth=0)
         axes.axhline(real[name], color=drawing.INK, linewidth=1)
-        for control, colour, label in ((False, drawing.ACCENT, "walked"), (True, "#0072B2", "as far, any direction")):
+        for control, colour, label in ((False, drawing.ACCENT, "walked"), (True, BLUE, "as far, any direction")):
             some = walked[walked.control == control]
             x = np.array([kinds.index(kind) for kind in some.kind]) + (0.15 if control else -0.15)
             drawing.whiskers(axes, x, some, name, 5, fmt="s" if control else "o", color=colour, label=label)
@@ -166,7 +167,7 @@ def figure(frame: pandas.DataFrame) -> Figure:
     return found
 
 
-def found(frame: pandas.DataFrame) -> list[str]:
+def found(frame: pd.DataFrame) -> list[str]:
     """A sentence per kind: on the manifold or off it, by which measures, and whether its control is farther off.
 
     Off by a measure: its interval and that of the same prompts unwalked do not meet, on either side. Nearer than the
@@ -177,13 +178,15 @@ def found(frame: pandas.DataFrame) -> list[str]:
         walked, control = (part[part["control"] == flag].iloc[0] for flag in (False, True))
         off = [name for name in PASSED if _apart(walked, real, name)]
         nearer = [
-            PASSED[name] for name in PASSED
+            PASSED[name]
+            for name in PASSED
             if _apart(walked, control, name) and abs(walked[name] - real[name]) < abs(control[name] - real[name])
-        ]  # fmt: skip
+        ]
         listed = ", ".join(
             f"{PASSED[name]} {walked[name]:.2f} [{walked[f'{name}_low']:.2f}, {walked[f'{name}_high']:.2f}] where real "
-            f"ones have {real[name]:.2f} and the control {control[name]:.2f}" for name in off
-        )  # fmt: skip
+            f"ones have {real[name]:.2f} and the control {control[name]:.2f}"
+            for name in off
+        )
         verdict = f"off the manifold: {listed}" if off else "on the manifold as far as these measures tell"
         said.append(
             f"{kind}, {walked['moved']:.2f} of the spread moved: {verdict}. Nearer to real activations than as far in "
@@ -192,7 +195,7 @@ def found(frame: pandas.DataFrame) -> list[str]:
     return said
 
 
-def _apart(one: pandas.Series, other: pandas.Series, name: str) -> bool:
+def _apart(one: pd.Series, other: pd.Series, name: str) -> bool:
     return bool(one[f"{name}_low"] > other[f"{name}_high"] or one[f"{name}_high"] < other[f"{name}_low"])
 
 

@@ -25,7 +25,7 @@ weights are not needed, not that nothing is to be learnt there.
 from collections.abc import Hashable
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +65,7 @@ def layers(
     initial: TransformerBridge | None = None,
     answers: Answers | None = None,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row per layer, ``COLUMNS``: what it costs to put that layer back to fresh weights.
 
     The fresh models are ``models.untrained`` with seeds ``seed, seed + 1, ...``, or ``initial`` alone. Intervals are
@@ -109,7 +109,7 @@ def layers(
             row |= columns("exact_original", skipped[layer]["exact_original"])
         row["robust"] = "yes" if row["damage_high"] < ROBUST else "no" if row["damage_low"] > ROBUST else "undecided"
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _each(

@@ -137,12 +137,14 @@ def _sizes(frame: pd.DataFrame) -> Table:
 def _by_k(compared: pd.DataFrame) -> Table:
     ks = list(dict.fromkeys(compared["k"]))
     rows = [
-        [Cell(str(one)) for one in place] + [
+        [Cell(str(one)) for one in place]
+        + [
             Cell(f"{one['exact']:.3f}", str(one["verdict"]) if one["verdict"] in ("better", "worse") else "")
-            for k in ks for _, one in part[part["k"] == k].iterrows()
+            for k in ks
+            for _, one in part[part["k"] == k].iterrows()
         ]
         for place, part in compared.groupby(["budget", "d_mlp", "depth"], sort=False)
-    ]  # fmt: skip
+    ]
     caption = (
         "Exact answers by the steps k that a problem takes, mean over seeds; better or worse than the usual size where "
         "the seeds, in pairs, tell"
@@ -161,10 +163,15 @@ def _manifold(frame: pd.DataFrame) -> Table:
 def _methods(frame: pd.DataFrame) -> Table:
     names = _scores(frame)
     rows = [
-        [Cell(f"{amount:,.0f}"), Cell(str(name)), *_over_seeds(part, names), *_spent(part),
-         Cell(f"{part['harvested'].mean():,.0f}")]
+        [
+            Cell(f"{amount:,.0f}"),
+            Cell(str(name)),
+            *_over_seeds(part, names),
+            *_spent(part),
+            Cell(f"{part['harvested'].mean():,.0f}"),
+        ]
         for (amount, name), part in frame.groupby(["real_tokens", "method"], sort=False)
-    ]  # fmt: skip
+    ]
     caption = f"What every method reached by the amount of real tokens; {SCORES}; harvested, real tokens paid for"
     return Table(caption, ["real tokens", "method", *names, "steps", "operations", "harvested"], rows)
 

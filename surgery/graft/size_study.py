@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -35,13 +35,17 @@ from surgery.training.activations import Latents
 
 SIZES = "width_of_thought.csv"
 BUDGETS = ("tokens", "operations")
-COLUMNS = {
-    "budget": "what is equal to that of the middle of the original size: tokens or operations",
-    "d_mlp": "MLP width of the new layers",
-    "depth": "number of new layers",
-    "seed": "of their random weights and of the order of batches",
-    "k": "steps that a problem asks for; empty for all problems",
-} | fidelity.COLUMNS | study.SPENT  # fmt: skip
+COLUMNS = (
+    {
+        "budget": "what is equal to that of the middle of the original size: tokens or operations",
+        "d_mlp": "MLP width of the new layers",
+        "depth": "number of new layers",
+        "seed": "of their random weights and of the order of batches",
+        "k": "steps that a problem asks for; empty for all problems",
+    }
+    | fidelity.COLUMNS
+    | study.SPENT
+)
 BY_K = (
     {name: COLUMNS[name] for name in ("budget", "d_mlp", "depth", "k")}
     | stats.described({"exact": "share of exact answers", "gain": "exact minus that of the usual size"}, "seeds")
@@ -82,7 +86,7 @@ def run(
     objective: Objective = Objective(),
     parts: dict[int, Split] | None = None,
     progress: bool = False,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row per budget, width, depth and seed, ``COLUMNS``; with ``parts``, held-out data by k, one for each of these.
 
     ``cross``, a width and depth, keeps of the grid what has that width or that depth: its row and its column.
@@ -95,13 +99,14 @@ def run(
         raise ValueError(f"give at least one width, depth and seed, and budgets of {', '.join(BUDGETS)}")
     rows: list[dict[str, Any]] = []
     sizes = [(w, d) for w in widths for d in depths if cross is None or w == cross[0] or d == cross[1]]
-    for cell, grown in trained(teacher, pairs, data, Path(folder), sizes, seeds, budgets, schedule, objective,
-                               progress):  # fmt: skip
+    for cell, grown in trained(
+        teacher, pairs, data, Path(folder), sizes, seeds, budgets, schedule, objective, progress
+    ):
         for k, part in [(float("nan"), data), *(parts or {}).items()]:
             found = study.row("", cell.seed, grown, study.judge(teacher, grown, pairs, part))
             place = {"budget": cell.budget, "d_mlp": cell.d_mlp, "depth": cell.depth, "seed": cell.seed, "k": float(k)}
             rows.append(place | {name: value for name, value in found.items() if name not in study.RUN})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def trained(
@@ -126,10 +131,20 @@ def trained(
                 steps = schedule.steps if budget == "tokens" else max(1, round(schedule.steps * usual / each))
                 every = max(1, steps * schedule.every // schedule.steps)
                 cell = Cell(budget, width, depth, steps, seed)
-                yield cell, graft.train(
-                    teacher, pairs, data.heldout, folder / cell.name, depth=depth, d_mlp=width,
-                    schedule=replace(schedule, steps=steps, every=every, seed=seed), progress=progress, **options,
-                )  # fmt: skip
+                yield (
+                    cell,
+                    graft.train(
+                        teacher,
+                        pairs,
+                        data.heldout,
+                        folder / cell.name,
+                        depth=depth,
+                        d_mlp=width,
+                        schedule=replace(schedule, steps=steps, every=every, seed=seed),
+                        progress=progress,
+                        **options,
+                    ),
+                )
 
 
 def operations(
@@ -148,7 +163,7 @@ def operations(
     return study.step_operations(teacher, student, span, pairs, data, objective=objective, schedule=schedule)
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """Held-out loss over width, a line per depth, a panel per budget: means over seeds, every seed as a dot."""
     whole = frame[frame["k"].isna()]
     loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
@@ -156,7 +171,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     figure = Figure(figsize=(5.2 * len(budgets), 4), layout="constrained")
     for axes, budget in zip(np.atleast_1d(figure.subplots(1, len(budgets), sharey=True)), budgets, strict=True):
         part = whole[whole["budget"] == budget]
-        for (depth, some), colour in zip(part.groupby("depth"), study.COLOURS * 2):
+        for (depth, some), colour in zip(part.groupby("depth"), drawing.COLOURS * 2):
             axes.plot(some.groupby("d_mlp")[loss].mean(), color=colour, label=f"{depth} layers")
             axes.plot(some["d_mlp"], some[loss], ".", color=colour)
         axes.axhline(whole[f"{loss}_original"].iloc[0], color=drawing.INK, linewidth=0.8)
@@ -173,7 +188,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def found(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
+def found(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
     """Per budget and cell: is it better than the middle of the ``usual`` width and depth, over seeds?
 
     What is compared are ratios of held-out losses: seeds in pairs, a t interval of their logarithms.
@@ -193,7 +208,7 @@ def found(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
     return said
 
 
-def by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> pandas.DataFrame:
+def by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> pd.DataFrame:
     """Exact answers by budget, size and k, and what they are more than the ``usual`` size's: ``BY_K``.
 
     Means and t intervals over seeds; differences of seeds in pairs. Empty where ``frame`` was made without ``parts`` or
@@ -209,10 +224,10 @@ def by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> pandas.DataFrame:
                 gain = stats.t_interval((values - exact[usual]).dropna().to_numpy())
                 row |= _interval("gain", gain) | {"verdict": stats.verdict(*gain[1:], "better", "worse")}
             rows.append(row)
-    return pandas.DataFrame(rows, columns=list(BY_K))
+    return pd.DataFrame(rows, columns=list(BY_K))
 
 
-def found_by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
+def found_by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
     """A sentence per budget and size: the exact answers at each k, and whether the ``usual`` size gives as many."""
     said = []
     compared = by_k(frame, usual).dropna(subset=["verdict"])
@@ -229,7 +244,7 @@ def found_by_k(frame: pandas.DataFrame, usual: tuple[int, int]) -> list[str]:
     return said
 
 
-def write(folder: Path, frame: pandas.DataFrame, manifest: Mapping[str, Any]) -> None:
+def write(folder: Path, frame: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
     """The table and its figure; with ``usual``, width and depth, among the settings of ``manifest`` the page compares.
 
     Raises OSError where they cannot be written.

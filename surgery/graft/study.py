@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -35,6 +35,7 @@ from surgery.models import loading as models
 from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.page import drawing
+from surgery.page.drawing import COLOURS
 from surgery.records import manifest as provenance
 from surgery.records import tables as frames
 from surgery.training import ledger
@@ -60,7 +61,6 @@ COLUMNS: dict[str, dict[str, str]] = {
     CURVES: RUN | fidelity.COLUMNS | training.CURVE,
     LEDGER: RUN | ledger.COLUMNS,
 }
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 CAPTION = (
     "Held-out loss against operations, those of the teacher left out and included, and tokens. Dashed: no training."
 )
@@ -69,7 +69,7 @@ CAPTION = (
 @dataclass(frozen=True)
 class Found:
     graft: Graft
-    methods: pandas.DataFrame
+    methods: pd.DataFrame
     sentences: list[str]
 
 
@@ -118,14 +118,28 @@ def run(
         pairs = graft.latents(
             stack, data.corpus, *span, folder / "latents", dtype=dtype, say=speak, progress=progress and main
         )
-    options: dict[str, Any] = {"answers": data.answers, "weigh": data.weigh, "accelerator": accelerator,
-                               "progress": progress}  # fmt: skip
+    options: dict[str, Any] = {
+        "answers": data.answers,
+        "weigh": data.weigh,
+        "accelerator": accelerator,
+        "progress": progress,
+    }
     shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
     grown = graft.train(
-        stack, pairs, unseen, folder / "training", depth=depth, d_mlp=d_mlp, n_heads=n_heads, d_model=d_model,
-        old=old, objective=objective, schedule=schedule, **options,
-    )  # fmt: skip
+        stack,
+        pairs,
+        unseen,
+        folder / "training",
+        depth=depth,
+        d_mlp=d_mlp,
+        n_heads=n_heads,
+        d_model=d_model,
+        old=old,
+        objective=objective,
+        schedule=schedule,
+        **options,
+    )
     made = {"graft": grown}
     if heal:
         speak(f"healing with {parts} unfrozen")
@@ -137,25 +151,29 @@ def run(
     for name, one in made.items():
         if main:
             rows.append(row(name, schedule.seed, one, judge(stack, one, pairs, data)))
-    methods = pandas.DataFrame(rows)
+    methods = pd.DataFrame(rows)
     sentences = found(methods, stack.n_layers) if main else []
     if main:
         manifest = provenance.manifest(
-            stack, unseen, seed=schedule.seed, span=list(span), found=sentences, objective=asdict(objective),
-            schedule=asdict(schedule), latents=dict(pairs.source),
-        )  # fmt: skip
+            stack,
+            unseen,
+            seed=schedule.seed,
+            span=list(span),
+            found=sentences,
+            objective=asdict(objective),
+            schedule=asdict(schedule),
+            latents=dict(pairs.source),
+        )
         write(folder, methods, {(name, schedule.seed): one for name, one in made.items()}, manifest)
     accelerator.wait_for_everyone()
     return Found(list(made.values())[-1], methods, sentences)
 
 
-def write(
-    folder: Path, methods: pandas.DataFrame, made: Mapping[tuple[str, int], Graft], manifest: dict[str, Any]
-) -> None:
+def write(folder: Path, methods: pd.DataFrame, made: Mapping[tuple[str, int], Graft], manifest: dict[str, Any]) -> None:
     """The three tables and the figure."""
 
-    def stacked(of: Callable[[Graft], pandas.DataFrame]) -> pandas.DataFrame:
-        return pandas.concat([of(one).assign(method=name, seed=seed) for (name, seed), one in made.items()])
+    def stacked(of: Callable[[Graft], pd.DataFrame]) -> pd.DataFrame:
+        return pd.concat([of(one).assign(method=name, seed=seed) for (name, seed), one in made.items()])
 
     tables = {
         METHODS: methods,
@@ -178,9 +196,10 @@ def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:
     every = pairs.moments(range(n - tenth), skip_first=False)  # later tokens attend to mapped first ones
     rows = []
     for name, affine in (
-        ("skip", linear_maps.skip), ("mean update", linear_maps.mean_update(fitted)),
+        ("skip", linear_maps.skip),
+        ("mean update", linear_maps.mean_update(fitted)),
         ("linear map", linear_maps.linear(every, chosen)),
-    ):  # fmt: skip
+    ):
         read = fidelity.measure(
             stack, data.heldout.to(stack.device), affine, pairs.start, pairs.stop, answers=data.answers
         )
@@ -188,7 +207,7 @@ def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Split) -> pandas.DataFrame:
+def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Split) -> pd.DataFrame:
     """``fidelity.of`` a trained model on the prompts that nothing was trained on."""
     stack, span = Stack(grown.model), (pairs.start, pairs.stop)
     return fidelity.of(teacher, stack, data.heldout.to(teacher.device), span, grown.span, answers=data.answers)
@@ -212,25 +231,39 @@ def step_operations(
     """
     with TemporaryDirectory() as folder:
         two = graft.fit(
-            teacher, student, span, pairs, data.heldout[:16], folder, schedule=replace(schedule, steps=2, every=2),
-            objective=objective, parts=parts, weigh=data.weigh, spent=ledger.Ledger(),
-        )  # fmt: skip
+            teacher,
+            student,
+            span,
+            pairs,
+            data.heldout[:16],
+            folder,
+            schedule=replace(schedule, steps=2, every=2),
+            objective=objective,
+            parts=parts,
+            weigh=data.weigh,
+            spent=ledger.Ledger(),
+        )
     return two.ledger.operations(teacher=True) / 2
 
 
-def row(method: str, seed: int, grown: Graft, read: pandas.DataFrame) -> dict[str, Any]:
+def row(method: str, seed: int, grown: Graft, read: pd.DataFrame) -> dict[str, Any]:
     """A trained model as a row of ``METHODS``."""
     last = grown.curve.iloc[-1]
-    spent = {"tokens": last["tokens"], "operations": last["operations"], "seconds": last["seconds"],
-             "operations_with_teacher": last["operations_with_teacher"], "steps": last["step"]}  # fmt: skip
+    spent = {
+        "tokens": last["tokens"],
+        "operations": last["operations"],
+        "seconds": last["seconds"],
+        "operations_with_teacher": last["operations_with_teacher"],
+        "steps": last["step"],
+    }
     return {"method": method, "seed": float(seed), "parameters": float(grown.parameters)} | _plain(read) | spent
 
 
-def _plain(read: pandas.DataFrame) -> dict[str, Any]:
+def _plain(read: pd.DataFrame) -> dict[str, Any]:
     return {str(name): value for name, value in read.iloc[0].items()}
 
 
-def found(methods: pandas.DataFrame, n_layers: int) -> list[str]:
+def found(methods: pd.DataFrame, n_layers: int) -> list[str]:
     """How close each method comes, in sentences."""
     first = methods.iloc[0]
     start, stop = int(first["start"]), int(first["stop"])
@@ -257,15 +290,16 @@ def _interval(one: Any, name: str, style: str) -> str:
     return number if np.isnan(low) else f"{number} [{low:{style}}, {high:{style}}]"
 
 
-def draw(curves: pandas.DataFrame, methods: pandas.DataFrame) -> Figure:
+def draw(curves: pd.DataFrame, methods: pd.DataFrame) -> Figure:
     """Held-out loss of every method against its operations, with the teacher's and without, and its tokens."""
     loss = "cross_entropy_answers" if "cross_entropy_answers" in curves else "cross_entropy"
     said = "nats per answer token" if loss.endswith("answers") else "nats per token"
     figure = Figure(figsize=(13, 4.9), layout="constrained")
     panels = {
-        "operations": "operations of training", "operations_with_teacher": "operations, teacher included",
+        "operations": "operations of training",
+        "operations_with_teacher": "operations, teacher included",
         "tokens": "tokens trained on",
-    }  # fmt: skip
+    }
     left = figure.subplots(1, len(panels), sharey=True)
     colours = dict(zip(curves["method"].unique(), COLOURS * 3))
     unseeded = methods[methods["seed"].isna()]
@@ -278,8 +312,15 @@ def draw(curves: pandas.DataFrame, methods: pandas.DataFrame) -> Figure:
             axes.plot(shown[x], shown[loss], color=colours[method], linewidth=1.4, label=method if first else None)
         for place, (_, one) in enumerate(free.iterrows()):
             axes.axhline(one[loss], color=drawing.FAINT, linestyle="--", linewidth=0.8)
-            axes.annotate(one["method"], (0.99 - 0.33 * place, one[loss]), xycoords=("axes fraction", "data"),
-                          ha="right", va="bottom", fontsize=8, color=drawing.FAINT)  # fmt: skip
+            axes.annotate(
+                one["method"],
+                (0.99 - 0.33 * place, one[loss]),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color=drawing.FAINT,
+            )
         if x in snapshots:
             axes.plot(snapshots[x], snapshots[loss], "x", color=drawing.INK, label="the whole model's own training")
         axes.axhline(methods[f"{loss}_original"].iloc[0], color=drawing.INK, linewidth=0.8)

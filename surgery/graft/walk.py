@@ -35,7 +35,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -183,10 +183,10 @@ class Walk:
         names = ("mean", "axes", "scale", "bank")
         return Walk(tuple(replace(r, **{n: getattr(r, n).to(device) for n in names}) for r in self.regions))
 
-    def described(self) -> pandas.DataFrame:
+    def described(self) -> pd.DataFrame:
         """A row per class of positions, see ``COLUMNS``."""
         rows = [(i, r.n_tokens, r.components, r.variance) for i, r in enumerate(self.regions)]
-        return pandas.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def classes(self, mask: Bool[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
         """Which region each position is of, counted from its prompt's first real token."""
@@ -273,8 +273,10 @@ def fit(
     [4]
     """
     if min(positions, bank, batch_size) < 1 or not 0 < variance <= 1 or (components is not None and components < 1):
-        raise ValueError("positions, bank, batch_size and components are 1 or more, variance above 0 and up to 1, got "
-                         f"{positions}, {bank}, {batch_size}, {components}, {variance}")  # fmt: skip
+        raise ValueError(
+            "positions, bank, batch_size and components are 1 or more, variance above 0 and up to 1, got "
+            f"{positions}, {bank}, {batch_size}, {components}, {variance}"
+        )
     generator = np.random.default_rng(seed)
     gathered = [Gathered(bank) for _ in range(positions)]
     for x, real in _batches(source, mask, prompts, batch_size):
@@ -377,8 +379,10 @@ def relabelled(
     Raises ValueError for a share outside 0 to 1, less than one copy, and a teacher that did not make the pairs.
     """
     if pairs.source["weights_sha256"] != teacher.sha256:
-        raise ValueError(f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
-                         f"{teacher.name}: it cannot relabel them; harvest them from it")  # fmt: skip
+        raise ValueError(
+            f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
+            f"{teacher.name}: it cannot relabel them; harvest them from it"
+        )
     return _augmented(pairs, teacher, walk, kind, share, copies, last, seed)
 
 
@@ -401,9 +405,7 @@ def _augmented(
     said = f"{regime}, {kind}, share={share}, copies={copies}, last={last}, seed={seed}, {_digest(walk)}"
     inherited = {f.name: getattr(pairs, f.name) for f in fields(Latents)}
     inherited |= {"lengths": pairs.lengths.repeat(copies), "source": {**pairs.source, "walk": said}}
-    return Augmented(
-        **inherited, pairs=pairs, walk=walk, kind=kind, share=share, last=last, seed=seed, teacher=teacher
-    )  # fmt: skip
+    return Augmented(**inherited, pairs=pairs, walk=walk, kind=kind, share=share, last=last, seed=seed, teacher=teacher)
 
 
 def _digest(walk: Walk) -> str:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -154,7 +154,7 @@ def run(
     share: float = 0.5,
     objective: Objective = Objective(),
     say: Callable[[str], Any] = lambda _: None,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row per amount of real tokens, method and seed: ``COLUMNS[METHODS]``. Held-out prompts are those of ``data``.
 
     Cost: training ``2 len(kinds) + 3`` middles for each amount and seed, and the original's span for what is
@@ -170,17 +170,27 @@ def run(
                 span = pairs.start, pairs.stop
                 student = layout.build(teacher.model, layout.middle(teacher.n_layers, *span), seed)
                 done = graft.fit(
-                    teacher, student, span, pairs, data.heldout, Path(folder) / place(name, amount, seed),
-                    schedule=planned, objective=objective, answers=data.answers, weigh=data.weigh,
-                )  # fmt: skip
+                    teacher,
+                    student,
+                    span,
+                    pairs,
+                    data.heldout,
+                    Path(folder) / place(name, amount, seed),
+                    schedule=planned,
+                    objective=objective,
+                    answers=data.answers,
+                    weigh=data.weigh,
+                )
                 one = study.row(name, seed, done, study.judge(teacher, done, pairs, data))
                 rows.append(one | {"real_tokens": float(amount), "harvested": float(pairs.n_tokens)})
-                say(f"{amount} tokens, seed {seed}, {name}: {one['damage']:+.3f} nats a token, unexplained "
-                    f"{one['unexplained']:.3f}")  # fmt: skip
-    return pandas.DataFrame(rows)
+                say(
+                    f"{amount} tokens, seed {seed}, {name}: {one['damage']:+.3f} nats a token, unexplained "
+                    f"{one['unexplained']:.3f}"
+                )
+    return pd.DataFrame(rows)
 
 
-def found(frame: pandas.DataFrame) -> list[str]:
+def found(frame: pd.DataFrame) -> list[str]:
     """Every method against the real pairs alone, then every walk against what it cost (``worth``)."""
     said = []
     for amount, missed in _missed(frame):
@@ -190,7 +200,7 @@ def found(frame: pandas.DataFrame) -> list[str]:
     return said + worth(frame)
 
 
-def worth(frame: pandas.DataFrame) -> list[str]:
+def worth(frame: pd.DataFrame) -> list[str]:
     """Does a relabelled walk help more than as much more real data, and more than as many more steps?"""
     said = []
     for amount, missed in _missed(frame):
@@ -204,7 +214,7 @@ def worth(frame: pandas.DataFrame) -> list[str]:
     return said
 
 
-def short(frame: pandas.DataFrame) -> list[str]:
+def short(frame: pd.DataFrame) -> list[str]:
     """Where more real got clearly less than the price of the relabelling, because there were no more real data."""
     said = []
     for amount, part in frame.groupby("real_tokens"):
@@ -219,7 +229,7 @@ def short(frame: pandas.DataFrame) -> list[str]:
     return said
 
 
-def draw(frame: pandas.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame) -> Figure:
     """Unexplained share and held-out loss over real tokens, a line per method: means, every seed as a dot."""
     loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
     of = "answer token" if loss.endswith("answers") else "token"
@@ -228,11 +238,19 @@ def draw(frame: pandas.DataFrame) -> Figure:
     styles = {LONGER: ":", MORE: "-."} | {name: "--" for name in names if name.endswith("unrelabelled")}
     figure = Figure(figsize=(11, 4.9), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for number, (name, colour) in enumerate(zip(names, study.COLOURS * 3)):
+        for number, (name, colour) in enumerate(zip(names, drawing.COLOURS * 3)):
             part, aside = frame[frame["method"] == name], 1.03 ** (number - (len(names) - 1) / 2)
             mean = part.groupby("real_tokens")[column].mean()
-            axes.plot(mean.index * aside, mean, styles.get(name, "-"), marker="_", markersize=9, color=colour,
-                      linewidth=1.4, label=name)  # fmt: skip
+            axes.plot(
+                mean.index * aside,
+                mean,
+                styles.get(name, "-"),
+                marker="_",
+                markersize=9,
+                color=colour,
+                linewidth=1.4,
+                label=name,
+            )
             axes.plot(part["real_tokens"] * aside, part[column], ".", color=colour)
         axes.set_xscale("log")
         axes.set_xticks(amounts, [f"{amount:,.0f}" for amount in amounts])
@@ -249,7 +267,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def write(folder: Path, tables: Mapping[str, pandas.DataFrame], manifest: Mapping[str, Any]) -> None:
+def write(folder: Path, tables: Mapping[str, pd.DataFrame], manifest: Mapping[str, Any]) -> None:
     """These of ``METHODS`` and ``MANIFOLD``, each with its figure. Raises OSError where they cannot be written."""
     for name, table in tables.items():
         figure = draw(table) if name == METHODS else manifold.figure(table)
@@ -257,14 +275,14 @@ def write(folder: Path, tables: Mapping[str, pandas.DataFrame], manifest: Mappin
         frames.save({(folder / name).with_suffix(".png"): drawing.png(figure)})
 
 
-def _missed(frame: pandas.DataFrame) -> Iterator[tuple[Any, pandas.DataFrame]]:
+def _missed(frame: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame]]:
     """For each amount of real tokens the unexplained share, a row per seed and a column per method in their order."""
     for amount, part in frame.groupby("real_tokens"):
         missed = part.pivot(index="seed", columns="method", values="unexplained")
         yield amount, missed[list(dict.fromkeys(part["method"]))]
 
 
-def _gain(differences: pandas.Series, above: str = "helps", below: str = "harms") -> tuple[str, str]:
+def _gain(differences: pd.Series, above: str = "helps", below: str = "harms") -> tuple[str, str]:
     mean, low, high = stats.t_interval(differences.dropna().to_numpy())
     text = f"{mean:+.3f}" if low != low else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     return text, stats.verdict(low, high, above, below)

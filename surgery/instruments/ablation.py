@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
@@ -72,11 +72,11 @@ class Damages:
         """Which row of ``margin`` and ``loss`` is about a set."""
         return {layers: row for row, layers in enumerate(self.sets)}
 
-    def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pandas.DataFrame:
+    def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
         """One row per set, with intervals over prompts: ``COLUMNS``."""
         n_prompts = self.margin.shape[1]
         draws = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
-        return pandas.DataFrame(
+        return pd.DataFrame(
             {"layers": " ".join(map(str, layers)), "n_layers": len(layers), "n_prompts": n_prompts}
             | columns("margin", draws @ self.margin[row])
             | columns("loss", draws @ self.loss[row])

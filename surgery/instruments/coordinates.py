@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,7 +55,7 @@ from surgery.models.stack import Context, Stack
 
 Stream = Float[Tensor, "*layer prompt pos d_model"]
 Mapped = Float[Tensor, "*layer prompt pos k"]
-Number = TypeVar("Number", float, Tensor, np.ndarray, pandas.Series)
+Number = TypeVar("Number", float, Tensor, np.ndarray, pd.Series)
 
 MEANINGS = {
     "raw": "the stream as it is",

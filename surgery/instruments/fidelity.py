@@ -31,7 +31,7 @@ arXiv 2411.19146) and stitching (Y. Bansal et al. 2021, arXiv 2106.07682: penalt
 from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -89,7 +89,7 @@ def measure(
     *,
     answers: Answers | None = None,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row, ``COLUMNS``: layers ``[start, stop)`` replaced by ``middle(x_start, context) -> x_stop``.
 
     ``middle`` gets the streams of a batch [prompt pos d_model], and the batch's context with its tokens; it is run
@@ -120,7 +120,7 @@ def measure(
         return found, run(stack, stop, stack.n_layers, found, context)
 
     row = _row(stack, stack, span, student, tokens, answers, sampling=sampling)
-    return pandas.DataFrame([{"start": start, "stop": stop} | row])
+    return pd.DataFrame([{"start": start, "stop": stop} | row])
 
 
 def of(
@@ -132,7 +132,7 @@ def of(
     *,
     answers: Answers | None = None,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The row of ``measure`` for a model as a whole, whose middle may be of another depth and its ends healed.
 
     ``student_span`` are its middle layers (empty, as in (4, 4), if it has none). It predicts with its own layers and
@@ -159,7 +159,7 @@ def of(
 
     row = _row(teacher, student, span, run_student, tokens, answers, sampling=sampling)
     spans = {"start": span[0], "stop": span[1], "student_start": first, "student_stop": last}
-    return pandas.DataFrame([spans | row])
+    return pd.DataFrame([spans | row])
 
 
 def run(stack: Stack, start: int, stop: int, x: Stream, context: Context) -> Stream:

@@ -41,7 +41,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
@@ -97,7 +97,7 @@ def pairs(
     *,
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``table`` of every pair of layers, taken out wholly and in part (``amount``): a row per pair, ``COLUMNS``.
 
     Cost in a model of L layers, twice: ``(L - 1)/2 + (L - 1)(L - 2)/6`` F, 1 F each for the
@@ -116,10 +116,9 @@ def pairs(
     if not 0 < amount < 1:
         raise ValueError(f"amount is what partial ablation takes out, between 0 and 1, got {amount}")
     full, partial = (
-        damage(
-            stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
+        damage(stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
         for share in (1.0, amount)
-    )  # fmt: skip
+    )
     return table(full, partial, measure, amount, sampling.resamples, sampling.seed, tolerance=stack.tolerance)
 
 
@@ -132,7 +131,7 @@ def table(
     seed: int = 0,
     *,
     tolerance: float = 1e-9,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """rho, delta and what speaks against them, of every pair whose damages are there. Cost: no forward pass.
 
     Deltas within ``tolerance`` of the largest damage are rounding and count as 0.
@@ -152,14 +151,14 @@ def table(
         decided = status == partial_status == "measured" and not np.isnan(row["rho_low"])
         row["saturating"] = _saturating(row, amount) if decided else "undecided"
         rows.append(row)
-    frame = pandas.DataFrame(rows)
+    frame = pd.DataFrame(rows)
     frame["q"] = _discoveries(torch.stack(deltas, 1).numpy(), seed)
     return frame
 
 
 def summary(
     full: Damages, measure: str = "margin", resamples: int = RESAMPLES, seed: int = 0, *, tolerance: float = 1e-9
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Mean rho and redundancy mass ``sum max(delta, 0) / sum |delta|`` of all pairs, with intervals: one row.
 
     Which pairs have a rho is decided once, on the estimates. The mass weighs every pair by its size, those inside noise
@@ -178,7 +177,7 @@ def summary(
     size = deltas.abs().sum(0)
     mass = torch.where(size > 0, deltas.clamp(min=0).sum(0) / size, torch.nan)
     row: dict[str, float] = {"n_prompts": value.shape[1], "n_pairs": len(found), "n_measured": len(rhos)}
-    return pandas.DataFrame([row | columns("mean_rho", mean) | columns("redundancy_mass", mass)])
+    return pd.DataFrame([row | columns("mean_rho", mean) | columns("redundancy_mass", mass)])
 
 
 def _pairs(damages: Damages) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ layer to layer: each writes something into the answer.
 
 from collections.abc import Callable, Iterator, Mapping
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from rich.progress import track
@@ -63,7 +63,7 @@ Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]
 
 def layers(
     stack: Stack, tokens: Tokens | Tensor, *, tuned: bool = True, ridge: float = 0.01, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Every lens at every layer against the model's own probabilities. Columns: ``COLUMNS``.
 
     ``tuned`` fits the translators on a random half of the prompts and measures all lenses on the other; else there is
@@ -91,7 +91,7 @@ def layers(
         for name, values in zip(MEASURES, sums, strict=True):
             row |= columns(name, draws @ values / count)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def logit(stack: Stack) -> dict[tuple[str, int], Translator]:

@@ -32,7 +32,7 @@ import itertools
 from collections import defaultdict
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -71,7 +71,7 @@ COLUMNS |= described(_MEASURES)
 
 def layers(
     stack: Stack, tokens: Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Block influence, cosine and size of every layer's update; with ``sublayers`` also of attention's and MLP's.
 
     Where attention and MLP read the same stream (GPT-J, GPT-NeoX) the MLP's update is still measured against the stream
@@ -88,7 +88,7 @@ def layers(
         for name, values in sums.items():
             row |= columns(name, draws @ values[layer] / count)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[str, Float[Tensor, "layer prompt"]]:
@@ -115,7 +115,7 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
 
 def angles(
     stack: Stack, tokens: Tokens | Tensor, max_length: int | None = None, *, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The angle, as a part of pi, between the streams at both ends of every span of 1 to ``max_length`` layers.
 
     At the last token of every prompt, as Gromov et al. have it. Cost: 1 F.
@@ -132,12 +132,12 @@ def angles(
             angle = cosine_similarity(stream[start], stream[stop]).clamp(-1, 1).arccos() / torch.pi
             row = {"start": start, "stop": stop, "n_prompts": len(tokens)}
             rows.append(row | columns("angle", draws @ angle / draws.sum(1)))
-    return pandas.DataFrame(rows, columns=["start", "stop", "n_prompts", "angle", "angle_low", "angle_high"])
+    return pd.DataFrame(rows, columns=["start", "stop", "n_prompts", "angle", "angle_low", "angle_high"])
 
 
 def linearity(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = 0.01, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """How well an affine map of the stream, fitted on half of the prompts, predicts every layer's update on the others.
 
     Below 0: worse than their mean. Give many more tokens than ``d_model``, or it reads low for want of data; ``ridge``
@@ -168,10 +168,10 @@ def linearity(
             variance = Moments.concatenate(moments[name, layer]).covariance(draws)
             row |= columns(name, 1 - ratio(draws @ missed[layer] / count, variance))
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
-def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pandas.DataFrame:
+def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """Centred kernel alignment of every two streams ``x_a``, ``x_b`` with ``a <= b``, from one random token a prompt.
 
     One, because the estimator takes its samples to be independent and tokens of one prompt are not. A resampled prompt
@@ -196,7 +196,7 @@ def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling(
     for a, b in itertools.combinations_with_replacement(range(len(kernels)), 2):
         found = ratio(_hsic(kernels[a], kernels[b], draws), (own[a] * own[b]).clamp(min=0).sqrt())
         rows.append({"layer_a": a, "layer_b": b, "n_prompts": len(tokens)} | columns("cka", found))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _hsic(

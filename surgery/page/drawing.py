@@ -4,8 +4,8 @@
 ``known_networks`` S on networks built to be parallel, serial and in between, beside the model's own. Each returns a
 matplotlib ``Figure``; ``png`` turns it into bytes. Colours are safe for the colour-blind.
 
->>> import pandas
->>> figure = windows(pandas.DataFrame({"start": [0, 1], "stop": [2, 3], "S": [0.4, 0.5], "R_over_N": [0.9, 1.1]}))
+>>> import pandas as pd
+>>> figure = windows(pd.DataFrame({"start": [0, 1], "stop": [2, 3], "S": [0.4, 0.5], "R_over_N": [0.9, 1.1]}))
 >>> png(figure)[1:4]
 b'PNG'
 """
@@ -14,7 +14,7 @@ import io
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
@@ -23,7 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 PRINTED_UP_TO = 16  # layers: beyond, a number no longer fits into its cell
-INK, FAINT, ACCENT = "#222222", "#555555", "#D55E00"
+# The one palette: Okabe and Ito's (2008), which the colour-blind can tell apart, and greys.
+INK, FAINT, GREY, PALE = "#222222", "#555555", "#999999", "#CCCCCC"
+ACCENT, BLUE, GREEN, PINK, ORANGE, SKY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+VIOLET = "#7B6BB0"
+COLOURS = (ACCENT, BLUE, GREEN, PINK, ORANGE, SKY, INK)  # of lines that are told apart by colour alone
 
 
 def png(figure: Figure) -> bytes:
@@ -34,7 +38,7 @@ def png(figure: Figure) -> bytes:
 
 
 def triangle(
-    figure: Figure, axes: Axes, frame: pandas.DataFrame, column: str, n_layers: int, colours: str, norm: Normalize
+    figure: Figure, axes: Axes, frame: pd.DataFrame, column: str, n_layers: int, colours: str, norm: Normalize
 ) -> Colorbar:
     """A column of windows as cells, first layer across, last layer up."""
     starts, stops = frame["start"].to_numpy(int), frame["stop"].to_numpy(int)
@@ -60,19 +64,19 @@ def _print(axes: Axes, grid: np.ndarray, image: ScalarMappable) -> None:
         axes.text(start, stop, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
 
 
-def line(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+def line(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour: str, label: str) -> None:
     """A column by layer, its interval shaded."""
     axes.fill_between(layers, frame[f"{name}_low"], frame[f"{name}_high"], color=colour, alpha=0.25, linewidth=0)
     axes.plot(layers, frame[name], "o-", color=colour, markersize=4, linewidth=1.6, label=f"{label} (95 % interval)")
 
 
-def band(axes: Axes, layers: np.ndarray, frame: pandas.DataFrame, name: str, colour: str, label: str) -> None:
+def band(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour: str, label: str) -> None:
     """The interval of a null by layer."""
     low, high = (frame.get(f"{name}_{end}", frame[name]) for end in ("low", "high"))
     axes.fill_between(layers, low, high, color=colour, alpha=0.4, linewidth=1.2, edgecolor=colour, label=label)
 
 
-def whiskers(axes: Axes, x: np.ndarray, frame: pandas.DataFrame, name: str, size: int, **style: Any) -> None:
+def whiskers(axes: Axes, x: np.ndarray, frame: pd.DataFrame, name: str, size: int, **style: Any) -> None:
     """A column as markers with their intervals."""
     low, high = (np.abs(frame[name] - frame.get(f"{name}_{end}", frame[name])) for end in ("low", "high"))
     axes.errorbar(x, frame[name], yerr=[low, high], linestyle="none", markersize=size, linewidth=1, alpha=0.8, **style)

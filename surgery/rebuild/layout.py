@@ -332,8 +332,9 @@ def _sizes_of(model: TransformerBridge, own: Sequence[Size], rows: Sequence[Row]
         return None if size == getattr(configured, name) and name != "d_model" else size  # maps there are nonetheless
 
     found = [Size(over(row, "d_mlp"), over(row, "n_heads"), over(row, "d_model")) for row in rows]
-    entered, left = ([row.d_model is None and getattr(own[row.like], border) for row in rows]
-                     for border in ("enters", "leaves"))  # what a layer carries it keeps  # fmt: skip
+    entered, left = (
+        [row.d_model is None and getattr(own[row.like], border) for row in rows] for border in ("enters", "leaves")
+    )  # what a layer carries it keeps
     for place, size in enumerate(found):
         before, after = (found[there].d_model if 0 <= there < len(found) else None for there in (place - 1, place + 1))
         if size.d_model is not None:

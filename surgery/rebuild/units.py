@@ -217,8 +217,10 @@ class Writer:
         """The module that is given what the units write, or what the experts are to make of it."""
         experts = self.module
         if self.rows.ndim == 4 and (experts.has_bias or experts.is_transposed or not experts.has_gate):
-            raise ModelError(f"{self.what} has fused experts that are turned, have biases or no gate, which cannot be "
-                             "heard: say by='magnitude'")  # fmt: skip
+            raise ModelError(
+                f"{self.what} has fused experts that are turned, have biases or no gate, which cannot be "
+                "heard: say by='magnitude'"
+            )
         return experts
 
     def written(

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -208,7 +208,7 @@ def drop(model: TransformerBridge, layers: Sequence[int]) -> TransformerBridge:
     return layout.build(model, [Row(layer) for layer in kept])
 
 
-def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int = 3) -> pandas.DataFrame:
+def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int = 3) -> pd.DataFrame:
     """How far the logits are from the model's when a part of it is doubled: a row for each model and part, ``COLUMNS``.
 
     Cost: about 80 F on two short random prompts for each model.
@@ -229,7 +229,7 @@ def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int
             except ModelError as error:
                 refused = str(error)
             rows.append((name, part, str(stack.dtype).removeprefix("torch."), difference, refused))
-    return pandas.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

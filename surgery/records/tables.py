@@ -7,9 +7,9 @@ A file appears under its final name whole or not at all: it is written under a t
 flushed to the disk, and renamed. The manifest is renamed first, so a CSV file never stands without one, and ``read``
 compares the hash, so a CSV file that was edited or replaced afterwards is noticed.
 
->>> import pandas, tempfile
+>>> import pandas as pd, tempfile
 >>> folder = tempfile.mkdtemp()
->>> path = write(pandas.DataFrame({"start": [1], "stop": [3], "S": [0.1]}), f"{folder}/series_windows.csv", {"seed": 0})
+>>> path = write(pd.DataFrame({"start": [1], "stop": [3], "S": [0.1]}), f"{folder}/series_windows.csv", {"seed": 0})
 >>> read(path)["S"].tolist()
 [0.1]
 """
@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas as pd
 
 _REASONS = {
     errno.ENOSPC: "there is no space left on the disk",
@@ -87,7 +87,7 @@ def folder(path: str | Path) -> Path:
 
 
 def write(
-    frame: pandas.DataFrame,
+    frame: pd.DataFrame,
     path: str | Path,
     manifest: Mapping[str, Any],
     columns: Mapping[str, str],
@@ -118,7 +118,7 @@ def write(
     return path
 
 
-def read(path: str | Path) -> pandas.DataFrame:
+def read(path: str | Path) -> pd.DataFrame:
     """The frame that ``write`` wrote, float for float.
 
     Raises ``ValueError`` if the file is missing, has no manifest, or is not the one its manifest describes.
@@ -129,18 +129,18 @@ def read(path: str | Path) -> pandas.DataFrame:
         raise ValueError(
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
-    words = pandas.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
+    words = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
     kinds = manifest["types"]
     flags = {name: words[name] == "True" for name, kind in kinds.items() if kind == "flag"}
     return words.assign(**flags).astype({name: kind for name, kind in kinds.items() if kind in ("int", "float")})
 
 
-def _type(values: pandas.Series) -> str:
-    if pandas.api.types.is_bool_dtype(values):
+def _type(values: pd.Series) -> str:
+    if pd.api.types.is_bool_dtype(values):
         return "flag"
-    if pandas.api.types.is_integer_dtype(values):
+    if pd.api.types.is_integer_dtype(values):
         return "int"
-    return "float" if pandas.api.types.is_numeric_dtype(values) else "text"
+    return "float" if pd.api.types.is_numeric_dtype(values) else "text"
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -101,7 +101,7 @@ def noise(
     centred: bool = True,
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row per pair of depths: ``noise`` and ``unexplained`` of the map between them, and their intervals.
 
     Neighbouring depths also have ``excess_kurtosis`` and ``isotropy``; the others NaN. ``null`` is one of ``NULLS``;
@@ -131,7 +131,7 @@ def noise(
         row |= columns("excess_kurtosis", residuals.kurtosis(start, draws) if near else torch.full((1,), math.nan))
         row["isotropy"] = components.isotropy(start) if near else math.nan
         rows.append(row | {"n_components": min(components.rank[start], components.rank[stop])} | _size(ensemble, stack))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def fit(
@@ -146,7 +146,7 @@ def fit(
     centred: bool = True,
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The exponential through the noise of all pairs of depths from ``first`` to ``last``: a row per network.
 
     The first row is the model; those of the nulls follow, and of ``untrained`` if given. Columns: ``network``,
@@ -174,7 +174,7 @@ def fit(
     for name, network, null in networks:
         found = _measure(network, ensemble, null, centred).fit(first, last, draws)
         rows.append({"network": name} | found | _size(ensemble, network))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def growth(
@@ -184,7 +184,7 @@ def growth(
     first: int = 1,
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row per layer: how long the stream is that enters, by what factor the layer lengthens it, and the fit.
 
     ``norm_growth_fitted`` is ``exp`` of the slope of ``ln norm`` over depths from ``first`` to the last. All tokens
@@ -216,7 +216,7 @@ def growth(
         row: dict[str, Any] = {"layer": layer} | columns("norm", log[:, layer].exp())
         row |= columns("norm_growth", (log[:, layer + 1] - log[:, layer]).exp())
         rows.append(row | fitted | {"n_prompts": len(ensemble.tokens)})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 # --- pure statistics --------------------------------------------------------------------------------------------------

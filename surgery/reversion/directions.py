@@ -44,7 +44,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -96,7 +96,7 @@ def layers(
     draws: int = 4,
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row for every layer and each of its ``components`` directions (fewer if the stream has fewer): ``COLUMNS``.
 
     ``ridge`` is a penalty to use instead of the one that cross-validation chooses. ``draws`` exchanges of updates make
@@ -128,10 +128,10 @@ def layers(
             Regression(*(totals[layer, draw, field.name] for field in fields(Regression))) for draw in range(draws + 1)
         )
         rows += _describe(layer, step, *sums, ridge=ridge, resampled=resampled, rounding=rounding)
-    return pandas.DataFrame(rows).assign(n_units=units)[list(COLUMNS)]
+    return pd.DataFrame(rows).assign(n_units=units)[list(COLUMNS)]
 
 
-def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per layer of ``layers``: how many directions revert, persist and grow, and how much of the stream varies
     along them.
 
@@ -153,7 +153,7 @@ def summary(frame: pandas.DataFrame) -> pandas.DataFrame:
         row |= {verdict: int((part.verdict == verdict).sum()) for verdict in VERDICTS}
         row |= {f"share_{verdict}": part.share[part.verdict == verdict].sum() for verdict in VERDICTS}
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def verdict(low: float, high: float, null_low: float, null_high: float, rounding: float = 0.0) -> str:

@@ -1,28 +1,42 @@
 """The figures of mean reversion, from its tables: by coordinate, by window, by direction, along the way, and the noise.
 
->>> import pandas
->>> frame = pandas.DataFrame({"layer": [1, 2], "kappa": [0.1, 0.2], "kappa_low": 0.0, "kappa_high": 0.3})
+>>> import pandas as pd
+>>> frame = pd.DataFrame({"layer": [1, 2], "kappa": [0.1, 0.2], "kappa_low": 0.0, "kappa_high": 0.3})
 >>> len(coordinates(frame.assign(coordinates="raw")).axes)
 1
 """
 
 import matplotlib
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from surgery.page.drawing import ACCENT, FAINT, INK, band, line, triangle, whiskers
+from surgery.page.drawing import (
+    ACCENT,
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PINK,
+    SKY,
+    band,
+    line,
+    triangle,
+    whiskers,
+)
 
-BLUE = "#0072B2"
 KINDS = {
     "difference": ("towards another token", ACCENT),
     "random": ("random", BLUE),
-    "principal": ("principal", "#009E73"),
+    "principal": ("principal", GREEN),
 }
-VERDICTS = {"reverts": "#D55E00", "persists": "#999999", "grows": "#0072B2", "undecided": "#CCCCCC"}
+VERDICTS = {"reverts": ACCENT, "persists": GREY, "grows": BLUE, "undecided": PALE}
 TITLES = {
     "raw": "the stream itself",
     "normalised": "every token divided by its own length",
@@ -31,7 +45,7 @@ TITLES = {
 }
 
 
-def coordinates(frame: pandas.DataFrame) -> Figure:
+def coordinates(frame: pd.DataFrame) -> Figure:
     """kappa by layer in every coordinate, its nulls shaded: ``reversion.layers`` with a column ``coordinates``."""
     names = frame["coordinates"].drop_duplicates().tolist()
     figure = Figure(figsize=(11, 2.6 * len(names) + 0.8), layout="constrained")
@@ -54,7 +68,7 @@ def coordinates(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def windows(frame: pandas.DataFrame) -> Figure:
+def windows(frame: pd.DataFrame) -> Figure:
     """The variance ratio of every window and its kappa beyond the random walks; first layer across, last layer up."""
     n_layers = int(frame["stop"].max())
     side = float(np.clip(0.42 * n_layers + 1.6, 3.6, 8.0))
@@ -72,7 +86,7 @@ def windows(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def directions(frame: pandas.DataFrame) -> Figure:
+def directions(frame: pd.DataFrame) -> Figure:
     """Above, the rates at which deviations along a layer's directions decay, against updates of other tokens; below,
     the eigenvalues of what one layer leaves of them, on the complex plane."""
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -82,7 +96,7 @@ def directions(frame: pandas.DataFrame) -> Figure:
     by_layer = shown.groupby("layer")["decay_null"]
     low = shown.groupby("layer")["decay_null_low"].min() if "decay_null_low" in shown else by_layer.min()
     high = shown.groupby("layer")["decay_null_high"].max() if "decay_null_high" in shown else by_layer.max()
-    style = {"color": "#56B4E9", "alpha": 0.35, "linewidth": 0}
+    style = {"color": SKY, "alpha": 0.35, "linewidth": 0}
     for layer, label in zip(layers, ["null: updates of other tokens"] + [None] * len(layers)):
         above.fill_between([layer - 0.38, layer + 0.38], low[layer], high[layer], label=label, **style)
     for verdict, colour in VERDICTS.items():
@@ -99,9 +113,12 @@ def directions(frame: pandas.DataFrame) -> Figure:
     circle = np.linspace(0, np.pi, 200)
     below.plot(np.cos(circle), np.sin(circle), color=INK, linewidth=0.8, label="1: neither grows nor decays")
     points = below.scatter(
-        shown["modulus"] * np.cos(shown["angle"]), shown["modulus"] * np.sin(shown["angle"]), c=shown["layer"], s=14,
+        shown["modulus"] * np.cos(shown["angle"]),
+        shown["modulus"] * np.sin(shown["angle"]),
+        c=shown["layer"],
+        s=14,
         cmap="viridis",
-    )  # fmt: skip
+    )
     figure.colorbar(points, ax=below, label="layer", shrink=0.9)
     below.set_aspect("equal")
     below.set(xlabel="real part", ylabel="imaginary part")
@@ -111,7 +128,7 @@ def directions(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def returns(frame: pandas.DataFrame, size: float | None = None) -> Figure:
+def returns(frame: pd.DataFrame, size: float | None = None) -> Figure:
     """What is left of a displacement made at a layer, layer by layer: its length above, its own direction below."""
     size = float(frame["size"].min()) if size is None else size
     shown = frame[frame["size"] == size]
@@ -151,10 +168,10 @@ def _finish(axes: Axes, integer: bool = True) -> None:
 
 
 NULLS = {
-    "kappa_rotated": ("updates rotated", "#999999"),
-    "kappa_token_shuffled": ("updates of other tokens", "#56B4E9"),
-    "kappa_order_shuffled": ("layers in random order", "#E69F00"),
-    "kappa_untrained": ("untrained weights", "#009E73"),
+    "kappa_rotated": ("updates rotated", GREY),
+    "kappa_token_shuffled": ("updates of other tokens", SKY),
+    "kappa_order_shuffled": ("layers in random order", ORANGE),
+    "kappa_untrained": ("untrained weights", GREEN),
 }
 
 
@@ -165,7 +182,7 @@ CAUSAL = {
 }
 
 
-def by_layer(frame: pandas.DataFrame) -> Figure:
+def by_layer(frame: pd.DataFrame) -> Figure:
     """kappa and psi by layer from layer 1 on, with intervals; kappa's nulls as bands, the causal kappas as markers."""
     shown = frame[frame["layer"] >= 1] if len(frame) > 1 else frame
     layers = shown["layer"].to_numpy()
@@ -178,12 +195,12 @@ def by_layer(frame: pandas.DataFrame) -> Figure:
     for place, (name, (label, marker)) in enumerate(CAUSAL.items()):
         if name in shown and shown[name].notna().any():
             x = layers + offset * (place - 1)
-            whiskers(above, x, shown, name, marker=marker, color="#CC79A7", label=f"by intervention: {label}", size=4)
+            whiskers(above, x, shown, name, marker=marker, color=PINK, label=f"by intervention: {label}", size=4)
     line(above, layers, shown, "kappa", ACCENT, "kappa of the model")
     above.axhline(0, color=INK, linewidth=0.8)
     above.set_ylabel("kappa (fraction of a deviation\nundone by one layer)")
     above.set_title("Mean reversion by depth: kappa, with what the nulls give shaded", loc="left")
-    line(below, layers, shown, "psi", "#0072B2", "psi of the model")
+    line(below, layers, shown, "psi", BLUE, "psi of the model")
     below.axhline(0, color=INK, linewidth=0.8, label="0: random walk")
     below.axhline(1, color=INK, linewidth=0.8, linestyle="--", label="1: variance stationary")
     below.set_ylabel("psi (2 kappa / r²)")

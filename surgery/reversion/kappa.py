@@ -43,7 +43,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -109,7 +109,7 @@ def layers(
     coordinates: str = "raw",
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row per layer: how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
 
     ``coordinates`` are those of ``surgery.instruments.coordinates`` in which the stream is seen; in other than ``raw`` nothing is
@@ -189,7 +189,7 @@ def layers(
             for kind, response in found.items():
                 row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
             row["restoring"] = restoring(row, rounding)
-    return pandas.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=n_massive)
+    return pd.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=n_massive)
 
 
 def restoring(row: dict, rounding: float = 0.0) -> str:

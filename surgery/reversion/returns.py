@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -93,7 +93,7 @@ def curves(
     frozen: bool = False,
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row for every layer moved (all if ``layers`` are not given), layer run since, kind and size: ``COLUMNS``.
 
     ``draws`` tokens of every prompt are moved, one at a time; along the principal components, draw ``i`` takes the
@@ -148,15 +148,15 @@ def curves(
                     row |= columns("remaining", ratio(square[:, q], square[:, 0]).sqrt())
                     row |= columns("spread", ratio(spread[:, q], square[:, 0]).sqrt())
                     rows.append(row)
-    return pandas.DataFrame(rows)[list(COLUMNS)]
+    return pd.DataFrame(rows)[list(COLUMNS)]
 
 
-def half_way(frame: pandas.DataFrame) -> pandas.DataFrame:
+def half_way(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for every layer, kind and size of ``curves``: where half is back, and what there is in the end
     (``HALF_WAY_COLUMNS``).
 
     >>> curve = {"q": [1, 2, 3], "along": [0.7, 0.49, 0.34], "along_low": 0.0, "along_high": 1.0}
-    >>> frame = pandas.DataFrame({"layer": 0, "kind": "random", "size": 1.0, "remaining": 1.0, "spread": 1.0} | curve)
+    >>> frame = pd.DataFrame({"layer": 0, "kind": "random", "size": 1.0, "remaining": 1.0, "spread": 1.0} | curve)
     >>> half_way(frame).half_way.item()
     2.0
     """
@@ -170,7 +170,7 @@ def half_way(frame: pandas.DataFrame) -> pandas.DataFrame:
             | {"half_way": float(below.min()) if len(below) else math.nan}
             | {name: last[name] for name in ("along", "remaining", "spread")}
         )
-    return pandas.DataFrame(rows)[list(HALF_WAY_COLUMNS)]
+    return pd.DataFrame(rows)[list(HALF_WAY_COLUMNS)]
 
 
 def _spreads(stack: Stack, ensemble: Ensemble) -> list[float]:

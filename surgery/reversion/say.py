@@ -3,18 +3,18 @@
 As in ``surgery.page.phrases`` a sentence claims something only when an interval lies wholly on one side, by more than
 rounding, and nulls speak before numbers do: reversion is what exceeds random walks with updates of the same size.
 
->>> import pandas
+>>> import pandas as pd
 >>> row = {"series": "model", "span": "all", "start": 1, "stop": 9, "within": 0.5, "within_walk": 0.7}
 >>> pooled = {"pooled": 0.9, "pooled_low": 0.8, "pooled_high": 0.95}
 >>> ends = {"within_excess": -0.2, "within_excess_low": -0.3, "within_excess_high": -0.1}
->>> panel(pandas.DataFrame([row | pooled | ends]))[0].split(": ")[-1]
+>>> panel(pd.DataFrame([row | pooled | ends]))[0].split(": ")[-1]
 'shocks are taken back faster than there.'
 """
 
 import math
 from collections.abc import Sequence
 
-import pandas
+import pandas as pd
 
 from surgery.page.phrases import few_prompts, layers, number
 from surgery.reversion.directions import PERSISTS
@@ -33,7 +33,7 @@ _NETWORK = {
 }
 
 
-def coordinates(frame: pandas.DataFrame) -> list[str]:
+def coordinates(frame: pd.DataFrame) -> list[str]:
     """One sentence for every coordinate but the raw one: where kappa exceeds its nulls (``reversion.layers``)."""
     sentences = []
     for name in (name for name in SEEN if name in set(frame["coordinates"])):
@@ -53,7 +53,7 @@ def coordinates(frame: pandas.DataFrame) -> list[str]:
     return sentences
 
 
-def windows(frame: pandas.DataFrame) -> list[str]:
+def windows(frame: pd.DataFrame) -> list[str]:
     """Do later layers undo earlier ones, all from layer 1 on and all but the last (``trajectories.windows``)?"""
     last = frame["stop"].max()
     whole = frame[(frame["start"] == 1) & (frame["stop"] >= max(last - 1, 3))].sort_values("stop", ascending=False)
@@ -64,7 +64,7 @@ def windows(frame: pandas.DataFrame) -> list[str]:
     ]
 
 
-def panel(frame: pandas.DataFrame) -> list[str]:
+def panel(frame: pd.DataFrame) -> list[str]:
     """Do deviations from one mean live shorter than in a random walk, and those from a mean of each token's own?
 
     (``trajectories.panel``.) A stream that runs straight to one mean has no shocks: then only the first says so.
@@ -72,13 +72,13 @@ def panel(frame: pandas.DataFrame) -> list[str]:
     sentences = []
     for _, row in _whole(frame).iterrows():
         span = layers(range(int(row["start"]), int(row["stop"])))
-        if pandas.isna(row["pooled"]):
+        if pd.isna(row["pooled"]):
             sentences.append(f"As one autoregression over {span} the stream cannot be read: it does not vary.")
             continue
         common = {-1: "deviations are taken back", 0: _UNTOLD, 1: "deviations grow"}[_pooled(row, frame)]
-        own = {
-            -1: "shocks are taken back faster than there", 0: _UNTOLD, 1: "shocks live on longer than there"
-        }[_within(row, frame)]  # fmt: skip
+        own = {-1: "shocks are taken back faster than there", 0: _UNTOLD, 1: "shocks live on longer than there"}[
+            _within(row, frame)
+        ]
         sentences.append(
             f"As one autoregression over {span}, phi is {number(row, 'pooled')} about one mean for all tokens "
             f"(a random walk: 1{_beside(frame, 'pooled')}): {common}. With a mean for every token it is "
@@ -88,7 +88,7 @@ def panel(frame: pandas.DataFrame) -> list[str]:
     return sentences
 
 
-def directions(frame: pandas.DataFrame) -> list[str]:
+def directions(frame: pd.DataFrame) -> list[str]:
     """How many directions revert, persist and grow (``directions.layers``)."""
     shown = _later(frame)
     shown = shown[shown["decay"].notna()]
@@ -98,9 +98,13 @@ def directions(frame: pandas.DataFrame) -> list[str]:
     reverting = shown[shown["verdict"] == "reverts"]
     where = f" ({layers(set(reverting['layer']))})" if len(reverting) else ""
     predicted = shown.drop_duplicates("layer")["R2"].median()
-    drift = "" if math.isnan(predicted) else (
-        f"; the drift predicts {predicted:.2f} of an update's variance in them on held-out prompts (median over layers)"
-    )  # fmt: skip
+    drift = (
+        ""
+        if math.isnan(predicted)
+        else (
+            f"; the drift predicts {predicted:.2f} of an update's variance in them on held-out prompts (median over layers)"
+        )
+    )
     return [
         f"Of {len(shown)} directions looked at, the top principal ones of every layer, {count.get('reverts', 0)} "
         f"revert{where}, {count.get('grows', 0)} grow, {count.get('persists', 0)} do neither, and of "
@@ -108,7 +112,7 @@ def directions(frame: pandas.DataFrame) -> list[str]:
     ]
 
 
-def returns(frame: pandas.DataFrame) -> list[str]:
+def returns(frame: pd.DataFrame) -> list[str]:
     """What is left of displacements at the end of the model (``returns.curves``)."""
     sentences = []
     small = frame[(frame["size"] == frame["size"].min()) & frame["remaining"].notna()]
@@ -134,9 +138,9 @@ def returns(frame: pandas.DataFrame) -> list[str]:
     return sentences
 
 
-def ends(row: pandas.Series) -> str:
+def ends(row: pd.Series) -> str:
     """Whether reversion is stronger in the ends (``trajectories.ends``): kappa, and kappa beyond the walks."""
-    if pandas.isna(row["difference"]):
+    if pd.isna(row["difference"]):
         return (
             "Whether reversion is stronger in the ends could not be asked: a part has no layer, or the stream does not "
             "vary."
@@ -148,7 +152,7 @@ def ends(row: pandas.Series) -> str:
         ("ends", "middle", [row[f"{name}_low"] for name in both]),
         ("middle", "ends", [-row[f"{name}_high"] for name in both]),
     ):
-        if min(sides) > ROUNDING and not any(map(pandas.isna, sides)):
+        if min(sides) > ROUNDING and not any(map(pd.isna, sides)):
             if row[f"kappa_{place}_low"] > 0:
                 return f"Reversion is stronger in the {place}: {values}."
             if row[f"kappa_{place}_high"] < 0:
@@ -157,11 +161,11 @@ def ends(row: pandas.Series) -> str:
     return f"Whether reversion is stronger in the ends could not be told: {values}."
 
 
-def noise(frame: pandas.DataFrame) -> list[str]:
+def noise(frame: pd.DataFrame) -> list[str]:
     """Lines of thought: the exponent of the noise beside its nulls (``lines_of_thought.fit``)."""
     rows = {str(row["network"]): row for _, row in frame.iterrows()}
     own = rows["model"]
-    if pandas.isna(own["lambda"]):
+    if pd.isna(own["lambda"]):
         return [
             "Lines of thought: a rotation and stretch of the cloud leaves no noise over at two depths or more, so none "
             "grows."
@@ -185,7 +189,7 @@ def noise(frame: pandas.DataFrame) -> list[str]:
     ]
 
 
-def answer(raw: pandas.DataFrame, whole: pandas.DataFrame | None, drift: pandas.DataFrame | None) -> str:
+def answer(raw: pd.DataFrame, whole: pd.DataFrame | None, drift: pd.DataFrame | None) -> str:
     """Reverts, does not, or only in these layers and directions: from layers (with causes), panel and directions.
 
     It reverts where every layer from 1 on restores and the panel, if there is one, agrees about one mean for all
@@ -228,7 +232,7 @@ def answer(raw: pandas.DataFrame, whole: pandas.DataFrame | None, drift: pandas.
 _UNTOLD = "this could not be told from a random walk"
 
 
-def _later(frame: pandas.DataFrame) -> pandas.DataFrame:
+def _later(frame: pd.DataFrame) -> pd.DataFrame:
     """All but layer 0, which starts from the bare embedding, unless there is no other."""
     return frame[frame["layer"] > 0] if frame["layer"].max() > 0 else frame
 
@@ -237,24 +241,24 @@ def _of_layers(count: int, total: int) -> str:
     return f"{count or 'none'} of {total} layer{'s' * (total != 1)}"
 
 
-def _whole(frame: pandas.DataFrame) -> pandas.DataFrame:
+def _whole(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame["series"] == "model") & (frame["span"] == "all")]
 
 
-def _pooled(row: pandas.Series, frame: pandas.DataFrame) -> int:
+def _pooled(row: pd.Series, frame: pd.DataFrame) -> int:
     return _side(row, frame, "pooled", 1.0)
 
 
-def _within(row: pandas.Series, frame: pandas.DataFrame) -> int:
+def _within(row: pd.Series, frame: pd.DataFrame) -> int:
     return _side(row, frame, "within_excess", 0.0)
 
 
-def _over_all(row: pandas.Series, frame: pandas.DataFrame) -> int:
+def _over_all(row: pd.Series, frame: pd.DataFrame) -> int:
     """-1 taken back, 1 growing: about the common mean or, where that is not told, about a mean of each token's own."""
     return _pooled(row, frame) or min(_within(row, frame), 0)
 
 
-def _side(row: pandas.Series, frame: pandas.DataFrame, name: str, walk: float) -> int:
+def _side(row: pd.Series, frame: pd.DataFrame, name: str, walk: float) -> int:
     """-1 below what a walk reads and below the walks' own intervals, 1 above them all, 0 if it could not be told."""
     walks = _of_walks(frame)
     if row[f"{name}_high"] < min([walk, *walks.get(f"{name}_low", [])]) - ROUNDING:
@@ -262,23 +266,23 @@ def _side(row: pandas.Series, frame: pandas.DataFrame, name: str, walk: float) -
     return int(row[f"{name}_low"] > max([walk, *walks.get(f"{name}_high", [])]) + ROUNDING)
 
 
-def _of_walks(frame: pandas.DataFrame) -> pandas.DataFrame:
+def _of_walks(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["series"].isin(WALKS) & (frame["span"] == "all")]
 
 
-def _beside(frame: pandas.DataFrame, name: str) -> str:
+def _beside(frame: pd.DataFrame, name: str) -> str:
     read = [number(row, name) for _, row in _of_walks(frame).iterrows()]
     return f"; walks of its updates {' and '.join(read)}" if read else ""
 
 
-def _walks(row: pandas.Series) -> str:
+def _walks(row: pd.Series) -> str:
     if "variance_ratio_rotated" not in row:
         return ""
     read = [f"{row[f'variance_ratio_{name}']:.2f}" for name in WALKS]
     return f" (random walks {' and '.join(read)}; 1 is no memory)"
 
 
-def _momentum(row: pandas.Series) -> str:
+def _momentum(row: pd.Series) -> str:
     lows, highs = _of(row, "low"), _of(row, "high")
     if not lows:
         return "to be compared with random walks"
@@ -289,12 +293,12 @@ def _momentum(row: pandas.Series) -> str:
     return "whether later layers undo or continue earlier ones could not be told"
 
 
-def _of(row: pandas.Series, end: str) -> Sequence[float]:
+def _of(row: pd.Series, end: str) -> Sequence[float]:
     names = [f"variance_ratio_excess_{name}_{end}" for name in WALKS]
     return [float(row[name]) for name in names if name in row]
 
 
-def by_layer(frame: pandas.DataFrame) -> list[str]:
+def by_layer(frame: pd.DataFrame) -> list[str]:
     """Up to four sentences about ``reversion_layers``: kappa against its nulls, displacing the stream, psi."""
     frame = _without_first(frame)
     reverting = frame[frame["kappa_excess_low"] > 0]
@@ -327,7 +331,7 @@ def by_layer(frame: pandas.DataFrame) -> list[str]:
     return sentences
 
 
-def limits(frame: pandas.DataFrame) -> list[str]:
+def limits(frame: pd.DataFrame) -> list[str]:
     """What ``reversion_layers`` cannot tell."""
     notes = [
         "kappa is a regression over tokens: it becomes a restoring force only where displacing the stream agrees. "
@@ -351,18 +355,18 @@ def limits(frame: pandas.DataFrame) -> list[str]:
     return notes + few_prompts(frame)
 
 
-def _range(values: pandas.Series) -> str:
+def _range(values: pd.Series) -> str:
     low, high = f"{values.min():.3f}", f"{values.max():.3f}"
     return low if low == high else f"{low} to {high}"
 
 
-def _chance(reverting: pandas.DataFrame, frame: pandas.DataFrame) -> str:
+def _chance(reverting: pd.DataFrame, frame: pd.DataFrame) -> str:
     if len(reverting) > max(1.0, 0.05 * len(frame)):
         return ""
     return f" With {len(frame)} intervals of 95 %, so few would be no surprise where there is none."
 
 
-def _causal(reverting: pandas.DataFrame) -> str:
+def _causal(reverting: pd.DataFrame) -> str:
     if "restoring" not in reverting:
         return "Whether they restore a displaced stream was not measured."
     agreed = reverting[reverting["restoring"] == "yes"]
@@ -376,7 +380,7 @@ def _causal(reverting: pandas.DataFrame) -> str:
     return f"Displacing the stream confirms a restoring pull {confirmed}{against}; the others stay correlations."
 
 
-def _spread(reverting: pandas.DataFrame) -> str:
+def _spread(reverting: pd.DataFrame) -> str:
     growing = reverting[reverting["psi_high"] < 1]
     shrinking = reverting[reverting["psi_low"] > 1]
     parts = []
@@ -393,5 +397,5 @@ def _spread(reverting: pandas.DataFrame) -> str:
     )
 
 
-def _without_first(frame: pandas.DataFrame) -> pandas.DataFrame:
+def _without_first(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["layer"] >= 1] if len(frame) > 1 else frame

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.figure import Figure
 
 from surgery.instruments import coordinates
@@ -69,7 +69,7 @@ def measure(
     seed: int = 0,
     progress: bool = False,
     settings: dict[str, Any] | None = None,
-) -> dict[str, pandas.DataFrame]:
+) -> dict[str, pd.DataFrame]:
     """Everything that this project can say about mean reversion in one model, written file by file to ``folder``.
 
     ``boundaries`` are those of the middle (thirds, if not given); ``settings`` go into the manifests. Cost: about 115 F
@@ -77,9 +77,9 @@ def measure(
     """
     sampling = Sampling(seed=seed, progress=progress)
     manifest = provenance.manifest(stack, tokens, seed=seed, **(settings or {}))
-    tables: dict[str, pandas.DataFrame] = {}
+    tables: dict[str, pd.DataFrame] = {}
 
-    def keep(name: str, frame: pandas.DataFrame) -> None:
+    def keep(name: str, frame: pd.DataFrame) -> None:
         tables[name] = frame
         frames.write(frame, folder / name, manifest, COLUMNS[name])
 
@@ -98,7 +98,7 @@ def measure(
                 raise
             continue
         seen.append(frame.assign(coordinates=name))
-    keep(COORDINATES, pandas.concat(seen, ignore_index=True))
+    keep(COORDINATES, pd.concat(seen, ignore_index=True))
     ways = trajectories.measure(stack, tokens, untrained=untrained, sampling=sampling)
     keep(WINDOWS, trajectories.windows(ways))
     panel = trajectories.panel(ways, boundaries)
@@ -123,7 +123,7 @@ def measure(
     return tables
 
 
-def sentences(tables: Mapping[str, pandas.DataFrame]) -> list[Sentence]:
+def sentences(tables: Mapping[str, pd.DataFrame]) -> list[Sentence]:
     """What the tables say beyond ``say.by_layer``, the answer last; headlines are the ends and the answer."""
     said: list[Sentence] = []
     for name, tell in (
@@ -143,13 +143,15 @@ def sentences(tables: Mapping[str, pandas.DataFrame]) -> list[Sentence]:
     return said
 
 
-def draw(tables: Mapping[str, pandas.DataFrame]) -> dict[str, Figure]:
+def draw(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
     """The figures of what ``measure`` wrote, by the name of their file."""
     drawn = {"reversion": reversion_figures.by_layer(tables[LAYERS])}
     for name, picture in (
-        (COORDINATES, reversion_figures.coordinates), (WINDOWS, reversion_figures.windows),
-        (DIRECTIONS, reversion_figures.directions), (RETURNS, reversion_figures.returns),
-    ):  # fmt: skip
+        (COORDINATES, reversion_figures.coordinates),
+        (WINDOWS, reversion_figures.windows),
+        (DIRECTIONS, reversion_figures.directions),
+        (RETURNS, reversion_figures.returns),
+    ):
         if name in tables:
             drawn[name.removesuffix(".csv")] = picture(tables[name])
     return drawn

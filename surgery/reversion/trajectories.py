@@ -47,7 +47,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -214,7 +214,7 @@ def measure(
     return Ways(matrices, len(ensemble.tokens), n_massive, coordinates)
 
 
-def windows(ways: Ways, max_length: int | None = None) -> pandas.DataFrame:
+def windows(ways: Ways, max_length: int | None = None) -> pd.DataFrame:
     """One row per window of up to ``max_length`` layers (any, if not given): ``WINDOWS_COLUMNS``. No forward pass.
 
     Raises ValueError if no window is that short.
@@ -238,12 +238,10 @@ def windows(ways: Ways, max_length: int | None = None) -> pandas.DataFrame:
                     over = row[f"kappa_excess_rotated{end}"], row[f"kappa_excess_token_shuffled{end}"]
                     row[f"kappa_excess{end}"] = float(np.minimum(*over))
             rows.append(row)
-    return pandas.DataFrame(rows).assign(
-        coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive
-    )
+    return pd.DataFrame(rows).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive)
 
 
-def panel(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pandas.DataFrame:
+def panel(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
     """One row per series (the model and its nulls) and span: phi of an autoregression over depth. ``PANEL_COLUMNS``.
 
     The spans are all layers from ``first_layer`` on (the stream that enters layer 0 is the bare embedding), and the
@@ -255,8 +253,12 @@ def panel(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: in
         for series, several in ways.matrices.items():
             found = [_panel(matrix[:, start : stop + 1, start : stop + 1]) for matrix in several]
             row: dict[str, float | str] = {
-                "series": series, "span": span, "start": start, "stop": stop, "transitions": stop - start
-            }  # fmt: skip
+                "series": series,
+                "span": span,
+                "start": start,
+                "stop": stop,
+                "transitions": stop - start,
+            }
             for name in found[0]:
                 row |= columns(name, _pool([one[name] for one in found]))
             row["half_life"] = half_life(1 - float(row["pooled"]))
@@ -264,9 +266,7 @@ def panel(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: in
             z = float(excess[0] / excess[1:].std()) if len(excess) > 2 else math.nan
             row |= {"z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
             rows.append(row)
-    return pandas.DataFrame(rows).assign(
-        coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive
-    )
+    return pd.DataFrame(rows).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive)
 
 
 def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> dict[str, tuple[int, int]]:
@@ -281,7 +281,7 @@ def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer:
     return {name: (a, b) for name, (a, b) in parts.items() if b - a >= 2}
 
 
-def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pandas.DataFrame:
+def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
     """Is reversion stronger in the ends than in the middle? Mean kappa of the layers before and behind, minus between.
 
     One row: ``ENDS_COLUMNS``. ``boundaries`` as for ``panel``; with intervals over prompts, the boundaries taken for
@@ -309,7 +309,7 @@ def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int
     if "rotated" in ways.matrices:
         walks = torch.stack([kappas("rotated"), kappas("token_shuffled")])
         row |= columns("excess", contrast(own - walks.amax(0)))
-    return pandas.DataFrame([row]).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts)
+    return pd.DataFrame([row]).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts)
 
 
 def cross_correlation(

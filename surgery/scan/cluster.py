@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,7 +168,7 @@ class Replica:
 
     def open(
         self, source: _Source, asked: bytes, device: str, neighbours: int, memory: int | None
-    ) -> tuple[list[pandas.DataFrame], str]:
+    ) -> tuple[list[pd.DataFrame], str]:
         """Get ready for a scan. Like ``rows`` it returns rows, none here, and what went wrong, if anything."""
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
         try:
@@ -181,10 +181,10 @@ class Replica:
             return [], f"a worker on {platform.node()} cannot open {source.name}: {_line(error)}"
         return [], ""
 
-    def rows(self, wirings: list[Wiring] | None = None) -> tuple[list[pandas.DataFrame], str]:
+    def rows(self, wirings: list[Wiring] | None = None) -> tuple[list[pd.DataFrame], str]:
         """Begin with ``wirings``, if given; then wait for rows, and return what there is."""
         if wirings is not None:
-            self.ready: queue.SimpleQueue[pandas.DataFrame | str] = queue.SimpleQueue()
+            self.ready: queue.SimpleQueue[pd.DataFrame | str] = queue.SimpleQueue()
             threading.Thread(target=self._measure, args=(wirings, self.ready.put), daemon=True).start()
         found = [self.ready.get()]
         while not self.ready.empty():
@@ -192,7 +192,7 @@ class Replica:
         problems = [one for one in found if isinstance(one, str)]
         return [one for one in found if not isinstance(one, str)], "".join(problems)
 
-    def _measure(self, wirings: list[Wiring], put: Callable[["pandas.DataFrame | str"], None]) -> None:
+    def _measure(self, wirings: list[Wiring], put: Callable[["pd.DataFrame | str"], None]) -> None:
         try:
             scan.measure(self.scorer, wirings, self.memory, put)
         except Exception as error:
@@ -221,7 +221,7 @@ class Pool:
         scorer: scan.Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
-        accept: Callable[[pandas.DataFrame], None],
+        accept: Callable[[pd.DataFrame], None],
     ) -> None:
         """``surgery.scan.measure``, by the workers. Each wiring's rows are handed to ``accept`` once.
 
@@ -248,7 +248,7 @@ class Pool:
         scorer: scan.Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
-        accept: Callable[[pandas.DataFrame], None],
+        accept: Callable[[pd.DataFrame], None],
     ) -> None:
         gpus = int(scorer.stack.device.type == "cuda") if self.cluster.gpus is None else self.cluster.gpus
         count, nodes = self._count(gpus)

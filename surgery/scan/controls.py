@@ -22,7 +22,7 @@ lists the variants of Sun et al. (2024, "Transformer Layers as Painters", arXiv 
 import random
 from collections.abc import Sequence
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,12 +39,12 @@ def repeats(
     count: int = 20,
     factors: Sequence[int | float] = (0.25, 0.5, 1),
     seed: int = 0,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The repeated span and its controls: control, wiring."""
     rows = [("repeat", Wiring.of(n_layers).repeat(start, stop))]
     rows += [("random span", wiring) for wiring in random_spans(n_layers, start, stop, count, seed)]
     rows += [(f"damped {factor:g}", damped(n_layers, start, stop, factor)) for factor in factors]
-    return pandas.DataFrame([(name, str(wiring)) for name, wiring in rows], columns=["control", "wiring"])
+    return pd.DataFrame([(name, str(wiring)) for name, wiring in rows], columns=["control", "wiring"])
 
 
 def random_spans(n_layers: int, start: int, stop: int, count: int = 20, seed: int = 0) -> list[Wiring]:
@@ -100,7 +100,7 @@ def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[T
     return _run(stack, stop, stack.n_layers, (after + change).detach(), context)
 
 
-def painters(n_layers: int, sizes: Sequence[int] | None = None, seeds: Sequence[int] = (0, 1, 2)) -> pandas.DataFrame:
+def painters(n_layers: int, sizes: Sequence[int] | None = None, seeds: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
     """The variants of Sun et al. over centred windows of growing ``size``: variant, size, wiring.
 
     Skip, middle-repeat (the model's centre layer in place of every layer of the window), reverse, random order (one row
@@ -129,7 +129,7 @@ def painters(n_layers: int, sizes: Sequence[int] | None = None, seeds: Sequence[
             ("looped parallel", whole.loop(start, stop, 3, mean=True)),
         ]
         rows += [(name, size, str(wiring)) for name, wiring in variants]
-    return pandas.DataFrame(rows, columns=["variant", "size", "wiring"])
+    return pd.DataFrame(rows, columns=["variant", "size", "wiring"])
 
 
 def _run(stack: Stack, start: int, stop: int, x: Tensor, context: Context, grad: bool = False) -> Tensor:

@@ -6,10 +6,10 @@ the reorder family of Sun et al. (2024, arXiv 2407.09298) by size of the window.
 which ``surgery.page.drawing.png`` turns into bytes. A gain above 0 is better than the unmodified model, for every metric.
 ``of_scan`` draws those that a scan has data for, by the names of their files.
 
->>> import pandas
+>>> import pandas as pd
 >>> from surgery.page.drawing import png
 >>> gains = {"wiring": [":2 1:", ":3 1:"], "gain": [0.1, -0.2], "p_max": [0.01, 0.4]}
->>> png(brain_scan(pandas.DataFrame(gains), n_layers=4))[1:4]
+>>> png(brain_scan(pd.DataFrame(gains), n_layers=4))[1:4]
 b'PNG'
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize, SymLogNorm
@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from surgery.page.drawing import ACCENT, FAINT, INK, PRINTED_UP_TO
+from surgery.page.drawing import ACCENT, BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE, PINK, PRINTED_UP_TO, SKY, VIOLET
 from surgery.wiring.value import Wiring
 
 SURE = 0.05  # p_max below which a gain is marked
 MOST_WIRINGS = 8  # side by side: one colour each
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#222222")
+PALETTE = (BLUE, ACCENT, GREEN, PINK, ORANGE, SKY, GREY, INK)
 MARKERS = "os^DvPX*"
 UNCHANGED = "the unmodified model"
 MOST_BARS = 4  # wirings in every group of probes, of the winners of a scan
@@ -46,11 +46,11 @@ UNITS = {
 
 
 def of_scan(
-    table: pandas.DataFrame,
-    groups: pandas.DataFrame,
+    table: pd.DataFrame,
+    groups: pd.DataFrame,
     n_layers: int,
     metric: str,
-    painted: "pandas.DataFrame | None" = None,
+    painted: "pd.DataFrame | None" = None,
 ) -> dict[str, tuple[Figure, str]]:
     """The figures that a scan has data for, each with its caption, by name: brain_scan, pareto, group_bars, painters.
 
@@ -74,7 +74,7 @@ def of_scan(
     return drawn
 
 
-def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
+def brain_scan(table: pd.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
     """Gain of every span run ``times`` times; p_max < .05 outlined, means along both edges.
 
     Spans that were not measured stay grey. The colours are symmetric about 0; where the losses dwarf the gains they are
@@ -115,7 +115,7 @@ def brain_scan(table: pandas.DataFrame, n_layers: int, times: int = 2, unit: str
     return figure
 
 
-def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6, unit: str = "") -> Figure:
+def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") -> Figure:
     """Gain of every wiring against the layers that it runs beyond the model's own, and the front: more gain costs more.
 
     The front starts at the unmodified model; wirings on it that are cheaper than the model count as well. Chosen for
@@ -130,13 +130,13 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6, unit: str = 
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(
-        extra[~sure], gain[~sure], "o", color="#0072B2", markersize=4, alpha=0.35, markeredgewidth=0, label="the others"
+        extra[~sure], gain[~sure], "o", color=BLUE, markersize=4, alpha=0.35, markeredgewidth=0, label="the others"
     )
     axes.plot(
         extra[sure],
         gain[sure],
         "o",
-        color="#0072B2",
+        color=BLUE,
         markersize=5.5,
         markeredgecolor=INK,
         label=f"better, p_max < {SURE:g}",
@@ -175,7 +175,7 @@ def pareto(table: pandas.DataFrame, n_layers: int, labels: int = 6, unit: str = 
     return figure
 
 
-def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = (), unit: str = "") -> Figure:
+def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "") -> Figure:
     """Gain of chosen wirings (all, if not given) in every group of probes, with intervals; p_max < .05 starred.
 
     ``table`` is ``comparisons.table(..., by_group=True)``. Raises ValueError for more than 8 wirings, for one that is
@@ -220,7 +220,7 @@ def group_bars(table: pandas.DataFrame, wirings: Sequence[str] = (), unit: str =
     return figure
 
 
-def painters(table: pandas.DataFrame, ylabel: str = "gain over the unmodified model") -> Figure:
+def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model") -> Figure:
     """Gain of every reordering of a centred window by its size, one line per ``variant`` with its interval.
 
     ``table`` is ``controls.painters(n_layers).merge(comparisons.table(...), on="wiring")``; where a variant has several
@@ -256,7 +256,7 @@ def _gain_label(unit: str) -> str:
     return "gain over the unmodified model" + (f" ({unit})" if unit else "")
 
 
-def _cells(table: pandas.DataFrame, n_layers: int, times: int) -> tuple[np.ndarray, np.ndarray]:
+def _cells(table: pd.DataFrame, n_layers: int, times: int) -> tuple[np.ndarray, np.ndarray]:
     """Gains and whether they are sure, at [stop - 1, start]."""
     grid, sure = np.full((n_layers, n_layers), np.nan), np.full((n_layers, n_layers), False)
     seen = set()
@@ -276,7 +276,7 @@ def _cells(table: pandas.DataFrame, n_layers: int, times: int) -> tuple[np.ndarr
 
 def _heat(axes: Axes, grid: np.ndarray, n_layers: int) -> AxesImage:
     absent = np.where(np.isnan(grid) & (np.arange(n_layers)[:, None] >= np.arange(n_layers)), 1.0, np.nan)
-    axes.imshow(absent, origin="lower", cmap=ListedColormap(["#D4D4D4"]), interpolation="nearest", aspect="auto")
+    axes.imshow(absent, origin="lower", cmap=ListedColormap([PALE]), interpolation="nearest", aspect="auto")
     image = axes.imshow(grid, origin="lower", cmap="PuOr_r", norm=_norm(grid), interpolation="nearest", aspect="auto")
     if n_layers <= PRINTED_UP_TO:
         for stop, start in np.argwhere(np.isfinite(grid)):
@@ -331,7 +331,7 @@ def _mean(grid: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _signs(values: np.ndarray) -> list[str]:
-    return [ACCENT if value > 0 else "#7B6BB0" for value in values]
+    return [ACCENT if value > 0 else VIOLET for value in values]
 
 
 def _front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:

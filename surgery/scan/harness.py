@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from transformer_lens import TransformerBridge
 
@@ -49,7 +49,7 @@ def tasks(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """What the harness finds: a row per task and metric, with columns task, metric, value, stderr.
 
     A metric that the harness takes after a filter is called ``metric (filter)``; a standard error not given is NaN.
@@ -102,7 +102,7 @@ def tasks(
         # a copy: the harness gives a tokenizer without padding one of its own
         wrapped = models.HFLM(pretrained=inside, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         found = harness.evaluate(wrapped, loaded, limit=limit, log_samples=False)
-    return pandas.DataFrame(_rows(found["results"]), columns=["task", "metric", "value", "stderr"])
+    return pd.DataFrame(_rows(found["results"]), columns=["task", "metric", "value", "stderr"])
 
 
 def _require(task: str, names: Sequence[str]) -> None:

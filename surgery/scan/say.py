@@ -3,9 +3,9 @@
 A wiring is called better or worse only if p_max < .05, which knows how many were tried; a gain counts as found only
 where it was measured again on probes that did not choose it. That nothing was found is said as plainly.
 
->>> import pandas
+>>> import pandas as pd
 >>> gains = {"gain": [0.1], "gain_low": [-0.1], "gain_high": [0.3], "p": [0.3], "p_max": [0.3], "q": [0.3]}
->>> frame = pandas.DataFrame({"wiring": [":3 1:"], **gains, "n_prompts": [40]})
+>>> frame = pd.DataFrame({"wiring": [":3 1:"], **gains, "n_prompts": [40]})
 >>> search(frame, Luck(1, 40, 0, 0.0, 0.2), "loglik")[0]
 '1 wiring was tried on 40 prompts. The largest gain is that of :3 1:, +0.10 [-0.10, +0.30] nats per answer.'
 """
@@ -13,7 +13,7 @@ where it was measured again on probes that did not choose it. That nothing was f
 from collections.abc import Sequence
 
 import numpy as np
-import pandas
+import pandas as pd
 
 from surgery.page.phrases import FEW_PROMPTS
 from surgery.stats.comparisons import Luck
@@ -30,12 +30,12 @@ UNITS = {
 }
 
 
-def found(table: pandas.DataFrame, winners: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
+def found(table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
     """``search`` and ``validation``: the sentences to read first."""
     return [*search(table, luck, metric), *validation(winners, metric)]
 
 
-def best_groups(table: pandas.DataFrame, metric: str) -> list[str]:
+def best_groups(table: pd.DataFrame, metric: str) -> list[str]:
     """``groups`` of the three best, introduced; nothing where there are no groups. ``table``: validation half."""
     best = list(dict.fromkeys(table["wiring"]))[:3]
     if not best:
@@ -43,7 +43,7 @@ def best_groups(table: pandas.DataFrame, metric: str) -> list[str]:
     return ["By group, on the validation half (p_max over all rows of it):", *groups(table, metric, best)]
 
 
-def painters(table: pandas.DataFrame, metric: str) -> list[str]:
+def painters(table: pd.DataFrame, metric: str) -> list[str]:
     """The order of the variants by damage, at the middle size, and what none of them harms.
 
     ``table`` is ``controls.painters(n_layers)`` with the comparison of every wiring. Whether order matters is the
@@ -64,7 +64,7 @@ def painters(table: pandas.DataFrame, metric: str) -> list[str]:
     return sentences
 
 
-def search(table: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
+def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
     """How many were tried, the largest gain, what luck alone gives, and which are better or worse beyond luck."""
     tried = _tried(table)
     if tried.empty:
@@ -83,7 +83,7 @@ def search(table: pandas.DataFrame, luck: Luck, metric: str) -> list[str]:
     ]
 
 
-def validation(winners: pandas.DataFrame, metric: str) -> list[str]:
+def validation(winners: pd.DataFrame, metric: str) -> list[str]:
     """What the largest gains of the search half were worth on probes that did not choose them."""
     claimed = winners[winners["verdict"] != "no gain"]
     if claimed.empty:
@@ -92,7 +92,7 @@ def validation(winners: pandas.DataFrame, metric: str) -> list[str]:
     before, after = claimed["gain_search"].mean() * scale, claimed["gain_validation"].mean() * scale
     lasting = claimed[claimed["verdict"].isin(["survived", "survived in part"])]
     first = claimed.iloc[0]
-    again = pandas.Series({end: first[f"{end}_validation"] for end in ("gain", "gain_low", "gain_high")})
+    again = pd.Series({end: first[f"{end}_validation"] for end in ("gain", "gain_low", "gain_high")})
     sentences = [
         f"The {_largest(len(claimed))} measured again on {_prompts(claimed, 'n_prompts_validation')} that took no part "
         f"in the choice: {_tally(claimed['verdict'])}.",
@@ -112,7 +112,7 @@ def validation(winners: pandas.DataFrame, metric: str) -> list[str]:
     return sentences
 
 
-def groups(table: pandas.DataFrame, metric: str, wirings: Sequence[str] = ()) -> list[str]:
+def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> list[str]:
     """A sentence per wiring (those given, else all): the groups of probes that it helps, those that it harms."""
     sentences = []
     for wiring, rows in table.groupby("wiring", sort=False):
@@ -133,7 +133,7 @@ def groups(table: pandas.DataFrame, metric: str, wirings: Sequence[str] = ()) ->
     return sentences
 
 
-def untold(table: pandas.DataFrame, winners: pandas.DataFrame | None = None) -> list[str]:
+def untold(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str]:
     """What the numbers cannot tell, and what must not be read into them."""
     tried = _tried(table)
     notes = ["Intervals are of each wiring by itself; that of the best does not know that it was chosen."]
@@ -151,7 +151,7 @@ def untold(table: pandas.DataFrame, winners: pandas.DataFrame | None = None) -> 
     return notes
 
 
-def _luck(best: pandas.Series, luck: Luck, metric: str) -> str:
+def _luck(best: pd.Series, luck: Luck, metric: str) -> str:
     if np.isnan(luck.mean):
         return "All are clearly worse than the unmodified model, so luck could not have made one of them the best."
     place = "beyond" if best["gain"] > luck.high else "above" if best["gain"] > luck.mean else "below"
@@ -166,7 +166,7 @@ def _luck(best: pandas.Series, luck: Luck, metric: str) -> str:
     )
 
 
-def _beyond(tried: pandas.DataFrame, best: pandas.Series) -> str:
+def _beyond(tried: pd.DataFrame, best: pd.Series) -> str:
     sure = tried[tried["p_max"] < SURE]
     better = sure[sure["gain"] > 0].sort_values("gain", ascending=False)
     worse = int((sure["gain"] < 0).sum())
@@ -186,7 +186,7 @@ def _beyond(tried: pandas.DataFrame, best: pandas.Series) -> str:
     )
 
 
-def _verdict(row: pandas.Series) -> str:
+def _verdict(row: pd.Series) -> str:
     share = f"{100 * row['survived']:.0f} % of the claim"
     interval = f"[{100 * row['survived_low']:.0f} %, {100 * row['survived_high']:.0f} %]"
     return {
@@ -198,7 +198,7 @@ def _verdict(row: pandas.Series) -> str:
     }[row["verdict"]]
 
 
-def _tally(verdicts: pandas.Series) -> str:
+def _tally(verdicts: pd.Series) -> str:
     said = {
         "survived": "survived",
         "survived in part": "survived in part",
@@ -218,16 +218,16 @@ def _largest(count: int) -> str:
     return "largest gain was" if count == 1 else f"{count} largest gains were"
 
 
-def _names(wirings: pandas.Series) -> str:
+def _names(wirings: pd.Series) -> str:
     listed = ", ".join(wirings.head(NAMED))
     return listed if len(wirings) <= NAMED else f"{listed} and {len(wirings) - NAMED} more"
 
 
-def _in_group(row: pandas.Series, metric: str) -> str:
+def _in_group(row: pd.Series, metric: str) -> str:
     return f"{row['group'] or 'probes without a group'} ({_signed(row['gain'], metric, unit=False)})"
 
 
-def _tried(table: pandas.DataFrame) -> pandas.DataFrame:
+def _tried(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["wiring"] != ":") & table["gain"].notna()]
 
 
@@ -235,7 +235,7 @@ def _wirings(count: int) -> str:
     return f"{count} wiring{'s' * (count != 1)}"
 
 
-def _prompts(rows: pandas.DataFrame, column: str = "n_prompts") -> str:
+def _prompts(rows: pd.DataFrame, column: str = "n_prompts") -> str:
     count = int(rows[column].max()) if len(rows) else 0
     return f"{count} prompt{'s' * (count != 1)}"
 
@@ -252,7 +252,7 @@ def _signed(value: float, metric: str, unit: bool = True) -> str:
     return text + f" {words}" * unit
 
 
-def _gain(row: pandas.Series, metric: str) -> str:
+def _gain(row: pd.Series, metric: str) -> str:
     """``+0.53 [+0.40, +0.66] nats per answer``."""
     value = _signed(row["gain"], metric, unit=False)
     if np.isnan(row["gain_low"]) or np.isnan(row["gain_high"]):

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas
+import pandas as pd
 import psutil
 import torch
 from jaxtyping import Float
@@ -145,7 +145,7 @@ def run(
     memory: int | None = None,
     progress: bool = False,
     cluster: "Cluster | Pool | str | int | None" = None,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """One row per wiring, probe and metric: wiring, prompt, group, metric, value, baseline.
 
     ``out`` is a CSV file to fill, with a manifest beside it; without it nothing is kept if the scan is interrupted.
@@ -181,7 +181,7 @@ def run(
             missing = [wiring for wiring in given if not table.has(wiring, scorer)]
             bar.advance(task, len(given) - len(missing))
 
-            def accept(rows: pandas.DataFrame) -> None:
+            def accept(rows: pd.DataFrame) -> None:
                 table.append(rows)
                 bar.advance(task)
 
@@ -195,23 +195,23 @@ def run(
             pool.measure(scorer, missing, memory, accept)
     found = {text: _in_order(rows, metrics) for text, rows in table.found.items()}
     baseline = found[str(identity)]
-    frame = pandas.concat([found[str(wiring)] for wiring in given], ignore_index=True)
+    frame = pd.concat([found[str(wiring)] for wiring in given], ignore_index=True)
     reference = baseline.set_index(["prompt", "metric"])["value"]
-    frame["baseline"] = reference.loc[pandas.MultiIndex.from_frame(frame[["prompt", "metric"]])].to_numpy()
+    frame["baseline"] = reference.loc[pd.MultiIndex.from_frame(frame[["prompt", "metric"]])].to_numpy()
     if out is not None:
         table.close(frame, stack, encoded)
     return frame
 
 
-def _in_order(portions: list[pandas.DataFrame], metrics: Sequence[str]) -> pandas.DataFrame:
+def _in_order(portions: list[pd.DataFrame], metrics: Sequence[str]) -> pd.DataFrame:
     """The rows of all portions as if there had been one."""
-    rows = pandas.concat(portions, ignore_index=True)
+    rows = pd.concat(portions, ignore_index=True)
     order = rows["metric"].map(list(metrics).index)
     return rows.iloc[np.lexsort((rows["prompt"], order))].reset_index(drop=True)
 
 
 def measure(
-    scorer: "Scorer", wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pandas.DataFrame], None]
+    scorer: "Scorer", wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pd.DataFrame], None]
 ) -> None:
     """Run the wirings here; the rows of each are handed to ``accept`` as it ends."""
     scheme = _plan(scorer.stack, wirings, scorer.context, memory, timed=False)
@@ -242,7 +242,7 @@ class Scorer:
         if "kl" in self.metrics:
             self.clean = stack.stream(self.context)[-1][self.before]
 
-    def rows(self, wiring: Wiring, x: Float[Tensor, "batch pos d_model"]) -> pandas.DataFrame:
+    def rows(self, wiring: Wiring, x: Float[Tensor, "batch pos d_model"]) -> pd.DataFrame:
         n_rows, n_probes = len(self.encoded.probe), len(self.encoded.groups)
         loglik = torch.zeros(n_rows, dtype=torch.float64)
         wrong, credit, divergence, count = (torch.zeros_like(loglik) for _ in range(4))
@@ -268,7 +268,7 @@ class Scorer:
             "kl": (divergence / count).numpy()[right],
         }
         if "choice" in self.metrics:
-            best = pandas.DataFrame({"probe": probe, "choice": choice, "loglik": loglik.numpy()})
+            best = pd.DataFrame({"probe": probe, "choice": choice, "loglik": loglik.numpy()})
             best = best.sort_values(["probe", "loglik", "choice"], ascending=[True, False, False])
             values["choice"] = (best.groupby("probe")["choice"].first() == 0).to_numpy(dtype=float)
         columns = {
@@ -278,7 +278,7 @@ class Scorer:
             "metric": np.repeat(self.metrics, n_probes),
             "value": np.concatenate([values[metric] for metric in self.metrics]),
         }
-        return pandas.DataFrame(columns)
+        return pd.DataFrame(columns)
 
 
 class _Table:
@@ -288,7 +288,7 @@ class _Table:
     def __init__(self, out: "str | Path | None", identity: dict[str, str]) -> None:
         self.path = None if out is None else Path(out)
         self.identity = identity
-        self.found: dict[str, list[pandas.DataFrame]] = {}
+        self.found: dict[str, list[pd.DataFrame]] = {}
         self.prompts: dict[str, set[int]] = {}
         if self.path is None:
             return
@@ -306,14 +306,14 @@ class _Table:
         probes = range(scorer.first, scorer.first + len(scorer.encoded.groups))
         return self.prompts.get(str(wiring), set()).issuperset(probes)
 
-    def append(self, rows: pandas.DataFrame) -> None:
+    def append(self, rows: pd.DataFrame) -> None:
         """Keep the rows of a wiring for probes that it has none for, in memory and on disk."""
         rows = self._book(rows)
         if self.path is not None and len(rows):
             block = [list(row) for row in rows.itertuples(index=False)]
             self._write(json.dumps(block, default=float).encode() + b"\n", "ab")
 
-    def _book(self, rows: pandas.DataFrame) -> pandas.DataFrame:
+    def _book(self, rows: pd.DataFrame) -> pd.DataFrame:
         wiring = str(rows["wiring"].iloc[0])
         known = self.prompts.setdefault(wiring, set())
         rows = rows[~rows["prompt"].isin(known)]
@@ -322,7 +322,7 @@ class _Table:
             known.update(rows["prompt"])
         return rows
 
-    def close(self, frame: pandas.DataFrame, stack: Stack, encoded: Encoded) -> None:
+    def close(self, frame: pd.DataFrame, stack: Stack, encoded: Encoded) -> None:
         """All rows are there: the file gets its name, the part is removed."""
         assert self.path is not None
         manifest = provenance.manifest(stack, encoded.tokens, seed=0, probes=encoded.sha256) | {"scan": self.identity}
@@ -350,12 +350,12 @@ class _Table:
             self._write(json.dumps(self.identity).encode() + b"\n", "wb")
             return
         for line in lines[1:-1]:
-            rows = pandas.DataFrame(json.loads(line), columns=["wiring", "prompt", "group", "metric", "value"])
+            rows = pd.DataFrame(json.loads(line), columns=["wiring", "prompt", "group", "metric", "value"])
             self._book(rows)
         with open(self.part, "r+b") as file:
             file.truncate(whole)
 
-    def _accept(self, frame: pandas.DataFrame, manifest: dict) -> None:
+    def _accept(self, frame: pd.DataFrame, manifest: dict) -> None:
         assert self.path is not None
         self._compare(manifest.get("scan", {}), self.path)
         frame["group"] = frame["group"].fillna("")

@@ -44,7 +44,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -92,7 +92,7 @@ def screen(
     out: "Path | None" = None,
     *,
     progress: bool = False,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Gains of repeated or skipped spans, most of them estimated: wiring, estimate, round; best first.
 
     ``share`` of the wirings are measured: half of them spread out (``round`` 1), then twice a quarter where the gain is
@@ -123,11 +123,11 @@ def screen(
         estimate[chosen] = _gains(stack, [given[i] for i in chosen], probes, path, progress)
         known = rounds > 0
         estimate[~known] = _predicted(spans[known], estimate[known], spans[~known], stack.n_layers / 6)
-    frame = pandas.DataFrame({"wiring": list(map(str, given)), "estimate": estimate, "round": rounds})
+    frame = pd.DataFrame({"wiring": list(map(str, given)), "estimate": estimate, "round": rounds})
     return frame.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
-def cost(screened: pandas.DataFrame, n_layers: int) -> float:
+def cost(screened: pd.DataFrame, n_layers: int) -> float:
     """What a screen took, in percent of the layer executions of a full scan of its wirings, which share beginnings too.
 
     Every round runs the unmodified model once; a backward pass counts as two forward passes.
@@ -139,7 +139,7 @@ def cost(screened: pandas.DataFrame, n_layers: int) -> float:
     return 100 * executions / schedule.simulate([Wiring.of(n_layers), *wirings.values()]).executions
 
 
-def recall(screened: pandas.DataFrame, full: pandas.DataFrame, top: int = 10) -> pandas.DataFrame:
+def recall(screened: pd.DataFrame, full: pd.DataFrame, top: int = 10) -> pd.DataFrame:
     """Share of the true ``top`` wirings among the best ``top``, 2 and 3 times ``top`` of a screen: looked_at, recall.
 
     ``full`` is what ``scan.run`` gave for the same wirings and probes, with the metric ``loglik``.
@@ -147,7 +147,7 @@ def recall(screened: pandas.DataFrame, full: pandas.DataFrame, top: int = 10) ->
     best = set(_mean_gain(full).nlargest(top).index)
     ranked = screened.sort_values("estimate", ascending=False, kind="stable")["wiring"].tolist()
     looked_at = [top, 2 * top, 3 * top]
-    return pandas.DataFrame({"looked_at": looked_at, "recall": [len(best & set(ranked[:n])) / top for n in looked_at]})
+    return pd.DataFrame({"looked_at": looked_at, "recall": [len(best & set(ranked[:n])) / top for n in looked_at]})
 
 
 def beam(
@@ -159,7 +159,7 @@ def beam(
     out: "Path | None" = None,
     *,
     progress: bool = False,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Wirings of 1, 2, ... ``depth`` repeated spans, each level made of the ``width`` best of the level before.
 
     A span is repeated wherever in a wiring its layers still run one after another; so spans are repeated side by side,
@@ -185,8 +185,8 @@ def beam(
         order = np.argsort(-gains, kind="stable")
         kept = [candidates[i] for i in order[:width]]
         found = [(level, str(candidates[i]), int(candidates[i].depth), gains[i]) for i in order]
-        levels.append(pandas.DataFrame(found, columns=["level", "wiring", "layers", "gain"]))
-    return pandas.concat(levels, ignore_index=True)
+        levels.append(pd.DataFrame(found, columns=["level", "wiring", "layers", "gain"]))
+    return pd.concat(levels, ignore_index=True)
 
 
 def loglik(
@@ -248,7 +248,7 @@ def _gains(
     return _mean_gain(frame).loc[[str(wiring) for wiring in wirings]].to_numpy()
 
 
-def _mean_gain(frame: pandas.DataFrame) -> pandas.Series:
+def _mean_gain(frame: pd.DataFrame) -> pd.Series:
     chosen = frame[frame["metric"] == "loglik"]
     return (chosen["value"] - chosen["baseline"]).groupby(chosen["wiring"], sort=False).mean()
 

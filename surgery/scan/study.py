@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pandas as pd
 
 from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
@@ -72,9 +72,9 @@ class Found:
     """What a scan found: every wiring on the search half, the winners on both, by group on the validation half (empty
     where the probes are of one group), and what the best would gain by luck."""
 
-    table: pandas.DataFrame
-    winners: pandas.DataFrame
-    groups: pandas.DataFrame
+    table: pd.DataFrame
+    winners: pd.DataFrame
+    groups: pd.DataFrame
     luck: comparisons.Luck
     metric: str
 
@@ -117,9 +117,18 @@ def run(
     stack = Stack(load(model))
     with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
         found = measure(
-            stack, asked, folder, family, metric=metric, top=top, seed=seed, memory=memory, cluster=pool, say=say,
+            stack,
+            asked,
+            folder,
+            family,
+            metric=metric,
+            top=top,
+            seed=seed,
+            memory=memory,
+            cluster=pool,
+            say=say,
             progress=progress,
-        )  # fmt: skip
+        )
     return found
 
 
@@ -184,7 +193,7 @@ def painters(
     seeds: Sequence[int] = (0, 1, 2),
     seed: int = 0,
     progress: bool = False,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The reorder family of Sun et al. (2024, arXiv 2407.09298) on all of ``asked``, against the unmodified model.
 
     Skip, middle-repeat, reverse, random order (one wiring per ``seeds``), parallel mean and sum, looped parallel, over
@@ -218,5 +227,5 @@ def _scan(
     memory: int | None,
     cluster: "Cluster | Pool | str | int | None",
     progress: bool,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     return scan.run(stack, wirings, asked, out, metrics=(metric,), memory=memory, progress=progress, cluster=cluster)

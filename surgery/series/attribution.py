@@ -28,7 +28,7 @@ the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (a
 from collections import defaultdict
 from contextlib import nullcontext
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from rich.progress import track
@@ -56,7 +56,7 @@ COLUMNS |= described(_MEASURES)
 
 def effects(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Total, direct and indirect effect of every layer on the logits, and the indirect share M. Columns: ``COLUMNS``.
 
     ``frozen=False`` leaves the layers' norms live (the final norm never is). A layer whose update is the same for every
@@ -100,7 +100,7 @@ def effects(
         for name, values in found.items():
             row |= columns(name, values)
         rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ COLUMNS = {
 Matrices = Float[Tensor, "_ _ _"]  # a matrix a head, or one for an MLP
 
 
-def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, seed: int = 0) -> pandas.DataFrame:
+def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, seed: int = 0) -> pd.DataFrame:
     """Composition of every two layers ``earlier < later``, by kind. Columns: ``COLUMNS``.
 
     The baseline is the mean of ``draws`` rotations. A matrix of zeros composes with nothing and is left out; if there
@@ -79,10 +79,14 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got draws={draws}")
     with torch.no_grad():
-        read = [{kind.removeprefix("MLP-"): _reads(stack, i, kind.removeprefix("MLP-")) for kind in kinds}
-                for i in range(stack.n_layers)]  # fmt: skip
-        written = [{kind.startswith("MLP-"): _writes(stack, i, kind.startswith("MLP-")) for kind in kinds}
-                   for i in range(stack.n_layers)]  # fmt: skip
+        read = [
+            {kind.removeprefix("MLP-"): _reads(stack, i, kind.removeprefix("MLP-")) for kind in kinds}
+            for i in range(stack.n_layers)
+        ]
+        written = [
+            {kind.startswith("MLP-"): _writes(stack, i, kind.startswith("MLP-")) for kind in kinds}
+            for i in range(stack.n_layers)
+        ]
         generator = np.random.default_rng(seed)
         rows = []
         for earlier, later in itertools.combinations(range(stack.n_layers), 2):
@@ -96,7 +100,7 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
                 row: dict[str, Any] = {"earlier": earlier, "later": later, "kind": kind, "mean": mean, "max": most}
                 row |= {"baseline": baseline, "baseline_max": baseline_max}
                 rows.append(row | {"excess": mean - baseline, "excess_max": most - baseline_max})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _composition(out: Float[Tensor, "h r d"], into: Float[Tensor, "g d c"]) -> Float[Tensor, " pair"]:

@@ -1,15 +1,15 @@
 """The figures of series: S and R/N of every window, and S on networks whose answer is known, from their tables."""
 
 import numpy as np
-import pandas
+import pandas as pd
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from surgery.page.drawing import ACCENT, FAINT, INK, triangle
+from surgery.page.drawing import ACCENT, BLUE, FAINT, INK, triangle
 
 
-def windows(frame: pandas.DataFrame) -> Figure:
+def windows(frame: pd.DataFrame) -> Figure:
     """S of every window, and R/N on a logarithmic scale with its midpoint at 1; first layer across, last layer up."""
     n_layers = int(frame["stop"].max())
     side = float(np.clip(0.42 * n_layers + 1.6, 3.6, 8.0))
@@ -31,7 +31,7 @@ def windows(frame: pandas.DataFrame) -> Figure:
     return figure
 
 
-def known_networks(networks: pandas.DataFrame, frame: pandas.DataFrame, name: str = "this model") -> Figure:
+def known_networks(networks: pd.DataFrame, frame: pd.DataFrame, name: str = "this model") -> Figure:
     """S of every window of the constructed networks, one row each, and of the model below them.
 
     ``networks`` has the columns of ``series.windows`` and ``network``.
@@ -43,7 +43,7 @@ def known_networks(networks: pandas.DataFrame, frame: pandas.DataFrame, name: st
     for place, (_, column) in enumerate(rows):
         values = column.dropna().sort_values().to_numpy()
         spread = 0.22 * np.sin(np.arange(len(values)) * 2.4)  # golden-angle steps: apart, and the same in every run
-        colour = ACCENT if place == len(rows) - 1 else "#0072B2"
+        colour = ACCENT if place == len(rows) - 1 else BLUE
         axes.plot(values, place + spread, "o", markersize=4, alpha=0.55, color=colour, markeredgewidth=0)
         if len(values):
             axes.plot([np.median(values)] * 2, [place - 0.34, place + 0.34], color=INK, linewidth=1.8)

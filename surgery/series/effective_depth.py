@@ -21,7 +21,7 @@ one. Compare with the architecture untrained.
 
 from collections.abc import Sequence
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -53,7 +53,7 @@ def effective(
     kl: float = 0.5,
     overlap: float = 0.3,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost as ``grid``.
 
     >>> from surgery import Stack
@@ -73,7 +73,7 @@ def grid(
     kl: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     overlap: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The depth by each criterion against its threshold: a row for every threshold. Columns: ``COLUMNS``.
 
     Cost: 2 F and L + 2 readouts a prompt.
@@ -108,7 +108,7 @@ def grid(
             row |= columns("depth", depth)
             row |= columns("ratio", depth / stack.n_layers)
             rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _first(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:

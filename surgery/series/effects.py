@@ -35,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -83,7 +83,7 @@ def matrix(
     *,
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """T, local, chain and the relative effect of every layer on every later one: a row per pair, ``COLUMNS``.
 
     ``frozen`` keeps the norms' denominators at the clean run's; run it again with ``frozen=False`` to see what the
@@ -122,7 +122,7 @@ def future(
     *,
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """T and the relative effect on the tokens from a cut on, of a layer taken out before it: a row per pair.
 
     ``cuts`` are positions in the prompt (quarter, half and three quarters of the longest if not given); the tokens of
@@ -158,7 +158,7 @@ def future_output(
     *,
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """What taking a layer out before a cut does to the next-token distributions from the cut on: a row per layer.
 
     Columns: ``layer``, ``n_prompts``, ``l2``, ``kl`` with intervals, and ``l2_max`` (published: the largest). The last
@@ -171,7 +171,7 @@ def future_output(
     """
     draws, sums, largest = _outputs(**locals())
     count = draws @ sums["count"]
-    return pandas.DataFrame(
+    return pd.DataFrame(
         {"layer": layer, "n_prompts": draws.shape[1]}
         | columns("l2", ratio(draws @ sums["l2"][layer], count))
         | columns("kl", ratio(draws @ sums["kl"][layer], count))
@@ -188,7 +188,7 @@ def depth_score(
     *,
     frozen: bool = True,
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``sum_l l m_l / sum_l m_l`` with m the mean ``l2`` (and ``kl``) of ``future_output``, at its cost: one row.
 
     How deep, in layers, what later tokens use is written. NaN where no layer has an effect on later tokens. Published
@@ -205,7 +205,7 @@ def depth_score(
     for name, measure in (("depth_score", "l2"), ("depth_score_kl", "kl")):
         effect = sums[measure] @ draws.T
         row |= columns(name, ratio(depth @ effect, effect.sum(0)))
-    return pandas.DataFrame([row])
+    return pd.DataFrame([row])
 
 
 class _Tally:
@@ -239,7 +239,7 @@ class _Tally:
             size = self.run.update(later)[self.kept].float().norm(dim=-1).clamp(min=_LEAST)
             self.relative[layer, later].append((effect[self.kept].float().norm(dim=-1) / size).cpu())
 
-    def frame(self, *measures: str) -> pandas.DataFrame:
+    def frame(self, *measures: str) -> pd.DataFrame:
         draws, owners, rows = self.draws[:, torch.cat(self.prompts)], self.draws[:, torch.cat(self.owners)], []
         clean = {layer: Moments.concatenate(parts) for layer, parts in self.clean.items()}
         rounding = {layer: _rounding(self.stack, Moments.concatenate(parts)) for layer, parts in self.sizes.items()}
@@ -256,7 +256,7 @@ class _Tally:
             for name, values in found.items():
                 row |= columns(name, values)
             rows.append(row | {"relative_max": float(relative.max())})
-        return pandas.DataFrame(rows)
+        return pd.DataFrame(rows)
 
     def dependence(
         self, measure: str, layer: int, later: int, clean: Moments, rounding: float, draws: Tensor
@@ -295,7 +295,8 @@ def _without(
 
 
 def _outputs(
-    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, sampling: Sampling) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:  # fmt: skip
+    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, sampling: Sampling
+) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:
     """Weights of the prompts, per-prompt sums of l2, kl [layer, prompt] and count [prompt], and the largest l2."""
     ensemble = _ensemble(stack, tokens, sampling=sampling)
     n_prompts, cuts = len(ensemble.tokens), _cuts(ensemble, cuts)

@@ -31,7 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from rich.progress import track
@@ -67,7 +67,7 @@ COLUMNS |= described(_MEASURES)
 
 def exponents(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The gate exponent of every window of two layers or more. Columns: those of ``COLUMNS`` that start a window.
 
     A last layer that writes the same for every token has none (NaN). A layer that reads all directions alike answers
@@ -113,12 +113,12 @@ def exponents(
         row: dict[str, float] = {"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)}
         row |= columns("kappa_g", kappa) | columns("gate_series", (kappa - 1) / (stop - start - 1))
         rows.append(row | columns("kappa_g_stream", slope(whole[window])))
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def hessian(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling(batch_size=16)
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
 
     A prompt has one set of gates: they act at all of its positions, and the margins of its tokens are added up.
@@ -157,12 +157,12 @@ def hessian(
         for later in range(earlier + 1, stack.n_layers):
             row: dict[str, float] = {"earlier": earlier, "later": later, "n_prompts": len(tokens)}
             rows_of_frame.append(row | columns("hessian", ratio(draws @ total[earlier, later], draws @ margin)))
-    return pandas.DataFrame(rows_of_frame)
+    return pd.DataFrame(rows_of_frame)
 
 
 def path_lengths(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     r"""How much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
 
     With ``g_k`` the sum over all paths through exactly k branches, taken at the embedding, and ``Sigma`` the covariance
@@ -207,7 +207,7 @@ def path_lengths(
     rows: list[dict[str, float]] = [
         {"branches": k, "n_prompts": len(tokens)} | columns("share", share) | mean for k, share in enumerate(shares.T)
     ]
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def _batches(stack: Stack, tokens: Tokens, sampling: Sampling) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:

@@ -36,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -94,7 +94,7 @@ def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callabl
 
 def pairs(
     stack: Stack, tokens: Tokens | Tensor, *, probes: int = 1, frozen: bool = True, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """``direct`` and ``total`` Jacobian composition of every two layers ``earlier < later``. Columns: ``COLUMNS``.
 
     A layer that writes nothing that is probed, or answers to nothing, is undefined (NaN). The intervals are over
@@ -149,7 +149,7 @@ def pairs(
                 found = ratio(draws @ read, draws @ null).sqrt() * baseline
                 row |= columns(form, found) | columns(f"{form}_excess", found - baseline)
             rows.append(row)
-    return pandas.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
 
 
 def _check(stack: Stack, probes: int) -> None:

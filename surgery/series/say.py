@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-import pandas
+import pandas as pd
 
 from surgery.page.phrases import few_prompts, number
 
 
-def whole_window(frame: pandas.DataFrame) -> pandas.Series | None:
+def whole_window(frame: pd.DataFrame) -> pd.Series | None:
     """The window of all layers but the first, where it was measured."""
     found = frame[(frame["start"] == 1) & (frame["stop"] == frame["stop"].max())]
     return found.iloc[0] if len(found) else None
 
 
-def thirds(frame: pandas.DataFrame) -> list[pandas.Series]:
+def thirds(frame: pd.DataFrame) -> list[pd.Series]:
     """Up to three windows of one length: first from layer 1, one in the middle, and the last."""
     n_layers = int(frame["stop"].max())
     length = min(max(2, (n_layers - 1) // 3), int((frame["stop"] - frame["start"]).max()))
@@ -23,7 +23,7 @@ def thirds(frame: pandas.DataFrame) -> list[pandas.Series]:
     return [rows.iloc[0] for rows in found if len(rows)]
 
 
-def windows(frame: pandas.DataFrame, untrained: pandas.DataFrame | None = None) -> list[str]:
+def windows(frame: pd.DataFrame, untrained: pd.DataFrame | None = None) -> list[str]:
     """A few sentences about ``series_windows``: how serial, against the nulls, where in depth, at what price.
 
     ``untrained`` is the same measurement on the same architecture with fresh weights.
@@ -47,11 +47,11 @@ def windows(frame: pandas.DataFrame, untrained: pandas.DataFrame | None = None) 
     return sentences
 
 
-def limits(frame: pandas.DataFrame) -> list[str]:
+def limits(frame: pd.DataFrame) -> list[str]:
     """What ``series_windows`` cannot tell, and what must not be read into it."""
     main = _main(frame)
     notes = []
-    if "layernorm_share" in main and pandas.notna(main["layernorm_share"]):
+    if "layernorm_share" in main and pd.notna(main["layernorm_share"]):
         notes.append(
             f"With the normalisation live, layers {_span(main)} read S = {number(main, 'S_live')}; the difference of "
             f"{main['layernorm_share']:+.2f} is rescaling by the normalisation, not reading, and is not counted above."
@@ -78,7 +78,7 @@ def limits(frame: pandas.DataFrame) -> list[str]:
     return notes + few_prompts(frame)
 
 
-def known_networks(networks: pandas.DataFrame) -> list[str]:
+def known_networks(networks: pd.DataFrame) -> list[str]:
     """Whether the measure reads what it must on the constructed networks: 0, rising, 1."""
     S = networks.groupby("network", sort=False)["S"]
     lowest, middle, highest = S.min(), S.median(), S.max()
@@ -95,7 +95,7 @@ def known_networks(networks: pandas.DataFrame) -> list[str]:
     ]
 
 
-def _main(frame: pandas.DataFrame) -> pandas.Series:
+def _main(frame: pd.DataFrame) -> pd.Series:
     """The window to speak of: all layers but the first, else the middle one of ``thirds``, else the last."""
     found, parts = whole_window(frame), thirds(frame)
     if found is not None:
@@ -103,15 +103,15 @@ def _main(frame: pandas.DataFrame) -> pandas.Series:
     return parts[len(parts) // 2] if parts else frame.iloc[-1]
 
 
-def _span(row: pandas.Series) -> str:
+def _span(row: pd.Series) -> str:
     return f"{int(row['start'])} to {int(row['stop']) - 1}"
 
 
-def _length(row: pandas.Series) -> int:
+def _length(row: pd.Series) -> int:
     return int(row["stop"] - row["start"])
 
 
-def _side(row: pandas.Series) -> str:
+def _side(row: pd.Series) -> str:
     if row["S_low"] > 0.5:
         return "closer to serial"
     if row["S_high"] < 0.5:
@@ -119,7 +119,7 @@ def _side(row: pandas.Series) -> str:
     return "which of the two it is closer to could not be told"
 
 
-def _against_null(row: pandas.Series) -> str:
+def _against_null(row: pd.Series) -> str:
     if row["R_over_N_low"] > 1:
         return "they respond to what the window itself wrote more than a reader without preference would"
     if row["R_over_N_high"] < 1:
@@ -133,26 +133,26 @@ def _against_null(row: pandas.Series) -> str:
     )
 
 
-def _same(frame: pandas.DataFrame, window: pandas.Series) -> pandas.Series | None:
+def _same(frame: pd.DataFrame, window: pd.Series) -> pd.Series | None:
     """The row of another frame about the same window, where it has one."""
     found = frame[(frame["start"] == window["start"]) & (frame["stop"] == window["stop"])]
     return found.iloc[0] if len(found) else None
 
 
-def _against_untrained(row: pandas.Series, untrained: pandas.Series) -> str:
+def _against_untrained(row: pd.Series, untrained: pd.Series) -> str:
     return (
         f"The same layers with fresh weights read S = {number(untrained, 'S')}, R/N = {number(untrained, 'R_over_N')}: "
         f"training {_change(row, untrained, 'S')} S and {_change(row, untrained, 'R_over_N')} R/N."
     )
 
 
-def _change(row: pandas.Series, before: pandas.Series, name: str) -> str:
+def _change(row: pd.Series, before: pd.Series, name: str) -> str:
     if row[f"{name}_low"] > before[f"{name}_high"]:
         return "raised"
     return "lowered" if row[f"{name}_high"] < before[f"{name}_low"] else "did not clearly change"
 
 
-def _order(parts: Sequence[pandas.Series]) -> str:
+def _order(parts: Sequence[pd.Series]) -> str:
     top = max(parts, key=lambda part: part["S"])
     bottom = min(parts, key=lambda part: part["S"])
     claims = []
@@ -165,7 +165,7 @@ def _order(parts: Sequence[pandas.Series]) -> str:
     return " and ".join(claims) or "the intervals overlap, so which is the most serial could not be told"
 
 
-def _price(row: pandas.Series) -> str:
+def _price(row: pd.Series) -> str:
     change = f"{number(row, 'loss_parallel_sum')} nats per token"
     if row["loss_parallel_sum_low"] > 0:
         return f"raise the loss by {change}"

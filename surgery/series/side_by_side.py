@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -63,8 +63,8 @@ COST_COLUMNS = {
     "timed": "time it took, in forward passes of the same batch: backward passes, readouts and statistics included",
 }
 
-Measured = Mapping[str, pandas.DataFrame]
-_NOTHING = pandas.DataFrame()
+Measured = Mapping[str, pd.DataFrame]
+_NOTHING = pd.DataFrame()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Measure:
 
     name: str
     function: str
-    of: Callable[[pandas.DataFrame], float]
+    of: Callable[[pd.DataFrame], float]
     about: str = "series"
 
 
@@ -81,15 +81,15 @@ class Measure:
 class Function:
     """How a frame is made, and what the docstring says that it costs, in F at L layers."""
 
-    run: Callable[..., pandas.DataFrame]
+    run: Callable[..., pd.DataFrame]
     formula: Callable[[int], float]
 
 
-def _next(frame: pandas.DataFrame, earlier: str, later: str) -> pandas.DataFrame:
+def _next(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
     return frame[frame[later] - frame[earlier] == 1]
 
 
-def _beyond(frame: pandas.DataFrame, earlier: str, later: str) -> pandas.DataFrame:
+def _beyond(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
     return frame[frame[later] - frame[earlier] > 1]
 
 
@@ -126,7 +126,7 @@ MEASURES = (
 )
 
 
-def _longest(frame: pandas.DataFrame) -> pandas.Series:
+def _longest(frame: pd.DataFrame) -> pd.Series:
     return frame.iloc[int((frame["stop"] - frame["start"]).argmax())]
 
 
@@ -146,7 +146,7 @@ def readings(
     return {one.name: float(one.of(frame)) if len(frame) else math.nan for one, frame in found.items()}, frames
 
 
-def _from(frame: pandas.DataFrame, first_layer: int) -> pandas.DataFrame:
+def _from(frame: pd.DataFrame, first_layer: int) -> pd.DataFrame:
     first = next((name for name in ("start", "earlier", "layer") if name in frame), None)
     return frame if first is None else frame[frame[first] >= first_layer]
 
@@ -165,7 +165,7 @@ def networks(n_layers: int = 6, seed: int = 0) -> dict[str, Stack]:
 
 def calibrate(
     stacks: Mapping[str, Stack], tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """A row per measure and network: measure, about, network, value; same tokens for all. Cost: ``readings``, each."""
     rows = []
     for name, stack in stacks.items():
@@ -173,10 +173,10 @@ def calibrate(
         rows += [
             {"measure": one.name, "about": one.about, "network": name, "value": values[one.name]} for one in MEASURES
         ]
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
-def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FUNCTIONS)) -> pandas.DataFrame:
+def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FUNCTIONS)) -> pd.DataFrame:
     """What every function costs on these tokens: function, formula, counted, timed, all in forward passes F.
 
     ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
@@ -195,7 +195,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
             continue
         row = {"function": name, "formula": one.formula(stack.n_layers), "counted": executed[0] / size}
         rows.append(row | {"timed": seconds / forward})
-    return pandas.DataFrame(rows, columns=list(COST_COLUMNS))
+    return pd.DataFrame(rows, columns=list(COST_COLUMNS))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -47,7 +47,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
@@ -114,7 +114,7 @@ def windows(
     damage: bool = True,
     grain: str = "layer",
     sampling: Sampling = Sampling(),
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """R, O, S, their nulls and the damage of running it parallel, for every window of 2 to ``max_length`` layers.
 
     None means windows of any length. ``grain="sublayer"`` counts ``start``, ``stop`` and ``max_length`` in sublayers
@@ -188,12 +188,10 @@ def windows(
             for name, values in measures.items():
                 row |= columns(name, values[i])
             rows.append(row)
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
-def summary(
-    frame: pandas.DataFrame, n_layers: int, length: int | None = None, first_layer: int = 1
-) -> pandas.DataFrame:
+def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first_layer: int = 1) -> pd.DataFrame:
     """One row per third of the model: the mean of every measure over the windows of one length that lie wholly in it.
 
     ``length``, unless given, is the longest that fits into every third that fits any. Windows before ``first_layer``
@@ -225,12 +223,12 @@ def summary(
         row: dict[Hashable, Any] = {"third": name, "length": length, "n_windows": len(chosen)}
         row |= chosen[measures].mean().to_dict()
         rows.append(row | {"S_min": chosen["S"].min(), "S_max": chosen["S"].max()})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def profile(
     stack: Stack, tokens: Tokens | Tensor, length: int | None = None, *, sampling: Sampling = Sampling()
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The table to look at first: one row per layer, what it is to its neighbours, to the model, and to the stream.
 
     * ``S_pair``, ``R_pair``, ``R_over_N_pair``, ``loss_parallel_sum_pair``: the window of this layer and the next, how
@@ -271,7 +269,7 @@ def profile(
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
 
 
-def _skipping(stack: Stack, tokens: Tokens, sampling: Sampling) -> pandas.DataFrame:
+def _skipping(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
     """What leaving out each layer costs. Cost: (L + 1)/2 F and L + 1 readouts."""
     sums = Sums()
     for batch in tokens.batches(sampling.batch_size):
@@ -291,7 +289,7 @@ def _skipping(stack: Stack, tokens: Tokens, sampling: Sampling) -> pandas.DataFr
         for kind in ("loss", "kl"):
             row |= columns(f"{kind}_skip", draws @ sums[kind, "skip", layer] / count)
         rows.append(row)
-    return pandas.DataFrame(rows).set_index("layer")
+    return pd.DataFrame(rows).set_index("layer")
 
 
 def _run_parallel(

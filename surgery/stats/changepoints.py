@@ -30,7 +30,7 @@ lives here. The combination is ours.
 from collections.abc import Sequence
 
 import numpy as np
-import pandas
+import pandas as pd
 import ruptures
 from jaxtyping import Float
 
@@ -106,7 +106,7 @@ def places(paths: Paths, count: int = 2, min_size: int = 2) -> np.ndarray:
     return np.array([breaks(path, count, min_size) for path in paths], dtype=int).reshape(len(paths), count)
 
 
-def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pandas.DataFrame:
+def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.DataFrame:
     """``boundary, layer, probability`` of the boundaries of every resample (``places``); the estimate is not counted.
 
     >>> import numpy as np
@@ -118,7 +118,7 @@ def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pandas
         for name, column in zip(names, found[1:].T, strict=True)
         for layer, share in zip(*_shares(column), strict=True)
     ]
-    return pandas.DataFrame(rows, columns=["boundary", "layer", "probability"])
+    return pd.DataFrame(rows, columns=["boundary", "layer", "probability"])
 
 
 def drift_null(
@@ -149,8 +149,11 @@ def drift_null(
 
 
 def heldout(
-    halves: Sequence[tuple[Path, Path]], families: Sequence[str], most: int = 5, min_size: int = 2,
-) -> pandas.DataFrame:  # fmt: skip
+    halves: Sequence[tuple[Path, Path]],
+    families: Sequence[str],
+    most: int = 5,
+    min_size: int = 2,
+) -> pd.DataFrame:
     """Per number of breaks, the error on the held-out half relative to no break: one row each, mean and range.
 
     ``halves`` are pairs of features, raw, of two random halves of the prompts; the first is cut, the second predicted,
@@ -166,9 +169,15 @@ def heldout(
             cut = breaks(trained, count, min_size)
             errors.append(cost(fresh, cut, means_of=trained) / cost(fresh, (), means_of=trained))
         low, high = np.quantile(errors, [0.025, 0.975])
-        rows.append({"breaks": count, "heldout_error": float(np.mean(errors)), "heldout_error_low": float(low),
-                     "heldout_error_high": float(high)})  # fmt: skip
-    return pandas.DataFrame(rows)
+        rows.append(
+            {
+                "breaks": count,
+                "heldout_error": float(np.mean(errors)),
+                "heldout_error_low": float(low),
+                "heldout_error_high": float(high),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def _shares(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ Control to compare with: ``expected_best``, what the best would gain by luck. No
 ...     for place, (wiring, shift) in enumerate([(":2 1:", 0.0), (":3 1:", 1.0), (":3 2:", 0.0)])
 ...     for prompt in range(40)
 ... ]
->>> found = table(pandas.DataFrame(rows).assign(baseline=0.0), "loglik")
+>>> found = table(pd.DataFrame(rows).assign(baseline=0.0), "loglik")
 >>> found.loc[found["p_max"] < 0.05, "wiring"].tolist()
 [':3 1:']
 """
@@ -40,7 +40,7 @@ Control to compare with: ``expected_best``, what the best would gain by luck. No
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
+import pandas as pd
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
@@ -77,7 +77,7 @@ class Luck:
     high: float
 
 
-def differences(frame: pandas.DataFrame, metric: str) -> pandas.DataFrame:
+def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Improvement over the unmodified model: a row per prompt (index ``group``, ``prompt``), a column per wiring.
 
     Raises ValueError for a metric that the table does not hold, a cell measured twice, a prompt of two groups, and
@@ -105,13 +105,13 @@ def differences(frame: pandas.DataFrame, metric: str) -> pandas.DataFrame:
     if not np.isfinite(wide.to_numpy()).any():
         raise ValueError(f"no value of {metric} can be compared with its baseline, all are missing")
     wide = wide.where(np.isfinite(wide))
-    wide.index = pandas.MultiIndex.from_arrays([groups["first"].loc[wide.index], wide.index], names=["group", "prompt"])
+    wide.index = pd.MultiIndex.from_arrays([groups["first"].loc[wide.index], wide.index], names=["group", "prompt"])
     return wide
 
 
 def table(
-    frame: pandas.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, by_group: bool = False
-) -> pandas.DataFrame:
+    frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, by_group: bool = False
+) -> pd.DataFrame:
     """A row per wiring, or per wiring and group, in the order of the scan: ``COLUMNS``.
 
     All wirings see the same resamples and the same flips. With ``by_group`` the family of ``p_max`` and ``q`` is all
@@ -124,7 +124,7 @@ def table(
     for group in groups.unique() if by_group else [None]:
         chosen = np.full(len(wide), True) if group is None else np.asarray(groups == group)
         d = wide.to_numpy()[chosen]
-        part = pandas.DataFrame({"wiring": wide.columns.astype(str)})
+        part = pd.DataFrame({"wiring": wide.columns.astype(str)})
         if group is not None:
             part["group"] = group
         part["gain"], part["gain_low"], part["gain_high"] = _bootstrap(d, resamples, seed)
@@ -134,7 +134,7 @@ def table(
         z.append(own)
         null.append(reached)
         largest = np.maximum(largest, highest)
-    found = pandas.concat(parts, ignore_index=True)
+    found = pd.concat(parts, ignore_index=True)
     statistic = np.concatenate(z)
     beyond = len(largest) - np.searchsorted(np.sort(largest), statistic - 1e-9)
     measured = np.isfinite(statistic)
@@ -145,7 +145,7 @@ def table(
     return found.loc[by_wiring, [name for name in COLUMNS if name in found]].reset_index(drop=True)
 
 
-def expected_best(frame: pandas.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0) -> Luck:
+def expected_best(frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0) -> Luck:
     """The largest gain of a scan in which no wiring has an effect but each keeps its spread over prompts.
 
     Signs are flipped as for ``p_max``, of d less its mean, and the largest mean gain (not z) is kept. Wirings that are
@@ -173,13 +173,13 @@ def expected_best(frame: pandas.DataFrame, metric: str, resamples: int = RESAMPL
 
 
 def winners(
-    search: pandas.DataFrame,
-    validation: pandas.DataFrame,
+    search: pd.DataFrame,
+    validation: pd.DataFrame,
     metric: str,
     top: int = 10,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """The ``top`` largest gains of the search half, measured again on the validation half.
 
     The largest of many gains is large partly by luck, so on fresh probes it shrinks even where a wiring helps
@@ -220,7 +220,7 @@ def winners(
     return both[["wiring", *halves, "survived", "survived_low", "survived_high", "verdict"]]
 
 
-def _verdict(row: pandas.Series) -> str:
+def _verdict(row: pd.Series) -> str:
     if not row["gain_search"] > 0:
         return "no gain"
     less = row["gain_high_validation"] < row["gain_search"]
@@ -231,7 +231,7 @@ def _verdict(row: pandas.Series) -> str:
     return "vanished" if less else "undecided"
 
 
-def _tried(wide: pandas.DataFrame) -> pandas.DataFrame:
+def _tried(wide: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[:, wide.columns != ":"]
 
 

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas
+import pandas as pd
 import scipy.stats
 import torch
 from jaxtyping import Float
@@ -121,7 +121,7 @@ def andrews(series: Float[Tensor, "*series time"], draws: int = 20000, seed: int
     return phi, lowest, highest
 
 
-def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pandas.DataFrame:
+def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pd.DataFrame:
     """What the usual tests say series by series: the share that they reject at 5 %, here and where the truth is known.
 
     Rows: ``adfuller`` (Dickey-Fuller, no lags) and ``variance_ratio`` (Lo and MacKinlay 1988, q = 2, robust; two-sided)
@@ -150,7 +150,7 @@ def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pandas.DataFram
             for column, panel in panels.items()
         }
         rows.append({"test": name, "null": null, **shares, "n_series": len(chosen), "T": T})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def recovery(
@@ -160,7 +160,7 @@ def recovery(
     effects: Sequence[float] = (0.0, 2.0),
     n_simulations: int = 1000,
     seed: int = 0,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Every estimator on every panel of ``simulate``: how far off, and how often its 95 % interval holds the truth.
 
     Columns are ``COLUMNS``. Estimators of phi: those of ``surgery.stats.panels``, their intervals t times ``sandwich``;
@@ -180,7 +180,7 @@ def recovery(
         if cell[2] == 0:
             y = simulate(cell[1], 10 * n_simulations, cell[0], seed=seed + 1)
             rows.append(_row("andrews", andrews(y), cell[1], cell[1] <= 1, (1, *cell)))
-    return pandas.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _cell(y: Float[Tensor, "simulation unit time"], T: int, phi: float, effects: float) -> list[dict[str, Any]]:

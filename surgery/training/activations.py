@@ -217,9 +217,15 @@ def opened(folder: str | Path) -> Latents:
         lengths.append(np.fromfile(folder / shard.file, "<i4", shard.prompts, offset=offset))
     source = {key: manifest[key] for key in ("model", "weights_sha256", "corpus_sha256")}
     return Latents(
-        folder, manifest["start"], manifest["stop"], dtype, d_model,
-        torch.from_numpy(np.concatenate(lengths)).long(), shards, source,
-    )  # fmt: skip
+        folder,
+        manifest["start"],
+        manifest["stop"],
+        dtype,
+        d_model,
+        torch.from_numpy(np.concatenate(lengths)).long(),
+        shards,
+        source,
+    )
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -127,9 +127,15 @@ def harvest(
             flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
             began = time.perf_counter()
             made = _make(
-                stack, flat, lengths[prompts], (start, stop), folder / file, dtype, batch_size,
+                stack,
+                flat,
+                lengths[prompts],
+                (start, stop),
+                folder / file,
+                dtype,
+                batch_size,
                 lambda done: bar.advance(task, done),
-            )  # fmt: skip
+            )
             shards[file] = replace(made, seconds=time.perf_counter() - began)
             entries = [asdict(shards[name]) for name in plan if name in shards]
             tables.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-import pandas
+import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
@@ -97,10 +97,10 @@ class Ledger:
         """Of all phases, the teacher's included or not."""
         return sum(entry.operations for (_, taught), entry in self.entries.items() if teacher or not taught)
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> pd.DataFrame:
         """One row per entry, see ``COLUMNS``."""
         rows = [{"phase": phase, "teacher": taught} | asdict(e) for (phase, taught), e in self.entries.items()]
-        return pandas.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def __add__(self, other: "Ledger") -> "Ledger":
         total = Ledger()
@@ -110,10 +110,15 @@ class Ledger:
         return total
 
     @classmethod
-    def of(cls, frame: pandas.DataFrame) -> "Ledger":
+    def of(cls, frame: pd.DataFrame) -> "Ledger":
         """The ledger that ``frame`` wrote."""
         ledger = cls()
         for row in frame.to_dict("records"):
-            ledger.add(str(row["phase"]), int(row["tokens"]), int(row["operations"]), float(row["seconds"]),
-                       teacher=bool(row["teacher"]))  # fmt: skip
+            ledger.add(
+                str(row["phase"]),
+                int(row["tokens"]),
+                int(row["operations"]),
+                float(row["seconds"]),
+                teacher=bool(row["teacher"]),
+            )
         return ledger

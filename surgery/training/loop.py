@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
@@ -116,7 +116,7 @@ class Task(Protocol):
 class Fit:
     """A finished training: its curve (``CURVE`` and what ``look`` gives) and ledger."""
 
-    curve: pandas.DataFrame
+    curve: pd.DataFrame
     ledger: Ledger
     stopped_early: bool
 
@@ -159,8 +159,10 @@ def fit(
     accelerator = accelerator or accelerator_for(next(task.student.parameters()).device, schedule.precision)
     world, rank = accelerator.num_processes, accelerator.process_index
     if task.n_prompts < schedule.batch:
-        raise ValueError(f"a batch of {schedule.batch} prompts needs as many, there are {task.n_prompts}: "
-                         "give more prompts or a smaller batch")  # fmt: skip
+        raise ValueError(
+            f"a batch of {schedule.batch} prompts needs as many, there are {task.n_prompts}: "
+            "give more prompts or a smaller batch"
+        )
     if schedule.batch % world:
         raise ValueError(f"a batch of {schedule.batch} prompts does not divide among {world} processes")
     folder = tables.folder(folder)
@@ -189,8 +191,12 @@ def fit(
                     ) from error
                 state.row(schedule, losses, looked, task.watched)
                 state.save(plain, accelerator.scaler)
-                tables.write(pandas.DataFrame(state.rows), folder / "curve.csv", {**(manifest or {}), "run": run},
-                             CURVE | dict(columns or {}))  # fmt: skip
+                tables.write(
+                    pd.DataFrame(state.rows),
+                    folder / "curve.csv",
+                    {**(manifest or {}), "run": run},
+                    CURVE | dict(columns or {}),
+                )
             losses.clear()
             state.share(accelerator)
 
@@ -233,7 +239,7 @@ def fit(
         if schedule.patience is not None:
             state.best()
         accelerator.wait_for_everyone()
-    return Fit(pandas.DataFrame(state.rows), state.ledger, early)
+    return Fit(pd.DataFrame(state.rows), state.ledger, early)
 
 
 class _State:
@@ -257,8 +263,10 @@ class _State:
             raise ValueError(f"{self.path} is not a whole checkpoint ({error}): remove it to begin again") from None
         if metadata["run"] != self.run:
             other = [key for key in {**self.run, **metadata["run"]} if metadata["run"].get(key) != self.run.get(key)]
-            raise ValueError(f"{self.path} belongs to another run (other {', '.join(sorted(other))}): choose another "
-                             "folder, or remove it to begin again")  # fmt: skip
+            raise ValueError(
+                f"{self.path} belongs to another run (other {', '.join(sorted(other))}): choose another "
+                "folder, or remove it to begin again"
+            )
         if metadata["frozen"] != _digest(self.frozen):
             raise ValueError(f"{self.path} was made with other frozen weights: choose another folder")
         with torch.no_grad():
@@ -268,7 +276,7 @@ class _State:
         self.best_weights = {name: tensors[f"best/{name}"] for name in self.trained if f"best/{name}" in tensors}
         self.step, self.waited, self.rows = (metadata[key] for key in ("step", "waited", "rows"))
         self.best_value = float("inf") if metadata["best"] is None else metadata["best"]
-        self.ledger = Ledger.of(pandas.DataFrame(metadata["ledger"]))
+        self.ledger = Ledger.of(pd.DataFrame(metadata["ledger"]))
         if scaler is not None:
             scaler.load_state_dict(metadata["scaler"])
 
@@ -276,11 +284,15 @@ class _State:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()} | states(optimizers)
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         metadata = {
-            "run": self.run, "step": self.step, "waited": self.waited, "rows": self.rows,
+            "run": self.run,
+            "step": self.step,
+            "waited": self.waited,
+            "rows": self.rows,
             "best": self.best_value if np.isfinite(self.best_value) else None,
-            "frozen": _digest(self.frozen), "ledger": self.ledger.frame().to_dict("records"),
+            "frozen": _digest(self.frozen),
+            "ledger": self.ledger.frame().to_dict("records"),
             "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
-        }  # fmt: skip
+        }
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         tables.save({self.path: save(whole, {"state": json.dumps(metadata)})})
 
@@ -294,12 +306,18 @@ class _State:
     def row(self, schedule: Schedule, losses: list[float], looked: dict[str, float], watched: str) -> None:
         own = [entry for (_, teacher), entry in self.ledger.entries.items() if not teacher]
         spent = {name: sum(getattr(entry, name) for entry in own) for name in ("tokens", "operations", "seconds")}
-        self.rows.append({
-            "step": self.step, "tokens": int(spent["tokens"]), "operations": float(spent["operations"]),
-            "operations_with_teacher": float(self.ledger.operations(teacher=True)), "seconds": float(spent["seconds"]),
-            "loss": float(np.mean(losses)) if losses else float("nan"),
-            "learning_rate": schedule.rate(max(0, self.step - 1)), **looked,
-        })  # fmt: skip
+        self.rows.append(
+            {
+                "step": self.step,
+                "tokens": int(spent["tokens"]),
+                "operations": float(spent["operations"]),
+                "operations_with_teacher": float(self.ledger.operations(teacher=True)),
+                "seconds": float(spent["seconds"]),
+                "loss": float(np.mean(losses)) if losses else float("nan"),
+                "learning_rate": schedule.rate(max(0, self.step - 1)),
+                **looked,
+            }
+        )
         if looked[watched] < self.best_value:
             self.best_value, self.waited = looked[watched], 0
             if schedule.patience is not None:

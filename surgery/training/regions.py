@@ -44,8 +44,10 @@ class Region:
     def nearest(self, x: Rows, count: int) -> Float[Tensor, "row neighbour d_model"]:
         """The ``count`` real activations of the bank that are nearest, nearest first."""
         if count > len(self.bank):
-            raise ValueError(f"there are {len(self.bank)} real activations to choose {count} neighbours from: "
-                             "ask for fewer, or fit with a larger bank")  # fmt: skip
+            raise ValueError(
+                f"there are {len(self.bank)} real activations to choose {count} neighbours from: "
+                "ask for fewer, or fit with a larger bank"
+            )
         return self.bank[torch.cdist(x, self.bank).topk(count, largest=False).indices]
 
 
@@ -72,8 +74,7 @@ class Gathered:
     def region(self, place: int, components: int | None, share: float) -> Region:
         count, few = self.scatter.count, f"position {place} has {self.scatter.count} activations"
         if count < 2:
-            raise ValueError(f"{few}, moments need two or more: "
-                             "take longer prompts, or fewer positions")  # fmt: skip
+            raise ValueError(f"{few}, moments need two or more: take longer prompts, or fewer positions")
         values, vectors = torch.linalg.eigh(self.scatter.covariance)
         values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
         total, mean = values.sum(), self.scatter.mean
@@ -82,8 +83,9 @@ class Gathered:
         wanted = int((held < share).sum()) + 1 if components is None else components
         k = min(varying, wanted)
         if count < SAMPLES * k:
-            raise ValueError(f"{few}, {k} components need {SAMPLES * k} or more: take more prompts, or fewer "
-                             "components")  # fmt: skip
+            raise ValueError(
+                f"{few}, {k} components need {SAMPLES * k} or more: take more prompts, or fewer components"
+            )
         part = float(held[k - 1]) if k else 1.0
         scale = values[:k].sqrt().float()
         return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, part))

@@ -1,7 +1,7 @@
 """Boundaries and verdict of whole networks whose three parts were built in."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -48,9 +48,14 @@ def test_the_reverse_is_contradicted_and_uniform_is_undecided():
 
 def test_everything_can_be_said_written_and_drawn(known, tmp_path):
     assert "more parallel than the middle is supported" in " ".join(known.sentences)
-    for frame, columns in ((known.boundaries, changepoints.COLUMNS), (known.segments, changepoints.COLUMNS),
-                           (known.detectors, anatomy.DETECTORS_COLUMNS), (known.agreement, anatomy.AGREEMENT_COLUMNS),
-                           (known.by_kind, anatomy.KINDS_COLUMNS), (known.ends, anatomy.contrast.COLUMNS)):  # fmt: skip
+    for frame, columns in (
+        (known.boundaries, changepoints.COLUMNS),
+        (known.segments, changepoints.COLUMNS),
+        (known.detectors, anatomy.DETECTORS_COLUMNS),
+        (known.agreement, anatomy.AGREEMENT_COLUMNS),
+        (known.by_kind, anatomy.KINDS_COLUMNS),
+        (known.ends, anatomy.contrast.COLUMNS),
+    ):
         tables.write(frame, tmp_path / "table.csv", {}, columns)
     for figure in (draw.boundaries(known.boundaries, known.detectors, 12), draw.ends(known.ends)):
         assert drawing.png(figure)[1:4] == b"PNG"
@@ -91,20 +96,34 @@ def test_the_brain_scan_shows_where_repeating_helps():
     for one in wiring.every_repeat(9):
         inside = one.repeated()
         gain = 0.0 if inside is None else 1.0 if inside[0] >= 3 and inside[1] <= 6 else -1.0
-        rows += [{"wiring": str(one), "prompt": prompt, "group": "", "metric": "loglik", "baseline": 0.0,
-                  "value": gain + 0.1 * generator.normal()} for prompt in range(8)]  # fmt: skip
-    skyline = anatomy.functional(pandas.DataFrame(rows), 9, resamples=10)
+        rows += [
+            {
+                "wiring": str(one),
+                "prompt": prompt,
+                "group": "",
+                "metric": "loglik",
+                "baseline": 0.0,
+                "value": gain + 0.1 * generator.normal(),
+            }
+            for prompt in range(8)
+        ]
+    skyline = anatomy.functional(pd.DataFrame(rows), 9, resamples=10)
     start, end = skyline.values[0].T
     assert start.argmax() in (3, 4)
     assert end.argmax() in (4, 5)
     with pytest.raises(ValueError, match="scan every_repeat"):
-        anatomy.functional(pandas.DataFrame(rows).query("wiring in (':', ':4 3:')"), 9)
+        anatomy.functional(pd.DataFrame(rows).query("wiring in (':', ':4 3:')"), 9)
 
 
 def test_detectors_that_agree_agree_more_than_chance():
     def table(layers):
-        return pandas.DataFrame([{"detector": str(i), "boundary": name, "layer": float(layer + 4 * (name == "out"))}
-                                 for i, layer in enumerate(layers) for name in anatomy.BOUNDARIES])  # fmt: skip
+        return pd.DataFrame(
+            [
+                {"detector": str(i), "boundary": name, "layer": float(layer + 4 * (name == "out"))}
+                for i, layer in enumerate(layers)
+                for name in anatomy.BOUNDARIES
+            ]
+        )
 
     close, far = (anatomy.agreement(table(layers), 12) for layers in ([4, 4, 4, 4, 5], [2, 6, 2, 6, 2]))
     assert (close["p_random"] < 0.05).all()

@@ -30,7 +30,11 @@ def stack(maps, monkeypatch):
 def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(monkeypatch):
     tongue = torch.diag(torch.cat([torch.zeros(8), torch.ones(8)])).double()
     nothing = torch.zeros(16, 16).double()
-    found = convergence.curve(stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch), SAID, sampling=Sampling(resamples=40))  # fmt: skip
+    found = convergence.curve(
+        stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch),
+        SAID,
+        sampling=Sampling(resamples=40),
+    )
     frame = found.frame
     assert (frame["difference"] > 0).tolist() == [False, False, True, True, False, False]
     assert found.reach()[0].tolist() == [1, 3]

@@ -95,12 +95,16 @@ def test_the_geometric_mean_over_all_masks_is_the_scaled_layer_and_the_arithmeti
     assert gap < 1e-12 if p == 0 else gap > 0.01
 
 
-@pytest.mark.parametrize("call", [
-    lambda: dropout.masks(3, 1.0), lambda: dropout.masks(3, -0.1),
-    lambda: dropout.output_variance(drawn(2), drawn(2), 1.0),
-    lambda: dropout.training_variance(drawn(2), drawn(2), 2.0),
-    lambda: dropout.geometric_mean(drawn(2, 2), drawn(2), float("nan")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dropout.masks(3, 1.0),
+        lambda: dropout.masks(3, -0.1),
+        lambda: dropout.output_variance(drawn(2), drawn(2), 1.0),
+        lambda: dropout.training_variance(drawn(2), drawn(2), 2.0),
+        lambda: dropout.geometric_mean(drawn(2, 2), drawn(2), float("nan")),
+    ],
+)
 def test_a_rate_that_is_none(call):
     with pytest.raises(ValueError, match="from 0 to below 1; got p="):
         call()
@@ -132,12 +136,26 @@ def llama(rate, n_layers=2):
     ("rate", "named"),
     [
         ("embd_pdrop", ["transformer.drop"]),
-        ("attn_pdrop", ["transformer.h.0.attn", "transformer.h.0.attn.attn_dropout", "transformer.h.1.attn",
-                        "transformer.h.1.attn.attn_dropout"]),
-        ("resid_pdrop", ["transformer.h.0.attn.resid_dropout", "transformer.h.0.mlp.dropout",
-                         "transformer.h.1.attn.resid_dropout", "transformer.h.1.mlp.dropout"]),
+        (
+            "attn_pdrop",
+            [
+                "transformer.h.0.attn",
+                "transformer.h.0.attn.attn_dropout",
+                "transformer.h.1.attn",
+                "transformer.h.1.attn.attn_dropout",
+            ],
+        ),
+        (
+            "resid_pdrop",
+            [
+                "transformer.h.0.attn.resid_dropout",
+                "transformer.h.0.mlp.dropout",
+                "transformer.h.1.attn.resid_dropout",
+                "transformer.h.1.mlp.dropout",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_rate_of_a_gpt2_is_found_where_it_acts(rate, named):
     model = gpt2(**{rate: 0.3})
     assert dropout.live(model) == []
@@ -161,9 +179,15 @@ def test_functional_dropout_of_attention_is_found_by_its_rate_and_by_running():
 
 def test_a_rate_that_only_the_config_has_is_found_by_running():
     config = FalconConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.3,
-        new_decoder_architecture=False, parallel_attn=True, bias=True,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.3,
+        new_decoder_architecture=False,
+        parallel_attn=True,
+        bias=True,
+    )
     model = AutoModelForCausalLM.from_config(config).train()
     assert set(identities._running(model, 96)) <= set(dropout.live(model))
     assert {"transformer.h.0", "transformer.h.1"} <= set(identities._running(model, 96))

@@ -1,5 +1,5 @@
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -59,7 +59,7 @@ def test_on_a_softmax_linear_model_the_geometric_mean_converges_as_one_over_the_
         curve(linear(), ids(60), HEAD, 0.3, counts, shared=False, sampling=Sampling(seed=s, resamples=0))
         for s in range(2)
     ]
-    mean = pandas.concat(runs).groupby(["way", "count"])["kl"].mean()
+    mean = pd.concat(runs).groupby(["way", "count"])["kl"].mean()
     slope = np.polyfit(np.log(counts), np.log(np.sqrt(mean[GEOMETRIC])), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.06)
     assert mean[ARITHMETIC][64] > 5 * mean[GEOMETRIC][64]  # goes to something else
@@ -147,8 +147,8 @@ def test_subnetworks_do_not_depend_on_batches_and_the_same_seed_gives_the_same()
     def made(**options):
         return curve(linear(), ids(), HEAD, 0.3, (1, 4), sampling=Sampling(resamples=5), **options)
 
-    pandas.testing.assert_frame_equal(made(batch_size=4), made(batch_size=6))
-    pandas.testing.assert_frame_equal(made(shared=False), made(shared=False))
+    pd.testing.assert_frame_equal(made(batch_size=4), made(batch_size=6))
+    pd.testing.assert_frame_equal(made(shared=False), made(shared=False))
     assert of(made(shared=False), GEOMETRIC, 4)["kl"] != of(made(), GEOMETRIC, 4)["kl"]
     assert of(made(seed=1), GEOMETRIC, 4)["kl"] != of(made(), GEOMETRIC, 4)["kl"]
 
@@ -211,8 +211,10 @@ def test_sentences_and_figure(n_prompts):
     assert f"{of(frame, GEOMETRIC, 4)['kl']:.4f}" in said[1]
     figure = draw(frame)
     assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
-        "loss", "KL from dropout off", "variance of the probabilities",
-    ]  # fmt: skip
+        "loss",
+        "KL from dropout off",
+        "variance of the probabilities",
+    ]
     drawn = {line.get_label(): line for line in figure.axes[0].lines}
     shown = frame[frame["way"] == GEOMETRIC]["cross_entropy_answers"]
     assert drawn["geometric mean"].get_ydata().tolist() == shown.tolist()

@@ -40,8 +40,10 @@ def test_systems_of_known_reliability(system, rho, share, curvature):
 def test_curvature_rises_from_a_chain_to_a_backup():
     """One layer that all rest on, beside one that stands alone: in between, and monotone in the chain's share."""
     mixed = dict(reads=[{0: 1}, {1: 1}, {0: 1}], writes=[1, 2, 3], scored=[2, 3])
-    found = [subsets(reading(**system), TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=0))["curvature"][0]
-             for system in (SERIES, mixed, INDEPENDENT)]  # fmt: skip
+    found = [
+        subsets(reading(**system), TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=0))["curvature"][0]
+        for system in (SERIES, mixed, INDEPENDENT)
+    ]
     assert found[0] < found[1] < found[2]
 
 

@@ -4,7 +4,7 @@ from functools import cache
 from itertools import product
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -210,7 +210,7 @@ def planted(level=0.0, swing=0.0, wide=0.0, gradient=0.0, near=0.0, far=0.0, spl
             log = level * dropped + own[2] + size * turn
             pull = (0.3 + gradient * doubled + own[3]) * turn
             rows.append((width, depth, rate, seed, step, layer, np.exp(log), np.exp(log), np.exp(pull), loss, loss))
-    return pandas.DataFrame(rows, columns=list(stability.COLUMNS))
+    return pd.DataFrame(rows, columns=list(stability.COLUMNS))
 
 
 @cache
@@ -249,8 +249,9 @@ def test_steadier_with_dropout(how):
     assert word(claims(swing=0.1, split=True), "With dropout", "steadier", how) == "undecided"
 
 
-@pytest.mark.parametrize(("how", "name"), [("log variance over", "wide"), ("about its drift", "wide"),
-                                           ("log gradient norm", "gradient")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "name"), [("log variance over", "wide"), ("about its drift", "wide"), ("log gradient norm", "gradient")]
+)
 @pytest.mark.parametrize("which", ["without dropout", "with dropout 0.5"])
 def test_wider_is_steadier(which, how, name):
     assert word(claims(**{name: -0.1}), "wider", which, how) == "confirmed"
@@ -291,7 +292,7 @@ def test_a_layer_in_which_nothing_varies_is_left_out():
     dead = frame.copy()
     dead.loc[dead["layer"] == 2, ["variance", "gradient"]] = 0.0
     without = stability.settled(frame[frame["layer"] < 2])
-    pandas.testing.assert_frame_equal(stability.settled(dead), without)
+    pd.testing.assert_frame_equal(stability.settled(dead), without)
     assert word(stability.found(dead), "changes", "after as many steps") == "confirmed (higher)"
 
 
@@ -322,7 +323,7 @@ def test_a_frame_of_one_width_and_depth_is_judged_on_the_rest(model):
         for step in range(5):
             recorder.note(step, IDS)
         runs.append(recorder.frame)
-    frame = pandas.concat(runs)
+    frame = pd.concat(runs)
     assert len(stability.found(frame)) == 4
     assert drawing.png(draw.draw(frame))[1:4] == b"PNG"
 

@@ -36,19 +36,34 @@ def planted(noise: float = 0.01, seeds=SEEDS, **slopes: float) -> pd.DataFrame:
 
 def probed(slope: float) -> pd.DataFrame:
     generator = np.random.default_rng(1)
-    return pd.DataFrame([
-        {"rate": rate, "seed": seed, "matched": matched, "probe": probe, "p": p,
-         "excess": 1 + slope * rate + 0.01 * generator.standard_normal()}
-        for rate in RATES for seed in SEEDS for matched in ("steps", "loss") for probe in ("layers", "neurons")
-        for p in (0.1, 0.4)
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "rate": rate,
+                "seed": seed,
+                "matched": matched,
+                "probe": probe,
+                "p": p,
+                "excess": 1 + slope * rate + 0.01 * generator.standard_normal(),
+            }
+            for rate in RATES
+            for seed in SEEDS
+            for matched in ("steps", "loss")
+            for probe in ("layers", "neurons")
+            for p in (0.1, 0.4)
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     ("within", "across", "words"),
-    [(-1, 1, ("confirmed", "confirmed")), (1, -1, ("refuted", "refuted")), (0, 0, ("undecided", "undecided")),
-     (-1, 0, ("confirmed", "undecided"))],
-)  # fmt: skip
+    [
+        (-1, 1, ("confirmed", "confirmed")),
+        (1, -1, ("refuted", "refuted")),
+        (0, 0, ("undecided", "undecided")),
+        (-1, 0, ("confirmed", "undecided")),
+    ],
+)
 def test_each_half_by_the_measure_that_decides_it(within, across, words):
     halves = study.found(planted(psi=within, redundancy_mass=across))[:2]
     assert halves[0].startswith(f"Dropout lowers superposition within components: {words[0]}. Effective features")

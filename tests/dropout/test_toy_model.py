@@ -4,7 +4,7 @@ import runpy
 import sys
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -163,10 +163,10 @@ def test_a_sweep_has_a_row_per_cell_all_columns_and_survives_the_disk(swept, tmp
     assert tuple(swept.columns) == tuple(toy.COLUMNS)
     assert len(swept[["sparsity", "rate", "seed"]].drop_duplicates()) == len(swept) == 12
     path = tables.write(swept, tmp_path / "superposition.csv", {"seed": 0}, toy.COLUMNS)
-    pandas.testing.assert_frame_equal(tables.read(path), swept, check_dtype=False, rtol=0, atol=0)
+    pd.testing.assert_frame_equal(tables.read(path), swept, check_dtype=False, rtol=0, atol=0)
     table = findings.differences(swept)
     path = tables.write(table, tmp_path / "differences.csv", {"seed": 0}, findings.DIFFERENCES)
-    pandas.testing.assert_frame_equal(tables.read(path), table, check_dtype=False, rtol=0, atol=0)
+    pd.testing.assert_frame_equal(tables.read(path), table, check_dtype=False, rtol=0, atol=0)
 
 
 def test_trained_alone_a_row_reads_the_same(swept):
@@ -185,7 +185,7 @@ def test_models_without_dropout_are_their_own_match_and_the_others_matches_are_l
 
 
 def test_the_match_is_where_the_loss_last_came_down_to_it():
-    losses, frame = [9.0, 2.0, 4.0, 1.0], pandas.DataFrame({"sparsity": 0.5, "seed": 0, "rate": [0.0] + [0.5] * 4})
+    losses, frame = [9.0, 2.0, 4.0, 1.0], pd.DataFrame({"sparsity": 0.5, "seed": 0, "rate": [0.0] + [0.5] * 4})
     frame["loss"] = [1.0, 2.5, 9.5, 0.5, 1.0]
     history = [
         {"loss": torch.tensor([lost])} | {name: torch.tensor([10.0 * i]) for name in toy.MATCHED}
@@ -215,7 +215,7 @@ def made_up(changes, seeds=4, spread=0.01):
                 values |= {"features_per_dimension": 1.0, "interference": 0.3}
                 values |= {f"{name}_matched": values[name] for name in toy.MATCHED}
                 rows.append({"decay": 0.9, "sparsity": sparsity, "rate": rate, "seed": seed, **values})
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def test_differences_are_paired_by_seed():
@@ -250,7 +250,7 @@ def test_small_changes_are_not_spoken_of_however_sure():
 
 
 def test_the_figure_shows_the_means_over_seeds_in_their_places(swept):
-    both = pandas.concat([swept, swept.assign(decay=1.0)])
+    both = pd.concat([swept, swept.assign(decay=1.0)])
     figure = findings.draw(both)
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 8

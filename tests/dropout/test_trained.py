@@ -94,8 +94,10 @@ def test_loss_is_matched_at_the_lowest_rung_that_all_reached(tmp_path, monkeypat
 
 
 def test_curves_are_what_stability_reads(tmp_path):
-    made = [trained.train(Recipe(rate=rate, **SMALL | {"steps": 6, "every": 1}), tmp_path / f"{rate}")
-            for rate in (0.0, 0.4)]  # fmt: skip
+    made = [
+        trained.train(Recipe(rate=rate, **SMALL | {"steps": 6, "every": 1}), tmp_path / f"{rate}")
+        for rate in (0.0, 0.4)
+    ]
     frame = trained.curves(made)
     assert set(stability.COLUMNS) - set(frame.columns) <= {"variance_training"}
     assert len(frame) == 2 * 7 * 3

@@ -117,9 +117,13 @@ def test_a_learnable_middle_beats_the_best_linear_map(tmp_path):
     corpus, heldout = Tokens.of(known_networks.tokens(64, 8)), Tokens.of(known_networks.tokens(16, 8, seed=1))
     pairs = harvested(teacher, tmp_path, corpus, (0, 1))
     grown = graft.train(
-        teacher, pairs, heldout, tmp_path / "run", d_mlp=64,
+        teacher,
+        pairs,
+        heldout,
+        tmp_path / "run",
+        d_mlp=64,
         schedule=Schedule(steps=100, batch=32, every=100, learning_rate=0.03, warmup=10),
-    )  # fmt: skip
+    )
     best = linear_maps.linear(pairs.moments(range(54), skip_first=False), pairs.moments(range(54, 64)))
     linear = fidelity.measure(teacher, heldout, best, 0, 1, sampling=Sampling(resamples=0)).iloc[0]
     assert 0.2 < linear["unexplained"] < 1  # a rectifier bends, so a line does not do
@@ -133,9 +137,17 @@ def test_a_learnable_middle_beats_the_best_linear_map(tmp_path):
 def terms(teacher, pairs, objective, student=None, weigh=None, prompts=(0, 1, 2)):
     """Sums, weights and the batch of a student's loss; the teacher itself if no student is given."""
     task = graft.Task(
-        teacher, Stack(student or teacher.model), SPAN, "middle", pairs, HELDOUT, objective,
-        weigh or grafting._evenly, None, "unexplained",
-    )  # fmt: skip
+        teacher,
+        Stack(student or teacher.model),
+        SPAN,
+        "middle",
+        pairs,
+        HELDOUT,
+        objective,
+        weigh or grafting._evenly,
+        None,
+        "unexplained",
+    )
     batch = task.taught(task.batch(list(prompts)))
     sums, weights = task.student(batch)
     return sums / weights, weights.detach(), batch
@@ -305,8 +317,11 @@ def test_healing_changes_what_it_says_and_keeps_the_books(tmp_path):
         assert {torch.equal(old[name], new[name]) for name in outside} == {parts == "junction"}
         books = healed.ledger.frame().set_index(["phase", "teacher"])
         assert set(books.index) == {
-            ("harvest", True), ("training", False), ("healing", False), ("healing: teacher", True)
-        }  # fmt: skip
+            ("harvest", True),
+            ("training", False),
+            ("healing", False),
+            ("healing: teacher", True),
+        }
         kept = grown.ledger.frame().set_index(["phase", "teacher"])
         assert books.loc[kept.index].equals(kept)
         assert healed.curve["operations"].iloc[0] == grown.curve["operations"].iloc[-1]
@@ -351,8 +366,9 @@ def test_activations_that_are_not_this_model_s_or_were_damaged_are_told(tmp_path
 def test_what_cannot_be_is_told(tmp_path):
     teacher = network()
     pairs = harvested(teacher, tmp_path)
-    refused("a batch of 32 prompts needs as many, there are 24", teacher, pairs, tmp_path,
-            schedule=replace(SHORT, batch=32))  # fmt: skip
+    refused(
+        "a batch of 32 prompts needs as many, there are 24", teacher, pairs, tmp_path, schedule=replace(SHORT, batch=32)
+    )
     student = layout.build(teacher.model, layout.middle(4, *SPAN))
     for parts, objective, said in (
         ("ends", Objective(), "parts is middle, junction, all, got 'ends'"),
@@ -360,12 +376,15 @@ def test_what_cannot_be_is_told(tmp_path):
         ("all", Objective(), "not all 0"),
     ):
         with pytest.raises(ValueError, match=said):
-            graft.fit(teacher, student, SPAN, pairs, HELDOUT, tmp_path / "x", parts=parts, objective=objective,
-                      schedule=SHORT)  # fmt: skip
+            graft.fit(
+                teacher, student, SPAN, pairs, HELDOUT, tmp_path / "x", parts=parts, objective=objective, schedule=SHORT
+            )
     for wrong, said in (
-        ({"latent": 0.0}, "not all 0"), ({"kl": -1.0}, "factors of 0 or more"),
-        ({"whiten": "zca"}, "whiten is std, principal or none, got 'zca'"), ({"cap": 0.0}, "cap above 0"),
-    ):  # fmt: skip
+        ({"latent": 0.0}, "not all 0"),
+        ({"kl": -1.0}, "factors of 0 or more"),
+        ({"whiten": "zca"}, "whiten is std, principal or none, got 'zca'"),
+        ({"cap": 0.0}, "cap above 0"),
+    ):
         with pytest.raises(ValueError, match=said):
             Objective(**wrong)
     for span in ((2, 2), (0, 4), (3, 1), (1, 5)):
@@ -386,7 +405,10 @@ def test_a_learning_rate_that_blows_up_is_told_and_the_checkpoint_named(tmp_path
     teacher = network()
     pairs = harvested(teacher, tmp_path)
     refused(
-        r"step.*checkpoint of\s+step \d is whole.*try a smaller learning rate", teacher, pairs, tmp_path,
+        r"step.*checkpoint of\s+step \d is whole.*try a smaller learning rate",
+        teacher,
+        pairs,
+        tmp_path,
         schedule=replace(SHORT, learning_rate=1e30, warmup=1, every=every),
-    )  # fmt: skip
+    )
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()

@@ -18,8 +18,12 @@ def made():
     return stack, walk.fit(stack.stream(seen)[2], seen.mask, positions=2, variance=0.9), heldout
 
 
-KINDS = {"near": walk.Stationary(0.99), "stationary": walk.Stationary(0.5), "far": walk.Free(2.0),
-         "between": walk.Interpolated(1.0)}  # fmt: skip
+KINDS = {
+    "near": walk.Stationary(0.99),
+    "stationary": walk.Stationary(0.5),
+    "far": walk.Free(2.0),
+    "between": walk.Interpolated(1.0),
+}
 
 
 @pytest.fixture(scope="module")

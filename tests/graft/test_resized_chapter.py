@@ -26,12 +26,22 @@ def sizes(factor: float = 0.5, seeds: int = 3) -> pd.DataFrame:
             for width in (128, 256):
                 for k in (float("nan"), 0.0, 4.0):
                     loss = (1 + 0.01 * seed * (width - 192) / 64) * 0.1 * (factor if width == 256 else 1.0)
-                    rows.append({
-                        "budget": budget, "d_mlp": width, "depth": 2, "seed": seed, "k": k, "unexplained": 0.4,
-                        "cross_entropy": loss, "cross_entropy_original": 0.01, "damage": loss, "steps": 4.0,
-                        "exact": 0.5 + 0.01 * seed * (width == 256) + (0.25 if (width, k) == (256, 4.0) else 0.0),
-                        "operations_with_teacher": 3.21e11,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "budget": budget,
+                            "d_mlp": width,
+                            "depth": 2,
+                            "seed": seed,
+                            "k": k,
+                            "unexplained": 0.4,
+                            "cross_entropy": loss,
+                            "cross_entropy_original": 0.01,
+                            "damage": loss,
+                            "steps": 4.0,
+                            "exact": 0.5 + 0.01 * seed * (width == 256) + (0.25 if (width, k) == (256, 4.0) else 0.0),
+                            "operations_with_teacher": 3.21e11,
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -54,14 +64,24 @@ def test_both_studies_make_a_section_with_figures_tables_and_sentences(tmp_path)
         assert imread(tmp_path / f"{name}.png").shape[0] > 300
     shown = section(source, "middle")
     said = [
-        *size_study.found(sizes(seeds=4), (128, 2)), *size_study.found_by_k(sizes(seeds=4), (128, 2)),
-        *manifold.found(on_and_off()), *walk_study.found(planted(relabelled=0.1, more_real=0.05)),
-    ]  # fmt: skip
+        *size_study.found(sizes(seeds=4), (128, 2)),
+        *size_study.found_by_k(sizes(seeds=4), (128, 2)),
+        *manifold.found(on_and_off()),
+        *walk_study.found(planted(relabelled=0.1, more_real=0.05)),
+    ]
     assert [html.unescape(one) for one in re.findall(r'<p class="finding">(.*?)</p>', shown)] == said
     for words in ("better.", "off the manifold", "helps.", "undecided."):
         assert words in shown, words
-    for cell in ("256", "3.21e+11", "0.765", "better", "off, control", "real tokens", "stationary, relabelled",
-                 "20,000"):  # fmt: skip
+    for cell in (
+        "256",
+        "3.21e+11",
+        "0.765",
+        "better",
+        "off, control",
+        "real tokens",
+        "stationary, relabelled",
+        "20,000",
+    ):
         assert re.search(rf"(<td>|interval\">|<th[^>]*>){re.escape(cell)} ?<", shown), cell
     assert re.search(r"<th[^>]*>k = 4</th>", shown)
     assert "nan" not in shown
@@ -73,8 +93,9 @@ def test_what_was_found_says_what_size_and_walk_are_worth(tmp_path):
     assert "At equal operations, width 256 and 2 layers: " in found
     assert "10,000 real tokens, stationary, relabelled, against as much more real data" in found
     assert report.summary(tmp_path) == [
-        *size_study.found(sizes(seeds=4), (128, 2)), *walk_study.worth(planted(relabelled=0.1))
-    ]  # fmt: skip
+        *size_study.found(sizes(seeds=4), (128, 2)),
+        *walk_study.worth(planted(relabelled=0.1)),
+    ]
 
 
 @pytest.mark.parametrize(

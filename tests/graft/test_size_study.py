@@ -25,9 +25,16 @@ def grid(tmp_path_factory):
 
     def again() -> pd.DataFrame:
         return size_study.run(
-            teacher, pairs, data, folder / "sweep", widths=(wide, 4 * wide), depths=(2,), seeds=(0, 1),
-            schedule=SCHEDULE, parts={3: Split(tokens[:16], tokens[16:20])},
-        )  # fmt: skip
+            teacher,
+            pairs,
+            data,
+            folder / "sweep",
+            widths=(wide, 4 * wide),
+            depths=(2,),
+            seeds=(0, 1),
+            schedule=SCHEDULE,
+            parts={3: Split(tokens[:16], tokens[16:20])},
+        )
 
     return again(), wide, folder / "sweep", again
 
@@ -40,9 +47,9 @@ def test_every_cell_is_there_for_all_prompts_and_for_its_part(grid):
     assert frame[frame["k"].isna()]["n_prompts"].eq(8).all()
     assert frame[frame["k"] == 3]["n_prompts"].eq(4).all()
     assert {path.name for path in folder.iterdir()} == {
-        f"{width}x2_{steps}_{seed}" for width, steps, seed in
-        frame[["d_mlp", "steps", "seed"]].astype(int).itertuples(index=False, name=None)
-    }  # fmt: skip
+        f"{width}x2_{steps}_{seed}"
+        for width, steps, seed in frame[["d_mlp", "steps", "seed"]].astype(int).itertuples(index=False, name=None)
+    }
 
 
 def test_equal_tokens_are_equal_and_equal_operations_nearly(grid):
@@ -79,16 +86,29 @@ def made_up(factor: float, noise: float) -> pd.DataFrame:
     for seed in range(3):
         for width, times in ((128, 1.0), (256, factor)):
             loss = times * 0.1 * (1 + noise * (seed - 1) * (1 if width == 256 else -1))
-            rows.append({"budget": "tokens", "d_mlp": width, "depth": 2, "seed": seed, "k": float("nan"),
-                         "cross_entropy": loss, "cross_entropy_original": 0.01})  # fmt: skip
+            rows.append(
+                {
+                    "budget": "tokens",
+                    "d_mlp": width,
+                    "depth": 2,
+                    "seed": seed,
+                    "k": float("nan"),
+                    "cross_entropy": loss,
+                    "cross_entropy_original": 0.01,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize(
     ("factor", "noise", "said"),
-    [(0.5, 0.01, "2.00 times as small a loss [1.9"), (0.5, 0.01, "better."), (2.0, 0.01, "worse."),
-     (0.9, 0.4, "undecided.")],
-)  # fmt: skip
+    [
+        (0.5, 0.01, "2.00 times as small a loss [1.9"),
+        (0.5, 0.01, "better."),
+        (2.0, 0.01, "worse."),
+        (0.9, 0.4, "undecided."),
+    ],
+)
 def test_what_is_said_compares_seeds_in_pairs(factor, noise, said):
     (sentence,) = size_study.found(made_up(factor, noise), (128, 2))
     assert sentence.startswith("At equal tokens, width 256 and 2 layers: ")
@@ -104,15 +124,27 @@ def test_one_seed_is_not_judged_and_without_the_usual_size_nothing_is_compared()
 def by_steps(gain: float, noise: float = 0.0, seeds: int = 3) -> pd.DataFrame:
     """Exact answers of two sizes: nothing between them at k = 0, ``gain`` at k = 4."""
     rows = [
-        {"budget": "tokens", "d_mlp": width, "depth": 2, "seed": seed, "k": float(k),
-         "exact": 0.5 + 0.1 * seed + (gain if (k, width) == (4, 256) else 0.0) + noise * (-1) ** (seed + width // 256)}
-        for seed in range(seeds) for width in (128, 256) for k in (0, 4)
-    ]  # fmt: skip
+        {
+            "budget": "tokens",
+            "d_mlp": width,
+            "depth": 2,
+            "seed": seed,
+            "k": float(k),
+            "exact": 0.5
+            + 0.1 * seed
+            + (gain if (k, width) == (4, 256) else 0.0)
+            + noise * (-1) ** (seed + width // 256),
+        }
+        for seed in range(seeds)
+        for width in (128, 256)
+        for k in (0, 4)
+    ]
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize(("gain", "noise", "verdict"), [(0.1, 0.001, "better"), (-0.1, 0.001, "worse"),
-                                                        (0.1, 0.2, "undecided")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gain", "noise", "verdict"), [(0.1, 0.001, "better"), (-0.1, 0.001, "worse"), (0.1, 0.2, "undecided")]
+)
 def test_at_each_k_sizes_are_compared_seed_by_seed(gain, noise, verdict):
     frame = by_steps(gain, noise)
     found = size_study.by_k(frame, (128, 2)).set_index(["d_mlp", "k"])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-import pandas
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,8 +37,11 @@ def command(*arguments, launcher=()):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "surgery", "graft", *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def weights(folder, name="training"):
@@ -76,9 +79,7 @@ def test_it_leaves_its_tables_figure_and_model(small):
     assert healed["phase"].tolist() == ["harvest", "training", "healing", "healing: teacher"]
     assert healed["teacher"].tolist() == [True, False, False, True]
     curves = frames.read(folder / study.CURVES)
-    assert curves.groupby("method", sort=False)["step"].apply(list).to_dict() == {
-        "graft": [0, 2, 4], "healed": [0, 2]
-    }  # fmt: skip
+    assert curves.groupby("method", sort=False)["step"].apply(list).to_dict() == {"graft": [0, 2, 4], "healed": [0, 2]}
     opened = Stack(surgery.load(folder / "training" / "model"))
     assert opened.n_layers == 12
 
@@ -105,7 +106,7 @@ def test_called_again_it_only_gives_its_result_again(small, monkeypatch):
     monkeypatch.setattr(study.graft.Task, "batch", never)
     again = study.run(out=folder, heal=2, **SMALL)
     same = [name for name in found.methods if name != "seconds"]
-    pandas.testing.assert_frame_equal(again.methods[same], found.methods[same])
+    pd.testing.assert_frame_equal(again.methods[same], found.methods[same])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -163,9 +164,32 @@ def test_texts_keep_their_last_tenth_or_are_judged_by_others(load, text, tmp_pat
 
 def test_a_model_of_one_s_own_learns_from_a_text(model_folder, text, tmp_path):
     out = tmp_path / "out"
-    result = run("--model", model_folder("llama"), "--middle", "1:3", "--text", text, "--out", out, "--depth", 1,
-                 "--d-mlp", 48, "--steps", 2, "--batch", 4, "--every", 1, "--precision", "bf16", "--stored", "float32",
-                 "--device", "cpu")  # fmt: skip
+    result = run(
+        "--model",
+        model_folder("llama"),
+        "--middle",
+        "1:3",
+        "--text",
+        text,
+        "--out",
+        out,
+        "--depth",
+        1,
+        "--d-mlp",
+        48,
+        "--steps",
+        2,
+        "--batch",
+        4,
+        "--every",
+        1,
+        "--precision",
+        "bf16",
+        "--stored",
+        "float32",
+        "--device",
+        "cpu",
+    )
     assert result.exit_code == 0, result.output
     assert "Layers 1 to 2 of 4 replaced" in result.stdout
     assert "exact answers" not in result.stdout
@@ -241,14 +265,14 @@ def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (part / "training" / "model").exists()
-    made = pandas.read_csv(curve)["step"].max()
+    made = pd.read_csv(curve)["step"].max()
     assert 8 <= made < 24
     assert run(*options, "--out", part).exit_code == 0
     whole, resumed = weights(tmp_path / "whole"), weights(part)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     tables = [frames.read(folder / "training" / "curve.csv") for folder in (tmp_path / "whole", part)]
     same = [name for name in tables[0] if name != "seconds"]
-    pandas.testing.assert_frame_equal(tables[0][same], tables[1][same])
+    pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
@@ -266,7 +290,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert out.count("replaced") == 1  # only the main process speaks
     one, two = (frames.read(tmp_path / name / "training" / "curve.csv") for name in ("one", "two"))
     measured = ["loss", "unexplained", "unexplained_whitened", "cross_entropy", "kl", "cross_entropy_answers"]
-    pandas.testing.assert_frame_equal(two[measured], one[measured], rtol=1e-4)
+    pd.testing.assert_frame_equal(two[measured], one[measured], rtol=1e-4)
     assert two["tokens"].tolist() == one["tokens"].tolist()
     # each pads its half to a length of its own
     assert (two["operations"].iloc[1:] < one["operations"].iloc[1:]).all()

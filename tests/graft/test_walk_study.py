@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from support.made_up_walks import NAMES, on_and_off, planted
 from surgery import graft
 from surgery.corpus.splits import Split
-from surgery.graft import manifold, study, walk, walk_study
+from surgery.graft import manifold, walk, walk_study
 from surgery.instruments import known_networks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -136,7 +136,7 @@ def test_the_figure_has_a_line_a_method_and_a_dot_a_seed():
     assert left.get_xscale() == "log"
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["1,000", "10,000"]
     lines = [line for line in left.lines if line.get_label() in NAMES]
-    assert [to_hex(line.get_color()).upper() for line in lines] == list(study.COLOURS[: len(NAMES)])
+    assert [to_hex(line.get_color()).upper() for line in lines] == list(drawing.COLOURS[: len(NAMES)])
     dots = [line for line in left.lines if line.get_marker() == "."]
     assert [len(line.get_xdata()) for line in dots] == [2 * 4] * len(NAMES)
     assert len({float(line.get_xdata()[0]) for line in lines}) == len(NAMES), "no line hides another"

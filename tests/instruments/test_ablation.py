@@ -1,4 +1,4 @@
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -132,7 +132,7 @@ def test_the_frame_names_sets_and_holds_their_intervals():
     assert frame["margin"].tolist() == pytest.approx(found.margin.mean(1).tolist())
     assert (frame["loss_low"] < frame["loss"]).all()
     assert (frame["loss"] < frame["loss_high"]).all()
-    pandas.testing.assert_frame_equal(found.frame(resamples=50), frame)
+    pd.testing.assert_frame_equal(found.frame(resamples=50), frame)
     single = Damages(((0,),), torch.ones(1, 1).double(), torch.ones(1, 1).double()).frame()
     assert single["margin_low"].isna().all()
 

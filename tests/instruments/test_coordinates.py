@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -193,7 +193,7 @@ def test_mechanical_reversion_takes_numbers_columns_and_tensors():
     assert mechanical(0.3) == pytest.approx(1 - 0.958, abs=1e-3)
     assert mechanical(0.0) == 0
     expected = [mechanical(r) for r in (0.1, 2.0)]
-    for kind in (np.array, pandas.Series, lambda values: torch.tensor(values, dtype=torch.float64)):
+    for kind in (np.array, pd.Series, lambda values: torch.tensor(values, dtype=torch.float64)):
         assert mechanical(kind([0.1, 2.0])).tolist() == pytest.approx(expected)
 
 

@@ -88,10 +88,15 @@ def test_it_rises_steadily_from_the_original_to_the_mean():
     _, u = update(stack, TOKENS)
     rows = [
         measure(
-            stack, TOKENS, lambda x, c, part=part: (1 - part) * original(stack, 1, 3)(x, c) + part * (x + u.mean(0)),
-            1, 3, sampling=Sampling(resamples=0)).iloc[0]
+            stack,
+            TOKENS,
+            lambda x, c, part=part: (1 - part) * original(stack, 1, 3)(x, c) + part * (x + u.mean(0)),
+            1,
+            3,
+            sampling=Sampling(resamples=0),
+        ).iloc[0]
         for part in (0.0, 0.25, 0.5, 1.0)
-    ]  # fmt: skip
+    ]
     for row, part in zip(rows, (0.0, 0.25, 0.5, 1.0)):
         assert row.unexplained == pytest.approx(part**2, abs=1e-9)
     assert [row.kl for row in rows] == sorted(row.kl for row in rows)

@@ -1,7 +1,7 @@
 """The lens is the model's own head on every stream; its translators are least squares, fitted on other prompts."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -119,7 +119,7 @@ def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load,
     assert list(frame.columns) == list(lens.COLUMNS)
     assert frame.groupby("lens")["layer"].max().to_dict() == {"logit": 4, "tuned": 4, "constant": 0}
     tables.write(frame, tmp_path / "lens.csv", {}, lens.COLUMNS)
-    pandas.testing.assert_frame_equal(tables.read(tmp_path / "lens.csv"), frame)
+    pd.testing.assert_frame_equal(tables.read(tmp_path / "lens.csv"), frame)
 
 
 def test_half_precision_is_read_in_float32():
@@ -133,7 +133,7 @@ def test_half_precision_is_read_in_float32():
 def test_the_seed_decides_the_halves_and_the_intervals():
     stack = random_stack()
     one, again, other = (lens.layers(stack, TOKENS, sampling=Sampling(resamples=50, seed=seed)) for seed in (0, 0, 1))
-    pandas.testing.assert_frame_equal(one, again)
+    pd.testing.assert_frame_equal(one, again)
     assert not np.allclose(one["entropy"], other["entropy"])
     inside = (one["kl_final_lens_low"] <= one["kl_final_lens"]) & (one["kl_final_lens"] <= one["kl_final_lens_high"])
     assert inside.all()

@@ -1,7 +1,7 @@
 """Similarity is exact where it can be worked out, and blind to what series reads."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -33,7 +33,7 @@ def rotations(serial: bool) -> Stack:
     return Stack(network(maps, embedding))
 
 
-def everything(stack: Stack, tokens=TOKENS) -> list[pandas.DataFrame]:
+def everything(stack: Stack, tokens=TOKENS) -> list[pd.DataFrame]:
     return [
         similarity.layers(stack, tokens, sampling=Sampling(resamples=20)),
         similarity.angles(stack, tokens, sampling=Sampling(resamples=20)),
@@ -45,7 +45,7 @@ def everything(stack: Stack, tokens=TOKENS) -> list[pandas.DataFrame]:
 def test_a_chain_and_layers_side_by_side_read_the_same_in_everything_but_series():
     chain, beside = rotations(serial=True), rotations(serial=False)
     for one, other in zip(everything(chain), everything(beside), strict=True):
-        pandas.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-9)  # the ridge is no rotation's friend
+        pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-9)  # the ridge is no rotation's friend
     assert np.allclose(series.windows(chain, TOKENS, damage=False, sampling=Sampling(resamples=0))["S"], 1)
     assert np.allclose(series.windows(beside, TOKENS, damage=False, sampling=Sampling(resamples=0))["S"], 0, atol=1e-6)
 
@@ -62,7 +62,7 @@ def test_block_influence_size_and_angle_do_not_order_the_calibration_networks():
             similarity.angles(stack, TOKENS, sampling=Sampling(resamples=0)).query("start > 0")["angle"].mean()
             for stack in stacks
         ]
-        means[share] = pandas.DataFrame(rows).assign(angle=spans)
+        means[share] = pd.DataFrame(rows).assign(angle=spans)
     for name in ("block_influence", "update_ratio", "angle"):
         parallel, mixed, serial = (means[share][name] for share in (0.0, 0.5, 1.0))
         assert serial.min() < parallel.max(), name  # seeds overlap
@@ -197,14 +197,14 @@ def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load,
     ):
         assert frame.notna().all().all()
         tables.write(frame, tmp_path / "similarity.csv", {}, similarity.COLUMNS)
-        pandas.testing.assert_frame_equal(tables.read(tmp_path / "similarity.csv"), frame)
+        pd.testing.assert_frame_equal(tables.read(tmp_path / "similarity.csv"), frame)
 
 
 def test_intervals_hold_the_estimate_and_the_seed_decides():
     stack = Stack(known_networks.random_network())
     frame = similarity.layers(stack, TOKENS)
     assert ((frame["cosine_low"] < frame["cosine"]) & (frame["cosine"] < frame["cosine_high"])).all()
-    pandas.testing.assert_frame_equal(similarity.cka(stack, TOKENS), similarity.cka(stack, TOKENS))
+    pd.testing.assert_frame_equal(similarity.cka(stack, TOKENS), similarity.cka(stack, TOKENS))
     assert not np.allclose(
         similarity.cka(stack, TOKENS, sampling=Sampling(seed=1))["cka"], similarity.cka(stack, TOKENS)["cka"]
     )

@@ -382,11 +382,22 @@ def test_models_without_attention_in_every_layer_are_refused(kind, tmp_path):
     config = {
         "mamba": lambda: transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
         "jamba": lambda: transformers.JambaConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-            expert_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            use_mamba_kernels=False,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
         ),
-    }[kind]()  # fmt: skip
+    }[kind]()
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="not a decoder-only transformer with attention in every layer"):
         Stack(surgery.load(model))

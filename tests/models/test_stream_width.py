@@ -46,8 +46,11 @@ def test_only_the_first_and_the_last_of_a_run_carry_maps(load):
     wide = broad(load)
     assert layout.sizes(wide) == INSIDE
     assert [stream_width.streams(layer(wide, place), 32) for place in range(4)] == [
-        (32, 32, 32), (32, 48, 48), (48, 48, 32), (32, 32, 32)
-    ]  # fmt: skip
+        (32, 32, 32),
+        (32, 48, 48),
+        (48, 48, 32),
+        (32, 32, 32),
+    ]
     one = width.widen(load("llama"), 2, 3, d_model=48)
     assert layout.sizes(one)[2] == Size(d_model=48, enters=True, leaves=True)
 

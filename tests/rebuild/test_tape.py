@@ -383,14 +383,23 @@ _UNUSUAL = {
         **fixtures._rope, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **fixtures._rope, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        **fixtures._rope,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
         decoder_sparse_step=2,
     ),
     "llama4": lambda: transformers.Llama4TextConfig(
-        **fixtures._rope, head_dim=8, num_local_experts=2, intermediate_size_mlp=64, interleave_moe_layer_step=2,
-        no_rope_layers=[1, 0, 1, 0], attention_chunk_size=4,
+        **fixtures._rope,
+        head_dim=8,
+        num_local_experts=2,
+        intermediate_size_mlp=64,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 0, 1, 0],
+        attention_chunk_size=4,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", _UNUSUAL)
@@ -412,10 +421,20 @@ def test_layers_that_know_their_place_are_refused(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match="differs from running the wiring layer by layer"):
         tape.together(model, ":3 1:")
     config = lambda: transformers.DeepseekV3Config(  # noqa: E731
-        **{**fixtures._rope, "num_key_value_heads": 4}, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=16,
-        num_experts_per_tok=2, first_k_dense_replace=2, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=8, moe_intermediate_size=16, n_shared_experts=1,
-    )  # fmt: skip
+        **{**fixtures._rope, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        num_experts_per_tok=2,
+        first_k_dense_replace=2,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        moe_intermediate_size=16,
+        n_shared_experts=1,
+    )
     monkeypatch.setitem(fixtures.CONFIGS, "deepseek_v3", config)
     model = surgery.load(fixtures.hugging_face("deepseek_v3"))
     taped = tape.together(model, ":2 1:")

@@ -5,11 +5,11 @@ import json
 import os
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pandas.testing import assert_frame_equal
+from pd.testing import assert_frame_equal
 
 from support import made_up
 from surgery.records import tables
@@ -55,21 +55,19 @@ def test_a_frame_reads_back_float_for_float(path):
 @given(st.lists(st.floats(), min_size=1))
 def test_any_float_reads_back_exactly(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("floats") / "x.csv"
-    read = tables.read(
-        tables.write(pandas.DataFrame({"start": 1, "S": values}), path, {}, made_up.COLUMNS[made_up.SERIES])
-    )
+    read = tables.read(tables.write(pd.DataFrame({"start": 1, "S": values}), path, {}, made_up.COLUMNS[made_up.SERIES]))
     np.testing.assert_array_equal(read["S"].to_numpy(float), np.array(values))
 
 
 def test_single_precision_reads_back_as_the_number_it_is(path):
-    frame = pandas.DataFrame({"start": [1], "S": np.array([0.1], dtype=np.float32)})
+    frame = pd.DataFrame({"start": [1], "S": np.array([0.1], dtype=np.float32)})
     assert tables.read(tables.write(frame, path, {}, dict.fromkeys(frame, "a column")))["S"][0] == float(
         np.float32(0.1)
     )
 
 
 def test_yes_and_no_read_back_as_such(path):
-    frame = pandas.DataFrame({"start": [1, 2], "regime": [True, False]})
+    frame = pd.DataFrame({"start": [1, 2], "regime": [True, False]})
     assert_frame_equal(tables.read(tables.write(frame, path, {}, dict.fromkeys(frame, "a column"))), frame)
 
 

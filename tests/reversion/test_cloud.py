@@ -4,7 +4,7 @@ import math
 from itertools import combinations
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -256,7 +256,7 @@ def test_the_nulls_of_a_deterministic_map_are_noisy():
     assert frame.unexplained["model"] < 1e-12
     assert (frame.unexplained_low[list(NULLS)] > 0.05).all()
     assert (frame["lambda_low"][list(NULLS)] > 0.1).all()
-    pandas.testing.assert_series_equal(frame.loc["model"], frame.loc["untrained"], check_names=False)
+    pd.testing.assert_series_equal(frame.loc["model"], frame.loc["untrained"], check_names=False)
 
 
 def test_first_and_last_choose_the_pairs():
@@ -296,7 +296,7 @@ def test_lines_are_those_of_last_tokens_wherever_padding_lies(monkeypatch):
     for tokens in (right, left):
         padding = ~tokens.mask.unsqueeze(-1)
         for measure, expected in zip((noise, growth), plain):
-            pandas.testing.assert_frame_equal(measure(stack, tokens, resamples=20), expected, rtol=1e-3)
+            pd.testing.assert_frame_equal(measure(stack, tokens, resamples=20), expected, rtol=1e-3)
     assert (plain[0].n_tokens == 12).all()
     assert plain[0].enough[0] == "no: 12 lines in 16 dimensions, give 48 or more"
     padding = ~right.mask.unsqueeze(-1)
@@ -343,7 +343,7 @@ def test_every_column_is_explained_and_comes_back(measure, tmp_path):
     stack = Stack(known_networks.random_network(n_layers=3, d_model=16))
     frame = measure(stack, known_networks.tokens(50, 6), resamples=20)
     path = tables.write(frame, tmp_path / "lines.csv", {}, lines.COLUMNS)
-    pandas.testing.assert_frame_equal(tables.read(path), frame)
+    pd.testing.assert_frame_equal(tables.read(path), frame)
     assert set(frame) <= set(lines.COLUMNS)
 
 

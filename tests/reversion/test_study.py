@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -35,13 +35,13 @@ def raw(excess, restoring, kappas=None):
         rows.append(
             {"layer": layer, "restoring": values[2]} | around("kappa", values[0]) | around("kappa_excess", values[1])
         )
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def spans(pooled, excess, walk=1.0, walk_excess=0.0):
     """The panel of the model and its two walks."""
     rows = [("model", pooled, excess), ("rotated", 1.0, 0.0), ("token_shuffled", walk, walk_excess)]
-    return pandas.DataFrame(
+    return pd.DataFrame(
         {"series": name, "span": "all", "start": 1, "stop": 4, "within": 0.5, "within_walk": 0.5 - low}
         | around("pooled", phi)
         | around("within_excess", low)
@@ -54,7 +54,7 @@ def drift(*verdicts):
     rows = [
         {"layer": layer, "verdict": word} for layer, words in enumerate((("reverts",), *verdicts)) for word in words
     ]
-    return pandas.DataFrame(rows).assign(decay=0.1, R2=0.3)
+    return pd.DataFrame(rows).assign(decay=0.1, R2=0.3)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
@@ -65,29 +65,61 @@ BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
 @pytest.mark.parametrize(
     ("layers", "panel", "directions", "said"),
     [
-        (raw([0.2, 0.3], ["yes"] * 2), BACK, drift(("grows",)),
-         "the stream reverts to a mean in every layer (layers 1 to 2), as a force, and over all layers together"),
+        (
+            raw([0.2, 0.3], ["yes"] * 2),
+            BACK,
+            drift(("grows",)),
+            "the stream reverts to a mean in every layer (layers 1 to 2), as a force, and over all layers together",
+        ),
         (raw([0.2], ["yes"]), None, None, "the stream reverts to a mean in every layer (layer 1), as a force"),
-        (raw([0.2, 0.3], ["yes"] * 2), WALK, None,
-         "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this could "
-         "not be told"),
-        (raw([0.2, 0.3, -0.2], ["yes", "no", "no"]), OUT, drift(("persists",), ("reverts", "grows")),
-         "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream does "
-         "not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow"),
-        (raw([-0.2, -0.1], ["no"] * 2), WALK, drift(("reverts",)),
-         "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together this "
-         "could not be told"),
-        (raw([0.0, 0.0], ["no"] * 2), BACK, drift(("grows",)),
-         "the stream reverts to a mean only in part: in no layer by itself; over all layers together it does too"),
-        (raw([-0.2, 0.0], ["no"] * 2), OUT, drift(("grows", "undecided")),
-         "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, and neither a "
-         "layer nor a direction looked at was seen to revert more than random walks with updates of the same size do"),
-        (raw([-0.2, 0.0], ["no"] * 2, kappas=[-0.2, 0.3]), None, None,
-         "no reversion to a mean was shown, but in layer 2 it is not ruled out either"),
-        (raw([math.nan] * 2, ["undecided"] * 2), spans(math.nan, math.nan), drift(("undecided",)),
-         "it could not be told whether the stream reverts to a mean: no reversion was shown"),
+        (
+            raw([0.2, 0.3], ["yes"] * 2),
+            WALK,
+            None,
+            "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this could "
+            "not be told",
+        ),
+        (
+            raw([0.2, 0.3, -0.2], ["yes", "no", "no"]),
+            OUT,
+            drift(("persists",), ("reverts", "grows")),
+            "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream does "
+            "not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow",
+        ),
+        (
+            raw([-0.2, -0.1], ["no"] * 2),
+            WALK,
+            drift(("reverts",)),
+            "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together this "
+            "could not be told",
+        ),
+        (
+            raw([0.0, 0.0], ["no"] * 2),
+            BACK,
+            drift(("grows",)),
+            "the stream reverts to a mean only in part: in no layer by itself; over all layers together it does too",
+        ),
+        (
+            raw([-0.2, 0.0], ["no"] * 2),
+            OUT,
+            drift(("grows", "undecided")),
+            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, and neither a "
+            "layer nor a direction looked at was seen to revert more than random walks with updates of the same size do",
+        ),
+        (
+            raw([-0.2, 0.0], ["no"] * 2, kappas=[-0.2, 0.3]),
+            None,
+            None,
+            "no reversion to a mean was shown, but in layer 2 it is not ruled out either",
+        ),
+        (
+            raw([math.nan] * 2, ["undecided"] * 2),
+            spans(math.nan, math.nan),
+            drift(("undecided",)),
+            "it could not be told whether the stream reverts to a mean: no reversion was shown",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_answer(layers, panel, directions, said):
     assert say.answer(layers, panel, directions) == f"In one sentence: on these prompts {said}."
 
@@ -124,7 +156,7 @@ def test_the_panel(panel, common, own):
 def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
     row = spans(1.0, 0.0).query("series == 'model'").iloc[0].to_dict()
     row |= around("pooled", 1 - 1e-7, 1e-9) | around("within_excess", -1e-7, 1e-9)
-    assert say.panel(pandas.DataFrame([row]))[0].count("could not be told from a random walk") == 2
+    assert say.panel(pd.DataFrame([row]))[0].count("could not be told from a random walk") == 2
     assert say.panel(spans(math.nan, math.nan))[0].endswith("the stream cannot be read: it does not vary.")
 
 
@@ -144,7 +176,7 @@ def test_windows(excess, said):
         for name, value in zip(say.WALKS, excess):
             row |= around(f"variance_ratio_excess_{name}", value) | {f"variance_ratio_{name}": 1.0}
     spanned = [(start, stop) for start in range(4) for stop in range(start + 1, 5)]
-    frame = pandas.DataFrame({"start": start, "stop": stop} | row for start, stop in spanned)
+    frame = pd.DataFrame({"start": start, "stop": stop} | row for start, stop in spanned)
     found = say.windows(frame)
     assert [one.split(" together: ")[0] for one in found] == ["Layers 1 to 3", "Layers 1 to 2"]
     assert all(one.endswith(f": {said}.") for one in found)
@@ -156,7 +188,7 @@ def test_coordinates():
     part = raw([0.2, 0.3, -0.2], [""] * 3).assign(kappa_mechanical=0.1)
     for end in ("", "_low", "_high"):
         part[f"kappa_corrected{end}"] = [0.0, 0.1, 0.0, -0.1]
-    frame = pandas.concat([part.assign(coordinates=name) for name in ("raw", "normalised", "logits")])
+    frame = pd.concat([part.assign(coordinates=name) for name in ("raw", "normalised", "logits")])
     normalised, logits = say.coordinates(frame)
     assert normalised == (
         "Seen divided by each token's own length, kappa exceeds both random walks in 2 of 3 layers (layers 1 to 2); "
@@ -188,7 +220,7 @@ def test_returns():
         for kind in ("random", "principal")
         for layer, left, along in ((0, 0.5, 0.4), (1, 1.5, 0.4), (2, 1.0, 0.8))
     ]
-    frame = pandas.DataFrame(rows)
+    frame = pd.DataFrame(rows)
     first, second = say.returns(frame)
     assert first == (
         "A displacement (random, 0.1 of the spread) made at layer 0 leaves the model 0.50 [0.49, 0.51] times as long, "
@@ -218,14 +250,14 @@ def test_returns():
 def test_ends(outer, middle, excess, said):
     row = {"boundary_in": 2, "boundary_out": 3} | around("kappa_ends", outer) | around("kappa_middle", middle)
     row |= around("difference", outer - middle) | ({} if excess is None else around("excess", excess))
-    sentence = say.ends(pandas.Series(row))
+    sentence = say.ends(pd.Series(row))
     assert sentence.startswith(said)
     assert sentence.endswith(" in layer 2.")
 
 
 def test_ends_without_a_middle():
     row = {"boundary_in": 2, "boundary_out": 2} | around("difference", math.nan)
-    assert "could not be asked" in say.ends(pandas.Series(row))
+    assert "could not be asked" in say.ends(pd.Series(row))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +273,7 @@ def test_ends_without_a_middle():
 )
 def test_noise(rate, walks, said):
     rows = [{"network": name} | around("lambda", value) for name, value in zip(("model", *say.WALKS), (rate, *walks))]
-    (sentence,) = say.noise(pandas.DataFrame(rows).assign(enough="no: 9 lines in 8 dimensions, give 24 or more"))
+    (sentence,) = say.noise(pd.DataFrame(rows).assign(enough="no: 9 lines in 8 dimensions, give 24 or more"))
     assert said in sentence
     assert "undefined" not in sentence
     assert sentence.endswith("give 24 or more.") is not math.isnan(rate)
@@ -258,7 +290,7 @@ def points(axes):
 
 def test_a_row_of_the_figure_for_every_coordinate():
     part = raw([0.2, 0.3, -0.2], [""] * 3)
-    frame = pandas.concat([part.assign(coordinates=name) for name in ("raw", "principal")], ignore_index=True)
+    frame = pd.concat([part.assign(coordinates=name) for name in ("raw", "principal")], ignore_index=True)
     figure = draw.coordinates(frame)
     assert [axes.get_title(loc="left").split(":")[0] for axes in figure.axes] == ["raw", "principal"]
     assert [len(axes.lines[-1].get_xdata()) for axes in figure.axes] == [3, 3]
@@ -271,7 +303,7 @@ def test_a_row_of_the_figure_for_every_coordinate():
 @pytest.mark.parametrize("n_layers", [2, 4])
 def test_a_cell_for_every_window_from_layer_one_on(n_layers, kappa):
     spanned = [(start, stop) for start in range(n_layers) for stop in range(start + 1, n_layers + 1)]
-    frame = pandas.DataFrame({"start": a, "stop": b, "variance_ratio": 9 * kappa, "kappa": kappa} for a, b in spanned)
+    frame = pd.DataFrame({"start": a, "stop": b, "variance_ratio": 9 * kappa, "kappa": kappa} for a, b in spanned)
     figure = draw.windows(frame)
     assert len(figure.axes) == 4  # two triangles and their scales
     later = [(start, stop) for start, stop in spanned if start]
@@ -294,10 +326,12 @@ def test_a_point_for_every_direction_but_those_of_layer_zero(decay):
 
 @pytest.mark.parametrize("left", [0.5, math.nan])
 def test_a_curve_for_every_layer_moved_and_kind(left):
-    frame = pandas.DataFrame(
+    frame = pd.DataFrame(
         {"layer": layer, "q": q, "kind": kind, "size": 0.1, "remaining": left, "along": left}
-        for layer in (1, 2) for kind in ("random", "principal") for q in range(1, 4 - layer)
-    )  # fmt: skip
+        for layer in (1, 2)
+        for kind in ("random", "principal")
+        for q in range(1, 4 - layer)
+    )
     figure = draw.returns(frame)
     assert len(figure.axes) == 4
     for axes in figure.axes:
@@ -319,7 +353,7 @@ def undrawn(monkeypatch):
 def study(model, tokens, folder, untrained=None):
     tables = reversion_study.measure(Stack(model), Tokens.of(tokens), folder, untrained)
     for name, table in tables.items():
-        pandas.testing.assert_frame_equal(frames.read(folder / name), table, check_dtype=False)
+        pd.testing.assert_frame_equal(frames.read(folder / name), table, check_dtype=False)
     assert {path.name for path in folder.glob("*.csv")} == set(tables)
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == set(reversion_study.draw(tables)) <= set(reversion_study.CAPTIONS)

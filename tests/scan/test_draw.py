@@ -1,7 +1,7 @@
 """The figures of a scan show the table: every measured cell in its place, what is sure marked, nothing made up."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
 
@@ -16,7 +16,7 @@ def table(n_layers=12, times=2, gain=lambda start, stop: start / 10 - stop / 20,
     rows = [(str(wiring), span) for wiring, span in zip(every_repeat(n_layers, times), spans(n_layers))]
     gains = np.array([gain(*span) for _, span in rows], dtype=float)
     ends = {"gain_low": gains - 0.1, "gain_high": gains + 0.1, "p": p_max, "p_max": p_max, "q": p_max, "n_prompts": 40}
-    return pandas.DataFrame({"wiring": [wiring for wiring, _ in rows], "gain": gains, **ends})
+    return pd.DataFrame({"wiring": [wiring for wiring, _ in rows], "gain": gains, **ends})
 
 
 def spans(n_layers):
@@ -60,16 +60,16 @@ def test_spans_not_measured_stay_blank_and_do_not_enter_the_means():
 
 def test_wirings_that_are_no_repeated_span_are_left_out():
     others = table(6).assign(wiring=[":", *map(str, every_skip(6))])
-    both = draw.brain_scan(pandas.concat([table(6), others]), 6)
+    both = draw.brain_scan(pd.concat([table(6), others]), 6)
     np.testing.assert_array_equal(heat(both), heat(draw.brain_scan(table(6), 6)))
     with pytest.raises(ValueError, match="none of the 21 wirings runs one span 2 times"):
         draw.brain_scan(others, 6)
     with pytest.raises(ValueError, match=r"the span \(0, 1\) has several rows"):
-        draw.brain_scan(pandas.concat([table(6), table(6)]), 6)
+        draw.brain_scan(pd.concat([table(6), table(6)]), 6)
 
 
 def test_spans_repeated_three_times_have_a_scan_of_their_own():
-    mixed = pandas.concat([table(6), table(6, times=3, gain=lambda start, stop: 1.0)])
+    mixed = pd.concat([table(6), table(6, times=3, gain=lambda start, stop: 1.0)])
     assert np.nanmin(heat(draw.brain_scan(mixed, 6, times=3))) == 1
     assert np.nanmax(heat(draw.brain_scan(mixed, 6))) < 1
 
@@ -114,7 +114,7 @@ def test_any_depth_and_any_constant_is_drawn(n_layers, constant):
 
 
 def test_the_front_rises_from_the_cheapest_and_keeps_only_what_gains_more():
-    frame = pandas.DataFrame(
+    frame = pd.DataFrame(
         {
             "wiring": [":3 2:", ":4 2:", ":5 2:", ":6 2:", ":3 4:"],
             "gain": [0.2, 0.1, 0.4, 0.4, -0.3],
@@ -132,7 +132,7 @@ def test_the_front_rises_from_the_cheapest_and_keeps_only_what_gains_more():
 
 def test_extra_depth_is_that_of_the_wiring():
     wirings = [":6 4:", ":4 6:", ":6 0.5*(4:6) 6:", ":4 {*4:6} 6:", "7.attn :"]
-    frame = pandas.DataFrame({"wiring": wirings, "gain": 1.0, "p_max": 0.01})
+    frame = pd.DataFrame({"wiring": wirings, "gain": 1.0, "p_max": 0.01})
     axes = draw.pareto(frame, 8).axes[0]
     better = next(line for line in axes.lines if line.get_label().startswith("better"))
     assert list(better.get_xdata()) == [Wiring.parse(text, 8).depth - 8 for text in wirings] == [2, -2, 2, 0, 0.5]
@@ -150,7 +150,7 @@ def grouped(wirings=(":6 4:", ":7 4:"), groups=("k = 1", "k = 2", "k = 3")):
         for place, wiring in enumerate(wirings)
         for at, group in enumerate(groups)
     ]
-    frame = pandas.DataFrame(rows).assign(n_prompts=20)
+    frame = pd.DataFrame(rows).assign(n_prompts=20)
     return frame.assign(gain_low=frame["gain"] - 0.2, gain_high=frame["gain"] + 0.3)
 
 
@@ -182,7 +182,7 @@ def test_painters_has_a_line_per_variant_in_order_of_size():
         for variant, slope in (("skip", 1.0), ("reverse", 0.5))
         for size in (6, 2, 4)
     ]
-    axes = draw.painters(pandas.DataFrame(rows)).axes[0]
+    axes = draw.painters(pd.DataFrame(rows)).axes[0]
     skip, reverse = axes.lines[:2]
     assert (skip.get_label(), reverse.get_label()) == ("skip", "reverse")
     assert list(skip.get_xdata()) == [2, 4, 6]
@@ -194,7 +194,7 @@ def test_painters_has_a_line_per_variant_in_order_of_size():
 def test_painters_takes_the_reorder_family_as_it_is_listed_and_averages_random_orders():
     listed = controls.painters(6, [2, 4])
     gains = {wiring: float(place) for place, wiring in enumerate(listed["wiring"].unique())}
-    found = pandas.DataFrame({"wiring": list(gains), "gain": list(gains.values())})
+    found = pd.DataFrame({"wiring": list(gains), "gain": list(gains.values())})
     found = found.assign(gain_low=found["gain"] - 1, gain_high=found["gain"] + 1)
     axes = draw.painters(listed.merge(found, on="wiring")).axes[0]
     lines = {line.get_label(): line for line in axes.lines}

@@ -1,7 +1,7 @@
 """The sentences about a scan: what was found, what luck gives, what lasted, and nothing beyond the numbers."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 
 from surgery.scan import say
@@ -11,7 +11,7 @@ from surgery.stats.comparisons import Luck
 
 def table(gains, p_max=0.5, n_prompts=40, group=None):
     gains = np.asarray(gains, dtype=float)
-    frame = pandas.DataFrame({"wiring": [f":{place + 2} 1:" for place in range(len(gains))], "gain": gains})
+    frame = pd.DataFrame({"wiring": [f":{place + 2} 1:" for place in range(len(gains))], "gain": gains})
     frame = frame.assign(
         gain_low=gains - 0.1, gain_high=gains + 0.1, p=p_max, p_max=p_max, q=p_max, n_prompts=n_prompts
     )
@@ -21,7 +21,7 @@ def table(gains, p_max=0.5, n_prompts=40, group=None):
 def winners(*rows):
     """Rows of claim, gain on validation, verdict."""
     claim, again, verdict = (np.array(column) for column in zip(*rows))
-    frame = pandas.DataFrame({"wiring": [f":{place + 2} 1:" for place in range(len(rows))], "verdict": verdict})
+    frame = pd.DataFrame({"wiring": [f":{place + 2} 1:" for place in range(len(rows))], "verdict": verdict})
     for half, gain in (("search", claim), ("validation", again)):
         frame[f"gain_{half}"], frame[f"gain_low_{half}"], frame[f"gain_high_{half}"] = gain, gain - 0.1, gain + 0.1
         frame[f"n_prompts_{half}"] = 30
@@ -166,7 +166,7 @@ def test_groups_that_gain_that_lose_and_that_cannot_be_told():
         table([-0.4, 0.1], p_max=[0.01, 0.9], group="k = 2"),
         table([0.1, 0.1], p_max=[0.9, 0.8], group=""),
     ]
-    found = pandas.concat(parts)
+    found = pd.concat(parts)
     assert say.groups(found, "loglik") == [
         ":2 1: helps k = 1 (+0.50) and harms k = 2 (-0.40); in the other 1 no effect was shown (nats per answer).",
         "In none of 3 groups can :3 1: be told from no effect.",
@@ -189,7 +189,7 @@ def test_what_remains_open_is_told():
 def test_from_a_scan_without_any_effect_to_the_sentence_that_nothing_was_found():
     rng = np.random.default_rng(0)
     halves = [
-        pandas.DataFrame(
+        pd.DataFrame(
             {
                 "wiring": np.repeat([f":{stop} 1:" for stop in range(2, 302)], 16),
                 "prompt": np.tile(np.arange(16), 300),
@@ -214,7 +214,7 @@ def painted(gains):
         for variant, gain in gains.items()
         for size in (2, 4, 6)
     ]
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
@@ -229,13 +229,13 @@ def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
 
 def test_an_effect_that_rounds_to_nothing_is_not_written_as_nothing():
     row = {"wiring": ":3 1:", "group": "k=1", "gain": -0.0004, "p_max": 0.01}
-    said = say.groups(pandas.DataFrame([row]), "loglik")
+    said = say.groups(pd.DataFrame([row]), "loglik")
     assert said == [":3 1: harms k=1 (-4e-04) (nats per answer)."]
 
 
 def test_the_three_best_are_told_by_group_and_without_groups_nothing():
     rows = [{"wiring": f":{n} 1:", "group": "k=1", "gain": 0.5, "p_max": 0.01} for n in (5, 4, 3, 2)]
-    said = say.best_groups(pandas.DataFrame(rows), "loglik")
+    said = say.best_groups(pd.DataFrame(rows), "loglik")
     assert len(said) == 4
     assert said[1].startswith(":5 1: helps")
-    assert say.best_groups(pandas.DataFrame(rows).iloc[:0], "loglik") == []
+    assert say.best_groups(pd.DataFrame(rows).iloc[:0], "loglik") == []

@@ -1,7 +1,7 @@
 import re
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -102,7 +102,7 @@ def test_a_screen_measures_a_share_and_predicts_the_rest(load, tmp_path, monkeyp
     measured = screened[screened["round"] > 0]
     np.testing.assert_allclose(measured.estimate, expected.loc[measured.wiring], atol=1e-5)
     monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
-    pandas.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
+    pd.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
 
 
 def test_a_screen_of_everything_is_the_scan(load):
@@ -141,7 +141,7 @@ def test_spans_are_spread_over_the_plane():
 
 
 def frame_of(gains):
-    return pandas.DataFrame(
+    return pd.DataFrame(
         [(name, i, "loglik", gain + i, float(i)) for name, gain in gains.items() for i in range(2)],
         columns=["wiring", "prompt", "metric", "value", "baseline"],
     )
@@ -149,9 +149,7 @@ def frame_of(gains):
 
 def test_recall_by_hand():
     full = frame_of({f"w{i}": -i for i in range(12)})
-    screened = pandas.DataFrame(
-        {"wiring": ["w0", "w9", "w1", "w8", "w7", "w6", "w2"], "estimate": [9, 8, 7, 6, 5, 4, 3]}
-    )
+    screened = pd.DataFrame({"wiring": ["w0", "w9", "w1", "w8", "w7", "w6", "w2"], "estimate": [9, 8, 7, 6, 5, 4, 3]})
     found = search.recall(screened, full, top=3)
     assert found.looked_at.tolist() == [3, 6, 9]
     assert found.recall.tolist() == [2 / 3, 2 / 3, 1]
@@ -159,7 +157,7 @@ def test_recall_by_hand():
 
 def test_cost_by_hand():
     every = list(map(str, wiring.every_repeat(4)))
-    screened = pandas.DataFrame({"wiring": every, "estimate": 0.0, "round": 0})
+    screened = pd.DataFrame({"wiring": every, "estimate": 0.0, "round": 0})
     assert search.cost(screened, 4) == pytest.approx(100 * 12 / 34)  # 3 F against 34 layers
     screened.loc[screened.wiring == ": 2:", "round"] = 1  # 4 layers, then 2 again
     screened.loc[screened.wiring == "0 :", "round"] = 2  # 4 layers, and 4 after the first
@@ -189,7 +187,7 @@ def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(load, tmp_pat
     assert not frame.wiring.duplicated().any()
     assert search.beam(stack, PROBES, spans=[(0, 4)], depth=1).wiring.tolist() == [": :"]
     monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
-    pandas.testing.assert_frame_equal(search.beam(stack, PROBES, width=1, depth=3, out=tmp_path), frame)
+    pd.testing.assert_frame_equal(search.beam(stack, PROBES, width=1, depth=3, out=tmp_path), frame)
 
 
 @pytest.mark.parametrize(("width", "depth"), [(0, 1), (1, 0)])

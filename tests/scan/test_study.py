@@ -2,7 +2,7 @@
 
 import html
 
-import pandas
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -49,7 +49,7 @@ def test_the_same_command_changes_nothing(scanned):
     folder, found = scanned
     before = {name: (folder / name).read_bytes() for name in FILES}
     again = study.run(family="parallel", out=folder, count=28, top=3)
-    pandas.testing.assert_frame_equal(found.table, again.table)
+    pd.testing.assert_frame_equal(found.table, again.table)
     assert found.sentences == again.sentences
     assert {name: (folder / name).read_bytes() for name in FILES} == before
 

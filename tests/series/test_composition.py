@@ -116,9 +116,14 @@ def test_weights_that_are_not_there_are_refused_in_a_sentence(load):
         compositions(Stack(load("native-attention-only")), ["MLP-MLP"])
 
 
-@pytest.mark.parametrize(("kinds", "draws", "message"), [
-    (["A"], 1, "are Q, K, V, MLP, MLP-Q, MLP-K, MLP-V, MLP-MLP, got A"), ([], 1, "got none"), (["Q"], 0, "got draws=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kinds", "draws", "message"),
+    [
+        (["A"], 1, "are Q, K, V, MLP, MLP-Q, MLP-K, MLP-V, MLP-MLP, got A"),
+        ([], 1, "got none"),
+        (["Q"], 0, "got draws=0"),
+    ],
+)
 def test_bad_input_is_refused_in_a_sentence(kinds, draws, message):
     with pytest.raises(ValueError, match=message):
         compositions(Stack(known_networks.random_network(n_layers=2)), kinds, draws=draws)

@@ -1,7 +1,7 @@
 """Effective depth is where a curve crosses a threshold, and moves with the threshold."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -89,7 +89,7 @@ def test_effective_is_one_threshold_of_each():
     found = effective_depth.effective(stack, TOKENS, kl=0.4, overlap=0.2, sampling=Sampling(resamples=20))
     grid = effective_depth.grid(stack, TOKENS, sampling=Sampling(resamples=20)).set_index(["criterion", "threshold"])
     rows = grid.loc[[("cosine", 0.0), ("kl", 0.4), ("overlap", 0.2)]].reset_index()
-    pandas.testing.assert_frame_equal(found, rows)
+    pd.testing.assert_frame_equal(found, rows)
     assert list(found.columns) == list(effective_depth.COLUMNS)
 
 
@@ -108,7 +108,7 @@ def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load,
     frame = effective_depth.effective(stack, tokens, sampling=Sampling(resamples=20))
     assert frame.query("criterion != 'cosine'")["depth"].between(1, 4).all()
     tables.write(frame, tmp_path / "depth.csv", {}, effective_depth.COLUMNS)
-    pandas.testing.assert_frame_equal(tables.read(tmp_path / "depth.csv"), frame)
+    pd.testing.assert_frame_equal(tables.read(tmp_path / "depth.csv"), frame)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import functools
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -192,9 +192,9 @@ def test_padding_and_batches_do_not_matter():
     for measure in (effects.matrix, effects.future, effects.future_output):
         arguments = {"cuts": [3, 6]} if measure is not effects.matrix else {}
         plain = measure(opened, ragged("right"), resamples=5, **arguments)
-        pandas.testing.assert_frame_equal(measure(opened, ragged("left"), resamples=5, **arguments), plain, rtol=1e-5)
+        pd.testing.assert_frame_equal(measure(opened, ragged("left"), resamples=5, **arguments), plain, rtol=1e-5)
         parts = measure(opened, ragged("right"), resamples=5, batch_size=5, **arguments)
-        pandas.testing.assert_frame_equal(parts, plain, rtol=1e-5)
+        pd.testing.assert_frame_equal(parts, plain, rtol=1e-5)
 
 
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():

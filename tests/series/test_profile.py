@@ -1,7 +1,7 @@
 """The profile gathers what the measures say of every layer, and what leaving it out costs."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -28,7 +28,7 @@ def test_the_profile_gathers_what_the_measures_say():
                     else:
                         assert np.isnan(row[f"{name}_{span}{end}"])
     alike = similarity.layers(opened, tokens, sampling=Sampling(resamples=20))
-    pandas.testing.assert_frame_equal(frame[alike.columns], alike)
+    pd.testing.assert_frame_equal(frame[alike.columns], alike)
 
 
 @pytest.mark.parametrize("layer", [0, 3, 5])

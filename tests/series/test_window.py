@@ -1,7 +1,7 @@
 """Seriesness reads 0 on the parallel network, 1 on the serial one, and rises in between."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -25,7 +25,7 @@ def moved_left(tokens: Tokens) -> Tokens:
     return Tokens(ids, mask)
 
 
-def without_shuffle(frame: pandas.DataFrame) -> pandas.DataFrame:
+def without_shuffle(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns=[name for name in frame if name.startswith("R_shuffled")])
 
 
@@ -60,7 +60,7 @@ def test_mixed_network_rises_with_its_share(norm, expected):
     """Expected: an independent simulation of the construction. One seed differs by up to .1, the mean of 4 by .05."""
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     frames = [measured("mixed", share, norm=norm) for share in shares]
-    assert (pandas.concat([frame["S"] for frame in frames], axis=1).diff(axis=1).iloc[:, 1:] > 0.02).all().all()
+    assert (pd.concat([frame["S"] for frame in frames], axis=1).diff(axis=1).iloc[:, 1:] > 0.02).all().all()
     for share, value, frame in zip(shares[1:4], expected, frames[1:4], strict=True):
         others = [stack("mixed", share, norm=norm, seed=seed) for seed in (1, 2, 3)]
         seeds = [
@@ -262,9 +262,9 @@ def test_short_windows_are_the_same_rows_as_among_all():
     tokens = known_networks.tokens(24, 10)
     short = series.windows(stack("random"), tokens, max_length=3, sampling=Sampling(resamples=20))
     among_all = measured("random").query("stop - start <= 3").reset_index(drop=True)
-    pandas.testing.assert_frame_equal(short, among_all, rtol=1e-6)
+    pd.testing.assert_frame_equal(short, among_all, rtol=1e-6)
     longer_than_the_model = series.windows(stack("random"), tokens, max_length=99, sampling=Sampling(resamples=20))
-    pandas.testing.assert_frame_equal(longer_than_the_model, measured("random"), rtol=1e-6)
+    pd.testing.assert_frame_equal(longer_than_the_model, measured("random"), rtol=1e-6)
 
 
 def test_damage_can_be_left_out():
@@ -272,12 +272,12 @@ def test_damage_can_be_left_out():
         stack("random"), known_networks.tokens(24, 10), damage=False, sampling=Sampling(resamples=20)
     )
     assert not any("parallel" in name for name in frame)
-    pandas.testing.assert_frame_equal(frame, measured("random")[frame.columns], rtol=1e-6)
+    pd.testing.assert_frame_equal(frame, measured("random")[frame.columns], rtol=1e-6)
 
 
 def test_results_are_reproducible():
     again = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
-    pandas.testing.assert_frame_equal(again, measured("random"))
+    pd.testing.assert_frame_equal(again, measured("random"))
     other = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20, seed=1))
     assert not np.allclose(other["S_low"], again["S_low"])
     assert not np.allclose(other["R_shuffled"], again["R_shuffled"])
@@ -289,7 +289,7 @@ def test_batches_do_not_matter_but_to_the_shuffle(batch_size):
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
     whole = series.windows(opened, tokens, sampling=Sampling(resamples=20))
     parts = series.windows(opened, tokens, sampling=Sampling(resamples=20, batch_size=batch_size))
-    pandas.testing.assert_frame_equal(without_shuffle(parts), without_shuffle(whole), rtol=1e-6)
+    pd.testing.assert_frame_equal(without_shuffle(parts), without_shuffle(whole), rtol=1e-6)
     assert parts["R_shuffled"].between(0, 1).all()
 
 
@@ -297,9 +297,7 @@ def test_padding_does_not_matter():
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
     plain = series.windows(opened, tokens, sampling=Sampling(resamples=20))
     for padded in (tokens.pad(3, "right"), moved_left(tokens), moved_left(tokens).pad(2, "left")):
-        pandas.testing.assert_frame_equal(
-            series.windows(opened, padded, sampling=Sampling(resamples=20)), plain, rtol=1e-6
-        )
+        pd.testing.assert_frame_equal(series.windows(opened, padded, sampling=Sampling(resamples=20)), plain, rtol=1e-6)
 
 
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():

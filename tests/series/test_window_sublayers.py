@@ -1,7 +1,7 @@
 """Windows of sublayers: attention and MLP of each layer, one behind the other or side by side."""
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +12,7 @@ from surgery.models.engine import Engine
 from surgery.stats.sampling import Sampling
 
 
-def inside_layers(frame: pandas.DataFrame) -> pandas.DataFrame:
+def inside_layers(frame: pd.DataFrame) -> pd.DataFrame:
     """The windows that are attention and MLP of one layer."""
     return frame[(frame["start"] % 2 == 0) & (frame["stop"] == frame["start"] + 2)]
 

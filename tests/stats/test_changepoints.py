@@ -46,8 +46,10 @@ def test_a_drift_is_no_blocks_though_breaks_explain_it(seed):
 
 def test_a_random_walk_is_rarely_called_blocks():
     walks = np.random.default_rng(0).normal(size=(20, 12, 4)).cumsum(1)
-    called = [changepoints.drift_null(changepoints.standardise(walk, FAMILIES), FAMILIES, draws=39)[0] < 0.05
-              for walk in walks]  # fmt: skip
+    called = [
+        changepoints.drift_null(changepoints.standardise(walk, FAMILIES), FAMILIES, draws=39)[0] < 0.05
+        for walk in walks
+    ]
     assert sum(called) <= 2
 
 

@@ -4,7 +4,7 @@ import itertools
 import time
 
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 
 from surgery.stats import bootstrap, comparisons
@@ -14,7 +14,7 @@ def scan(d, groups=None, metric="loglik", baseline=-3.0):
     """The table of a scan whose values lie ``d`` [wiring, prompt] above the baseline."""
     d = np.asarray(d, dtype=float)
     wirings, prompts = d.shape
-    return pandas.DataFrame(
+    return pd.DataFrame(
         {
             "wiring": np.repeat([f":{place + 2} 1:" for place in range(wirings)], prompts),
             "prompt": np.tile(np.arange(prompts), wirings),
@@ -89,10 +89,10 @@ def test_chunks_and_the_order_of_wirings_change_nothing(monkeypatch):
     whole = comparisons.table(frame, "loglik", resamples=300)
     luck = comparisons.expected_best(frame, "loglik", resamples=300)
     monkeypatch.setattr(bootstrap, "_AT_ONCE", 700)
-    pandas.testing.assert_frame_equal(comparisons.table(frame, "loglik", resamples=300), whole)
+    pd.testing.assert_frame_equal(comparisons.table(frame, "loglik", resamples=300), whole)
     assert comparisons.expected_best(frame, "loglik", resamples=300).mean == pytest.approx(luck.mean)
     mixed = comparisons.table(frame.sample(frac=1, random_state=0), "loglik", resamples=300)
-    pandas.testing.assert_frame_equal(mixed.set_index("wiring").loc[whole["wiring"]].reset_index(), whole)
+    pd.testing.assert_frame_equal(mixed.set_index("wiring").loc[whole["wiring"]].reset_index(), whole)
 
 
 def test_p_is_never_above_the_family_wise_one():
@@ -307,7 +307,7 @@ def test_missing_cells_are_left_out_of_their_wiring_alone():
     for column in ("gain", "gain_low", "gain_high", "p"):
         assert found[column][0] == whole[column][0]
     absent = comparisons.table(scan(holes).dropna(), "loglik")
-    pandas.testing.assert_frame_equal(absent, found[:2])
+    pd.testing.assert_frame_equal(absent, found[:2])
 
 
 def test_a_resample_that_misses_every_measured_prompt_is_left_out():
@@ -349,7 +349,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="no column baseline"):
         comparisons.table(frame.drop(columns="baseline"), "loglik")
     with pytest.raises(ValueError, match="loglik of wiring :2 1: on prompt 0 is there twice"):
-        comparisons.table(pandas.concat([frame, frame[:1]]), "loglik")
+        comparisons.table(pd.concat([frame, frame[:1]]), "loglik")
     with pytest.raises(ValueError, match="all are missing"):
         comparisons.table(frame.assign(value=np.nan), "loglik")
     frame.loc[0, "group"] = "other"
@@ -360,8 +360,8 @@ def test_what_cannot_be_compared_is_refused():
 def test_a_table_read_back_from_a_file_without_groups_is_the_same(tmp_path):
     frame = scan(np.random.default_rng(14).normal(size=(2, 9)))
     frame.to_csv(tmp_path / "scan.csv", index=False)
-    again = pandas.read_csv(tmp_path / "scan.csv")
-    pandas.testing.assert_frame_equal(comparisons.table(again, "loglik"), comparisons.table(frame, "loglik"))
+    again = pd.read_csv(tmp_path / "scan.csv")
+    pd.testing.assert_frame_equal(comparisons.table(again, "loglik"), comparisons.table(frame, "loglik"))
 
 
 def test_thousands_of_wirings_on_hundreds_of_prompts_take_seconds():

@@ -310,13 +310,16 @@ def test_simulated_panels_are_what_they_say():
         torch.testing.assert_close(gram(y) / 40000, exact(phi, 4, torch.ones(4)), rtol=0.04, atol=1e-9)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: nickell(0.5, 1),
-    lambda: nickell_corrected(0.5, 12, "anywhere"),
-    lambda: within(torch.eye(2)),
-    lambda: half_panel(torch.eye(4)),
-    lambda: simulate(0.5, 2, 2, start="anywhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nickell(0.5, 1),
+        lambda: nickell_corrected(0.5, 12, "anywhere"),
+        lambda: within(torch.eye(2)),
+        lambda: half_panel(torch.eye(4)),
+        lambda: simulate(0.5, 2, 2, start="anywhere"),
+    ],
+)
 def test_too_short_or_unknown_is_said_in_a_sentence(call):
     with pytest.raises(ValueError, match=r"transitions or more|start is stationary or zero"):
         call()

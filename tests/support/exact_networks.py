@@ -18,10 +18,20 @@ def network(maps, embedding, biases=None, norm=None, d_head=8):
     """A model whose layer ``l`` computes ``maps[l] x + biases[l]`` exactly (relu(z) - relu(-z) = z, no attention)."""
     n_vocab, d_model = embedding.shape
     config = TransformerBridgeConfig(
-        n_layers=len(maps), d_model=d_model, d_mlp=2 * d_model, n_heads=1, d_head=d_head, n_ctx=32, d_vocab=n_vocab,
-        act_fn="relu", normalization_type=norm, positional_embedding_type="rotary", dtype=torch.float64, seed=0,
+        n_layers=len(maps),
+        d_model=d_model,
+        d_mlp=2 * d_model,
+        n_heads=1,
+        d_head=d_head,
+        n_ctx=32,
+        d_vocab=n_vocab,
+        act_fn="relu",
+        normalization_type=norm,
+        positional_embedding_type="rotary",
+        dtype=torch.float64,
+        seed=0,
         device="cpu",
-    )  # fmt: skip
+    )
     model = TransformerBridge.boot_native(config, dtype=torch.float64)
     weight = parameters(model)
     weight["tok_embed.weight"][:] = embedding

@@ -45,9 +45,16 @@ CONFIGS = {
         **{k: v for k, v in _rope.items() if k != "num_key_value_heads"}, use_parallel_residual=True
     ),
     "opt": lambda: transformers.OPTConfig(
-        hidden_size=D_MODEL, word_embed_proj_dim=D_MODEL, ffn_dim=D_MLP, num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS, max_position_embeddings=N_CONTEXT, vocab_size=N_VOCAB,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        hidden_size=D_MODEL,
+        word_embed_proj_dim=D_MODEL,
+        ffn_dim=D_MLP,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        max_position_embeddings=N_CONTEXT,
+        vocab_size=N_VOCAB,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "llama": lambda: transformers.LlamaConfig(**_rope),
     "mistral": lambda: transformers.MistralConfig(**_rope, sliding_window=5),
@@ -65,7 +72,7 @@ CONFIGS = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **_rope, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=D_MLP // 2
     ),
-}  # fmt: skip
+}
 ARCHITECTURES = tuple(CONFIGS)
 NATIVE = ("native-ln", "native-rms", "native-gated", "native-attention-only")
 
@@ -110,9 +117,18 @@ def native(name: str = "native-ln", seed: int = 0, dtype: torch.dtype = torch.fl
         "native-attention-only": dict(normalization_type="LN", attn_only=True, act_fn="gelu"),
     }[name]
     config = TransformerBridgeConfig(
-        n_layers=N_LAYERS, d_model=D_MODEL, n_ctx=N_CONTEXT, d_head=D_MODEL // N_HEADS, n_heads=N_HEADS, d_mlp=D_MLP,
-        d_vocab=N_VOCAB, seed=seed, device="cpu", dtype=dtype, **kind,
-    )  # fmt: skip
+        n_layers=N_LAYERS,
+        d_model=D_MODEL,
+        n_ctx=N_CONTEXT,
+        d_head=D_MODEL // N_HEADS,
+        n_heads=N_HEADS,
+        d_mlp=D_MLP,
+        d_vocab=N_VOCAB,
+        seed=seed,
+        device="cpu",
+        dtype=dtype,
+        **kind,
+    )
     model = TransformerBridge.boot_native(config)
     torch.manual_seed(seed)
     with torch.no_grad():

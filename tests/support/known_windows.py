@@ -4,7 +4,7 @@ import functools
 import math
 
 import numpy as np
-import pandas
+import pandas as pd
 import torch
 
 from surgery import Stack, series
@@ -19,7 +19,7 @@ def stack(kind: str, *args, **sizes) -> Stack:
 
 
 @functools.cache
-def measured(kind: str, *args, **sizes) -> pandas.DataFrame:
+def measured(kind: str, *args, **sizes) -> pd.DataFrame:
     """Every window of a calibration network on 24 prompts."""
     return series.windows(stack(kind, *args, **sizes), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
 

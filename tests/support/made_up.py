@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import pandas
+import pandas as pd
 
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -21,13 +21,24 @@ def with_interval(name: str, value: float, half: float = 0.01) -> dict[str, floa
     return {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
 
 
-def series(n_layers: int = 6, max_length: int | None = None, n_prompts: int = 32, **values: float) -> pandas.DataFrame:
+def series(n_layers: int = 6, max_length: int | None = None, n_prompts: int = 32, **values: float) -> pd.DataFrame:
     """Every window with the same numbers, 0.02 wide, those of ``values`` replaced."""
     numbers = {
-        "R": 0.6, "O": 0.7, "S": 0.65, "R_live": 0.65, "O_live": 0.75, "S_live": 0.7, "layernorm_share": 0.05, "N": 0.4,
-        "R_over_N": 1.5, "R_shuffled": 0.3, "loss_parallel_sum": 0.8, "loss_parallel_mean": 1.2, "kl_parallel_sum": 0.5,
+        "R": 0.6,
+        "O": 0.7,
+        "S": 0.65,
+        "R_live": 0.65,
+        "O_live": 0.75,
+        "S_live": 0.7,
+        "layernorm_share": 0.05,
+        "N": 0.4,
+        "R_over_N": 1.5,
+        "R_shuffled": 0.3,
+        "loss_parallel_sum": 0.8,
+        "loss_parallel_mean": 1.2,
+        "kl_parallel_sum": 0.5,
         "kl_parallel_mean": 0.9,
-    } | values  # fmt: skip
+    } | values
     columns = {key: value for name, number in numbers.items() for key, value in with_interval(name, number).items()}
     windows = [
         (start, stop)
@@ -35,24 +46,33 @@ def series(n_layers: int = 6, max_length: int | None = None, n_prompts: int = 32
         for stop in range(start + 2, n_layers + 1)
         if stop - start <= (max_length or n_layers)
     ]
-    return pandas.DataFrame([{"start": a, "stop": b, **columns, "n_prompts": n_prompts} for a, b in windows])
+    return pd.DataFrame([{"start": a, "stop": b, **columns, "n_prompts": n_prompts} for a, b in windows])
 
 
-def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> pandas.DataFrame:
+def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> pd.DataFrame:
     """Every layer with the same numbers, 0.02 wide, those of ``values`` replaced."""
     numbers = {
-        "kappa": 0.2, "psi": 0.5, "growth": 0.9, "variance_ratio_next": 1.4, "kappa_rotated": 0.0,
-        "kappa_token_shuffled": 0.0, "kappa_order_shuffled": 0.02, "kappa_untrained": -0.01, "kappa_excess": 0.2,
-        "kappa_excess_untrained": 0.2, "kappa_causal_difference": 0.2, "kappa_causal_random": 0.1,
+        "kappa": 0.2,
+        "psi": 0.5,
+        "growth": 0.9,
+        "variance_ratio_next": 1.4,
+        "kappa_rotated": 0.0,
+        "kappa_token_shuffled": 0.0,
+        "kappa_order_shuffled": 0.02,
+        "kappa_untrained": -0.01,
+        "kappa_excess": 0.2,
+        "kappa_excess_untrained": 0.2,
+        "kappa_causal_difference": 0.2,
+        "kappa_causal_random": 0.1,
         "kappa_causal_principal": 0.3,
-    }  # fmt: skip
+    }
     words = {"regime": "reverting", "restoring": "yes"}
     words |= {name: value for name, value in values.items() if isinstance(value, str)}
     numbers |= {name: value for name, value in values.items() if not isinstance(value, str)}
     numbers = {f"kappa_excess_{null}": numbers["kappa_excess"] for null in ("rotated", "token_shuffled")} | numbers
     columns = {key: value for name, number in numbers.items() for key, value in with_interval(name, number).items()}
     rows = [{"layer": layer, **columns, "half_life": 3.1, **words, "n_prompts": n_prompts} for layer in range(n_layers)]
-    return pandas.DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **__: object) -> None:
@@ -61,18 +81,18 @@ def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **
     tables.write(reversion(stack.n_layers), folder / study.LAYERS, manifest, kappa.COLUMNS)
 
 
-def networks() -> pandas.DataFrame:
+def networks() -> pd.DataFrame:
     """What ``study.calibrate`` gives for a sound measure."""
     values = {"parallel": 0.0, "mixed 0.25": 0.2, "mixed 0.5": 0.4, "mixed 0.75": 0.7, "serial": 1.0, "random 0": 0.3}
     parts = [series(4, S=value).assign(network=name) for name, value in values.items()]
-    return pandas.concat([*parts, series(S=0.35).assign(network="this model untrained")], ignore_index=True)
+    return pd.concat([*parts, series(S=0.35).assign(network="this model untrained")], ignore_index=True)
 
 
-def measures() -> tuple[pandas.DataFrame, pandas.DataFrame]:
+def measures() -> tuple[pd.DataFrame, pd.DataFrame]:
     """What ``study.compare`` gives: readings, and what they cost."""
     about = {"S": "series", "T": "series", "rho": "series", "cosine": "not series"}
     values = {"parallel": 0.0, "serial": 1.0, "toy": 0.4}
-    table = pandas.DataFrame(
+    table = pd.DataFrame(
         [
             {"measure": name, "about": kind, "network": network, "value": float("nan") if name == "rho" else value}
             for network, value in values.items()
@@ -80,7 +100,7 @@ def measures() -> tuple[pandas.DataFrame, pandas.DataFrame]:
         ]
     )
     costs = {"function": ["series.windows"], "formula": [18.5], "counted": [18.5], "timed": [30.0]}
-    return table, pandas.DataFrame(costs)
+    return table, pd.DataFrame(costs)
 
 
 def manifest(name: str = "toy") -> dict:

@@ -1,7 +1,7 @@
 """What the tests of scans share: probes, wirings of every family, how to compare two scans, a scan to kill."""
 
 import numpy as np
-import pandas
+import pandas as pd
 
 from surgery import Wiring, wiring
 from surgery.corpus.probes import Probe, ProbeSet
@@ -27,7 +27,7 @@ def all_wirings(n_layers: int, sublayers: bool = True) -> list[Wiring]:
     return found + [Wiring.parse(text, n_layers) for text in (*ODD, *(SUBLAYERS if sublayers else ()))]
 
 
-def same(a: pandas.DataFrame, b: pandas.DataFrame) -> bool:
+def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     keys = a[scanning.KEY].equals(b[scanning.KEY])
     return (
         keys and np.allclose(a["value"], b["value"], atol=1e-6) and np.allclose(a["baseline"], b["baseline"], atol=1e-6)

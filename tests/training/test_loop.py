@@ -231,9 +231,10 @@ def test_what_cannot_be_is_told(tmp_path):
     with pytest.raises(ValueError, match="a batch of 32 prompts needs as many, there are 20: give more"):
         fit(Regression(), tmp_path, replace(SCHEDULE, batch=32))
     for wrong, said in (
-        ({"steps": 0}, "steps must be positive"), ({"patience": 0}, "patience is a number of looks"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"patience": 0}, "patience is a number of looks"),
         ({"precision": "int8"}, "precision is no, bf16 or fp16"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=said):
             Schedule(**wrong)
 
