@@ -16,7 +16,9 @@ import surgery
 from support import fixtures
 from support.places import SHARED, TESTS
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start
+torch.set_num_threads(THREADS)
 
 LONGEST = (
     "test_studies.py",
