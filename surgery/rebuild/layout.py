@@ -128,7 +128,13 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
     >>> deeper.cfg.n_layers, bool((deeper.blocks[0].mlp.out.weight == model.blocks[0].mlp.out.weight).all())
     (14, True)
     """
-    stack, source, rows = Stack(model), source_of(model), tuple(rows)
+    return build_stack(Stack(model), rows, seed).model
+
+
+def build_stack(stack: Stack, rows: Sequence[Row], seed: int = 0) -> Stack:
+    """``build`` for a model that is open already: what was built, as the Stack that proved it. Raises as ``build``."""
+    model, rows = stack.model, tuple(rows)
+    source = source_of(model)
     seen = source(probe_ids(stack))
     if getattr(model, "_weights_processed", False) or not _agree(
         getattr(seen, "logits", seen), model(probe_ids(stack)), stack
@@ -156,7 +162,7 @@ def build(model: TransformerBridge, rows: Sequence[Row], seed: int = 0) -> Trans
     built = _built(model, source, rows, seed, weights)
     if all(row.old == 1 for row in rows):
         order = " ".join(str(row.like) for row in rows)
-        if not _agree(built(probe_ids(stack)), stack.run(probe_ids(stack), order), stack):
+        if not _agree(built.model(probe_ids(stack)), stack.run(probe_ids(stack), order), stack):
             raise ModelError(f"{stack.name}: layers {order} built anew do not give the logits of these layers")
     return built
 
@@ -171,7 +177,7 @@ def shaped(
     save that old weights may have any size.
     """
     put = {name: (1.0, tensor) for name, tensor in (weights or {}).items()}
-    return _built(model, source_of(model), rows, seed, put)
+    return _built(model, source_of(model), rows, seed, put).model
 
 
 def sizes(model: TransformerBridge) -> list[Size]:
@@ -180,7 +186,7 @@ def sizes(model: TransformerBridge) -> list[Size]:
 
 
 def save(
-    model: TransformerBridge, folder: str | Path, *, max_shard_size: int | str = "5GB", check: bool = True
+    model: TransformerBridge | Stack, folder: str | Path, *, max_shard_size: int | str = "5GB", check: bool = True
 ) -> Path:
     """Write a built model as a folder that ``surgery.load`` opens: a plain checkpoint where a configuration can say it.
 
@@ -193,7 +199,9 @@ def save(
         ModelError: the folder does not open with the same logits.
         OSError: the folder is not empty, or cannot be written.
     """
-    hugging_face, stack, own = plain(model), Stack(model), sizes(model)
+    stack = model if isinstance(model, Stack) else Stack(model)
+    model = stack.model
+    hugging_face, own = plain(model), sizes(model)
     if hugging_face is None:
         raise ValueError(f"{stack.name} is TransformerLens' own model, which has no Hugging Face form to save")
     logits = hugging_face(probe_ids(stack)).logits.detach()
@@ -229,7 +237,7 @@ def _built(
     rows: Sequence[Row],
     seed: int,
     weights: Mapping[str, tuple[float, Weight]],
-) -> TransformerBridge:
+) -> Stack:
     """Fresh layers, the rest the base's; then ``share * tensor + (1 - share) * fresh`` for each name in ``weights``."""
     old, name = own_sizes(model, source), str(model.cfg.model_name)
     own = _sizes_of(model, old, rows)
@@ -259,7 +267,8 @@ def _built(
                     module, "TransformerLensNative", tl_config=config, model_name=f"{name} ({_said(rows)})"
                 )
                 built = stream_width.told(built).eval()
-            probe, twin = probe_ids(stack := Stack(built)), plain(built)
+            stack, twin = Stack(built), plain(built)
+            probe = probe_ids(stack)
             if twin is not None and not _agree(twin(probe).logits, built(probe), stack):
                 raise ModelError(f"{name} built anew: its bridge and its Hugging Face model give other logits")
         except ModelError:
@@ -270,7 +279,7 @@ def _built(
                 f"{name} cannot have layers with {', '.join(asked) or 'places'} of their own: "
                 f"{first_line(error)}; leave such sizes out"
             ) from error
-    return built
+    return stack
 
 
 def _native(config: Any, own: Sequence[Size]) -> nn.Module:
