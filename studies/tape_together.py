@@ -77,7 +77,7 @@ def main() -> None:
     beam = search.beam(stack, far_only, width=4, depth=2, spans=promising)
     composed = beam[beam["level"] > 1].nlargest(1, "gain").iloc[0]
 
-    others = [other.repeated() for other in controls.random_spans(n_layers, start, stop)]
+    others = [other.repeated_span() for other in controls.random_spans(n_layers, start, stop)]
     rows = [("chosen", best[0])]
     rows += [(f"second pass x {share}", str(controls.damped(n_layers, start, stop, share))) for share in (0.25, 0.5, 1)]
     rows += [(f"{n} passes", str(Wiring.of(n_layers).repeat(start, stop, n))) for n in (3, 4, 5)]

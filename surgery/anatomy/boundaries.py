@@ -267,7 +267,7 @@ def functional(
     """
     wide = comparisons.differences(scanned, metric)
     spans = {
-        name: found for name in wide.columns if (found := Wiring.parse(str(name), n_layers).repeated()) is not None
+        name: found for name in wide.columns if (found := Wiring.parse(str(name), n_layers).repeated_span()) is not None
     }
     if {start for start, _ in spans.values()} != set(range(n_layers)):
         raise ValueError(f"the scan does not repeat a span from every one of {n_layers} layers; scan every_repeat")

@@ -58,7 +58,7 @@ def of_scan(
     ``painted`` the table of the reorder family.
     """
     unit, drawn = UNITS[metric], {}
-    if any(Wiring.parse(wiring, n_layers).repeated() for wiring in table["wiring"]):
+    if any(Wiring.parse(wiring, n_layers).repeated_span() for wiring in table["wiring"]):
         caption = "Gain of every span run twice, search half; the bars are means over a column and a row."
         drawn["brain_scan"] = brain_scan(table, n_layers, unit=unit), caption
     if painted is None:
@@ -261,7 +261,7 @@ def _cells(table: pd.DataFrame, n_layers: int, times: int) -> tuple[np.ndarray, 
     grid, sure = np.full((n_layers, n_layers), np.nan), np.full((n_layers, n_layers), False)
     seen = set()
     for wiring, gain, p_max in zip(table["wiring"], table["gain"], table["p_max"]):
-        found = Wiring.parse(wiring, n_layers).repeated(times)
+        found = Wiring.parse(wiring, n_layers).repeated_span(times)
         if found is None:
             continue
         if found in seen:

@@ -1,4 +1,7 @@
-"""The order in which layers run: one immutable value, its notation, the families a scan tries, other tools' forms. No torch."""
+"""The order in which layers run: an immutable value, its notation, the families a scan tries, other tools' formats.
+
+Nothing in this room imports torch.
+"""
 
 import lazy_loader
 

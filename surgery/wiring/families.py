@@ -7,26 +7,30 @@ from surgery.wiring.value import Wiring
 
 
 def every_repeat(n_layers: int, times: int = 2) -> Iterator[Wiring]:
-    """Every span ``0 <= i < j <= n`` repeated: n (n + 1) / 2 wirings ``:j i:`` (the scan of Ng's RYS)."""
+    """Repeat every span ``0 <= i < j <= n``: n (n + 1) / 2 wirings ``:j i:`` (the scan of Ng's RYS).
+
+    >>> [str(wiring) for wiring in every_repeat(2)]
+    ['0 :', ': :', ': 1']
+    """
     return (Wiring.of(n_layers).repeat(i, j, times) for i, j in combinations(range(n_layers + 1), 2))
 
 
 def every_skip(n_layers: int) -> Iterator[Wiring]:
-    """Every span but the whole model left out: n (n + 1) / 2 - 1 wirings ``:i j:``."""
+    """Leave out every span but the whole model: n (n + 1) / 2 - 1 wirings ``:i j:``."""
     spans = combinations(range(n_layers + 1), 2)
     return (Wiring.of(n_layers).skip(i, j) for i, j in spans if j - i < n_layers)
 
 
 def every_parallel(n_layers: int, mean: bool = False) -> Iterator[Wiring]:
-    """Every span of at least two layers in parallel: n (n - 1) / 2 wirings ``:i {*i:j} j:``."""
+    """Run every span of at least two layers in parallel: n (n - 1) / 2 wirings ``:i {*i:j} j:``."""
     return (Wiring.of(n_layers).parallel(i, j + 1, mean) for i, j in combinations(range(n_layers), 2))
 
 
 def every_swap(n_layers: int) -> Iterator[Wiring]:
-    """Every two layers exchanged: n (n - 1) / 2 wirings."""
+    """Swap every two layers: n (n - 1) / 2 wirings."""
     return (Wiring.of(n_layers).swap(i, j) for i, j in combinations(range(n_layers), 2))
 
 
 def every_reverse(n_layers: int) -> Iterator[Wiring]:
-    """Every span of at least two layers backwards: n (n - 1) / 2 wirings ``:i j-1:i-1:-1 j:``."""
+    """Run every span of at least two layers backwards: n (n - 1) / 2 wirings ``:i j-1:i-1:-1 j:``."""
     return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in combinations(range(n_layers), 2))

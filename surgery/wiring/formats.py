@@ -1,4 +1,4 @@
-"""Foreign forms: how other tools write down which layers run, read into a row of layer indices and written back.
+"""Formats of other tools: read which layers run into a list of layer indices, and write such a list back.
 
 RYS (D. Ng): blocks ``(i, j)`` with the path ``0..j-1, i..n-1``. Several blocks are one walk: run on to ``j``, jump to
 ``i``, run on to the next ``j``; so ``3,6;4,6`` is ``:6 3:6 4:``. ``(0, 0)`` is the model as it is; ``j < i`` skips.
@@ -8,7 +8,7 @@ may count down, and an open end is the model's first or last layer: ``..15,11..`
 
 mergekit: passthrough slices of one model, ``layer_range: [start, stop]``, half-open and upwards only.
 
-These forms can only say whole layers one after another. All errors are ``WiringError``.
+These formats can only express whole layers, one after another. All errors are ``WiringError``.
 """
 
 import operator
@@ -24,7 +24,7 @@ _PATH_EXAMPLE = "..{last},{start}.."
 
 
 def read_rys(spec: str | Sequence[int] | Sequence[Sequence[int]], n_layers: int) -> list[int]:
-    """The layers that RYS blocks run: one block, several, or their text.
+    """Return the layers that RYS blocks run; ``spec`` is one block, several, or their text.
 
     >>> read_rys("3,6;4,6", 8)
     [0, 1, 2, 3, 4, 5, 3, 4, 5, 4, 5, 6, 7]
@@ -53,7 +53,7 @@ def _blocks(spec: Any) -> list[tuple[int, int]]:
 
 
 def write_rys(indices: Sequence[int], n_layers: int) -> list[tuple[int, int]]:
-    """The RYS blocks whose walk is this row of layers, one for every jump.
+    """Return the RYS blocks whose walk is this list of layers, one block for every jump.
 
     >>> write_rys([0, 1, 2, 3, 4, 5, 3, 4, 5, 4, 5, 6, 7], 8)
     [(3, 6), (4, 6)]
@@ -63,7 +63,7 @@ def write_rys(indices: Sequence[int], n_layers: int) -> list[tuple[int, int]]:
 
 
 def read_paths(text: str, n_layers: int) -> list[int]:
-    """The layers of inclusive paths.
+    """Return the layers of inclusive paths.
 
     >>> read_paths("..3,2..,1..0", 6)
     [0, 1, 2, 3, 2, 3, 4, 5, 1, 0]
@@ -87,7 +87,7 @@ def read_paths(text: str, n_layers: int) -> list[int]:
 
 
 def write_paths(indices: Sequence[int]) -> str:
-    """A row of layers as inclusive paths.
+    """Write a list of layers as inclusive paths.
 
     >>> write_paths([0, 1, 2, 3, 2, 3, 4, 5])
     '0..3,2..5'
@@ -96,7 +96,7 @@ def write_paths(indices: Sequence[int]) -> str:
 
 
 def read_mergekit(text: str, n_layers: int) -> list[int]:
-    """The layers of a mergekit passthrough configuration of one model; anything that alters weights is refused."""
+    """Return the layers of a mergekit passthrough configuration of one model; refuse anything that alters weights."""
     import yaml
 
     try:
@@ -114,8 +114,8 @@ def read_mergekit(text: str, n_layers: int) -> list[int]:
     models: list[Any] = []
     for number, piece in enumerate(slices, 1):
         match piece:
-            case {"sources": [{"model": model, "layer_range": [int(start), int(stop)], **others}], **more} if not (
-                others or more
+            case {"sources": [{"model": model, "layer_range": [int(start), int(stop)], **rest}], **options} if not (
+                rest or options
             ):
                 models.append(model)
             case _:
@@ -130,7 +130,9 @@ def read_mergekit(text: str, n_layers: int) -> list[int]:
 
 
 def write_mergekit(indices: Sequence[int], model_name: str) -> str:
-    """A mergekit passthrough configuration that builds this row of layers; a span that counts down goes layer by layer.
+    """Write the mergekit passthrough configuration that builds this list of layers.
+
+    A span that counts down is written layer by layer.
 
     >>> print(write_mergekit([0, 1, 2, 1, 2, 3], "gpt2"))
     slices:

@@ -1,4 +1,4 @@
-r"""Notation: the text of a wiring, read into steps and written back. What it says is in ``surgery.wiring``.
+r"""Notation: read the text of a wiring into steps, and write steps as text. ``surgery.wiring`` says what it means.
 
     chain    = element+
     element  = number "*" operand | group ["*" count] | slice
@@ -7,9 +7,9 @@ r"""Notation: the text of a wiring, read into steps and written back. What it sa
     branch   = chain | "*" slice
     slice    = (index | [index] ":" [index] [":" [index]]) [".attn" | ".mlp"]
 
-``read`` accepts every way to say a thing, ``write`` knows one: runs of layers are slices, left open where they touch an
-end of the model. A slice that is open on one side and empty, ``:0``, is allowed and means nothing, so that
-``f":{j} {i}:"`` holds for all i and j. A text with two readings is refused, not guessed: ``7*3``, ``0.5*(3:6)*2``.
+``read`` accepts every spelling, ``write`` produces one: runs of layers are slices, left open where they touch an end of
+the model. A slice that is open on one side and empty, ``:0``, is allowed and means nothing, so that ``f":{j} {i}:"``
+works for all i and j. A text with two readings is refused rather than guessed: ``7*3``, ``0.5*(3:6)*2``.
 """
 
 import math
@@ -30,7 +30,7 @@ from surgery.wiring.steps import (
     WiringError,
     executions,
     no_layer,
-    repeated,
+    repeat,
     runs,
     too_deep,
 )
@@ -45,7 +45,7 @@ _SLICE = re.compile(
 
 
 def read(text: str, n_layers: int) -> Chain:
-    """The steps that a text says, not yet in normal form; a ``WiringError`` shows the place where it goes wrong.
+    """Parse a text into steps, not yet in normal form; a ``WiringError`` shows the place where it goes wrong.
 
     >>> read("(3)*2 7.attn", 12)
     (Layer(index=3, part=None), Layer(index=3, part=None), Layer(index=7, part='attn'))
@@ -54,7 +54,7 @@ def read(text: str, n_layers: int) -> Chain:
 
 
 class _Reader:
-    """Recursive descent over the grammar above; each method reads what it is named after."""
+    """Recursive-descent parser of the grammar above; each method reads what it is named after."""
 
     def __init__(self, text: str, n_layers: int) -> None:
         self.text, self.n_layers = text, n_layers
@@ -102,7 +102,7 @@ class _Reader:
         if not _INTEGER.fullmatch(times):
             raise self.error("a group is followed by how many times it runs, a factor stands before it", place)
         try:
-            return repeated(steps, int(times))
+            return repeat(steps, int(times))
         except WiringError as error:
             raise self.error(error.sentence, place) from None
 
@@ -184,7 +184,7 @@ def _no_slice(word: str) -> str:
 
 
 def write(chain: Chain, n_layers: int) -> str:
-    """The canonical text of a chain in normal form.
+    """Return the canonical text of a chain in normal form.
 
     >>> write(read("0 1 2 0.50*{5|4}", 12), 12)
     ':3 0.5*{5 | 4}'
@@ -202,7 +202,7 @@ def _words(chain: Chain, n_layers: int) -> Iterator[str]:
 
 
 def _suffix(step: Step) -> str | None:
-    """What is written after a run of layers of one grain; None for groups."""
+    """Return what is written after a run of whole layers or of sublayers; None for groups."""
     if not isinstance(step, Layer):
         return None
     return f".{step.part}" if step.part else ""

@@ -1,8 +1,8 @@
-"""Steps: the terms of which a wiring is made, and the laws by which two of them mean the same.
+"""Steps: the terms a wiring is made of, and the laws by which two of them mean the same.
 
 A chain takes the residual stream ``x`` through its steps, one after another. ``Layer`` leaves ``x + u(x)``, ``u`` the
 layer's update; ``Parallel`` leaves ``x + sum_b (b(x) - x)`` or ``mean_b b(x)`` over its branches; ``Scaled`` leaves
-``x + factor * (body(x) - x)``. ``normal`` turns a chain into the one form of everything that these laws make equal:
+``x + factor * (body(x) - x)``. ``normal_form`` turns a chain into the one form of all that these laws make equal:
 
 - one branch is no group; summed or averaged branches have no order, but each counts: ``{7|7}`` is not ``7``;
 - a sum that is alone in a branch of a sum joins it; a mean never joins anything;
@@ -27,7 +27,7 @@ Part = Literal["attn", "mlp"]
 
 
 class WiringError(ValueError):
-    """A wiring that cannot be: one sentence, the offending place if there is one, and an example that works."""
+    """An impossible wiring: one sentence, the offending place if there is one, and an example that works."""
 
     def __init__(
         self,
@@ -77,15 +77,15 @@ Step = Layer | Parallel | Scaled
 Chain = tuple[Step, ...]
 
 
-def normal(chain: Iterable[Step], n_layers: int, nested: int = 0) -> Chain:
-    """The one form that all chains of the same meaning share, made from the inside out.
+def normal_form(chain: Iterable[Step], n_layers: int, nested: int = 0) -> Chain:
+    """Return the one form that all chains of the same meaning share, built from the inside out.
 
-    >>> normal((Scaled(2, (Scaled(0.5, (Layer(3),)),)), Parallel(((Layer(4),), ()))), n_layers=12)
+    >>> normal_form((Scaled(2, (Scaled(0.5, (Layer(3),)),)), Parallel(((Layer(4),), ()))), n_layers=12)
     (Layer(index=3, part=None), Layer(index=4, part=None))
     """
     if nested > DEEPEST:
         raise WiringError(too_deep(), n_layers)
-    return tuple(step for given in chain for step in _normal_step(given, n_layers, nested))
+    return tuple(part for step in chain for part in _normal_step(step, n_layers, nested))
 
 
 def _normal_step(step: Step, n_layers: int, nested: int) -> Chain:
@@ -97,7 +97,7 @@ def _normal_step(step: Step, n_layers: int, nested: int) -> Chain:
                 raise WiringError(f"a layer has the parts attn and mlp, not {part!r}", n_layers)
             return (Layer(operator.index(index), part),)
         case Scaled(factor, body):
-            factor, inner = float(factor), normal(body, n_layers, nested + 1)
+            factor, inner = float(factor), normal_form(body, n_layers, nested + 1)
             match inner:
                 case (Scaled(inner_factor, inner_body),):
                     factor, inner = factor * inner_factor, inner_body
@@ -108,7 +108,7 @@ def _normal_step(step: Step, n_layers: int, nested: int) -> Chain:
             return (Scaled(factor, inner),) if inner else ()
         case Parallel(branches, mean):
             bodies: list[Chain] = []
-            for body in (normal(branch, n_layers, nested + 1) for branch in branches):
+            for body in (normal_form(branch, n_layers, nested + 1) for branch in branches):
                 match body:
                     case (Parallel(merged, mean=False),) if not mean:
                         bodies += merged
@@ -121,7 +121,7 @@ def _normal_step(step: Step, n_layers: int, nested: int) -> Chain:
 
 
 def _order(chain: Chain) -> tuple[Any, ...]:
-    """What branches are sorted by: a total order, whole layers before sublayers before groups."""
+    """Sorting key of branches: a total order, whole layers before sublayers before groups."""
     return tuple(map(_step_order, chain))
 
 
@@ -136,7 +136,7 @@ def _step_order(step: Step) -> tuple[Any, ...]:
 
 
 def executions(chain: Iterable[Step]) -> Iterator[Layer]:
-    """Every layer that runs in a chain, from left to right, inside groups too."""
+    """Yield every layer that runs in a chain, from left to right, inside groups too."""
     for step in chain:
         match step:
             case Layer():
@@ -148,13 +148,13 @@ def executions(chain: Iterable[Step]) -> Iterator[Layer]:
                     yield from executions(branch)
 
 
-def abreast(chain: Chain, mean: bool = False) -> Chain:
-    """The steps of a chain as the branches of one group."""
+def in_parallel(chain: Chain, mean: bool = False) -> Chain:
+    """Make the steps of a chain the branches of one group."""
     return (Parallel(tuple((step,) for step in chain), mean),)
 
 
-def repeated(chain: Chain, times: int) -> Chain:
-    """A chain run ``times`` times."""
+def repeat(chain: Chain, times: int) -> Chain:
+    """Return the chain run ``times`` times; WiringError if that is no number of times, or too long a chain."""
     if operator.index(times) < 1:
         raise WiringError(f"a group runs at least once, not {times} times")
     if len(chain) * times > LONGEST:
@@ -163,7 +163,7 @@ def repeated(chain: Chain, times: int) -> Chain:
 
 
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut a row of layers into runs ``(first, last)`` that count up, or down over at least three.
+    """Cut a list of layers into runs ``(first, last)`` that count up, or down over at least three.
 
     >>> list(runs([0, 1, 2, 4, 3, 4, 5, 9, 8, 7]))
     [(0, 2), (4, 4), (3, 5), (9, 7)]
@@ -177,6 +177,7 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _reach(indices: Sequence[int], start: int, stride: int) -> int:
+    """Return where the run that starts at ``start`` and goes on by ``stride`` stops, exclusively."""
     stop = start + 1
     while stop < len(indices) and indices[stop] == indices[stop - 1] + stride:
         stop += 1
@@ -184,8 +185,10 @@ def _reach(indices: Sequence[int], start: int, stride: int) -> int:
 
 
 def no_layer(index: int, n_layers: int) -> str:
+    """Word the error of a layer index outside the model."""
     return f"there is no layer {index} in a model of {n_layers} layers, they are 0 to {n_layers - 1}"
 
 
 def too_deep() -> str:
+    """Word the error of too many nested groups."""
     return f"groups can be nested {DEEPEST} deep at most"

@@ -1,4 +1,4 @@
-r"""Wiring: the order in which the layers of a model run, as an immutable value. No model and no torch in here.
+r"""Wiring: the order in which the layers of a model run, as an immutable value. There is no model or torch in here.
 
 A wiring is a chain of steps. Each step takes the residual stream ``x`` and leaves the stream that the next step reads:
 
@@ -12,7 +12,7 @@ step                what it leaves                           notation
 ==================  =======================================  ========================================
 
 The notation is Python's slices over layers (half-open, zero-based, negative and open ends, steps), one after the other
-in the order in which they run; only, an index outside the model is an error and never clipped. A number before a group
+in the order in which they run, but an index outside the model is an error and never clipped. A number before a group
 scales its effect, a number after a group repeats it: ``2*(3:6)`` is twice the update, ``(3:6)*2`` are two passes.
 
     ":"                                  the model as it is
@@ -49,10 +49,10 @@ from surgery.wiring.steps import (
     Scaled,
     Step,
     WiringError,
-    abreast,
     executions,
-    normal,
-    repeated,
+    in_parallel,
+    normal_form,
+    repeat,
 )
 
 __all__ = [
@@ -83,14 +83,14 @@ class Wiring:
 
     def __post_init__(self) -> None:
         _check(self.n_layers)
-        steps = normal(self.steps, self.n_layers)
+        steps = normal_form(self.steps, self.n_layers)
         if not steps:
             raise WiringError("this wiring is empty, no layer runs", self.n_layers)
         object.__setattr__(self, "steps", steps)
 
     @classmethod
     def of(cls, n_layers: int) -> "Wiring":
-        """The model as it is: every layer once, in order."""
+        """Return the model as it is: every layer once, in order."""
         return cls._of_layers(range(_check(n_layers)), n_layers)
 
     @classmethod
@@ -119,12 +119,12 @@ class Wiring:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The index of every layer or sublayer that runs, in the order of the notation."""
+        """Index of every layer or sublayer that runs, in the order of the notation."""
         return tuple(layer.index for layer in executions(self.steps))
 
     @property
     def depth(self) -> int | float:
-        """How many layers run, a sublayer counting one half: the cost in units of one layer of one forward pass."""
+        """Number of layers that run, a sublayer counting one half: the cost in units of one layer of a forward pass."""
         halves = sum(2 if layer.part is None else 1 for layer in executions(self.steps))
         return halves / 2 if halves % 2 else halves // 2
 
@@ -140,7 +140,7 @@ class Wiring:
 
     def repeat(self, start: int, stop: int, times: int = 2) -> "Wiring":
         """Run the span ``times`` times in all: ``Wiring.of(80).repeat(45, 52)`` is ``":52 45:"`` (Ng's RYS)."""
-        return self._rewire(start, stop, lambda span: repeated(span, times))
+        return self._rewire(start, stop, lambda span: repeat(span, times))
 
     def skip(self, start: int, stop: int | None = None) -> "Wiring":
         """Leave the span out, or the one step at ``start``: ``Wiring.of(32).skip(3)`` is ``":3 4:"``."""
@@ -148,7 +148,7 @@ class Wiring:
         return self._rewire(start, start + 1 if stop is None else stop, lambda span: ())
 
     def swap(self, a: int, b: int) -> "Wiring":
-        """Exchange two steps: ``Wiring.of(32).swap(3, 8)`` is ``":3 8 4:8 3 9:"``."""
+        """Swap two steps: ``Wiring.of(32).swap(3, 8)`` is ``":3 8 4:8 3 9:"``."""
         steps = list(self.steps)
         a, b = self._position(a), self._position(b)
         steps[a], steps[b] = steps[b], steps[a]
@@ -159,7 +159,7 @@ class Wiring:
         return self._rewire(start, stop, lambda span: span[::-1])
 
     def shuffle(self, start: int = 0, stop: int | None = None, *, seed: int) -> "Wiring":
-        """Run the span in a random order that is not the present one; equal seeds, equal orders."""
+        """Run the span in a random order other than the present one; equal seeds give equal orders."""
 
         def shuffled(span: Chain) -> Chain:
             if len(set(span)) < 2:
@@ -173,11 +173,11 @@ class Wiring:
 
     def parallel(self, start: int, stop: int, mean: bool = False) -> "Wiring":
         """Run the span's steps on the same stream: ``Wiring.of(32).parallel(3, 6)`` is ``":3 {*3:6} 6:"``."""
-        return self._rewire(start, stop, lambda span: abreast(span, mean))
+        return self._rewire(start, stop, lambda span: in_parallel(span, mean))
 
     def loop(self, start: int, stop: int, times: int, mean: bool = False) -> "Wiring":
-        """The span in parallel, ``times`` times: looped parallel (Sun et al. 2024, arXiv 2407.09298, who average)."""
-        return self._rewire(start, stop, lambda span: repeated(abreast(span, mean), times))
+        """Run the span in parallel ``times`` times: looped parallel (Sun et al. 2024, arXiv 2407.09298, average)."""
+        return self._rewire(start, stop, lambda span: repeat(in_parallel(span, mean), times))
 
     def scale(self, start: int, stop: int, factor: int | float) -> "Wiring":
         """Multiply the span's effect: ``Wiring.of(32).scale(3, 6, 0.5)`` is ``":3 0.5*(3:6) 6:"``."""
@@ -203,10 +203,10 @@ class Wiring:
             raise WiringError(f"{form} can only say whole layers one after another, and this wiring is {self}")
         return self.layers
 
-    def repeated(self, times: int = 2) -> tuple[int, int] | None:
-        """``(start, stop)`` of the one span that this wiring runs ``times`` times; None for any other wiring.
+    def repeated_span(self, times: int = 2) -> tuple[int, int] | None:
+        """Return ``(start, stop)`` of the one span that this wiring runs ``times`` times; None for any other wiring.
 
-        >>> Wiring.parse(":6 4:", 12).repeated(), Wiring.parse(":6 8:", 12).repeated()
+        >>> Wiring.parse(":6 4:", 12).repeated_span(), Wiring.parse(":6 8:", 12).repeated_span()
         ((4, 6), None)
         """
         if not self.is_serial:
@@ -221,7 +221,7 @@ class Wiring:
         return cls._of_layers(formats.read_rys(spec, _check(n_layers)), n_layers)
 
     def to_rys(self) -> list[tuple[int, int]]:
-        """The RYS blocks that run the same layers; ``WiringError`` if this wiring is not serial."""
+        """Return the RYS blocks that run the same layers; ``WiringError`` if this wiring is not serial."""
         return formats.write_rys(self._serial("RYS blocks"), self.n_layers)
 
     @classmethod
@@ -230,7 +230,7 @@ class Wiring:
         return cls._of_layers(formats.read_paths(text, _check(n_layers)), n_layers)
 
     def to_paths(self) -> str:
-        """The inclusive paths that run the same layers; ``WiringError`` if this wiring is not serial."""
+        """Return the inclusive paths that run the same layers; ``WiringError`` if this wiring is not serial."""
         return formats.write_paths(self._serial("inclusive paths"))
 
     @classmethod
@@ -239,7 +239,7 @@ class Wiring:
         return cls._of_layers(formats.read_mergekit(text, _check(n_layers)), n_layers)
 
     def to_mergekit(self, model_name: str) -> str:
-        """The mergekit configuration that builds this wiring; ``WiringError`` if it is not serial."""
+        """Return the mergekit configuration that builds this wiring; ``WiringError`` if it is not serial."""
         return formats.write_mergekit(self._serial("mergekit"), model_name)
 
     @classmethod

@@ -94,7 +94,7 @@ def test_cka_of_unrelated_streams_is_nothing_though_dimensions_are_many():
 def test_the_brain_scan_shows_where_repeating_helps():
     rows, generator = [], np.random.default_rng(0)
     for one in wiring.every_repeat(9):
-        inside = one.repeated()
+        inside = one.repeated_span()
         gain = 0.0 if inside is None else 1.0 if inside[0] >= 3 and inside[1] <= 6 else -1.0
         rows += [
             {

@@ -15,5 +15,6 @@ SUBLAYERS = {"sublayers": "0.mlp 0.attn 1.attn 2:", "sublayers in groups": "{0.m
 TOKENS = torch.tensor([[1, 17, 40, 23, 9, 61, 33, 80, 12, 50], [1, 5, 7, 7, 90, 31, 64, 28, 13, 44]])
 
 
-def difference(found, expected):
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+def difference(result, expected):
+    """The largest difference, relative to the largest expected value."""
+    return float((result - expected).detach().abs().max() / expected.detach().abs().max())

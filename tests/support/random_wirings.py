@@ -1,4 +1,4 @@
-"""Random wirings, random spellings of them, and an interpreter of their own to say what they mean."""
+"""Random wirings, random spellings of them, and an independent interpreter of what they mean."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ PRIME = 2**127 - 1
 
 
 def update(layer: Layer, x: int) -> int:
-    """A random function on the integers modulo PRIME: no algebra holds for it but what holds for every layer."""
+    """A random function on the integers modulo PRIME: it obeys no law but those that hold for every layer."""
     return int.from_bytes(hashlib.sha256(repr((layer.index, layer.part, x)).encode()).digest(), "big") % PRIME
 
 
@@ -87,12 +87,13 @@ serial = rows.map(lambda row: Wiring(row[0], tuple(map(Layer, row[1]))))
 @st.composite
 def spellings(draw: st.DrawFn, n_layers: int, nested: int = 2) -> tuple[str, Chain]:
     """A text in any of the notation's ways, and what it says by construction."""
-    words, said = [], ()
+    words: list[str] = []
+    chain: Chain = ()
     for _ in range(draw(st.integers(1, 3))):
-        word, chain = draw(spelled_element(n_layers, nested))
+        word, steps = draw(spelled_element(n_layers, nested))
         words.append(word)
-        said += chain
-    return draw(st.sampled_from([" ", "  ", " \n"])).join(words), said
+        chain += steps
+    return draw(st.sampled_from([" ", "  ", " \n"])).join(words), chain
 
 
 @st.composite
@@ -116,16 +117,16 @@ def spelled_element(draw: st.DrawFn, n_layers: int, nested: int) -> tuple[str, C
     if kind == "slice":
         return draw(spelled_slice(n_layers))
     if kind == "star":
-        text, said = draw(spelled_slice(n_layers))
-        return f"{{*{text}|0}}", (Parallel((*((step,) for step in said), (Layer(0),))),)
+        text, chain = draw(spelled_slice(n_layers))
+        return f"{{*{text}|0}}", (Parallel((*((step,) for step in chain), (Layer(0),))),)
     inside = [draw(spellings(n_layers, nested - 1)) for _ in range(draw(st.integers(1, 3)))]
-    text, said = inside[0]
+    text, chain = inside[0]
     if kind == "repeat":
         times = draw(st.integers(1, 3))
-        return f"({text})*{times}", said * times
+        return f"({text})*{times}", chain * times
     if kind == "scale":
         factor = draw(factors)
-        return f"{factor}*( {text} )", (Scaled(factor, said),)
+        return f"{factor}*( {text} )", (Scaled(factor, chain),)
     between = draw(st.sampled_from(["|", " | ", " |"]))
-    text = "{" + between.join(text for text, _ in inside) + "}"
-    return text if kind == "sum" else f"mean{text}", (Parallel(tuple(said for _, said in inside), kind == "mean"),)
+    text = "{" + between.join(words for words, _ in inside) + "}"
+    return text if kind == "sum" else f"mean{text}", (Parallel(tuple(branch for _, branch in inside), kind == "mean"),)

@@ -23,14 +23,14 @@ def test_parse_reads_what_str_writes_and_str_is_canonical(w: Wiring) -> None:
 
 @given(sizes.flatmap(lambda n: st.tuples(st.just(n), spellings(n))))
 def test_every_spelling_is_read_as_it_was_meant(case: tuple[int, tuple[str, Chain]]) -> None:
-    n_layers, (text, said) = case
-    if not list(steps.normal(said, n_layers)):
+    n_layers, (text, chain) = case
+    if not list(steps.normal_form(chain, n_layers)):
         with pytest.raises(WiringError, match="empty"):
             Wiring.parse(text, n_layers)
     else:
         w = Wiring.parse(text, n_layers)
-        assert w == Wiring(n_layers, said)
-        assert meaning(w.steps) == meaning(said)
+        assert w == Wiring(n_layers, chain)
+        assert meaning(w.steps) == meaning(chain)
         assert str(Wiring.parse(str(w), n_layers)) == str(w)
 
 

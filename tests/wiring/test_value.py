@@ -1,4 +1,4 @@
-"""The laws of wirings, checked against an interpreter of their own, and tables of all that is promised."""
+"""The laws of wirings, checked against an independent interpreter, and tables of all that is promised."""
 
 import doctest
 import pickle
@@ -31,7 +31,7 @@ def test_the_normal_form_is_its_own_normal_form(w: Wiring) -> None:
 
 @given(chains(1), chains(1))
 def test_equal_wirings_run_alike(a: Chain, b: Chain) -> None:
-    if steps.normal(a, 1) == steps.normal(b, 1):
+    if steps.normal_form(a, 1) == steps.normal_form(b, 1):
         assert meaning(a) == meaning(b)
 
 
@@ -280,12 +280,12 @@ def test_importing_wirings_imports_no_arrays() -> None:
 def test_every_repeated_span_is_read_from_its_wiring(times):
     spans = [(start, stop) for start in range(7) for stop in range(start + 1, 8)]
     for repeating, expected in zip(every_repeat(7, times), spans):
-        assert repeating.repeated(times) == expected
-        assert repeating.repeated(times + 1) is None
+        assert repeating.repeated_span(times) == expected
+        assert repeating.repeated_span(times + 1) is None
 
 
 @pytest.mark.parametrize(
     "text", [":", ":6 8:", ":6 4:6 3:", "5:3:-1 6:", ":4 {*4:6} 6:", ":6 0.5*(4:6) 6:", ":6 5.attn 6:"]
 )
 def test_other_wirings_are_no_repeated_span(text):
-    assert Wiring.parse(text, 12).repeated() is None
+    assert Wiring.parse(text, 12).repeated_span() is None
