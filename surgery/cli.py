@@ -1,11 +1,12 @@
 """The ``surgery`` command. Torch and the rest are imported when a command needs them, so that help is instant.
 
-Exit codes: 0 done, 1 an error told in one sentence, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 130 interrupted.
 """
 
+import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +16,45 @@ from rich.console import Console
 
 import surgery
 from surgery.chapters import MEASURED
+from surgery.graft.parts import PARTS
+from surgery.scan.metrics import METRICS
+from surgery.training.precisions import MIXED, STORED
+from surgery.wiring import families
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def chosen(choices: Sequence[str], text: str) -> str:
+    """``text`` if it is one of ``choices``; otherwise wrong usage, with a guess at what was meant.
+
+    >>> chosen(("repeat", "skip"), "skip")
+    'skip'
+    """
+    if text in choices:
+        return text
+    near = difflib.get_close_matches(text, choices, n=1)
+    guess = f", did you mean {near[0]!r}?" if near else "."
+    raise typer.BadParameter(f"there is no {text!r}{guess} There are {', '.join(choices)}.")
+
+
+def choice(choices: Sequence[str]) -> dict[str, Any]:
+    """The settings that make an option or argument a choice: checked, listed in the help, completed by the shell."""
+
+    def completions(incomplete: str) -> list[str]:
+        return [name for name in choices if name.startswith(incomplete)]
+
+    def parse(text: str) -> str:
+        return chosen(choices, text)
+
+    return {"parser": parse, "metavar": f"[{'|'.join(choices)}]", "autocompletion": completions}
+
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="babel (bundled), a folder, or a name on the Hugging Face hub.")
@@ -32,7 +63,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 @contextmanager
-def telling(interrupted: str, debug: bool = False) -> Iterator[None]:
+def one_line_errors(interrupted: str, debug: bool = False) -> Iterator[None]:
     """Turn an error that a user can do something about into one sentence and an exit code."""
     try:
         yield
@@ -46,35 +77,28 @@ def telling(interrupted: str, debug: bool = False) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that is ``telling``."""
+def plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are ``one_line_errors``."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **options: Any) -> None:
-        with telling("nothing is half-written, files that were finished stay", debug):
+        with one_line_errors("nothing is half-written, files that were finished stay", debug):
             command(*args, debug=debug, **options)
 
     return wrapped
 
 
 def script(main: Callable[[], None], interrupted: str = "the same command goes on where it was") -> None:
-    """Run the ``main`` of a study script, ``telling``."""
-    with telling(interrupted):
+    """Run the ``main`` of a study script with ``one_line_errors``."""
+    with one_line_errors(interrupted):
         main()
 
 
-def _version(asked: bool) -> bool:
-    if asked:
+def _version(wanted: bool) -> bool:
+    if wanted:
         typer.echo(f"surgery {surgery.__version__}")
         raise typer.Exit
-    return asked
-
-
-def _known(names: list[str]) -> list[str]:
-    for name in names:
-        if name not in MEASURED:
-            raise typer.BadParameter(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}.")
-    return names
+    return wanted
 
 
 @app.callback()
@@ -90,13 +114,12 @@ def root(
 
 
 @app.command()
-@one_sentence
+@plainly
 def study(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[series] [reversion] [scan] [anatomy]",
-            callback=lambda names: _known(names or []),
+            **{**choice(MEASURED), "metavar": " ".join(f"[{name}]" for name in MEASURED)},
             help="What to measure; everything if none is given.",
         ),
     ] = None,
@@ -140,11 +163,11 @@ def study(
 
 
 @app.command()
-@one_sentence
+@plainly
 def check(model: Model = "babel", debug: Debug = False) -> None:
     """Prove that a model is opened exactly.
 
-    Every way to run its layers is held against its own logits.
+    Every way to run its layers is compared with its own logits.
 
     Example: surgery check --model babel
     """
@@ -162,12 +185,12 @@ def check(model: Model = "babel", debug: Debug = False) -> None:
 
 
 @app.command()
-@one_sentence
+@plainly
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that surgery study or scan wrote.")],
     debug: Debug = False,
 ) -> None:
-    """Write figures and report.html again.
+    """Write the figures and report.html again.
 
     They are made from the CSV files of a study or scan alone.
 
@@ -179,19 +202,22 @@ def report(
 
 
 @app.command()
-@one_sentence
+@plainly
 def scan(
     model: Model = "babel",
     family: Annotated[
-        str, typer.Option(help="Which wirings: repeat, skip, parallel, swap or reverse of every span, or painters.")
+        str,
+        typer.Option(
+            **choice(families.NAMES), help="Which wirings: every span repeated, skipped and so on, or painters."
+        ),
     ] = "repeat",
     probes: Annotated[
         str, typer.Option(help="A built-in probe set (babel, arithmetic, recall, ...) or a .jsonl file.")
     ] = "babel",
-    out: Annotated[Path, typer.Option(help="Folder for the results; the same one goes on after a kill.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the results; run again on the same one to resume.")] = Path(
         "results/scan"
     ),
-    metric: Annotated[str, typer.Option(help="loglik, exact, credit, loss, kl or choice.")] = "loglik",
+    metric: Annotated[str, typer.Option(**choice(METRICS), help="What to measure on each probe.")] = "loglik",
     count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
     top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
     memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,
@@ -199,7 +225,7 @@ def scan(
         str | None, typer.Option(help="Scan on Ray workers: local, auto (what ray start began here), or an address.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="How many; on this machine if no --cluster is given.")
+        int | None, typer.Option(min=1, help="How many workers; on this machine if no --cluster is given.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
@@ -213,7 +239,7 @@ def scan(
         from surgery.scan import study as scan_study
         from surgery.scan.cluster import Cluster
 
-    found = scan_study.run(
+    outcome = scan_study.run(
         model,
         family,
         probes,
@@ -228,13 +254,13 @@ def scan(
         progress=sys.stdout.isatty(),
     )
     page = build(out)
-    for sentence in found.sentences:
+    for sentence in outcome.sentences:
         typer.echo(f"\n{sentence}")
     typer.echo(f"\nThe page is {page}, the tables and figures are beside it.")
 
 
 @app.command()
-@one_sentence
+@plainly
 def tape(
     wiring: Annotated[str, typer.Argument(help='The order in which the layers run, such as ":8 4:".')],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist or be empty.")],
@@ -254,11 +280,11 @@ def tape(
 
 
 @app.command()
-@one_sentence
+@plainly
 def graft(
     model: Model = "babel",
     middle: Annotated[str, typer.Option(help="The layers to replace, start:stop.")] = "4:9",
-    out: Annotated[Path, typer.Option(help="Folder for everything; the same one goes on after a kill.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for everything; run again on the same one to resume.")] = Path(
         "results/graft"
     ),
     text: Annotated[
@@ -283,19 +309,21 @@ def graft(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Prompts a step, of all processes together.")] = 64,
     learning_rate: Annotated[float, typer.Option(min=1e-9, help="Largest learning rate.")] = 2e-3,
-    every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out prompts and checkpoints.")] = 100,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many looks without a better one.")] = None,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16: mixed precision.")] = "no",
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations, each with a checkpoint.")] = 100,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations in vain.")] = None,
+    precision: Annotated[str, typer.Option(**choice(MIXED), help="Mixed precision.")] = "no",
     heal: Annotated[int, typer.Option(min=0, help="Steps of a last phase with more unfrozen.")] = 0,
-    unfrozen: Annotated[str, typer.Option(help="In that phase: junction (one layer more) or all.")] = "junction",
-    stored: Annotated[str, typer.Option(help="Activations on disk: float16, bfloat16 or float32.")] = "float16",
+    unfrozen: Annotated[
+        str, typer.Option(**choice(PARTS[1:]), help="In that phase: junction (one layer more) or all.")
+    ] = "junction",
+    stored: Annotated[str, typer.Option(**choice(STORED), help="Activations on disk.")] = "float16",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Train a fresh middle on the activations between frozen ends, and compare it with what is simpler.
 
-    Several GPUs: accelerate launch -m surgery graft ... Several CPU processes: torchrun.
+    On several GPUs: accelerate launch -m surgery graft ... In several CPU processes: torchrun.
 
     Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
     """
@@ -306,10 +334,7 @@ def graft(
         from surgery.graft.grafting import Objective, Schedule
         from surgery.report import build
 
-    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if stored not in kinds:
-        raise typer.BadParameter(f"--stored is {', '.join(kinds)}, got {stored!r}.")
-    found = graft_study.run(
+    outcome = graft_study.run(
         model,
         _span(middle),
         out,
@@ -335,14 +360,14 @@ def graft(
         ),
         heal=heal,
         parts=unfrozen,
-        dtype=kinds[stored],
+        dtype=getattr(torch, stored),
         device=device,
         say=lambda what: errors.print(what, markup=False),
         progress=sys.stderr.isatty(),
     )
-    for sentence in found.sentences:
+    for sentence in outcome.sentences:
         typer.echo(f"\n{sentence}")
-    if found.sentences:
+    if outcome.sentences:
         typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
         typer.echo(f"The page is {build(out)}, the tables and the figure are beside it.")
 

@@ -40,12 +40,8 @@ WINNERS: str = "scan_winners.csv"
 GROUPS: str = "scan_groups.csv"
 PAINTERS: str = "painters.csv"
 FAMILIES: dict[str, Callable[[int], Any]] = {
-    "repeat": families.every_repeat,
-    "skip": families.every_skip,
-    "parallel": families.every_parallel,
-    "swap": families.every_swap,
-    "reverse": families.every_reverse,
-    "painters": lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
+    **families.EVERY,
+    families.PAINTERS: lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
 FEWEST = 4  # probes: two to search with, two to measure again on
 WINNERS_COLUMNS: dict[str, str] = {

@@ -3,6 +3,7 @@ from . import harvest as harvest
 from . import ledger as ledger
 from . import loop as loop
 from . import muon as muon
+from . import precisions as precisions
 from . import regions as regions
 from .loop import CURVE as CURVE
 from .loop import Fit as Fit

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from surgery.records import tables
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.muon import Muon
+from surgery.training.precisions import MIXED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,7 +70,7 @@ class Schedule:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is a number of looks, 1 or more, got {self.patience}")
-        if self.precision not in ("no", "bf16", "fp16"):
+        if self.precision not in MIXED:
             raise ValueError(f"precision is no, bf16 or fp16, got {self.precision!r}")
 
     def rate(self, step: int) -> float:

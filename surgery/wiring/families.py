@@ -1,6 +1,6 @@
 """Families of wirings for scans: every span of a model repeated, skipped, run in parallel, swapped or reversed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from surgery.wiring.value import Wiring
@@ -34,3 +34,15 @@ def every_swap(n_layers: int) -> Iterator[Wiring]:
 def every_reverse(n_layers: int) -> Iterator[Wiring]:
     """Run every span of at least two layers backwards: n (n - 1) / 2 wirings ``:i j-1:i-1:-1 j:``."""
     return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in combinations(range(n_layers), 2))
+
+
+# By the name on the command line. ``painters`` is no family of single spans: ``surgery.scan.controls`` makes it.
+EVERY: dict[str, Callable[[int], Iterator[Wiring]]] = {
+    "repeat": every_repeat,
+    "skip": every_skip,
+    "parallel": every_parallel,
+    "swap": every_swap,
+    "reverse": every_reverse,
+}
+PAINTERS = "painters"
+NAMES = (*EVERY, PAINTERS)

@@ -121,17 +121,29 @@ def test_too_few_probes_for_two_halves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (["--family", "sideways"], "there is no family 'sideways'; there are repeat"),
-        (["--probes", "nonsense"], "there is no probe set 'nonsense'"),
-        (["--metric", "accuracy", "--count", "14"], "no metric 'accuracy'"),
+        (["--family", "repaet"], 2, "'--family': there is no 'repaet', did you mean 'repeat'? There are repeat, skip,"),
+        (["--probes", "nonsense"], 1, "there is no probe set 'nonsense'"),
+        (["--metric", "accuracy"], 2, "'--metric': there is no 'accuracy'. There are loglik, exact, credit, loss, kl,"),
     ],
 )
-def test_bad_requests(options, message, tmp_path):
+def test_bad_requests(options, code, message, tmp_path):
     done = CliRunner().invoke(app, ["scan", *options, "--out", str(tmp_path)])
-    assert done.exit_code == 1
-    assert message in done.output.replace("\n", " ")
+    assert done.exit_code == code
+    assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"family": "sideways"}, "there is no family 'sideways'; there are repeat"),
+        ({"metric": "accuracy", "count": 14}, "no metric 'accuracy'"),
+    ],
+)
+def test_bad_requests_to_the_library(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        study.run(out=tmp_path, **settings)
 
 
 def test_tape_on_the_command_line(tmp_path):

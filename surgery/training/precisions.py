@@ -1,0 +1,4 @@
+"""The number formats to train and store in, by name; a module of its own that does not import torch."""
+
+MIXED = ("no", "bf16", "fp16")  # what accelerate calls mixed precision
+STORED = ("float16", "bfloat16", "float32")  # of activations on disk, as torch calls them
