@@ -1,4 +1,4 @@
-"""What models are fed: the Babel language, probe sets, text files, bundled prompts."""
+"""Model inputs: the Babel language, probe sets, text files and bundled prompts."""
 
 import lazy_loader
 

@@ -4,9 +4,9 @@ A problem is a start symbol and a chain of ``k`` fixed functions applied one aft
 language and must be answered in a requested, often different one:
 
 ====================  ==========================  =============================================================
-language              a problem with ``k = 2``    what is peculiar
+language              a problem with ``k = 2``    peculiarity
 ====================  ==========================  =============================================================
-``plain``             ``p3 pf1 pf4``              one token a word, symbol first
+``plain``             ``p3 pf1 pf4``              one token per word, symbol first
 ``other``             ``o3 of1 of4``              a second vocabulary
 ``spelled``           ``d a sf1 sf4``             two letters a symbol
 ``reversed``          ``rf4 rf1 r3``              function-first: the last function to apply comes first
@@ -14,8 +14,8 @@ language              a problem with ``k = 2``    what is peculiar
 
     <bos> p3 pf1 pf4 >spelled g e <eos>
 
-``k = 0`` is pure translation, local to a token; every further step needs the result of the one before. So where a model
-translates, where it composes, and how serial it has to be there is known beforehand, and ``k`` is a dial.
+``k = 0`` is pure translation, local to a token; every further step needs the result of the one before. So it is known
+beforehand where a model must translate, where it must compose and how serial it must be there, and ``k`` is a dial.
 
 The functions are random bijections: every answer is equally likely at every ``k``, and chance is ``1 / n_symbols``.
 This is our own corpus; composition chains as a probe of depth are an old idea (Csordas et al. 2025, arXiv 2505.13898,
@@ -47,8 +47,7 @@ CONSONANTS, VOWELS = "bdgkmnprtvz", "aeio"
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: apply ``chain`` (first function first) to ``symbol``, asked in ``source``, answered in
-    ``target``."""
+    """Apply ``chain`` (first function first) to ``symbol``; asked in ``source``, answered in ``target``."""
 
     symbol: int
     chain: tuple[int, ...]
@@ -62,8 +61,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Babel:
-    """The corpus: its sizes, its function tables (from ``seed``) and its languages. A value; equal sizes, equal
-    corpus."""
+    """The corpus: its sizes, its function tables (drawn from ``seed``) and its languages.
+
+    A value: equal fields give the equal corpus. Raises ValueError for sizes that the spelling cannot hold.
+    """
 
     n_symbols: int = 10
     n_functions: int = 6
@@ -79,7 +80,7 @@ class Babel:
 
     @cached_property
     def tables(self) -> np.ndarray:
-        """``[n_functions, n_symbols]``: what each function makes of each symbol; each row is a permutation."""
+        """The function tables, ``[n_functions, n_symbols]``: each row is a permutation of the symbols."""
         generator = np.random.default_rng(self.seed)
         return np.stack([generator.permutation(self.n_symbols) for _ in range(self.n_functions)])
 
@@ -102,14 +103,14 @@ class Babel:
         return symbol
 
     def question(self, problem: Problem) -> list[str]:
-        """The words up to and including the request for a language: what a model is given."""
+        """The words that a model is given, up to and including the request for a language."""
         symbol = _symbol_words(problem.symbol, problem.source)
         functions = [f"{problem.source[0]}f{function}" for function in problem.chain]
-        asked = functions[::-1] + symbol if problem.source == "reversed" else symbol + functions
-        return [BOS, *asked, f">{problem.target}"]
+        words = functions[::-1] + symbol if problem.source == "reversed" else symbol + functions
+        return [BOS, *words, f">{problem.target}"]
 
     def answer(self, problem: Problem) -> list[str]:
-        """The words a model has to say: one, or the two letters of a spelled symbol."""
+        """The words of the right answer: one, or the two letters of a spelled symbol."""
         return _symbol_words(self.solve(problem), problem.target)
 
     def words(self, problem: Problem) -> list[str]:
@@ -138,25 +139,27 @@ class Babel:
                     yield Problem(symbol, chain, source, target)
 
     def sample(self, k: int, count: int, seed: int, heldout: bool = True) -> list[Problem]:
-        """``count`` random problems with ``k`` steps, from the held-out side unless told otherwise; language pairs in
-        turn."""
+        """Draw ``count`` random problems with ``k`` steps, held out or from training, language pairs in turn.
+
+        Raises ValueError where that side has no such problem.
+        """
         generator = np.random.default_rng((seed, k))
         pairs = list(itertools.product(LANGUAGES, LANGUAGES))
-        found: list[Problem] = []
+        chosen: list[Problem] = []
         for _ in range(1000 * count):
-            source, target = pairs[len(found) % len(pairs)]
+            source, target = pairs[len(chosen) % len(pairs)]
             chain = tuple(int(f) for f in generator.integers(self.n_functions, size=k))
             problem = Problem(int(generator.integers(self.n_symbols)), chain, source, target)
             if self.heldout(problem) == heldout:
-                found.append(problem)
-            if len(found) == count:
+                chosen.append(problem)
+            if len(chosen) == count:
                 break
-        if len(found) < count:
+        if len(chosen) < count:
             raise ValueError(f"no {'held-out' if heldout else 'training'} problem with k = {k} to sample")
-        return found
+        return chosen
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """A word-level Hugging Face tokenizer of the corpus; it puts ``<bos>`` in front by itself."""
+        """A word-level Hugging Face tokenizer of the corpus, which prepends ``<bos>`` itself."""
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
@@ -168,7 +171,7 @@ class Babel:
         return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
     def encode(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded token ids ``[problem, pos]`` and, of the same shape, which of them belong to the answer."""
+        """Right-padded token ids ``[problem, pos]`` and a mask of the same shape that marks the answers' tokens."""
         rows = [[self.token_ids[word] for word in self.words(problem)] for problem in problems]
         tokens = np.full((len(rows), max(map(len, rows), default=0)), self.token_ids[PAD], dtype=np.int64)
         answers = np.zeros_like(tokens, dtype=bool)
@@ -177,25 +180,25 @@ class Babel:
             answers[i, len(row) - 1 - len(self.answer(problem)) : len(row) - 1] = True
         return tokens, answers
 
-    def answered(self, tokens: np.ndarray) -> np.ndarray:
-        """Of token ids ``[problem, pos]``, which belong to answers: what stands between a request and the end mark."""
-        asked = np.isin(tokens, [self.token_ids[f">{language}"] for language in LANGUAGES]).cumsum(1) > 0
+    def answer_mask(self, tokens: np.ndarray) -> np.ndarray:
+        """Mark the tokens of answers in token ids ``[problem, pos]``: those between a request and the end mark."""
+        requested = np.isin(tokens, [self.token_ids[f">{language}"] for language in LANGUAGES]).cumsum(1) > 0
         ended = (tokens == self.token_ids[EOS]).cumsum(1) > 0
-        return np.pad(asked, ((0, 0), (1, 0)))[:, :-1] & ~ended
+        return np.pad(requested, ((0, 0), (1, 0)))[:, :-1] & ~ended
 
     def mixture(self, count: int, seed: int, shares: Sequence[float] = TRAINING_MIX) -> list[Problem]:
-        """``count`` random training problems, k = 0, 1, ... in these shares, shuffled."""
+        """Draw ``count`` random training problems, k = 0, 1, ... in these shares, shuffled."""
         generator = np.random.default_rng(seed)
-        drawn = generator.multinomial(count, shares)
-        problems = [p for k, n in enumerate(drawn) for p in self.sample(k, int(n), seed, heldout=False)]
+        counts = generator.multinomial(count, shares)
+        problems = [p for k, n in enumerate(counts) for p in self.sample(k, int(n), seed, heldout=False)]
         return [problems[i] for i in generator.permutation(count)]
 
 
 def exact(predicted: np.ndarray, tokens: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Per problem, whether every answer token is the model's first choice, given the question and the answer before it.
+    """Tell for each problem whether every answer token is the model's first choice, given all tokens before it.
 
-    ``predicted[problem, pos]`` is the most likely token *after* ``pos``. Under greedy decoding this is the same as
-    generating the answer, at the cost of one forward pass.
+    ``predicted[problem, pos]`` is the most likely token *after* ``pos``. This equals greedy decoding of the answer, at
+    the cost of one forward pass.
     """
     right = (predicted[:, :-1] == tokens[:, 1:]) | ~answers[:, 1:]
     return right.all(axis=1)

@@ -1,7 +1,7 @@
-"""Twelve contents in eight languages, six also as Python, LaTeX and arithmetic: written for this project.
+"""Twelve sentences in eight languages, six of them also as Python, LaTeX and arithmetic; written for this project.
 
-``surgery.anatomy.convergence`` asks where in a model what a sentence says counts for more than the language it says it in. The
-contents differ in topic and share as few words as possible; the translations are literal enough to say the same thing.
+``surgery.anatomy.convergence`` uses them to ask where in a model the content of a sentence counts for more than its
+language. The contents differ in topic and share as few words as possible; the translations are literal.
 
 >>> len(TOPICS), sorted(LANGUAGES)[:3]
 (12, ['Dutch', 'English', 'French'])

@@ -1,23 +1,23 @@
-r"""Questions with known answers, scored by likelihood: what a scan asks of a rewired model.
+r"""Probe sets: questions with known answers, scored by likelihood, that a scan asks of a rewired model.
 
 A probe is a prompt, its answer, a group and, optionally, choices. A probe set comes from a file, from a generator, or
-is running text, in which every token is an answer to what stands before it:
+is running text, in which every token is the answer to the text before it:
 
     probes.load("mine.jsonl")            {"prompt": "2 + 2 =", "answer": "4", "group": "sums", "choices": ["4", "5"]}
-    probes.named("babel", 128)           made from a seed; which there are: ``probes.NAMES``
-    probes.text("stories.txt")           one text a line, or .jsonl with a "text" on each line
+    probes.named("babel", 128)           generated from a seed; ``probes.NAMES`` lists them
+    probes.text("stories.txt")           one text per line, or .jsonl with a "text" on each line
 
-Prompt and answer are joined by one space unless a white space is at the seam already (``joiner=""`` joins them as
-they are written). **Where the answer begins.** A tokenizer may cut ``prompt + answer`` differently from the two
+Prompt and answer are joined by one space unless there is white space at the seam already (``joiner=""`` joins them
+unchanged). **Where the answer begins.** A tokenizer may cut ``prompt + answer`` differently from the two
 parts, so they are tokenised together, as the model would see them, and the answer's tokens are those after the
-longest beginning that this has in common with the tokens of the prompt alone. A token that straddles the seam thus
+longest prefix in common with the tokens of the prompt alone. A token that straddles the seam thus
 belongs to the answer. The choices of a probe are scored from the same token on, so that their likelihoods compare.
 
-``ProbeSet.split`` makes two halves: one to search with, one to measure again what was found. The best of thousands of
+``ProbeSet.split`` makes two halves: one to search with, one to measure the winners again. The best of thousands of
 wirings on 16 questions is lucky; on the other half it is not.
 
-Why likelihood and not generated text: one pass scores the whole answer, an answer nearly right counts as such, and no
-format has to be parsed (RYS of D. Ng and its successors generate; there, format effects passed for gains).
+Why likelihood and not generated text: one pass scores the whole answer, a nearly right answer earns part of the score,
+and no format has to be parsed (RYS of D. Ng and its successors generate; there, format effects passed for gains).
 
 >>> numbers = ProbeSet("numbers", (Probe("1 2 3", "4", choices=("4", "9")), Probe("5 6", "7")))
 >>> numbers.probes[0].answers
@@ -48,28 +48,34 @@ from surgery.models.tokens import Tokens
 from surgery.records import tables
 
 FIELDS = ("prompt", "answer", "group", "choices")
-EXPECTED = '{"prompt": "...", "answer": "..."}, with "group" and "choices" if wanted'
+EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group" and "choices"'
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A probe set as a model reads it: one row per sequence to be scored, padded on the right.
+    """A probe set as token ids: one row per sequence to be scored, padded on the right.
 
-    ``credit`` shares one point among the scored tokens of a row, by the characters each holds (white space is none).
-    Its sum over the tokens that are the model's first choice is the part of the answer, digit by digit, that the model
-    gets right by teacher forcing.
+    ``credit`` divides one point among the scored tokens of a row, by the characters of each (without white space). Its
+    sum over the tokens that are the model's first choice is the part of the answer, digit by digit, that the model
+    gets right under teacher forcing.
     """
 
     tokens: Tokens
-    scored: Bool[Tensor, "row pos"]  # True at tokens that are to be predicted, never the first
+    scored: Bool[Tensor, "row pos"]  # True at tokens to predict, never the first
     probe: tuple[int, ...]  # row -> index of the probe
     choice: tuple[int, ...]  # row -> which choice, 0 the right answer; 0 where there are none
     groups: tuple[str, ...]  # per probe
     sha256: str  # of the probe set
     credit: Float[Tensor, "row pos"] | None = None
+    name: str = ""  # of the probe set
+
+    @classmethod
+    def of(cls, probes: "ProbeSet | Encoded", stack: Stack) -> "Encoded":
+        """The probes as ``stack`` reads them; what is encoded already is given back as it is."""
+        return probes if isinstance(probes, cls) else probes.encode(stack)
 
     def portion(self, first: int, stop: int) -> "Encoded":
-        """The probes ``first`` to ``stop - 1``, numbered from 0, padded as they were."""
+        """The probes ``first`` to ``stop - 1``, renumbered from 0, with the same padding."""
         rows = [row for row, probe in enumerate(self.probe) if first <= probe < stop]
         return Encoded(
             Tokens(self.tokens.ids[rows], self.tokens.mask[rows]),
@@ -79,14 +85,16 @@ class Encoded:
             self.groups[first:stop],
             self.sha256,
             None if self.credit is None else self.credit[rows],
+            self.name,
         )
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Probes under a name.
+    """Named probes.
 
-    ``joiner`` stands between prompt and answer where no white space does; running text is cut to ``max_tokens``.
+    ``joiner`` separates prompt and answer where no white space does; running text is cut to ``max_tokens``. Raises
+    ValueError for no probe, and for ``max_tokens`` below 2.
     """
 
     name: str
@@ -105,14 +113,14 @@ class ProbeSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Over everything that is asked, in order; the name does not count."""
+        """Hash of all probes in order and of how they are joined and cut, but not of the name."""
         content = {"probes": [asdict(probe) for probe in self.probes], "joiner": self.joiner, "max": self.max_tokens}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, seed: int = 0) -> "tuple[ProbeSet, ProbeSet]":
-        """A half to search with and a half to validate on: every group in equal parts, nothing in both.
+        """Divide the set into a half to search with and a half to validate on, each group in equal parts.
 
-        A probe that occurs several times is in one half with all its copies.
+        The halves share no probe: all copies of one are in the same half. Raises ValueError for a single probe.
         """
         generator, groups = random.Random(f"split {seed}"), defaultdict(list)
         for probe in dict.fromkeys(self.probes):
@@ -120,7 +128,7 @@ class ProbeSet:
         turns = [probe for _, group in sorted(groups.items()) for probe in generator.sample(group, len(group))]
         if len(turns) < 2:
             raise ValueError(f"the probe set {self.name} holds one probe only: there is nothing to split")
-        search = set(turns[::2])  # the groups lie one behind the other, so odd ones favour each half in turn
+        search = set(turns[::2])  # groups follow one another, so those of odd size favour each half in turn
         halves = (
             [probe for probe in self.probes if probe in search],
             [probe for probe in self.probes if probe not in search],
@@ -132,10 +140,10 @@ class ProbeSet:
         return first, second
 
     def encode(self, stack: Stack) -> Encoded:
-        """Token ids of every probe with each of its answers, and which tokens are scored.
+        """Encode every probe with each of its answers, and mark the tokens to score.
 
-        The tokenizer puts its beginning mark in front or does not, as it is wont to; an end mark that it adds is taken
-        off. Running text is scored from its second token on.
+        Whether there is a beginning mark is left to the tokenizer; an end mark that it adds is removed. Running text is
+        scored from its second token on.
 
         Raises:
             ValueError: the model has no tokenizer; or, naming the probe: it is longer than the model reads, has a word
@@ -144,29 +152,30 @@ class ProbeSet:
         tokenizer = stack.model.tokenizer
         if tokenizer is None:
             raise ValueError(f"{stack.name} has no tokenizer, so it cannot be asked the probes of {self.name}")
-        asked = [(i, j) for i, probe in enumerate(self.probes) for j in range(len(probe.answers))]
+        pairs = [(i, j) for i, probe in enumerate(self.probes) for j in range(len(probe.answers))]
         prompts = _ids(tokenizer, [probe.prompt for probe in self.probes])
-        rows = _ids(tokenizer, [self._joined(self.probes[i], self.probes[i].answers[j]) for i, j in asked])
-        rows = [row if self.probes[i].prompt else row[: self.max_tokens] for row, (i, _) in zip(rows, asked)]
+        rows = _ids(tokenizer, [self._joined(self.probes[i], self.probes[i].answers[j]) for i, j in pairs])
+        rows = [row if self.probes[i].prompt else row[: self.max_tokens] for row, (i, _) in zip(rows, pairs)]
         begins: dict[int, int] = {}  # probe -> its first scored token
-        for row, (i, _) in zip(rows, asked):
-            begin = max(1, _common(prompts[i], row)) if self.probes[i].prompt else 1
+        for row, (i, _) in zip(rows, pairs):
+            begin = max(1, _common_prefix(prompts[i], row)) if self.probes[i].prompt else 1
             begins[i] = min(begins.get(i, begin), begin)
-        for row, (i, j) in zip(rows, asked):
+        for row, (i, j) in zip(rows, pairs):
             self._check(i, j, row, begins[i], stack.n_ctx, tokenizer)
         ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
         mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for n, (row, (i, _)) in enumerate(zip(rows, asked)):
+        for n, (row, (i, _)) in enumerate(zip(rows, pairs)):
             ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), True
             scored[n, begins[i] : len(row)] = True
         return Encoded(
             tokens=Tokens(ids, mask).to(stack.device),
             scored=scored.to(stack.device),
-            probe=tuple(i for i, _ in asked),
-            choice=tuple(j for _, j in asked),
+            probe=tuple(i for i, _ in pairs),
+            choice=tuple(j for _, j in pairs),
             groups=tuple(probe.group for probe in self.probes),
             sha256=self.sha256,
             credit=_credit(tokenizer, ids, scored).to(stack.device),
+            name=self.name,
         )
 
     def _joined(self, probe: Probe, answer: str) -> str:
@@ -196,11 +205,13 @@ class ProbeSet:
 
 
 def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
-    """A probe set from a JSONL file: ``prompt``, ``answer``, optionally ``group`` and ``choices``; empty lines skipped.
+    """Read a probe set from a JSONL file: ``prompt``, ``answer``, optionally ``group`` and ``choices``.
+
+    Empty lines are skipped.
 
     Raises:
-        ValueError: in one sentence, with the line: the file is missing, empty or not text; a line is not JSON, lacks a
-            field, has one that is unknown or of the wrong type, an empty answer, or one not among its choices.
+        ValueError: the file is missing, empty or not text; or, with its number, a line is not JSON, lacks a field, has
+            an unknown field or one of the wrong type, an empty answer, or an answer that is not among its choices.
     """
     path = Path(path)
     try:
@@ -209,22 +220,22 @@ def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
         raise ValueError(f"cannot read {path}: {tables.reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give a .jsonl file") from error
-    found = []
+    probes = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                found.append(_probe(line))
+                probes.append(_probe(line))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-    if not found:
+    if not probes:
         raise ValueError(f"{path} holds no probe: it is empty; give one {EXPECTED} per line")
-    return ProbeSet(path.stem, tuple(found), joiner)
+    return ProbeSet(path.stem, tuple(probes), joiner)
 
 
 def text(source: "str | Path | Sequence[str]", most: int | None = None, max_tokens: int | None = None) -> ProbeSet:
-    """Running text, every token but each text's first scored: the first ``most`` texts of a file, or texts themselves.
+    """Running text from a file or a list, at most ``most`` texts, scored at every token but the first of each.
 
-    A file is read as ``surgery study`` reads one: ``.jsonl`` with a ``"text"`` on each line, anything else a text a
+    A file is read as by ``surgery study``: ``.jsonl`` with a ``"text"`` on each line, anything else with one text per
     line. Texts are cut to ``max_tokens`` tokens.
     """
     if isinstance(source, str | Path):
@@ -261,7 +272,7 @@ def _probe(line: str) -> Probe:
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = [list(row) for row in tokenizer(list(texts), return_attention_mask=False)["input_ids"]]
     end, mark = tokenizer.eos_token_id, tokenizer.eos_token or ""
-    return [row[:-1] if end in row[-1:] and not given.endswith(mark) else row for row, given in zip(rows, texts)]
+    return [row[:-1] if end in row[-1:] and not original.endswith(mark) else row for row, original in zip(rows, texts)]
 
 
 def _credit(tokenizer: Any, ids: Tensor, scored: Tensor) -> Tensor:
@@ -273,8 +284,8 @@ def _credit(tokenizer: Any, ids: Tensor, scored: Tensor) -> Tensor:
     return torch.where(total > 0, credit / total, scored / scored.sum(1, keepdim=True))
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at the beginning."""
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix of two token sequences."""
     return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
@@ -282,7 +293,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def named(name: str, count: int = 128, seed: int = 0) -> ProbeSet:
-    """One of ``NAMES``, made from a seed: ``count`` probes, its groups in turn (see ``surgery.corpus.questions``).
+    """Generate ``count`` probes of one of ``NAMES`` from a seed, its groups in turn (see ``surgery.corpus.questions``).
 
     >>> named("recall", 3).probes[2].group
     'pairs=8'
@@ -302,10 +313,10 @@ def babel(
     group: str = "k",
     heldout: bool = True,
 ) -> ProbeSet:
-    """Questions of the bundled model's corpus, ``count_per_k`` of every length; see ``questions.babel``.
+    """Problems of the bundled model's corpus, ``count_per_k`` of every length, all different; see ``questions.babel``.
 
-    All differ. Of the held-out short ones there are few (over all language pairs 16 with k = 0, 96 with k = 1): where
-    ``count_per_k`` asks for more, all there are.
+    There are few short held-out ones (over all language pairs 16 with k = 0, 96 with k = 1): where ``count_per_k`` is
+    larger, all of them are taken.
 
     >>> babel(2, [0, 3], targets=["other"]).probes[2].group
     'k=3'
@@ -316,12 +327,14 @@ def babel(
 
 
 def _babel_by(group: str) -> Callable[[int, int], tuple[Probe, ...]]:
-    """Lengths and language pairs both in turn: as 7 and 16 have no divisor in common, every combination comes up."""
+    """Vary length and language pair together: as 7 and 16 have no common divisor, every combination occurs."""
     pairs = list(itertools.product(LANGUAGES, LANGUAGES))
 
     def make(count: int, seed: int) -> tuple[Probe, ...]:
         turns = [(turn % 7, *pairs[turn % len(pairs)]) for turn in range(7 * len(pairs))]
-        kinds = [questions.babel(k, seed, sources=[asked], targets=[said], group=group) for k, asked, said in turns]
+        kinds = [
+            questions.babel(k, seed, sources=[source], targets=[target], group=group) for k, source, target in turns
+        ]
         return questions.in_turn(kinds, count)
 
     return make

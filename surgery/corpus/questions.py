@@ -1,18 +1,18 @@
-"""Questions made from a seed, as many as wanted, all different, each with its answer and its group.
+"""Generators of questions: seeded, all different, each with its answer and its group.
 
 ==============  =========================================================================  =================
-questions       what they take                                                             groups
+questions       what they require                                                          groups
 ==============  =========================================================================  =================
 ``babel``       translation (k = 0) and composition of k functions; for the bundled model  k or language pair
-``arithmetic``  adding, subtracting, multiplying; digits right count in part               sign and digits
+``arithmetic``  adding, subtracting, multiplying; right digits earn partial credit          sign and digits
 ``tracking``    following things through swaps                                             number of swaps
 ``recall``      finding a key's value                                                      number of pairs
-``copying``     saying the same words again                                                number of words
-``induction``   going on as it went on before                                              number of words
+``copying``     repeating the same words                                                   number of words
+``induction``   continuing as the repeated part did before                                 number of words
 ==============  =========================================================================  =================
 
-All are words with white space between them, so that a word-level model can be asked those whose words it knows
-(``words`` lets you give its own). The harder a group's number, the longer the chain, table or list.
+All consist of words separated by white space, so that a word-level model can be asked those whose words it knows
+(pass its own as ``words``). A larger number in a group's name means a longer chain, table or list.
 """
 
 import itertools
@@ -25,22 +25,19 @@ from typing import TypeVar
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
 
 T = TypeVar("T")
-# fmt: off
-WORDS = (
-    "apple", "arm", "ball", "bell", "bird", "boat", "book", "bread", "car", "cat", "chair", "clock", "cloud",
-    "coin", "cup", "dog", "door", "egg", "fish", "flower", "gold", "hand", "hat", "horse", "house", "key",
-    "knife", "lamp", "leaf", "moon", "paper", "ring", "river", "road", "ship", "snow", "star", "stone", "sun",
-    "tree",
+_THINGS = (
+    "apple arm ball bell bird boat book bread car cat chair clock cloud coin cup dog door egg fish flower gold hand "
+    "hat horse house key knife lamp leaf moon paper ring river road ship snow star stone sun tree"
 )
-# fmt: on
+WORDS = tuple(_THINGS.split())
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One question. ``choices`` hold the answer among others; an empty prompt means running text.
+    """One question. ``choices`` include the answer; an empty prompt means running text.
 
     Raises:
-        ValueError: the answer is empty or not among the choices, or a choice is empty or stands there twice.
+        ValueError: the answer is empty or not among the choices, or a choice is empty or occurs twice.
     """
 
     prompt: str
@@ -56,13 +53,13 @@ class Probe:
         if self.answer not in self.choices:
             raise ValueError(f"the answer {self.answer!r} is not among the choices {list(self.choices)}")
         if len(set(self.choices)) < len(self.choices):
-            raise ValueError(f"a choice stands twice in {list(self.choices)}")
+            raise ValueError(f"a choice occurs twice in {list(self.choices)}")
         if not all(choice.strip() for choice in self.choices):
             raise ValueError(f"a choice is empty in {list(self.choices)}")
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What is to be scored: the right answer first, then the other choices."""
+        """All answers to score: the right one first, then the other choices."""
         return (self.answer, *(choice for choice in self.choices if choice != self.answer))
 
 
@@ -76,17 +73,19 @@ def babel(
     heldout: bool = True,
     corpus: Babel | None = None,
 ) -> Iterator[Probe]:
-    """All problems of the Babel corpus with ``k`` steps in random order, language pairs in turn.
+    """Yield all problems of the Babel corpus with ``k`` steps in random order, language pairs in turn.
 
     Args:
         sources, targets: languages of question and answer.
         group: ``"k"`` ("k=3"), ``"pair"`` ("plain>other") or ``"both"`` ("k=3 plain>other").
-        heldout: problems kept out of the bundled model's training, or else those it may have seen.
+        heldout: problems held out from the bundled model's training, or else those it may have seen.
+
+    Raises ValueError for an unknown language or group.
 
     >>> next(babel(0, sources=["plain"], targets=["other"], group="pair")).group
     'plain>other'
     """
-    made = corpus or Babel()
+    problems = corpus or Babel()
     for language in (*sources, *targets):
         if language not in LANGUAGES:
             raise ValueError(f"there is no language {language!r}; there are {', '.join(LANGUAGES)}")
@@ -95,14 +94,15 @@ def babel(
 
     def pair(source: str, target: str) -> Iterator[Probe]:
         def draw(generator: random.Random) -> Problem:
-            chain = tuple(generator.randrange(made.n_functions) for _ in range(k))
-            return Problem(generator.randrange(made.n_symbols), chain, source, target)
+            chain = tuple(generator.randrange(problems.n_functions) for _ in range(k))
+            return Problem(generator.randrange(problems.n_symbols), chain, source, target)
 
         label = {"k": f"k={k}", "pair": f"{source}>{target}", "both": f"k={k} {source}>{target}"}[group]
-        for problem in _distinct(draw, made.n_symbols * made.n_functions**k, f"babel {k} {source} {target} {seed}"):
-            if made.heldout(problem) == heldout:
-                question = " ".join(made.question(problem)[1:])  # the tokenizer puts <bos> in front
-                yield Probe(question, " ".join(made.answer(problem)), label)
+        space = problems.n_symbols * problems.n_functions**k
+        for problem in _distinct(draw, space, f"babel {k} {source} {target} {seed}"):
+            if problems.heldout(problem) == heldout:
+                question = " ".join(problems.question(problem)[1:])  # the tokenizer prepends <bos>
+                yield Probe(question, " ".join(problems.answer(problem)), label)
 
     return _turns([pair(*languages) for languages in itertools.product(sources, targets)])
 
@@ -110,9 +110,10 @@ def babel(
 def arithmetic(
     count: int, seed: int = 0, digits: Sequence[int] = (1, 2, 3), signs: str = "+-*", spaced: bool = False
 ) -> tuple[Probe, ...]:
-    """Sums, differences (none negative) and products of numbers with so many digits: ``"12 + 7 ="``, ``"19"``.
+    """Sums, differences (none negative) and products of numbers of ``digits`` digits: ``"12 + 7 ="``, ``"19"``.
 
-    ``spaced`` writes the digits apart, for models whose words they are. ``Encoded.credit`` is the partial credit.
+    ``spaced`` separates the digits, for models whose words are digits. ``Encoded.credit`` is the partial credit.
+    Raises ValueError for other signs, and where there are fewer than ``count`` such questions.
 
     >>> arithmetic(9, digits=[2])[0].group
     '+ digits=2'
@@ -139,13 +140,13 @@ def arithmetic(
 def tracking(
     count: int, seed: int = 0, swaps: Sequence[int] = (1, 2, 3, 4), words: Sequence[str] = WORDS
 ) -> tuple[Probe, ...]:
-    """Three boxes whose contents are swapped: which thing is in a box in the end. Chance is 1/3 (by choices).
+    """Three boxes whose contents are swapped: which thing is in a box in the end? Chance is 1/3 (by choices).
 
     >>> tracking(1)[0].prompt.split()[:4]
     ['box', 'A', ':', 'car']
     """
     names = ("A", "B", "C")
-    _enough(words, len(names))
+    _require_words(words, len(names))
 
     def kind(length: int) -> Iterator[Probe]:
         def draw(generator: random.Random) -> Probe:
@@ -153,11 +154,11 @@ def tracking(
             content = dict(zip(names, things))
             story = " , ".join(f"box {name} : {thing}" for name, thing in content.items())
             for _ in range(length):
-                one, other = sorted(generator.sample(names, 2))
-                content[one], content[other] = content[other], content[one]
-                story += f" . swap {one} and {other}"
-            asked = generator.choice(names)
-            return Probe(f"{story} . box {asked} :", content[asked], f"swaps={length}", tuple(things))
+                a, b = sorted(generator.sample(names, 2))
+                content[a], content[b] = content[b], content[a]
+                story += f" . swap {a} and {b}"
+            box = generator.choice(names)
+            return Probe(f"{story} . box {box} :", content[box], f"swaps={length}", tuple(things))
 
         space = math.perm(len(set(words)), len(names)) * 3**length * len(names)
         return _distinct(draw, space, f"tracking {length} {seed}")
@@ -168,21 +169,22 @@ def tracking(
 def recall(
     count: int, seed: int = 0, pairs: Sequence[int] = (2, 4, 8), words: Sequence[str] = WORDS
 ) -> tuple[Probe, ...]:
-    """Keys with values, then one of the keys: ``"lamp : river , coin : stone . lamp :"``, ``"river"``; chance by
-    choices is one in ``pairs``.
+    """Keys with values, then one of the keys: ``"lamp : river , coin : stone . lamp :"``, ``"river"``.
+
+    Chance by choices is one in ``pairs``.
 
     >>> recall(1)[0].group
     'pairs=2'
     """
-    _enough(words, 2 * max(pairs))
+    _require_words(words, 2 * max(pairs))
 
     def kind(length: int) -> Iterator[Probe]:
         def draw(generator: random.Random) -> Probe:
-            drawn = generator.sample(list(dict.fromkeys(words)), 2 * length)
-            keys, values = drawn[:length], drawn[length:]
-            asked = generator.randrange(length)
+            sample = generator.sample(list(dict.fromkeys(words)), 2 * length)
+            keys, values = sample[:length], sample[length:]
+            row = generator.randrange(length)
             table = " , ".join(f"{key} : {value}" for key, value in zip(keys, values))
-            return Probe(f"{table} . {keys[asked]} :", values[asked], f"pairs={length}", tuple(values))
+            return Probe(f"{table} . {keys[row]} :", values[row], f"pairs={length}", tuple(values))
 
         return _distinct(draw, math.perm(len(set(words)), 2 * length) * length, f"recall {length} {seed}")
 
@@ -192,17 +194,17 @@ def recall(
 def copying(
     count: int, seed: int = 0, lengths: Sequence[int] = (2, 4, 8), words: Sequence[str] = WORDS
 ) -> tuple[Probe, ...]:
-    """Random words and a mark, then the same words again, all of them: ``"lamp coin river ="``, ``"lamp coin river"``.
+    """Random words and an equals sign, to be followed by the same words: ``"lamp coin ="``, ``"lamp coin"``.
 
     >>> copying(3)[2].group
     'words=8'
     """
-    _enough(words, max(lengths))
+    _require_words(words, max(lengths))
 
     def kind(length: int) -> Iterator[Probe]:
         def draw(generator: random.Random) -> Probe:
-            drawn = " ".join(generator.sample(list(dict.fromkeys(words)), length))
-            return Probe(f"{drawn} =", drawn, f"words={length}")
+            text = " ".join(generator.sample(list(dict.fromkeys(words)), length))
+            return Probe(f"{text} =", text, f"words={length}")
 
         return _distinct(draw, math.perm(len(set(words)), length), f"copying {length} {seed}")
 
@@ -212,21 +214,21 @@ def copying(
 def induction(
     count: int, seed: int = 0, lengths: Sequence[int] = (4, 8, 16), words: Sequence[str] = WORDS
 ) -> tuple[Probe, ...]:
-    """Random words repeated up to somewhere, then the word that came next before: ``"a b c d a b"``, ``"c"``.
+    """Random words that begin to repeat; the answer is the next word of the repetition: ``"a b c d a b"``, ``"c"``.
 
-    Nothing but words, so with ``words`` from its vocabulary any word-level model can be asked (Olsson et al. 2022,
-    arXiv 2209.11895, of random tokens repeated).
+    With ``words`` from its vocabulary any word-level model can be asked (Olsson et al. 2022, arXiv 2209.11895, on
+    repeated random tokens).
 
     >>> induction(1, words=["a", "b"], lengths=[2])[0].prompt in ("a b a", "b a b")
     True
     """
-    _enough(words, max(lengths))
+    _require_words(words, max(lengths))
 
     def kind(length: int) -> Iterator[Probe]:
         def draw(generator: random.Random) -> Probe:
-            drawn = generator.sample(list(dict.fromkeys(words)), length)
-            asked = generator.randrange(1, length)
-            return Probe(" ".join(drawn + drawn[:asked]), drawn[asked], f"words={length}")
+            sample = generator.sample(list(dict.fromkeys(words)), length)
+            place = generator.randrange(1, length)
+            return Probe(" ".join(sample + sample[:place]), sample[place], f"words={length}")
 
         return _distinct(draw, math.perm(len(set(words)), length) * (length - 1), f"induction {length} {seed}")
 
@@ -234,17 +236,17 @@ def induction(
 
 
 def _distinct(draw: Callable[[random.Random], T], space: int, seed: str) -> Iterator[T]:
-    """What ``draw`` gives, each once, until all ``space`` of them have come."""
+    """Yield what ``draw`` returns, each value once, until all ``space`` of them have come."""
     generator, seen = random.Random(seed), set[T]()
     while len(seen) < space:
-        drawn = draw(generator)
-        if drawn not in seen:
-            seen.add(drawn)
-            yield drawn
+        value = draw(generator)
+        if value not in seen:
+            seen.add(value)
+            yield value
 
 
 def _turns(kinds: Sequence[Iterator[T]]) -> Iterator[T]:
-    """One of each kind in turn, for as long as any has one."""
+    """Yield from each kind in turn until all are exhausted."""
     waiting = list(kinds)
     while waiting:
         for kind in list(waiting):
@@ -255,15 +257,15 @@ def _turns(kinds: Sequence[Iterator[T]]) -> Iterator[T]:
 
 
 def in_turn(kinds: Sequence[Iterator[Probe]], count: int) -> tuple[Probe, ...]:
-    """``count`` questions, one of each kind in turn for as long as it has any."""
+    """Take ``count`` questions from each kind in turn. Raises ValueError if there are fewer."""
     if count < 1:
         raise ValueError(f"ask for at least 1 probe, not {count}")
-    found = tuple(itertools.islice(_turns(kinds), count))
-    if len(found) < count:
-        raise ValueError(f"there are only {len(found)} different questions of this kind, not {count}")
-    return found
+    probes = tuple(itertools.islice(_turns(kinds), count))
+    if len(probes) < count:
+        raise ValueError(f"there are only {len(probes)} different questions of this kind, not {count}")
+    return probes
 
 
-def _enough(words: Sequence[str], least: int) -> None:
+def _require_words(words: Sequence[str], least: int) -> None:
     if len(set(words)) < least:
         raise ValueError(f"this takes at least {least} different words, and there are {len(set(words))}")

@@ -1,4 +1,4 @@
-"""Prompts from a file, each with the line it stands in, so that an error can name it."""
+"""Prompts from a file, each with its line number, so that an error can name the line."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,9 @@ from surgery.records import tables
 
 
 def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, str]]:
-    """The first ``most`` prompts of a file with the line each stands in, counted from 1.
+    """Read the first ``most`` prompts of a file (all if not given), each with its line number, counted from 1.
 
-    ``.jsonl``: a JSON object with a ``"text"`` on each line. Anything else: text, one prompt a line; empty lines are
+    ``.jsonl``: a JSON object with a ``"text"`` on each line. Anything else: text, one prompt per line; empty lines are
     skipped.
 
     Raises:
@@ -32,12 +32,12 @@ def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, s
 
 
 def _texts(path: Path, lines: Sequence[str], most: int | None) -> Iterator[tuple[int, str]]:
-    found = 0
+    count = 0
     for number, line in enumerate(lines, start=1):
-        if found == most:
+        if count == most:
             return
         if line.strip():
-            found += 1
+            count += 1
             yield number, _text(path, number, line) if path.suffix == ".jsonl" else line
 
 

@@ -96,7 +96,7 @@ def test_a_file(tmp_path):
         ('{"prompt": "2", "answer": "4", "anwser": "4"}', 'no field "anwser"; there are prompt, answer, group'),
         ('{"prompt": "2", "answer": " "}', "the answer is empty"),
         ('{"prompt": "2", "answer": "4", "choices": ["5"]}', "'4' is not among the choices"),
-        ('{"prompt": "2", "answer": "4", "choices": ["4", "4"]}', "a choice stands twice"),
+        ('{"prompt": "2", "answer": "4", "choices": ["4", "4"]}', "a choice occurs twice"),
         ('{"prompt": "2", "answer": "4", "choices": ["4", ""]}', "a choice is empty"),
     ],
 )
