@@ -21,6 +21,9 @@ study: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+test-quick: setup
+	$(BIN)/python tests/quick.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

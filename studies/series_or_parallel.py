@@ -23,6 +23,7 @@ from surgery.anatomy import ends_against_middle
 from surgery.corpus.babel import Babel
 from surgery.records import manifest as provenance
 from surgery.records import tables
+from surgery.series import window
 from surgery.stats.bootstrap import columns
 from surgery.stats.sampling import Sampling
 
@@ -128,7 +129,7 @@ def main() -> None:
         seed=0,
         note="the model named here is the first of three; the tokens are those of k = 4",
     )
-    meanings = {
+    meanings = window.COLUMNS | {
         "model": "babel, the same untrained, or trained on k = 0 alone",
         "k": "functions that a problem applies",
     }

@@ -15,11 +15,11 @@ from . import scan as scan
 from . import series as series
 from . import stats as stats
 from . import study as study
+from . import tape as tape
 from . import training as training
 from . import wiring as wiring
 from .models.loading import load as load
 from .models.stack import Stack as Stack
-from .rebuild import tape as tape
 from .stats.sampling import Sampling as Sampling
 from .wiring.value import Wiring as Wiring
 

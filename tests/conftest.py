@@ -5,8 +5,10 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import surgery
 from support import fixtures
 from support.places import SHARED, TESTS
 
+STARTED = time.monotonic()
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start
 torch.set_num_threads(THREADS)
@@ -63,7 +66,25 @@ def stories() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, help="begin no test after so many seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first: run in several processes, none is left with one of them at the end."""
-    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    if config.getoption("--seconds") is None:  # else the nearest to a change go first, as they were asked for
+        places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    limit = item.config.getoption("--seconds")
+    if limit is None or time.monotonic() - STARTED < limit:
+        return None
+    return True  # neither run nor reported
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--seconds") is not None:
+        terminalreporter.write_line("the tests nearest to the change, as many as fit; make test runs them all")
