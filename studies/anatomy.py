@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 import surgery
-from surgery import anatomy, models, scan, wiring
-from surgery.anatomy import convergence, say, study
+from surgery import models, scan, wiring
+from surgery.anatomy import boundaries, convergence, say, study
 from surgery.corpus import probes
 from surgery.corpus.babel import Babel
 from surgery.corpus.text_files import read_prompts
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=96, help="prompts of each kind")
     parser.add_argument("--probes", type=int, default=12, help="scanned problems of each k; for text: prompts")
     parser.add_argument("--length", type=int, default=2, help="layers in a window")
-    parser.add_argument("--resamples", type=int, default=anatomy.RESAMPLES)
+    parser.add_argument("--resamples", type=int, default=boundaries.SAMPLING.resamples)
     args = parser.parse_args()
     if args.model and not args.text:
         parser.error("--model needs prompts: give --text KIND=FILE, once for every kind")
@@ -44,9 +45,10 @@ def main() -> None:
     folder = tables.folder(args.out)
     if args.model:
         opened = {Path(args.model).name: surgery.load(args.model)}
-        files = dict(one.split("=", 1) for one in args.text)
+        files = dict(option.split("=", 1) for option in args.text)
         prompts = [(text, kind) for kind, file in files.items() for _, text in read_prompts(file, args.prompts)]
-        said, asked, metric = convergence.parallel(), probes.text([text for text, _ in prompts][: args.probes]), "loss"
+        utterances, metric = convergence.parallel(), "loss"
+        questions = probes.text([text for text, _ in prompts][: args.probes])
     else:
         opened = {"babel": surgery.load("babel")}
         opened["untrained"] = models.untrained(opened["babel"])
@@ -57,37 +59,38 @@ def main() -> None:
             for k in (0, 4)
             for problem in corpus.sample(k, args.prompts, 0)
         ]
-        said, asked, metric = convergence.babel(), probes.babel(args.probes, range(5)), "loglik"
+        utterances, metric = convergence.babel(), "loglik"
+        questions = probes.babel(args.probes, range(5))
 
     for name, model in opened.items():
         stack = surgery.Stack(model)
         tokens = stack.tokens([text for text, _ in prompts], stack.n_ctx)
         repeats = wiring.every_repeat(stack.n_layers)
-        scanned = scan.run(stack, repeats, asked, metrics=(metric,))
-        found = study.measure(
+        rows = scan.run(stack, repeats, questions, metrics=(metric,))
+        anatomy = study.measure(
             stack,
             tokens,
             tables.folder(folder / name),
             [kind for _, kind in prompts],
-            said=said,
-            scanned=scanned,
+            utterances=utterances,
+            scan=rows,
             metric=metric,
             length=args.length,
-            sampling=surgery.Sampling(resamples=args.resamples),
+            sampling=Sampling(resamples=args.resamples),
         )
         print(f"\n== {name}\n")
         for title, frame in (
-            ("Boundaries, posterior over resampled prompts", found.boundaries),
-            ("Number of breaks", found.segments.drop(columns=["heldout_error_low", "heldout_error_high"])),
-            ("Detectors", found.detectors),
+            ("Boundaries, posterior over resampled prompts", anatomy.boundaries),
+            ("Number of breaks", anatomy.segments.drop(columns=["heldout_error_low", "heldout_error_high"])),
+            ("Detectors", anatomy.detectors),
             (
                 "Content against language",
-                found.convergence.frame[["layer", "same_content", "same_language", "neither"]],
+                anatomy.convergence.frame[["layer", "same_content", "same_language", "neither"]],
             ),
-            ("Ends minus middle", found.ends[["kind", "D", "D_low", "D_high", "D_over_N", "p_windows"]]),
+            ("Ends minus middle", anatomy.ends[["kind", "D", "D_low", "D_high", "D_over_N", "p_windows"]]),
         ):
             print(f"{title}\n{frame.round(2).to_string(index=False)}\n")
-        print(*say.sentences(found.tables, stack.n_layers), sep="\n")
+        print(*say.sentences(anatomy.tables, stack.n_layers), sep="\n")
 
 
 if __name__ == "__main__":

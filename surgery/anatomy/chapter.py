@@ -1,24 +1,23 @@
 """The anatomy on the page: where the parts begin and end, and the ends against the middle."""
 
-from surgery.anatomy import say as words
-from surgery.anatomy import study
+from surgery.anatomy import draw, files, say
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
 from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
 
 
-def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
+def _say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """Where the parts divide; whether the ends are more parallel than the middle."""
-    found = {study.NAMES[name]: frame for name, frame in tables.items() if name in study.NAMES}
-    return words.sentences(found, _n_layers(manifests))
+    by_name = {files.NAMES[file]: frame for file, frame in tables.items() if file in files.NAMES}
+    return say.sentences(by_name, _n_layers(manifests))
 
 
-def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+def _draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """The boundaries by every detector, convergence, and D."""
-    figures = study.draw(tables, _n_layers(manifests))
-    return {name: Drawing(figure, study.CAPTIONS[name]) for name, figure in figures.items()}
+    figures = draw.figures(tables, _n_layers(manifests))
+    return {name: Drawing(figure, files.CAPTIONS[name]) for name, figure in figures.items()}
 
 
-def section(tables: Tables, manifests: Manifests) -> Section:
+def _section(tables: Tables, manifests: Manifests) -> Section:
     """How the parts are found and tested, and the contrast of ends and middle."""
     paragraphs = [
         "Boundaries are placed on one half of the prompts by features of every layer that are not the ones tested; the "
@@ -35,21 +34,21 @@ def section(tables: Tables, manifests: Manifests) -> Section:
             number_cell(row["p_windows"]),
             Cell(row["verdict"]),
         ]
-        for row in rows(tables[study.ENDS])
+        for row in rows(tables[files.ENDS])
     ]
     table = Table("The ends against the middle", ["prompts", "D", "of R/N", "p, windows", "verdict"], cells)
     return Section("anatomy", "Where the parts begin and end", paragraphs=paragraphs, tables=[table])
 
 
 def _n_layers(manifests: Manifests) -> int:
-    return int(manifests[study.ENDS]["model"]["n_layers"])
+    return int(manifests[files.ENDS]["model"]["n_layers"])
 
 
 CHAPTER = Chapter(
     "anatomy",
-    study.COLUMNS,
-    section,
-    say,
-    draw=draw,
-    requires=(study.ENDS, study.BOUNDARIES, study.SEGMENTS, study.DETECTORS, study.AGREEMENT, study.BY_KIND),
+    files.COLUMNS,
+    _section,
+    _say,
+    draw=_draw,
+    requires=(files.ENDS, files.BOUNDARIES, files.SEGMENTS, files.DETECTORS, files.AGREEMENT, files.BY_KIND),
 )

@@ -1,26 +1,27 @@
 r"""From which layer to which does the content of a sentence count for more than its language?
 
-The same contents are said in several languages. At every layer a sentence is the mean of the stream over its tokens
-(its first left out), less the mean of all sentences; pairs of sentences are compared by cosine:
+The same contents are put into several languages. At every layer an utterance is represented by the mean of the stream
+over its tokens (without the first), less the mean over all utterances; pairs of utterances are compared by cosine:
 
     same_content   SC   same content, other language
     same_language  SL   other content, same language
     neither             other content, other language
 
-Where SC > SL, what is said has won over how. ``reach`` gives the first layer and the last of which that is so. The
-measure is D. Ng's (RYS, parts II and III, 2025), who sees the middle of Qwen3.5-27B in it; intervals are ours, from a
-bootstrap over contents (the mean is subtracted again in every resample, a content drawn twice is no pair with itself).
+Where SC > SL, content counts for more than language. ``reach`` gives the first and the last layer for which that is so.
+The measure is D. Ng's (RYS, parts II and III, 2025), who sees the middle of Qwen3.5-27B in it; intervals are ours, from
+a bootstrap over contents (the mean is subtracted again in every resample; a content drawn twice makes no pair with
+itself).
 
-Sentences are those of ``surgery.corpus.parallel_sentences`` for a model that reads text, and for the bundled model problems of its own
-corpus, asked and answered in each of its languages. Languages may miss contents; notations (Python, LaTeX, arithmetic)
-are languages.
+For a model that reads text the utterances are those of ``surgery.corpus.parallel_sentences``; for the bundled model
+they are problems of its own corpus, asked and answered in each of its languages. Languages may miss contents;
+notations (Python, LaTeX, arithmetic) are languages.
 
 Compare with the same model untrained: SC there is what tokens shared between languages, digits and names, give for
-nothing. Cost: 1 F of all sentences. Memory: one vector a sentence and layer.
+nothing. Cost: 1 F of all utterances. Memory: one vector per utterance and layer.
 
 >>> from surgery import Stack, load
->>> found = curve(Stack(load("babel")), babel(6), sampling=Sampling(resamples=20))
->>> found.frame[["layer", "same_content"]].shape
+>>> result = curve(Stack(load("babel")), babel(6), sampling=Sampling(resamples=20))
+>>> result.frame[["layer", "same_content"]].shape
 (13, 2)
 """
 
@@ -53,8 +54,8 @@ COLUMNS |= described(_MEASURES, over="contents")
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """What is said, in which language, and how."""
+class Utterance:
+    """A content put into a language, as text."""
 
     content: str
     language: str
@@ -63,15 +64,15 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Convergence:
-    """The curve, a row per layer, and SC - SL under every resample of the contents (row 0 the estimate)."""
+    """The curve with a row per layer, and SC - SL under every resample of the contents (row 0 is the estimate)."""
 
     frame: pd.DataFrame
     difference: Float[Tensor, "resample layer_plus_1"]
 
     def reach(self) -> Float[np.ndarray, "resample 2"]:
-        """The first layer that SC > SL leaves, and the first behind the last such; NaN in resamples without any.
+        """Return the first layer that leaves SC > SL, and the first behind the last such; NaN in resamples without any.
 
-        The bare embedding is left out: no layer has brought its sentences together.
+        The bare embedding is left out: no layer has brought its utterances together.
         """
         above = (self.difference[:, 1:] > 0).numpy()
         ends = np.stack([above.argmax(1), above.shape[1] - above[:, ::-1].argmax(1)], 1).astype(float)
@@ -81,57 +82,58 @@ class Convergence:
 
 def parallel(
     languages: Iterable[str] = (*parallel_sentences.LANGUAGES, *parallel_sentences.NOTATIONS),
-) -> list[Sentence]:
-    """The bundled sentences in these languages and notations.
+) -> list[Utterance]:
+    """Return the bundled sentences in these languages and notations.
 
-    Raises ValueError for a language that there is none in.
+    Raises ValueError for a language without sentences.
 
     >>> len(parallel()), len(parallel(["English", "Python"]))
     (114, 18)
     """
-    wanted, known = tuple(languages), (*parallel_sentences.LANGUAGES, *parallel_sentences.NOTATIONS)
-    if unknown := [language for language in wanted if language not in known]:
+    chosen, known = tuple(languages), (*parallel_sentences.LANGUAGES, *parallel_sentences.NOTATIONS)
+    if unknown := [language for language in chosen if language not in known]:
         raise ValueError(f"there are no sentences in {unknown[0]}; there are {', '.join(known)}")
     return [
-        Sentence(content, language, said[language])
-        for content, said in parallel_sentences.TOPICS.items()
-        for language in wanted
-        if language in said
+        Utterance(content, language, texts[language])
+        for content, texts in parallel_sentences.TOPICS.items()
+        for language in chosen
+        if language in texts
     ]
 
 
-def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Sentence]:
-    """Held-out problems of the bundled model, each asked and answered in every one of its languages.
+def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Utterance]:
+    """Return held-out problems of the bundled model, each asked and answered in every one of its languages.
 
     >>> babel(1)[0].language
     'plain'
     """
     corpus = Babel()
-    problems = {(one.symbol, one.chain): one for one in corpus.sample(k, 8 * n_contents, seed)}
-    asked = [
+    contents = dict.fromkeys((problem.symbol, problem.chain) for problem in corpus.sample(k, 8 * n_contents, seed))
+    problems = [
         Problem(symbol, chain, language, language)
-        for symbol, chain in list(problems)[:n_contents]
+        for symbol, chain in list(contents)[:n_contents]
         for language in LANGUAGES
     ]
     return [
-        Sentence(f"{one.symbol} {one.chain}", one.source, " ".join(corpus.words(one)[1:-1]))  # no <bos>, no <eos>
-        for one in asked
+        Utterance(f"{problem.symbol} {problem.chain}", problem.source, " ".join(corpus.words(problem)[1:-1]))
+        for problem in problems  # their words without <bos> and <eos>
     ]
 
 
-def curve(stack: Stack, said: Sequence[Sentence], *, sampling: Sampling = Sampling()) -> Convergence:
-    """SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 1 F.
+def curve(stack: Stack, utterances: Sequence[Utterance], *, sampling: Sampling = Sampling()) -> Convergence:
+    """Measure SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 1 F.
 
-    Raises ValueError where there are no two contents or no two languages, or a content is said twice in a language.
+    Raises ValueError for fewer than two contents or two languages, and for two utterances of one content in one
+    language.
     """
-    contents, content = np.unique([one.content for one in said], return_inverse=True)
-    languages, language = np.unique([one.language for one in said], return_inverse=True)
+    contents, content = np.unique([utterance.content for utterance in utterances], return_inverse=True)
+    languages, language = np.unique([utterance.language for utterance in utterances], return_inverse=True)
     if len(contents) < 2 or len(languages) < 2:
         raise ValueError(
             f"there are {len(contents)} contents in {len(languages)} languages; to compare give two of each or more"
         )
-    if len({(one.content, one.language) for one in said}) < len(said):
-        raise ValueError("a content is said twice in one language; keep one sentence of each")
+    if len({(utterance.content, utterance.language) for utterance in utterances}) < len(utterances):
+        raise ValueError("a content occurs twice in one language; keep one sentence of each")
     draws = weights(len(contents), sampling.resamples, sampling.seed)
     weight = draws[:, torch.from_numpy(content)]
     same_content = torch.from_numpy(content[:, None] == content)
@@ -142,20 +144,22 @@ def curve(stack: Stack, said: Sequence[Sentence], *, sampling: Sampling = Sampli
         "neither": ~same_content & ~same_language,
     }
     rows, differences = [], []
-    for layer, pooled in enumerate(_pooled(stack, said, sampling.batch_size)):
-        found = _means(pooled @ pooled.T, weight, kinds)
-        found["difference"] = found["same_content"] - found["same_language"]
+    for layer, pooled in enumerate(_pooled(stack, utterances, sampling.batch_size)):
+        measures = _mean_cosines(pooled @ pooled.T, weight, kinds)
+        measures["difference"] = measures["same_content"] - measures["same_language"]
         row: dict[str, float] = {"layer": layer, "n_contents": len(contents)}
-        for name, values in found.items():
+        for name, values in measures.items():
             row |= columns(name, values)
         rows.append(row)
-        differences.append(found["difference"])
+        differences.append(measures["difference"])
     return Convergence(pd.DataFrame(rows), torch.stack(differences, 1))
 
 
-def _pooled(stack: Stack, said: Sequence[Sentence], batch_size: int) -> Float[Tensor, "layer_plus_1 sentence d_model"]:
-    """Every sentence's mean over its tokens but the first, in float64."""
-    tokens, parts = stack.tokens([one.text for one in said]), []
+def _pooled(
+    stack: Stack, utterances: Sequence[Utterance], batch_size: int
+) -> Float[Tensor, "layer_plus_1 utterance d_model"]:
+    """Return every utterance's mean over its tokens but the first, in float64."""
+    tokens, parts = stack.tokens([utterance.text for utterance in utterances]), []
     for batch in tokens.batches(batch_size):
         keep = batch.ensemble().unsqueeze(-1)
         stream = stack.stream(batch).masked_fill(~keep, 0)
@@ -163,21 +167,21 @@ def _pooled(stack: Stack, said: Sequence[Sentence], batch_size: int) -> Float[Te
     return torch.cat(parts, 1)
 
 
-def _means(
-    products: Float[Tensor, "sentence sentence"],
-    weight: Float[Tensor, "resample sentence"],
+def _mean_cosines(
+    products: Float[Tensor, "utterance utterance"],
+    weight: Float[Tensor, "resample utterance"],
     kinds: dict[str, Tensor],
 ) -> dict[str, Float[Tensor, " resample"]]:
-    """Mean cosine of the pairs of each kind under every resample, the mean of the resample subtracted."""
-    found: dict[str, list[Tensor]] = {name: [] for name in kinds}
+    """Return the mean cosine of the pairs of each kind under every resample, the mean of the resample subtracted."""
+    means: dict[str, list[Tensor]] = {name: [] for name in kinds}
     for times in weight:
-        one = times / times.sum()
-        towards = products @ one
-        centred = products - towards[:, None] - towards[None, :] + one @ towards
+        share = times / times.sum()
+        towards = products @ share
+        centred = products - towards[:, None] - towards[None, :] + share @ towards
         sizes = centred.diagonal().clamp(min=0).sqrt()
         cosine = (centred / (sizes[:, None] * sizes[None, :])).nan_to_num(posinf=0, neginf=0)
         for name, pairs in kinds.items():
             # a pair of one content counts as often as that was drawn, one of two as often as both were
             often = pairs * (times[:, None] if name == "same_content" else times[:, None] * times[None, :])
-            found[name].append((often * cosine).sum() / often.sum())
-    return {name: torch.stack(values) for name, values in found.items()}
+            means[name].append((often * cosine).sum() / often.sum())
+    return {name: torch.stack(values) for name, values in means.items()}

@@ -1,4 +1,4 @@
-"""The figures of ``surgery.anatomy``, from its tables: the boundaries by every detector, convergence, and D.
+"""The figures of the anatomy, from its tables: the boundaries by every detector, convergence, and D.
 
 >>> import pandas as pd
 >>> frame = pd.DataFrame({"layer": [0, 1], "same_content": [0.1, 0.2], "same_language": [0.2, 0.1]})
@@ -6,10 +6,13 @@
 1
 """
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from surgery.anatomy.files import BOUNDARIES, CONVERGENCE, DETECTORS, ENDS
 from surgery.page.drawing import ACCENT, BLUE, FAINT, GREY, INK
 
 KINDS = {
@@ -19,18 +22,30 @@ KINDS = {
 }
 
 
+def figures(tables: Mapping[str, pd.DataFrame], n_layers: int) -> dict[str, Figure]:
+    """The figures of the tables of a folder, by the name of their PNG file."""
+    drawn = {
+        "anatomy_boundaries": boundaries(tables[BOUNDARIES], tables[DETECTORS], n_layers),
+        "anatomy_ends": ends(tables[ENDS]),
+    }
+    if CONVERGENCE in tables:
+        drawn["anatomy_convergence"] = convergence(tables[CONVERGENCE])
+    return drawn
+
+
 def boundaries(posterior: pd.DataFrame, detectors: pd.DataFrame, n_layers: int) -> Figure:
     """Above, the probability of each boundary by layer; below, where every detector puts them, with intervals."""
     names = detectors["detector"].drop_duplicates().tolist()
     figure = Figure(figsize=(9, 0.36 * len(names) + 3.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, max(2, 0.36 * len(names))))
     for boundary, colour in (("in", ACCENT), ("out", BLUE)):
-        one = posterior[posterior["boundary"] == boundary]
-        above.bar(one["layer"], one["probability"], width=0.6, color=colour, alpha=0.8, label=f"boundary: {boundary}")
-        found = detectors[(detectors["boundary"] == boundary) & detectors["layer"].notna()]
-        places = [names.index(name) for name in found["detector"]]
-        below.hlines(places, found["layer_low"], found["layer_high"], color=colour, linewidth=2, alpha=0.6)
-        below.plot(found["layer"], places, "o", color=colour)
+        share = posterior[posterior["boundary"] == boundary]
+        label = f"boundary: {boundary}"
+        above.bar(share["layer"], share["probability"], width=0.6, color=colour, alpha=0.8, label=label)
+        placed = detectors[(detectors["boundary"] == boundary) & detectors["layer"].notna()]
+        rows = [names.index(name) for name in placed["detector"]]
+        below.hlines(rows, placed["layer_low"], placed["layer_high"], color=colour, linewidth=2, alpha=0.6)
+        below.plot(placed["layer"], rows, "o", color=colour)
     above.set(ylim=(0, 1), ylabel="share of resamples")
     above.set_title("Where input, middle and output part meet", loc="left")
     above.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
@@ -63,17 +78,11 @@ def convergence(frame: pd.DataFrame) -> Figure:
 def ends(frame: pd.DataFrame) -> Figure:
     """D and D of R/N with intervals, a row per kind of prompts (``surgery.anatomy.ends_against_middle.COLUMNS``)."""
     figure = Figure(figsize=(9, 0.45 * len(frame) + 1.8), layout="constrained")
-    for axes, name, label in zip(
-        figure.subplots(1, 2, sharey=True), ("D", "D_over_N"), ("of S", "of R/N"), strict=True
-    ):
-        axes.hlines(
-            range(len(frame)),
-            frame[f"{name}_low"].astype(float),
-            frame[f"{name}_high"].astype(float),
-            color=BLUE,
-            linewidth=2,
-        )
-        axes.plot(frame[name].astype(float), range(len(frame)), "o", color=ACCENT)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, name, label in ((left, "D", "of S"), (right, "D_over_N", "of R/N")):
+        value, low, high = (frame[f"{name}{end}"].astype(float) for end in ("", "_low", "_high"))
+        axes.hlines(range(len(frame)), low, high, color=BLUE, linewidth=2)
+        axes.plot(value, range(len(frame)), "o", color=ACCENT)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_title(f"ends minus middle, {label}", loc="left")
         axes.set_yticks(range(len(frame)), frame["kind"])

@@ -10,7 +10,7 @@ nobody knows beforehand, so the test is two-sided. Windows are of equal length, 
 1 (``first_layer``), as where embeddings are small every window from layer 0 reads 1. Beside D stand
 
 * ``D_over_N``, the same of R/N: S grows with the size of the updates, whoever reads them; R/N does not;
-* ``p_windows``: S permuted over the windows' places. How often would windows thrown together at random differ as much,
+* ``p_windows``: S permuted over the windows' places. How often would windows regrouped at random differ as much,
   either way? Windows of neighbouring layers overlap and resemble each other, so p is rather too small than too large;
 * ``D_in``, ``D_out``: each end against the middle by itself.
 
@@ -19,14 +19,14 @@ placements of the boundaries, so that it knows how unsure these are. Prompts tha
 those tested. A part that holds no window makes D undefined (NaN).
 
 ``verdict``: ``supported`` if D, D_over_N and both their intervals lie below 0 and p_windows < .05, ``contradicted`` if
-all lie above, else ``undecided``, and why. On constructed networks it is right (tests); of 20
-uniform ones of 12 layers one was called supported, of 20 whose layers were of random kinds none. D is our definition.
+all lie above, else ``undecided`` (``surgery.anatomy.say.verdict`` says why). On constructed networks it is right
+(tests); of 20 uniform ones of 12 layers one was called supported, of 20 whose layers were of random kinds none. D is
+our definition.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
 >>> network = Stack(known_networks.serial_network(n_layers=9))
->>> found = ends(measure(network, known_networks.tokens(12), sampling=Sampling(resamples=20)), [(3, 6)])
->>> verdict(found).split(":")[0]
+>>> verdict(ends(measure(network, known_networks.tokens(12), sampling=Sampling(resamples=20)), [(3, 6)]))
 'undecided'
 """
 
@@ -39,14 +39,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.instruments.windows import Reading, Sums, Units, average, book_alone, book_stream
+from surgery.instruments.windows import Reading, Sums, Units, record_entry_updates, record_stream, running_mean
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.page.phrases import number
 from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
 PERMUTATIONS = 2000
+SURE = 0.05  # p_windows below which the ends are taken to differ from the middle
 _MEASURES = {
     "S_in": "mean S of the windows in the input part",
     "S_middle": "mean S of the windows in the middle",
@@ -70,7 +70,7 @@ COLUMNS |= described(_MEASURES, over="prompts and boundaries")
 
 @dataclass(frozen=True)
 class Profile:
-    """S and R/N of all windows of one length, by start, under every resample of the prompts (row 0 the estimate)."""
+    """S and R/N of all windows of one length, by start, under every resample of the prompts (row 0 is the estimate)."""
 
     S: Float[Tensor, "resample window"]
     R_over_N: Float[Tensor, "resample window"]
@@ -83,9 +83,10 @@ class Profile:
 
 
 def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling: Sampling = Sampling()) -> Profile:
-    """S and R/N of every window of ``length`` layers, as ``series.windows`` has them, under the same resamples.
+    """Measure S and R/N of every window of ``length`` layers, as ``series.windows`` does, under the same resamples.
 
-    Cost of W windows in L layers: 2 + W (length - 1) / L F. Memory: one batch's stream, a vector a prompt and update.
+    Cost of W windows in L layers: 2 + W (length - 1) / L F. Memory: one batch's stream, and one vector per prompt and
+    update.
 
     Raises ValueError for a length below 2, windows that do not fit into the model, and a stream that is not finite.
     """
@@ -98,10 +99,10 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
         context = stack.context(batch)
         stream = units.stream(context)
         sums.open(batch.ensemble(sampling.skip_first))
-        book_stream(stream, sums)
+        record_stream(stream, sums)
         with stack.frozen(context):
             for start in starts:
-                for layer, _ in book_alone(units, context, stream, start, length, "frozen", sums):
+                for layer, _ in record_entry_updates(units, context, stream, start, length, "frozen", sums):
                     sums.square(stream[layer] - stream[start], "written", start, layer)
     draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     reading = Reading(sums, draws, units.reads, stack.dtype)
@@ -109,7 +110,7 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
     for start in starts:
         layers = units.after(start, length)
         weight, entry_read, output = reading.dependence("frozen", start, layers)
-        R, N = (average(values, weight)[-1] for values in (entry_read, reading.displacement(start, layers)))
+        R, N = (running_mean(values, weight)[-1] for values in (entry_read, reading.displacement(start, layers)))
         S.append((R + output[-1]) / 2)
         R_over_N.append(ratio(R, N))
     return Profile(torch.stack(S, 1), torch.stack(R_over_N, 1), length, len(tokens))
@@ -117,15 +118,16 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
 
 def ends(
     profile: Profile,
-    boundaries: "Sequence[tuple[int, int]] | np.ndarray",
+    boundaries: Sequence[tuple[int, int]] | np.ndarray,
     *,
     first_layer: int = 1,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> pd.Series:
-    """D, its parts, its interval and p for boundaries ``(in, out)``: the first is the estimate, the rest its resamples.
+    """Return D, its parts, its interval and p for boundaries ``(in, out)``: the first pair is the estimate, the rest
+    are its resamples.
 
-    One pair is taken for certain. Keys: ``COLUMNS`` but ``kind`` and ``verdict``. No forward pass.
+    A single pair is taken as certain. Keys: ``COLUMNS`` but ``kind`` and ``verdict``. No forward pass.
 
     Raises ValueError for boundaries that leave no layer on either side or between them.
     """
@@ -160,29 +162,23 @@ def ends(
     return pd.Series(row, dtype=object)
 
 
-def verdict(found: pd.Series) -> str:
-    """``supported``, ``contradicted`` or ``undecided``, and the numbers: are the ends more parallel than the middle?"""
-    said = f"D = {number(found, 'D')}, of R/N {number(found, 'D_over_N')}, p over windows {found['p_windows']:.3f}"
-    if pd.isna(found["D"]):
-        return f"undecided: an end or the middle holds no window of {found['length']} layers"
-    below = found["D_high"] < 0 and found["D_over_N_high"] < 0
-    above = found["D_low"] > 0 and found["D_over_N_low"] > 0
-    sure = found["p_windows"] < 0.05
-    if below and sure:
-        return f"supported: the ends are more parallel than the middle; {said}"
-    if above and sure:
-        return f"contradicted: the ends are more serial than the middle; {said}"
-    if (below or above) and not sure:
-        return f"undecided: windows thrown together at random differ as much; {said}"
-    if found["D_high"] < 0 or found["D_low"] > 0:
-        return f"undecided: the ends differ, but not against the displacement null; {said}"
-    return f"undecided: the interval holds 0; {said}"
+def verdict(contrast: pd.Series) -> str:
+    """Return ``supported``, ``contradicted`` or ``undecided``: are the ends more parallel than the middle?
+
+    ``contrast`` is what ``ends`` returns, or a row of a table of these.
+    """
+    if contrast["p_windows"] < SURE:  # NaN, where a part holds no window, is not below
+        if contrast["D_high"] < 0 and contrast["D_over_N_high"] < 0:
+            return "supported"
+        if contrast["D_low"] > 0 and contrast["D_over_N_low"] > 0:
+            return "contradicted"
+    return "undecided"
 
 
 def difference(
-    kind: Profile, other: Profile, boundaries: "Sequence[tuple[int, int]] | np.ndarray", first_layer: int = 1
+    kind: Profile, other: Profile, boundaries: Sequence[tuple[int, int]] | np.ndarray, first_layer: int = 1
 ) -> dict[str, float]:
-    """D on one kind of prompts minus D on another, with interval: does it depend on what is asked?"""
+    """Return D on one kind of prompts minus D on another, with its interval: does D depend on what is asked?"""
     places = np.asarray(boundaries, dtype=int).reshape(-1, 2)
     values = []
     for profile in (kind, other):
@@ -192,7 +188,7 @@ def difference(
 
 
 def _parts(profile: Profile, places: np.ndarray, first_layer: int) -> list[Tensor]:
-    """Which windows lie wholly in the input part, the middle and the output part, in every resample of both."""
+    """Return which windows lie wholly in the input part, the middle and the output part, in every resample of both."""
     later = places[1:] if len(places) > 1 else places
     chosen = np.concatenate([places[:1], later[np.arange(len(profile.S) - 1) % len(later)]])
     starts = np.arange(profile.S.shape[1])

@@ -7,13 +7,13 @@ import torch
 from support.exact_networks import network
 from surgery import Stack
 from surgery.anatomy import convergence
-from surgery.anatomy.convergence import Sentence
+from surgery.anatomy.convergence import Utterance
 from surgery.corpus import parallel_sentences
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
 CONTENTS, TONGUES = 6, 4
-SAID = [Sentence(str(c), str(t), f"{c} {t}") for c in range(CONTENTS) for t in range(TONGUES)]
+UTTERANCES = [Utterance(str(c), str(t), f"{c} {t}") for c in range(CONTENTS) for t in range(TONGUES)]
 
 
 def stack(maps, monkeypatch):
@@ -22,7 +22,7 @@ def stack(maps, monkeypatch):
     what, how = torch.randn(CONTENTS, 8, generator=generator), torch.randn(TONGUES, 8, generator=generator)
     embedding = torch.cat([torch.cat([what[c], 2 * how[t]]) for c in range(CONTENTS) for t in range(TONGUES)])
     model = Stack(network(maps, embedding.reshape(-1, 16).double()))
-    ids = {one.text: i for i, one in enumerate(SAID)}
+    ids = {utterance.text: i for i, utterance in enumerate(UTTERANCES)}
     monkeypatch.setattr(model, "tokens", lambda texts: Tokens.of(torch.tensor([[0, ids[text]] for text in texts])))
     return model
 
@@ -30,14 +30,14 @@ def stack(maps, monkeypatch):
 def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(monkeypatch):
     tongue = torch.diag(torch.cat([torch.zeros(8), torch.ones(8)])).double()
     nothing = torch.zeros(16, 16).double()
-    found = convergence.curve(
+    curve = convergence.curve(
         stack([nothing, -0.9 * tongue, nothing, 9 * tongue, nothing], monkeypatch),
-        SAID,
+        UTTERANCES,
         sampling=Sampling(resamples=40),
     )
-    frame = found.frame
+    frame = curve.frame
     assert (frame["difference"] > 0).tolist() == [False, False, True, True, False, False]
-    assert found.reach()[0].tolist() == [1, 3]
+    assert curve.reach()[0].tolist() == [1, 3]
     assert (
         (frame["same_content_low"] <= frame["same_content"]) & (frame["same_content"] <= frame["same_content_high"])
     ).all()
@@ -45,42 +45,42 @@ def test_where_content_wins_is_where_language_is_taken_away_and_brought_back(mon
 
 def test_cosines_are_those_of_every_pair(monkeypatch):
     model = stack([torch.zeros(16, 16).double()], monkeypatch)
-    frame = convergence.curve(model, SAID, sampling=Sampling(resamples=3)).frame
-    x = model.stream(model.tokens([one.text for one in SAID]))[0, :, 1].double()
+    frame = convergence.curve(model, UTTERANCES, sampling=Sampling(resamples=3)).frame
+    x = model.stream(model.tokens([utterance.text for utterance in UTTERANCES]))[0, :, 1].double()
     x = x - x.mean(0)
     x = x / x.norm(dim=1, keepdim=True)
-    pairs = [(i, j) for i in range(len(SAID)) for j in range(i)]
-    same = [float(x[i] @ x[j]) for i, j in pairs if SAID[i].content == SAID[j].content]
-    other = [float(x[i] @ x[j]) for i, j in pairs if SAID[i].language == SAID[j].language]
+    pairs = [(i, j) for i in range(len(UTTERANCES)) for j in range(i)]
+    same = [float(x[i] @ x[j]) for i, j in pairs if UTTERANCES[i].content == UTTERANCES[j].content]
+    other = [float(x[i] @ x[j]) for i, j in pairs if UTTERANCES[i].language == UTTERANCES[j].language]
     assert frame["same_content"][0] == pytest.approx(np.mean(same))
     assert frame["same_language"][0] == pytest.approx(np.mean(other))
 
 
 def test_a_model_without_content_has_no_reach(monkeypatch):
     model = stack([torch.diag(torch.cat([-torch.ones(8), torch.zeros(8)])).double()], monkeypatch)
-    assert np.isnan(convergence.curve(model, SAID, sampling=Sampling(resamples=5)).reach()[0]).all()
+    assert np.isnan(convergence.curve(model, UTTERANCES, sampling=Sampling(resamples=5)).reach()[0]).all()
 
 
 def test_the_bundled_sentences_are_complete_and_distinct():
     assert len(parallel_sentences.TOPICS) == 12
-    for said in parallel_sentences.TOPICS.values():
-        assert set(parallel_sentences.LANGUAGES) <= set(said)
-        assert set(said) - set(parallel_sentences.LANGUAGES) in (set(), set(parallel_sentences.NOTATIONS))
-    texts = [one.text for one in convergence.parallel()]
+    for texts in parallel_sentences.TOPICS.values():
+        assert set(parallel_sentences.LANGUAGES) <= set(texts)
+        assert set(texts) - set(parallel_sentences.LANGUAGES) in (set(), set(parallel_sentences.NOTATIONS))
+    texts = [utterance.text for utterance in convergence.parallel()]
     assert len(texts) == len(set(texts)) == 12 * 8 + 6 * 3
 
 
 def test_babel_asks_the_same_in_every_language():
-    said = convergence.babel(5)
-    assert len({one.content for one in said}) == 5
-    assert len(said) == 20
+    utterances = convergence.babel(5)
+    assert len({utterance.content for utterance in utterances}) == 5
+    assert len(utterances) == 20
 
 
 def test_bad_input_is_refused(monkeypatch):
     model = stack([torch.zeros(16, 16).double()], monkeypatch)
     with pytest.raises(ValueError, match="1 contents in 4 languages"):
-        convergence.curve(model, SAID[:4])
-    with pytest.raises(ValueError, match="said twice"):
-        convergence.curve(model, [*SAID, SAID[0]])
+        convergence.curve(model, UTTERANCES[:4])
+    with pytest.raises(ValueError, match="a content occurs twice"):
+        convergence.curve(model, [*UTTERANCES, UTTERANCES[0]])
     with pytest.raises(ValueError, match="no sentences in Klingon"):
         convergence.parallel(["Klingon", "English"])

@@ -7,7 +7,7 @@ import torch
 from support.exact_networks import ragged
 from support.made_up_anatomy import three_parts
 from surgery import Stack, series
-from surgery.anatomy import ends_against_middle
+from surgery.anatomy import ends_against_middle, say
 from surgery.instruments import known_networks
 from surgery.stats.sampling import Sampling
 
@@ -19,21 +19,21 @@ def verdict(shares, seed=0):
     profile = ends_against_middle.measure(
         Stack(three_parts(shares, seed=seed)), TOKENS, sampling=Sampling(resamples=60)
     )
-    found = ends_against_middle.ends(profile, PLACES)
-    return ends_against_middle.verdict(found).split(":")[0], found
+    contrast = ends_against_middle.ends(profile, PLACES)
+    return ends_against_middle.verdict(contrast), contrast
 
 
 def test_parallel_ends_around_a_serial_middle():
-    said, found = verdict([0.0] * 4 + [1.0] * 4 + [0.0] * 4)
-    assert said == "supported"
-    assert found["D"] == pytest.approx(-1, abs=1e-6)
-    assert [found[name] for name in ("S_in", "S_middle", "S_out")] == pytest.approx([0, 1, 0], abs=1e-6)
+    word, contrast = verdict([0.0] * 4 + [1.0] * 4 + [0.0] * 4)
+    assert word == "supported"
+    assert contrast["D"] == pytest.approx(-1, abs=1e-6)
+    assert [contrast[name] for name in ("S_in", "S_middle", "S_out")] == pytest.approx([0, 1, 0], abs=1e-6)
 
 
 def test_serial_ends_around_a_parallel_middle():
-    said, found = verdict([1.0] * 4 + [0.0] * 4 + [1.0] * 4)
-    assert said == "contradicted"
-    assert found["D"] == pytest.approx(1, abs=1e-6)
+    word, contrast = verdict([1.0] * 4 + [0.0] * 4 + [1.0] * 4)
+    assert word == "contradicted"
+    assert contrast["D"] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -43,16 +43,16 @@ def test_a_uniform_network_is_undecided(share, seed):
 
 
 def test_the_contrast_falls_as_the_middle_becomes_serial():
-    found = [verdict([0.25] * 4 + [share] * 4 + [0.25] * 4)[1]["D"] for share in (0.0, 0.5, 1.0)]
-    assert found[0] > found[1] + 0.1 > found[2] + 0.2
+    D = [verdict([0.25] * 4 + [share] * 4 + [0.25] * 4)[1]["D"] for share in (0.0, 0.5, 1.0)]
+    assert D[0] > D[1] + 0.1 > D[2] + 0.2
 
 
 def test_one_end_alone_does_not_decide_for_both():
-    said, found = verdict([0.0] * 4 + [1.0] * 8)
-    assert found["D_in"] == pytest.approx(-1, abs=1e-6)
-    assert found["D_out"] == pytest.approx(0, abs=1e-6)
-    assert said in ("undecided", "supported")
-    assert found["D"] == pytest.approx(-0.5, abs=1e-6)
+    word, contrast = verdict([0.0] * 4 + [1.0] * 8)
+    assert contrast["D_in"] == pytest.approx(-1, abs=1e-6)
+    assert contrast["D_out"] == pytest.approx(0, abs=1e-6)
+    assert word in ("undecided", "supported")
+    assert contrast["D"] == pytest.approx(-0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
@@ -103,9 +103,11 @@ def test_unsure_boundaries_widen_the_interval():
     assert ends_against_middle.difference(profile, profile, moved) == {"D": 0, "D_low": 0, "D_high": 0}
 
 
-def test_an_end_without_a_window_is_said():
+def test_an_end_without_a_window_leaves_it_undecided_and_says_so():
     profile = ends_against_middle.measure(Stack(three_parts([0.5] * 6)), TOKENS, sampling=Sampling(resamples=5))
-    assert "holds no window of 2 layers" in ends_against_middle.verdict(ends_against_middle.ends(profile, [(2, 4)]))
+    contrast = ends_against_middle.ends(profile, [(2, 4)])
+    assert ends_against_middle.verdict(contrast) == "undecided"
+    assert "holds no window of 2 layers" in say.verdict(contrast)
 
 
 def test_bad_input_is_refused():

@@ -1,15 +1,17 @@
-"""Networks whose parts are known: layers of one kind up to a boundary, of another behind it."""
+"""Networks whose parts are known: layers of one kind up to a boundary, of another behind it; and tables made up."""
 
+import pandas as pd
 import torch
 
 from support.exact_networks import parameters
+from support.made_up import with_interval
 from surgery.instruments import known_networks
 
 
 @torch.no_grad()
 def three_parts(shares, gains=None, width=6, seed=0):
     """A constructed network whose layer ``l`` reads ``shares[l]`` of its input from the layer before, ``gains[l]`` as
-    large as usual (``calibration.mixed_network``, one share a layer)."""
+    large as usual (``known_networks.mixed_network``, one share per layer)."""
     sizes = {"n_layers": len(shares), "width": width, "seed": seed, "dtype": torch.float64}
     model = known_networks.parallel_network(**sizes)
     weights = parameters(model)
@@ -19,3 +21,37 @@ def three_parts(shares, gains=None, width=6, seed=0):
         weights[name][:] = donors[share][name]
         weights[f"layers.{layer}.mlp.fc_out.weight"][:] *= 1.0 if gains is None else gains[layer]
     return model
+
+
+def ends(D: float = -0.2, of_ratio: float = -0.3, p_windows: float = 0.01) -> pd.DataFrame:
+    """The ends against the middle on all prompts."""
+    row = {"kind": "all", "boundary_in": 4, "boundary_out": 9, "length": 2, "n_prompts": 16, "p_windows": p_windows}
+    row |= with_interval("D", D) | with_interval("D_over_N", of_ratio)
+    return pd.DataFrame([row | {"verdict": "supported: ..."}])
+
+
+def by_kind(D: float = 0.2) -> pd.DataFrame:
+    """D on prompts of kind b minus D on those of kind a."""
+    return pd.DataFrame([{"kind": "b", "other": "a"} | with_interval("D", D)])
+
+
+def tables() -> dict[str, pd.DataFrame]:
+    """Boundaries before layers 4 and 9 of 12 as ``Anatomy.tables`` has them, but for convergence."""
+    boundaries = [("in", 4, 0.8), ("in", 5, 0.2), ("out", 9, 1.0)]
+    detectors = [
+        {"detector": name, "boundary": boundary, "layer": layer, "layer_low": layer - 1, "layer_high": layer + 1}
+        for name in ("all features", "kappa")
+        for boundary, layer in (("in", 4.0), ("out", 9.0))
+    ]
+    agreement = [
+        {"boundary": "in", "earliest": 4, "latest": 5, "sd": 0.4, "p_random": 0.01},
+        {"boundary": "out", "earliest": 3, "latest": 10, "sd": 3.0, "p_random": 0.9},
+    ]
+    return {
+        "boundaries": pd.DataFrame(boundaries, columns=["boundary", "layer", "probability"]),
+        "segments": pd.DataFrame({"breaks": [0, 1, 2], "gain": [0.0, 0.5, 0.7], "p_drift": 0.01, "gain_drift": 0.4}),
+        "detectors": pd.DataFrame(detectors),
+        "agreement": pd.DataFrame(agreement).assign(n_detectors=5, sd_random=2.0),
+        "ends": ends(),
+        "by_kind": by_kind(),
+    }
