@@ -127,8 +127,8 @@ def run(
                 tokens,
                 folder,
                 _kinds(len(tokens), seed) if own else None,
-                said=convergence.babel() if own else convergence.parallel(),
-                scanned=tables.read(repeats) if "scan" in names and repeats.exists() else None,
+                utterances=convergence.babel() if own else convergence.parallel(),
+                scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
                 metric="loglik" if own else "loss",
                 sampling=boundaries.SAMPLING.but(seed=seed),
             )

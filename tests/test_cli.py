@@ -18,6 +18,7 @@ import surgery
 from support import fixtures, made_up
 from support.places import REPOSITORY
 from surgery import cli, report, study
+from surgery.anatomy import files as anatomy_files
 from surgery.corpus import text_files
 from surgery.records import tables
 from surgery.reversion import study as reversion_study
@@ -146,8 +147,8 @@ def test_the_anatomy_of_the_bundled_model_is_printed_and_put_on_the_page(tmp_pat
     result = run("study", "anatomy", "--model", "babel", "--prompts", 20, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "That the ends are more parallel than the middle is " in " ".join(result.stdout.split())
-    assert {path.name for path in tmp_path.glob("anatomy_*.csv")} == set(study.anatomy_study.COLUMNS)
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(study.anatomy_study.CAPTIONS)
+    assert {path.name for path in tmp_path.glob("anatomy_*.csv")} == set(anatomy_files.COLUMNS)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(anatomy_files.CAPTIONS)
     assert set(tables.read(tmp_path / made_up.ENDS)["kind"]) == {"all", "k=0", "k=1, 2", "k=3, 4"}
     assert 'id="anatomy"' in (tmp_path / report.PAGE).read_text()
 
