@@ -1,5 +1,6 @@
 from . import ablation as ablation
 from . import coordinates as coordinates
+from . import covariance as covariance
 from . import displacement as displacement
 from . import ensemble as ensemble
 from . import fidelity as fidelity

@@ -1,26 +1,26 @@
-r"""Layers taken out: what is put in their place, and what that costs the model, prompt by prompt.
+r"""Take layers out: what is put in their place, and what that costs the model, prompt by prompt.
 
 Layer ``i`` writes ``u_i`` into the stream. Taken out, it writes instead, at every token of the ensemble,
 
     u  ->  (1 - amount) u + amount v,
 
-with u what it would write on the stream it now finds, and v by ``kind``:
+where u is what it would write on the stream that now enters it, and v depends on ``kind``:
 
 ========  ==============================================================================================================
-skip      v = 0. The stream is then one that no layer has seen before; what breaks may be due to that alone
+skip      v = 0. The stream is then one that no layer was trained on; what breaks may be due to that alone
 mean      v = E u_i over the ensemble: all that the layer says of one token rather than another is gone, its bias stays
-resample  v = the update that another prompt's token at the same place received (``ensemble.partners``); one donor a
-          token for all layers, so what layers taken out together say fits together
+resample  v = the update that another prompt's token at the same place received (``ensemble.partners``). A token has one
+          donor for all layers, so that what layers write when taken out together is consistent
 ========  ==============================================================================================================
 
-Each prompt's first token is left as it is (unless ``skip_first=False``): it sees itself alone, others rest on it.
+Each prompt's first token is left as it is (unless ``skip_first=False``): it sees itself alone, and others rely on it.
 
-``damage`` is what is lost in two units, averaged over the tokens that a prompt's ensemble predicts: ``margin``, by how
-much the centred logit of the right next token falls (its logit minus the mean logit over the vocabulary), which does
-not saturate: it goes on falling when the token is long lost; and ``loss``, the rise of the cross entropy in nats. With
-``frozen`` all norms keep the denominators of the clean run, the last one too, so the margin is linear in the last
-stream (but for soft-capped logits); live, a norm makes up for part of what is gone, about 30 % of the direct effect in
-published models (Rushing and Nanda 2024, arXiv 2402.15390). Controls to compare with: the same with a smaller
+``damage`` measures the loss in two units, averaged over the tokens that a prompt's ensemble predicts: ``margin``, by
+how much the centred logit of the right next token falls (its logit minus the mean logit over the vocabulary), which
+does not saturate: it goes on falling when the token is long lost; and ``loss``, the rise of the cross entropy in nats.
+With ``frozen`` all norms keep the denominators of the clean run, the last one too, so that the margin is linear in the
+last stream (but for soft-capped logits). A live norm makes up for part of what is gone, about 30 % of the direct effect
+in published models (Rushing and Nanda 2024, arXiv 2402.15390). Controls to compare with: the same with a smaller
 ``amount``, another kind, and the architecture untrained. Mean and resample ablation: Chan et al. 2022 (causal
 scrubbing), Wang et al. 2022 (arXiv 2211.00593).
 """
@@ -37,8 +37,8 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
-from surgery.instruments.ensemble import Ensemble, exchanged, partners
-from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.instruments.ensemble import Ensemble, exchange, partners
+from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -61,7 +61,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Damages:
-    """What each of ``sets`` of layers costs each prompt when taken out, averaged over its predicted tokens."""
+    """What taking out each of ``sets`` of layers costs each prompt, averaged over its predicted tokens."""
 
     sets: tuple[tuple[int, ...], ...]
     margin: Float[Tensor, "set prompt"]  # logits
@@ -69,11 +69,11 @@ class Damages:
 
     @cached_property
     def row(self) -> dict[tuple[int, ...], int]:
-        """Which row of ``margin`` and ``loss`` is about a set."""
+        """The row of ``margin`` and ``loss`` that is about a set."""
         return {layers: row for row, layers in enumerate(self.sets)}
 
     def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-        """One row per set, with intervals over prompts: ``COLUMNS``."""
+        """Return one row per set, with intervals over prompts: ``COLUMNS``."""
         n_prompts = self.margin.shape[1]
         draws = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
         return pd.DataFrame(
@@ -86,9 +86,9 @@ class Damages:
 
 @dataclass(frozen=True)
 class CleanRun:
-    """One batch, run as it is, and what its layers are to write when they are taken out."""
+    """One batch, run as it is, and what its layers write when they are taken out."""
 
-    first: int  # the number of the batch's first prompt among all
+    first: int  # index of the batch's first prompt among all
     context: Context
     mask: Bool[Tensor, "prompt pos"]  # the tokens of the ensemble
     stream: Float[Tensor, "layer_plus_1 prompt pos d_model"]
@@ -97,23 +97,23 @@ class CleanRun:
     partner: Int[Tensor, " token"] | None  # for kind="resample"
 
     def update(self, layer: int) -> Stream:
-        """``u_l`` of the clean run."""
+        """Return ``u_l`` of the clean run."""
         return self.stream[layer + 1] - self.stream[layer]
 
     def replacement(self, layer: int) -> Stream:
-        """v, what the layer writes in the ensemble when it is taken out wholly."""
+        """Return v, what the layer writes in the ensemble when it is taken out wholly."""
         if self.partner is not None:
-            return exchanged(self.update(layer), self.mask, self.partner)
+            return exchange(self.update(layer), self.mask, self.partner)
         return self.means[layer].to(self.stream).expand_as(self.stream[layer])
 
-    def ablated(self, layer: int, u: Stream, where: Bool[Tensor, "prompt pos"] | None = None) -> Stream:
-        """``(1 - amount) u + amount v`` at the tokens ``where`` (of the ensemble if not given), u at the others."""
-        instead = (1 - self.amount) * u + self.amount * self.replacement(layer)
-        return torch.where((self.mask if where is None else where).unsqueeze(-1), instead, u)
+    def ablate(self, layer: int, u: Stream, where: Bool[Tensor, "prompt pos"] | None = None) -> Stream:
+        """Return ``(1 - amount) u + amount v`` at the tokens ``where`` (default: the ensemble), and u at the others."""
+        ablated = (1 - self.amount) * u + self.amount * self.replacement(layer)
+        return torch.where((self.mask if where is None else where).unsqueeze(-1), ablated, u)
 
 
 def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: float = 1.0) -> Iterator[CleanRun]:
-    """Every batch of the ensemble, ready for layers to be taken out of it. Cost: 1 F, for the mean 2 F.
+    """Yield every batch of the ensemble, ready for layers to be taken out of it. Cost: 1 F, with ``mean`` 2 F.
 
     Raises ValueError for an unknown kind, an amount outside (0, 1], one prompt to resample from, and a stream that is
     not finite.
@@ -121,7 +121,7 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
     >>> from surgery.instruments import known_networks
     >>> ensemble = Ensemble(Tokens.of(known_networks.tokens(4)))
     >>> run = next(clean_runs(Stack(known_networks.parallel_network()), ensemble, "skip"))
-    >>> run.ablated(2, run.update(2))[run.mask].abs().max().item()
+    >>> run.ablate(2, run.update(2))[run.mask].abs().max().item()
     0.0
     """
     if kind not in KINDS:
@@ -130,24 +130,27 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
         raise ValueError(f"amount is the share of an update to take out, above 0 and up to 1, got {amount}")
     if kind == "resample" and len(ensemble.tokens) < 2:
         raise ValueError("resample takes the updates of another prompt: give two or more, or kind='mean'")
-    means = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
     if kind == "mean":
-        for visit in ensemble.visits(stack, "mean updates"):
-            means[visit.layer] += visit.u[visit.mask].double().sum(0).cpu()
-        means /= int(ensemble.mask.sum())
-    first = 0
+        means = mean_updates(stack, ensemble)
+    else:
+        means = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
+    first, seed = 0, ensemble.sampling.seed
     for batch in ensemble.tokens.batches(max(ensemble.sampling.batch_size, 3)):  # in less, a prompt could have no donor
         context, mask = stack.context(batch), batch.ensemble(ensemble.sampling.skip_first)
         stream = stack.stream(context)
         if not stream[:, mask].isfinite().all():
-            raise ValueError(
-                f"the stream of {stack.name} is not finite: load the model in float32, or mend its weights"
-            )
-        partner = (
-            partners(mask, np.random.default_rng((ensemble.sampling.seed, 2, first))) if kind == "resample" else None
-        )
+            raise ValueError(f"the stream of {stack.name} is not finite: load the model in float32, or fix its weights")
+        partner = partners(mask, np.random.default_rng((seed, 2, first))) if kind == "resample" else None
         yield CleanRun(first, context, mask, stream, amount, means, partner)
         first += len(batch)
+
+
+def mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:
+    """Return the mean update of every layer over the ensemble, in float64 on the CPU. Cost: 1 F."""
+    totals = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
+    for visit in ensemble.visits(stack, "mean updates"):
+        totals[visit.layer] += visit.u[visit.mask].sum(0, dtype=torch.float64).cpu()
+    return totals / int(ensemble.mask.sum())
 
 
 def damage(
@@ -160,24 +163,24 @@ def damage(
     frozen: bool = False,
     sampling: Sampling = Sampling(),
 ) -> Damages:
-    """What it costs each prompt to do without each of ``sets`` of layers.
+    """Measure what it costs each prompt to do without each of ``sets`` of layers.
 
-    The sets are the leaves of a tree: what two have in common before they part is run once, and from the embedding to
-    the first layer taken out nothing is. Cost: 1 F for the clean run, 1 F for the mean, 1 F for the denominators of
+    The sets are the leaves of a tree: what two have in common before they part is run once, and what comes before the
+    first layer taken out is not run again. Cost: 1 F for the clean run, 1 F for the mean, 1 F for the denominators of
     ``frozen``, and of L layers ``(L - 1)/2`` F for each taken out alone and ``(L - 1)(L - 2)/6`` F for all pairs; a
     readout for every set. Memory: the streams of one batch, twice.
 
     Raises ValueError for a layer that the model does not have, a prompt without a predicted token in the ensemble, what
-    ``clean_runs`` refuses and, with ``frozen``, a norm whose denominator cannot be found (then ``frozen=False``).
+    ``clean_runs`` refuses and, with ``frozen``, a norm whose denominator cannot be found (use ``frozen=False``).
 
     >>> from surgery.instruments import known_networks
-    >>> found = damage(Stack(known_networks.parallel_network()), known_networks.tokens(8), [[], [1], [4], [1, 4]])
-    >>> alone = found.margin[found.row[1,]] + found.margin[found.row[4,]]
-    >>> torch.allclose(found.margin[found.row[1, 4]], alone, atol=1e-5)  # none reads another: damages add up
+    >>> damages = damage(Stack(known_networks.parallel_network()), known_networks.tokens(8), [[1], [4], [1, 4]])
+    >>> apart, together = damages.margin[:2].sum(0), damages.margin[damages.row[1, 4]]
+    >>> torch.allclose(together, apart, atol=1e-5)  # no layer reads another: damages add up
     True
     """
-    wanted = list(dict.fromkeys(tuple(sorted(set(layers))) for layers in sets))
-    absent = sorted({layer for layers in wanted for layer in layers if not 0 <= layer < stack.n_layers})
+    distinct = list(dict.fromkeys(tuple(sorted(set(layers))) for layers in sets))
+    absent = sorted({layer for layers in distinct for layer in layers if not 0 <= layer < stack.n_layers})
     if absent:
         raise ValueError(f"there is no layer {absent[0]} to take out: {stack.name} has 0 to {stack.n_layers - 1}")
     ensemble = Ensemble.of(stack, tokens, sampling)
@@ -187,54 +190,49 @@ def damage(
             f"prompt {int(silent.nonzero()[0]) + 1} predicts no token from the ensemble: give prompts of "
             f"{3 if sampling.skip_first else 2} tokens or more"
         )
-    found = torch.zeros(2, len(wanted), len(ensemble.tokens), dtype=torch.float64)
-    row = {layers: number for number, layers in enumerate(wanted)}
+    measures = torch.zeros(2, len(distinct), len(ensemble.tokens), dtype=torch.float64)
+    damages = Damages(tuple(distinct), *measures)
     with Progress(disable=not sampling.progress, transient=True) as bar:
-        task = bar.add_task("ablations", total=len(wanted) * len(ensemble.tokens))
+        task = bar.add_task("ablations", total=len(distinct) * len(ensemble.tokens))
         for run in clean_runs(stack, ensemble, kind, amount):
             with stack.frozen(run.context) if frozen else nullcontext():
                 clean = _scores(stack, run, run.stream[-1], frozen)
                 prompts = slice(run.first, run.first + len(run.mask))
-                for layers, final in _leaves(stack, run, wanted):
-                    found[:, row[layers], prompts] = clean - _scores(stack, run, final, frozen)
+                for layers, final in _final_streams(stack, run, distinct):
+                    measures[:, damages.row[layers], prompts] = clean - _scores(stack, run, final, frozen)
                     bar.advance(task, len(run.mask))
-    return Damages(tuple(wanted), *found)
+    return damages
 
 
-def _leaves(
+def _final_streams(
     stack: Stack, run: CleanRun, sets: list[tuple[int, ...]], layer: int = 0, x: Stream | None = None
 ) -> Iterator[tuple[tuple[int, ...], Stream]]:
-    """The final stream of every set; up to ``layer`` they are the same, and have led to ``x`` (None: clean so far)."""
+    """Yield every set with its final stream; before ``layer`` all are the same and give ``x`` (None: clean so far)."""
     if layer == stack.n_layers:
         yield from ((layers, run.stream[-1] if x is None else x) for layers in sets)
         return
-    without = [layers for layers in sets if layer in layers]
-    within = [layers for layers in sets if layer not in layers]
+    removing = [layers for layers in sets if layer in layers]
+    keeping = [layers for layers in sets if layer not in layers]
     before = run.stream[layer] if x is None else x
     # Taken out wholly, a layer need not run: the tokens outside the ensemble see none in it, so they are as they were.
-    runs = x is not None and (within or run.amount < 1)
+    runs = x is not None and (keeping or run.amount < 1)
     u = stack.update(layer, before, run.context) if runs else run.update(layer)
-    if within:
-        yield from _leaves(stack, run, within, layer + 1, None if x is None else x + u)
-    if without:
-        yield from _leaves(stack, run, without, layer + 1, before + run.ablated(layer, u))
-
-
-def predicting_positions(tokens: Tokens, mask: Bool[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos_minus_1"]:
-    """Tokens of the ensemble that another one follows."""
-    return mask[:, :-1] & tokens.mask[:, 1:]
+    if keeping:
+        yield from _final_streams(stack, run, keeping, layer + 1, None if x is None else x + u)
+    if removing:
+        yield from _final_streams(stack, run, removing, layer + 1, before + run.ablate(layer, u))
 
 
 def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[Tensor, "measure prompt"]:
-    """Centred logit and log-probability of the right next token, averaged over every prompt's predictions."""
+    """Return centred logit and log-probability of the right next token, averaged over every prompt's predictions."""
     predicting = predicting_positions(run.context.tokens, run.mask)
     x, clean = final[:, :-1][predicting], run.stream[-1][:, :-1][predicting]
     targets, prompts = run.context.tokens.ids[:, 1:][predicting], predicting.nonzero()[:, 0]
     parts = []
-    for some in portions(stack, x):
-        with frozen_head(stack, clean[some]) if frozen else nullcontext():
-            y = logits(stack, x[some])
-        right = y.gather(1, targets[some].unsqueeze(1)).squeeze(1)
+    for rows in portions(stack, x):
+        with frozen_head(stack, clean[rows]) if frozen else nullcontext():
+            y = logits(stack, x[rows])
+        right = y.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
         parts.append(torch.stack([right - y.mean(1), right - y.logsumexp(1)]).double())
     total = torch.zeros(2, len(predicting), dtype=torch.float64, device=x.device)
     return (total.index_add(1, prompts, torch.cat(parts, 1)) / predicting.sum(1)).cpu()

@@ -1,4 +1,4 @@
-r"""Maps of the residual stream in which its drift may be read: whether a stream reverts depends on the ruler.
+r"""Maps of the residual stream in which its drift may be measured: whether a stream reverts depends on the ruler.
 
 ================  ====================================================================================================
 ``raw``           the stream as it is: massive dimensions decide, and growth with depth reads as growth
@@ -22,7 +22,7 @@ of every covariance. Centred over the vocabulary by ``C`` they have the inner pr
 
     z = R^T x / s,      R R^T = M = W C W^T,
 
-so ``z``, at most d_model numbers, is read in their place: an isometry, not an approximation.
+so ``z``, at most d_model numbers, stands for them: an isometry, not an approximation.
 
 Source: the definitions are ours; reading a stream through the head is the logit lens (nostalgebraist 2020).
 
@@ -31,8 +31,8 @@ Source: the definitions are ours; reading a stream through the head is the logit
 >>> from surgery.models.tokens import Tokens
 >>> stack, ensemble = Stack(known_networks.random_network()), Ensemble(Tokens.of(known_networks.tokens(8)))
 >>> context = stack.context(ensemble.tokens)
->>> found = of("principal", stack, ensemble, components=4)
->>> found.linear, tuple(found.map(context.x0, context).shape)
+>>> principal = coordinate_map("principal", stack, ensemble, components=4)
+>>> principal.linear, tuple(principal.map(context.x0, context).shape)
 (True, (8, 16, 4))
 """
 
@@ -48,6 +48,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from surgery.instruments.covariance import covariances
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import LOGITS_AT_ONCE, final_norm, frozen_head, logits, portions
 from surgery.models.norms import FrozenNorm
@@ -70,7 +71,7 @@ LOUD = 200.0  # logits at which every cap in use has long flattened
 
 @dataclass(frozen=True)
 class Map:
-    """One coordinate: a map of every token's stream by itself; what is padding stays where it is."""
+    """One coordinate system: a map of every token's stream by itself; padding stays in place."""
 
     name: str
     linear: bool
@@ -78,22 +79,22 @@ class Map:
 
     @property
     def meaning(self) -> str:
-        """In one line, what is read."""
+        """What the coordinates are, in one line."""
         return MEANINGS[self.name]
 
     def map(self, x: Stream, context: Context) -> Mapped:
-        """The coordinates of a stream, or of an update if ``linear``, of the batch of ``context``; in float64."""
+        """Return the coordinates of a stream (or, if ``linear``, an update) of the batch of ``context``, in float64."""
         return self.function(x.double(), context)
 
 
-def of(name: str, stack: Stack, ensemble: Ensemble, components: int = 16) -> Map:
-    """The map ``name``, one of ``COORDINATES``, of a model on an ensemble.
+def coordinate_map(name: str, stack: Stack, ensemble: Ensemble, components: int = 16) -> Map:
+    """Return the map ``name``, one of ``COORDINATES``, of a model on an ensemble.
 
-    ``components`` are the principal components kept; fewer if the stream has fewer. Cost: ``principal`` 1 F; ``logits``
-    d_model readouts, a d_model x d_vocab matrix, and 1 F for every walk in which it is used.
+    ``components`` is how many principal components to keep; fewer if the stream has fewer. Cost: ``principal`` 1 F;
+    ``logits`` d_model readouts, a d_model x d_vocab matrix, and 1 F for every walk in which it is used.
 
     Raises ValueError for another name, for ``principal`` of a stream that does not vary, for ``logits`` of a head that
-    caps them, and for a final norm without a denominator to be found (``normalised`` and ``logits``).
+    caps them, and for a final norm whose denominator cannot be found (``normalised`` and ``logits``).
     """
     if name == "raw":
         return Map(name, True, lambda x, _: x)
@@ -112,7 +113,7 @@ def of(name: str, stack: Stack, ensemble: Ensemble, components: int = 16) -> Map
 
 
 def mechanical(growth: Number) -> Number:
-    """``kappa_0``: what random updates of relative size ``growth = |u| / |x|`` (uncentred) revert when normalised.
+    """Return ``kappa_0``: how much random updates of size ``growth = |u| / |x|`` (uncentred) revert when normalised.
 
     >>> round(mechanical(0.6), 3)
     0.143
@@ -121,37 +122,27 @@ def mechanical(growth: Number) -> Number:
 
 
 def _normalised(x: Stream) -> Stream:
-    """Of length ``sqrt(d_model)``; a stream that is 0 stays so."""
+    """Scale every token's stream to length ``sqrt(d_model)``; a stream of zeros stays so."""
     return math.sqrt(x.shape[-1]) * functional.normalize(x, dim=-1)
 
 
 def _principal(stack: Stack, ensemble: Ensemble, count: int) -> Float[Tensor, "d_model component"]:
     if count < 1:
         raise ValueError(f"components must be positive, got {count}")
-    square = torch.zeros(stack.n_layers + 1, stack.d_model, stack.d_model, dtype=torch.float64)
-    total = torch.zeros(stack.n_layers + 1, stack.d_model, dtype=torch.float64)
-    for visit in ensemble.visits(stack, "principal components"):
-        x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
-        leaves = [(stack.n_layers, x + u)] if visit.layer == stack.n_layers - 1 else []
-        for layer, stream in [(visit.layer, x), *leaves]:
-            square[layer] += (stream.T @ stream).cpu()
-            total[layer] += stream.sum(0).cpu()
-    n_tokens = int(ensemble.mask.sum())
-    mean = total / n_tokens
-    covariance = square / n_tokens - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    trace, second = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (covariance, square / n_tokens))
-    varies = trace > NEGLIGIBLE * second
+    covariance, second = covariances(stack, ensemble)
+    variance, square = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (covariance, second))
+    varies = variance > NEGLIGIBLE * square
     if not varies.any():
         raise ValueError(
-            f"the stream of {stack.name} is the same at all {n_tokens} tokens, it has no principal components: give "
-            "prompts that differ"
+            f"the stream of {stack.name} is the same at all {int(ensemble.mask.sum())} tokens, it has no principal "
+            "components: give prompts that differ"
         )
-    values, vectors = torch.linalg.eigh((covariance[varies] / trace[varies, None, None]).sum(0))
+    values, vectors = torch.linalg.eigh((covariance[varies] / variance[varies, None, None]).sum(0))
     return vectors[:, values > 1e-9 * values[-1]].flip(-1)[:, :count]
 
 
 class _CleanScale:
-    """Denominators of the final norm in the clean run of the batch last asked for, and 1 without a norm."""
+    """Denominators of the final norm in the clean run, kept for the latest batch; 1 without a norm."""
 
     def __init__(self, stack: Stack, norm: FrozenNorm | None) -> None:
         self._stack, self._norm = stack, norm
@@ -168,7 +159,7 @@ class _CleanScale:
 
 @torch.no_grad()
 def _root(stack: Stack, norm: FrozenNorm | None) -> Float[Tensor, "d_model k"]:
-    """``R`` with ``R R^T = W C W^T``, for denominators of 1."""
+    """Return ``R`` with ``R R^T = W C W^T``, for denominators of 1."""
     units = torch.eye(stack.d_model, device=stack.device, dtype=stack.dtype) * math.sqrt(stack.d_model)
     scale = 1.0 if norm is None else float(norm.scale(units[:1].double()))
 
@@ -191,5 +182,5 @@ def _root(stack: Stack, norm: FrozenNorm | None) -> Float[Tensor, "d_model k"]:
     for columns in matrix.split(max(1, LOGITS_AT_ONCE // stack.d_model), dim=1):
         product += columns.double() @ columns.double().T
     values, vectors = torch.linalg.eigh(product)
-    kept = values > NEGLIGIBLE * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    varies = values > NEGLIGIBLE * values[-1]
+    return vectors[:, varies] * values[varies].sqrt()

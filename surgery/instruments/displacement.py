@@ -1,7 +1,7 @@
-r"""Displace the stream at one token, and read what the layer then does differently there.
+r"""Displace the stream at one token, and measure what the layer then does differently there.
 
 That updates go with streams, from token to token, does not say that a layer answers to the stream: both may follow
-from a third. So the stream ``x`` is moved by a vector ``d`` at one token, and the layer ``f`` asked again:
+from a third. So the stream ``x`` is moved by a vector ``d`` at one token, and the layer ``f`` is run again:
 
     slope = E<d, f(x + d) - f(x)> / E|d|^2
 
@@ -13,11 +13,11 @@ they send each other through attention. ``d`` has a given length and one of thre
     random        anywhere, all directions alike
     principal     along one of the top principal components of the stream, either way
 
-What of ``d`` only makes the stream longer, a live norm divides away again. So every displacement is made a second time
-with the norms' denominators kept at the clean run's; what that changes is the normalisation's doing.
+The part of ``d`` that only makes the stream longer is divided away again by a live norm. So every displacement is made
+a second time with the norms' denominators kept at the clean run's; what that changes is the normalisation's doing.
 
-Compare with ``surgery.instruments.known_networks``: where every layer writes into a fresh subspace, difference and principal read 0,
-and random reads 0 within its interval. A force shows at several lengths of ``d``.
+Compare with ``surgery.instruments.known_networks``: where every layer writes into a fresh subspace, difference and
+principal read 0, and random reads 0 within its interval. A force shows at several lengths of ``d``.
 
 Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model matrix a layer. The measure is ours.
 
@@ -26,8 +26,8 @@ Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model mat
 >>> from surgery.stats import weights
 >>> from surgery.models.tokens import Tokens
 >>> stack, ensemble = Stack(known_networks.parallel_network()), Ensemble(Tokens.of(known_networks.tokens(48)))
->>> found = responses(stack, ensemble, lengths=[0.1] * stack.n_layers, draws=1)
->>> abs(round(found["difference"].slope(3, weights(48))[0].item(), 6))
+>>> by_kind = responses(stack, ensemble, lengths=[0.1] * stack.n_layers, draws=1)
+>>> abs(round(by_kind["difference"].slope(3, weights(48))[0].item(), 6))
 0.0
 """
 
@@ -42,6 +42,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from surgery.instruments.covariance import covariances
 from surgery.instruments.ensemble import Ensemble, Visit, partners
 from surgery.models.stack import Context, Stack
 from surgery.stats.bootstrap import ratio
@@ -51,21 +52,21 @@ KINDS = ("difference", "random", "principal")
 
 @dataclass(frozen=True)
 class Response:
-    """What the layers answered to one kind of displacement: sums over the draws of each unit of resampling."""
+    """How the layers respond to one kind of displacement: sums over the draws of each unit of resampling."""
 
     product: Float[Tensor, "layer unit"]  # <d, f(x + d) - f(x)>
     square: Float[Tensor, "layer unit"]  # |d|^2
 
     def slope(self, layer: int, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, " resample"]:
-        """``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer under every row of ``weights``; NaN where nothing was moved."""
+        """Return ``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer for every row of ``weights``; NaN if nothing moved."""
         return ratio(weights @ self.product[layer], weights @ self.square[layer])
 
 
 def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws: int) -> dict[str, Response]:
-    """What every layer answers to ``draws`` displacements of every prompt and kind, ``lengths[layer]`` long.
+    """Measure how every layer responds to ``draws`` displacements of every prompt and kind, ``lengths[layer]`` long.
 
-    Keys: the ``KINDS``, with live norms, and ``<kind>_frozen``; these are absent if the model has a norm whose
-    denominator cannot be found. Of the principal components the top ``draws`` are used, one a draw.
+    Keys: the ``KINDS``, with live norms, and ``<kind>_frozen``; the latter are absent if the model has a norm whose
+    denominator cannot be found. The top ``draws`` principal components are used, one a draw.
 
     Cost: ``3 + 6 draws`` F: principal components, the walk, the norms' denominators, and each draw, kind and norm.
 
@@ -84,7 +85,7 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
         for frozen in (False, True)[: 1 if scales is None else 2]:
             with stack.frozen(visit.context, scales) if frozen else nullcontext():
                 for draw in range(draws):
-                    generator = ensemble.generator(visit, draw)  # anew, so frozen and live are displaced alike
+                    generator = ensemble.generator(visit, draw)  # fresh, so frozen and live are displaced alike
                     prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
                     for kind, unit in directions.items():
                         moved = visit.x.clone()
@@ -93,37 +94,30 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
                         u = stack.update(visit.layer, moved, visit.context)[prompt, place].double()
                         response = u - visit.u[prompt, place].double()
                         products = torch.stack([(d * response).sum(-1), (d * d).sum(-1)]).cpu()
-                        booked = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
-                        booked.index_add_(1, visit.unit[prompt.cpu()], products)
+                        of_layer = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
+                        of_layer.index_add_(1, visit.unit[prompt.cpu()], products)
     return {name: Response(*both) for name, both in sums.items()}
 
 
 def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[Float[Tensor, "component d_model"]]:
-    """The top ``count`` principal components of the stream that enters each layer; fewer if it has fewer. Cost: 1 F."""
-    square = torch.zeros(stack.n_layers, stack.d_model, stack.d_model, dtype=torch.float64)
-    total = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
-    for visit in ensemble.visits(stack, "principal components"):
-        x = visit.x[visit.mask].double()
-        square[visit.layer] += (x.T @ x).cpu()
-        total[visit.layer] += x.sum(0).cpu()
-    n_tokens = int(ensemble.mask.sum())
-    mean = total / n_tokens
-    values, vectors = torch.linalg.eigh(square / n_tokens - mean.unsqueeze(-1) * mean.unsqueeze(-2))
-    kept = (values >= 1e-9 * values[:, -1:]).flip(-1)[:, :count]
-    return [basis.T.flip(0)[:count][keep] for basis, keep in zip(vectors, kept, strict=True)]
+    """Return the top ``count`` principal components of the stream entering each layer, or all it has. Cost: 1 F."""
+    covariance, _ = covariances(stack, ensemble)
+    values, vectors = torch.linalg.eigh(covariance[:-1])
+    varies = (values >= 1e-9 * values[:, -1:]).flip(-1)[:, :count]
+    return [basis.T.flip(0)[:count][mask] for basis, mask in zip(vectors, varies, strict=True)]
 
 
 def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
     try:
         return stack.norm_scales(context)
-    except ValueError:  # a norm without a denominator to be found: live is what there is
+    except ValueError:  # a norm whose denominator cannot be found: only the live responses are measured
         return None
 
 
 def displacements(
     visit: Visit, basis: Float[Tensor, "component d_model"], draw: int, generator: np.random.Generator
 ) -> tuple[Int[Tensor, " chosen"], Int[Tensor, " chosen"], dict[str, Float[Tensor, "chosen d_model"]]]:
-    """One random token of every prompt that has any: its prompt, its place, and a unit vector of each kind.
+    """Draw one token of every prompt that has any: return its prompt, its place, and a unit vector of each kind.
 
     Where two tokens differ by no more than rounding there is no direction, and the vector is 0.
     """

@@ -1,18 +1,17 @@
-r"""The tokens that a measure averages over: meeting every layer on all of them, and pairing them across prompts.
+r"""The tokens that a measure averages over: visit every layer on all of them, and pair them across prompts.
 
 A measure of layers is an expectation over the real tokens of many prompts, each prompt's first left out. ``Ensemble``
 walks through them, batch by batch and layer by layer, and hands out the stream that enters and what the layer adds,
 
     x_0 = embedding,      u_l = f_l(x_l),      x_{l+1} = x_l + u_l,
 
-in the model's order of layers or in any other. Nothing is kept: what a measure needs of a visit it adds up itself,
-prompt by prompt (``surgery.stats``) or, where a corpus may be large, by ``units`` of prompts that are resampled
-together (``Totals``), so that no more is kept of a long corpus than of a short one. Cost: 1 F a walk. Memory: one
-batch's stream.
+in the model's order of layers or in any other. Nothing is kept: a measure adds up what it needs of a visit, prompt by
+prompt (``surgery.stats``) or, where a corpus may be large, by ``units`` of prompts that are resampled together
+(``Totals``), so that a long corpus takes no more memory than a short one. Cost: 1 F a walk. Memory: one batch's stream.
 
-``partners`` pairs every token with one of another prompt at the same place. That makes the null of whatever is claimed
-for this very token: let each have its partner's vector (``exchanged``), and nothing should be left of the claim. As
-they are permuted, the vectors keep their mean and their size exactly.
+``partners`` pairs every token with one of another prompt at the same place. That gives a null for whatever is claimed
+of a particular token: give each its partner's vector (``exchange``), and nothing should be left of the claim. As the
+vectors are permuted, they keep their mean and their size exactly.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -40,10 +39,10 @@ MASSIVE = 1000  # times the median magnitude
 
 @dataclass(frozen=True)
 class Visit:
-    """One layer met on the way through one batch."""
+    """One layer on the way through one batch."""
 
-    first: int  # the number of the batch's first prompt among all
-    unit: Int[Tensor, " prompt"]  # of resampling, for every prompt of the batch
+    first: int  # index of the batch's first prompt among all
+    unit: Int[Tensor, " prompt"]  # unit of resampling of every prompt of the batch
     layer: int
     context: Context
     mask: Bool[Tensor, "prompt pos"]  # the batch's tokens that are in the ensemble; elsewhere x and u may hold anything
@@ -53,7 +52,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The tokens measured, and how to go through them: even batches of at most ``sampling.batch_size`` prompts.
+    """The tokens to measure, and how to go through them: even batches of at most ``sampling.batch_size`` prompts.
 
     ``left_out`` are tokens that run but are not measured, see ``without_massive``.
 
@@ -77,52 +76,52 @@ class Ensemble:
 
     @classmethod
     def of(cls, stack: Stack, tokens: "Tokens | Tensor", sampling: Sampling = Sampling()) -> "Ensemble":
-        """The ensemble of prompts, or of ids without padding, on the device of ``stack``."""
+        """Make the ensemble of prompts, or of ids without padding, on the device of ``stack``."""
         return cls(Tokens.of(tokens).to(stack.device), sampling)
 
     @property
     def mask(self) -> Bool[Tensor, "prompt pos"]:
         """Which tokens are in the ensemble."""
-        kept = self.tokens.ensemble(self.sampling.skip_first)
-        return kept if self.left_out is None else kept & ~self.left_out
+        mask = self.tokens.ensemble(self.sampling.skip_first)
+        return mask if self.left_out is None else mask & ~self.left_out
 
     @property
     def units(self) -> Int[Tensor, " prompt"]:
-        """The unit of resampling of every prompt: its own or, beyond ``UNITS`` prompts, one that neighbours share."""
+        """Unit of resampling of every prompt: its own or, beyond ``UNITS`` prompts, one shared by neighbours."""
         count = len(self.tokens)
         return torch.arange(count) * min(count, UNITS) // count
 
     @property
     def n_units(self) -> int:
-        """How many units of resampling there are."""
+        """Number of units of resampling."""
         return min(len(self.tokens), UNITS)
 
     def without_massive(self, stack: Stack) -> "Ensemble":
-        """The same without tokens of massive activations, which alone would decide every second moment.
+        """Return the same ensemble without tokens of massive activations, which alone would decide every second moment.
 
-        Those at which, in the stream that enters a layer, a number is ``MASSIVE`` times the median magnitude of all of
-        the batch there (M. Sun et al. 2024, arXiv 2402.17762, without their absolute bound, as models differ in scale).
-        Cost: 1 F.
+        A token is left out if, in the stream that enters some layer, a number exceeds ``MASSIVE`` times the median
+        magnitude of the batch there (M. Sun et al. 2024, arXiv 2402.17762, without their absolute bound, as models
+        differ in scale). Cost: 1 F.
         """
-        found = torch.zeros_like(self.mask)
+        massive = torch.zeros_like(self.mask)
         for visit in self.visits(stack, "massive activations"):
             size = visit.x.abs().amax(-1)
             typical = visit.x[visit.mask].float().abs().median()
             rows = slice(visit.first, visit.first + len(visit.mask))
-            found[rows] |= visit.mask & (size > MASSIVE * typical) & (typical > 0)
-        return replace(self, left_out=found if self.left_out is None else found | self.left_out)
+            massive[rows] |= visit.mask & (size > MASSIVE * typical) & (typical > 0)
+        return replace(self, left_out=massive if self.left_out is None else massive | self.left_out)
 
     def batches(self, stack: Stack, label: str = "prompts") -> Iterable[tuple[Tensor, Context, Tensor]]:
-        """Unit of every prompt, context and mask of each batch: for measures that need all layers at once."""
+        """Yield units of resampling, context and mask of each batch, for measures that need all layers at once."""
         batches = list(self.tokens.batches(self.sampling.batch_size))
         return track(
             self._contexts(stack, batches), label, len(batches), disable=not self.sampling.progress, transient=True
         )
 
     def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
-        """Every layer of every batch, the layers run in ``order`` (as in the model if not given). Cost: 1 F.
+        """Yield every layer of every batch, the layers run in ``order`` (the model's by default). Cost: 1 F.
 
-        ``label`` stands beside the bar. Raises ValueError on the way if the stream is not finite.
+        ``label`` stands beside the progress bar. Raises ValueError on the way if the stream is not finite.
         """
         order = range(stack.n_layers) if order is None else order
         batches = list(self.tokens.batches(self.sampling.batch_size))
@@ -132,14 +131,14 @@ class Ensemble:
         )
 
     def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
-        """Random numbers for one visit, the same whenever it is made again for the same purpose."""
+        """Random generator for one visit; it starts the same whenever the visit is repeated for the same purpose."""
         return np.random.default_rng((self.sampling.seed, *purpose, visit.layer, visit.first))
 
     def _contexts(self, stack: Stack, batches: Sequence[Tokens]) -> Iterator[tuple[Tensor, Context, Tensor]]:
-        kept, units, first = self.mask, self.units, 0
+        mask, units, first = self.mask, self.units, 0
         for batch in batches:
             rows = slice(first, first + len(batch))
-            yield units[rows], stack.context(batch), kept[rows, : batch.ids.shape[1]]
+            yield units[rows], stack.context(batch), mask[rows, : batch.ids.shape[1]]
             first += len(batch)
 
     def _walk(self, stack: Stack, batches: Sequence[Tokens], order: Sequence[int]) -> Iterator[Visit]:
@@ -150,7 +149,7 @@ class Ensemble:
                 u = stack.update(layer, x, context)
                 if not (x[mask].isfinite().all() and u[mask].isfinite().all()):
                     raise ValueError(
-                        f"the stream is not finite at layer {layer}: load the model in float32, or mend its weights"
+                        f"the stream is not finite at layer {layer}: load the model in float32, or fix its weights"
                     )
                 yield Visit(first, unit, layer, context, mask, x, u)
                 x = x + u
@@ -158,7 +157,7 @@ class Ensemble:
 
 
 class Totals(dict[Hashable, Tensor]):
-    """Sums of anything over the rows of each unit of resampling, by name, in float64 on the CPU.
+    """Sums over the rows of each unit of resampling, by name, in float64 on the CPU.
 
     >>> totals = Totals(2)
     >>> totals.add("count", torch.tensor([0, 1, 1]), torch.ones(3))
@@ -171,17 +170,17 @@ class Totals(dict[Hashable, Tensor]):
         self.n_units = n_units
 
     def add(self, key: Hashable, unit: Int[Tensor, " row"], values: Float[Tensor, "row ..."]) -> None:
-        """Add every row of ``values`` to what its unit has under ``key``."""
+        """Add every row of ``values`` to its unit's sum under ``key``."""
         if key not in self:
             self[key] = torch.zeros(self.n_units, *values.shape[1:], dtype=torch.float64)
         self[key].index_add_(0, unit.cpu(), values.double().cpu())
 
 
 def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:
-    """A random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
+    """Return a random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
 
-    Each is sent to the same place, counted from its prompt's first kept token, in another prompt. The places that only
-    the longest prompt has are thrown together with the last shared one. A token that is alone stays.
+    Each is paired with the same place, counted from its prompt's first kept token, in another prompt. The places that
+    only the longest prompt has are pooled with the last shared one. A token that is alone is its own partner.
 
     >>> partners(torch.ones(2, 3, dtype=torch.bool), np.random.default_rng(0)).tolist()
     [3, 4, 5, 0, 1, 2]
@@ -199,10 +198,10 @@ def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -
     return torch.from_numpy(partner).to(mask.device)
 
 
-def exchanged(
+def exchange(
     values: Float[Tensor, "prompt pos d_model"], mask: Bool[Tensor, "prompt pos"], partner: Int[Tensor, " token"]
 ) -> Float[Tensor, "prompt pos d_model"]:
-    """``values`` with the vector of every kept token replaced by that of its partner; the rest stays."""
-    found = values.clone()
-    found[mask] = values[mask][partner]
-    return found
+    """Replace the vector of every kept token by that of its partner, and leave the rest."""
+    result = values.clone()
+    result[mask] = values[mask][partner]
+    return result

@@ -1,4 +1,4 @@
-r"""Networks whose answer is known: what the measures must read was decided when the weights were written.
+r"""Networks whose answer is known: what the measures must read was decided when their weights were written.
 
 A *constructed* network has a stream of ``n_layers + 1`` subspaces of ``width`` dimensions. The embedding lives in
 subspace 0, layer ``l`` writes subspace ``l + 1`` and nothing else, attention writes zero, and the layer reads a mixture
@@ -27,7 +27,8 @@ The constructions are ours.
 
 >>> from surgery import Sampling, Stack, series
 >>> from surgery.instruments import known_networks
->>> frame = series.windows(Stack(known_networks.serial_network()), known_networks.tokens(), sampling=Sampling(resamples=0))
+>>> stack = Stack(known_networks.serial_network())
+>>> frame = series.windows(stack, known_networks.tokens(), sampling=Sampling(resamples=0))
 >>> frame.S.round(6).unique().tolist()
 [1.0]
 """
@@ -52,17 +53,17 @@ GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
 def tokens(n_prompts: int = 48, length: int = 16, seed: int = 0) -> Int[Tensor, "prompt pos"]:
-    """Random token ids for these networks; without structure of their own, so only the network can cause a reading."""
+    """Return random token ids for these networks; they have no structure, so only the network can cause a reading."""
     return torch.randint(D_VOCAB, (n_prompts, length), generator=torch.Generator().manual_seed(seed))
 
 
 def parallel_network(**sizes: Any) -> TransformerBridge:
-    """``mixed_network(0)``: every layer reads the embedding alone. Must read S = 0 (denominators frozen)."""
+    """Build ``mixed_network(0)``: every layer reads the embedding alone. Must read S = 0 (denominators frozen)."""
     return mixed_network(0.0, **sizes)
 
 
 def serial_network(**sizes: Any) -> TransformerBridge:
-    """``mixed_network(1)``: every layer reads only what the layer before it wrote. Must read S = 1."""
+    """Build ``mixed_network(1)``: every layer reads only what the layer before it wrote. Must read S = 1."""
     return mixed_network(1.0, **sizes)
 
 
@@ -78,7 +79,7 @@ def mixed_network(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TransformerBridge:
-    """The constructed network that reads ``share`` of its input from the layer before and the rest from the embedding.
+    """Build the network that reads ``share`` of its input from the layer before and the rest from the embedding.
 
     ``activation`` is ``"relu"`` or ``"gelu"``, ``norm`` is ``None`` or ``"RMS"``, and ``d_model = (n_layers + 1) *
     width``. With 6 layers the window of all of them reads S = .17, .38, .69 at shares .25, .5, .75 without
@@ -111,10 +112,10 @@ def mixed_network(
 def linear_network(
     n_layers: int = 6, d_model: int = 32, *, gain: float = 0.5, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> TransformerBridge:
-    """Every layer adds ``gain`` times a random rotation of the whole stream: it reads all directions alike.
+    """Build a network whose layers add ``gain`` times a random rotation of the stream: they read all directions alike.
 
-    Must read R/N = 1 in every window: a layer that moves because the stream moved is not yet in series. The embeddings
-    share a large mean that no layer moves, beside which a null that was not centred would be too small.
+    Must read R/N = 1 in every window: a layer that responds because the stream moved is not yet in series. The
+    embeddings share a large mean that no layer moves, next to which a null that was not centred would be too small.
     """
     model = _boot(n_layers, d_model, 2 * d_model, "relu", None, dtype, seed)
     weights, draw = _weights(model), torch.Generator().manual_seed(seed)
@@ -139,7 +140,7 @@ def random_network(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> TransformerBridge:
-    """An untrained transformer with 4 attention heads, as TransformerLens initialises it: the null of every measure."""
+    """Build an untrained transformer with 4 heads, as TransformerLens initialises it: the null of every measure."""
     return _boot(n_layers, d_model, 4 * d_model, activation, norm, dtype, seed, n_heads=4)
 
 

@@ -1,4 +1,4 @@
-r"""What the model would say if it stopped here: the stream of every layer, read out by the model's own head.
+r"""What the model would predict if it stopped at a layer: every layer's stream, read out by the model's own head.
 
 A lens takes the stream ``x_l`` that enters layer ``l`` (``x_L`` leaves the last) to next-token probabilities ``q_l``,
 which are compared with the model's own, ``p = softmax(readout(x_L))``, at every token of the ensemble:
@@ -15,14 +15,15 @@ lens                       what is read out
 ``constant``               the mean of ``x_L``: the control, a lens that sees nothing of the token (one row, layer 0)
 =========================  ============================================================================================
 
-``KL(q || p)`` is large where the lens is sure of what the model is not, ``KL(p || q)`` where it excludes what the model
-says. A KL that falls from layer to layer says when the answer can be read, not which layers read each other: see
-``surgery.series`` for that. On ``calibration``'s serial and parallel networks alike the KL falls from
-layer to layer: each writes something into the answer.
+``KL(q || p)`` is large where the lens is sure of something the model is not sure of, ``KL(p || q)`` where it rules out
+what the model predicts. A KL that falls from layer to layer says when the answer can be read, not which layers read
+each other: see ``surgery.series`` for that. On the serial and the parallel network of
+``surgery.instruments.known_networks`` alike the KL falls from layer to layer: each writes something into the answer.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = layers(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(8, 6), tuned=False, sampling=Sampling(resamples=0))
+>>> stack = Stack(known_networks.random_network(n_layers=2))
+>>> frame = layers(stack, known_networks.tokens(8, 6), tuned=False, sampling=Sampling(resamples=0))
 >>> frame[["lens", "layer"]].values.tolist(), bool(frame.kl_lens_final.iloc[-1] < 1e-9)
 ([['logit', 0], ['logit', 1], ['logit', 2]], True)
 """
@@ -40,7 +41,7 @@ from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
 MEASURES = {
@@ -64,11 +65,11 @@ Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]
 def layers(
     stack: Stack, tokens: Tokens | Tensor, *, tuned: bool = True, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """Every lens at every layer against the model's own probabilities. Columns: ``COLUMNS``.
+    """Compare every lens at every layer with the model's own probabilities. Columns: ``COLUMNS``.
 
-    ``tuned`` fits the translators on a random half of the prompts and measures all lenses on the other; else there is
-    only the logit lens, on all prompts. ``ridge`` is the penalty in units of each direction's variance. It takes many
-    more tokens than ``d_model`` for a translator to be worth anything: compare with ``logit`` and ``constant``.
+    ``tuned`` fits the translators on a random half of the prompts and measures all lenses on the other; otherwise there
+    is only the logit lens, on all prompts. ``ridge`` is the penalty in units of each dimension's variance. A translator
+    needs many more tokens than ``d_model`` to be worth anything: compare with ``logit`` and ``constant``.
 
     Cost: 1 F without the head, and per measured prompt L + 2 readouts, with ``tuned`` 2 L + 4. Memory: the streams of
     one batch and, with ``tuned``, two float64 d_model x d_model matrices a layer.
@@ -82,25 +83,23 @@ def layers(
     lenses = logit(stack)
     if tuned:
         lenses |= translators(stack, Ensemble(fitted, sampling), ridge)
-    found = readings(stack, ensemble, lenses)
+    sums = readings(stack, ensemble, lenses)
     draws = weights(len(measured), sampling.resamples if len(measured) > 1 else 0, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
-    rows = []
-    for (lens, layer), sums in found.items():
-        row: dict[str, str | float] = {"lens": lens, "layer": layer, "n_prompts": len(measured)}
-        for name, values in zip(MEASURES, sums, strict=True):
-            row |= columns(name, draws @ values / count)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"lens": lens, "layer": layer, "n_prompts": len(measured)}
+        | measure_columns(dict(zip(MEASURES, values @ draws.T / count, strict=True)))
+        for (lens, layer), values in sums.items()
+    )
 
 
 def logit(stack: Stack) -> dict[tuple[str, int], Translator]:
-    """The logit lens of every layer: the stream as it is."""
+    """Return the logit lens of every layer: the stream as it is."""
     return {("logit", layer): lambda x: x for layer in range(stack.n_layers + 1)}
 
 
 def translators(stack: Stack, ensemble: Ensemble, ridge: float = 0.01) -> dict[tuple[str, int], Translator]:
-    """The tuned lens of every layer, fitted on this ensemble, and the constant one. Cost: 1 F without the head."""
+    """Fit the tuned lens of every layer on this ensemble, and the constant lens. Cost: 1 F without the head."""
     fits = [LeastSquares(stack.d_model) for _ in range(stack.n_layers + 1)]
     for stream in _streams(stack, ensemble, "fitting the lens"):
         for x, fit in zip(stream, fits, strict=True):
@@ -111,31 +110,30 @@ def translators(stack: Stack, ensemble: Ensemble, ridge: float = 0.01) -> dict[t
     def translated(matrix: Tensor, bias: Tensor) -> Translator:
         return lambda x: (x.double() + x.double() @ matrix + bias).to(x.dtype)
 
-    found: dict[tuple[str, int], Translator] = {("tuned", layer): translated(*both) for layer, both in enumerate(maps)}
-    return found | {("constant", 0): lambda x: mean.to(x).expand_as(x)}
+    lenses: dict[tuple[str, int], Translator] = {("tuned", layer): translated(*fit) for layer, fit in enumerate(maps)}
+    return lenses | {("constant", 0): lambda x: mean.to(x).expand_as(x)}
 
 
 def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], Translator]) -> Readings:
-    """The sum of every one of ``MEASURES`` over the ensemble's tokens of each prompt, for each lens (name, layer).
+    """Sum each of ``MEASURES`` over the ensemble's tokens of every prompt, for each lens (name, layer).
 
-    Cost: 1 F and, per prompt, a readout for each lens and one for the final stream; only as many tokens are read out
-    at once as a fixed number of logits allows.
+    Cost: 1 F and, per prompt, a readout for each lens and one for the final stream; tokens are read out by portions.
     """
-    found = {key: torch.zeros(len(MEASURES), len(ensemble.tokens), dtype=torch.float64) for key in lenses}
+    sums = {key: torch.zeros(len(MEASURES), len(ensemble.tokens), dtype=torch.float64) for key in lenses}
     prompts = ensemble.mask.cpu().nonzero()[:, 0]
     first = 0
     for stream in _streams(stack, ensemble, "lens"):
-        for some in portions(stack, stream[-1]):
-            owners, final = prompts[first + some.cpu()], log_probabilities(stack, stream[-1, some])
+        for tokens in portions(stack, stream[-1]):
+            owners, final = prompts[first + tokens.cpu()], log_probabilities(stack, stream[-1, tokens])
             for (name, layer), translate in lenses.items():
-                reading = log_probabilities(stack, translate(stream[layer, some]))
-                found[name, layer].index_add_(1, owners, _compare(reading, final).double().cpu())
+                reading = log_probabilities(stack, translate(stream[layer, tokens]))
+                sums[name, layer].index_add_(1, owners, _compare(reading, final).double().cpu())
         first += stream.shape[1]
-    return found
+    return sums
 
 
 def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Tensor, "layer_plus_1 token d_model"]]:
-    """``x_0 .. x_L`` at the ensemble's tokens, batch by batch: [layer_plus_1, token, d_model]."""
+    """Yield ``x_0 .. x_L`` at the ensemble's tokens, batch by batch."""
     batches = list(ensemble.tokens.batches(ensemble.sampling.batch_size))
     for batch in track(batches, label, disable=not ensemble.sampling.progress, transient=True):
         stream = stack.stream(batch)[:, batch.ensemble(ensemble.sampling.skip_first)]
@@ -149,6 +147,7 @@ def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Ten
 def _compare(
     reading: Float[Tensor, "token d_vocab"], final: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, "measure token"]:
+    """Compute ``MEASURES`` of every token from the log-probabilities of a lens and of the model."""
     q, p = reading.exp(), final.exp()
     few = min(5, reading.shape[1])
     top, own = reading.topk(few).indices, final.topk(few).indices

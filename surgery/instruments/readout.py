@@ -1,7 +1,6 @@
-"""Logits of many streams: a portion at a time, in single precision or better, with a head that may be kept linear.
+"""Logits of many streams: a portion at a time, in single precision or better, with a head that can be kept linear.
 
-The readout of a batch at a large vocabulary would be gigabytes, so whoever needs logits of many tokens asks for them
-by ``portions``:
+The logits of a whole batch at a large vocabulary would take gigabytes, so read out many tokens by ``portions``:
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -18,34 +17,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from surgery.models.engine import replaced_forward
 from surgery.models.norms import FrozenNorm
 from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
 
 def portions(stack: Stack, x: Float[Tensor, "row ..."] | Int[Tensor, "row ..."]) -> Iterator[Int[Tensor, " some"]]:
-    """Numbers of as many rows of ``x`` at a time as may be read out at once, on its device."""
+    """Yield index chunks small enough to read out at once, together all rows of ``x``, on its device."""
     yield from torch.arange(len(x), device=x.device).split(max(1, LOGITS_AT_ONCE // stack.d_vocab))
 
 
 def logits(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """The model's logits of streams that leave its last layer, in float32 or float64."""
-    found = stack.readout(x)
-    return found if found.dtype == torch.float64 else found.float()
+    """Return the model's logits of streams that leave its last layer, in float32 or float64."""
+    y = stack.readout(x)
+    return y if y.dtype == torch.float64 else y.float()
 
 
 def log_probabilities(stack: Stack, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """Log-probabilities (nats) of the next token, in float32 or float64."""
+    """Return the log-probabilities (nats) of the next token, in float32 or float64."""
     return logits(stack, x).log_softmax(-1)
 
 
+def predicting_positions(
+    tokens: Tokens, mask: Bool[Tensor, "prompt pos"] | None = None
+) -> Bool[Tensor, "prompt pos_minus_1"]:
+    """Mark the tokens (of ``mask``, all real ones by default) that a real token follows."""
+    return (tokens.mask if mask is None else mask)[:, :-1] & tokens.mask[:, 1:]
+
+
 def final_norm(stack: Stack) -> FrozenNorm | None:
-    """The norm before the head, to be asked for its denominators; None in a model without."""
+    """Return the norm before the head, which gives its denominators; None for a model without one."""
     module = stack.fastest_engine.module.get_submodule(stack.model.ln_final.name)
     if isinstance(getattr(module, "original_component", module), nn.Identity):
         return None
@@ -56,9 +63,9 @@ def final_norm(stack: Stack) -> FrozenNorm | None:
 
 @contextmanager
 def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]:
-    """Within the context ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
+    """Context manager: ``stack.readout`` of as many vectors keeps the final norm's denominators at those of ``x``.
 
-    A model without a final norm reads out as ever. Raises ValueError for a norm without a denominator to be found.
+    A model without a final norm reads out as usual. Raises ValueError for a norm whose denominator cannot be found.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks

@@ -9,7 +9,7 @@ from surgery.models.tokens import Tokens
 
 
 def halves(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
-    """A random half of the prompts to measure on, and the other to fit on. Raises ValueError if there is only one."""
+    """Split the prompts at random: one half to measure on, the other to fit on. ValueError for a single prompt."""
     if len(tokens) < 2:
         raise ValueError(
             "what is fitted on one half of the prompts is measured on the other, and there is one prompt: give at "
@@ -21,7 +21,7 @@ def halves(tokens: Tokens, seed: int) -> tuple[Tokens, Tokens]:
 
 
 class LeastSquares:
-    """Ridge regression ``y ~ x B + b`` out of sums, each direction of ``x`` penalised in units of its variance.
+    """Ridge regression ``y ~ x B + b`` from sums; the penalty on a dimension of ``x`` is in units of its variance.
 
     >>> fit, x = LeastSquares(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> fit.add(x, 3 * x + 1)
@@ -35,6 +35,7 @@ class LeastSquares:
         self.products = torch.zeros(2, d_model, d_model, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"]) -> None:
+        """Add tokens to fit on."""
         x, y = x.double(), y.double()
         self.count += len(x)
         self.sums = self.sums.to(x) + torch.stack([x.sum(0), y.sum(0)])
@@ -42,10 +43,11 @@ class LeastSquares:
 
     @property
     def mean_x(self) -> Float[Tensor, " d_model"]:
+        """Mean of ``x`` over all tokens added."""
         return self.sums[0] / self.count
 
     def solve(self, ridge: float) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
-        """``B`` and ``b``. A direction in which ``x`` does not vary gets no weight."""
+        """Return ``B`` and ``b``. A dimension in which ``x`` does not vary gets no weight. ValueError for ridge < 0."""
         if ridge < 0:
             raise ValueError(f"ridge is a penalty, 0 or more, got {ridge}")
         mean, target = self.sums / self.count

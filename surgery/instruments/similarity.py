@@ -1,10 +1,10 @@
 r"""What series is not: how much a layer changes the stream, and how alike the streams of two layers are.
 
-These are measures of the literature that are read as "this layer depends on that one" or "these layers could run side
-by side", and cannot say so: they look at what layers write, never at what layers read. They are offered beside
+These measures of the literature are often read as "this layer depends on that one" or "these layers could run side by
+side", but cannot say so: they look at what layers write, never at what layers read. They are offered beside
 ``surgery.series`` so that the difference can be seen. A chain of rotations and rotations side by side read the same
-number in all of them, while S reads 1 and 0 (the tests hold them to it). On ``calibration``'s networks, which are not
-linear, block influence, cosine, size and angle do not order parallel and serial either; linearity and the alignment
+number in all of them, while S reads 1 and 0 (the tests check it). On ``surgery.instruments.known_networks``, which are
+not linear, block influence, cosine, size and angle do not order parallel and serial either; linearity and the alignment
 of distant streams do, because a chain of rectifiers bends more than one rectifier: they read the bend, not the chain.
 
 * ``layers``: ``block_influence = 1 - E cos(x_l, x_{l+1})`` (Men et al. 2024, ShortGPT, arXiv 2403.03853); ``cosine =
@@ -18,8 +18,8 @@ of distant streams do, because a chain of rectifiers bends more than one rectifi
 * ``cka``: linear centred kernel alignment of every two streams (Kornblith et al. 2019, arXiv 1905.00414) with the
   unbiased estimator of the Hilbert-Schmidt criterion (Song et al. 2012), 0 for unrelated streams whatever d_model.
 
-Angles are dominated by the few directions in which some models' streams are huge. Compare all with the architecture
-untrained. ``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts (``surgery.stats``).
+Angles are dominated by the few directions in which some models' streams are huge. Compare all measures with the
+architecture untrained. ``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts (``surgery.stats``).
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -42,7 +42,7 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.stats.bootstrap import Moments, columns, described, measure_columns, ratio, weights
 from surgery.stats.sampling import Sampling
 
 _MEASURES = {
@@ -72,7 +72,7 @@ COLUMNS |= described(_MEASURES)
 def layers(
     stack: Stack, tokens: Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """Block influence, cosine and size of every layer's update; with ``sublayers`` also of attention's and MLP's.
+    """Measure block influence, cosine and size of every layer's update; with ``sublayers`` also of attention and MLP.
 
     Where attention and MLP read the same stream (GPT-J, GPT-NeoX) the MLP's update is still measured against the stream
     to which it is added last. Cost: 1 F, with ``sublayers`` less than 2 F. Raises ValueError where no token is left to
@@ -82,17 +82,15 @@ def layers(
     draws = _draws(ensemble, sampling.resamples)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     sums = readings(stack, ensemble, sublayers)
-    rows = []
-    for layer in range(stack.n_layers):
-        row: dict[str, float] = {"layer": layer, "n_prompts": len(ensemble.tokens)}
-        for name, values in sums.items():
-            row |= columns(name, draws @ values[layer] / count)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"layer": layer, "n_prompts": len(ensemble.tokens)}
+        | measure_columns({name: draws @ values[layer] / count for name, values in sums.items()})
+        for layer in range(stack.n_layers)
+    )
 
 
 def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[str, Float[Tensor, "layer prompt"]]:
-    """The measures of ``layers`` as sums over the ensemble's tokens of each prompt."""
+    """Return the measures of ``layers`` as sums over the ensemble's tokens of each prompt. Cost: as ``layers``."""
     if sublayers:
         stack.wiring("0.attn 0.mlp")  # refuses models whose layers cannot be split
     sums: dict[str, Tensor] = defaultdict(
@@ -101,14 +99,14 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
     for visit in ensemble.visits(stack, "similarity"):
         prompts = visit.first + visit.mask.cpu().nonzero()[:, 0]
         x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
-        found = {"block_influence": 1 - cosine_similarity(x, x + u), "cosine": cosine_similarity(u, x)}
-        found["update_ratio"] = u.norm(dim=1) / x.norm(dim=1)
+        measures = {"block_influence": 1 - cosine_similarity(x, x + u), "cosine": cosine_similarity(u, x)}
+        measures["update_ratio"] = u.norm(dim=1) / x.norm(dim=1)
         if sublayers:
             after = stack.execute(f"{visit.layer}.attn", visit.x, visit.context)[visit.mask].double()
             for part, read, write in (("attn", x, after - x), ("mlp", after, x + u - after)):
-                found[f"{part}_cosine"] = cosine_similarity(write, read)
-                found[f"{part}_ratio"] = write.norm(dim=1) / read.norm(dim=1)
-        for name, values in found.items():
+                measures[f"{part}_cosine"] = cosine_similarity(write, read)
+                measures[f"{part}_ratio"] = write.norm(dim=1) / read.norm(dim=1)
+        for name, values in measures.items():
             sums[name][visit.layer].index_add_(0, prompts, values.cpu())
     return dict(sums)
 
@@ -116,9 +114,9 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
 def angles(
     stack: Stack, tokens: Tokens | Tensor, max_length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """The angle, as a part of pi, between the streams at both ends of every span of 1 to ``max_length`` layers.
+    """Measure the angle between the streams at both ends of every span of 1 to ``max_length`` layers.
 
-    At the last token of every prompt, as Gromov et al. have it. Cost: 1 F.
+    It is a fraction of pi, taken at the last token of every prompt, as in Gromov et al. Cost: 1 F.
     """
     tokens = Tokens.of(tokens).to(stack.device)
     draws = _draws(Ensemble(tokens, sampling.but(skip_first=False)), sampling.resamples)
@@ -138,10 +136,11 @@ def angles(
 def linearity(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """How well an affine map of the stream, fitted on half of the prompts, predicts every layer's update on the others.
+    """Measure how well an affine map of the stream, fitted on half of the prompts, predicts updates on the others.
 
-    Below 0: worse than their mean. Give many more tokens than ``d_model``, or it reads low for want of data; ``ridge``
-    as in ``surgery.instruments.lens.layers``. Cost: 1 F. Memory: two float64 d_model x d_model matrices a layer.
+    Below 0: worse than the mean update. Give many more tokens than ``d_model``, or it reads low for want of data;
+    ``ridge`` as in ``surgery.instruments.lens.layers``. Cost: 1 F. Memory: two float64 d_model x d_model matrices a
+    layer.
 
     Raises ValueError for a single prompt, prompts without a token to measure, and a negative ridge.
     """
@@ -172,18 +171,18 @@ def linearity(
 
 
 def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
-    """Centred kernel alignment of every two streams ``x_a``, ``x_b`` with ``a <= b``, from one random token a prompt.
+    """Measure the centred kernel alignment of every two streams ``x_a``, ``x_b``, a <= b, from a random token a prompt.
 
-    One, because the estimator takes its samples to be independent and tokens of one prompt are not. A resampled prompt
-    is never paired with itself. Cost: 1 F and, per pair of layers, n_prompts^2 operations a resample. Memory:
+    Only one, because the estimator takes its samples to be independent, and tokens of one prompt are not. A resampled
+    prompt is never paired with itself. Cost: 1 F and, per pair of layers, n_prompts^2 operations a resample. Memory:
     n_prompts^2 numbers a layer. Raises ValueError for fewer than four prompts with a token to measure.
     """
     tokens = Tokens.of(tokens).to(stack.device)
     ensemble = Ensemble(tokens, sampling)
-    some = ensemble.mask.any(1)
-    if some.sum() < 4:
-        raise ValueError(f"cka takes four prompts with a token to measure, there are {int(some.sum())}: give more")
-    tokens, mask = Tokens(tokens.ids[some], tokens.mask[some]), ensemble.mask[some]
+    usable = ensemble.mask.any(1)
+    if usable.sum() < 4:
+        raise ValueError(f"cka takes four prompts with a token to measure, there are {int(usable.sum())}: give more")
+    tokens, mask = Tokens(tokens.ids[usable], tokens.mask[usable]), ensemble.mask[usable]
     noise = torch.from_numpy(np.random.default_rng((sampling.seed, 3)).random(tuple(mask.shape))).to(mask.device)
     chosen = torch.zeros_like(mask)
     chosen[torch.arange(len(tokens)), (noise * mask).argmax(1)] = True
@@ -194,15 +193,15 @@ def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling(
     draws, rows = weights(len(tokens), sampling.resamples, sampling.seed), []
     own = [_hsic(kernel, kernel, draws) for kernel in kernels]
     for a, b in itertools.combinations_with_replacement(range(len(kernels)), 2):
-        found = ratio(_hsic(kernels[a], kernels[b], draws), (own[a] * own[b]).clamp(min=0).sqrt())
-        rows.append({"layer_a": a, "layer_b": b, "n_prompts": len(tokens)} | columns("cka", found))
+        alignment = ratio(_hsic(kernels[a], kernels[b], draws), (own[a] * own[b]).clamp(min=0).sqrt())
+        rows.append({"layer_a": a, "layer_b": b, "n_prompts": len(tokens)} | columns("cka", alignment))
     return pd.DataFrame(rows)
 
 
 def _hsic(
     a: Float[Tensor, "prompt prompt"], b: Float[Tensor, "prompt prompt"], draws: Float[Tensor, "resample prompt"]
 ) -> Float[Tensor, " resample"]:
-    """The unbiased Hilbert-Schmidt criterion, up to a factor, of kernels without their diagonals."""
+    """Return the unbiased Hilbert-Schmidt criterion, up to a factor, of kernels whose diagonals are zero."""
     n = len(a)
     through_a, through_b = draws @ a, draws @ b
     together = ((draws @ (a * b)) * draws).sum(1)
@@ -211,12 +210,12 @@ def _hsic(
 
 
 def _streams(stack: Stack, tokens: Tokens, chosen: Tensor, batch_size: int) -> Float[Tensor, "layer prompt d_model"]:
-    """``x_0 .. x_L`` at one chosen token of every prompt."""
-    found, first = [], 0
+    """Return ``x_0 .. x_L`` at one chosen token of every prompt, in float64 on the CPU."""
+    streams, first = [], 0
     for batch in tokens.batches(batch_size):
-        found.append(stack.stream(batch)[:, chosen[first : first + len(batch)]].double().cpu())
+        streams.append(stack.stream(batch)[:, chosen[first : first + len(batch)]].double().cpu())
         first += len(batch)
-    return torch.cat(found, 1)
+    return torch.cat(streams, 1)
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample prompt"]:

@@ -1,8 +1,8 @@
-"""What ``surgery.series`` and ``surgery.anatomy.ends_against_middle`` keep of windows, and how their measures follow from it.
+"""What has to be recorded of a window of layers, and how its measures R, O, S and N follow from it.
 
-``Units`` are what a window consists of. ``book_stream`` and ``book_alone`` keep, as per-prompt ``Sums``, what they
-write in the clean run and on the window's entry. ``Reading`` makes of these R, O, S and N under any resample of the
-prompts.
+``Units`` are what a window consists of. ``record_stream`` and ``record_entry_updates`` add up, as per-prompt ``Sums``,
+what they write in the clean run and on the window's entry. ``Reading`` computes the measures from these sums, for any
+resample of the prompts. ``surgery.series`` and ``surgery.anatomy.ends_against_middle`` are made of them.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Resampled = Float[Tensor, " resample"]
 
 @dataclass(frozen=True)
 class Units:
-    """What a window consists of: whole layers, or attention and MLP of each in the order in which they run.
+    """The units of a window: whole layers, or attention and MLP of each in the order in which they run.
 
     ``stream`` has a place before every unit and one after the last; unit ``k`` writes between ``k`` and ``k + 1`` and
     reads at ``reads[k]``: at ``k``, but where attention and MLP stand side by side both read what enters their layer.
@@ -36,6 +36,7 @@ class Units:
 
     @classmethod
     def of(cls, stack: Stack, grain: str) -> "Units":
+        """Make the units of a model; ``grain`` is ``layer`` or ``sublayer``. ValueError if layers cannot be split."""
         if grain not in ("layer", "sublayer"):
             raise ValueError(f"grain is 'layer' or 'sublayer', got {grain!r}")
         if grain == "layer":
@@ -49,14 +50,15 @@ class Units:
         return len(self.names)
 
     def after(self, start: int, longest: int) -> range:
-        """The units of the longest window from ``start`` that ``longest`` allows, but its first."""
+        """Return the units after ``start`` in the longest window that begins there, of at most ``longest`` units."""
         return range(start + 1, min(start + longest, len(self)))
 
     def update(self, unit: int, x: Stream, context: Context) -> Stream:
+        """Return what a unit writes if it reads ``x``. Cost: 1/L F, a sublayer half of it."""
         return self.stack.execute(self.names[unit], x, context) - x
 
     def stream(self, context: Context) -> Float[Tensor, "place batch pos d_model"]:
-        """The clean run: what enters the first unit, ..., what leaves the last."""
+        """Run the model: what enters the first unit, ..., what leaves the last. Cost: 1 F."""
         if len(self) == self.stack.n_layers:
             return self.stack.stream(context)
         stream = [context.x0]
@@ -65,7 +67,7 @@ class Units:
         return torch.stack(stream)
 
     def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
-        """What leaves the model if ``x`` leaves the unit before ``stop`` (``before``, if that unit wrote nothing)."""
+        """Return what leaves the model if ``x`` leaves the unit before ``stop`` (``before``: without its update)."""
         units_a_layer = len(self) // self.stack.n_layers
         if stop % units_a_layer:
             read = before if self.reads[stop] < stop else x
@@ -77,7 +79,7 @@ class Units:
 class Sums:
     """Per-prompt sums over the ensemble, by name: all that is kept of a batch's activations.
 
-    The vector sums of x_l, p_l and q_l give those of all updates and differences; squares do not add up: each is
+    The vector sums of x_l, p_l and q_l give those of all updates and differences. Squares do not add up, so each is
     kept.
     """
 
@@ -86,18 +88,21 @@ class Sums:
         self.vectors: defaultdict[tuple, list[Tensor]] = defaultdict(list)
 
     def open(self, keep: Bool[Tensor, "batch pos"]) -> None:
-        """The ensemble of the next batch."""
+        """Start the next batch, with its tokens of the ensemble."""
         self.dropped = ~keep.unsqueeze(-1)
         self.add(keep.sum(1), "count")
 
     def add(self, per_prompt: Float[Tensor, " batch"] | Int[Tensor, " batch"], *key: Any) -> None:
+        """Record one number a prompt."""
         self.squares[key].append(per_prompt.double().cpu())
 
     def square(self, values: Stream, *key: Any) -> None:
-        kept = values.masked_fill(self.dropped, 0)
-        self.add(torch.linalg.vector_norm(kept, dim=(1, 2), dtype=torch.float64) ** 2, *key)
+        """Record the sum of squares over a prompt's tokens."""
+        measured = values.masked_fill(self.dropped, 0)
+        self.add(torch.linalg.vector_norm(measured, dim=(1, 2), dtype=torch.float64) ** 2, *key)
 
     def vector(self, values: Stream, *key: Any) -> None:
+        """Record the sum of squares and the sum over a prompt's tokens."""
         self.square(values, *key)
         self.vectors[key].append(values.masked_fill(self.dropped, 0).sum(1, dtype=torch.float64).cpu())
 
@@ -105,32 +110,33 @@ class Sums:
         return torch.cat(self.squares[key])
 
     def total(self, *key: Any) -> Float[Tensor, "prompt d_model"]:
+        """Return the recorded vector sums of all prompts."""
         return torch.cat(self.vectors[key])
 
 
-def book_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
-    """What enters and leaves every unit of the clean run, and what each writes."""
+def record_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
+    """Record what enters and leaves every unit of the clean run, and what each writes."""
     for layer, x in enumerate(stream):
         sums.vector(x, "stream", layer)
     for layer in range(len(stream) - 1):
         sums.square(stream[layer + 1] - stream[layer], "update", layer)
 
 
-def book_alone(
+def record_entry_updates(
     units: Units, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: Sums
 ) -> Iterator[tuple[int, Stream]]:
-    """``p_l`` of every layer after ``start``, booked for R and O on the way."""
-    together = torch.zeros_like(stream[start])
+    """Yield ``p_l`` of every layer after ``start``, and record on the way what R and O need."""
+    parallel = torch.zeros_like(stream[start])
     for layer in units.after(start, longest):
-        alone = units.update(layer, stream[start], context)
-        together = together + alone
+        entry_update = units.update(layer, stream[start], context)
+        parallel = parallel + entry_update
         serial = stream[layer + 1] - stream[start + 1]
-        sums.vector(alone, norm, start, layer)
-        sums.square(stream[layer + 1] - stream[layer] - alone, norm, "effect", start, layer)
+        sums.vector(entry_update, norm, start, layer)
+        sums.square(stream[layer + 1] - stream[layer] - entry_update, norm, "effect", start, layer)
         sums.square(serial, norm, "serial", start, layer)
-        sums.square(together, norm, "together", start, layer)
-        sums.square(serial - together, norm, "error", start, layer)
-        yield layer, alone
+        sums.square(parallel, norm, "parallel", start, layer)
+        sums.square(serial - parallel, norm, "error", start, layer)
+        yield layer, entry_update
 
 
 class Reading:
@@ -148,75 +154,76 @@ class Reading:
             raise ValueError(f"the stream is not finite on these prompts: its numbers overflow {dtype}")
 
     def norm(self, total: Float[Tensor, "prompt d_model"], *key: Any) -> Resampled:
-        """``n(c(.))`` of the vectors whose squares are under ``key`` and whose sums are ``total``."""
+        """Return ``n(c(.))`` of the vectors whose squares are under ``key`` and whose sums are ``total``."""
         return Moments(self.sums["count",], total, total, self.sums[key]).norm(self.draws)
 
     def size(self, *key: Any) -> Resampled:
-        """``n(.)``, not centred."""
+        """Return ``n(.)``, not centred, of the vectors whose squares are under ``key``."""
         return (self.draws @ self.sums[key] / (self.draws @ self.sums["count",])).sqrt()
 
     def measures(self, start: int, layers: range, damage: bool) -> dict[str, Float[Tensor, "layer resample"]]:
+        """Return every measure of ``surgery.series.window`` for the windows that end with each of ``layers``."""
         weight, entry_read, output = self.dependence("frozen", start, layers)
         weight_live, entry_read_live, output_live = self.dependence("live", start, layers)
-        found = {"R": average(entry_read, weight), "O": output}
-        found["S"] = (found["R"] + found["O"]) / 2
-        found |= {"R_live": average(entry_read_live, weight_live), "O_live": output_live}
-        found["S_live"] = (found["R_live"] + found["O_live"]) / 2
-        found["layernorm_share"] = found["S_live"] - found["S"]
-        found["N"] = average(self.displacement(start, layers), weight)
-        found["R_over_N"] = torch.where(found["N"] > 0, found["R"] / found["N"], torch.nan)
-        found["R_shuffled"] = torch.full_like(output, torch.nan)
+        R, R_live = running_mean(entry_read, weight), running_mean(entry_read_live, weight_live)
+        S, S_live = (R + output) / 2, (R_live + output_live) / 2
+        measures = {"R": R, "O": output, "S": S, "R_live": R_live, "O_live": output_live, "S_live": S_live}
+        measures["layernorm_share"] = S_live - S
+        measures["N"] = running_mean(self.displacement(start, layers), weight)
+        measures["R_over_N"] = torch.where(measures["N"] > 0, R / measures["N"], torch.nan)
+        measures["R_shuffled"] = torch.full_like(output, torch.nan)
         if self.draws.shape[1] > 1:
-            found["R_shuffled"] = average(self.shuffled(start, layers), weight)
+            measures["R_shuffled"] = running_mean(self.shuffled(start, layers), weight)
         if damage:
             count = self.draws @ self.sums["predictions",]
             for kind, form in itertools.product(("loss", "kl"), ("sum", "mean")):
                 nats = [self.draws @ self.sums[kind, form, start, layer + 1] / count for layer in layers]
-                found[f"{kind}_parallel_{form}"] = torch.stack(nats)
-        return found
+                measures[f"{kind}_parallel_{form}"] = torch.stack(nats)
+        return measures
 
     def dependence(self, norms: str, start: int, layers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """``w_l`` and ``R_l`` of every layer, and O of the window that ends with it."""
+        """Return ``w_l`` and ``R_l`` of every layer, and O of the window that ends with it."""
         x, weight, entry_read, output = self.x, [], [], []
-        together = torch.zeros_like(x[0])
+        parallel = torch.zeros_like(x[0])
         for layer in layers:
             update, serial = x[layer + 1] - x[layer], x[layer + 1] - x[start + 1]
-            alone = self.sums.total(norms, start, layer)
-            together = together + alone
-            n_update, n_alone = self.norm(update, "update", layer), self.norm(alone, norms, start, layer)
+            entry_update = self.sums.total(norms, start, layer)
+            parallel = parallel + entry_update
+            n_update, n_entry = self.norm(update, "update", layer), self.norm(entry_update, norms, start, layer)
             n_serial = self.norm(serial, norms, "serial", start, layer)
-            n_together = self.norm(together, norms, "together", start, layer)
-            entry_read.append(self.norm(update - alone, norms, "effect", start, layer) / (n_update + n_alone))
-            output.append(self.norm(serial - together, norms, "error", start, layer) / (n_serial + n_together))
-            # Dead is a layer whose writes vary less than the stream they are added to, or the moments, are rounded.
+            n_parallel = self.norm(parallel, norms, "parallel", start, layer)
+            entry_read.append(self.norm(update - entry_update, norms, "effect", start, layer) / (n_update + n_entry))
+            output.append(self.norm(serial - parallel, norms, "error", start, layer) / (n_serial + n_parallel))
+            # A layer is dead if its writes vary less than the rounding of the stream or of the moments.
             rounding = torch.finfo(self.dtype).eps * self.size("stream", layer + 1)
             rounding = rounding + 1e-7 * (self.size("update", layer) + self.size(norms, start, layer))
-            energy = n_update**2 + n_alone**2
+            energy = n_update**2 + n_entry**2
             weight.append(torch.where(energy > rounding**2, energy, 0))
         weights = torch.stack(weight)
         return weights, torch.stack(entry_read), torch.where(weights.cumsum(0) > 0, torch.stack(output), torch.nan)
 
     def displacement(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
-        """``N_l`` of every layer."""
-        x, found = self.x, []
+        """Return ``N_l`` of every layer."""
+        x, nulls = self.x, []
         size = {place: self.norm(x[place], "stream", place) for place in (start, *map(self.reads.__getitem__, layers))}
         for layer in layers:
             read = self.reads[layer]
-            found.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
-        return torch.stack(found)
+            nulls.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
+        return torch.stack(nulls)
 
     def shuffled(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
-        """``R_l`` of every layer with the written content shuffled."""
-        found = []
+        """Return ``R_l`` of every layer with the written content shuffled."""
+        nulls = []
         for layer in layers:
-            alone, other = self.sums.total("frozen", start, layer), self.sums.total("shuffled", start, layer)
-            scale = self.norm(other, "shuffled", start, layer) + self.norm(alone, "frozen", start, layer)
-            found.append(self.norm(other - alone, "shuffled effect", start, layer) / scale)
-        return torch.stack(found)
+            entry_update = self.sums.total("frozen", start, layer)
+            shuffled = self.sums.total("shuffled", start, layer)
+            scale = self.norm(shuffled, "shuffled", start, layer) + self.norm(entry_update, "frozen", start, layer)
+            nulls.append(self.norm(shuffled - entry_update, "shuffled effect", start, layer) / scale)
+        return torch.stack(nulls)
 
 
-def average(
+def running_mean(
     values: Float[Tensor, "layer resample"], weights: Float[Tensor, "layer resample"]
 ) -> Float[Tensor, "layer resample"]:
-    """Weighted mean over the layers so far, for the window that ends with each; NaN while all of them are dead."""
+    """Average over the layers so far, for the window that ends with each; NaN while all of them are dead."""
     return torch.where(weights > 0, values * weights, 0).cumsum(0) / weights.cumsum(0)

@@ -1,4 +1,4 @@
-r"""Direct and indirect effect: does a layer act on the output by itself, or through the layers behind it?
+r"""Direct and indirect effect: does a layer act on the output by itself, or through later layers?
 
 Layer ``i`` is ablated by its mean, ``x_{i+1}' = x_i + E u_i`` at the tokens of the ensemble, and the rest of the model
 runs. With ``y`` the logits, each token's centred over the vocabulary,
@@ -8,19 +8,20 @@ runs. With ``y`` the logits, each token's centred over the vocabulary,
     IE_i = TE_i - DE_i                               indirect effect: what later layers made of it
     M_i  = n(IE_i) / (n(IE_i) + n(DE_i)),            n(a) = sqrt(E|a|^2) over tokens, a vector over the vocabulary.
 
-The final norm keeps the denominators of the clean run in all three, else it would pass for an indirect effect; so, with
-``frozen``, do the layers' norms. M is 0 if no later layer reads the layer, 1 if the head does not read it but through
-others, and may not leave [0, 1]. The last layer has none behind it: its M is 0 by definition.
+The final norm keeps the denominators of the clean run in all three, or it would pass for an indirect effect; with
+``frozen``, so do the layers' norms. M is 0 if no later layer reads the layer, 1 if the head reads it only through
+others, and cannot leave [0, 1]. No layer follows the last one: its M is 0 by definition.
 
 The head decides what is direct. Parallel network: M = 0 for every layer. Serial network: its head reads every layer
-as well, and M rises from the last layer back without reaching 1; where the head reads the last subspace alone, M = 1
-for all layers but the last. A mean-ablated layer of the serial network hands on a constant, so IE counts all of what
-follows. M may be high because a direct effect is undone later (self-repair: Rushing and Nanda 2024, arXiv 2402.15390);
-the split itself is that of Pearl (2001), in transformers McGrath et al. 2023 (arXiv 2307.15771).
+too, and M rises from the last layer back without reaching 1; where the head reads the last subspace alone, M = 1 for
+all layers but the last. A mean-ablated layer of the serial network passes on a constant, so IE counts all of what
+follows. M may be high because a direct effect is undone later (self-repair: Rushing and Nanda 2024, arXiv 2402.15390).
+The split is due to Pearl (2001), for transformers to McGrath et al. 2023 (arXiv 2307.15771).
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = effects(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+>>> stack = Stack(known_networks.parallel_network(n_layers=3))
+>>> frame = effects(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.M.round(4).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -34,11 +35,12 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
+from surgery.instruments.ablation import mean_updates
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.bootstrap import described, measure_columns, ratio, weights
 from surgery.stats.sampling import Sampling
 
 COLUMNS = {
@@ -57,23 +59,24 @@ COLUMNS |= described(_MEASURES)
 def effects(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """Total, direct and indirect effect of every layer on the logits, and the indirect share M. Columns: ``COLUMNS``.
+    """Measure total, direct and indirect effect of every layer on the logits, and the indirect share M.
 
-    ``frozen=False`` leaves the layers' norms live (the final norm never is). A layer whose update is the same for every
-    token has no effect and no M (NaN). The mean is that of all prompts, not drawn again with the resamples.
+    Columns: ``COLUMNS``. ``frozen=False`` leaves the layers' norms live (the final norm never is). A layer whose update
+    is the same for every token has no effect and no M (NaN). The mean update is that of all prompts, also in resamples.
 
     Cost in a model of L layers: (L - 1) / 2 + 3 F (2 with live norms) and 2 L + 1 readouts. Memory: 2 L + 1 streams of
     one batch.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = effects(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack = Stack(known_networks.serial_network(n_layers=3))
+    >>> frame = effects(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> bool(frame.M[0] > frame.M[1] > frame.M[2] == 0)
     True
     """
     ensemble = Ensemble.of(stack, tokens, sampling)
-    means = _mean_updates(stack, ensemble)
-    sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of the squares: [layer, prompt] a batch
+    means = mean_updates(stack, ensemble).to(stack.device, stack.dtype)
+    sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of squares, [layer, prompt] for each batch
     batches = list(ensemble.tokens.batches(sampling.batch_size))
     for batch in track(batches, "effects", disable=not sampling.progress, transient=True):
         context, mask = stack.context(batch), batch.ensemble(sampling.skip_first)
@@ -85,7 +88,7 @@ def effects(
                 ablated, rest = stream[layer + 1] - lost, f"{layer + 1}:"
                 totals.append(stack.execute(rest, ablated, context) if layer + 1 < stack.n_layers else ablated)
                 directs.append(stream[-1] - lost)
-        finals = [torch.stack([x[mask] for x in some]) for some in (totals, directs)]
+        finals = [torch.stack([x[mask] for x in streams]) for streams in (totals, directs)]
         prompts = mask.nonzero()[:, 0]
         for name, squares in _squares(stack, stream[-1][mask], *finals).items():
             empty = torch.zeros(stack.n_layers, len(batch), dtype=torch.float64)
@@ -94,20 +97,10 @@ def effects(
     count = draws @ ensemble.mask.sum(1).double().cpu()
     rows = []
     for layer in range(stack.n_layers):
-        row: dict[str, float] = {"layer": layer, "n_prompts": len(ensemble.tokens)}
-        found = {name: (draws @ torch.cat(parts, 1)[layer] / count).sqrt() for name, parts in sums.items()}
-        found["M"] = ratio(found["IE"], found["IE"] + found["DE"])
-        for name, values in found.items():
-            row |= columns(name, values)
-        rows.append(row)
+        measures = {name: (draws @ torch.cat(parts, 1)[layer] / count).sqrt() for name, parts in sums.items()}
+        measures["M"] = ratio(measures["IE"], measures["IE"] + measures["DE"])
+        rows.append({"layer": layer, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
     return pd.DataFrame(rows)
-
-
-def _mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:
-    totals = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
-    for visit in ensemble.visits(stack, "mean updates"):
-        totals[visit.layer] += visit.u[visit.mask].sum(0, dtype=torch.float64).cpu()
-    return (totals / ensemble.mask.sum().cpu()).to(stack.device, stack.dtype)
 
 
 def _squares(
@@ -116,8 +109,8 @@ def _squares(
     totals: Float[Tensor, "layer row d_model"],
     directs: Float[Tensor, "layer row d_model"],
 ) -> dict[str, Float[Tensor, "layer row"]]:
-    """Squared length of every token's total, direct and indirect effect on the logits."""
-    found: dict[str, list[Tensor]] = {"TE": [], "DE": [], "IE": []}
+    """Return the squared length of every token's total, direct and indirect effect on the logits."""
+    squares: dict[str, list[Tensor]] = {"TE": [], "DE": [], "IE": []}
     for rows in portions(stack, clean):
         with frozen_head(stack, clean[rows]):
             before = _centred(logits(stack, clean[rows]))
@@ -125,9 +118,9 @@ def _squares(
             for total, direct in zip(totals, directs, strict=True):
                 te, de = (before - _centred(logits(stack, final[rows])) for final in (total, direct))
                 layers.append({"TE": te, "DE": de, "IE": te - de})
-        for name, parts in found.items():
+        for name, parts in squares.items():
             parts.append(torch.stack([effect[name].double().square().sum(-1).cpu() for effect in layers]))
-    return {name: torch.cat(parts, 1) for name, parts in found.items()}
+    return {name: torch.cat(parts, 1) for name, parts in squares.items()}
 
 
 def _centred(y: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:

@@ -18,32 +18,32 @@ NETWORKS_COLUMNS = window.COLUMNS | {"network": "which network the row is about"
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """How serial the model is, against the nulls and untrained, and what running it in parallel costs."""
+    """Say how serial the model is, against the nulls and untrained, and what running it in parallel costs."""
     networks = tables.get(NETWORKS, pd.DataFrame({"network": []}))
     untrained = networks[networks["network"] == UNTRAINED]
     return headlines(words.windows(tables[WINDOWS], untrained if len(untrained) else None))
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
-    """What the windows cannot tell."""
+    """State what the windows leave undecided."""
     return words.limits(tables[WINDOWS])
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
-    """S and R/N of every window."""
+    """Draw S and R/N of every window."""
     caption = f"S and R/N of every window measured; the numbers are in {WINDOWS}."
     return {"series": Drawing(figures.windows(tables[WINDOWS]), caption)}
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
-    """What S and R/N are, and the windows the sentences speak of."""
+    """Explain S and R/N, and show the windows that the sentences speak of."""
     frame = tables[WINDOWS]
     paragraphs = [
         "S = (R + O) / 2 asks whether the layers of a window depend on one another. R compares what each layer "
         "writes with what it would write given the stream that enters the window; O compares what the whole window "
         "writes with what its layers write side by side. Both are 0 if no layer reads another, 1 if each lives only "
         "on the one before. The normalisation is frozen at the clean run; S_live lets it move.",
-        "A layer also changes its output because the stream has moved at all. N is how far it moved relative to its "
+        "A layer also changes its output simply because the stream has moved. N is how far it moved relative to its "
         "size: R/N above 1 is response to what the window wrote beyond that, below 1 is preference for what was "
         "there before. Compare windows of equal length.",
     ]
@@ -81,7 +81,7 @@ def _draw_networks(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
 def _networks_section(tables: Tables, manifests: Manifests) -> Section:
     networks = tables[NETWORKS]
     paragraphs = [
-        "Before the measure is believed it is shown networks whose structure was decided when their weights were "
+        "Before the measure is trusted, it is tried on networks whose structure was decided when their weights were "
         "written: parallel (every layer reads the embedding alone), serial (every layer reads only the one before), "
         "mixtures of the two, a linear network whose layers prefer nothing (R/N must be 1), and untrained random "
         "ones."

@@ -5,17 +5,17 @@ What a head writes is in the image of ``W_OV = W_V W_O``; a later head takes it 
     Q   |W_OV^i W_Q W_K^T| / (|W_OV^i| |W_Q W_K^T|)        K   |W_OV^i W_K W_Q^T| / (...)
     V   |W_OV^i W_V W_O|   / (|W_OV^i| |W_V W_O|)          MLP |W_OV^i W_in| / (|W_OV^i| |W_in|)
 
-with Frobenius norms and row vectors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). The same
-for what an MLP writes, ``W_out`` in ``W_OV``'s place: kinds ``MLP-Q``, ``MLP-K``, ``MLP-V`` and ``MLP-MLP``. All lie in
-[0, 1]. The norm that stands before the reading matrices, its scale and its centring, is multiplied into them here; so
-is one behind the writing sublayer (Gemma 2, OLMo 2). The model is not touched. Of grouped queries, every query head
-stands with the keys and values of its group. A gated MLP reads through both its matrices.
+with Frobenius norms and row vectors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). For what
+an MLP writes, ``W_out`` takes the place of ``W_OV``: kinds ``MLP-Q``, ``MLP-K``, ``MLP-V`` and ``MLP-MLP``. All lie in
+[0, 1]. The norm before the reading matrices, its scale and its centring, is multiplied into them here; so is one after
+the writing sublayer (Gemma 2, OLMo 2). The model is not touched. With grouped queries, every query head is paired with
+the keys and values of its group. A gated MLP reads through both its matrices.
 
-Matrices of random directions read ``1/sqrt(d_model)`` and the largest of many heads more, so the same number is also
-taken with what is written turned by a random rotation of the stream (same shapes, same singular values): the
-``baseline``. ``excess = mean - baseline``. That is a statement on weights alone: neither how large updates are, nor
-whether attention looks there, nor that rotary positions turn queries and keys (read here at distance 0), nor a norm
-within attention is in it.
+Matrices of random directions read ``1/sqrt(d_model)``, and the largest of many heads more. So the same number is also
+taken with the writing matrix turned by a random rotation of the stream (same shapes, same singular values): the
+``baseline``. ``excess = mean - baseline``. This is a statement about weights alone: it ignores how large updates are,
+whether attention looks there, that rotary positions turn queries and keys (taken here at distance 0), and norms within
+attention.
 
 Parallel network: ``MLP-MLP`` is 0 for every pair. Serial network: above its baseline for neighbours, 0 for all others.
 Untrained: excess 0 up to its noise.
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,16 +58,16 @@ COLUMNS = {
     "excess_max": "max - baseline_max",
 }
 
-Matrices = Float[Tensor, "_ _ _"]  # a matrix a head, or one for an MLP
+Matrices = Float[Tensor, "_ _ _"]  # one matrix per head, or a single one for an MLP
 
 
 def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, seed: int = 0) -> pd.DataFrame:
-    """Composition of every two layers ``earlier < later``, by kind. Columns: ``COLUMNS``.
+    """Measure the composition of every two layers ``earlier < later``, by kind. Columns: ``COLUMNS``.
 
-    The baseline is the mean of ``draws`` rotations. A matrix of zeros composes with nothing and is left out; if there
+    The baseline is the mean over ``draws`` rotations. A matrix of zeros composes with nothing and is left out; if there
     is no other, the row is NaN. Cost: 0 F. ``(L^2/2) (1 + draws)`` products of d_model x d_head x heads^2 a kind.
 
-    Raises ModelError where the model has no such weights, ValueError for an unknown kind or no draw.
+    Raises ModelError where the model has no such weights, ValueError for an unknown kind or ``draws`` below 1.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
@@ -91,7 +92,7 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
         rows = []
         for earlier, later in itertools.combinations(range(stack.n_layers), 2):
             noise = torch.from_numpy(generator.standard_normal((draws, stack.d_model, stack.d_model)))
-            turns = [rotation(some) for some in noise]
+            turns = [rotation(matrix) for matrix in noise]
             for kind in kinds:
                 out, into = written[earlier][kind.startswith("MLP-")], read[later][kind.removeprefix("MLP-")]
                 mean, most = _summary(_composition(out, into))
@@ -103,20 +104,24 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
     return pd.DataFrame(rows)
 
 
-def _composition(out: Float[Tensor, "h r d"], into: Float[Tensor, "g d c"]) -> Float[Tensor, " pair"]:
-    """``|A B| / (|A| |B|)`` of every written A and every read B; NaN where one is 0."""
-    products = torch.einsum("hrd,gdc->hgrc", out, into).norm(dim=(-2, -1))
-    sizes = out.norm(dim=(-2, -1))[:, None] * into.norm(dim=(-2, -1))
-    return ratio(products.flatten(), sizes.flatten())
+def _composition(
+    out: Float[Tensor, "writer row d_model"], into: Float[Tensor, "reader d_model column"]
+) -> Float[Tensor, " pair"]:
+    """Return ``|A B| / (|A| |B|)`` for every writing matrix A and every reading matrix B; NaN where one is 0."""
+    products = einsum(out, into, "writer row d_model, reader d_model column -> writer reader row column")
+    sizes = torch.outer(out.norm(dim=(-2, -1)), into.norm(dim=(-2, -1)))
+    norms, sizes = (rearrange(x, "writer reader -> (writer reader)") for x in (products.norm(dim=(-2, -1)), sizes))
+    return ratio(norms, sizes)
 
 
 def _summary(values: Float[Tensor, " pair"]) -> tuple[float, float]:
+    """Return mean and maximum of the defined values; NaN if there are none."""
     values = values[values.isfinite()]
     return (float(values.mean()), float(values.max())) if len(values) else (float("nan"), float("nan"))
 
 
 def _writes(stack: Stack, layer: int, mlp: bool) -> Matrices:
-    """Matrices into the stream with the singular values and images of W_OV or W_out, as few rows as there can be."""
+    """Return matrices into the stream with the singular values and images of W_OV or W_out, with the fewest rows."""
     if mlp:
         return _weight(stack, layer, "mlp", "W_out")[None] @ _norm(stack, layer, "ln2_post")
     value, out = (_weight(stack, layer, "attn", key) for key in ("W_V", "W_O"))
@@ -125,7 +130,7 @@ def _writes(stack: Stack, layer: int, mlp: bool) -> Matrices:
 
 
 def _reads(stack: Stack, layer: int, kind: str) -> Matrices:
-    """Matrices out of the stream with the norms that W_Q W_K^T, its transpose, W_OV or W_in have on what enters."""
+    """Return matrices out of the stream that compose with norms as W_Q W_K^T, its transpose, W_OV or W_in do."""
     block = stack.model.blocks[layer]
     if kind == "MLP":
         into = _weight(stack, layer, "mlp", "W_in")
@@ -133,7 +138,7 @@ def _reads(stack: Stack, layer: int, kind: str) -> Matrices:
             into = torch.cat([into, _weight(stack, layer, "mlp", "W_gate")], -1)
         return (_norm(stack, layer, "ln2" if "ln2" in block.submodules else "ln1") @ into)[None]
     query, key, value, out = (_weight(stack, layer, "attn", name) for name in ("W_Q", "W_K", "W_V", "W_O"))
-    key, value = (_per_query_head(some, len(query)) for some in (key, value))
+    key, value = (_per_query_head(weight, len(query)) for weight in (key, value))
     norm, leaving = _norm(stack, layer, "ln1"), _norm(stack, layer, "ln1_post")
     left, right = {"Q": (query, norm @ key), "K": (key, norm @ query), "V": (value, (out @ leaving).mT)}[kind]
     return norm @ left @ torch.linalg.qr(right)[1].mT
@@ -146,13 +151,13 @@ def _per_query_head(weight: Float[Tensor, "group d_model d_head"], n_heads: int)
 def _weight(stack: Stack, layer: int, part: str, name: str) -> Float[Tensor, "..."]:
     weight = getattr(getattr(stack.model.blocks[layer], part, None), name, None)
     if not isinstance(weight, Tensor):
-        asked = "ask for heads, kinds=('Q', 'K', 'V')" if part == "mlp" else "ask for kinds=('MLP-MLP',)"
-        raise ModelError(f"layer {layer} of {stack.name} has no single matrix {part}.{name} to compose with: {asked}")
+        hint = "ask for heads, kinds=('Q', 'K', 'V')" if part == "mlp" else "ask for kinds=('MLP-MLP',)"
+        raise ModelError(f"layer {layer} of {stack.name} has no single matrix {part}.{name} to compose with: {hint}")
     return weight.detach().double().cpu()
 
 
 def _norm(stack: Stack, layer: int, name: str) -> Float[Tensor, "d_model d_model"]:
-    """The linear part of a norm, ``x -> x A``: its scale, and its centring if it centres. Without such a norm: 1."""
+    """Return the linear part A of a norm, ``x -> x A``: its scale and its centring, if any. No norm: identity."""
     module = getattr(stack.model.blocks[layer], name, None)
     identity = torch.eye(stack.d_model, dtype=torch.float64)
     if module is None or isinstance(getattr(module, "original_component", module), nn.Identity):

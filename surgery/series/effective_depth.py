@@ -1,4 +1,4 @@
-r"""Effective depth: after how many layers is the answer there? Three criteria of the literature, and how fragile.
+r"""Effective depth: after how many layers is the answer there? Three criteria of the literature, and their fragility.
 
 ==========  ===========================================================================================================
 criterion   depth, in layers that have run
@@ -11,12 +11,12 @@ overlap     the fewest after which the logit lens has more than the threshold of
 
 Hu et al. 2025 (arXiv 2512.14064) use 0, 0.5 and 0.3, and divide by the number of layers, as ``ratio`` does; their
 cosine is averaged over attention, MLP and layer, ours is the layer's. A threshold is a choice: ``grid`` shows the depth
-against it, and what moves with the threshold is no property of the model. Each crossing of a noisy curve jumps from
+against it, and what moves with the threshold is not a property of the model. The crossing of a noisy curve jumps from
 resample to resample, which the intervals show. A criterion that is never met has depth NaN.
 
-Depth is about when the answer is written, not about which layer reads which (see ``surgery.series``): in
-``calibration``'s parallel network, where every layer could run first, kl and overlap are met late, as in the serial
-one. Compare with the architecture untrained.
+Depth is about when the answer is written, not about which layer reads which (see ``surgery.series``): in the parallel
+network of ``surgery.instruments.known_networks``, where every layer could run first, kl and overlap are met late, as in
+the serial one. Compare with the architecture untrained.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from surgery.instruments import lens, similarity
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
 _MEASURES = {
@@ -54,11 +54,12 @@ def effective(
     overlap: float = 0.3,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """The depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost as ``grid``.
+    """Measure the depth by each criterion at one threshold: a row each. Columns: ``COLUMNS``. Cost: as ``grid``.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = effective(Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack = Stack(known_networks.random_network(n_layers=3))
+    >>> frame = effective(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.criterion.tolist(), bool(frame.ratio.dropna().between(0, 1).all())
     (['cosine', 'kl', 'overlap'], True)
     """
@@ -74,7 +75,7 @@ def grid(
     overlap: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """The depth by each criterion against its threshold: a row for every threshold. Columns: ``COLUMNS``.
+    """Measure the depth by each criterion against its threshold: a row for every threshold. Columns: ``COLUMNS``.
 
     Cost: 2 F and L + 2 readouts a prompt.
 
@@ -104,18 +105,16 @@ def grid(
                     depth = _first(kls < threshold * kls.amax(0))
                 case _:
                     depth = _first(overlaps > threshold)
-            row: dict[str, str | float] = {"criterion": name, "threshold": threshold, "n_prompts": len(ensemble.tokens)}
-            row |= columns("depth", depth)
-            row |= columns("ratio", depth / stack.n_layers)
-            rows.append(row)
+            row = {"criterion": name, "threshold": threshold, "n_prompts": len(ensemble.tokens)}
+            rows.append(row | measure_columns({"depth": depth, "ratio": depth / stack.n_layers}))
     return pd.DataFrame(rows)
 
 
 def _first(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:
-    """The first layer, counted from 1, at which something is met; NaN where it never is."""
+    """Return the first layer, counted from 1, at which the criterion is met; NaN where it never is."""
     return torch.where(met.any(0), (~met).cumprod(0).sum(0) + 1.0, torch.nan).double()
 
 
 def _last(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:
-    """The last layer, counted from 1, at which something is met; NaN where it never is."""
+    """Return the last layer, counted from 1, at which the criterion is met; NaN where it never is."""
     return len(met) + 1 - _first(met.flip(0))

@@ -3,11 +3,11 @@ r"""Gates on the layers' updates, ``x_{l+1} = x_l + alpha_l u_l``: how does the 
 In parallel the output is a sum over layers, linear in the gates; in series it is a chain, a product of them. Three
 readings of that, all derivatives at the model itself, ``alpha = 1``:
 
-* ``exponents``: all updates of a window of ``m`` layers scaled by one ``eps``. What its last layer writes grows as
+* ``exponents``: all updates of a window of ``m`` layers are scaled by ``eps``. What its last layer writes grows as
   ``kappa_g = d log n(c(eps u_last)) / d log eps``: 1 in the parallel network, exactly ``m`` in the serial one without
-  biases (relu is homogeneous), ``gate_series = (kappa_g - 1) / (m - 1)`` then 0 and 1. Real layers may leave
-  that range, if the last one writes less because others write. ``kappa_g_stream`` reads all that the window wrote,
-  ``x_stop - x_start``: the mean length of path in it, weighted by energy, so less than ``m`` in series as well.
+  biases (relu is homogeneous); ``gate_series = (kappa_g - 1) / (m - 1)`` is then 0 and 1. Real layers may leave that
+  range, if the last one writes less because others write. ``kappa_g_stream`` reads all that the window wrote,
+  ``x_stop - x_start``: the mean length of the paths in it, weighted by energy, so less than ``m`` in series as well.
 * ``hessian``: ``H_ij = d^2 s / d alpha_i d alpha_j / s`` for the margin ``s`` of the likeliest next token over the
   second: 0 for every pair in parallel. In series it is 1 for every pair if the head reads the last layer alone; a head
   that reads layer ``l`` too, as the serial network's does, adds terms in which ``j > l`` has no part, and H is then the
@@ -16,23 +16,26 @@ readings of that, all derivatives at the model itself, ``alpha = 1``:
   past it at every layer; how much of it runs through ``k`` branches? In parallel all is at k <= 1. In series with a
   head that reads the last layer alone all is at k = L; the serial network's own head reads every length of chain.
 
-The margin is read through the final norm with its denominators kept, and linearly, so that no curvature of the head
-counts (Veit et al. 2016, arXiv 1605.06431, take the gradient of the loss). The layers' norms are frozen too unless
-asked; live, their division couples all layers. ``exponents`` and ``hessian`` are our definitions.
+The margin is read through the final norm with its denominators kept, and linearly, so that the curvature of the head
+does not count (Veit et al. 2016, arXiv 1605.06431, take the gradient of the loss). The layers' norms are frozen too by
+default; live, their division couples all layers. ``exponents`` and ``hessian`` are our definitions.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = exponents(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+>>> stack = Stack(known_networks.serial_network(n_layers=3))
+>>> frame = exponents(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.kappa_g.round(4).tolist()
 [2.0, 3.0, 2.0]
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from rich.progress import track
 from torch import Tensor
@@ -42,8 +45,8 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, portions
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.series.jacobians import linearised
-from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
+from surgery.series.jacobians import linearise
+from surgery.stats.bootstrap import Moments, columns, described, measure_columns, ratio, weights
 from surgery.stats.sampling import Sampling
 
 COLUMNS = {
@@ -68,11 +71,12 @@ COLUMNS |= described(_MEASURES)
 def exponents(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """The gate exponent of every window of two layers or more. Columns: those of ``COLUMNS`` that start a window.
+    """Measure the gate exponent of every window of two layers or more.
 
-    A last layer that writes the same for every token has none (NaN). A layer that reads all directions alike answers
-    to the share of its input that the window wrote, and from layer 0 of a model with small embeddings that is nearly
-    all (an untrained network of 4 layers: 0.99 for layers 0 and 1, 0.5 and less from layer 1 on): compare windows from
+    Columns: ``start``, ``stop``, ``n_prompts`` and, with intervals, ``kappa_g``, ``gate_series``, ``kappa_g_stream``. A
+    last layer that writes the same for every token has none (NaN). A layer that reads all directions alike responds to
+    the share of its input that the window wrote, and from layer 0 of a model with small embeddings that is nearly all
+    (an untrained network of 4 layers: 0.99 for layers 0 and 1, 0.5 and less from layer 1 on): compare windows from
     layer 1 with the architecture untrained.
 
     Cost in a model of L layers: 2 F and L linearisations (another F forward), with live norms 1 F less; and
@@ -91,18 +95,18 @@ def exponents(
             entries: list[Tensor] = []
             tangents: list[Tensor] = []  # d x / d eps of the windows from every start
         with stack.frozen(visit.context, scales) if frozen else nullcontext():
-            along = linearised(stack, visit.layer, visit.x, visit.context)
+            along = linearise(stack, visit.layer, visit.x, visit.context)
             for start, tangent in enumerate(tangents):
-                answer = along(tangent)
-                tangents[start] = tangent + visit.u + answer
+                response = along(tangent)
+                tangents[start] = tangent + visit.u + response
                 window, written = (start, visit.layer + 1), visit.x + visit.u - entries[start]
-                last[window] += [Moments.of(visit.u, b, visit.mask) for b in (None, answer)]
+                last[window] += [Moments.of(visit.u, b, visit.mask) for b in (None, response)]
                 whole[window] += [Moments.of(written, b, visit.mask) for b in (None, tangents[start])]
         entries.append(visit.x)
         tangents.append(visit.u)
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
 
-    def slope(parts: list[Moments]) -> Tensor:
+    def slope(parts: list[Moments]) -> Tensor:  # variances of what is written, and covariances with its derivative
         variance, covariance = (Moments.concatenate(parts[i::2]).covariance(draws) for i in (0, 1))
         return ratio(covariance, variance)
 
@@ -110,16 +114,16 @@ def exponents(
     for window in sorted(last):
         start, stop = window
         kappa = 1 + slope(last[window])
-        row: dict[str, float] = {"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)}
-        row |= columns("kappa_g", kappa) | columns("gate_series", (kappa - 1) / (stop - start - 1))
-        rows.append(row | columns("kappa_g_stream", slope(whole[window])))
+        measures = {"kappa_g": kappa, "gate_series": (kappa - 1) / (stop - start - 1)}
+        measures["kappa_g_stream"] = slope(whole[window])
+        rows.append({"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
     return pd.DataFrame(rows)
 
 
 def hessian(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling(batch_size=16)
 ) -> pd.DataFrame:
-    """``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
+    """Measure ``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
 
     A prompt has one set of gates: they act at all of its positions, and the margins of its tokens are added up.
 
@@ -130,7 +134,8 @@ def hessian(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = hessian(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack = Stack(known_networks.parallel_network(n_layers=3))
+    >>> frame = hessian(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.hessian.abs().round(5).tolist()
     [0.0, 0.0, 0.0]
     """
@@ -145,25 +150,25 @@ def hessian(
             gates = torch.ones(stack.n_layers, len(mask), dtype=stack.dtype, device=stack.device, requires_grad=True)
             x = context.x0
             for layer, gate in enumerate(gates):
-                x = x + gate[:, None, None] * stack.update(layer, x, context, grad=True)
-            (first,) = torch.autograd.grad((slope * x).sum(), gates, create_graph=True)
-            rows = [torch.autograd.grad(some.sum(), gates, retain_graph=True)[0] for some in first]
-        curvatures.append(torch.stack(rows).double().cpu())
+                gate = rearrange(gate, "prompt -> prompt 1 1")
+                x = x + gate * stack.update(layer, x, context, grad=True)
+            (slopes,) = torch.autograd.grad((slope * x).sum(), gates, create_graph=True)
+            second = [torch.autograd.grad(of_layer.sum(), gates, retain_graph=True)[0] for of_layer in slopes]
+        curvatures.append(torch.stack(second).double().cpu())
         margins.append(margin)
-    total, margin = torch.cat(curvatures, -1), torch.cat(margins)
+    curvature, margin = torch.cat(curvatures, -1), torch.cat(margins)
     draws = weights(len(tokens), sampling.resamples, sampling.seed)
-    rows_of_frame = []
-    for earlier in range(stack.n_layers):
-        for later in range(earlier + 1, stack.n_layers):
-            row: dict[str, float] = {"earlier": earlier, "later": later, "n_prompts": len(tokens)}
-            rows_of_frame.append(row | columns("hessian", ratio(draws @ total[earlier, later], draws @ margin)))
-    return pd.DataFrame(rows_of_frame)
+    return pd.DataFrame(
+        {"earlier": earlier, "later": later, "n_prompts": len(tokens)}
+        | columns("hessian", ratio(draws @ curvature[earlier, later], draws @ margin))
+        for earlier, later in itertools.combinations(range(stack.n_layers), 2)
+    )
 
 
 def path_lengths(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    r"""How much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
+    r"""Measure how much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
 
     With ``g_k`` the sum over all paths through exactly k branches, taken at the embedding, and ``Sigma`` the covariance
     of the embeddings of the ensemble (a direction in which no token differs from another is no path to it),
@@ -172,8 +177,8 @@ def path_lengths(
 
     The ``g_k`` are exact and not sampled: they are carried back together, ``g_k <- g_k + J_l^T g_{k-1}``. Paths of one
     length are added before their size is taken, so those that cancel do not count (Veit et al. add the sizes of sampled
-    ones). Where every branch passed on as much as its shortcut and no two paths agreed, the shares would go as the
-    square root of the binomial numbers, with a mean of L/2.
+    ones). If every branch passed on as much as its shortcut and no two paths agreed, the shares would go as the square
+    root of the binomial coefficients, with a mean of L/2.
 
     Columns: ``branches``, ``n_prompts``, ``share``, ``mean_branches``, each of the last two with its interval.
     Cost in a model of L layers: 2 F (1 with live norms), one readout, F with a graph and ``L (L + 1) / 2`` backward
@@ -181,7 +186,8 @@ def path_lengths(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = path_lengths(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack = Stack(known_networks.parallel_network(n_layers=3))
+    >>> frame = path_lengths(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> frame.share[2:].round(5).tolist()
     [0.0, 0.0]
     """
@@ -195,9 +201,9 @@ def path_lengths(
             for layer in reversed(range(stack.n_layers)):
                 x = stream[layer].detach().requires_grad_()
                 update = stack.update(layer, x, context, grad=True)
-                through = [torch.autograd.grad(update, x, some, retain_graph=True)[0] for some in gradients]
-                through = [torch.zeros_like(x), *through]
-                gradients = [a + b for a, b in zip([*gradients, torch.zeros_like(x)], through, strict=True)]
+                branch = [torch.autograd.grad(update, x, g, retain_graph=True)[0] for g in gradients]
+                none = torch.zeros_like(x)
+                gradients = [past + through for past, through in zip([*gradients, none], [none, *branch], strict=True)]
         weighted = torch.stack([g.detach().double() @ root.to(g.device) for g in gradients])
         energies.append((weighted.square().sum(-1) * mask).sum(-1).cpu())
     draws = weights(len(tokens), sampling.resamples, sampling.seed)
@@ -211,6 +217,7 @@ def path_lengths(
 
 
 def _batches(stack: Stack, tokens: Tokens, sampling: Sampling) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:
+    """Yield context and tokens of the ensemble of every batch; ValueError if there is no token to measure."""
     batches = list(Ensemble(tokens, sampling.but(progress=False)).tokens.batches(sampling.batch_size))
     for batch in track(batches, "gates", disable=not sampling.progress, transient=True):
         yield stack.context(batch), batch.ensemble(sampling.skip_first)
@@ -218,7 +225,7 @@ def _batches(stack: Stack, tokens: Tokens, sampling: Sampling) -> Iterator[tuple
 
 @contextmanager
 def _running(stack: Stack, context: Context, frozen: bool) -> Iterator[None]:
-    """The fast attention kernels have no second derivative, and the norms' denominators are no part of the layers."""
+    """Context manager: attention has second derivatives, which fast kernels lack, and norms are ``frozen`` or live."""
     with sdpa_kernel(SDPBackend.MATH), stack.frozen(context) if frozen else nullcontext():
         yield
 
@@ -226,11 +233,11 @@ def _running(stack: Stack, context: Context, frozen: bool) -> Iterator[None]:
 def _margin(
     stack: Stack, final: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch pos d_model"]]:
-    """The margin of the first over the second logit, added up over a prompt's tokens, and its slope on the stream."""
-    rows = final[mask].detach()
+    """Return the margin of the first over the second logit, summed over a prompt's tokens, and its gradient."""
+    measured = final[mask].detach()
     margins, slopes = [], []
-    for some in portions(stack, rows):
-        x = rows[some].requires_grad_()
+    for rows in portions(stack, measured):
+        x = measured[rows].requires_grad_()
         with frozen_head(stack, x):
             best = stack.readout(x, grad=True).topk(2, dim=-1).values
         margin = best[:, 0] - best[:, 1]
@@ -245,7 +252,7 @@ def _margin(
 def _root_covariance(
     stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int
 ) -> Float[Tensor, "d_model d_model"]:
-    """The symmetric root of the embeddings' covariance."""
+    """Return the symmetric square root of the embeddings' covariance."""
     contexts = _batches(stack, tokens, sampling=Sampling(skip_first=skip_first, batch_size=batch_size, progress=False))
     x = torch.cat([context.x0[mask].double().cpu() for context, mask in contexts])
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))

@@ -1,32 +1,34 @@
 r"""Jacobian composition: does a later layer read, to first order, the directions that an earlier one writes?
 
 ``J_l`` is the derivative of layer ``l``'s update ``u_l = f_l(x_l)`` with respect to the stream, of the whole sequence
-and not of one token: what a token sends others through attention counts. A random probe ``xi`` (standard normal, at all
-tokens of the ensemble) goes through the earlier layer, ``v = J_i xi``, and then through the later one,
+and not of one token: what a token sends to others through attention counts. A random probe ``xi`` (standard normal, at
+all tokens of the ensemble) goes through the earlier layer, ``v = J_i xi``, and then through the later one,
 
     C_ij = sqrt( E|J_j v|^2 / (d E|J_j eta|^2) ),       eta_t a random direction of the length of v_t, d = d_model.
 
 Over probes ``d E|J_j eta|^2`` is the product of the squared Frobenius norms of ``J_j`` and ``J_i``, taken token by
 token. So in a model without attention whose tokens are all alike ``C_ij = |J_j J_i| / (|J_j| |J_i|)``, in [0, 1]; in
-others tokens of large writes may lift it a little above 1. A layer that reads all directions alike, or random ones,
+others, tokens with large writes may lift it slightly above 1. A layer that reads all directions alike, or random ones,
 reads ``1/sqrt(d)``, the ``baseline``; ``direct_excess = direct - baseline``.
 
-* ``direct`` is that: the later layer reads what the earlier wrote, nobody in between.
+* ``direct`` is this number: the later layer reads what the earlier one wrote, with no layer in between.
 * ``total`` lets the layers between carry it on: ``v`` is the change of the stream that reaches the later layer,
   ``w_{i+1} = J_i xi, w_{l+1} = w_l + J_l w_l``. For neighbours both are the same (but for the draw of eta).
 
 Parallel network: both 0 for every pair. Serial network: ``direct`` is above its baseline for neighbours and 0 for all
 others, as no layer reads past its neighbour; ``total`` is above 0 for all. Neither is 1: a layer that mixes the
 directions it reads at random has ``1/sqrt(width)`` of the ``width`` directions that are written and read. With live
-norms (``frozen=False``) a layer also answers to what rescales its input, and the parallel network reads above 0.
+norms (``frozen=False``) a layer also responds to what rescales its input, and the parallel network reads above 0.
 
-Derivatives are products of the whole layer with a vector, by reverse mode twice (``linearised``): this works for every
-architecture, attention running in its plain form. Hutchinson's estimator (1990); the normalised product is ours, after
-the coupling of Jacobians in Aubry et al. 2024 (arXiv 2407.07810), who compare singular vectors of each with each.
+Derivatives are products of the whole layer with a vector, by reverse mode twice (``linearise``): this works for every
+architecture, with attention running in its plain form. The estimator is Hutchinson's (1990); the normalised product is
+ours, after the coupling of Jacobians in Aubry et al. 2024 (arXiv 2407.07810), who compare the singular vectors of every
+two layers.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = pairs(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+>>> stack = Stack(known_networks.parallel_network(n_layers=3))
+>>> frame = pairs(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
 >>> frame.total.round(5).tolist()
 [0.0, 0.0, 0.0]
 """
@@ -38,6 +40,7 @@ from contextlib import nullcontext
 
 import pandas as pd
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
@@ -46,7 +49,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.bootstrap import described, measure_columns, ratio, weights
 from surgery.stats.sampling import Sampling
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -66,8 +69,8 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
-def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callable[[Stream], Stream]:
-    """``d -> J_l d``: the derivative of a layer's update at ``x``, over all positions, along a change of the stream.
+def linearise(stack: Stack, layer: int, x: Stream, context: Context) -> Callable[[Stream], Stream]:
+    """Return ``d -> J_l d``: the derivative of a layer's update at ``x``, over all positions, along a change ``d``.
 
     Cost: a forward and a backward pass of the layer, and about two backward passes for every use.
 
@@ -75,7 +78,7 @@ def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callabl
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.serial_network())
     >>> x = stack.stream(known_networks.tokens(2, 4))[1]
-    >>> jvp = linearised(stack, 1, x, stack.context(known_networks.tokens(2, 4)))
+    >>> jvp = linearise(stack, 1, x, stack.context(known_networks.tokens(2, 4)))
     >>> bool(torch.allclose(jvp(x), stack.update(1, x), atol=1e-5))  # relu: homogeneous
     True
     """
@@ -95,10 +98,11 @@ def linearised(stack: Stack, layer: int, x: Stream, context: Context) -> Callabl
 def pairs(
     stack: Stack, tokens: Tokens | Tensor, *, probes: int = 1, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """``direct`` and ``total`` Jacobian composition of every two layers ``earlier < later``. Columns: ``COLUMNS``.
+    """Measure ``direct`` and ``total`` Jacobian composition of every two layers ``earlier < later``.
 
-    A layer that writes nothing that is probed, or answers to nothing, is undefined (NaN). The intervals are over
-    prompts; the noise of the probes is in them, and falls with tokens times ``probes``.
+    Columns: ``COLUMNS``. A pair is undefined (NaN) if the earlier layer responds to no probe, or the later one to
+    nothing. The intervals are over prompts; they contain the noise of the probes, which falls with tokens times
+    ``probes``.
 
     Cost in a model of L layers: 2 F and L linearisations (another F forward), with norms live 1 F less; and
     ``probes * 2 L^2`` products, each about two backward passes of a layer. Memory: ``2 L probes`` streams of one
@@ -108,7 +112,8 @@ def pairs(
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> serial = pairs(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack = Stack(known_networks.serial_network(n_layers=3))
+    >>> serial = pairs(stack, known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
     >>> bool((serial.total > 0.1).all())
     True
     """
@@ -126,12 +131,13 @@ def pairs(
             return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like) * keep
 
         with stack.frozen(visit.context, scales) if frozen else nullcontext():
-            along = linearised(stack, visit.layer, visit.x, visit.context)
+            along = linearise(stack, visit.layer, visit.x, visit.context)
             for form, changes in written.items():
                 for (earlier, probe), change in changes.items():
                     read = along(change)
                     null = along(functional.normalize(noise(), dim=-1) * change.norm(dim=-1, keepdim=True))
-                    energies = [(values * keep).double().square().sum((1, 2)).cpu() for values in (read, null)]
+                    squares = ((values * keep).double().square() for values in (read, null))
+                    energies = [reduce(square, "prompt pos d_model -> prompt", "sum").cpu() for square in squares]
                     sums[form, earlier, visit.layer][:, prompts] += torch.stack(energies)
                     if form == "total":
                         changes[earlier, probe] = change + read * keep
@@ -142,12 +148,11 @@ def pairs(
     rows = []
     for later in range(1, stack.n_layers):
         for earlier in range(later):
-            row: dict[str, float] = {"earlier": earlier, "later": later, "n_prompts": len(ensemble.tokens)}
-            row["baseline"] = baseline
+            row = {"earlier": earlier, "later": later, "n_prompts": len(ensemble.tokens), "baseline": baseline}
             for form in ("direct", "total"):
                 read, null = sums[form, earlier, later]
-                found = ratio(draws @ read, draws @ null).sqrt() * baseline
-                row |= columns(form, found) | columns(f"{form}_excess", found - baseline)
+                composition = ratio(draws @ read, draws @ null).sqrt() * baseline
+                row |= measure_columns({form: composition, f"{form}_excess": composition - baseline})
             rows.append(row)
     return pd.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
 

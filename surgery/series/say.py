@@ -8,23 +8,23 @@ from surgery.page.phrases import few_prompts, number
 
 
 def whole_window(frame: pd.DataFrame) -> pd.Series | None:
-    """The window of all layers but the first, where it was measured."""
-    found = frame[(frame["start"] == 1) & (frame["stop"] == frame["stop"].max())]
-    return found.iloc[0] if len(found) else None
+    """Return the window of all layers but the first, if it was measured."""
+    rows = frame[(frame["start"] == 1) & (frame["stop"] == frame["stop"].max())]
+    return rows.iloc[0] if len(rows) else None
 
 
 def thirds(frame: pd.DataFrame) -> list[pd.Series]:
-    """Up to three windows of one length: first from layer 1, one in the middle, and the last."""
+    """Return up to three windows of one length: the first from layer 1 on, one in the middle, and the last."""
     n_layers = int(frame["stop"].max())
     length = min(max(2, (n_layers - 1) // 3), int((frame["stop"] - frame["start"]).max()))
     last = n_layers - length
     starts = sorted({start for start in (1, (1 + last) // 2, last) if 1 <= start <= last})
-    found = [frame[(frame["start"] == start) & (frame["stop"] == start + length)] for start in starts]
-    return [rows.iloc[0] for rows in found if len(rows)]
+    matches = [frame[(frame["start"] == start) & (frame["stop"] == start + length)] for start in starts]
+    return [rows.iloc[0] for rows in matches if len(rows)]
 
 
 def windows(frame: pd.DataFrame, untrained: pd.DataFrame | None = None) -> list[str]:
-    """A few sentences about ``series_windows``: how serial, against the nulls, where in depth, at what price.
+    """Summarise ``series_windows``: how serial, against the nulls, where in depth, and at what price in parallel.
 
     ``untrained`` is the same measurement on the same architecture with fresh weights.
     """
@@ -48,7 +48,7 @@ def windows(frame: pd.DataFrame, untrained: pd.DataFrame | None = None) -> list[
 
 
 def limits(frame: pd.DataFrame) -> list[str]:
-    """What ``series_windows`` cannot tell, and what must not be read into it."""
+    """State what ``series_windows`` leaves undecided, and what must not be read into it."""
     main = _main(frame)
     notes = []
     if "layernorm_share" in main and pd.notna(main["layernorm_share"]):
@@ -79,7 +79,7 @@ def limits(frame: pd.DataFrame) -> list[str]:
 
 
 def known_networks(networks: pd.DataFrame) -> list[str]:
-    """Whether the measure reads what it must on the constructed networks: 0, rising, 1."""
+    """Say whether the measure reads what it must on the constructed networks: 0, rising, 1."""
     S = networks.groupby("network", sort=False)["S"]
     lowest, middle, highest = S.min(), S.median(), S.max()
     mixed = [name for name in middle.index if name.startswith("mixed")]
@@ -96,10 +96,10 @@ def known_networks(networks: pd.DataFrame) -> list[str]:
 
 
 def _main(frame: pd.DataFrame) -> pd.Series:
-    """The window to speak of: all layers but the first, else the middle one of ``thirds``, else the last."""
-    found, parts = whole_window(frame), thirds(frame)
-    if found is not None:
-        return found
+    """Return the window to speak of: all layers but the first, else the middle one of ``thirds``, else the last."""
+    whole, parts = whole_window(frame), thirds(frame)
+    if whole is not None:
+        return whole
     return parts[len(parts) // 2] if parts else frame.iloc[-1]
 
 
@@ -116,7 +116,7 @@ def _side(row: pd.Series) -> str:
         return "closer to serial"
     if row["S_high"] < 0.5:
         return "closer to parallel"
-    return "which of the two it is closer to could not be told"
+    return "which of the two it is closer to is undecided"
 
 
 def _against_null(row: pd.Series) -> str:
@@ -134,9 +134,9 @@ def _against_null(row: pd.Series) -> str:
 
 
 def _same(frame: pd.DataFrame, window: pd.Series) -> pd.Series | None:
-    """The row of another frame about the same window, where it has one."""
-    found = frame[(frame["start"] == window["start"]) & (frame["stop"] == window["stop"])]
-    return found.iloc[0] if len(found) else None
+    """Return the row of another frame about the same window, if it has one."""
+    rows = frame[(frame["start"] == window["start"]) & (frame["stop"] == window["stop"])]
+    return rows.iloc[0] if len(rows) else None
 
 
 def _against_untrained(row: pd.Series, untrained: pd.Series) -> str:
@@ -162,7 +162,7 @@ def _order(parts: Sequence[pd.Series]) -> str:
         claims.append(
             f"layers {_span(bottom)} the most parallel" if claims else f"layers {_span(bottom)} are the most parallel"
         )
-    return " and ".join(claims) or "the intervals overlap, so which is the most serial could not be told"
+    return " and ".join(claims) or "the intervals overlap, so which is the most serial is undecided"
 
 
 def _price(row: pd.Series) -> str:

@@ -1,32 +1,33 @@
 r"""Every measure of series and parallel side by side: what each reads on networks whose answer is known, and its cost.
 
-``readings`` gives one number a measure, ``calibrate`` those of several networks (the constructed ones, random
-initialisations, a model and the same untrained), and ``costs`` what each takes, counted and timed, beside what its
-docstring says. A row is a measure:
+``readings`` gives one number for each measure, ``calibrate`` those of several networks (the constructed ones, random
+initialisations, a model and the same untrained), and ``costs`` what each takes, counted and timed, next to what its
+docstring says. The measures:
 
-==================  ====================================================================  ========  ======
-measure             read as                                                               parallel  serial
-==================  ====================================================================  ========  ======
-S, R, O             of the longest window (``surgery.series``)                            0         1
-T                   total effect, mean over pairs of layers (``surgery.series.effects``)         0         1
-local, next         direct effect on the next layer                                       0         1
-local, beyond       direct effect on all layers further on                                0         0
-rho                 interaction of ablations, mean (``surgery.instruments.interactions``)             0         below 1
-jacobian, next      direct composition of Jacobians less its baseline, neighbours         < 0       > 0
-jacobian, total     the same through the layers between, all pairs                        < 0       > 0
-gate exponent       (kappa_g - 1)/(m - 1) of the longest window (``surgery.series.gates``)       0         1
-gate hessian        mean over pairs                                                       0         > 0
-path length         mean number of branches in the gradient, a share of the layers        <= 1/L    higher
-indirect share      M, mean over layers but the last (``surgery.series.attribution``)            0         > 0
-==================  ====================================================================  ========  ======
+==================  ==========================================================================  ========  =======
+measure             read as                                                                     parallel  serial
+==================  ==========================================================================  ========  =======
+S, R, O             of the longest window (``surgery.series``)                                  0         1
+T                   total effect, mean over pairs of layers (``surgery.series.effects``)        0         1
+local, next         direct effect on the next layer                                             0         1
+local, beyond       direct effect on all layers further on                                      0         0
+rho                 interaction of ablations, mean (``surgery.instruments.interactions``)       0         below 1
+jacobian, next      direct composition of Jacobians less its baseline, neighbours               < 0       > 0
+jacobian, total     the same through the layers between, all pairs                              < 0       > 0
+gate exponent       (kappa_g - 1)/(m - 1) of the longest window (``surgery.series.gates``)      0         1
+gate hessian        mean over pairs                                                             0         > 0
+path length         mean number of branches in the gradient, a share of the layers              <= 1/L    higher
+indirect share      M, mean over layers but the last (``surgery.series.attribution``)           0         > 0
+==================  ==========================================================================  ========  =======
 
-and, for comparison, what is *not* series: block influence, cosine and linearity (``surgery.instruments.similarity``). Where the
-serial column is not 1 the module of the measure says why: the constructed serial network's head reads every layer, and
-its readers mix directions at random.
+and, for comparison, what is *not* series: block influence, cosine and linearity (``surgery.instruments.similarity``).
+Where the serial column is not 1, the module of the measure says why: the head of the constructed serial network reads
+every layer, and its readers mix directions at random.
 
 >>> from surgery.instruments import known_networks
->>> found = calibrate({"parallel": Stack(known_networks.parallel_network(n_layers=3))}, known_networks.tokens(12, 8))
->>> found.set_index("measure").loc[["S", "T", "gate exponent"], "value"].abs().round(4).tolist()
+>>> stacks = {"parallel": Stack(known_networks.parallel_network(n_layers=3))}
+>>> frame = calibrate(stacks, known_networks.tokens(12, 8))
+>>> frame.set_index("measure").loc[["S", "T", "gate exponent"], "value"].abs().round(4).tolist()
 [0.0, 0.0, 0.0]
 """
 
@@ -46,8 +47,7 @@ from surgery.instruments import interactions, known_networks, similarity
 from surgery.models.engine import Engine
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.series import attribution, effects, gates, jacobians
-from surgery.series import window as series
+from surgery.series import attribution, effects, gates, jacobians, window
 from surgery.stats.sampling import Sampling
 
 COLUMNS = {
@@ -63,13 +63,13 @@ COST_COLUMNS = {
     "timed": "time it took, in forward passes of the same batch: backward passes, readouts and statistics included",
 }
 
-Measured = Mapping[str, pd.DataFrame]
-_NOTHING = pd.DataFrame()
+Frames = Mapping[str, pd.DataFrame]
+_EMPTY = pd.DataFrame()
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number made of the frame of one function; ``about`` is ``series`` or ``not series``."""
+    """A number computed from the frame of one function; ``about`` is ``series`` or ``not series``."""
 
     name: str
     function: str
@@ -79,7 +79,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Function:
-    """How a frame is made, and what the docstring says that it costs, in F at L layers."""
+    """How a frame is made, and its cost by its docstring, in F, as a function of the number of layers."""
 
     run: Callable[..., pd.DataFrame]
     formula: Callable[[int], float]
@@ -94,7 +94,7 @@ def _beyond(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
 
 
 FUNCTIONS: dict[str, Function] = {
-    "series.windows": Function(partial(series.windows, damage=False), lambda n: (3 * n + 1) / 2),
+    "series.windows": Function(partial(window.windows, damage=False), lambda n: (3 * n + 1) / 2),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
     "interactions.pairs": Function(interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
     "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
@@ -132,52 +132,55 @@ def _longest(frame: pd.DataFrame) -> pd.Series:
 
 def readings(
     stack: Stack, tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
-) -> tuple[dict[str, float], Measured]:
-    """Every measure of one model, and the frames they are taken from; layers before ``first_layer`` left out.
+) -> tuple[dict[str, float], Frames]:
+    """Return every measure of one model, and the frames they are taken from, without layers before ``first_layer``.
 
-    Where embeddings are small, everything from layer 0 reads 1: leave it out. Of a function that refuses these tokens
-    (too short or too few) there is no frame, and its measures are NaN. Cost: the sum of ``FUNCTIONS``' formulas.
+    Where embeddings are small, everything from layer 0 reads 1: leave it out. A function that refuses these tokens (too
+    short or too few) gives no frame, and its measures are NaN. Cost: the sum of the formulas of ``FUNCTIONS``.
     """
     tokens, frames = Tokens.of(tokens).to(stack.device), {}
-    for name, one in FUNCTIONS.items():
+    for name, function in FUNCTIONS.items():
         with suppress(ValueError):
-            frames[name] = _from(one.run(stack, tokens, sampling=Sampling(resamples=0, seed=seed)), first_layer)
-    found = {one: frames.get(one.function, _NOTHING) for one in MEASURES}
-    return {one.name: float(one.of(frame)) if len(frame) else math.nan for one, frame in found.items()}, frames
+            frames[name] = _from(function.run(stack, tokens, sampling=Sampling(resamples=0, seed=seed)), first_layer)
+    frame_of = {measure: frames.get(measure.function, _EMPTY) for measure in MEASURES}
+    values = {measure.name: float(measure.of(f)) if len(f) else math.nan for measure, f in frame_of.items()}
+    return values, frames
 
 
 def _from(frame: pd.DataFrame, first_layer: int) -> pd.DataFrame:
-    first = next((name for name in ("start", "earlier", "layer") if name in frame), None)
-    return frame if first is None else frame[frame[first] >= first_layer]
+    """Leave out the rows whose first layer is before ``first_layer``; a frame without layers stays as it is."""
+    column = next((name for name in ("start", "earlier", "layer") if name in frame), None)
+    return frame if column is None else frame[frame[column] >= first_layer]
 
 
 def networks(n_layers: int = 6, seed: int = 0) -> dict[str, Stack]:
-    """The constructed networks and random initialisations that ``calibrate`` is for: parallel to serial, then nulls."""
+    """Build the networks that ``calibrate`` is for: from parallel to serial, and a random initialisation."""
     sizes: dict[str, Any] = {"n_layers": n_layers, "dtype": torch.float64, "seed": seed}
-    made = {
+    models = {
         "parallel": known_networks.parallel_network(**sizes),
         **{f"mixed {share}": known_networks.mixed_network(share, **sizes) for share in (0.25, 0.5, 0.75)},
         "serial": known_networks.serial_network(**sizes),
         "random": known_networks.random_network(n_layers, seed=seed),
     }
-    return {name: Stack(model) for name, model in made.items()}
+    return {name: Stack(model) for name, model in models.items()}
 
 
 def calibrate(
     stacks: Mapping[str, Stack], tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
 ) -> pd.DataFrame:
-    """A row per measure and network: measure, about, network, value; same tokens for all. Cost: ``readings``, each."""
+    """Measure several networks on the same tokens: a row per measure and network. Cost: ``readings`` of each."""
     rows = []
     for name, stack in stacks.items():
         values, _ = readings(stack, tokens, first_layer, seed=seed)
         rows += [
-            {"measure": one.name, "about": one.about, "network": name, "value": values[one.name]} for one in MEASURES
+            {"measure": measure.name, "about": measure.about, "network": name, "value": values[measure.name]}
+            for measure in MEASURES
         ]
     return pd.DataFrame(rows)
 
 
 def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FUNCTIONS)) -> pd.DataFrame:
-    """What every function costs on these tokens: function, formula, counted, timed, all in forward passes F.
+    """Measure what every function costs on these tokens, in forward passes F: a row each, ``COST_COLUMNS``.
 
     ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
     depends on the machine. A function that refuses these tokens has no row.
@@ -187,26 +190,27 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     forward = min(_seconds(lambda: stack.run(tokens)) for _ in range(3))
     rows = []
     for name in names:
-        one = FUNCTIONS[name]
+        function = FUNCTIONS[name]
         try:
-            with _counted() as executed:
-                seconds = _seconds(partial(one.run, stack, tokens))
+            with _count_layers() as executed:
+                seconds = _seconds(partial(function.run, stack, tokens))
         except ValueError:
             continue
-        row = {"function": name, "formula": one.formula(stack.n_layers), "counted": executed[0] / size}
+        row = {"function": name, "formula": function.formula(stack.n_layers), "counted": executed[0] / size}
         rows.append(row | {"timed": seconds / forward})
     return pd.DataFrame(rows, columns=list(COST_COLUMNS))
 
 
 def _seconds(run: Callable[[], Any]) -> float:
+    """Process time of one call."""
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
 @contextmanager
-def _counted() -> Iterator[list[int]]:
-    """Tokens that layers ran on within the context."""
+def _count_layers() -> Iterator[list[int]]:
+    """Context manager: count the tokens that layers run on."""
     layer, count = Engine.layer, [0]
 
     def counting(self: Engine, index: int, x: Tensor, call: Any) -> Tensor:

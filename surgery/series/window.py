@@ -1,8 +1,8 @@
 r"""How serial is a window of layers: does a layer read what those before it wrote, or what was there before them all?
 
 Take a window ``[a, b)`` of layers. Let ``x_l`` be the stream that enters layer ``l``, ``u_l = f_l(x_l)`` its update in
-the clean run, and ``p_l = f_l(x_a)`` its update on the window's entry, at all positions: what it would have written had
-the window's layers run side by side. Expectations run over the ensemble, every real token of every prompt but each
+the clean run, and ``p_l = f_l(x_a)`` its update on the window's entry, at all positions: what it would have written if
+the window's layers had run side by side. Expectations run over the ensemble, every real token of every prompt but each
 prompt's first; ``c(a) = a - E a`` and ``n(a) = sqrt(E |a|^2)``.
 
     R_l = n(c(u_l - p_l)) / (n(c(u_l)) + n(c(p_l)))          R = sum_{l>a} w_l R_l / sum_{l>a} w_l
@@ -11,10 +11,10 @@ prompt's first; ``c(a) = a - E a`` and ``n(a) = sqrt(E |a|^2)``.
     S   = (R + O) / 2
 
 All lie in [0, 1] by the triangle inequality. They are 0 if no layer of the window reads what another wrote, and 1 if
-every layer reads nothing but the one before. What they have to be compared with stands in the same row:
+every layer reads nothing but the one before. What to compare them with is in the same row:
 
 * ``R_live``, ``O_live``, ``S_live`` and ``layernorm_share = S_live - S``. R, O and S keep the normalisation
-  denominators of the clean run. Live, the denominators move with all that a window writes, and that alone reads as
+  denominators of the clean run. Live denominators move with all that a window writes, and that alone reads as
   dependence; but a live norm also rescales a small entry to full size and hides growth, so the share may be negative.
 * ``N``, the displacement null, ``N_l = n(c(x_l - x_a)) / (n(c(x_l)) + n(c(x_a)))`` averaged with the weights of R. A
   linear layer that treats all directions alike has R = N. R/N > 1: it responds to what the window wrote more than to
@@ -23,20 +23,20 @@ every layer reads nothing but the one before. What they have to be compared with
   small embeddings both are near 1 whatever the layers do.
 * ``R_shuffled``, the content null: the window's writes ``x_l - x_a`` are replaced by those that another prompt's token
   at the same position received, ``q_l = f_l(x_a + shuffled)``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is
-  averaged as R is. R above it: the layer answers to what was written for this very token. R equal to it: anybody's
-  writes would have done, which does not speak against series (in the serial network both are 1).
-* ``loss_parallel_*`` and ``kl_parallel_*``, the damage: the window really runs in parallel (norms live), the rest of
-  the model follows; change of the next-token cross entropy, and KL(clean || rewired), in nats per token. ``sum`` adds
+  averaged as R is. R above it: the layer responds to what was written for this very token. R equal to it: the writes
+  for any token would have done, which does not speak against series (in the serial network both are 1).
+* ``loss_parallel_*`` and ``kl_parallel_*``, the damage: the window really runs in parallel (norms live), and the rest
+  of the model follows; change of the next-token cross entropy, and KL(clean || rewired), in nats a token. ``sum`` adds
   the updates, ``x_a + sum p_l``. ``mean`` averages the outputs (Sun et al. 2024, arXiv 2407.09298): a step of 1/length,
   so its damage is no evidence against parallelism. A change of loss may be negative, the divergence may not.
 
-S is about dependence between whole layers: attention feeding the MLP of its own layer stays inside one. With
+S is about dependence between whole layers: attention that feeds the MLP of its own layer does not count. With
 ``grain="sublayer"`` the units of a window are attention and MLP of each layer, in the order in which they run, each
 reading the stream that the model gives it. Where the two stand side by side (GPT-J, GPT-NeoX) the MLP reads what enters
-its layer, so a layer by itself reads R = O = 0 up to rounding and N = 0; R/N is then undefined. S says nothing of
-usefulness; for that read it beside the damage. ``profile`` is the table to look at first.
+its layer, so a layer by itself reads R = O = 0 up to rounding and N = 0; R/N is then undefined. S says nothing about
+usefulness; for that, read it beside the damage. ``profile`` is the table to look at first.
 
-``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts, the measures of a row from the same
+``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts; all measures of a row use the same
 resamples. Compare with ``surgery.instruments.known_networks`` and with the architecture untrained.
 R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
 """
@@ -49,17 +49,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
 from surgery.instruments import similarity
-from surgery.instruments.ensemble import exchanged, partners
-from surgery.instruments.readout import log_probabilities, portions
-from surgery.instruments.windows import Reading, Stream, Sums, Units, book_alone, book_stream
+from surgery.instruments.ensemble import exchange, partners
+from surgery.instruments.readout import log_probabilities, portions, predicting_positions
+from surgery.instruments.windows import Reading, Stream, Sums, Units, record_entry_updates, record_stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, weights
+from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
 WINDOW_MEASURES = {
@@ -115,7 +115,7 @@ def windows(
     grain: str = "layer",
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """R, O, S, their nulls and the damage of running it parallel, for every window of 2 to ``max_length`` layers.
+    """Measure R, O, S, their nulls and the damage in parallel, for every window of 2 to ``max_length`` layers.
 
     None means windows of any length. ``grain="sublayer"`` counts ``start``, ``stop`` and ``max_length`` in sublayers
     (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
@@ -123,14 +123,14 @@ def windows(
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
     ``R_over_N``, ``R_shuffled`` and, with ``damage``, ``loss_parallel_sum``, ``loss_parallel_mean``,
     ``kl_parallel_sum``, ``kl_parallel_mean``; see the module. A window whose layers write nothing that varies is
-    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within even
-    batches of at most ``batch_size`` prompts (but three); no other column depends on it.
+    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within even batches
+    of at most ``batch_size`` prompts (at least three); no other column depends on it.
 
     Cost of W windows in a model of L layers: 2 + 3 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
     more. For all windows that is (3 L + 1)/2 F and (L - 1)(L - 2)/3 F: 55 F at 12 layers. Memory: three
     times the stream of one batch, and 3 W d_model numbers a prompt.
 
-    With sublayers 2 L stands for L and one of them costs half as much.
+    With sublayers, read 2 L for L; each of them costs half as much as a layer.
 
     Raises ValueError for ``max_length`` below 2, a model of one layer, prompts without two tokens to compare, a stream
     that is not finite, and sublayers of a model whose layers cannot be split.
@@ -146,30 +146,29 @@ def windows(
     _check(units, tokens, longest, sampling.skip_first, sampling.batch_size)
     starts = range(len(units) - 1)
     sums, generator = Sums(), np.random.default_rng((sampling.seed, 1))
-    batches = list(
-        tokens.batches(max(sampling.batch_size, 3))
-    )  # in less, a prompt could have no other to exchange with
+    batches = list(tokens.batches(max(sampling.batch_size, 3)))  # in fewer, a prompt might have no partner
     with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
             context = stack.context(batch)
             stream = units.stream(context)
             sums.open(batch.ensemble(sampling.skip_first))
-            sums.add(_predicting(batch).sum(1), "predictions")
-            book_stream(stream, sums)
+            sums.add(predicting_positions(batch).sum(1), "predictions")
+            record_stream(stream, sums)
             partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
-                    for layer, alone in book_alone(units, context, stream, start, longest, "frozen", sums):
+                    updates = record_entry_updates(units, context, stream, start, longest, "frozen", sums)
+                    for layer, entry_update in updates:
                         written = stream[units.reads[layer]] - stream[start]
-                        entry = stream[start] + exchanged(written, batch.mask, partner)
+                        entry = stream[start] + exchange(written, batch.mask, partner)
                         shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
-                        sums.square(shuffled - alone, "shuffled effect", start, layer)
+                        sums.square(shuffled - entry_update, "shuffled effect", start, layer)
                         sums.square(written, "written", start, layer)
                     bar.advance(task)
             for start in starts:
-                updates = book_alone(units, context, stream, start, longest, "live", sums)
+                updates = record_entry_updates(units, context, stream, start, longest, "live", sums)
                 if damage:
                     _run_parallel(units, context, stream, start, updates, sums)
                 else:
@@ -185,26 +184,25 @@ def windows(
             if grain == "sublayer":
                 row |= {"first": units.names[start], "last": units.names[layer]}
             row["n_prompts"] = len(tokens)
-            for name, values in measures.items():
-                row |= columns(name, values[i])
-            rows.append(row)
+            rows.append(row | measure_columns({name: values[i] for name, values in measures.items()}))
     return pd.DataFrame(rows)
 
 
 def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first_layer: int = 1) -> pd.DataFrame:
-    """One row per third of the model: the mean of every measure over the windows of one length that lie wholly in it.
+    """Average every measure over the windows of one length that lie wholly in a third of the model: one row per third.
 
-    ``length``, unless given, is the longest that fits into every third that fits any. Windows before ``first_layer``
+    ``length`` is by default the longest that fits every third that has windows at all. Windows before ``first_layer``
     are left out: where embeddings are small, every window from layer 0 reads R = N = 1. Columns: ``third``, ``length``,
     ``n_windows``, the measures with intervals, and ``S_min``, ``S_max`` over the windows. A third without such a window
     has ``n_windows = 0`` and NaN.
 
-    The ends of the windows' intervals are averaged as the estimates are: right if the windows move together from
-    resample to resample (they share prompts and layers), too wide if they do not.
+    The ends of the windows' intervals are averaged like the estimates: that is right if the windows move together from
+    resample to resample (they share prompts and layers), and too wide if they do not.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = windows(Stack(known_networks.serial_network(n_layers=9)), known_networks.tokens(), max_length=3, damage=False)
+    >>> stack = Stack(known_networks.serial_network(n_layers=9))
+    >>> frame = windows(stack, known_networks.tokens(), max_length=3, damage=False)
     >>> summary(frame, n_layers=9)[["third", "length", "n_windows"]].values.tolist()
     [['first', 2, 1], ['middle', 2, 2], ['last', 2, 2]]
     """
@@ -229,17 +227,17 @@ def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first
 def profile(
     stack: Stack, tokens: Tokens | Tensor, length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """The table to look at first: one row per layer, what it is to its neighbours, to the model, and to the stream.
+    """Make the table to look at first: one row per layer, on its neighbours, its use to the model, and the stream.
 
     * ``S_pair``, ``R_pair``, ``R_over_N_pair``, ``loss_parallel_sum_pair``: the window of this layer and the next, how
       serial it is and what running it in parallel costs (nats per token);
-    * the same with ``_window``: the window of ``length`` layers (4 unless given, or all) that starts with this one;
+    * the same with ``_window``: the window of ``length`` layers (by default 4, or all if fewer) that starts here;
     * ``loss_skip``, ``kl_skip``: what leaving the layer out costs;
     * ``update_ratio``, ``cosine``, ``block_influence``: what it does to the stream's size and direction, which is *not*
       series (``surgery.instruments.similarity``).
 
-    Then an interval of each (``_low``, ``_high``); ``PROFILE`` lists the columns without. Empty where no such window
-    starts. Compare with the architecture untrained. Cost: that of ``windows(max_length=length)`` with damage, and
+    Then the interval of each (``_low``, ``_high``); ``PROFILE`` lists the columns without them. Empty where no such
+    window starts. Compare with the architecture untrained. Cost: that of ``windows(max_length=length)`` with damage and
     (L + 3)/2 F and L + 1 readouts. Raises as ``windows`` does, and for a ``length`` beyond the model.
 
     >>> from surgery import Stack
@@ -257,76 +255,70 @@ def profile(
         raise ValueError(
             f"no window of {length} layers fits {stack.name}: length must be 2 to {stack.n_layers} or None"
         )
-    found = windows(stack, tokens, length, sampling=sampling)
+    all_windows = windows(stack, tokens, length, sampling=sampling)
     frame = similarity.layers(stack, tokens, sampling=sampling).set_index("layer")
     frame.insert(1, "length", length)
-    spans = found["stop"] - found["start"]
-    for span, some in (("pair", found[spans == 2]), ("window", found[spans == length])):
-        named = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in found}
-        frame = frame.join(some.set_index("start").rename(columns=named))
-    frame = frame.join(_skipping(stack, tokens, sampling=sampling))
+    lengths = all_windows["stop"] - all_windows["start"]
+    for span, rows in (("pair", all_windows[lengths == 2]), ("window", all_windows[lengths == length])):
+        names = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in all_windows}
+        frame = frame.join(rows.set_index("start").rename(columns=names))
+    frame = frame.join(_skip_damage(stack, tokens, sampling=sampling))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
 
 
-def _skipping(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
-    """What leaving out each layer costs. Cost: (L + 1)/2 F and L + 1 readouts."""
+def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
+    """Measure the damage of leaving out each layer. Cost: (L + 1)/2 F and L + 1 readouts."""
     sums = Sums()
     for batch in tokens.batches(sampling.batch_size):
-        context, predicting = stack.context(batch), _predicting(batch)
+        context, predicting = stack.context(batch), predicting_positions(batch)
         stream, finals = stack.stream(context), {}
         for layer in range(stack.n_layers):
             x = stream[layer]
             x = stack.execute(f"{layer + 1}:", x, context) if layer + 1 < stack.n_layers else x
             finals["skip", layer] = x[:, :-1][predicting]
         sums.add(predicting.sum(1), "predictions")
-        _book_damage(stack, batch, stream[-1], finals, sums)
+        _record_damage(stack, batch, stream[-1], finals, sums)
     draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
     count = draws @ sums["predictions",]
-    rows = []
-    for layer in range(stack.n_layers):
-        row: dict[str, float] = {"layer": layer}
-        for kind in ("loss", "kl"):
-            row |= columns(f"{kind}_skip", draws @ sums[kind, "skip", layer] / count)
-        rows.append(row)
+    rows = (
+        {"layer": layer}
+        | measure_columns({f"{kind}_skip": draws @ sums[kind, "skip", layer] / count for kind in ("loss", "kl")})
+        for layer in range(stack.n_layers)
+    )
     return pd.DataFrame(rows).set_index("layer")
 
 
 def _run_parallel(
     units: Units, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: Sums
 ) -> None:
-    """Continue the model behind every window from ``start``, its layers run in parallel; book the damage."""
-    predicting = _predicting(context.tokens)
+    """Run the layers of every window from ``start`` in parallel, then the rest of the model; record the damage."""
+    predicting = predicting_positions(context.tokens)
     finals: dict[tuple, Float[Tensor, "prediction d_model"]] = {}
     together = stream[start + 1] - stream[start]
-    for layer, alone in updates:
-        together = together + alone
+    for layer, entry_update in updates:
+        together = together + entry_update
         for form, share in (("sum", 1.0), ("mean", 1 / (layer + 1 - start))):
             x = stream[start] + share * together
-            final = units.finish(layer + 1, x, x - share * alone, context)
+            final = units.finish(layer + 1, x, x - share * entry_update, context)
             finals[form, start, layer + 1] = final[:, :-1][predicting]
-    _book_damage(units.stack, context.tokens, stream[-1], finals, sums)
+    _record_damage(units.stack, context.tokens, stream[-1], finals, sums)
 
 
-def _book_damage(
+def _record_damage(
     stack: Stack,
     tokens: Tokens,
     clean: Stream,
     finals: dict[tuple, Float[Tensor, "prediction d_model"]],
     sums: Sums,
 ) -> None:
-    """Per prompt, how much worse each of the final streams predicts than the clean one."""
-    predicting = _predicting(tokens)
+    """Record, prompt by prompt, how much worse each of the final streams predicts than the clean one."""
+    predicting = predicting_positions(tokens)
     prompts = predicting.nonzero()[:, 0]
     losses = _losses(stack, clean[:, :-1][predicting], finals, tokens.ids[:, 1:][predicting])
     zero = torch.zeros(len(tokens), dtype=torch.float64, device=prompts.device)
     for key, values in losses.items():
         sums.add(zero.index_add(0, prompts, values.double()), *key)
-
-
-def _predicting(tokens: Tokens) -> Bool[Tensor, "batch pos_minus_1"]:
-    """Where a token follows that is not padding."""
-    return tokens.mask[:, :-1] & tokens.mask[:, 1:]
 
 
 def _losses(
@@ -335,19 +327,19 @@ def _losses(
     finals: dict[tuple, Float[Tensor, "prediction d_model"]],
     targets: Int[Tensor, " prediction"],
 ) -> dict[tuple, Float[Tensor, " prediction"]]:
-    """Change of the loss of every prediction, and KL(clean || rewired), for each of the final streams."""
+    """Return the change of loss of every prediction, and KL(clean || rewired), for each of the final streams."""
     parts: defaultdict[tuple, list[Tensor]] = defaultdict(list)
-    for some in portions(stack, targets):
-        before = log_probabilities(stack, clean[some])
+    for rows in portions(stack, targets):
+        before = log_probabilities(stack, clean[rows])
         for key, final in finals.items():
-            after = log_probabilities(stack, final[some])
-            gain = before - after
-            parts[("loss", *key)].append(gain.gather(1, targets[some].unsqueeze(1)).squeeze(1))
-            parts[("kl", *key)].append((before.exp() * gain).sum(1))
+            lost = before - log_probabilities(stack, final[rows])
+            parts[("loss", *key)].append(lost.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
+            parts[("kl", *key)].append((before.exp() * lost).sum(1))
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
 def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
+    """Raise ValueError for what ``windows`` cannot measure."""
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")
     if longest < 2:

@@ -113,6 +113,15 @@ def columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
 
 
+def measure_columns(measures: Mapping[str, Float[Tensor, " resample"]]) -> dict[str, float]:
+    """Return the ``columns`` of several measures, as they stand in one row of a table.
+
+    >>> list(measure_columns({"R": torch.ones(3), "N": torch.ones(3)}))
+    ['R', 'R_low', 'R_high', 'N', 'N_low', 'N_high']
+    """
+    return {key: end for name, values in measures.items() for key, end in columns(name, values).items()}
+
+
 def described(meanings: Mapping[str, str], over: str = "prompts") -> dict[str, str]:
     """What the ``columns`` of several measures hold: each with its meaning, and the ends of its interval.
 

@@ -11,7 +11,7 @@ from support.exact_networks import network, ou_network, ragged, rng
 from surgery import Stack, models
 from surgery.corpus import bundled
 from surgery.instruments import known_networks
-from surgery.instruments.coordinates import COORDINATES, MEANINGS, mechanical, of
+from surgery.instruments.coordinates import COORDINATES, MEANINGS, coordinate_map, mechanical
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head
 from surgery.models.engine import Engine
@@ -44,7 +44,7 @@ def test_logit_coordinates_have_the_inner_products_of_centred_logits(load, name)
     stack = Stack(load(name, dtype=torch.float64))
     ensemble, context = opened(stack, torch.randint(4, 90, (3, 6), generator=rng()))
     stream = stack.stream(context)
-    found = of("logits", stack, ensemble)
+    found = coordinate_map("logits", stack, ensemble)
     for x in (stream[0], stream[2], stream[-1]):
         with frozen_head(stack, stream[-1].flatten(0, 1)):
             explicit = stack.readout(x.flatten(0, 1)) - stack.readout(torch.zeros_like(x).flatten(0, 1))
@@ -58,7 +58,7 @@ def test_of_the_clean_final_stream_they_differ_as_its_live_logits_do(load, name)
     stack = Stack(load(name, dtype=torch.float64))
     ensemble, context = opened(stack, torch.randint(4, 90, (3, 6), generator=rng()))
     final = stack.stream(context)[-1]
-    z, live = of("logits", stack, ensemble).map(final, context), stack.readout(final)
+    z, live = coordinate_map("logits", stack, ensemble).map(final, context), stack.readout(final)
     live = live - live.mean(-1, keepdim=True)
     expected = torch.cdist(live.flatten(0, 1), live.flatten(0, 1))
     torch.testing.assert_close(torch.cdist(z.flatten(0, 1), z.flatten(0, 1)), expected, rtol=1e-4, atol=1e-4)
@@ -69,7 +69,7 @@ def test_without_a_final_norm_they_are_the_centred_logits_themselves():
     ensemble, context = opened(stack, known_networks.tokens(4, 6))
     logits = stack.readout(context.x0)
     logits = logits - logits.mean(-1, keepdim=True)
-    found = of("logits", stack, ensemble).map(context.x0, context)
+    found = coordinate_map("logits", stack, ensemble).map(context.x0, context)
     torch.testing.assert_close(gram(found), gram(logits))
 
 
@@ -78,7 +78,7 @@ def test_every_batch_has_its_own_denominators(batch_size):
     stack = Stack(known_networks.random_network(n_layers=2, d_model=16))
     ids = known_networks.tokens(4, 6)
     ensemble, whole = opened(stack, ids)
-    found = of("logits", stack, ensemble)
+    found = coordinate_map("logits", stack, ensemble)
     expected = found.map(whole.x0, whole)
     for _ in range(2):
         parts = [found.map(context.x0, context) for context in map(stack.context, ids.split(batch_size))]
@@ -88,7 +88,7 @@ def test_every_batch_has_its_own_denominators(batch_size):
 def test_one_direction_that_all_logits_share_is_not_read(load):
     stack = Stack(load("gpt2", dtype=torch.float64))  # LayerNorm: the mean over d_model is taken away
     ensemble, context = opened(stack, torch.randint(4, 90, (2, 4), generator=rng()))
-    found = of("logits", stack, ensemble)
+    found = coordinate_map("logits", stack, ensemble)
     z = found.map(context.x0, context)
     assert z.shape[-1] == stack.d_model - 1
     torch.testing.assert_close(found.map(context.x0 + 5, context), z, rtol=1e-6, atol=1e-6)
@@ -98,7 +98,7 @@ def test_a_head_that_caps_its_logits_is_refused(load):
     stack = Stack(load("gemma2"))
     ensemble, _ = opened(stack, torch.randint(4, 90, (2, 4), generator=rng()))
     with pytest.raises(ValueError, match="it caps its logits"):
-        of("logits", stack, ensemble)
+        coordinate_map("logits", stack, ensemble)
 
 
 # --- all --------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_maps_are_linear_where_they_say_so_and_nowhere_else(name):
     ensemble, context = opened(stack, known_networks.tokens(6, 5))
     x = stack.stream(context)[1].double()
     u = torch.randn(x.shape, generator=rng(), dtype=torch.float64)
-    found = of(name, stack, ensemble)
+    found = coordinate_map(name, stack, ensemble)
     together, apart = found.map(x + 3 * u, context), found.map(x, context) + 3 * found.map(u, context)
     assert torch.allclose(together, apart, rtol=1e-9, atol=1e-9) is found.linear
     assert found.meaning == MEANINGS[name]
@@ -123,7 +123,7 @@ def test_padding_may_hold_nan_and_is_nobodys(name, side, monkeypatch):
     stack = Stack(known_networks.random_network(n_layers=2, d_model=16))
     tokens = ragged(side)
     ensemble, context = opened(stack, tokens)
-    expected = of(name, stack, ensemble).map(context.x0, context)[tokens.mask]
+    expected = coordinate_map(name, stack, ensemble).map(context.x0, context)[tokens.mask]
     padding, run = ~tokens.mask.unsqueeze(-1), Engine.layer
 
     def filled(engine, index, x, call):
@@ -131,7 +131,7 @@ def test_padding_may_hold_nan_and_is_nobodys(name, side, monkeypatch):
 
     monkeypatch.setattr(Engine, "layer", filled)
     x = context.x0.masked_fill(padding, math.nan)
-    found = of(name, stack, ensemble).map(x, context)[tokens.mask]
+    found = coordinate_map(name, stack, ensemble).map(x, context)[tokens.mask]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_half_precision_is_mapped_in_double(name):
     ids = known_networks.tokens(8, 6)
     half, full = (Stack(known_networks.random_network(2, 16, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
     found, expected = (
-        gram(of(name, stack, opened(stack, ids)[0]).map(stack.context(ids).x0, stack.context(ids)))
+        gram(coordinate_map(name, stack, opened(stack, ids)[0]).map(stack.context(ids).x0, stack.context(ids)))
         for stack in (half, full)
     )
     assert found.dtype == torch.float64
@@ -150,7 +150,7 @@ def test_half_precision_is_mapped_in_double(name):
 def test_a_coordinate_nobody_knows_is_refused():
     stack = Stack(known_networks.random_network(n_layers=1))
     with pytest.raises(ValueError, match=r"^there are no coordinates 'log': choose one of raw, normalised"):
-        of("log", stack, opened(stack, known_networks.tokens(2, 4))[0])
+        coordinate_map("log", stack, opened(stack, known_networks.tokens(2, 4))[0])
 
 
 # --- normalised -------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_coordinate_nobody_knows_is_refused():
 def test_a_normalised_stream_is_root_d_long_and_knows_no_scale(centres):
     stack = Stack(known_networks.random_network(2, 16, norm="LN" if centres else "RMS"))
     ensemble, context = opened(stack, known_networks.tokens(4, 6))
-    found = of("normalised", stack, ensemble)
+    found = coordinate_map("normalised", stack, ensemble)
     z = found.map(context.x0, context)
     torch.testing.assert_close(z.norm(dim=-1), torch.full((4, 6), 4.0, dtype=torch.float64))
     torch.testing.assert_close(found.map(1e-20 * context.x0.double(), context) / z, torch.ones_like(z), atol=1, rtol=0)
@@ -180,7 +180,7 @@ def test_random_updates_revert_a_normalised_stream_mechanically_and_a_raw_one_no
     u = r * x.norm(dim=-1, keepdim=True) * u / u.norm(dim=-1, keepdim=True)
 
     def kappa(name):
-        found = of(name, stack, ensemble)
+        found = coordinate_map(name, stack, ensemble)
         before, after = (found.map(y, context).flatten(0, 1) for y in (x, x + u))
         before, after = before - before.mean(0), after - after.mean(0)
         return 1 - float((before * after).sum() / before.square().sum())
@@ -206,7 +206,7 @@ def test_principal_components_are_orthonormal_and_the_best_of_the_pooled_stream(
     stream = stack.stream(context)[:, ensemble.mask].double()
     cloud = stream - stream.mean(1, keepdim=True)
     shares = cloud / cloud.square().sum((1, 2), keepdim=True).sqrt()
-    found = of("principal", stack, ensemble, components=5)
+    found = coordinate_map("principal", stack, ensemble, components=5)
     basis = found.map(torch.eye(12).unsqueeze(0), context)[0]
     torch.testing.assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
     singular = torch.linalg.svdvals(shares.flatten(0, 1))
@@ -218,7 +218,7 @@ def test_a_layer_a_thousand_times_as_large_does_not_decide_alone():
     embedding = torch.randn(256, 4, generator=rng()) * torch.tensor([3.0, 2.0, 0.1, 1.0])
     stack = Stack(network([torch.zeros(4, 4), grow], embedding))
     ensemble, context = opened(stack, known_networks.tokens(64, 8))
-    basis = of("principal", stack, ensemble, components=2).map(torch.eye(4).unsqueeze(0), context)[0]
+    basis = coordinate_map("principal", stack, ensemble, components=2).map(torch.eye(4).unsqueeze(0), context)[0]
     assert sorted(basis.abs().argmax(0).tolist()) == [0, 3]
 
 
@@ -227,22 +227,22 @@ def test_of_a_stream_with_few_dimensions_there_are_few_components():
     embedding[:, 2:4] = torch.randn(256, 2, generator=rng())
     stack = Stack(network([torch.zeros(8, 8)], embedding))
     ensemble, context = opened(stack, known_networks.tokens(16, 6))
-    assert of("principal", stack, ensemble).map(context.x0, context).shape[-1] == 2
+    assert coordinate_map("principal", stack, ensemble).map(context.x0, context).shape[-1] == 2
 
 
 def test_a_constant_stream_has_none_and_a_count_of_none_is_refused():
     stack = Stack(network([torch.zeros(8, 8)], torch.randn(1, 8, generator=rng()).expand(256, 8)))
     ensemble, _ = opened(stack, known_networks.tokens(4, 6))
     with pytest.raises(ValueError, match="the same at all 20 tokens"):
-        of("principal", stack, ensemble)
+        coordinate_map("principal", stack, ensemble)
     stack = Stack(ou_network([0.1]))
     with pytest.raises(ValueError, match=r"^components must be positive, got 0$"):
-        of("principal", stack, opened(stack, known_networks.tokens(4, 6))[0], components=0)
+        coordinate_map("principal", stack, opened(stack, known_networks.tokens(4, 6))[0], components=0)
 
 
 def test_coordinates_of_a_real_model():
     stack = Stack(models.load("babel"))
     ensemble, context = opened(stack, stack.tokens(bundled.prompts(4)))
-    widths = [of(name, stack, ensemble).map(context.x0, context).shape[-1] for name in COORDINATES]
+    widths = [coordinate_map(name, stack, ensemble).map(context.x0, context).shape[-1] for name in COORDINATES]
     assert widths[:3] == [stack.d_model, stack.d_model, 16]
     assert 16 < widths[3] <= stack.d_model

@@ -7,7 +7,7 @@ import torch
 from support.exact_networks import ou_network, parameters, ragged, rng
 from surgery import Stack
 from surgery.instruments import known_networks
-from surgery.instruments.ensemble import Ensemble, exchanged, partners
+from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
@@ -79,7 +79,7 @@ def test_a_stream_that_is_not_finite_is_refused():
 )
 def test_bad_input_is_refused_in_a_sentence(tokens, options, message):
     with pytest.raises(ValueError, match=message):
-        Ensemble(Tokens.of(tokens), Sampling(skip_first=options))
+        Ensemble(Tokens.of(tokens), Sampling(**options))
 
 
 def test_progress_draws_on_the_terminal_only_when_asked(transformer, capsys):
@@ -124,7 +124,7 @@ def test_every_real_token_takes_from_another_prompt_at_the_same_position(side, s
     assert torch.equal(position[found][shared], position[shared])
     assert (prompt[found][shared] != prompt[shared]).all()
     assert (position[found][~shared] >= 11).all()
-    given = exchanged(tokens.ids.unsqueeze(-1).double(), mask, found).squeeze(-1)
+    given = exchange(tokens.ids.unsqueeze(-1).double(), mask, found).squeeze(-1)
     assert torch.equal(given[mask], tokens.ids[mask][found].double())
     assert torch.equal(given[~mask], tokens.ids[~mask].double())
 
@@ -132,6 +132,6 @@ def test_every_real_token_takes_from_another_prompt_at_the_same_position(side, s
 def test_what_is_exchanged_keeps_its_mean_and_its_size():
     mask = ragged("right").mask
     values = torch.randn(*mask.shape, 3, generator=rng(), dtype=torch.float64)
-    found = exchanged(values, mask, partners(mask, np.random.default_rng(0)))
+    found = exchange(values, mask, partners(mask, np.random.default_rng(0)))
     assert not torch.isclose(found[mask], values[mask]).any()
     torch.testing.assert_close(found[mask].sort(0).values, values[mask].sort(0).values, rtol=0, atol=0)

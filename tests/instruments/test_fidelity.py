@@ -7,7 +7,7 @@ from surgery import Stack, models
 from surgery.corpus import bundled
 from surgery.corpus.babel import Babel, exact
 from surgery.instruments import fidelity, known_networks
-from surgery.instruments.fidelity import COLUMNS, measure, of
+from surgery.instruments.fidelity import COLUMNS, compare, measure
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import interval, weights
@@ -248,7 +248,7 @@ def test_where_nothing_is_written_nothing_can_be_explained():
 
 def test_a_whole_model_compared_with_itself_and_with_its_layers_left_out():
     stack = transformer()
-    row = of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=20))
+    row = compare(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=20))
     assert (row.unexplained[0], row.damage[0], row.agreement[0], row.exact[0]) == (0, 0, 1, row.exact_original[0])
     assert abs(row.kl[0]) < 1e-12
     embedding = torch.randn(256, 8, generator=rng())
@@ -257,7 +257,7 @@ def test_a_whole_model_compared_with_itself_and_with_its_layers_left_out():
         parameters(shorter)["head.weight"].copy_(parameters(longer)["head.weight"])
     three, two = Stack(longer), Stack(shorter)
     left_out = measure(three, TOKENS, skip, 1, 2, answers=ANSWERED, sampling=Sampling(resamples=20))
-    student = of(three, two, TOKENS, (1, 2), (1, 1), answers=ANSWERED, sampling=Sampling(resamples=20))
+    student = compare(three, two, TOKENS, (1, 2), (1, 1), answers=ANSWERED, sampling=Sampling(resamples=20))
     assert list(student)[:4] == ["start", "stop", "student_start", "student_stop"]
     np.testing.assert_allclose(student[list(left_out)].to_numpy(), left_out.to_numpy(), rtol=1e-9, atol=1e-12)
 
@@ -284,7 +284,7 @@ def test_it_costs_what_it_says(monkeypatch):
     assert len(calls) == 4 + 1
     assert len(reads) == 2
     calls.clear()
-    of(stack, stack, TOKENS, (1, 3), (1, 3))
+    compare(stack, stack, TOKENS, (1, 3), (1, 3))
     assert len(calls) == 8
 
 
@@ -296,7 +296,7 @@ def test_deterministic_by_seed_and_every_column_is_explained():
     assert one.equals(same)
     assert not one.equals(other)
     assert set(one) < set(COLUMNS)
-    assert set(of(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=2))) == set(
+    assert set(compare(stack, stack, TOKENS, (1, 3), (1, 3), answers=ANSWERED, sampling=Sampling(resamples=2))) == set(
         COLUMNS
     )
 
@@ -310,7 +310,7 @@ def test_spans_that_are_none_are_refused(start, stop, says):
     with pytest.raises(ValueError, match=says):
         measure(stack, TOKENS, skip, start, stop)
     with pytest.raises(ValueError, match="no middle of"):
-        of(stack, stack, TOKENS, (1, 2), (1, 4))
+        compare(stack, stack, TOKENS, (1, 2), (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_prompts_and_answers_that_cannot_be_measured_are_refused():
 def test_models_that_cannot_be_compared_are_refused():
     one, other = (Stack(known_networks.serial_network(n_layers=3, width=width)) for width in (4, 8))
     with pytest.raises(ValueError, match="256 tokens and 16 dimensions"):
-        of(one, other, TOKENS, (1, 2), (1, 2))
+        compare(one, other, TOKENS, (1, 2), (1, 2))
 
 
 def test_weights_that_are_not_finite_are_said():

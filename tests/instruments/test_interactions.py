@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, reading
+from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
 from surgery import Stack
 from surgery.instruments import interactions, known_networks
 from surgery.instruments.ablation import Damages, damage
@@ -23,7 +23,7 @@ from surgery.stats.sampling import Sampling
 )
 def test_systems_of_known_reliability(system, rho, partial, damages, mass):
     """The margin of one subspace holding the token is 1 less the mean over 8 tokens, 1/8."""
-    stack = reading(**system)
+    stack = build_system(**system)
     frame = pairs(stack, TOKENS, "skip", sampling=Sampling(resamples=50))
     assert (frame["status"] == "measured").all()
     assert (frame["saturating"] == "no").all()
@@ -41,14 +41,14 @@ def test_systems_of_known_reliability(system, rho, partial, damages, mass):
 @pytest.mark.parametrize("kind", ["mean", "resample"])
 def test_series_and_independence_by_other_ablations(kind):
     for system, rho in ((SERIES, 1), (INDEPENDENT, 0)):
-        frame = pairs(reading(**system), TOKENS, kind, sampling=Sampling(resamples=50))
+        frame = pairs(build_system(**system), TOKENS, kind, sampling=Sampling(resamples=50))
         # resampled once, the chain is lost; resampled twice, the donor's token comes through, of the same margin
         assert frame["rho"].to_numpy() == pytest.approx(rho, abs=1e-9)
 
 
 def test_the_nonlinear_loss_makes_independent_layers_interact_and_the_margin_does_not():
     """Cross entropy of a sum of logits: what it has lost of a sure token it cannot lose again (and the other way)."""
-    stack = reading(**INDEPENDENT)
+    stack = build_system(**INDEPENDENT)
     assert pairs(stack, TOKENS, "skip", "loss", sampling=Sampling(resamples=50))["delta"].abs().min() > 0.01
     assert pairs(stack, TOKENS, "skip", "margin", sampling=Sampling(resamples=50))["delta"].abs().max() < 1e-12
 
@@ -145,7 +145,7 @@ def test_architectures(load, name, tmp_path):
 
 
 def test_it_costs_what_it_says(monkeypatch):
-    stack, run, calls = reading(**SERIES), Engine.layer, []
+    stack, run, calls = build_system(**SERIES), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     pairs(stack, TOKENS, sampling=Sampling(resamples=0))
     assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3)
@@ -154,7 +154,7 @@ def test_it_costs_what_it_says(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pairs(reading(**SERIES), TOKENS, amount=1.0), "between 0 and 1, got 1.0"),
+        (lambda: pairs(build_system(**SERIES), TOKENS, amount=1.0), "between 0 and 1, got 1.0"),
         (lambda: table(*[simulated(1, 1, 1)] * 2, "kl"), r"margin \(logits\) or loss \(nats\), not as 'kl'"),
         (lambda: summary(Damages(((0,),), torch.ones(1, 2).double(), torch.ones(1, 2).double())), "no pair of layers"),
         (

@@ -1,5 +1,7 @@
 """Similarity is exact where it can be worked out, and blind to what series reads."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,12 +74,14 @@ def test_block_influence_size_and_angle_do_not_order_the_calibration_networks():
 
 
 def test_a_bent_chain_reads_less_alike_at_a_distance_and_a_neighbour_does_not():
-    def alike(share: float, a: int, b: int) -> list[float]:
+    @functools.cache
+    def frames(share: float) -> list[pd.DataFrame]:
         stacks = [Stack(known_networks.mixed_network(share, seed=seed)) for seed in range(3)]
-        found = [
-            similarity.cka(stack, known_networks.tokens(150, 8), sampling=Sampling(resamples=0)) for stack in stacks
-        ]
-        return [frame.set_index(["layer_a", "layer_b"]).loc[(a, b), "cka"] for frame in found]
+        tokens, sampling = known_networks.tokens(150, 8), Sampling(resamples=0)
+        return [similarity.cka(stack, tokens, sampling=sampling).set_index(["layer_a", "layer_b"]) for stack in stacks]
+
+    def alike(share: float, a: int, b: int) -> list[float]:
+        return [frame.loc[(a, b), "cka"] for frame in frames(share)]
 
     assert max(alike(1.0, 0, 6)) < 0.6 < 0.8 < min(alike(0.0, 0, 6))
     assert min(alike(1.0, 1, 2)) < max(alike(0.0, 1, 2))
@@ -180,7 +184,7 @@ def test_cost_is_what_it_says(monkeypatch):
     tokens = known_networks.tokens(6, 6)
     for measure in (similarity.layers, similarity.angles, similarity.cka):
         calls.clear()
-        measure(stack, tokens, resamples=0)
+        measure(stack, tokens, sampling=Sampling(resamples=0))
         assert len(calls) == 3
     calls.clear()
     similarity.linearity(stack, tokens, sampling=Sampling(resamples=0))

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from surgery.records import tables
 from surgery.series.composition import COLUMNS, HEADS, KINDS, compositions
 
 
+@functools.cache
 def measured(share):
     model = known_networks.mixed_network(share, n_layers=4)
     return compositions(Stack(model), ["MLP-MLP"], draws=4).set_index(["earlier", "later"])

@@ -191,9 +191,11 @@ def test_padding_and_batches_do_not_matter():
     opened = stack("random", dtype=torch.float64)
     for measure in (effects.matrix, effects.future, effects.future_output):
         arguments = {"cuts": [3, 6]} if measure is not effects.matrix else {}
-        plain = measure(opened, ragged("right"), resamples=5, **arguments)
-        pd.testing.assert_frame_equal(measure(opened, ragged("left"), resamples=5, **arguments), plain, rtol=1e-5)
-        parts = measure(opened, ragged("right"), resamples=5, batch_size=5, **arguments)
+        sampling = Sampling(resamples=5)
+        plain = measure(opened, ragged("right"), sampling=sampling, **arguments)
+        left = measure(opened, ragged("left"), sampling=sampling, **arguments)
+        pd.testing.assert_frame_equal(left, plain, rtol=1e-5)
+        parts = measure(opened, ragged("right"), sampling=sampling.but(batch_size=5), **arguments)
         pd.testing.assert_frame_equal(parts, plain, rtol=1e-5)
 
 

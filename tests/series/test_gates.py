@@ -18,7 +18,7 @@ MEASURES = (exponents, hessian, path_lengths)
 def measured(measure, share, norm=None, own_head=True, frozen=True):
     made = known_networks.mixed_network(share, n_layers=4, norm=norm, dtype=torch.float64)
     model = made if own_head else last_reader(share, norm)
-    return measure(Stack(model), known_networks.tokens(12, 6), frozen=frozen, resamples=20)
+    return measure(Stack(model), known_networks.tokens(12, 6), frozen=frozen, sampling=Sampling(resamples=20))
 
 
 @pytest.mark.parametrize("norm", [None, "RMS"])
@@ -125,7 +125,7 @@ def test_the_hessian_is_that_of_a_gated_run():
 def test_every_architecture_is_measured(load, name):
     stack = Stack(load(name))
     for measure in MEASURES:
-        frame = measure(stack, known_networks.tokens(6, 6) % 96, resamples=5)
+        frame = measure(stack, known_networks.tokens(6, 6) % 96, sampling=Sampling(resamples=5))
         assert np.isfinite(frame).all().all()
     assert frame["share"].sum() == pytest.approx(1)
 
@@ -133,7 +133,7 @@ def test_every_architecture_is_measured(load, name):
 @pytest.mark.parametrize("measure", MEASURES)
 def test_batches_do_not_matter_and_tables_can_be_written(measure, tmp_path):
     stack, tokens = Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(10, 6)
-    whole, parts = (measure(stack, tokens, resamples=20, batch_size=size) for size in (64, 4))
+    whole, parts = (measure(stack, tokens, sampling=Sampling(resamples=20, batch_size=size)) for size in (64, 4))
     assert np.allclose(whole, parts, rtol=1e-3, atol=1e-5)
     tables.write(whole, tmp_path / "gates.csv", {}, COLUMNS)
     assert set(whole) <= set(COLUMNS)

@@ -8,7 +8,7 @@ from support.exact_networks import network, rng
 from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.records import tables
-from surgery.series.jacobians import COLUMNS, linearised, pairs
+from surgery.series.jacobians import COLUMNS, linearise, pairs
 from surgery.stats.bootstrap import rotation
 from surgery.stats.sampling import Sampling
 
@@ -86,7 +86,7 @@ def test_derivatives_are_those_of_the_layer_in_every_architecture(load, name):
     stream = stack.stream(context)
     change = torch.randn(stream[1].shape, generator=rng())
     with stack.frozen(context):
-        found = linearised(stack, 1, stream[1], context)(change)
+        found = linearise(stack, 1, stream[1], context)(change)
         after, before = (stack.update(1, stream[1] + step * change, context) for step in (1e-3, -1e-3))
     torch.testing.assert_close(found, (after - before) / 2e-3, rtol=0, atol=5e-3 * float(found.abs().max()))
     assert (

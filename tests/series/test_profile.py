@@ -1,11 +1,13 @@
 """The profile gathers what the measures say of every layer, and what leaving it out costs."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from support.known_windows import measured, some_tokens, stack, uneven
+from support.known_windows import every_window, random_tokens, stack, uneven_prompts
 from surgery import Stack, series
 from surgery.instruments import known_networks, similarity
 from surgery.models.engine import Engine
@@ -17,7 +19,7 @@ def test_the_profile_gathers_what_the_measures_say():
     opened, tokens = stack("random"), known_networks.tokens(24, 10)
     frame = series.profile(opened, tokens, length=3, sampling=Sampling(resamples=20))
     assert list(frame.columns[: 3 + len(series.PROFILE)]) == ["layer", "n_prompts", "length", *series.PROFILE]
-    windows = measured("random").set_index(["start", "stop"])
+    windows = every_window("random").set_index(["start", "stop"])
     for layer, row in frame.iterrows():
         for span, length in (("pair", 2), ("window", 3)):
             for name in ("S", "R", "R_over_N", "loss_parallel_sum"):
@@ -31,10 +33,16 @@ def test_the_profile_gathers_what_the_measures_say():
     pd.testing.assert_frame_equal(frame[alike.columns], alike)
 
 
+@functools.cache
+def profile_of_uneven_prompts() -> pd.DataFrame:
+    sampling = Sampling(resamples=0, batch_size=4)
+    return series.profile(stack("random", dtype=torch.float64), uneven_prompts(), length=2, sampling=sampling)
+
+
 @pytest.mark.parametrize("layer", [0, 3, 5])
 def test_the_damage_of_skipping_is_that_of_the_wiring_without_the_layer(layer):
-    opened, tokens = stack("random", dtype=torch.float64), uneven()
-    row = series.profile(opened, tokens, length=2, sampling=Sampling(resamples=0, batch_size=4)).iloc[layer]
+    opened, tokens = stack("random", dtype=torch.float64), uneven_prompts()
+    row = profile_of_uneven_prompts().iloc[layer]
     predicting = tokens.mask[:, :-1] & tokens.mask[:, 1:]
     targets = tokens.ids[:, 1:][predicting]
     clean, rewired = (
@@ -59,12 +67,15 @@ def test_the_profile_tells_serial_from_parallel_by_s_alone(kind, value):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_profiles_of_models_are_whole_and_explained(name, load, tmp_path):
     opened = Stack(load(name))
-    frame = series.profile(opened, some_tokens(), sampling=Sampling(resamples=5))
+    frame = series.profile(opened, random_tokens(), sampling=Sampling(resamples=5))
     assert frame["length"].tolist() == [4] * 4
     assert frame[["S_pair", "S_window"]].notna().sum().tolist() == [3, 1]
     assert frame[["loss_skip", "update_ratio"]].notna().all().all()
     tables.write(frame, tmp_path / "profile.csv", {}, series.COLUMNS)
-    sub = series.windows(opened, some_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=5))
+
+
+def test_windows_of_sublayers_can_be_written_with_their_names(load, tmp_path):
+    sub = series.windows(Stack(load("gpt2")), random_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=5))
     tables.write(sub, tmp_path / "sublayers.csv", {}, series.COLUMNS)
     assert tables.read(tmp_path / "sublayers.csv")["first"].tolist() == sub["first"].tolist()
 

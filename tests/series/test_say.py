@@ -12,8 +12,8 @@ def text(sentences: list[str]) -> str:
 
 
 def test_serial_windows_are_called_serial_with_value_and_interval():
-    said = say.windows(made_up.series(S=0.8))
-    assert said[0] == (
+    sentences = say.windows(made_up.series(S=0.8))
+    assert sentences[0] == (
         "Layers 1 to 5 together read S = 0.80 [0.79, 0.81], from 0 (parallel) to 1 (serial): closer to serial."
     )
 
@@ -23,19 +23,19 @@ def test_parallel_windows_are_called_parallel():
 
 
 def test_an_interval_around_one_half_decides_nothing():
-    said = say.windows(made_up.series(S=0.5))[0]
-    assert "could not be told" in said
-    assert "closer to serial" not in said
-    assert "closer to parallel" not in said
+    sentences = say.windows(made_up.series(S=0.5))[0]
+    assert "is undecided" in sentences
+    assert "closer to serial" not in sentences
+    assert "closer to parallel" not in sentences
 
 
 def test_without_an_interval_nothing_is_claimed():
     frame = made_up.series(S=0.9)
     frame[[name for name in frame if name.endswith(("_low", "_high"))]] = np.nan
-    said = text(say.windows(frame))
-    assert "0.90 (no interval)" in said
-    assert "closer to serial" not in said
-    assert "more than a reader" not in said
+    sentences = text(say.windows(frame))
+    assert "0.90 (no interval)" in sentences
+    assert "closer to serial" not in sentences
+    assert "more than a reader" not in sentences
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_without_an_interval_nothing_is_claimed():
     ],
 )
 def test_seriality_is_held_against_the_displacement_null(ratio, says):
-    said = say.windows(made_up.series(R_over_N=ratio))[1]
-    assert says in said
-    assert f"R/N = {ratio:.2f}" in said
+    sentences = say.windows(made_up.series(R_over_N=ratio))[1]
+    assert says in sentences
+    assert f"R/N = {ratio:.2f}" in sentences
 
 
 def test_the_thirds_are_windows_of_one_length_without_layer_0():
@@ -65,12 +65,12 @@ def test_the_thirds_are_windows_of_one_length_without_layer_0():
 
 def test_a_third_is_called_most_serial_only_if_its_interval_is_clear_of_the_others():
     frame = made_up.series(12)
-    assert "which is the most serial could not be told" in text(say.windows(frame))
+    assert "which is the most serial is undecided" in text(say.windows(frame))
     middle = (frame["start"] == 5) & (frame["stop"] == 8)
     frame.loc[middle, ["S", "S_low", "S_high"]] = 0.9, 0.89, 0.91
     assert "layers 5 to 7 are the most serial." in text(say.windows(frame))
     frame.loc[middle, "S_low"] = 0.655
-    assert "most serial could not be told" in text(say.windows(frame))
+    assert "most serial is undecided" in text(say.windows(frame))
     frame.loc[middle, ["S", "S_low", "S_high"]] = 0.1, 0.09, 0.11
     assert "layers 5 to 7 are the most parallel." in text(say.windows(frame))
 
@@ -92,9 +92,9 @@ def test_the_price_of_running_in_parallel(change, says):
     ],
 )
 def test_seriality_is_held_against_the_untrained_model(fresh, ratio, says):
-    said = text(say.windows(made_up.series(), made_up.series(S=fresh, R_over_N=ratio)))
-    assert f"with fresh weights read S = {fresh:.2f}" in said
-    assert says in said
+    sentences = text(say.windows(made_up.series(), made_up.series(S=fresh, R_over_N=ratio)))
+    assert f"with fresh weights read S = {fresh:.2f}" in sentences
+    assert says in sentences
     assert "fresh weights" not in text(say.windows(made_up.series(), made_up.series(max_length=2)))
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from support.known_windows import by_hand, measured, spread, stack, uneven
+from support.known_windows import by_hand, every_window, spread, stack, uneven_prompts
 from surgery import Stack, series
 from surgery.instruments import known_networks, readout
 from surgery.models.engine import Engine
@@ -41,7 +41,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @variants
 @dtypes
 def test_parallel_network_reads_zero_in_every_window(norm, biases, activation, dtype):
-    frame = measured("parallel", norm=norm, biases=biases, activation=activation, dtype=dtype)
+    frame = every_window("parallel", damage=False, norm=norm, biases=biases, activation=activation, dtype=dtype)
     assert frame[["R", "O", "S", "R_shuffled", "R_over_N"]].abs().max().max() < 1e-6
     assert frame["N"].min() > 0.05
 
@@ -49,7 +49,7 @@ def test_parallel_network_reads_zero_in_every_window(norm, biases, activation, d
 @variants
 @dtypes
 def test_serial_network_reads_one_in_every_window(norm, biases, activation, dtype):
-    frame = measured("serial", norm=norm, biases=biases, activation=activation, dtype=dtype)
+    frame = every_window("serial", damage=False, norm=norm, biases=biases, activation=activation, dtype=dtype)
     assert (frame[["R", "O", "S", "R_shuffled"]] - 1).abs().max().max() < 1e-6
 
 
@@ -59,7 +59,7 @@ def test_serial_network_reads_one_in_every_window(norm, biases, activation, dtyp
 def test_mixed_network_rises_with_its_share(norm, expected):
     """Expected: an independent simulation of the construction. One seed differs by up to .1, the mean of 4 by .05."""
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    frames = [measured("mixed", share, norm=norm) for share in shares]
+    frames = [every_window("mixed", share, damage=False, norm=norm) for share in shares]
     assert (pd.concat([frame["S"] for frame in frames], axis=1).diff(axis=1).iloc[:, 1:] > 0.02).all().all()
     for share, value, frame in zip(shares[1:4], expected, frames[1:4], strict=True):
         others = [stack("mixed", share, norm=norm, seed=seed) for seed in (1, 2, 3)]
@@ -73,7 +73,7 @@ def test_mixed_network_rises_with_its_share(norm, expected):
 
 
 def test_live_normalisation_leaks_into_a_parallel_network_and_the_frozen_one_does_not():
-    frame = measured("parallel", norm="RMS")
+    frame = every_window("parallel", damage=False, norm="RMS")
     assert frame["S"].max() < 1e-6
     assert frame["S_live"].mean() > 0.2
     assert (frame["S_live_low"] > 0.005).all()  # least where a late window barely moves the stream
@@ -81,14 +81,14 @@ def test_live_normalisation_leaks_into_a_parallel_network_and_the_frozen_one_doe
 
 
 def test_without_normalisation_there_is_nothing_to_freeze():
-    frame = measured("mixed", 0.5)
+    frame = every_window("mixed", 0.5, damage=False, norm=None)  # measured above
     for name in ("R", "O", "S"):
         assert np.allclose(frame[name], frame[f"{name}_live"], atol=1e-7)
     assert frame["layernorm_share"].abs().max() < 1e-7
 
 
 def test_a_reader_without_preference_reads_exactly_its_displacement_null():
-    frame = measured("linear", dtype=torch.float64)
+    frame = every_window("linear", damage=False, dtype=torch.float64)
     assert np.allclose(frame["R_over_N"], 1, atol=1e-9)
     assert frame["R"].between(0.05, 0.8).all()
 
@@ -96,7 +96,7 @@ def test_a_reader_without_preference_reads_exactly_its_displacement_null():
 @pytest.mark.parametrize("norm", [None, "RMS", "LN"])
 def test_untrained_networks_stay_between_zero_and_one_and_read_no_more_than_displacement(norm):
     for seed in (0, 1):
-        frame = measured("random", norm=norm, seed=seed)
+        frame = every_window("random", damage=False, norm=norm, seed=seed)
         for name in ("R", "O", "S", "R_live", "O_live", "S_live", "N", "R_shuffled"):
             assert frame[name].between(0, 1).all(), name
         later = frame[frame["start"] > 0]
@@ -104,7 +104,7 @@ def test_untrained_networks_stay_between_zero_and_one_and_read_no_more_than_disp
 
 
 def test_running_a_parallel_network_in_parallel_changes_nothing_but_averaging_does():
-    frame = measured("parallel", dtype=torch.float64)
+    frame = every_window("parallel", dtype=torch.float64)
     assert frame[["loss_parallel_sum", "kl_parallel_sum"]].abs().max().max() < 1e-9
     assert frame["kl_parallel_mean"].min() > 1e-3
 
@@ -123,7 +123,7 @@ def test_loss_rises_by_the_divergence_where_the_network_predicts_its_own_text():
 
 
 def test_running_a_serial_network_in_parallel_does_damage():
-    frame = measured("serial")
+    frame = every_window("serial")
     assert frame["kl_parallel_sum"].min() > 1e-3
     assert (frame["kl_parallel_sum_low"] > 0).all()
 
@@ -201,7 +201,7 @@ def test_damage_is_that_of_the_parallel_wiring(start, stop):
 
 
 def test_damage_does_not_depend_on_how_many_rows_are_read_out_at_once(monkeypatch):
-    whole = measured("random")
+    whole = every_window("random")
     monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 50 * known_networks.D_VOCAB)
     parts = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
     assert np.allclose(parts[list(DAMAGE)], whole[list(DAMAGE)], atol=1e-6)
@@ -250,7 +250,7 @@ def test_it_costs_what_it_says(monkeypatch):
 
 
 def test_rows_are_all_windows_and_columns_come_with_intervals():
-    frame = measured("random")
+    frame = every_window("random")
     assert list(zip(frame["start"], frame["stop"], strict=True)) == [(a, b) for a in range(5) for b in range(a + 2, 7)]
     named = [f"{name}{end}" for name in (*MEASURES, *DAMAGE) for end in ("", "_low", "_high")]
     assert list(frame.columns) == ["start", "stop", "n_prompts", *named]
@@ -261,10 +261,10 @@ def test_rows_are_all_windows_and_columns_come_with_intervals():
 def test_short_windows_are_the_same_rows_as_among_all():
     tokens = known_networks.tokens(24, 10)
     short = series.windows(stack("random"), tokens, max_length=3, sampling=Sampling(resamples=20))
-    among_all = measured("random").query("stop - start <= 3").reset_index(drop=True)
+    among_all = every_window("random").query("stop - start <= 3").reset_index(drop=True)
     pd.testing.assert_frame_equal(short, among_all, rtol=1e-6)
     longer_than_the_model = series.windows(stack("random"), tokens, max_length=99, sampling=Sampling(resamples=20))
-    pd.testing.assert_frame_equal(longer_than_the_model, measured("random"), rtol=1e-6)
+    pd.testing.assert_frame_equal(longer_than_the_model, every_window("random"), rtol=1e-6)
 
 
 def test_damage_can_be_left_out():
@@ -272,12 +272,12 @@ def test_damage_can_be_left_out():
         stack("random"), known_networks.tokens(24, 10), damage=False, sampling=Sampling(resamples=20)
     )
     assert not any("parallel" in name for name in frame)
-    pd.testing.assert_frame_equal(frame, measured("random")[frame.columns], rtol=1e-6)
+    pd.testing.assert_frame_equal(frame, every_window("random")[frame.columns], rtol=1e-6)
 
 
 def test_results_are_reproducible():
     again = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
-    pd.testing.assert_frame_equal(again, measured("random"))
+    pd.testing.assert_frame_equal(again, every_window("random"))
     other = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20, seed=1))
     assert not np.allclose(other["S_low"], again["S_low"])
     assert not np.allclose(other["R_shuffled"], again["R_shuffled"])
@@ -286,7 +286,7 @@ def test_results_are_reproducible():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 100])
 def test_batches_do_not_matter_but_to_the_shuffle(batch_size):
-    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
+    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven_prompts()
     whole = series.windows(opened, tokens, sampling=Sampling(resamples=20))
     parts = series.windows(opened, tokens, sampling=Sampling(resamples=20, batch_size=batch_size))
     pd.testing.assert_frame_equal(without_shuffle(parts), without_shuffle(whole), rtol=1e-6)
@@ -294,7 +294,7 @@ def test_batches_do_not_matter_but_to_the_shuffle(batch_size):
 
 
 def test_padding_does_not_matter():
-    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
+    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven_prompts()
     plain = series.windows(opened, tokens, sampling=Sampling(resamples=20))
     for padded in (tokens.pad(3, "right"), moved_left(tokens), moved_left(tokens).pad(2, "left")):
         pd.testing.assert_frame_equal(series.windows(opened, padded, sampling=Sampling(resamples=20)), plain, rtol=1e-6)
@@ -302,7 +302,7 @@ def test_padding_does_not_matter():
 
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():
     """With one resample both ends of every interval are its value, which must be that of the data set it stands for."""
-    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven()
+    opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven_prompts()
     frame = series.windows(opened, tokens, sampling=Sampling(resamples=1, seed=3))
     prompts = torch.repeat_interleave(torch.arange(len(tokens)), weights(len(tokens), 1, seed=3)[1].long())
     resampled = series.windows(
@@ -351,7 +351,7 @@ def test_bfloat16_measures():
         stack("random", dtype=torch.bfloat16), known_networks.tokens(24, 10), sampling=Sampling(resamples=5)
     )
     later = frame["start"] > 0
-    assert np.allclose(frame.loc[later, "S"], measured("random").loc[later, "S"], atol=0.05)
+    assert np.allclose(frame.loc[later, "S"], every_window("random").loc[later, "S"], atol=0.05)
 
 
 def test_progress_draws_on_the_terminal_only_when_asked(capsys):
@@ -368,7 +368,7 @@ def test_progress_draws_on_the_terminal_only_when_asked(capsys):
     ("arguments", "message"),
     [
         ({"max_length": 1}, "max_length must be 2 to 6 or None, got 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"sampling": Sampling(batch_size=0)}, "batch_size must be at least 1, got 0"),
         (
             {"tokens": known_networks.tokens(5, 1)},
             "fewer than two tokens to compare in these prompts, each prompt's first",

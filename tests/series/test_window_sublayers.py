@@ -1,11 +1,15 @@
 """Windows of sublayers: attention and MLP of each layer, one behind the other or side by side."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from support.known_windows import by_hand, measured, some_tokens, stack
+import surgery
+from support.known_windows import by_hand, every_window, random_tokens, stack
 from surgery import Stack, series
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
@@ -19,7 +23,7 @@ def inside_layers(frame: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.parametrize("name", ["gptj", "gpt_neox"])
 def test_attention_and_mlp_side_by_side_read_nothing_of_each_other(name, load):
-    frame = series.windows(Stack(load(name)), some_tokens(), 3, grain="sublayer", sampling=Sampling(resamples=5))
+    frame = series.windows(Stack(load(name)), random_tokens(), 3, grain="sublayer", sampling=Sampling(resamples=5))
     inside = inside_layers(frame)
     assert inside["first"].tolist() == [f"{layer}.attn" for layer in range(4)]
     assert inside["last"].tolist() == [f"{layer}.mlp" for layer in range(4)]
@@ -33,17 +37,27 @@ def test_attention_and_mlp_side_by_side_read_nothing_of_each_other(name, load):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_an_mlp_behind_its_attention_reads_it(name, load):
     inside = inside_layers(
-        series.windows(Stack(load(name)), some_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=20))
+        series.windows(Stack(load(name)), random_tokens(), 2, grain="sublayer", sampling=Sampling(resamples=20))
     )
     assert inside["S_low"].min() > 0.02
     assert inside["kl_parallel_sum_low"].min() > 0
 
 
+@functools.cache
+def windows_of_three_sublayers(opened: Stack) -> pd.DataFrame:
+    frame = series.windows(opened, random_tokens(), 3, grain="sublayer", sampling=Sampling(resamples=0))
+    return frame.set_index(["start", "stop"])
+
+
+@pytest.fixture(scope="module")
+def in_double(model_folder) -> Callable[[str], Stack]:
+    return functools.cache(lambda name: Stack(surgery.load(model_folder(name), dtype=torch.float64)))
+
+
 @pytest.mark.parametrize(("name", "start", "stop"), [("gptj", 2, 5), ("gptj", 3, 6), ("gpt2", 2, 5), ("gpt2", 1, 4)])
-def test_a_window_of_sublayers_is_what_the_formulas_say(name, start, stop, load):
-    opened, tokens = Stack(load(name, torch.float64)), some_tokens()
-    frame = series.windows(opened, tokens, grain="sublayer", sampling=Sampling(resamples=0))
-    found = frame.set_index(["start", "stop"]).loc[(start, stop)]
+def test_a_window_of_sublayers_is_what_the_formulas_say(name, start, stop, in_double):
+    opened, tokens = in_double(name), random_tokens()
+    found = windows_of_three_sublayers(opened).loc[(start, stop)]
     context, names = opened.context(tokens), [f"{unit // 2}.{('attn', 'mlp')[unit % 2]}" for unit in range(8)]
     beside = name == "gptj"
     whole, x = opened.stream(context), {}
@@ -80,19 +94,19 @@ def test_a_window_of_sublayers_is_what_the_formulas_say(name, start, stop, load)
 def test_where_attention_writes_nothing_sublayers_read_what_their_layers_do():
     """In the constructed networks the MLPs are the layers: a window of sublayers is that of its MLPs."""
     for kind, value in (("parallel", 0), ("serial", 1)):
-        opened = stack(kind, norm="RMS", dtype=torch.float64)
+        opened = stack(kind, n_layers=4, norm="RMS", dtype=torch.float64)
         found = series.windows(
             opened, known_networks.tokens(24, 10), grain="sublayer", damage=False, sampling=Sampling(resamples=0)
         )
         found = found.set_index(["start", "stop"])
-        for start, stop in ((1, 4), (3, 8), (1, 12)):
+        for start, stop in ((1, 4), (3, 6), (1, 8)):
             assert found.loc[(start, stop), ["R", "O", "S"]].tolist() == pytest.approx([value] * 3, abs=1e-6)
-    mixed = stack("mixed", 0.5, dtype=torch.float64)
+    mixed = stack("mixed", 0.5, n_layers=4, dtype=torch.float64)
     sub = series.windows(
         mixed, known_networks.tokens(24, 10), grain="sublayer", damage=False, sampling=Sampling(resamples=0)
     )
     sub = sub.set_index(["start", "stop"])
-    for _, row in measured("mixed", 0.5, dtype=torch.float64).iterrows():
+    for _, row in every_window("mixed", 0.5, damage=False, n_layers=4, dtype=torch.float64).iterrows():
         assert sub.loc[(2 * row["start"] + 1, 2 * row["stop"]), "S"] == pytest.approx(row["S"], abs=1e-9)
 
 
@@ -101,12 +115,12 @@ def test_sublayers_cost_what_it_says(monkeypatch, load):
     opened.wiring("0.attn")  # asked once: can the layers be split
     assert not opened.parallel_sublayers
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    series.windows(opened, some_tokens(), 2, damage=False, grain="sublayer", sampling=Sampling(resamples=0))
+    series.windows(opened, random_tokens(), 2, damage=False, grain="sublayer", sampling=Sampling(resamples=0))
     assert len(calls) == 8 + 4 + 3 * 7  # the stream by sublayers, the denominators by layers, 7 windows of sublayers
 
 
 def test_layers_that_cannot_be_split_have_no_sublayers(load):
     with pytest.raises(ValueError, match="runs sublayers"):
-        series.windows(Stack(load("native-attention-only")), some_tokens(), grain="sublayer")
+        series.windows(Stack(load("native-attention-only")), random_tokens(), grain="sublayer")
     with pytest.raises(ValueError, match="grain is 'layer' or 'sublayer', got 'head'"):
         series.windows(stack("random"), known_networks.tokens(), grain="head")

@@ -1,4 +1,4 @@
-"""Networks whose layers are given matrices, and prompts of unequal length: what they must read can be worked out."""
+"""Networks whose layers are chosen matrices, and prompts of unequal length: what they read can be worked out."""
 
 import torch
 from transformer_lens import TransformerBridge
@@ -15,7 +15,7 @@ def rng(seed=0):
 
 @torch.no_grad()
 def network(maps, embedding, biases=None, norm=None, d_head=8):
-    """A model whose layer ``l`` computes ``maps[l] x + biases[l]`` exactly (relu(z) - relu(-z) = z, no attention)."""
+    """Build a model whose layer ``l`` is ``maps[l] x + biases[l]`` exactly (relu(z) - relu(-z) = z, no attention)."""
     n_vocab, d_model = embedding.shape
     config = TransformerBridgeConfig(
         n_layers=len(maps),
@@ -49,14 +49,14 @@ def parameters(model):
 
 
 def ou_network(kappas, d_model=16, mean=2.0, seed=0):
-    """``f(x) = -kappa (x - mean)``, one kappa a layer; embeddings scattered around the mean."""
+    """Build layers ``f(x) = -kappa (x - mean)``, one kappa a layer, and embeddings scattered around the mean."""
     maps = [-kappa * torch.eye(d_model) for kappa in kappas]
     embedding = mean + torch.randn(known_networks.D_VOCAB, d_model, generator=rng(seed))
     return network(maps, embedding, [kappa * mean * torch.ones(d_model) for kappa in kappas])
 
 
 def ragged(side, seed=0):
-    """The same 12 prompts of 2 to 13 tokens, padded on one side with different tokens."""
+    """Return the same 12 prompts of 2 to 13 tokens, padded on one side with different tokens."""
     ids = torch.randint(known_networks.D_VOCAB, (12, 13), generator=rng(seed))
     padded = torch.full((12, 15), 3 if side == "left" else 7)
     mask = torch.zeros(12, 15, dtype=torch.bool)
@@ -68,7 +68,7 @@ def ragged(side, seed=0):
 
 @torch.no_grad()
 def attending_network(kappa, sharpness):
-    """Writes minus kappa times what attention fetches from the marked first token (sharp) or from all so far (0)."""
+    """Write minus kappa times what attention fetches from the marked first token (sharp) or from all so far (0)."""
     value = torch.cat([torch.randn(100, 8, generator=rng()), torch.zeros(100, 1)], 1).double()
     embedding = torch.cat([value, value + torch.eye(9, dtype=torch.float64)[8]])
     model = network([torch.zeros(9, 9)], embedding)
@@ -86,7 +86,7 @@ def attending_network(kappa, sharpness):
 
 @torch.no_grad()
 def last_reader(share, norm=None, n_layers=4):
-    """The mixed network with a head that reads the last subspace alone."""
+    """Build the mixed network with a head that reads the last subspace alone."""
     model = known_networks.mixed_network(share, n_layers=n_layers, norm=norm, dtype=torch.float64)
     head = next(value for name, value in model.named_parameters() if name.startswith("head"))
     head[:, :-8] = 0

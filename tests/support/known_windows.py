@@ -1,4 +1,4 @@
-"""Calibration networks and every window of them, measured once, and the formulas of windows written out."""
+"""Networks of known answer and every window of them, measured once, and the formulas of windows written out."""
 
 import functools
 import math
@@ -19,19 +19,21 @@ def stack(kind: str, *args, **sizes) -> Stack:
 
 
 @functools.cache
-def measured(kind: str, *args, **sizes) -> pd.DataFrame:
-    """Every window of a calibration network on 24 prompts."""
-    return series.windows(stack(kind, *args, **sizes), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
+def every_window(kind: str, *args, damage: bool = True, **sizes) -> pd.DataFrame:
+    """Every window of a known network on 24 prompts."""
+    tokens, sampling = known_networks.tokens(24, 10), Sampling(resamples=20)
+    return series.windows(stack(kind, *args, **sizes), tokens, damage=damage, sampling=sampling)
 
 
-def uneven(n_prompts: int = 9, longest: int = 12) -> Tokens:
+def uneven_prompts(n_prompts: int = 9, longest: int = 12) -> Tokens:
     """Prompts of different lengths, padded on the right."""
     ids = known_networks.tokens(n_prompts, longest, seed=5)
     lengths = torch.arange(n_prompts) % (longest - 3) + 4
     return Tokens(ids, torch.arange(longest) < lengths.unsqueeze(1))
 
 
-def some_tokens() -> torch.Tensor:
+def random_tokens() -> torch.Tensor:
+    """Prompts for the architectures of the matrix."""
     return torch.randint(4, 96, (12, 9), generator=torch.Generator().manual_seed(0))
 
 

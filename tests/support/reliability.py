@@ -1,4 +1,4 @@
-"""Models built as systems of known reliability: layers in series, independent of each other, and one as backup."""
+"""Models built as systems of known reliability: layers in series, independent layers, and a backup."""
 
 import torch
 
@@ -12,8 +12,8 @@ TOKENS = (torch.arange(24).unsqueeze(1) + torch.arange(8)) % N_VOCAB  # every to
 
 
 @torch.no_grad()
-def reading(reads, writes, scored, rectified=()):
-    """A model whose layer ``l`` adds ``reads[l]`` (a sum of subspaces with signs) to the subspace ``writes[l]``.
+def build_system(reads, writes, scored, rectified=()):
+    """Build a model whose layer ``l`` adds ``reads[l]`` (a sum of subspaces with signs) to the subspace ``writes[l]``.
 
     The token is one-hot in subspace 0; the logit of the token that comes next is what the ``scored`` subspaces hold.
     """
