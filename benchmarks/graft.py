@@ -55,7 +55,7 @@ class Step:
     def __call__(self, batch: object, counter: Counter | None = None) -> dict[str, int]:
         """Operations of its parts, if a counter is given."""
         count = counter or (lambda key, call: (call(), 0))
-        batch, taught = count("teacher", lambda: self.task.taught(batch))
+        batch, taught = count("teacher", lambda: self.task.with_teacher(batch))
         (sums, weights), forward = count("forward", lambda: self.task.student(batch))
         loss = (torch.tensor(self.task.factors) * sums / weights).sum()
         _, backward = count("backward", loss.backward)

@@ -2,7 +2,7 @@
 
     python studies/fresh_middle.py --out results/fresh_middle       # one seed, 300 steps: eight minutes on 2 cores
     python studies/fresh_middle.py --full                           # three seeds, 1,000 steps: an hour
-    python studies/fresh_middle.py --checkpoints runs/reference     # the whole model over its own training beside it
+    python studies/fresh_middle.py --checkpoints runs/reference     # beside the whole model during its own training
 
 On the bundled model, layers 4 to 8 of 12. First every single layer is put back to random weights: which can be replaced
 at all? Then, at equal operations, the teacher's harvest included: the fresh middle trained on activations (``graft``),
@@ -17,8 +17,9 @@ its mean update, the best linear map), and the graft healed with one layer more 
     graft_by_k.csv       exact answers by the number k of steps that a problem asks for; drawn in graft_by_k.png
     graft_wiring.csv     is the fresh middle wired like the old one: series and reversion of layers 4 to 8
 
-``--checkpoints`` is a folder of ``step_*.safetensors``, as ``studies/train_reference.py --snapshots`` leaves it. The
-same command goes on where it was killed. Intervals of single models are over prompts, those of methods over seeds.
+``--checkpoints`` is a folder of ``step_*.safetensors``, as ``studies/train_reference.py --snapshots`` leaves it. If it
+is killed, the same command goes on where it was. Intervals of single models are over prompts, those of methods over
+seeds.
 """
 
 import argparse
@@ -30,22 +31,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from scipy import stats
 
 import surgery
-from surgery import graft, models, report, reversion
-from surgery import series as serial
+from surgery import graft, models, report, reversion, series
 from surgery.corpus import splits
 from surgery.corpus.splits import Split
-from surgery.graft import reinitialise, study
+from surgery.graft import reinitialise, say, study
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.page import drawing
+from surgery.page import drawing, phrases
 from surgery.rebuild import layout
-from surgery.records import manifest as provenance
-from surgery.records import tables
+from surgery.records import manifest, tables
+from surgery.stats.bootstrap import t_interval
 from surgery.stats.sampling import Sampling
 from surgery.training.activations import Latents
 from surgery.training.ledger import Ledger
@@ -80,8 +79,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     seeds, steps, judged = (
-        given if given is not None else (full if args.full else quick)
-        for given, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300), (args.judged, 1000, 400))
+        option if option is not None else (full if args.full else quick)
+        for option, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300), (args.judged, 1000, 400))
     )
     prompts = args.prompts
     snapshots = sorted(args.checkpoints.glob("step_*.safetensors")) if args.checkpoints else []
@@ -96,133 +95,118 @@ def main() -> None:
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = splits.babel(prompts, heldout=judged)
-    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
+    source = manifest.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
 
-    layers = reinitialise.layers(stack, some(data.heldout, 200), seeds=3)
-    tables.write(layers, folder / "graft_layers.csv", manifest, reinitialise.COLUMNS)
-    say_layers(layers)
+    layers = reinitialise.layers(stack, spread(data.heldout, 200), seeds=3)
+    tables.write(layers, folder / "graft_layers.csv", source, reinitialise.COLUMNS)
+    print(replaceable_layers(layers))
 
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)
     schedule = Schedule(steps=steps, every=max(1, steps // 10))
-    made: dict[tuple[str, int], Graft] = {}
+    grafts: dict[tuple[str, int], Graft] = {}
     for seed in range(seeds):
-        for name, model in trained(stack, pairs, data, folder, replace(schedule, seed=seed)):
-            made[name, seed] = model
-            score = study.judge(stack, model, pairs, data).iloc[0]
+        for name, grown in every_method(stack, pairs, data, folder, replace(schedule, seed=seed)):
+            grafts[name, seed] = grown
+            score = study.judge(stack, grown, pairs, data).iloc[0]
             print(f"seed {seed}, {name}: exact answers {score['exact']:.3f}, {score['damage']:+.4f} nats a token")
     rows = study.maps(stack, pairs, data)
-    rows += [study.row(name, seed, one, study.judge(stack, one, pairs, data)) for (name, seed), one in made.items()]
-    per_step = (
-        made["whole from scratch", 0].ledger.operations(teacher=False)
-        / made["whole from scratch", 0].curve["step"].iloc[-1]
-    )
-    rows += [whole(stack, file, per_step, pairs, data) for file in snapshots]
+    rows += [
+        study.row(name, seed, grown, study.judge(stack, grown, pairs, data)) for (name, seed), grown in grafts.items()
+    ]
+    whole = grafts["whole from scratch", 0]
+    per_step = whole.ledger.operations(teacher=False) / whole.curve["step"].iloc[-1]
+    rows += [snapshot(stack, file, per_step, pairs, data) for file in snapshots]
     methods = pd.DataFrame(rows)
     other_ends = methods["method"].str.contains("scratch|whole")  # their streams are not the original's
     methods.loc[other_ends, [name for name in methods if name.startswith("unexplained")]] = np.nan
-    ks = by_k(stack, made, pairs, data)
-    wires = pd.DataFrame(
+    ks = by_k(stack, grafts, pairs, data)
+    untrained = Stack(models.untrained(stack.model))
+    wiring = pd.DataFrame(
         [
-            {"method": "the old middle", "seed": np.nan} | wired(stack, SPAN, data.heldout),
-            {"method": "untrained", "seed": np.nan} | wired(Stack(models.untrained(stack.model)), SPAN, data.heldout),
+            {"method": "the old middle", "seed": np.nan} | wiring_of(stack, SPAN, data.heldout),
+            {"method": "untrained", "seed": np.nan} | wiring_of(untrained, SPAN, data.heldout),
             *(
-                {"method": name, "seed": float(seed)} | wired(Stack(one.model), one.span, data.heldout)
-                for (name, seed), one in made.items()
+                {"method": name, "seed": float(seed)} | wiring_of(grown.stack, grown.span, data.heldout)
+                for (name, seed), grown in grafts.items()
             ),
         ]
     )
-    found = answers(methods, ks, wires, per_step)
-    manifest["settings"]["found"] = found
-    study.write(folder, methods, made, manifest)
-    tables.write(ks, folder / "graft_by_k.csv", manifest, BY_K)
+    sentences = answers(methods, ks, wiring, per_step)
+    source["settings"]["found"] = sentences
+    study.write(folder, methods, grafts, source)
+    tables.write(ks, folder / "graft_by_k.csv", source, BY_K)
     tables.save({folder / "graft_by_k.png": drawing.png(draw(ks))})
-    tables.write(wires, folder / "graft_wiring.csv", manifest, WIRING)
+    tables.write(wiring, folder / "graft_wiring.csv", source, WIRING)
     page = report.build(folder)
 
     print()
-    for sentence in (*study.found(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *found):
+    for sentence in (*say.methods(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *sentences):
         print(f"\n{sentence}")
     print(f"\nThe page is {page}, the numbers and figures are beside it.")
 
 
-def trained(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: Schedule):
-    """Every method at the operations that the graft took, the teacher's included, one after the other."""
+def every_method(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: Schedule):
+    """Train by every method at the operations that the graft took, the teacher's included, one after the other."""
     budget = None
     for name, (parts, objective) in METHODS.items():
         options = {"parts": parts, "objective": objective, "answers": data.answers, "weigh": data.weigh}
-        where = folder / f"{name.replace(' ', '_')}_{schedule.seed}"
+        place = folder / f"{name.replace(' ', '_')}_{schedule.seed}"
         spent = pairs.ledger(stack) if name != "whole from scratch" else Ledger()
         steps = schedule.steps
         if budget is not None:
-            each = study.step_operations(
-                stack,
-                *begun(stack, parts, schedule.seed),
-                pairs,
-                data,
-                objective=objective,
-                schedule=schedule,
-                parts=parts,
+            trial, span = untrained_student(stack, parts, schedule.seed)
+            step = study.step_operations(
+                stack, trial, span, pairs, data, objective=objective, schedule=schedule, parts=parts
             )
-            steps = max(1, round((budget - spent.operations(teacher=True)) / each))
+            steps = max(1, round((budget - spent.operations(teacher=True)) / step))
         planned = replace(schedule, steps=steps, every=max(1, steps // 10))
-        student, span = begun(stack, parts, schedule.seed)
-        done = graft.fit(stack, student, span, pairs, data.heldout, where, schedule=planned, spent=spent, **options)
-        budget = budget or done.ledger.operations(teacher=True)
-        yield name, done
+        student, span = untrained_student(stack, parts, schedule.seed)
+        trained = graft.fit(stack, student, span, pairs, data.heldout, place, schedule=planned, spent=spent, **options)
+        budget = budget or trained.ledger.operations(teacher=True)
+        yield name, trained
         if name == "graft":
-            last = replace(
-                schedule, steps=max(1, schedule.steps // 10), every=max(1, schedule.steps // 10), learning_rate=5e-4
-            )
-            yield (
-                "graft, healed",
-                graft.heal(
-                    stack,
-                    done,
-                    pairs,
-                    data.heldout,
-                    folder / f"healed_{schedule.seed}",
-                    schedule=last,
-                    answers=data.answers,
-                    weigh=data.weigh,
-                ),
-            )
+            steps = max(1, schedule.steps // 10)
+            last = replace(schedule, steps=steps, every=steps, learning_rate=5e-4)
+            options = {"answers": data.answers, "weigh": data.weigh}
+            place = folder / f"healed_{schedule.seed}"
+            yield "graft, healed", graft.heal(stack, trained, pairs, data.heldout, place, schedule=last, **options)
 
 
-def begun(stack: Stack, parts: str, seed: int):
-    """The student as it is before training: fresh weights in the middle, or everywhere."""
+def untrained_student(stack: Stack, parts: str, seed: int) -> tuple[Stack, tuple[int, int]]:
+    """The student before training, with fresh weights in the middle or everywhere, and its middle."""
     if parts == WHOLE:
-        return models.untrained(stack.model, seed), SPAN
-    return layout.build(stack.model, layout.middle(stack.n_layers, *SPAN), seed), SPAN
+        return Stack(models.untrained(stack.model, seed)), SPAN
+    return layout.build_stack(stack, layout.middle(stack.n_layers, *SPAN), seed), SPAN
 
 
-def whole(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Split) -> dict:
+def snapshot(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Split) -> dict:
     """A snapshot of the whole model's own training as a row of the table."""
     model, step = models.untrained(stack.model), int(file.stem.removeprefix("step_"))
     models.plain(model).load_state_dict(load_file(file))
-    read = study.judge(stack, Graft(model, SPAN, pd.DataFrame(), Ledger()), pairs, data)
+    measured = study.judge(stack, Graft(Stack(model), SPAN, pd.DataFrame(), Ledger()), pairs, data)
     spent = {"steps": step, "operations": step * per_step, "operations_with_teacher": step * per_step}
-    return {"method": f"whole, step {step}", "seed": np.nan} | read.iloc[0].to_dict() | spent
+    return {"method": f"whole, step {step}", "seed": np.nan} | measured.iloc[0].to_dict() | spent
 
 
-def by_k(stack: Stack, made: dict[tuple[str, int], Graft], pairs: Latents, data: Split) -> pd.DataFrame:
+def by_k(stack: Stack, grafts: dict[tuple[str, int], Graft], pairs: Latents, data: Split) -> pd.DataFrame:
     """Exact answers and damage of every model on the problems of every length."""
     rows = []
     for k, part in splits.by_k(data).items():
-        for (name, seed), one in made.items():
-            read = study.judge(stack, one, pairs, part).iloc[0].to_dict()
-            rows.append({"method": name, "seed": float(seed), "k": k} | read)
+        for (name, seed), grown in grafts.items():
+            scores = study.judge(stack, grown, pairs, part).iloc[0].to_dict()
+            rows.append({"method": name, "seed": float(seed), "k": k} | scores)
     return pd.DataFrame(rows)
 
 
-def some(tokens: Tokens, count: int) -> Tokens:
-    """So many prompts evenly from all, which are sorted by k."""
+def spread(tokens: Tokens, count: int) -> Tokens:
+    """About ``count`` prompts spread evenly over all, which are sorted by k."""
     return tokens[:: max(1, len(tokens) // count)]
 
 
-def wired(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, float]:
+def wiring_of(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, float]:
     """How the layers of a middle work together."""
-    tokens = some(tokens, 128)
-    windows = serial.windows(stack, tokens, span[1] - span[0], damage=False, sampling=Sampling(resamples=0))
+    tokens = spread(tokens, 128)
+    windows = series.windows(stack, tokens, span[1] - span[0], damage=False, sampling=Sampling(resamples=0))
     window = windows.query(f"start == {span[0]} and stop == {span[1]}").iloc[0]
     drift = (
         reversion.layers(stack, tokens, causal=False, sampling=Sampling(resamples=0))
@@ -235,46 +219,43 @@ def wired(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, floa
     }
 
 
-def over_seeds(values: pd.Series, style: str = ".3f") -> str:
-    """Mean over seeds with its 95 % t interval; with one seed the number alone."""
-    mean, n = values.mean(), len(values)
-    if n < 2:
-        return f"{mean:{style}}"
-    half = stats.t.ppf(0.975, n - 1) * values.std() / n**0.5
-    return f"{mean:{style}} [{mean - half:{style}}, {mean + half:{style}}]"
+def over_seeds(values: pd.Series, digits: int = 3) -> str:
+    """Mean over seeds with its 95 % t interval; one seed has none."""
+    return phrases.interval(*t_interval(values.to_numpy()), digits)
 
 
-def say_layers(layers: pd.DataFrame) -> None:
+def replaceable_layers(layers: pd.DataFrame) -> str:
+    """What it costs to put each layer back to random weights, and the worst."""
     worst = layers.loc[layers["damage"].idxmax()]
-    print(
-        "Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
-        + ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
-        + f". Worst is layer {int(worst['layer'])}."
+    damages = ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
+    return (
+        f"Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
+        f"{damages}. Worst is layer {int(worst['layer'])}."
     )
 
 
-def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_step: float) -> list[str]:
+def answers(methods: pd.DataFrame, ks: pd.DataFrame, wiring: pd.DataFrame, per_step: float) -> list[str]:
     """The questions, answered over seeds."""
     seeded = methods.dropna(subset=["seed"])
     named = seeded.groupby("method", sort=False)
     grown, n = named.get_group("graft"), seeded["seed"].nunique()
-    ended = ks[ks["method"] == "graft"].groupby("k")
-    said = [
+    by_length = ks[ks["method"] == "graft"].groupby("k")
+    sentences = [
         f"Over {n} seed{'s' if n > 1 else ''}, exact answers of the graft by k: "
-        + ", ".join(f"k = {k} {over_seeds(part['exact'])}" for k, part in ended)
+        + ", ".join(f"k = {k} {over_seeds(part['exact'])}" for k, part in by_length)
         + f" (the original {grown['exact_original'].iloc[0]:.3f} in all)."
     ]
     for name, part in named:
         spent = part["operations_with_teacher"].mean()
-        said.append(
-            f"{name}: exact {over_seeds(part['exact'])}, {over_seeds(part['cross_entropy_answers'], '.5f')} nats an "
+        sentences.append(
+            f"{name}: exact {over_seeds(part['exact'])}, {over_seeds(part['cross_entropy_answers'], 5)} nats an "
             f"answer token (the original {part['cross_entropy_answers_original'].iloc[0]:.5f}), {spent:.3g} operations "
             "with the teacher's."
         )
-    said.append(fraction(grown, methods, per_step))
-    old, new = wires[wires["method"] == "the old middle"].iloc[0], wires[wires["method"] == "graft"]
-    fresh = wires[wires["method"] == "untrained"].iloc[0]
-    said.append(
+    sentences.append(fraction(grown, methods, per_step))
+    old, fresh = (wiring[wiring["method"] == name].iloc[0] for name in ("the old middle", "untrained"))
+    new = wiring[wiring["method"] == "graft"]
+    sentences.append(
         "Is the fresh middle wired like the old one? "
         + "; ".join(
             f"{name} {over_seeds(new[name])}, the old one {old[name]:.3f}, untrained {fresh[name]:.3f}"
@@ -282,21 +263,21 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wires: pd.DataFrame, per_st
         )
         + "."
     )
-    return said
+    return sentences
 
 
 def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str:
-    """What part of the compute of training the whole: against the recorded training of the bundled model."""
+    """The graft's part of the compute of training the whole, by the recorded training of the bundled model."""
     recorded = pd.read_csv(models.reference_folder() / "training.csv")
     reached = recorded[[f"exact_{k}" for k in range(5)]].mean(axis=1)
-    exact, spent = grown["exact"].mean(), grown["operations_with_teacher"].mean()
+    exact, operations = grown["exact"].mean(), grown["operations_with_teacher"].mean()
     enough = recorded.loc[reached >= exact, "step"]
     if enough.empty:
         return f"No recorded step of the whole model's training answers as well as the graft ({exact:.3f})."
     whole = enough.iloc[0] * per_step
     text = (
         f"The bundled model's own training answered {exact:.1%} of held-out problems first at step {enough.iloc[0]}, "
-        f"{whole:.3g} operations: the graft took {spent / whole:.1%} of that, the harvest included, "
+        f"{whole:.3g} operations: the graft took {operations / whole:.1%} of that, the harvest included, "
         f"{grown['operations'].mean() / whole:.1%} without"
     )
     snapshots = methods[methods["method"].str.startswith("whole, step")]
@@ -306,7 +287,7 @@ def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str
         text += (
             f"; of the snapshots {first['method'].removeprefix('whole, ')} is the first with as small a loss "
             f"({first['cross_entropy_answers']:.4f} nats an answer token against "
-            f"{grown['cross_entropy_answers'].mean():.4f}): {spent / first['operations']:.1%} of its operations"
+            f"{grown['cross_entropy_answers'].mean():.4f}): {operations / first['operations']:.1%} of its operations"
         )
     elif len(snapshots):
         least = snapshots.loc[snapshots["cross_entropy_answers"].idxmin()]
@@ -328,7 +309,7 @@ def draw(ks: pd.DataFrame) -> Figure:
     axes.axhline(0.1, color=drawing.FAINT, linestyle="--", linewidth=0.8)
     axes.annotate("chance", (0, 0.1), va="bottom", fontsize=8, color=drawing.FAINT)
     axes.set_xticks(range(5))
-    axes.set_xlabel("k, steps that a problem asks for")
+    axes.set_xlabel("k, steps that a problem takes")
     axes.set_ylabel("exact answers on held-out problems")
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.25)

@@ -3,22 +3,23 @@
     python studies/latent_walk.py --out results/latent_walk      # one seed, 1k and 10k tokens, 100 steps: three minutes
     python studies/latent_walk.py --full                         # three seeds, 1k, 10k and 100k, 600 steps: 45 minutes
 
-On the bundled model, layers 4 to 8 of 12. Are walked activations still such as the model makes (``surgery.graft.manifold``)?
-Then, for every amount of real data, a fresh middle is trained (``surgery.graft.walk_study``) on
+On the bundled model, layers 4 to 8 of 12. Do walked activations still look like those that the model makes
+(``surgery.graft.manifold``)? Then, for every amount of real data, a fresh middle is trained
+(``surgery.graft.walk_study``) on
 
     real            the real pairs alone
-    relabelled      half of each batch walked, what follows said by the original
-    unrelabelled    half of each batch walked, what follows left as it was
-    longer          the real pairs alone, for as many steps more as the relabelling cost
-    more real       as many real pairs more as could have been harvested for what the relabelling cost
+    relabelled      half of each batch walked, with the original's x_stop for it
+    unrelabelled    half of each batch walked, with x_stop left as it was
+    longer          the real pairs alone, for as many more steps as the relabelling cost
+    more real       as many more real pairs as could have been harvested for what the relabelling cost
 
     walk_manifold.csv   distance, neighbours and predictions of walked activations, their controls beside them; .png
     walk_methods.csv    a row per amount of data, method and seed; .png
     report.html         all of it on one page
 
 A hundred steps show that it runs; a middle needs some two hundred to explain anything (``studies/fresh_middle.py``).
-The same command goes on where it was killed. Intervals of a row are over prompts; what is said compares methods seed by
-seed.
+If it is killed, the same command goes on where it was. Intervals of a row are over prompts; the sentences compare
+methods seed by seed.
 """
 
 import argparse
@@ -27,11 +28,10 @@ import torch
 
 import surgery
 from surgery.corpus import splits
-from surgery.graft import manifold, walk, walk_study
+from surgery.graft import manifold, say, walk, walk_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
-from surgery.records import manifest as provenance
-from surgery.records import tables
+from surgery.records import manifest, tables
 
 SPAN, MOST = (4, 9), 160_000
 
@@ -62,9 +62,14 @@ def main() -> None:
 
     report = manifold.report(stack, walk.fit(harvested(20_000)), walk_study.SHOWN, data.heldout, SPAN[0])
     kinds = {name: walk_study.KINDS[name] for name in args.kinds}
-    said = {name: str(kind) for name, kind in kinds.items()}
-    manifest = provenance.manifest(stack, data.heldout, seed=0, span=SPAN, steps=steps, seeds=seeds, kinds=said)
-    walk_study.write(folder, {walk_study.MANIFOLD: report}, manifest)
+    settings = {
+        "span": SPAN,
+        "steps": steps,
+        "seeds": seeds,
+        "kinds": {name: str(kind) for name, kind in kinds.items()},
+    }
+    source = manifest.manifest(stack, data.heldout, seed=0, **settings)
+    walk_study.write(folder, {walk_study.MANIFOLD: report}, source)
 
     schedule = Schedule(steps=steps, batch=args.batch, every=max(1, steps // 5))
     options = {
@@ -76,10 +81,10 @@ def main() -> None:
         "say": print,
     }
     frame = walk_study.run(stack, harvested, data, folder, **options)
-    manifest["settings"]["found"] = said = manifold.found(report) + walk_study.found(frame)
-    walk_study.write(folder, {walk_study.METHODS: frame}, manifest)
+    source["settings"]["found"] = sentences = say.walked_activations(report) + say.walks(frame)
+    walk_study.write(folder, {walk_study.METHODS: frame}, source)
     surgery.report.build(folder)
-    for sentence in said:
+    for sentence in sentences:
         print(f"\n{sentence}")
 
 

@@ -4,13 +4,13 @@
     python studies/train_reference.py --steps 200 --out /tmp/trial --work /tmp/trial-work       # a first look
     python studies/train_reference.py --mix 1 --steps 1500 --half --out data/translation --work runs/translation
 
-The last makes a model of the same size that only translates (k = 0), which the studies compare with, in six minutes.
+The last command makes, in six minutes, a model of the same size that only translates (k = 0), for comparison.
 
 Interrupt it at any time: the same command goes on from the last checkpoint and ends with the same weights, because a
-batch is a function of (seed, step) alone. Expected: k = 0 and 1 learned by step 600, k = 2 by 2,500, k = 3 by 5,000.
+batch is a function of (seed, step) alone. Expect k = 0 and 1 to be learned by step 600, k = 2 by 2,500, k = 3 by 5,000.
 
 Matrices inside the layers are trained with Muon (Jordan 2024, as in torch.optim), the rest with AdamW; with AdamW alone
-the same steps of composition arrive about six times later.
+the model learns to compose about six times later.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class Recipe:
     half: bool = False  # whether the weights are written in half precision
 
     def rate(self, step: int) -> float:
+        """Learning rate of a step."""
         return training.rate(step, self.steps, self.learning_rate, self.warmup, self.final_share)
 
 
@@ -114,14 +115,14 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross entropy in nats over the answers' tokens, and over all other words."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    each = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    by_token = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     answer, other = answers[:, 1:], (tokens[:, 1:] != padding) & ~answers[:, 1:]
-    return each[answer].mean(), each[other].mean()
+    return by_token[answer].mean(), by_token[other].mean()
 
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, corpus: Babel, problems: list[Problem]) -> pd.DataFrame:
-    """One row per problem: k, source, target, exact (0 or 1), loss (nats per answer token)."""
+    """Answer the problems: a row each, with k, source, target, exact (0 or 1), loss (nats per answer token)."""
     model.eval()
     rows = []
     device = next(model.parameters()).device
@@ -130,9 +131,9 @@ def evaluate(model: LlamaForCausalLM, corpus: Babel, problems: list[Problem]) ->
         tokens, answers = corpus.encode(part)
         logits = model(input_ids=torch.from_numpy(tokens).to(device), use_cache=False).logits
         right = exact(logits.argmax(-1).cpu().numpy(), tokens, answers)
-        each = cross_entropy(logits[:, :-1].transpose(1, 2).cpu(), torch.from_numpy(tokens)[:, 1:], reduction="none")
-        answer = torch.from_numpy(answers)[:, 1:]
-        loss = (each * answer).sum(1) / answer.sum(1)
+        targets, answer = (torch.from_numpy(array)[:, 1:] for array in (tokens, answers))
+        by_token = cross_entropy(logits[:, :-1].transpose(1, 2).cpu(), targets, reduction="none")
+        loss = (by_token * answer).sum(1) / answer.sum(1)
         rows += [
             {"k": p.k, "source": p.source, "target": p.target, "exact": float(r), "loss": float(value)}
             for p, r, value in zip(part, right, loss, strict=True)
@@ -161,7 +162,7 @@ def save_checkpoint(path: Path, step: int, recipe: Recipe, model: LlamaForCausal
 
 
 def load_checkpoint(path: Path, recipe: Recipe, model: LlamaForCausalLM, opts: list) -> int:
-    """Put a checkpoint back; returns the steps already made, 0 when there is none."""
+    """Put a checkpoint back; return the steps already made, 0 if there is none."""
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
@@ -182,7 +183,7 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
     done = load_checkpoint(checkpoint, recipe, model, opts)
     history = pd.read_csv(log).query("step <= @done").to_dict("records") if done and log.exists() else []
     probes = [problem for k in range(6) for problem in heldout(corpus, k, 160)]
-    # torch's AdamW keeps its step count on the CPU and everything else beside the parameter; loading has put it there
+    # torch's AdamW has its step count on the CPU and everything else beside the parameter; loading has put it there
     with Progress(
         *Progress.get_default_columns(), TextColumn("{task.fields[loss]}"), console=Console(stderr=True)
     ) as bar:

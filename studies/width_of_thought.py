@@ -3,16 +3,16 @@
     python studies/width_of_thought.py --out results/width_of_thought     # one seed, 100 steps: three minutes
     python studies/width_of_thought.py --full                             # three seeds, 1,000 steps: forty minutes
 
-On the bundled model: layers 4 to 8 of 12, MLP width 384, are trained anew on the activations between the frozen ends
-(``surgery.graft``), with a third of the width and three times it, with three layers and eight. At equal tokens every
+On the bundled model, layers 4 to 8 of 12 (MLP width 384) are trained anew on the activations between the frozen ends
+(``surgery.graft``): with a third of the width and three times it, with three layers and eight. At equal tokens every
 size makes the same steps; at equal operations a smaller one makes more.
 
     width_of_thought.csv   a row per budget, width, depth, seed and k (all problems where k is empty)
     width_of_thought.png   held-out loss over width and over depth
     report.html            all of it on one page
 
-Interrupted or killed, the same command goes on where it was. Intervals of a row are over prompts; what is said compares
-sizes seed by seed.
+If it is interrupted or killed, the same command goes on where it was. Intervals of a row are over prompts; the
+sentences compare sizes seed by seed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 import surgery
 from surgery import graft
 from surgery.corpus import splits
-from surgery.graft import size_study
+from surgery.graft import say, size_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
 from surgery.records import manifest, tables
@@ -57,11 +57,12 @@ def main() -> None:
     sizes = {"widths": sorted({WIDTH, *args.widths}), "depths": sorted({DEPTH, *args.depths})}
     options = {"cross": (WIDTH, DEPTH), "seeds": range(seeds), "schedule": schedule, "parts": splits.by_k(data)}
     frame = size_study.run(stack, pairs, data, folder / "cells", **sizes, **options)
-    said = size_study.found(frame, (WIDTH, DEPTH)) + size_study.found_by_k(frame, (WIDTH, DEPTH))
-    settings = {"span": SPAN, "steps": steps, "seeds": seeds, "usual": (WIDTH, DEPTH), "found": said}
+    usual = (WIDTH, DEPTH)
+    sentences = say.sizes(frame, usual) + say.sizes_by_k(size_study.by_k(frame, usual), usual)
+    settings = {"span": SPAN, "steps": steps, "seeds": seeds, "usual": usual, "found": sentences}
     size_study.write(folder, frame, manifest.manifest(stack, data.heldout, seed=0, **settings))
     surgery.report.build(folder)
-    for sentence in said:
+    for sentence in sentences:
         print(f"\n{sentence}")
 
 

@@ -1,8 +1,7 @@
-"""The questions that surgery asks, in the order of the page: the one list from which page, study and commands take
-their names.
+"""The questions that surgery asks, in the order of the page: page, study and command line take their names from here.
 
-A new question is a room with a ``Chapter`` and one line here. Nothing is imported before it is used, so that the
-command line can name the questions at once.
+A new question is a room with a ``Chapter``, and one line here. Nothing is imported before it is used, so that the
+command line can list the questions at once.
 """
 
 import pkgutil
@@ -19,14 +18,19 @@ CHAPTERS = {
     "scan": "surgery.scan.chapter:CHAPTER",
     "anatomy": "surgery.anatomy.chapter:CHAPTER",
     "graft": "surgery.graft.chapter:CHAPTER",
-    "middle": "surgery.graft.resized_chapter:CHAPTER",
+    "middle": "surgery.graft.middle_chapter:CHAPTER",
     "dropout": "surgery.dropout.chapter:CHAPTER",
 }
-MEASURED = ("series", "reversion", "scan", "anatomy")  # by ``surgery study``, which runs the scan first
+MEASURED: tuple[str, ...] = (
+    "series",
+    "reversion",
+    "scan",
+    "anatomy",
+)  # by ``surgery study``, which runs the scan first
 
 
 def chapter(name: str) -> "Chapter":
-    """The chapter of that name."""
+    """The chapter of that name. Raises KeyError if there is none."""
     return pkgutil.resolve_name(CHAPTERS[name])
 
 

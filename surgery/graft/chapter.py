@@ -8,6 +8,8 @@ import math
 
 import pandas as pd
 
+from surgery.graft import draw as figures
+from surgery.graft import say as words
 from surgery.graft import study
 from surgery.graft.study import CURVES, LEDGER, METHODS
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
@@ -17,33 +19,31 @@ LAYERS, BY_K, WIRING = "graft_layers.csv", "graft_by_k.csv", "graft_wiring.csv"
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """How close the trained middles come (headlines, of the first seed), and what the study itself found."""
+    """How close the trained middles come (headlines, of the first seed), and what the study itself said."""
     methods, manifest, trained = tables[METHODS], manifests[METHODS], _trained(tables)
     n_layers = manifest["model"]["n_layers"]
     first = trained[trained["seed"] == trained["seed"].iloc[0]] if len(trained) else trained
-    top = study.found(first, n_layers) if len(first) else []
-    told = manifest["settings"].get("found") or study.found(methods[methods["seed"].fillna(0) == 0], n_layers)
-    return [Sentence(text, headline=text in top) for text in dict.fromkeys((*told, *top))]
+    top = words.methods(first, n_layers) if len(first) else []
+    stored = manifest["settings"].get("found") or words.methods(methods[methods["seed"].fillna(0) == 0], n_layers)
+    return [Sentence(text, headline=text in top) for text in dict.fromkeys((*stored, *top))]
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
     """What these tables leave open."""
     notes, trained = list[str](), _trained(tables)
     if trained["seed"].nunique() == 1:
-        notes.append(
-            "Every middle was trained with one seed: its intervals speak of other prompts, not of other random weights."
-        )
+        notes.append("Every middle was trained with one seed: its intervals are over prompts, not over random weights.")
     if trained["method"].nunique() > 1:
         notes.append(
             "Methods are compared with one schedule for all: learning rates were not searched for each, so small "
-            "differences between methods may be theirs."
+            "differences between methods may be due to them."
         )
     return notes
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """The curves of training."""
-    return {"graft": Drawing(study.draw(tables[CURVES], tables[METHODS]), study.CAPTION)}
+    return {"graft": Drawing(figures.curves(tables[CURVES], tables[METHODS]), figures.CURVES_CAPTION)}
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
@@ -54,9 +54,9 @@ def section(tables: Tables, manifests: Manifests) -> Section:
         "original, 1 the mean update; no middle at all reads more than 1. "
         "R^2 of x_stop itself would flatter: x_start is a part of it.",
         "A small unexplained is not a small damage (nats per predicted token): the linear map and the mean update, "
-        "which take no training, say how much the one tells about the other. Methods are to be compared at equal "
-        "operations, and whether the teacher's are among them decides: the activations are paid for once, however many "
-        "middles learn from them.",
+        "which take no training, show how much the one says about the other. Compare methods at equal operations; it "
+        "matters whether the teacher's are among them, as the activations are paid for once, however many middles "
+        "learn from them.",
     ]
     shown = [_methods(tables[METHODS])]
     if BY_K in tables:
@@ -99,9 +99,9 @@ def _by_k(table: pd.DataFrame) -> Table:
     ks = list(dict.fromkeys(table["k"]))
 
     def over_seeds(method: str, k: int) -> Cell:
-        several = mean.loc[[(method, k)]].iloc[0]
-        low, high = (several["min"], several["max"]) if several["size"] > 1 else (math.nan, math.nan)
-        return number_cell(several["mean"], low, high, 3)
+        row = mean.loc[[(method, k)]].iloc[0]
+        low, high = (row["min"], row["max"]) if row["size"] > 1 else (math.nan, math.nan)
+        return number_cell(row["mean"], low, high, 3)
 
     cells = [[Cell(str(method)), *(over_seeds(method, k) for k in ks)] for method in dict.fromkeys(table["method"])]
     caption = "Exact answers by the steps k that a problem takes; of several seeds mean [smallest, largest]"

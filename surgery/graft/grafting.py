@@ -1,4 +1,4 @@
-"""Freeze the translation blocks, train a fresh middle on the activations between them.
+"""Freeze both ends of a model and train a fresh middle on the activations between them.
 
     pairs = graft.latents(stack, corpus, 4, 9, "latents")               # once: what enters and leaves layers 4 to 8
     grown = graft.train(stack, pairs, heldout, "runs/graft", depth=5)   # a new middle, from random weights
@@ -9,12 +9,12 @@ and width learns that from stored pairs: its target is the update ``u = x_stop -
 
     E |W (u_hat - u)|^2 / E |W (u - E u)|^2,
 
-the unexplained share of a whitened update (``W`` is one over each dimension's standard deviation, or principal
-components over theirs, with a floor; tokens whose update is far larger than usual count as ``cap`` times the usual), to
-which cross entropy or the divergence from the original's logits through the frozen decoder can be added. Layers before
-and behind never change, which is proved bit for bit. Blockwise distillation of this kind is an old idea (Wang et al.
-2019, arXiv 1911.13053; Xu et al. 2020, 2002.02925; Bercovich et al. 2024, 2411.19146); reading, with a ledger, what it
-costs against training the whole is what this is for.
+the unexplained share of a whitened update. ``W`` divides each dimension, or each principal component, by its standard
+deviation, with a floor; a token whose update is far larger than usual counts as ``cap`` times the usual. Cross entropy,
+or the divergence from the original's logits, both through the frozen decoder, can be added. Layers before and behind
+never change, which is proved bit for bit. Blockwise distillation of this kind is an old idea (Wang et al.
+2019, arXiv 1911.13053; Xu et al. 2020, 2002.02925; Bercovich et al. 2024, 2411.19146); what this adds is a ledger, from
+which its cost can be read against that of training the whole.
 
 Controls: the same run on cross entropy alone (``Objective(latent=0.0, cross_entropy=1.0)``), the whole model from
 random weights (``fit(..., parts="all")``), and the maps of ``surgery.graft.linear_maps``, at equal operations.
@@ -32,16 +32,17 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformer_lens import TransformerBridge
 
 from surgery.corpus.splits import Weigh
+from surgery.graft.parts import PARTS as PARTS
 from surgery.instruments import fidelity
-from surgery.models import loading as models
+from surgery.models.loading import plain, wrap
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import layout
-from surgery.records import manifest as provenance
+from surgery.records import manifest
 from surgery.stats.drift import NEGLIGIBLE
 from surgery.stats.sampling import Sampling
-from surgery.training import loop as training
+from surgery.training import loop
 from surgery.training.activations import Latents, Moments, Pairs
 from surgery.training.harvest import harvest as latents
 from surgery.training.ledger import Ledger
@@ -52,19 +53,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Graft", "Objective", "Schedule", "Task", "fit", "heal", "latents", "train"]
 
-PARTS = ("middle", "junction", "all")
-
 
 @dataclass(frozen=True)
 class Objective:
-    """What is learned: factors of the three terms, and how updates are whitened."""
+    """What the middle learns: factors of the three terms of the loss, and how updates are whitened."""
 
     latent: float = 1.0  # unexplained share of the whitened update
     kl: float = 0.0  # KL(original || student), nats per weighted token, through the decoder
     cross_entropy: float = 0.0  # nats per weighted token, through the decoder
     whiten: str = "std"  # std, principal or none
     floor: float = 0.1  # smallest standard deviation, as a fraction of the median over dimensions
-    cap: float = 9.0  # tokens whose |W (u - E u)|^2 is more than so many times the mean count as that many
+    cap: float = 9.0  # largest weight of one token's |W (u - E u)|^2, in multiples of the mean
 
     def __post_init__(self) -> None:
         if min(self.factors) < 0 or not any(self.factors):
@@ -76,27 +75,35 @@ class Objective:
 
     @property
     def factors(self) -> tuple[float, float, float]:
+        """Of the terms, in the order in which the student returns them."""
         return self.latent, self.kl, self.cross_entropy
 
     @property
     def reads_out(self) -> bool:
+        """Whether logits are needed, and so the layers behind the middle."""
         return self.kl > 0 or self.cross_entropy > 0
 
 
 @dataclass(frozen=True)
 class Graft:
-    """A trained model and how it became one."""
+    """A trained model and the record of its training."""
 
-    model: TransformerBridge
-    span: tuple[int, int]  # its middle, in its own layers
+    stack: Stack
+    span: tuple[int, int]  # the middle, counted in the model's own layers
     curve: pd.DataFrame  # see training.CURVE and fidelity.COLUMNS
     ledger: Ledger
     parameters: int = 0  # how many numbers were trained
     stopped_early: bool = False
 
+    @property
+    def model(self) -> TransformerBridge:
+        return self.stack.model
+
 
 @dataclass(frozen=True)
 class _Batch:
+    """Pairs, the weight of every token as a prediction target, and the teacher's logits where they are needed."""
+
     pairs: Pairs
     weights: Float[Tensor, "prompt pos"]
     logits: Float[Tensor, "prompt pos d_vocab"] | None = None
@@ -125,17 +132,20 @@ def train(
     schedule: Schedule = Schedule(),
     **options: Any,
 ) -> Graft:
-    """A new middle in place of layers ``pairs.start`` to ``pairs.stop - 1``, trained on stored activations.
+    """Train a new middle in place of layers ``pairs.start`` to ``pairs.stop - 1`` on stored activations.
 
-    ``depth`` layers (as many as there were, if not given) of MLP width ``d_mlp``, ``n_heads`` heads and a stream of
-    ``d_model`` between them (the old ones').
-    ``old`` is the share of the old weights they start from: 0 random weights, 1 the old ones, between a mix (Ash and
-    Adams 2020, 1910.08475), its random part drawn with ``schedule.seed``. ``options`` are those of ``fit``. Written to
-    ``folder``: ``curve.csv`` as it goes, ``checkpoint.safetensors``, and ``model``, which ``surgery.load`` opens (and
-    transformers too, where the middle has the other layers' sizes); TransformerLens' own models have no such form.
+    The middle has ``depth`` layers of MLP width ``d_mlp`` and ``n_heads`` heads, with a stream of ``d_model`` between
+    them; what is not given is as in the old one. ``old`` is the share of the old weights it starts from: 0 random
+    weights, 1 the old ones, between them a mix (Ash and Adams 2020, 1910.08475) whose random part is drawn with
+    ``schedule.seed``. ``options`` are those of ``fit``.
 
-    Cost: 6 operations a weight of the middle and token, less that the middle's input needs no gradient; with ``kl`` or
-    ``cross_entropy`` about 4 a weight of the decoder more. Raises as ``fit`` and ``layout.middle`` do.
+    ``folder`` gets ``curve.csv`` and ``checkpoint.safetensors`` as training goes on, and in the end ``model``, which
+    ``surgery.load`` opens (and transformers too, where the middle has the other layers' sizes); TransformerLens' own
+    models have no such form.
+
+    Cost: 6 operations per weight of the middle and token, less what the gradient of the middle's input would take; with
+    ``kl`` or ``cross_entropy`` about 4 more per weight of the decoder. The teacher is not proved again, the student
+    once. Raises as ``fit`` and ``layout.middle`` do.
 
     >>> import tempfile
     >>> from surgery.instruments import known_networks
@@ -148,15 +158,15 @@ def train(
     """
     sizes: dict[str, Any] = {"d_mlp": d_mlp, "n_heads": n_heads, "d_model": d_model}
     rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, old=old, **sizes)
-    student = layout.build(teacher.model, rows, schedule.seed)
+    student = layout.build_stack(teacher, rows, schedule.seed)
     span = (pairs.start, pairs.start + len(rows) - (teacher.n_layers - pairs.stop + pairs.start))
-    trained = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)
+    graft = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)
     place = Path(folder) / "model"
     accelerator = options.get("accelerator")
     main = accelerator is None or accelerator.is_main_process
-    if main and not place.exists() and models.plain(trained.model) is not None:
-        layout.save(trained.model, place)
-    return trained
+    if main and not place.exists() and plain(graft.model) is not None:
+        layout.save(graft.stack, place)
+    return graft
 
 
 def heal(
@@ -171,11 +181,11 @@ def heal(
     schedule: Schedule = Schedule(steps=200, learning_rate=5e-4),
     **options: Any,
 ) -> Graft:
-    """A last phase with the decoder's first layer (``junction``) or everything (``all``) unfrozen too.
+    """Train a copy of a graft with the decoder's first layer (``junction``) or everything (``all``) unfrozen too.
 
-    Trains a copy; its ledger goes on from the graft's, with a line of its own. Raises as ``fit`` does.
+    Its ledger goes on from the graft's, with lines of its own for this phase. Raises as ``fit`` does.
     """
-    copy = layout.build(grown.model, [layout.Row(layer) for layer in range(grown.model.cfg.n_layers)])
+    copy = layout.build_stack(grown.stack, [layout.Row(layer) for layer in range(grown.stack.n_layers)])
     return fit(
         teacher,
         copy,
@@ -194,7 +204,7 @@ def heal(
 
 def fit(
     teacher: Stack,
-    student: TransformerBridge,
+    student: TransformerBridge | Stack,
     span: tuple[int, int],
     pairs: Latents,
     heldout: Tokens,
@@ -211,17 +221,17 @@ def fit(
     accelerator: "Accelerator | None" = None,
     progress: bool = False,
 ) -> Graft:
-    """Train ``parts`` of ``student`` in place; its middle is ``span``, in its own layers.
+    """Train ``parts`` of ``student`` in place; its middle is ``span``, counted in its own layers.
 
     ``middle`` and ``junction`` (the middle and the layer behind it) start from the stored ``x_start``, ``all`` (from
-    the embedding to the head) from its tokens. ``weigh`` gives the weight of every token as something to be predicted,
-    for ``kl`` and ``cross_entropy`` (1 each if not given); ``answers`` marks the tokens of ``heldout`` that
-    ``fidelity`` scores as answers. ``watched`` is the held-out number for early stopping: ``unexplained_whitened``
-    where nothing is read out, else ``cross_entropy``. Called again with the same arguments, the student as it was at
-    first, it goes on where it was stopped; see ``training.fit``.
+    the embedding to the head) from the tokens. ``weigh`` gives the weight of every token as a prediction target for
+    ``kl`` and ``cross_entropy`` (default: 1 each); ``answers`` marks the tokens of ``heldout`` that ``fidelity`` scores
+    as answers. ``watched`` is the held-out number for early stopping (default: ``unexplained_whitened`` where nothing
+    is read out, else ``cross_entropy``). Called again with the same arguments and the student in its first state, it
+    goes on where it was stopped; see ``training.fit``. A ``student`` that is a Stack is not proved again.
 
     Raises:
-        ValueError: as ``training.fit``; activations of another model or damaged; a model in half precision.
+        ValueError: as ``training.fit``; activations of another model, or damaged; a model in half precision.
         OSError: the folder cannot be written, or the disk is full.
     """
     if parts not in PARTS:
@@ -241,7 +251,7 @@ def fit(
             f"{teacher.name}: harvest them again"
         )
     pairs.verify()
-    stack = Stack(student)
+    stack = student if isinstance(student, Stack) else Stack(student)
     reads = objective.reads_out or parts == "all"
     if parts == "all" and objective.latent:
         objective = replace(objective, latent=0.0)
@@ -253,7 +263,7 @@ def fit(
         pairs,
         heldout,
         objective,
-        weigh or _evenly,
+        weigh or _equal_weights,
         answers,
         watched or ("cross_entropy" if reads else "unexplained_whitened"),
     )
@@ -262,13 +272,12 @@ def fit(
         "span": list(span),
         "objective": asdict(objective),
         "latents": pairs.source,
-        "student": weights_sha256(student),
-        "heldout": provenance.tokens_hash(heldout),
+        "student": weights_sha256(stack.model),
+        "heldout": manifest.tokens_hash(heldout),
     }
-    harvested = parts != "all" or objective.kl > 0  # else only the tokens are used
-    before = pairs.ledger(teacher, schedule) if spent is None and harvested else spent
-    manifest = provenance.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase)
-    done = training.fit(
+    uses_activations = parts != "all" or objective.kl > 0  # else only the tokens
+    before = pairs.ledger(teacher, schedule) if spent is None and uses_activations else spent
+    training = loop.fit(
         task,
         schedule,
         Path(folder),
@@ -277,21 +286,21 @@ def fit(
         spent=before,
         accelerator=accelerator,
         columns=fidelity.COLUMNS,
-        manifest=manifest,
+        manifest=manifest.manifest(teacher, heldout, seed=schedule.seed, folder=str(folder), phase=phase),
         progress=progress,
     )
-    trained = sum(parameter.numel() for parameter in task.matrices + task.others)
-    return Graft(_synchronised(student), span, done.curve, done.ledger, trained, done.stopped_early)
+    parameters = sum(parameter.numel() for parameter in task.matrices + task.others)
+    return Graft(_synchronised(stack), span, training.curve, training.ledger, parameters, training.stopped_early)
 
 
 class _Student(nn.Module):
-    """The model under training, as a function of a batch: sum and weight of every term of the loss."""
+    """The model under training, as a function from a batch to sum and weight of every term of the loss."""
 
     def __init__(
         self, stack: Stack, span: tuple[int, int], objective: Objective, whole: bool, scale: "_Scale | None"
     ) -> None:
         super().__init__()
-        self.model = models.plain(stack.model) or stack.model.original_model
+        self.model = plain(stack.model) or stack.model.original_model
         self.objective, self.whole = objective, whole
         self._stack, self._span, self._scale = [stack], span, scale  # a list hides the bridge from named_parameters
 
@@ -305,26 +314,26 @@ class _Student(nn.Module):
             context = stack.context(tokens)
             x = stack.execute(f"{start}:{stop}", batch.pairs.x_start, context, grad=True)
             terms.append(_nothing(batch) if self._scale is None else self._scale.unexplained(x, batch.pairs))
-            logits = decoded(stack, stop, x, context, grad=True) if self.objective.reads_out else None
+            logits = decode(stack, stop, x, context, grad=True) if self.objective.reads_out else None
         weights = batch.weights[:, 1:]
         if batch.logits is not None and logits is not None:
-            wanted, given = (log_softmax(some[:, :-1].float(), -1) for some in (batch.logits, logits))
-            apart = kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
-            terms.append(((apart * weights).sum(), weights.sum()))
+            log_p, log_q = (log_softmax(scores[:, :-1].float(), -1) for scores in (batch.logits, logits))
+            divergence = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            terms.append(((divergence * weights).sum(), weights.sum()))
         else:
             terms.append(_nothing(batch))
         if self.objective.cross_entropy and logits is not None:
-            each = cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens.ids[:, 1:], reduction="none")
-            terms.append(((each * weights).sum(), weights.sum()))
+            loss = cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens.ids[:, 1:], reduction="none")
+            terms.append(((loss * weights).sum(), weights.sum()))
         else:
             terms.append(_nothing(batch))
-        sums, norms = zip(*terms)
-        return torch.stack(sums), torch.stack(norms)
+        sums, totals = zip(*terms)
+        return torch.stack(sums), torch.stack(totals)
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Updates whitened, and how large they usually are."""
+    """The whitening of updates, and the usual size of a whitened one."""
 
     mean: Float[Tensor, " d_model"]
     matrix: Float[Tensor, "d_model d_model"]
@@ -346,7 +355,8 @@ class _Scale:
         usual = float((matrix.T @ covariance @ matrix).trace())
         return cls(moments.mean_u.float().to(device), matrix.float().to(device), usual, objective.cap)
 
-    def unexplained(self, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def unexplained(self, x: Float[Tensor, "prompt pos d_model"], pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Sum over tokens of the whitened error of ``x`` over the usual size, and sum of the tokens' weights."""
         u = pairs.x_stop - pairs.x_start
         size = ((u - self.mean) @ self.matrix).pow(2).sum(-1) / self.usual
         error = ((x.float() - pairs.x_stop) @ self.matrix).pow(2).sum(-1) / self.usual
@@ -356,7 +366,8 @@ class _Scale:
 
 @dataclass
 class Task:
-    """What ``fit`` has ``training.fit`` train: ``parts`` of the student ``stack``, whose middle is ``span``."""
+    """The task that ``fit`` hands to ``training.fit``: to train ``parts`` of ``stack``, the student with middle
+    ``span``."""
 
     teacher: Stack
     stack: Stack
@@ -375,12 +386,12 @@ class Task:
     def __post_init__(self) -> None:
         scale = _Scale.of(self.pairs.moments(), self.objective, self.stack.device) if self.objective.latent else None
         self.student = _Student(self.stack, self.span, self.objective, self.parts == "all", scale)
-        twin = models.plain(self.stack.model)
+        twin = plain(self.stack.model)
         blocks = self.stack.model.blocks
         layers = [block if twin is None else twin.get_submodule(block.name) for block in blocks]
         start, stop = self.span
-        chosen = {"middle": layers[start:stop], "junction": layers[start : stop + 1], "all": layers}[self.parts]
-        inside = [parameter for layer in chosen for parameter in layer.parameters()]
+        trained = {"middle": layers[start:stop], "junction": layers[start : stop + 1], "all": layers}[self.parts]
+        inside = [parameter for layer in trained for parameter in layer.parameters()]
         known = {id(parameter) for parameter in inside}
         outside = [p for p in self.student.parameters() if id(p) not in known] if self.parts == "all" else []
         self.matrices = [parameter for parameter in inside if parameter.ndim == 2]
@@ -395,21 +406,21 @@ class Task:
         return self.pairs.n_prompts
 
     def batch(self, prompts: list[int]) -> _Batch:
-        found = self.pairs.batch(prompts)
+        pairs = self.pairs.batch(prompts)
         device = self.stack.device
-        there = Pairs(found.tokens.to(device), found.x_start.to(device), found.x_stop.to(device))
-        return _Batch(there, self.weigh(there.tokens))
+        pairs = Pairs(pairs.tokens.to(device), pairs.x_start.to(device), pairs.x_stop.to(device))
+        return _Batch(pairs, self.weigh(pairs.tokens))
 
-    def taught(self, batch: _Batch) -> _Batch:
+    def with_teacher(self, batch: _Batch) -> _Batch:
         if not self.objective.kl:
             return batch
         context = self.teacher.context(batch.pairs.tokens)
         with torch.no_grad():
-            return replace(batch, logits=decoded(self.teacher, self.pairs.stop, batch.pairs.x_stop, context))
+            return replace(batch, logits=decode(self.teacher, self.pairs.stop, batch.pairs.x_stop, context))
 
-    def look(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         span = (self.pairs.start, self.pairs.stop)
-        row = fidelity.of(
+        row = fidelity.compare(
             self.teacher,
             self.stack,
             self.heldout,
@@ -421,27 +432,30 @@ class Task:
         return {str(name): float(value) for name, value in row.iloc[0].items() if name in fidelity.COLUMNS}
 
 
-def decoded(stack: Stack, stop: int, x: Tensor, context: Context, *, grad: bool = False) -> Tensor:
-    """Logits that the layers from ``stop`` on and the head make of a stream."""
+def decode(
+    stack: Stack, stop: int, x: Float[Tensor, "prompt pos d_model"], context: Context, *, grad: bool = False
+) -> Float[Tensor, "prompt pos d_vocab"]:
+    """Logits that the layers from ``stop`` on and the head make of the stream ``x``. Cost: ``1 - stop / L`` F."""
     last = stack.execute(f"{stop}:", x, context, grad=grad) if stop < stack.n_layers else x
     return stack.readout(last, grad=grad)
 
 
-def _evenly(tokens: Tokens) -> Tensor:
+def _equal_weights(tokens: Tokens) -> Float[Tensor, "prompt pos"]:
     return tokens.mask.float()
 
 
 def _nothing(batch: _Batch) -> tuple[Tensor, Tensor]:
+    """A term that adds nothing to the loss."""
     zero = batch.weights.new_zeros(())
     return zero, zero + 1
 
 
-def _synchronised(model: TransformerBridge) -> TransformerBridge:
-    """The model, or a new bridge where the adapter keeps weights of its own, which training did not reach."""
-    twin = models.plain(model)
+def _synchronised(stack: Stack) -> Stack:
+    """The Stack, or one on a new bridge where the adapter keeps weights of its own, which training did not reach."""
+    twin = plain(stack.model)
     if twin is None:
-        return model
+        return stack
     shared = {id(parameter) for parameter in twin.parameters()}
-    if all(id(parameter) in shared for parameter in model.parameters()):
-        return model
-    return models.wrap(twin, model.tokenizer, str(model.cfg.model_name))
+    if all(id(parameter) in shared for parameter in stack.model.parameters()):
+        return stack
+    return Stack(wrap(twin, stack.model.tokenizer, str(stack.model.cfg.model_name)))

@@ -1,7 +1,7 @@
-r"""What a middle of layers does as far as a straight line can say: left out, its mean, and the best linear map.
+r"""Baselines that a trained middle has to beat: no middle, its mean update, and the best linear map.
 
-The baselines that a trained middle has to beat, from nothing learnt to the best that one matrix can do, each a
-callable ``(x_start, context) -> x_stop`` for ``surgery.instruments.fidelity.measure``:
+From nothing learnt to the best that one matrix can do, each is a callable ``(x_start, context) -> x_stop`` for
+``surgery.instruments.fidelity.measure``:
 
 ===============  ===========================  ==========  ======================================================
 map              x_stop                       parameters  a middle that beats it
@@ -11,12 +11,12 @@ map              x_stop                       parameters  a middle that beats it
 ``linear``       x + E u + (x - E x) B        d^2 + d     attends to other tokens, or bends
 ===============  ===========================  ==========  ======================================================
 
-``B`` is ridge regression of the update ``u = x_stop - x_start`` on ``x_start``, token by token, every direction of x
-penalised in units of its standard deviation. It is worked out from second moments, without a pass over the data, and
-so is its error on any other prompts whose moments are at hand: the strength is the one of ``RIDGES`` that leaves least
-unexplained on prompts held out.
+``B`` is a ridge regression of the update ``u = x_stop - x_start`` on ``x_start``, token by token, with every direction
+of x penalised in units of its standard deviation. It is computed from second moments, without a pass over the data, and
+so is its error on any other prompts whose moments are known: the penalty is the one of ``RIDGES`` that leaves least
+unexplained on held-out prompts.
 
-A map answers for every token, each prompt's first too, which other tokens attend to and which may lie far from all of
+A map acts on every token, each prompt's first too, to which other tokens attend and which may lie far from all of
 them. So fit with it, ``latents.moments(prompts, skip_first=False)``, and validate without it, as ``fidelity`` measures:
 on the bundled model, layers 4 to 8, a map fitted without it leaves 0.23 of the update unexplained, as the one fitted
 with it does, and costs 1.91 nats per token instead of 0.17.
@@ -43,7 +43,7 @@ _VARIES = 1e-9  # of the largest standard deviation: a direction of x with less 
 
 @dataclass(frozen=True)
 class Affine:
-    """``x + bias + x matrix``; a part that is None is not there. ``ridge`` says how ``matrix`` was fitted.
+    """The map ``x + bias + x matrix`` without the parts that are None; ``ridge`` is the strength of the fit.
 
     >>> Affine(bias=torch.ones(2, dtype=torch.float64))(torch.zeros(1, 3, 2)).sum().item()
     6.0
@@ -55,11 +55,12 @@ class Affine:
 
     def __call__(self, x: Stream, context: Context | None = None) -> Stream:
         wide = x if x.dtype == torch.float64 else x.float()
-        found = wide if self.matrix is None else wide + wide @ self.matrix.to(wide)
-        return (found if self.bias is None else found + self.bias.to(wide)).to(x.dtype)
+        mapped = wide if self.matrix is None else wide + wide @ self.matrix.to(wide)
+        return (mapped if self.bias is None else mapped + self.bias.to(wide)).to(x.dtype)
 
     @property
     def n_parameters(self) -> int:
+        """Numbers that were fitted."""
         return sum(part.numel() for part in (self.matrix, self.bias) if part is not None)
 
     @property
@@ -68,8 +69,8 @@ class Affine:
         return 0 if self.matrix is None else 2 * self.matrix.numel()
 
     def unexplained(self, moments: Moments) -> float:
-        """``E |u_hat - u|^2 / E |c(u)|^2`` on the tokens whose ``moments`` are given: what ``fidelity.measure`` reads
-        on them. NaN if u does not vary there. No forward pass."""
+        """``E |u_hat - u|^2 / E |c(u)|^2`` on the tokens of ``moments``, which ``fidelity.measure`` reads on them too.
+        NaN if u does not vary there. Cost: no forward pass."""
         missed, error = moments.uu.trace(), moments.mean_u
         if self.matrix is not None:
             error = error - moments.mean_x @ self.matrix
@@ -83,24 +84,26 @@ skip = Affine()
 
 
 def mean_update(moments: Moments) -> Affine:
-    """Every token gets the mean update: ``unexplained`` is 1 on the tokens whose ``moments`` these are."""
+    """Give every token the mean update: ``unexplained`` is 1 on the tokens of ``moments``."""
     return Affine(bias=moments.mean_u)
 
 
 def linear(moments: Moments, validation: Moments | None = None, *, ridge: float | None = None) -> Affine:
-    """The best linear map of x to u on the tokens of ``moments``, of given ``ridge`` or of the one of ``RIDGES`` that
-    leaves least unexplained on the tokens of ``validation``: prompts that are not among those of ``moments``. The
-    first are best with each prompt's first token, the second without (see the module).
+    """Fit the best linear map from x to u on the tokens of ``moments``.
 
-    On the tokens it is fitted to it is never worse than ``mean_update``; on others a small ridge may be. The least of
-    23 strengths on ``validation`` is a little too good to be true: measure on a third part of the prompts. Cost:
-    ``O(d_model^3)``, no forward pass.
+    The penalty is ``ridge``, or the one of ``RIDGES`` that leaves least unexplained on the tokens of ``validation``,
+    which are of other prompts. Moments to fit are best taken with each prompt's first token, those to validate without
+    it (see the module).
+
+    On the tokens it is fitted to the map is never worse than ``mean_update``; on others it may be, with a small ridge.
+    The least of 23 values on ``validation`` is a little too good to be true: measure on a third part of the prompts.
+    Cost: ``O(d_model^3)``, no forward pass.
 
     Raises ValueError unless exactly one of ``validation`` and ``ridge`` is given, for a ridge below 0, moments of
     another width, and moments that are not finite.
 
-    >>> one = torch.eye(2, dtype=torch.float64)
-    >>> twice = Moments(count=9, mean_x=one[0], mean_u=2 * one[0], xx=one, xu=2 * one, uu=4 * one)  # u = 2 x
+    >>> eye = torch.eye(2, dtype=torch.float64)
+    >>> twice = Moments(count=9, mean_x=eye[0], mean_u=2 * eye[0], xx=eye, xu=2 * eye, uu=4 * eye)  # u = 2 x
     >>> fit = linear(twice, ridge=0.0)
     >>> round(fit.unexplained(twice), 9), fit.n_parameters, fit.operations
     (0.0, 6, 8)
@@ -116,7 +119,7 @@ def linear(moments: Moments, validation: Moments | None = None, *, ridge: float 
             f"these moments are of {len(moments.xx)} dimensions, those to validate with of {len(validation.xx)}"
         )
     if not (moments.xx.isfinite().all() and moments.xu.isfinite().all()):
-        raise ValueError("the moments are not finite: harvest in bfloat16 or float32, or mend the model's weights")
+        raise ValueError("the moments are not finite: harvest in bfloat16 or float32, or fix the model's weights")
     regression = _Regression(moments)
     if ridge is not None:
         return regression.fit(ridge)
@@ -126,7 +129,7 @@ def linear(moments: Moments, validation: Moments | None = None, *, ridge: float 
 
 @dataclass(frozen=True)
 class _Regression:
-    """Ridge regression of any strength out of one eigendecomposition, in correlations of x."""
+    """Ridge regression with any penalty from one eigendecomposition, that of the correlations of x."""
 
     moments: Moments
 
@@ -139,7 +142,7 @@ class _Regression:
 
     def fit(self, ridge: float) -> Affine:
         values, out, into = self._spectrum
-        # as a pseudo-inverse does: what is left of a direction by rounding is no direction
-        kept = values > len(values) * torch.finfo(values.dtype).eps * values.max()
-        matrix = out @ (torch.where(kept, 1 / (values + ridge), 0).unsqueeze(1) * into)
+        # as a pseudo-inverse does: a direction that is rounding alone does not count
+        significant = values > len(values) * torch.finfo(values.dtype).eps * values.max()
+        matrix = out @ (torch.where(significant, 1 / (values + ridge), 0).unsqueeze(1) * into)
         return Affine(matrix, self.moments.mean_u - self.moments.mean_x @ matrix, ridge)

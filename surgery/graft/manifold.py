@@ -23,29 +23,20 @@ import pandas as pd
 import scipy.stats
 import torch
 from jaxtyping import Bool, Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from surgery.graft.walk import Kind, Scattered, Walk
+from surgery.graft.walk import REAL, Kind, Scattered, Walk
 from surgery.instruments import fidelity
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.windows import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.page import drawing
-from surgery.page.drawing import BLUE, GREY
 from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
-REAL, LEVEL = "real", 0.95
+LEVEL = 0.95  # the share of real activations that count as usual
 SUMMED = ("walked", "moved", "spread", "mahalanobis", "beyond_real", "beyond_chi_squared", "nearest")
-PASSED = {
-    "mahalanobis": "squared distance",
-    "beyond_real": "share beyond 95 % of real ones",
-    "nearest": "distance to the nearest real one",
-    "entropy_change": "change of entropy",
-}  # by all of which a step is judged
 Mask = Bool[Tensor, "prompt pos"]
 MEASURES = {
     "moved": "distance moved over the activations' spread (root mean squares)",
@@ -67,10 +58,11 @@ COLUMNS = {
 def report(
     stack: Stack, walk: Walk, kinds: Mapping[str, Kind], heldout: Tokens, start: int, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """A row for the activations as they are, and for each of ``kinds`` by name one walked and one control: ``COLUMNS``.
+    """Compare walked activations with real ones: a row for these, and two for each of ``kinds``, walked and control.
 
-    ``walk`` is of the streams that enter layer ``start``, of other prompts than ``heldout``. Cost, K kinds:
-    ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts. Memory: a batch's distances to the bank.
+    The columns are ``COLUMNS``. ``walk`` was fitted to streams that enter layer ``start``, on other prompts than
+    ``heldout``. Cost for K kinds: ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts. Memory: the
+    distances of a batch to the bank.
 
     Raises ValueError for fewer than four prompts, a ``start`` that is no layer, a walk of another width, and a stream
     that is not finite.
@@ -78,9 +70,9 @@ def report(
     >>> from surgery.instruments import known_networks
     >>> from surgery.graft import walk
     >>> stack = Stack(known_networks.random_network(n_layers=2, d_model=8))
-    >>> some, others = (Tokens.of(known_networks.tokens(n, 6, seed=n)) for n in (64, 8))
-    >>> found = walk.fit(stack.stream(some)[1], some.mask)
-    >>> report(stack, found, {"far": walk.Free(3.0)}, others, 1)[["kind", "control"]].values.tolist()
+    >>> corpus, heldout = (Tokens.of(known_networks.tokens(n, 6, seed=n)) for n in (64, 8))
+    >>> fitted = walk.fit(stack.stream(corpus)[1], corpus.mask)
+    >>> report(stack, fitted, {"far": walk.Free(3.0)}, heldout, 1)[["kind", "control"]].values.tolist()
     [['real', False], ['far', False], ['far', True]]
     """
     if len(heldout) < 4 or not 0 <= start < stack.n_layers or len(walk.regions[0].mean) != stack.d_model:
@@ -93,17 +85,17 @@ def report(
     limits = _limits(stack, walk, Ensemble(first_half, sampling), start)
     ensemble = Ensemble(second_half, sampling)
     steps: dict[tuple[str, bool], Kind | None] = {(REAL, False): None}
-    for name, one in kinds.items():
-        steps |= {(name, False): one, (name, True): Scattered(one)}
+    for name, kind in kinds.items():
+        steps |= {(name, False): kind, (name, True): Scattered(kind)}
     totals, first = Totals(ensemble.n_units), 0
     for unit, context, mask in ensemble.batches(stack):
         x = fidelity.run(stack, 0, start, context.x0, context)
-        fidelity.finite(x, context.tokens, f"the stream of {stack.name}")
+        fidelity.check_finite(x, context.tokens, f"the stream of {stack.name}")
         draws = range(first, first + len(unit))
-        for key, kind in steps.items():
+        for key, step in steps.items():
             moved = x
-            if kind is not None:
-                moved = walk(x.float(), context.tokens.mask, kind, seed=sampling.seed, draws=draws).to(x)
+            if step is not None:
+                moved = walk(x.float(), context.tokens.mask, step, seed=sampling.seed, draws=draws).to(x)
             for name, values in _measured(walk, limits, x, moved, context, mask).items():
                 totals.add((key, name), unit, values.double().sum(1))
             final = stack.execute(f"{start}:", moved, context)
@@ -132,78 +124,17 @@ def report(
 
 
 def halves(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens]:
-    """The prompts that say what is usual, and those that are measured: prompts often come sorted."""
+    """Draw two halves of the prompts, which often come sorted: one says what is usual, the other is measured."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(tokens))).to(tokens.ids.device)
-    one, other = order.tensor_split([len(tokens) // 2])
-    return Tokens(tokens.ids[one], tokens.mask[one]), Tokens(tokens.ids[other], tokens.mask[other])
-
-
-CAPTION = (
-    "Walked activations by kind of step, beside as long steps in any direction. Line: the same prompts, not walked. "
-    "Squared distance and the share beyond 95 % of real ones look at the distance from the mean alone; holes between "
-    "real activations show in the distance to the nearest one, and in the entropy of what the frozen layers predict."
-)
-
-
-def figure(frame: pd.DataFrame) -> Figure:
-    """Every measure by kind, beside its control; the activations as they are as a line."""
-    names = ("mahalanobis", "beyond_real", "nearest", "entropy")
-    titles = ("Squared distance / k", "Beyond 95 % of real ones", "Nearest real one, ratio", "Entropy (nats)")
-    found = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
-    real, walked = frame[frame.kind == REAL].iloc[0], frame[frame.kind != REAL]
-    kinds = list(dict.fromkeys(walked.kind))
-    for axes, name, title in zip(found.subplots(1, len(names)), names, titles, strict=True):
-        axes.axhspan(real[f"{name}_low"], real[f"{name}_high"], color=GREY, alpha=0.25, linewidth=0)
-        axes.axhline(real[name], color=drawing.INK, linewidth=1)
-        for control, colour, label in ((False, drawing.ACCENT, "walked"), (True, BLUE, "as far, any direction")):
-            some = walked[walked.control == control]
-            x = np.array([kinds.index(kind) for kind in some.kind]) + (0.15 if control else -0.15)
-            drawing.whiskers(axes, x, some, name, 5, fmt="s" if control else "o", color=colour, label=label)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    found.axes[0].legend(frameon=False, fontsize=8)
-    found.supxlabel("line: the same prompts, not walked; 95 % intervals over prompts", fontsize=9, color=drawing.FAINT)
-    return found
-
-
-def found(frame: pd.DataFrame) -> list[str]:
-    """A sentence per kind: on the manifold or off it, by which measures, and whether its control is farther off.
-
-    Off by a measure: its interval and that of the same prompts unwalked do not meet, on either side. Nearer than the
-    control by it: the value is nearer to the unwalked one, and the two intervals do not meet.
-    """
-    said, real = list[str](), frame[frame["kind"] == REAL].iloc[0]
-    for kind, part in frame[frame["kind"] != REAL].groupby("kind", sort=False):
-        walked, control = (part[part["control"] == flag].iloc[0] for flag in (False, True))
-        off = [name for name in PASSED if _apart(walked, real, name)]
-        nearer = [
-            PASSED[name]
-            for name in PASSED
-            if _apart(walked, control, name) and abs(walked[name] - real[name]) < abs(control[name] - real[name])
-        ]
-        listed = ", ".join(
-            f"{PASSED[name]} {walked[name]:.2f} [{walked[f'{name}_low']:.2f}, {walked[f'{name}_high']:.2f}] where real "
-            f"ones have {real[name]:.2f} and the control {control[name]:.2f}"
-            for name in off
-        )
-        verdict = f"off the manifold: {listed}" if off else "on the manifold as far as these measures tell"
-        said.append(
-            f"{kind}, {walked['moved']:.2f} of the spread moved: {verdict}. Nearer to real activations than as far in "
-            f"any direction by {', '.join(nearer) or 'none of them'}."
-        )
-    return said
-
-
-def _apart(one: pd.Series, other: pd.Series, name: str) -> bool:
-    return bool(one[f"{name}_low"] > other[f"{name}_high"] or one[f"{name}_high"] < other[f"{name}_low"])
+    first, second = (Tokens(tokens.ids[part], tokens.mask[part]) for part in order.tensor_split([len(tokens) // 2]))
+    return first, second
 
 
 def _measured(
     walk: Walk, limits: list[tuple[float, float]], x: Stream, moved: Stream, context: Context, mask: Mask
 ) -> dict[str, Float[Tensor, "prompt pos"]]:
-    """What is summed over the tokens of ``mask``; 0 elsewhere, and where no component varies."""
-    found = {name: torch.zeros(mask.shape, device=mask.device) for name in SUMMED}
+    """Values to sum over the tokens of ``mask``; 0 elsewhere, and where no component varies."""
+    measured = {name: torch.zeros(mask.shape, device=mask.device) for name in SUMMED}
     for (region, there), (usual, gaussian) in zip(walk.places(context.tokens.mask), limits, strict=True):
         there = there & mask
         if not region.components or not there.any():
@@ -220,19 +151,19 @@ def _measured(
             "nearest": (after - region.nearest(after, 1)[:, 0]).norm(dim=1),
         }
         for name, value in values.items():
-            found[name][there] = value.float()
-    return found
+            measured[name][there] = value.float()
+    return measured
 
 
 def _limits(stack: Stack, walk: Walk, ensemble: Ensemble, start: int) -> list[tuple[float, float]]:
-    """For every class of positions what 95 % of usual squared distances, and of a Gaussian's, are below."""
-    found: list[list[Tensor]] = [[] for _ in walk.regions]
+    """For every class of positions the 95 % quantile of usual squared distances, and of a Gaussian's."""
+    distances: list[list[Tensor]] = [[] for _ in walk.regions]
     for _, context, mask in ensemble.batches(stack):
         x = fidelity.run(stack, 0, start, context.x0, context).float()
-        for some, (region, there) in zip(found, walk.places(context.tokens.mask), strict=True):
-            some.append(region.whitened(x[there & mask]).square().sum(1).cpu())
+        for parts, (region, there) in zip(distances, walk.places(context.tokens.mask), strict=True):
+            parts.append(region.whitened(x[there & mask]).square().sum(1).cpu())
     limits = []
-    for region, parts in zip(walk.regions, found, strict=True):
+    for region, parts in zip(walk.regions, distances, strict=True):
         squared = torch.cat(parts).numpy()
         usual = float(np.quantile(squared, LEVEL)) if len(squared) else float("nan")
         limits.append((usual, float(scipy.stats.chi2.ppf(LEVEL, max(1, region.components)))))
@@ -240,10 +171,12 @@ def _limits(stack: Stack, walk: Walk, ensemble: Ensemble, start: int) -> list[tu
 
 
 def _entropies(stack: Stack, x: Stream, mask: Mask) -> Float[Tensor, "prompt pos"]:
-    rows, found = x[mask], torch.zeros(mask.shape, device=mask.device)
+    """Entropy of the predictions at the tokens of ``mask``, in nats; 0 elsewhere."""
+    rows = x[mask]
     parts = []
-    for some in portions(stack, rows):
-        log_p = log_probabilities(stack, rows[some])
+    for chunk in portions(stack, rows):
+        log_p = log_probabilities(stack, rows[chunk])
         parts.append(-(log_p.exp() * log_p).sum(1))
-    found[mask] = torch.cat(parts).float()
-    return found
+    entropies = torch.zeros(mask.shape, device=mask.device)
+    entropies[mask] = torch.cat(parts).float()
+    return entropies

@@ -1,19 +1,21 @@
 """Width, depth and walks on the page: what the studies of the size of a new middle and of its data leave in a folder.
 
-``width_of_thought.csv`` (``surgery.graft.size_study``), ``walk_manifold.csv`` and ``walk_methods.csv`` (``surgery.graft.walk_study``):
-what is there is shown.
+That is ``width_of_thought.csv`` (``surgery.graft.size_study``), ``walk_manifold.csv`` and ``walk_methods.csv``
+(``surgery.graft.walk_study``); those that are there are shown.
 """
 
 from collections.abc import Sequence
 
 import pandas as pd
 
+from surgery.graft import draw as figures
 from surgery.graft import manifold, size_study, walk_study
+from surgery.graft import say as words
 from surgery.graft.size_study import SIZES
 from surgery.graft.walk_study import MANIFOLD, METHODS
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
-from surgery.page.parts import Cell, Section, Table, number_cell, tabled
-from surgery.stats import bootstrap
+from surgery.page.parts import Cell, Section, Table, count_cell, number_cell, rows, tabled
+from surgery.stats.bootstrap import t_interval
 
 SCORES = (
     "on held-out prompts, mean over seeds [95 %]: unexplained, share of the update's variance; damage, nats per token; "
@@ -24,18 +26,18 @@ SCORES = (
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """Is another size better; does a walk help more than what it costs (headlines)? Then by number of steps, the
     manifold, and every kind of walk."""
-    said = list[Sentence]()
+    sentences = list[Sentence]()
     if SIZES in tables:
         usual = _usual(manifests)
-        said += headlines(size_study.found(tables[SIZES], usual))
-        said += map(Sentence, size_study.found_by_k(tables[SIZES], usual))
+        sentences += headlines(words.sizes(tables[SIZES], usual))
+        sentences += map(Sentence, words.sizes_by_k(size_study.by_k(tables[SIZES], usual), usual))
     if MANIFOLD in tables:
-        said += map(Sentence, manifold.found(tables[MANIFOLD]))
+        sentences += map(Sentence, words.walked_activations(tables[MANIFOLD]))
     if METHODS in tables:
-        worth = walk_study.worth(tables[METHODS])
-        said += headlines(worth)
-        said += (Sentence(text) for text in walk_study.found(tables[METHODS]) if text not in worth)
-    return said
+        worth = words.walks_for_their_price(tables[METHODS])
+        sentences += headlines(worth)
+        sentences += (Sentence(text) for text in words.walks(tables[METHODS]) if text not in worth)
+    return sentences
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
@@ -46,10 +48,10 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
     elif trained:
         notes.append(
             "Sizes and methods are compared over few seeds, each comparison by itself: of twenty where nothing "
-            "differs, one is said to differ."
+            "differs, one will be said to differ."
         )
     if METHODS in tables:
-        notes += walk_study.short(tables[METHODS])
+        notes += words.short_of_real_data(tables[METHODS])
         notes.append(
             "Kinds and sizes of walks were not searched: another step, or another share of walked prompts, may do "
             "what these do not."
@@ -60,9 +62,9 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """A figure for each table that is there."""
     drawn = {
-        SIZES: (size_study.draw, size_study.CAPTION),
-        MANIFOLD: (manifold.figure, manifold.CAPTION),
-        METHODS: (walk_study.draw, walk_study.CAPTION),
+        SIZES: (figures.sizes, figures.SIZES_CAPTION),
+        MANIFOLD: (figures.walked_activations, figures.WALKED_CAPTION),
+        METHODS: (figures.walks, figures.WALKS_CAPTION),
     }
     return {
         file.removesuffix(".csv"): Drawing(figure(tables[file]), caption)
@@ -88,15 +90,15 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     if MANIFOLD in tables:
         paragraphs.append(
             "Walked activations are on the manifold if no measure tells them from the same prompts unwalked; a step "
-            "too small for these prompts to tell is not told. The distance from the mean alone is no evidence: a "
+            "may be too small for these prompts to show. The distance from the mean alone is no evidence: a "
             "stationary walk keeps it by construction."
         )
         shown.append(_manifold(tables[MANIFOLD]))
     if METHODS in tables:
         paragraphs.append(
-            "Relabelled: a share of each batch is walked and the original says what follows; unrelabelled: what "
-            "follows is left as it was, which is noise. The operations of relabelling buy something else too: longer "
-            "spends them on steps, more real on real data. A walk is worth its price if it helps more than these do."
+            "Relabelled: a share of each batch is walked, and the original gives x_stop for it; unrelabelled: x_stop "
+            "is left as it was, which is noise. The operations of relabelling could buy something else: longer spends "
+            "them on steps, more real on real data. A walk is worth its price if it helps more than these do."
         )
         shown.append(_methods(tables[METHODS]))
     return Section("middle", "Width, depth and walks", paragraphs=paragraphs, tables=shown)
@@ -109,10 +111,7 @@ def _usual(manifests: Manifests) -> tuple[int, int]:
 
 def _over_seeds(part: pd.DataFrame, names: Sequence[str]) -> list[Cell]:
     """Means with their t intervals."""
-    cells = []
-    for name in names:
-        cells.append(number_cell(*bootstrap.t_interval(part[name].to_numpy()), digits=3))
-    return cells
+    return [number_cell(*t_interval(part[name].to_numpy()), digits=3) for name in names]
 
 
 def _scores(frame: pd.DataFrame) -> list[str]:
@@ -120,60 +119,59 @@ def _scores(frame: pd.DataFrame) -> list[str]:
 
 
 def _spent(part: pd.DataFrame) -> list[Cell]:
-    return [Cell(f"{part['steps'].mean():,.0f}"), Cell(f"{part['operations_with_teacher'].mean():.2e}")]
+    """Steps and operations, the teacher's among them, mean over seeds."""
+    return [count_cell(part["steps"].mean()), Cell(f"{part['operations_with_teacher'].mean():.2e}")]
 
 
 def _sizes(frame: pd.DataFrame) -> Table:
     names, whole = _scores(frame), frame[frame["k"].isna()]
-    rows = [
-        [Cell(str(one)) for one in place] + _over_seeds(part, names) + _spent(part)
-        for place, part in whole.groupby(["budget", "d_mlp", "depth"], sort=False)
+    cells = [
+        [Cell(str(value)) for value in size] + _over_seeds(part, names) + _spent(part)
+        for size, part in whole.groupby(["budget", "d_mlp", "depth"], sort=False)
     ]
-    return Table(
-        f"What every size reached; {SCORES}", ["equal", "width", "layers", *names, "steps", "operations"], rows
-    )
+    heads = ["equal", "width", "layers", *names, "steps", "operations"]
+    return Table(f"What every size reached; {SCORES}", heads, cells)
 
 
 def _by_k(compared: pd.DataFrame) -> Table:
     ks = list(dict.fromkeys(compared["k"]))
-    rows = [
-        [Cell(str(one)) for one in place]
-        + [
-            Cell(f"{one['exact']:.3f}", str(one["verdict"]) if one["verdict"] in ("better", "worse") else "")
-            for k in ks
-            for _, one in part[part["k"] == k].iterrows()
-        ]
-        for place, part in compared.groupby(["budget", "d_mlp", "depth"], sort=False)
+
+    def exact(row: pd.Series) -> Cell:
+        return Cell(f"{row['exact']:.3f}", row["verdict"] if row["verdict"] in ("better", "worse") else "")
+
+    cells = [
+        [Cell(str(value)) for value in size] + [exact(row) for k in ks for row in rows(part[part["k"] == k])]
+        for size, part in compared.groupby(["budget", "d_mlp", "depth"], sort=False)
     ]
     caption = (
         "Exact answers by the steps k that a problem takes, mean over seeds; better or worse than the usual size where "
-        "the seeds, in pairs, tell"
+        "the seeds, in pairs, decide"
     )
-    return Table(caption, ["equal", "width", "layers", *(f"k = {k:.0f}" for k in ks)], rows)
+    return Table(caption, ["equal", "width", "layers", *(f"k = {k:.0f}" for k in ks)], cells)
 
 
 def _manifold(frame: pd.DataFrame) -> Table:
     def label(row: pd.Series) -> str:
         return f"{row['kind']}, control" if row["control"] else str(row["kind"])
 
-    caption = "Walked activations, their controls (as far in any direction) and the same prompts unwalked (real)"
-    return tabled(caption, "kind", [row for _, row in frame.iterrows()], list(manifold.MEASURES), label, 2)
+    caption = "Walked activations, their controls (as far, in any direction) and the same prompts unwalked (real)"
+    return tabled(caption, "kind", rows(frame), list(manifold.MEASURES), label, 2)
 
 
 def _methods(frame: pd.DataFrame) -> Table:
     names = _scores(frame)
-    rows = [
+    cells = [
         [
-            Cell(f"{amount:,.0f}"),
+            count_cell(amount),
             Cell(str(name)),
             *_over_seeds(part, names),
             *_spent(part),
-            Cell(f"{part['harvested'].mean():,.0f}"),
+            count_cell(part["harvested"].mean()),
         ]
         for (amount, name), part in frame.groupby(["real_tokens", "method"], sort=False)
     ]
     caption = f"What every method reached by the amount of real tokens; {SCORES}; harvested, real tokens paid for"
-    return Table(caption, ["real tokens", "method", *names, "steps", "operations", "harvested"], rows)
+    return Table(caption, ["real tokens", "method", *names, "steps", "operations", "harvested"], cells)
 
 
 CHAPTER = Chapter("middle", {SIZES: size_study.COLUMNS} | walk_study.COLUMNS, section, say, untold, draw)

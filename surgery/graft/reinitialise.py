@@ -1,13 +1,13 @@
-r"""Which layers may be put back to fresh weights: one at a time, the others as trained (Zhang, Bengio and Singer 2019).
+r"""Which layers can be put back to fresh weights, one at a time, the others as trained? (Zhang, Bengio, Singer 2019)
 
-Layer ``l`` computes what the same layer of an untrained model computes; the trained layers behind it run on that.
-No weight is written. ``damage`` is what the next tokens lose, in nats per predicted token: a layer that hardly minds is
-*robust*, the others are *critical* in their words. Read it beside
+Layer ``l`` computes what the same layer of an untrained model computes, and the trained layers behind it run on that.
+No weight is written. ``damage`` is the loss added, in nats per predicted token: a layer with little of it is *robust*,
+the others are *critical* in the authors' words. Read it beside
 
 * ``damage_skip``, the layer left out. Initial weights are often so small that a fresh layer writes next to nothing;
   then both are equal, and the table says which layers can be spared. Where the damage is far above, the noise that
   fresh weights write does the harm, not what is missing;
-* ``damage_least`` and ``damage_most`` over the seeds: what one draw of weights says of a layer.
+* ``damage_least`` and ``damage_most`` over the seeds, which show how much one draw of weights can say.
 
 ``robust`` is ``yes`` if the whole interval of the damage lies below ``ROBUST`` nats, ``no`` if it lies above, else
 ``undecided``. In the paper a robust layer costs little or no accuracy and a critical one all of it; 0.1 nats are a
@@ -32,7 +32,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from surgery.instruments.ensemble import Ensemble, Totals
-from surgery.instruments.fidelity import ANSWERS, Answers, Ending, book_predictions, checked_answers, predictions, run
+from surgery.instruments.fidelity import ANSWERS, Answers, Ending, add_predictions, checked_answers, predictions, run
 from surgery.models.loading import untrained
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -66,10 +66,10 @@ def layers(
     answers: Answers | None = None,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """One row per layer, ``COLUMNS``: what it costs to put that layer back to fresh weights.
+    """Measure what it costs to put each layer back to fresh weights: a row per layer, ``COLUMNS``.
 
     The fresh models are ``models.untrained`` with seeds ``seed, seed + 1, ...``, or ``initial`` alone. Intervals are
-    over prompts with these seeds as they are, and do not speak of other seeds. With ``answers`` (as in
+    over prompts with these seeds fixed, and do not cover other seeds. With ``answers`` (as in
     ``fidelity.measure``) also ``exact`` and ``exact_original``. Cost: ``(L + 1)/2 + 1`` F a seed, the same once for
     leaving layers out, and of each ``L + 1`` readouts. Memory: two models; the streams of one batch, twice.
 
@@ -78,41 +78,42 @@ def layers(
 
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.random_network(n_layers=2, seed=4))
-    >>> layers(stack, known_networks.tokens(4, 6), seeds=1, sampling=Sampling(seed=4)).damage.tolist()  # what is put back was there before
+    >>> same_weights = Sampling(seed=4)
+    >>> layers(stack, known_networks.tokens(4, 6), seeds=1, sampling=same_weights).damage.tolist()
     [0.0, 0.0]
     """
     if seeds < 1:
         raise ValueError(f"seeds is how many fresh models to take layers from, at least 1, got {seeds}")
     ensemble = Ensemble.of(stack, tokens, sampling)
-    asked = checked_answers(answers, ensemble.tokens)
+    answers = checked_answers(answers, ensemble.tokens)
     draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
-    skipped = _each(stack, None, ensemble, asked, draws, "layers left out")
-    found = []
-    for number in range(seeds if initial is None else 1):
-        fresh = Stack(untrained(stack.model, sampling.seed + number) if initial is None else initial)
+    skipped = _by_layer(stack, None, ensemble, answers, draws, "layers left out")
+    by_seed = []
+    for seed in range(sampling.seed, sampling.seed + (seeds if initial is None else 1)):
+        fresh = Stack(untrained(stack.model, seed) if initial is None else initial)
         if (fresh.n_layers, fresh.d_model) != (stack.n_layers, stack.d_model):
             raise ValueError(
                 f"{fresh.name} has {fresh.n_layers} layers of {fresh.d_model} dimensions, {stack.name} has "
                 f"{stack.n_layers} of {stack.d_model}: give the same model before its training as initial, or none"
             )
-        found.append(_each(stack, fresh, ensemble, asked, draws, f"fresh layers, seed {sampling.seed + number}"))
+        by_seed.append(_by_layer(stack, fresh, ensemble, answers, draws, f"fresh layers, seed {seed}"))
         del fresh
     rows = []
     for layer in range(stack.n_layers):
-        damages = torch.stack([one[layer]["damage"] for one in found])
-        row: dict[str, Any] = {"layer": layer, "n_prompts": len(ensemble.tokens), "n_seeds": len(found)}
+        damages = torch.stack([measured[layer]["damage"] for measured in by_seed])
+        row: dict[str, Any] = {"layer": layer, "n_prompts": len(ensemble.tokens), "n_seeds": len(by_seed)}
         row |= columns("damage", damages.mean(0))
         row |= {"damage_least": float(damages[:, 0].min()), "damage_most": float(damages[:, 0].max())}
         row |= columns("damage_skip", skipped[layer]["damage"])
-        if asked is not None:
-            row |= columns("exact", torch.stack([one[layer]["exact"] for one in found]).mean(0))
+        if answers is not None:
+            row |= columns("exact", torch.stack([measured[layer]["exact"] for measured in by_seed]).mean(0))
             row |= columns("exact_original", skipped[layer]["exact_original"])
         row["robust"] = "yes" if row["damage_high"] < ROBUST else "no" if row["damage_low"] > ROBUST else "undecided"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _each(
+def _by_layer(
     stack: Stack,
     fresh: Stack | None,
     ensemble: Ensemble,
@@ -120,17 +121,17 @@ def _each(
     draws: Float[Tensor, "resample unit"],
     label: str,
 ) -> list[dict[str, Tensor]]:
-    """What the model predicts with each layer taken from ``fresh``, or left out if that is None."""
+    """Predictions of the model with each layer in turn taken from ``fresh``, or left out if that is None."""
     totals, first = Totals(ensemble.n_units), 0
     for unit, context, _ in ensemble.batches(stack, label):
         clean = stack.stream(context)
         ends: dict[Hashable, Ending] = {}
-        own = None if fresh is None else fresh.context(context.tokens.to(fresh.device))
+        fresh_context = None if fresh is None else fresh.context(context.tokens.to(fresh.device))
         for layer, x in enumerate(clean[:-1]):
-            if fresh is not None and own is not None:
-                x = fresh.execute(str(layer), x.to(fresh.device, fresh.dtype), own).to(x)
+            if fresh is not None and fresh_context is not None:
+                x = fresh.execute(str(layer), x.to(fresh.device, fresh.dtype), fresh_context).to(x)
             ends[layer] = stack, run(stack, layer + 1, stack.n_layers, x, context)
-        some = None if answers is None else answers[first : first + len(unit)]
-        book_predictions(totals, unit, context.tokens, some, (stack, clean[-1]), ends)
+        of_batch = None if answers is None else answers[first : first + len(unit)]
+        add_predictions(totals, unit, context.tokens, of_batch, (stack, clean[-1]), ends)
         first += len(unit)
     return [predictions(totals, layer, draws) for layer in range(stack.n_layers)]

@@ -1,12 +1,13 @@
 """Is a wider or deeper middle better? A grid of fresh middles, at equal tokens and at equal operations.
 
-    frame = sweep.run(stack, pairs, data, "sweep", widths=(128, 384, 768), depths=(3, 5, 8), seeds=(0, 1, 2))
-    sweep.found(frame, (384, 5))            # sentences; by the steps that a problem takes: sweep.found_by_k
-    sweep.write("sweep", frame, manifest)   # width_of_thought.csv and .png, a section of ``surgery report``
+    frame = size_study.run(stack, pairs, data, "sizes", widths=(128, 384, 768), depths=(3, 5, 8), seeds=(0, 1, 2))
+    say.sizes(frame, (384, 5))              # sentences; by the steps that a problem takes: say.sizes_by_k
+    size_study.write("sizes", frame, source)    # width_of_thought.csv and .png, a section of ``surgery report``
 
-Every cell is a graft (``surgery.graft``) of its own MLP width and depth, in a folder of its own: killed, the same call
-goes on where it was. At equal ``tokens`` every cell makes ``schedule.steps`` steps; at equal ``operations`` as many as
-cost what those of the original size do, counted (``surgery.training.ledger``). The harvest is the same for all and in neither.
+Every cell is a graft (``surgery.graft``) of its own MLP width and depth, in a folder of its own: after a kill the same
+call goes on where it was. At equal ``tokens`` every cell makes ``schedule.steps`` steps; at equal ``operations`` as
+many as cost what those of the original size do, counted (``surgery.training.ledger``). The harvest is the same for all
+and counts in neither.
 
 Control: the cell of the original size, and the spread over seeds.
 """
@@ -16,21 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from surgery.corpus.splits import Split
-from surgery.graft import grafting as graft
-from surgery.graft import study
+from surgery.graft import draw, grafting, study
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
 from surgery.page import drawing
 from surgery.rebuild import layout
 from surgery.records import tables
-from surgery.stats import bootstrap as stats
+from surgery.stats.bootstrap import described, t_interval, verdict
 from surgery.training.activations import Latents
 
 SIZES = "width_of_thought.csv"
@@ -48,17 +45,15 @@ COLUMNS = (
 )
 BY_K = (
     {name: COLUMNS[name] for name in ("budget", "d_mlp", "depth", "k")}
-    | stats.described({"exact": "share of exact answers", "gain": "exact minus that of the usual size"}, "seeds")
+    | described({"exact": "share of exact answers", "gain": "exact minus that of the usual size"}, "seeds")
     | {"verdict": "better, worse or undecided, by the interval of gain over seeds; empty for the usual size"}
-)
-CAPTION = (
-    "Held-out loss over the MLP width of the new layers, a line per depth: mean over seeds, every seed a dot. Left at "
-    "equal tokens, right at equal operations. Line: the original."
 )
 
 
 @dataclass(frozen=True)
 class Cell:
+    """One training of the grid."""
+
     budget: str
     d_mlp: int
     depth: int
@@ -87,11 +82,12 @@ def run(
     parts: dict[int, Split] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """A row per budget, width, depth and seed, ``COLUMNS``; with ``parts``, held-out data by k, one for each of these.
+    """Train the grid: a row per budget, width, depth and seed, ``COLUMNS``.
 
-    ``cross``, a width and depth, keeps of the grid what has that width or that depth: its row and its column.
+    With ``parts``, held-out data by k, there is a row for each of these too. ``cross``, a width and a depth, keeps of
+    the grid only what has that width or that depth: its row and its column.
 
-    Cost: training every cell; two steps of each size and ``len(parts) + 1`` looks more.
+    Cost: training every cell, two steps of each size, and ``len(parts) + 1`` evaluations of each cell.
 
     Raises ValueError for an empty axis, an unknown budget, and as ``graft.train`` does.
     """
@@ -103,9 +99,9 @@ def run(
         teacher, pairs, data, Path(folder), sizes, seeds, budgets, schedule, objective, progress
     ):
         for k, part in [(float("nan"), data), *(parts or {}).items()]:
-            found = study.row("", cell.seed, grown, study.judge(teacher, grown, pairs, part))
+            row = study.row("", cell.seed, grown, study.judge(teacher, grown, pairs, part))
             place = {"budget": cell.budget, "d_mlp": cell.d_mlp, "depth": cell.depth, "seed": cell.seed, "k": float(k)}
-            rows.append(place | {name: value for name, value in found.items() if name not in study.RUN})
+            rows.append(place | {name: value for name, value in row.items() if name not in study.RUN})
     return pd.DataFrame(rows)
 
 
@@ -121,19 +117,19 @@ def trained(
     objective: Objective,
     progress: bool = False,
 ) -> Iterator[tuple[Cell, Graft]]:
-    """Every cell, one after the other, seeds outermost: what is there first is all ``sizes`` (width and depth) once."""
+    """Train every cell, one after the other, seeds outermost, so that all ``sizes`` (width, depth) come first once."""
     options: dict[str, Any] = {"objective": objective, "answers": data.answers, "weigh": data.weigh}
     usual = operations(teacher, pairs, None, None, objective, schedule, data)
     spent = {(w, d): operations(teacher, pairs, w, d, objective, schedule, data) for w, d in sizes}
     for seed in seeds:
         for budget in budgets:
-            for (width, depth), each in spent.items():
-                steps = schedule.steps if budget == "tokens" else max(1, round(schedule.steps * usual / each))
+            for (width, depth), cost in spent.items():
+                steps = schedule.steps if budget == "tokens" else max(1, round(schedule.steps * usual / cost))
                 every = max(1, steps * schedule.every // schedule.steps)
                 cell = Cell(budget, width, depth, steps, seed)
                 yield (
                     cell,
-                    graft.train(
+                    grafting.train(
                         teacher,
                         pairs,
                         data.heldout,
@@ -156,106 +152,39 @@ def operations(
     schedule: Schedule,
     data: Split,
 ) -> float:
-    """Floating-point operations of a training step of such a middle, see ``graft_study.step_operations``."""
+    """Floating-point operations of a training step of such a middle, see ``study.step_operations``."""
     rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, d_mlp=d_mlp)
-    student, kept = layout.build(teacher.model, rows), teacher.n_layers - (pairs.stop - pairs.start)
-    span = (pairs.start, pairs.start + len(rows) - kept)
+    student, n_frozen = layout.build_stack(teacher, rows), teacher.n_layers - (pairs.stop - pairs.start)
+    span = (pairs.start, pairs.start + len(rows) - n_frozen)
     return study.step_operations(teacher, student, span, pairs, data, objective=objective, schedule=schedule)
 
 
-def draw(frame: pd.DataFrame) -> Figure:
-    """Held-out loss over width, a line per depth, a panel per budget: means over seeds, every seed as a dot."""
-    whole = frame[frame["k"].isna()]
-    loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
-    budgets = list(dict.fromkeys(whole["budget"]))
-    figure = Figure(figsize=(5.2 * len(budgets), 4), layout="constrained")
-    for axes, budget in zip(np.atleast_1d(figure.subplots(1, len(budgets), sharey=True)), budgets, strict=True):
-        part = whole[whole["budget"] == budget]
-        for (depth, some), colour in zip(part.groupby("depth"), drawing.COLOURS * 2):
-            axes.plot(some.groupby("d_mlp")[loss].mean(), color=colour, label=f"{depth} layers")
-            axes.plot(some["d_mlp"], some[loss], ".", color=colour)
-        axes.axhline(whole[f"{loss}_original"].iloc[0], color=drawing.INK, linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        widths = sorted(whole["d_mlp"].unique())
-        axes.set_xticks(widths, [f"{width:g}" for width in widths])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("MLP width of the new layers")
-        axes.set_title(f"equal {budget}", loc="left")
-        axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("held-out loss, nats per " + ("answer token" if "answers" in loss else "token"))
-    figure.axes[-1].legend(fontsize=8)
-    return figure
-
-
-def found(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
-    """Per budget and cell: is it better than the middle of the ``usual`` width and depth, over seeds?
-
-    What is compared are ratios of held-out losses: seeds in pairs, a t interval of their logarithms.
-    """
-    said, loss = list[str](), "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
-    whole = frame[frame["k"].isna()]
-    for budget, part in whole.groupby("budget", sort=False):
-        losses = {
-            size: np.log(some.set_index("seed")[loss])  # they span orders of magnitude
-            for size, some in part.groupby(["d_mlp", "depth"])
-        }
-        for size in (size for size in losses if size != usual and usual in losses):
-            mean, low, high = stats.t_interval((losses[usual] - losses[size]).dropna().to_numpy())
-            text = f"{np.exp(mean):.2f} times as small a loss" + _ends(np.exp(low), np.exp(high), ".2f")
-            word = stats.verdict(low, high, "better", "worse")
-            said.append("At equal {}, width {} and {} layers: {}; {}.".format(budget, *size, text, word))
-    return said
-
-
 def by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> pd.DataFrame:
-    """Exact answers by budget, size and k, and what they are more than the ``usual`` size's: ``BY_K``.
+    """Exact answers by budget, size and k, and how far they exceed the ``usual`` size's: ``BY_K``.
 
     Means and t intervals over seeds; differences of seeds in pairs. Empty where ``frame`` was made without ``parts`` or
     nothing is an answer.
     """
     rows, parts = [], frame.dropna(subset=["k", "exact"]) if "exact" in frame else frame[:0]
     for (budget, k), part in parts.groupby(["budget", "k"], sort=False):
-        exact = {size: some.set_index("seed")["exact"] for size, some in part.groupby(["d_mlp", "depth"])}
+        exact = {size: of_size.set_index("seed")["exact"] for size, of_size in part.groupby(["d_mlp", "depth"])}
         for size, values in exact.items():
             row = {"budget": budget, "d_mlp": size[0], "depth": size[1], "k": k}
-            row |= _interval("exact", stats.t_interval(values.to_numpy()))
+            row |= _named("exact", t_interval(values.to_numpy()))
             if usual in exact and size != usual:
-                gain = stats.t_interval((values - exact[usual]).dropna().to_numpy())
-                row |= _interval("gain", gain) | {"verdict": stats.verdict(*gain[1:], "better", "worse")}
+                gain = t_interval((values - exact[usual]).dropna().to_numpy())
+                row |= _named("gain", gain) | {"verdict": verdict(*gain[1:], "better", "worse")}
             rows.append(row)
     return pd.DataFrame(rows, columns=list(BY_K))
 
 
-def found_by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
-    """A sentence per budget and size: the exact answers at each k, and whether the ``usual`` size gives as many."""
-    said = []
-    compared = by_k(frame, usual).dropna(subset=["verdict"])
-    for (budget, width, depth), part in compared.groupby(["budget", "d_mlp", "depth"], sort=False):
-        listed = "; ".join(
-            f"k = {row['k']:.0f} {row['exact']:.3f}, {row['gain']:+.3f}"
-            f"{_ends(row['gain_low'], row['gain_high'], '+.3f')} {row['verdict']}"
-            for _, row in part.iterrows()
-        )
-        said.append(
-            f"Exact answers at equal {budget}, width {width} and {depth} layers, and their difference from width "
-            f"{usual[0]} and {usual[1]} layers: {listed}."
-        )
-    return said
-
-
 def write(folder: Path, frame: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
-    """The table and its figure; with ``usual``, width and depth, among the settings of ``manifest`` the page compares.
-
-    Raises OSError where they cannot be written.
-    """
+    """Write the table and its figure. The page compares sizes with ``usual``, a width and depth, which it takes from
+    the settings of ``manifest``. Raises OSError where they cannot be written."""
     tables.write(frame, folder / SIZES, manifest, COLUMNS)
-    tables.save({(folder / SIZES).with_suffix(".png"): drawing.png(draw(frame))})
+    tables.save({(folder / SIZES).with_suffix(".png"): drawing.png(draw.sizes(frame))})
 
 
-def _interval(name: str, ends: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-
-
-def _ends(low: float, high: float, style: str) -> str:
-    return "" if np.isnan(low) else f" [{low:{style}}, {high:{style}}]"
+def _named(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """A value and the ends of its interval, by column."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))

@@ -2,13 +2,13 @@
 
     latents/              the activations, harvested once                               (surgery.training.activations)
     training/             curve.csv as it goes, checkpoint.safetensors, model           (surgery.graft)
-    healing/              the same of a last phase with more unfrozen, if asked for
+    healing/              the same for a last phase with more unfrozen, if there is one
     graft_methods.csv     a row per method: how close it comes, and what it took
     graft_curves.csv      held-out loss against steps, tokens and operations
     graft_ledger.csv      operations, tokens and seconds by phase, the teacher's apart
     graft.png             the curves
 
-Killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several
+If it is killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several
 GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on several CPU processes.
 """
 
@@ -18,29 +18,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from transformer_lens import TransformerBridge
 
 from surgery.corpus.babel import TRAINING_MIX
 from surgery.corpus.splits import Split, babel, texts
-from surgery.graft import grafting as graft
-from surgery.graft import linear_maps
+from surgery.graft import draw, grafting, linear_maps
+from surgery.graft import say as words
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
-from surgery.models import loading as models
-from surgery.models.loading import load
+from surgery.models import loading
 from surgery.models.stack import Stack
 from surgery.page import drawing
-from surgery.page.drawing import COLOURS
-from surgery.records import manifest as provenance
-from surgery.records import tables as frames
+from surgery.records import manifest, tables
 from surgery.training import ledger
-from surgery.training import loop as training
 from surgery.training.activations import Latents
+from surgery.training.loop import CURVE, accelerator_for
 
 METHODS: str = "graft_methods.csv"
 CURVES, LEDGER = "graft_curves.csv", "graft_ledger.csv"
@@ -51,23 +45,23 @@ RUN = {
 SPENT = {
     "parameters": "numbers that were fitted",
     "steps": "training steps made",
-    "tokens": training.CURVE["tokens"],
-    "operations": training.CURVE["operations"],
-    "operations_with_teacher": training.CURVE["operations_with_teacher"],
-    "seconds": training.CURVE["seconds"],
+    "tokens": CURVE["tokens"],
+    "operations": CURVE["operations"],
+    "operations_with_teacher": CURVE["operations_with_teacher"],
+    "seconds": CURVE["seconds"],
 }
 COLUMNS: dict[str, dict[str, str]] = {
     METHODS: RUN | fidelity.COLUMNS | SPENT,
-    CURVES: RUN | fidelity.COLUMNS | training.CURVE,
+    CURVES: RUN | fidelity.COLUMNS | CURVE,
     LEDGER: RUN | ledger.COLUMNS,
 }
-CAPTION = (
-    "Held-out loss against operations, those of the teacher left out and included, and tokens. Dashed: no training."
-)
 
 
 @dataclass(frozen=True)
-class Found:
+class GraftResult:
+    """The last graft that was trained, a row per method, and what these say; the last two are empty but in the main
+    process."""
+
     graft: Graft
     methods: pd.DataFrame
     sentences: list[str]
@@ -96,26 +90,29 @@ def run(
     device: str | None = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
-) -> Found:
-    """All of it for one model and one seed; ``heal`` is the number of steps of a last phase that trains ``parts``.
+) -> GraftResult:
+    """Harvest, train, heal, compare and write everything for one model and one seed.
 
-    Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model without prompts.
+    ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
+    prompts to learn from and to be judged on. The other settings are those of ``graft.train``. The model is proved
+    once, and so is every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError
+    for a model without prompts.
     """
-    if text is None and model not in models.BUNDLED:
+    if text is None and model not in loading.BUNDLED:
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    accelerator = training.accelerator_for(where, schedule.precision)
-    main, folder = accelerator.is_main_process, frames.folder(out)
+    accelerator = accelerator_for(where, schedule.precision)
+    main, folder = accelerator.is_main_process, tables.folder(out)
     speak = say if main else lambda _: None
     speak(f"opening {model}")
-    stack = Stack(load(model, device=accelerator.device))
+    stack = Stack(loading.load(model, device=accelerator.device))
     if text is None:
-        data = babel(count, judged, schedule.seed, TRAINING_MIX if model == models.REFERENCE else (1.0,))
+        data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
     else:
         data = texts(stack, text, heldout, count, judged, max_tokens)
     unseen = data.heldout.to(stack.device)
-    with accelerator.main_process_first():  # the others find it made
-        pairs = graft.latents(
+    with accelerator.main_process_first():  # the other processes find the latents there
+        pairs = grafting.latents(
             stack, data.corpus, *span, folder / "latents", dtype=dtype, say=speak, progress=progress and main
         )
     options: dict[str, Any] = {
@@ -126,7 +123,7 @@ def run(
     }
     shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
-    grown = graft.train(
+    grown = grafting.train(
         stack,
         pairs,
         unseen,
@@ -140,21 +137,19 @@ def run(
         schedule=schedule,
         **options,
     )
-    made = {"graft": grown}
+    grafts = {"graft": grown}
     if heal:
         speak(f"healing with {parts} unfrozen")
         last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
-        made["healed"] = graft.heal(
+        grafts["healed"] = grafting.heal(
             stack, grown, pairs, unseen, folder / "healing", parts=parts, schedule=last, **options
         )
-    rows = maps(stack, pairs, data) if main else []
-    for name, one in made.items():
-        if main:
-            rows.append(row(name, schedule.seed, one, judge(stack, one, pairs, data)))
-    methods = pd.DataFrame(rows)
-    sentences = found(methods, stack.n_layers) if main else []
+    methods, sentences = pd.DataFrame(), list[str]()
     if main:
-        manifest = provenance.manifest(
+        trained = [row(name, schedule.seed, graft, judge(stack, graft, pairs, data)) for name, graft in grafts.items()]
+        methods = pd.DataFrame(maps(stack, pairs, data) + trained)
+        sentences = words.methods(methods, stack.n_layers)
+        source = manifest.manifest(
             stack,
             unseen,
             seed=schedule.seed,
@@ -164,58 +159,63 @@ def run(
             schedule=asdict(schedule),
             latents=dict(pairs.source),
         )
-        write(folder, methods, {(name, schedule.seed): one for name, one in made.items()}, manifest)
+        write(folder, methods, {(name, schedule.seed): graft for name, graft in grafts.items()}, source)
     accelerator.wait_for_everyone()
-    return Found(list(made.values())[-1], methods, sentences)
+    return GraftResult(list(grafts.values())[-1], methods, sentences)
 
 
-def write(folder: Path, methods: pd.DataFrame, made: Mapping[tuple[str, int], Graft], manifest: dict[str, Any]) -> None:
-    """The three tables and the figure."""
+def write(
+    folder: Path, methods: pd.DataFrame, grafts: Mapping[tuple[str, int], Graft], manifest: dict[str, Any]
+) -> None:
+    """Write the three tables and the figure; ``grafts`` go by method and seed."""
 
-    def stacked(of: Callable[[Graft], pd.DataFrame]) -> pd.DataFrame:
-        return pd.concat([of(one).assign(method=name, seed=seed) for (name, seed), one in made.items()])
+    def stacked(table_of: Callable[[Graft], pd.DataFrame]) -> pd.DataFrame:
+        return pd.concat([table_of(graft).assign(method=name, seed=seed) for (name, seed), graft in grafts.items()])
 
-    tables = {
+    frames = {
         METHODS: methods,
-        CURVES: stacked(lambda one: one.curve),
-        LEDGER: stacked(lambda one: one.ledger.frame()),
+        CURVES: stacked(lambda graft: graft.curve),
+        LEDGER: stacked(lambda graft: graft.ledger.frame()),
     }
-    for name, table in tables.items():
-        frames.write(table[sorted(table, key=lambda column: column not in RUN)], folder / name, manifest, COLUMNS[name])
-    frames.save({folder / "graft.png": drawing.png(draw(tables[CURVES], methods))})
+    for name, frame in frames.items():
+        tables.write(frame[sorted(frame, key=lambda column: column not in RUN)], folder / name, manifest, COLUMNS[name])
+    tables.save({folder / "graft.png": drawing.png(draw.curves(frames[CURVES], methods))})
 
 
 def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:
-    """What needs no training: the middle left out, its mean update, and the best linear map, as rows of ``METHODS``.
+    """Measure what needs no training: no middle, its mean update, and the best linear map, as rows of ``METHODS``.
 
     The strength of the ridge is chosen on the last tenth of the corpus. Cost: two readings of the activations, and 3
     times ``2 - stop / L`` F.
     """
     n, tenth = pairs.n_prompts, max(1, pairs.n_prompts // 10)
-    fitted, chosen = pairs.moments(range(n - tenth)), pairs.moments(range(n - tenth, n))
-    every = pairs.moments(range(n - tenth), skip_first=False)  # later tokens attend to mapped first ones
+    fitted, validation = pairs.moments(range(n - tenth)), pairs.moments(range(n - tenth, n))
+    with_first = pairs.moments(range(n - tenth), skip_first=False)  # later tokens attend to mapped first ones
     rows = []
     for name, affine in (
         ("skip", linear_maps.skip),
         ("mean update", linear_maps.mean_update(fitted)),
-        ("linear map", linear_maps.linear(every, chosen)),
+        ("linear map", linear_maps.linear(with_first, validation)),
     ):
-        read = fidelity.measure(
+        measured = fidelity.measure(
             stack, data.heldout.to(stack.device), affine, pairs.start, pairs.stop, answers=data.answers
         )
-        rows.append({"method": name, "seed": float("nan"), "parameters": float(affine.n_parameters)} | _plain(read))
+        rows.append({"method": name, "seed": float("nan"), "parameters": float(affine.n_parameters)} | _first(measured))
     return rows
 
 
 def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Split) -> pd.DataFrame:
-    """``fidelity.of`` a trained model on the prompts that nothing was trained on."""
-    stack, span = Stack(grown.model), (pairs.start, pairs.stop)
-    return fidelity.of(teacher, stack, data.heldout.to(teacher.device), span, grown.span, answers=data.answers)
+    """Compare a trained model with the teacher on the held-out prompts, by ``fidelity.compare``. Cost: 1 F and a
+    readout of each."""
+    span = (pairs.start, pairs.stop)
+    return fidelity.compare(
+        teacher, grown.stack, data.heldout.to(teacher.device), span, grown.span, answers=data.answers
+    )
 
 
 def step_operations(
     teacher: Stack,
-    student: TransformerBridge,
+    student: TransformerBridge | Stack,
     span: tuple[int, int],
     pairs: Latents,
     data: Split,
@@ -224,13 +224,13 @@ def step_operations(
     schedule: Schedule,
     parts: str = "middle",
 ) -> float:
-    """Floating-point operations of a training step, the teacher's part of it included: counted on two.
+    """Count the floating-point operations of a training step, the teacher's part of it included, on two steps.
 
-    ``student`` is trained by them: give one that is not needed any more. Cost: two steps and three looks at a few
+    ``student`` is trained by them: give one that is not needed any more. Cost: two steps, and two evaluations on 16
     prompts.
     """
     with TemporaryDirectory() as folder:
-        two = graft.fit(
+        two_steps = grafting.fit(
             teacher,
             student,
             span,
@@ -243,11 +243,11 @@ def step_operations(
             weigh=data.weigh,
             spent=ledger.Ledger(),
         )
-    return two.ledger.operations(teacher=True) / 2
+    return two_steps.ledger.operations(teacher=True) / 2
 
 
-def row(method: str, seed: int, grown: Graft, read: pd.DataFrame) -> dict[str, Any]:
-    """A trained model as a row of ``METHODS``."""
+def row(method: str, seed: int, grown: Graft, measured: pd.DataFrame) -> dict[str, Any]:
+    """A trained model, and what ``judge`` says of it, as a row of ``METHODS``."""
     last = grown.curve.iloc[-1]
     spent = {
         "tokens": last["tokens"],
@@ -256,79 +256,9 @@ def row(method: str, seed: int, grown: Graft, read: pd.DataFrame) -> dict[str, A
         "operations_with_teacher": last["operations_with_teacher"],
         "steps": last["step"],
     }
-    return {"method": method, "seed": float(seed), "parameters": float(grown.parameters)} | _plain(read) | spent
+    return {"method": method, "seed": float(seed), "parameters": float(grown.parameters)} | _first(measured) | spent
 
 
-def _plain(read: pd.DataFrame) -> dict[str, Any]:
-    return {str(name): value for name, value in read.iloc[0].items()}
-
-
-def found(methods: pd.DataFrame, n_layers: int) -> list[str]:
-    """How close each method comes, in sentences."""
-    first = methods.iloc[0]
-    start, stop = int(first["start"]), int(first["stop"])
-    said = [
-        f"Layers {start} to {stop - 1} of {n_layers} replaced. The loss of the original is "
-        f"{first['cross_entropy_original']:.3f} nats a token on {int(first['n_prompts'])} held-out prompts."
-    ]
-    for _, one in methods.iterrows():
-        name = str(one["method"])
-        text = f"{name[0].upper()}{name[1:]}: {_interval(one, 'damage', '+.3f')} nats a token"
-        if one["unexplained"] == one["unexplained"]:  # NaN of a model whose ends are others
-            text += f", unexplained {_interval(one, 'unexplained', '.3f')}"
-        if "exact" in methods:
-            text += f", exact answers {_interval(one, 'exact', '.3f')} (original {one['exact_original']:.3f})"
-        if one.get("operations", 0) > 0:
-            text += f"; {one['operations']:.2g} operations, {one['operations_with_teacher']:.2g} with the teacher's"
-        said.append(text + ".")
-    return said
-
-
-def _interval(one: Any, name: str, style: str) -> str:
-    low, high = one[f"{name}_low"], one[f"{name}_high"]
-    number = f"{one[name]:{style}}"
-    return number if np.isnan(low) else f"{number} [{low:{style}}, {high:{style}}]"
-
-
-def draw(curves: pd.DataFrame, methods: pd.DataFrame) -> Figure:
-    """Held-out loss of every method against its operations, with the teacher's and without, and its tokens."""
-    loss = "cross_entropy_answers" if "cross_entropy_answers" in curves else "cross_entropy"
-    said = "nats per answer token" if loss.endswith("answers") else "nats per token"
-    figure = Figure(figsize=(13, 4.9), layout="constrained")
-    panels = {
-        "operations": "operations of training",
-        "operations_with_teacher": "operations, teacher included",
-        "tokens": "tokens trained on",
-    }
-    left = figure.subplots(1, len(panels), sharey=True)
-    colours = dict(zip(curves["method"].unique(), COLOURS * 3))
-    unseeded = methods[methods["seed"].isna()]
-    trained = unseeded["operations"].notna()
-    free, snapshots = unseeded[~trained], unseeded[trained]
-    for axes, (x, label) in zip(left, panels.items(), strict=True):
-        for (method, seed), run_ in curves.groupby(["method", "seed"], sort=False):
-            shown = run_[run_[x] > 0]
-            first = seed == curves.loc[curves["method"] == method, "seed"].iloc[0]
-            axes.plot(shown[x], shown[loss], color=colours[method], linewidth=1.4, label=method if first else None)
-        for place, (_, one) in enumerate(free.iterrows()):
-            axes.axhline(one[loss], color=drawing.FAINT, linestyle="--", linewidth=0.8)
-            axes.annotate(
-                one["method"],
-                (0.99 - 0.33 * place, one[loss]),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color=drawing.FAINT,
-            )
-        if x in snapshots:
-            axes.plot(snapshots[x], snapshots[loss], "x", color=drawing.INK, label="the whole model's own training")
-        axes.axhline(methods[f"{loss}_original"].iloc[0], color=drawing.INK, linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.25)
-    left[0].set_ylabel(f"held-out loss, {said}")
-    figure.legend(*left[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    return figure
+def _first(frame: pd.DataFrame) -> dict[str, Any]:
+    """The first row of a table, by column."""
+    return {str(name): value for name, value in frame.iloc[0].items()}

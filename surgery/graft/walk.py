@@ -1,28 +1,28 @@
 r"""The stream that enters a span of layers as a random variable: its moments, walks through it, training on the walks.
 
     latents = graft.latents(stack, corpus, 4, 9, "latents")
-    found = walk.fit(latents)                                        # mean and principal components, by position
-    moved = found(x, mask, walk.Stationary(0.9))                     # one step from every activation
-    pairs = walk.relabelled(latents, stack, found, walk.Stationary(0.9), share=0.5)
+    fitted = walk.fit(latents)                                       # mean and principal components, by position
+    moved = fitted(x, mask, walk.Stationary(0.9))                    # one step from every activation
+    pairs = walk.relabelled(latents, stack, fitted, walk.Stationary(0.9), share=0.5)
     graft.fit(stack, student, span, pairs, heldout, folder, schedule=schedule)
 
 In each class of positions let ``mu`` be the mean, ``z`` the coordinates of ``x - mu`` along the first ``k`` principal
 components, each over its standard deviation, and ``d^2 = |z|^2`` (Mahalanobis). Steps, ``xi`` standard normal:
 
-    Stationary(rho)             z' = rho z + sqrt(1 - rho^2) xi: an Ornstein-Uhlenbeck walk, seen once a step
-    Free(eta)                   z' = z + eta xi: the covariance grows by 1 + n eta^2 in n steps, it leaves the data
+    Stationary(rho)             z' = rho z + sqrt(1 - rho^2) xi: an Ornstein-Uhlenbeck walk at whole steps
+    Free(eta)                   z' = z + eta xi: in n steps the covariance grows by 1 + n eta^2, it leaves the data
     Tangent(step, neighbours)   x' = x + step C^(1/2) xi, C the covariance of the nearest real activations
     Interpolated(alpha)         x' = l x + (1 - l) y, y another real activation of that class, l ~ Beta(alpha, alpha)
     Scattered(kind)             the control: as far as ``kind`` goes, in any direction
 
 ``Stationary`` keeps mean and covariance whatever the law of x, with ``E[d^2(z') | z] = rho^2 d^2 + (1 - rho^2) k``; n
-of its steps are one of ``rho^n``. It keeps no more than that: a law that is not Gaussian becomes it. What lies outside
-the ``k`` components is kept as it is, so that small steps tend to the identity and the covariance stays whole.
+of its steps are one of ``rho^n``. It keeps no more than that: a law that is not Gaussian becomes Gaussian. The part
+outside the ``k`` components does not change, so that small steps tend to the identity and the covariance stays whole.
 Whether a step stays among real activations is measured by ``surgery.graft.manifold``, not by d^2 alone.
 
-Trained on walked activations, a middle may learn what the original makes of them (``relabelled``, active distillation,
-a forward pass of the middle for each) or still the unwalked activation's ``x_stop`` (``unrelabelled``: noise injection,
-which for small steps is a penalty on the Jacobian, Bishop 1995). The two are never mixed.
+A middle that is trained on walked activations may learn what the original makes of them (``relabelled``: active
+distillation, a forward pass of the middle for each), or still the unwalked activation's ``x_stop`` (``unrelabelled``:
+noise injection, which for small steps is a penalty on the Jacobian, Bishop 1995). The two are never mixed.
 
 Sources: mixup of hidden states, Verma et al. 2019 (arXiv 1806.05236); extrapolation, DeVries and Taylor 2017
 (1702.05538); that networks treat Gaussian activations unlike real ones, Janiak et al. 2024 (2409.17113).
@@ -37,16 +37,19 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
 from surgery.training.activations import Latents, Moments, Pairs
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
 from surgery.training.regions import Gathered, Region, Rows
 
-COLUMNS = {
+REAL, LONGER, MORE = "real", "longer", "more real"  # unwalked, and what it costs to relabel spent otherwise
+COLUMNS: dict[str, str] = {
     "position": "position in the prompt, from 0; the last class holds all later ones too",
     "n_tokens": "activations that the moments were taken from",
     "components": "principal components that are walked: k; fewer than asked for where fewer vary",
@@ -58,18 +61,20 @@ Noise = Float[Tensor, "row number"]
 
 @runtime_checkable
 class Kind(Protocol):
-    """How to step: numbers drawn for a prompt, and what they make of its activations."""
+    """How to step: which random numbers a prompt needs, and where they move its activations."""
 
     def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
-        """Random numbers for every position of one prompt."""
+        """Draw random numbers for every position of one prompt."""
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows: ...
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        """Activations of one class of positions after one step with these numbers."""
 
 
 @dataclass(frozen=True)
 class Stationary:
-    """Towards the mean and noise for what that takes: mean and covariance stay. ``memory`` is the noise's correlation
-    from one position of a prompt to the next.
+    """Shrink deviations to ``rho`` times and add noise in place of what is lost: mean and covariance stay.
+
+    ``memory`` is the correlation of the noise from one position of a prompt to the next.
 
     >>> Stationary(1.0)
     Traceback (most recent call last):
@@ -90,14 +95,14 @@ class Stationary:
     def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
         return _correlated(generator.standard_normal((length, d_model)), self.memory)
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
         change = (self.rho - 1) * region.whitened(x) + (1 - self.rho**2) ** 0.5 * noise[:, : region.components]
         return x + region.unwhitened(change)
 
 
 @dataclass(frozen=True)
 class Free:
-    """Noise alone, ``eta`` standard deviations of every component; ``memory`` as in ``Stationary``."""
+    """Add noise of ``eta`` standard deviations in every component; ``memory`` as in ``Stationary``."""
 
     eta: float
     memory: float = 0.0
@@ -109,13 +114,13 @@ class Free:
     def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
         return _correlated(generator.standard_normal((length, d_model)), self.memory)
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
         return x + self.eta * region.unwhitened(noise[:, : region.components])
 
 
 @dataclass(frozen=True)
 class Tangent:
-    """Noise of ``step`` times the covariance root of the nearest real activations: along the data, where they bend."""
+    """Add noise with ``step^2`` times the covariance of the nearest real activations: it follows data that bend."""
 
     step: float
     neighbours: int = 16
@@ -128,15 +133,16 @@ class Tangent:
     def draw(self, generator: np.random.Generator, length: int, d_model: int) -> Float[np.ndarray, "pos number"]:
         return generator.standard_normal((length, self.neighbours))
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
         near = region.nearest(x, self.neighbours)
         centred = near - near.mean(1, keepdim=True)
-        return x + self.step / self.neighbours**0.5 * torch.einsum("rn,rnd->rd", noise, centred)
+        along = einsum(noise, centred, "row neighbour, row neighbour d_model -> row d_model")
+        return x + self.step / self.neighbours**0.5 * along
 
 
 @dataclass(frozen=True)
 class Interpolated:
-    """Between two real activations or, with ``beyond``, as far behind the first: ``l = 1 + Beta(alpha, alpha)``."""
+    """Move between two real activations or, if ``beyond``, as far behind the first: ``l = 1 + Beta(alpha, alpha)``."""
 
     alpha: float
     beyond: bool = False
@@ -148,14 +154,14 @@ class Interpolated:
         weight = generator.beta(self.alpha, self.alpha, length)
         return np.stack([weight + self.beyond, generator.random(length)], 1)
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
-        weight, place = noise[:, :1], (noise[:, 1] * len(region.bank)).long().clamp(max=len(region.bank) - 1)
-        return weight * x + (1 - weight) * region.bank[place]
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
+        weight, partner = noise[:, :1], (noise[:, 1] * len(region.bank)).long().clamp(max=len(region.bank) - 1)
+        return weight * x + (1 - weight) * region.bank[partner]
 
 
 @dataclass(frozen=True)
 class Scattered:
-    """The control: every activation moved as far as ``kind`` moves it, in a direction drawn from all alike."""
+    """The control: move every activation as far as ``kind`` does, in a uniformly random direction."""
 
     kind: Kind
 
@@ -163,15 +169,15 @@ class Scattered:
         numbers = self.kind.draw(generator, length, d_model)
         return np.concatenate([generator.standard_normal((length, d_model)), numbers], 1)
 
-    def moved(self, region: Region, x: Rows, noise: Noise) -> Rows:
+    def move(self, region: Region, x: Rows, noise: Noise) -> Rows:
         direction, numbers = noise[:, : x.shape[1]], noise[:, x.shape[1] :]
-        distance = (self.kind.moved(region, x, numbers) - x).norm(dim=1, keepdim=True)
+        distance = (self.kind.move(region, x, numbers) - x).norm(dim=1, keepdim=True)
         return x + distance * direction / direction.norm(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """A region for each of the first positions, the last one for all that follow."""
+    """Steps through activations: a region for each of the first positions, the last one for all that follow."""
 
     regions: tuple[Region, ...]
 
@@ -180,29 +186,30 @@ class Walk:
         return self.regions[0].mean.device
 
     def to(self, device: torch.device | str) -> "Walk":
+        """The walk on another device."""
         names = ("mean", "axes", "scale", "bank")
         return Walk(tuple(replace(r, **{n: getattr(r, n).to(device) for n in names}) for r in self.regions))
 
-    def described(self) -> pd.DataFrame:
-        """A row per class of positions, see ``COLUMNS``."""
+    def summary(self) -> pd.DataFrame:
+        """A row per class of positions: ``COLUMNS``."""
         rows = [(i, r.n_tokens, r.components, r.variance) for i, r in enumerate(self.regions)]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def classes(self, mask: Bool[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
-        """Which region each position is of, counted from its prompt's first real token."""
+        """The number of each position's region; positions count from the prompt's first real token."""
         return (mask.long().cumsum(1) - 1).clamp(0, len(self.regions) - 1)
 
     def distances(
         self, x: Float[Tensor, "prompt pos d_model"], mask: Bool[Tensor, "prompt pos"]
     ) -> Float[Tensor, "prompt pos"]:
         """Squared Mahalanobis distance from the mean, within the components; 0 at padding."""
-        found = x.new_zeros(mask.shape)
+        squared = x.new_zeros(mask.shape)
         for region, there in self.places(mask):
-            found[there] = region.whitened(x[there]).square().sum(1)
-        return found
+            squared[there] = region.whitened(x[there]).square().sum(1)
+        return squared
 
     def places(self, mask: Bool[Tensor, "prompt pos"]) -> Iterator[tuple[Region, Bool[Tensor, "prompt pos"]]]:
-        """Each region with the real tokens that are of it."""
+        """Yield each region with a mask of the real tokens in it."""
         classes = self.classes(mask)
         for i, region in enumerate(self.regions):
             yield region, mask & (classes == i)
@@ -217,11 +224,11 @@ class Walk:
         draws: Sequence[int] | None = None,
         last: bool = False,
     ) -> Float[Tensor, "prompt pos d_model"]:
-        """One step from every real token (of each prompt's ``last`` alone if asked); padding stays.
+        """Take one step from every real token, with ``last`` from each prompt's last one alone; padding stays.
 
-        What is drawn for a prompt depends on ``seed`` and its number in ``draws`` (0, 1, ... if not given) alone, not
-        on the prompts beside it. Cost: no model; 2 k d_model multiplications a token, for neighbours their bank's
-        d_model.
+        The random numbers of a prompt depend only on ``seed`` and its number in ``draws`` (default: 0, 1, ...), not on
+        the prompts beside it. Cost: no model; 2 k d_model multiplications a token, and for neighbours d_model for each
+        activation of the bank.
 
         >>> x = torch.randn(200, 3, 2)
         >>> mask = torch.ones(200, 3, dtype=torch.bool)
@@ -236,13 +243,13 @@ class Walk:
         ]
         noise = x.new_zeros(*mask.shape, drawn[0].shape[1])
         noise[mask] = torch.from_numpy(np.concatenate(drawn)).to(noise)
-        found = x.clone()
+        moved = x.clone()
         for region, there in self.places(mask):
             if last:
                 there = there & (mask.flip(1).cumsum(1).flip(1) == 1)
             if region.components and there.any():
-                found[there] = kind.moved(region, x[there], noise[there])
-        return found
+                moved[there] = kind.move(region, x[there], noise[there])
+        return moved
 
 
 def fit(
@@ -257,19 +264,20 @@ def fit(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Walk:
-    """Moments of ``x_start`` of these ``prompts`` (all if None), or of streams with a ``mask`` of what is real.
+    """Fit a walk to ``x_start`` of these ``prompts`` (default: all), or to streams with a ``mask`` of real tokens.
 
-    ``positions`` classes: 0, 1, ... each by itself, the last with all that follow. In each as many principal
-    ``components`` as given, or as hold this share of the ``variance``; fewer where the covariance is singular, none
-    where nothing varies (``Walk.described``). ``bank`` activations of each, drawn by ``seed``, are kept as they are.
+    There are ``positions`` classes: 0, 1, ... each by itself, the last with all that follow. Each is walked in as many
+    principal ``components`` as given, or as hold this share of the ``variance``; in fewer where the covariance is
+    singular, in none where nothing varies (see ``Walk.summary``). Of each class ``bank`` activations, drawn by
+    ``seed``, are kept as they are.
 
-    One pass over the latents, a batch in memory at a time; moments in float64, the walk in float32. Memory:
+    This is one pass over the latents, a batch in memory at a time; moments are in float64, the walk in float32. Memory:
     ``positions`` (d_model^2 + bank d_model) numbers. Cost: d_model^2 multiplications a token, no model.
 
     Raises ValueError for numbers out of range, an activation that is not finite, a class of positions without tokens,
-    and fewer than ``regions.SAMPLES`` activations a component: the sentence says how many are needed.
+    and fewer than ``regions.SAMPLES`` activations per component; the message says how many are needed.
 
-    >>> fit(torch.randn(300, 2, 4), positions=1, variance=1.0).described().components.tolist()
+    >>> fit(torch.randn(300, 2, 4), positions=1, variance=1.0).summary().components.tolist()
     [4]
     """
     if min(positions, bank, batch_size) < 1 or not 0 < variance <= 1 or (components is not None and components < 1):
@@ -281,20 +289,20 @@ def fit(
     gathered = [Gathered(bank) for _ in range(positions)]
     for x, real in _batches(source, mask, prompts, batch_size):
         place = real.long().cumsum(1) - 1
-        for i, some in enumerate(gathered):
+        for i, of_class in enumerate(gathered):
             there = real & (place == i if i < positions - 1 else place >= i)
-            some.add(x[there], generator)
-    return Walk(tuple(some.region(i, components, variance) for i, some in enumerate(gathered)))
+            of_class.add(x[there], generator)
+    return Walk(tuple(of_class.region(i, components, variance) for i, of_class in enumerate(gathered)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Augmented(Latents):
-    """Latents of which a ``share`` is walked, for ``graft.fit``: every prompt is there ``copies`` times, prompt ``i``
-    of n as ``i``, ``n + i``, ``2 n + i``, ..., each copy with a walk of its own.
+    """Latents of which a ``share`` is walked, for ``graft.fit``; ``relabelled`` and ``unrelabelled`` make them.
 
-    A copy is a function of its number and ``seed``, so training that was stopped goes on exactly; ``steps * batch / n``
-    copies walk anew at every draw. The control of the same order of prompts is ``share=0``. Moments, and so the scale
-    of the loss, are those of the real pairs. Made by ``relabelled`` and ``unrelabelled``.
+    Every prompt occurs ``copies`` times, prompt ``i`` of n as ``i``, ``n + i``, ``2 n + i``, ..., each copy with a walk
+    of its own. A copy is a function of its number and ``seed``, so training that was stopped goes on exactly; with
+    ``steps * batch / n`` copies no draw repeats a walk. The control with the same order of prompts is ``share=0``.
+    Moments, and so the scale of the loss, are those of the real pairs.
     """
 
     pairs: Latents
@@ -303,11 +311,11 @@ class Augmented(Latents):
     share: float
     last: bool
     seed: int
-    teacher: Stack | None  # which relabels; None: x_stop stays as it was
+    teacher: Stack | None  # relabels; None: x_stop stays as it was
 
     @property
     def n_tokens(self) -> int:
-        """Those that were harvested: copies cost no harvest."""
+        """Tokens that were harvested: copies cost no harvest."""
         return self.pairs.n_tokens
 
     def walks(self, prompt: int) -> bool:
@@ -316,31 +324,30 @@ class Augmented(Latents):
 
     def batch(self, prompts: Sequence[int]) -> Pairs:
         """As ``Latents.batch``. Cost: relabelled, the teacher's layers from start to stop for what is walked."""
-        found, chosen = self.pairs.batch(self._real(prompts)), torch.tensor([self.walks(prompt) for prompt in prompts])
-        if not chosen.any():
-            return found
-        mask = found.tokens.mask[chosen]
-        draws = [prompt for prompt, walked in zip(prompts, chosen.tolist(), strict=True) if walked]
-        x = found.x_start[chosen].to(self.walk.device)
+        pairs, walked = self.pairs.batch(self._real(prompts)), torch.tensor([self.walks(prompt) for prompt in prompts])
+        if not walked.any():
+            return pairs
+        mask = pairs.tokens.mask[walked]
+        draws = [prompt for prompt in prompts if self.walks(prompt)]
+        x = pairs.x_start[walked].to(self.walk.device)
         moved = self.walk(x, mask.to(x.device), self.kind, seed=self.seed, draws=draws, last=self.last)
-        x_start, x_stop = found.x_start.clone(), found.x_stop.clone()
-        x_start[chosen] = moved.to(x_start)
+        x_start, x_stop = pairs.x_start.clone(), pairs.x_stop.clone()
+        x_start[walked] = moved.to(x_start)
         if self.teacher is not None:
-            made = _made(self.teacher, replace(found, x_start=x_start), chosen, self.start, self.stop)
-            x_stop[chosen] = made.to(x_stop) * mask.unsqueeze(-1)
-        return Pairs(found.tokens, x_start, x_stop)
+            labels = _relabel(self.teacher, replace(pairs, x_start=x_start), walked, self.start, self.stop)
+            x_stop[walked] = labels.to(x_stop) * mask.unsqueeze(-1)
+        return Pairs(pairs.tokens, x_start, x_stop)
 
     def moments(self, prompts: Sequence[int] | None = None, *, skip_first: bool = True) -> Moments:
-        """Of the real pairs."""
+        """Moments of the real pairs."""
         real = None if prompts is None else self._real(prompts)
         return self.pairs.moments(real, skip_first=skip_first)
 
     def ledger(self, teacher: Stack, schedule: Schedule | None = None, steps: int | None = None) -> Ledger:
-        """What training by this schedule spends beside itself: the harvest and, relabelled, the teacher's middle.
+        """What training by this schedule spends on the teacher: the harvest and, if relabelled, its middle.
 
-        ``graft.fit`` asks for it; all of it is booked before the first step. ``steps`` are those that were
-        made, if training stopped early. Operations are counted on 64 prompts and scaled to the walked tokens; the
-        seconds are in the training's own.
+        ``graft.fit`` books all of it before the first step. ``steps`` is how many were made, if training stopped early.
+        Operations are counted on 64 prompts and scaled to the walked tokens; the seconds are in the training's own.
         """
         ledger = self.pairs.ledger(teacher)
         if self.teacher is None or schedule is None:
@@ -350,13 +357,14 @@ class Augmented(Latents):
         tokens = int(self.lengths[walked].sum())
         sample = self.pairs.batch(range(min(64, self.pairs.n_prompts)))
         everything = torch.ones(len(sample.tokens), dtype=torch.bool)
-        _, operations = Counter()("middle", lambda: _made(teacher, sample, everything, self.start, self.stop))
+        _, operations = Counter()("middle", lambda: _relabel(teacher, sample, everything, self.start, self.stop))
         ledger.add("relabelling", tokens, round(operations * tokens / int(sample.tokens.mask.sum())), 0.0, teacher=True)
         return ledger
 
     def _real(self, prompts: Sequence[int]) -> list[int]:
-        if wrong := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
-            raise ValueError(f"there is no prompt {wrong[0]} in these copies: there are 0 to {self.n_prompts - 1}")
+        """The prompts whose copies these are."""
+        if missing := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
+            raise ValueError(f"there is no prompt {missing[0]} in these copies: there are 0 to {self.n_prompts - 1}")
         return [prompt % self.pairs.n_prompts for prompt in prompts]
 
 
@@ -371,10 +379,10 @@ def relabelled(
     last: bool = False,
     seed: int = 0,
 ) -> Augmented:
-    """Pairs whose ``x_stop`` is what the teacher's own layers make of the walked ``x_start``.
+    """Walk pairs so that ``x_stop`` is what the teacher's own layers make of the walked ``x_start``.
 
-    ``share`` of the copies is walked, in each at all positions or the ``last`` alone. Cost: ``(stop - start) / L`` F
-    for every walked prompt of a batch, in ``Augmented.ledger``.
+    A ``share`` of the copies is walked, at all positions or at each prompt's ``last`` alone. Cost:
+    ``(stop - start) / L`` F for every walked prompt of a batch, booked in ``Augmented.ledger``.
 
     Raises ValueError for a share outside 0 to 1, less than one copy, and a teacher that did not make the pairs.
     """
@@ -389,7 +397,7 @@ def relabelled(
 def unrelabelled(
     pairs: Latents, walk: Walk, kind: Kind, *, share: float = 1.0, copies: int = 16, last: bool = False, seed: int = 0
 ) -> Augmented:
-    """Pairs whose ``x_stop`` is as it was, whatever becomes of ``x_start``: noise injection. Cost: no model.
+    """Walk the ``x_start`` of pairs and leave ``x_stop`` as it was: noise injection. Cost: no model.
 
     Raises as ``relabelled``.
     """
@@ -402,14 +410,14 @@ def _augmented(
     if not 0 <= share <= 1 or copies < 1:
         raise ValueError(f"share is 0 to 1 and copies is 1 or more, got {share} and {copies}")
     regime = "unrelabelled" if teacher is None else "relabelled"
-    said = f"{regime}, {kind}, share={share}, copies={copies}, last={last}, seed={seed}, {_digest(walk)}"
+    description = f"{regime}, {kind}, share={share}, copies={copies}, last={last}, seed={seed}, {_digest(walk)}"
     inherited = {f.name: getattr(pairs, f.name) for f in fields(Latents)}
-    inherited |= {"lengths": pairs.lengths.repeat(copies), "source": {**pairs.source, "walk": said}}
+    inherited |= {"lengths": pairs.lengths.repeat(copies), "source": {**pairs.source, "walk": description}}
     return Augmented(**inherited, pairs=pairs, walk=walk, kind=kind, share=share, last=last, seed=seed, teacher=teacher)
 
 
 def _digest(walk: Walk) -> str:
-    """What tells walks apart, so that a checkpoint of another is refused: a training on them is another run."""
+    """A hash that tells walks apart, so that a checkpoint of a training on another walk is refused."""
     digest = hashlib.sha256()
     for region in walk.regions:
         for tensor in (region.mean, region.axes, region.scale, region.bank):
@@ -417,27 +425,29 @@ def _digest(walk: Walk) -> str:
     return digest.hexdigest()
 
 
-def _made(
-    teacher: Stack, pairs: Pairs, chosen: Bool[Tensor, " prompt"], start: int, stop: int
-) -> Float[Tensor, "chosen pos d_model"]:
-    tokens = type(pairs.tokens)(pairs.tokens.ids[chosen], pairs.tokens.mask[chosen]).to(teacher.device)
+def _relabel(
+    teacher: Stack, pairs: Pairs, walked: Bool[Tensor, " prompt"], start: int, stop: int
+) -> Float[Tensor, "walked pos d_model"]:
+    """The stream that leaves the teacher's own layers for the ``x_start`` of the ``walked`` prompts."""
+    tokens = Tokens(pairs.tokens.ids[walked], pairs.tokens.mask[walked]).to(teacher.device)
     context = teacher.context(tokens)
     with torch.no_grad():
-        return teacher.execute(f"{start}:{stop}", pairs.x_start[chosen].to(context.x0), context)
+        return teacher.execute(f"{start}:{stop}", pairs.x_start[walked].to(context.x0), context)
 
 
 def _batches(
     source: Latents | Tensor, mask: Tensor | None, prompts: Sequence[int] | None, size: int
 ) -> Iterator[tuple[Float[Tensor, "prompt pos d_model"], Bool[Tensor, "prompt pos"]]]:
-    chosen = range(source.n_prompts if isinstance(source, Latents) else len(source)) if prompts is None else prompts
-    for first in range(0, len(chosen), size):
-        some = list(chosen[first : first + size])
+    """Yield streams and masks, ``size`` prompts at a time."""
+    numbers = range(source.n_prompts if isinstance(source, Latents) else len(source)) if prompts is None else prompts
+    for first in range(0, len(numbers), size):
+        part = list(numbers[first : first + size])
         if isinstance(source, Latents):
-            found = source.batch(some)
-            yield found.x_start, found.tokens.mask
+            pairs = source.batch(part)
+            yield pairs.x_start, pairs.tokens.mask
         else:
-            x = source[some]
-            yield x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask[some]
+            x = source[part]
+            yield x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask[part]
 
 
 def _correlated(noise: Float[np.ndarray, "pos number"], memory: float) -> Float[np.ndarray, "pos number"]:

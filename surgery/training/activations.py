@@ -1,20 +1,20 @@
-r"""What enters a span of layers and what leaves it, for every token of a corpus, computed once and kept on the disk.
+r"""Stored activations: what enters a span of layers and what leaves it, for every token of a corpus.
 
 A new middle is trained on pairs ``(x_start, x_stop)``: the stream entering layer ``start`` and the stream entering
-layer ``stop`` of the original model. The layers before and behind never change, so these pairs never change either;
-computing them once costs ``stop / L`` F, computing them in every epoch that many times more (the teacher's cost belongs
-in any account of what the training saved). Kept are whole prompts, real tokens only:
+layer ``stop`` of the original model. The layers before and behind never change, so these pairs never change either, and
+are computed only once, for ``stop / L`` F, rather than in every epoch (the teacher's cost belongs in any account of
+what the training saved). Whole prompts are stored, real tokens only:
 
     latents.json               format, model and sha256 of its weights, sha256 of the corpus, span, sizes, versions;
                                file, prompts, tokens, bytes and sha256 of every shard
     latents-00000.safetensors  lengths int32 [prompt], tokens int32 [token], x_start and x_stop [token, d_model]
     latents-00001.safetensors  the prompts that follow; the corpus's order throughout
 
-``size`` says beforehand how much that is: at d_model 768 in float16, 3 kB a token. Every shard appears whole or not at
-all, so a harvest (``surgery.training.harvest``) that was interrupted, or one whose shard was lost, goes on by the same call.
+``size_in_bytes`` says beforehand how much that is: at d_model 768 in float16, 3 kB a token. Every shard appears whole
+or not at all, so the same call goes on with a harvest (``surgery.training.harvest``) that was interrupted or lost one.
 
-What is to be predicted is the update ``u = x_stop - x_start``: on ``x_stop`` itself the identity already explains most
-of the variance. ``Latents.moments`` has what the baselines need (mean update, best linear map).
+The target of training is the update ``u = x_stop - x_start``: the identity already explains most of the variance of
+``x_stop`` itself. ``Latents.moments`` has what the baselines need (mean update, best linear map).
 Half precision rounds x by 5e-4 of its size (bfloat16: 4e-3), the update by that over ``|u| / |x|``.
 """
 
@@ -63,7 +63,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some prompts, padded on the right to the longest; the streams are 0 at padding."""
+    """The activations of a batch of prompts, padded on the right to the longest; the streams are 0 at padding."""
 
     tokens: Tokens
     x_start: Float[Tensor, "prompt pos d_model"]
@@ -84,7 +84,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """An opened folder. Nothing of it is in memory but the prompts' lengths: files are mapped on first use."""
+    """Stored activations, from ``open_latents``. Only prompts' lengths are in memory: files are mapped when used."""
 
     folder: Path
     start: int
@@ -110,7 +110,8 @@ class Latents:
         return sum(shard.seconds for shard in self.shards)
 
     def ledger(self, teacher: Stack, schedule: Schedule | None = None) -> Ledger:
-        """What these activations cost: the operations of one batch, scaled to all tokens. Cost: less than 1 F."""
+        """What these activations cost: the operations of one batch, scaled to all tokens. A subclass may add what
+        training by ``schedule`` costs the teacher. Cost: less than 1 F."""
         sample = self.batch(range(min(64, self.n_prompts))).tokens.to(teacher.device)
         context = teacher.context(sample)
         _, operations = Counter()("harvest", lambda: teacher.execute(f":{self.stop}", context.x0, context))
@@ -119,7 +120,7 @@ class Latents:
         return ledger
 
     def batch(self, prompts: Sequence[int]) -> Pairs:
-        """These prompts, in this order, in float32. Reads only them.
+        """Read these prompts, and only them, in this order, in float32.
 
         Raises ``ValueError`` for no prompt, or one that is not there.
         """
@@ -130,21 +131,22 @@ class Latents:
             pad_sequence([self._tensors(shard)[name][rows] for shard, rows in spans], batch_first=True)
             for name in ("tokens", "x_start", "x_stop")
         )
-        return Pairs(padded(ids.long(), self.lengths[list(prompts)]), x_start.float(), x_stop.float())
+        return Pairs(pad_right(ids.long(), self.lengths[list(prompts)]), x_start.float(), x_stop.float())
 
     def moments(self, prompts: Sequence[int] | None = None, *, skip_first: bool = True) -> Moments:
-        """Moments over the tokens of these prompts (all if None), each prompt's first left out unless asked.
+        """Moments over the tokens of these prompts (default: all), without each prompt's first if ``skip_first``.
 
-        One pass in float64 (``stats.Scatter``). Memory: 16 d_model^2 numbers. Cost: 4 d_model^2 products a token.
+        This is one pass in float64 (``stats.scatter.Scatter``). Memory: 16 d_model^2 numbers. Cost: 4 d_model^2
+        products a token.
 
         Raises ``ValueError`` if there are fewer than two tokens.
         """
         spans = self._spans(sorted(range(self.n_prompts) if prompts is None else prompts))
         d, scatter = self.d_model, Scatter()
-        for shard, some in itertools.groupby(spans, key=operator.itemgetter(0)):
+        for shard, of_shard in itertools.groupby(spans, key=operator.itemgetter(0)):
             tensors = self._tensors(shard)
-            chosen = torch.cat([torch.arange(rows.start + skip_first, rows.stop) for _, rows in some])
-            for chunk in chosen.split(_ROWS) if len(chosen) else ():
+            tokens = torch.cat([torch.arange(rows.start + skip_first, rows.stop) for _, rows in of_shard])
+            for chunk in tokens.split(_ROWS) if len(tokens) else ():
                 x = tensors["x_start"][chunk].double()
                 scatter.add(torch.cat([x, tensors["x_stop"][chunk].double() - x], 1))
         if scatter.count < 2:
@@ -153,14 +155,16 @@ class Latents:
         return Moments(scatter.count, mean[:d], mean[d:], both[:d, :d], both[:d, d:], both[d:, d:])
 
     def verify(self) -> None:
-        """Read every shard and compare its sha256. Raises ``ValueError`` naming the first that was changed."""
+        """Read every shard and compare its sha256. Raises ``ValueError`` that names the first changed one."""
         for shard in self.shards:
-            refuse(self.folder, shard, damage(self.folder, shard, self.d_model, self.dtype, thorough=True))
+            refuse_damaged(
+                self.folder, shard, shard_damage(self.folder, shard, self.d_model, self.dtype, thorough=True)
+            )
 
     def _spans(self, prompts: Sequence[int]) -> list[tuple[int, slice]]:
         """For each prompt the shard that holds it, and its rows there."""
-        if wrong := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
-            raise ValueError(f"there is no prompt {wrong[0]} in {self.folder}: it has 0 to {self.n_prompts - 1}")
+        if missing := [prompt for prompt in prompts if not 0 <= prompt < self.n_prompts]:
+            raise ValueError(f"there is no prompt {missing[0]} in {self.folder}: it has 0 to {self.n_prompts - 1}")
         chosen = np.array(prompts, dtype=np.int64)
         prompts_before, tokens_before, ends = self._index
         shards = np.searchsorted(prompts_before, chosen, side="right") - 1
@@ -175,7 +179,7 @@ class Latents:
         return prompts.cumsum() - prompts, tokens.cumsum() - tokens, self.lengths.numpy().cumsum()
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
-        """A shard's tensors, mapped when first asked for: only the rows that are indexed are read."""
+        """A shard's tensors, mapped on first use: only the rows that are indexed are read."""
         if shard not in self._mapped:
             path = self.folder / self.shards[shard].file
             try:
@@ -186,34 +190,34 @@ class Latents:
         return self._mapped[shard]
 
 
-def size(n_tokens: int, d_model: int, dtype: torch.dtype) -> int:
-    """Bytes that the latents of so many tokens take (besides some hundred a shard and 4 a prompt).
+def size_in_bytes(n_tokens: int, d_model: int, dtype: torch.dtype) -> int:
+    """Bytes that the latents of ``n_tokens`` take, besides some hundred per shard and 4 per prompt.
 
-    >>> size(10_000_000, 768, torch.float16) / 1e9
+    >>> size_in_bytes(10_000_000, 768, torch.float16) / 1e9
     30.76
     """
     return n_tokens * (2 * d_model * dtype.itemsize + 4)
 
 
-def opened(folder: str | Path) -> Latents:
-    """The latents in a folder. Sizes and headers are compared with the manifest, contents by ``Latents.verify``.
+def open_latents(folder: str | Path) -> Latents:
+    """Open the latents in a folder; sizes and headers must match the manifest (``Latents.verify`` checks the contents).
 
     Raises ``ValueError`` if there are none, if their harvest is not finished, or if a shard is missing or was changed.
     """
     folder = Path(folder)
-    manifest = manifest_of(folder)
+    manifest = read_manifest(folder)
     shards = tuple(Shard(**entry) for entry in manifest["shards"])
     d_model, dtype = manifest["d_model"], getattr(torch, manifest["dtype"])
-    done = sum(shard.prompts for shard in shards)
-    if done < manifest["n_prompts"]:
+    finished = sum(shard.prompts for shard in shards)
+    if finished < manifest["n_prompts"]:
         raise ValueError(
-            f"the harvest in {folder} is not finished: it has {done} of {manifest['n_prompts']} prompts; "
+            f"the harvest in {folder} is not finished: it has {finished} of {manifest['n_prompts']} prompts; "
             "call harvest again as before, it goes on from there"
         )
     lengths = []
     for shard in shards:
-        refuse(folder, shard, damage(folder, shard, d_model, dtype))
-        offset = len(header_of(shard.prompts, shard.tokens, d_model, dtype))
+        refuse_damaged(folder, shard, shard_damage(folder, shard, d_model, dtype))
+        offset = len(shard_header(shard.prompts, shard.tokens, d_model, dtype))
         lengths.append(np.fromfile(folder / shard.file, "<i4", shard.prompts, offset=offset))
     source = {key: manifest[key] for key in ("model", "weights_sha256", "corpus_sha256")}
     return Latents(
@@ -228,7 +232,8 @@ def opened(folder: str | Path) -> Latents:
     )
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the latents in a folder. Raises ``ValueError`` if there is none."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -243,30 +248,31 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *, thorough: bool = False) -> str | None:
-    """What is wrong with a shard, in words; its bytes are read only if ``thorough``."""
-    header = header_of(shard.prompts, shard.tokens, d_model, dtype)
+def shard_damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *, thorough: bool = False) -> str | None:
+    """What is wrong with a shard, in words, or None; all of its bytes are read only if ``thorough``."""
+    header = shard_header(shard.prompts, shard.tokens, d_model, dtype)
     try:
         with open(folder / shard.file, "rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != shard.bytes:
-                return f"has {found} bytes instead of {shard.bytes}"
-            if file.read(len(header)) != header or (thorough and hashed(file) != shard.sha256):
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes != shard.bytes:
+                return f"has {n_bytes} bytes instead of {shard.bytes}"
+            if file.read(len(header)) != header or (thorough and sha256_of(file) != shard.sha256):
                 return "was changed since it was written"
     except OSError as error:
         return f"cannot be read: {tables.reason(error)}"
     return None
 
 
-def refuse(folder: Path, shard: Shard, damage: str | None) -> None:
+def refuse_damaged(folder: Path, shard: Shard, damage: str | None) -> None:
+    """Raise ``ValueError`` if there is damage."""
     if damage is not None:
         raise ValueError(
             f"{folder / shard.file} {damage}; call harvest again as before, only what is damaged is made anew"
         )
 
 
-def header_of(n_prompts: int, n_tokens: int, d_model: int, dtype: torch.dtype) -> bytes:
-    """How a shard begins: the safetensors header. What has 4 bytes a number comes first, so that all is aligned."""
+def shard_header(n_prompts: int, n_tokens: int, d_model: int, dtype: torch.dtype) -> bytes:
+    """The safetensors header that a shard begins with. Numbers of 4 bytes come first, so that everything is aligned."""
     x = (DTYPES[dtype], [n_tokens, d_model], n_tokens * d_model * dtype.itemsize)
     tensors = {
         "lengths": ("I32", [n_prompts], 4 * n_prompts),
@@ -284,7 +290,8 @@ def header_of(n_prompts: int, n_tokens: int, d_model: int, dtype: torch.dtype) -
     return len(text).to_bytes(8, "little") + text
 
 
-def hashed(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO) -> str:
+    """sha256 of all bytes of an open file."""
     digest = hashlib.sha256()
     file.seek(0)
     while piece := file.read(_PIECE):
@@ -292,6 +299,6 @@ def hashed(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def padded(ids: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Tokens:
-    """Prompts that begin at position 0 and are padded behind."""
+def pad_right(ids: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Tokens:
+    """Prompts of these lengths, which begin at position 0 and are padded behind."""
     return Tokens(ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))

@@ -1,7 +1,7 @@
-"""Harvest: run a corpus through the first layers of a model once, and keep what enters a span and what leaves it.
+"""Harvest: run a corpus through the first layers of a model once, and store what enters a span and what leaves it.
 
-Control: a plain forward of the whole model on the same batches, which takes longer (``benchmarks/harvest.py``), as the
-layers behind the span and the head do not run here.
+Control: a plain forward pass of the whole model on the same batches, which takes longer (``benchmarks/harvest.py``),
+as the layers behind the span and the head do not run here.
 
 >>> import tempfile
 >>> from surgery import Stack
@@ -37,24 +37,24 @@ import surgery
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import manifest as provenance
 from surgery.records import tables
+from surgery.records.manifest import PACKAGES, tokens_hash
 from surgery.training.activations import (
     DTYPES,
     FORMAT,
     MANIFEST,
     Latents,
     Shard,
-    damage,
-    hashed,
-    header_of,
-    manifest_of,
-    opened,
-    padded,
-    size,
+    open_latents,
+    pad_right,
+    read_manifest,
+    sha256_of,
+    shard_damage,
+    shard_header,
+    size_in_bytes,
 )
 
-# What must be the same for a harvest to go on in a folder, and what it is called.
+# Entries of the manifest that must be the same for a harvest to go on in a folder, and their names in messages
 _FIXED = {
     "weights_sha256": "weights",
     "corpus_sha256": "corpus",
@@ -78,15 +78,15 @@ def harvest(
     say: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Latents:
-    """Keep what enters layer ``start`` and what enters layer ``stop``, for every real token of ``corpus``, in ``out``.
+    """Store what enters layer ``start`` and what enters layer ``stop``, for every real token of ``corpus``, in ``out``.
 
-    Goes on after the last whole shard if the folder holds a part of the same harvest, makes lost or damaged shards anew
-    and leaves whole ones alone; with the same ``batch_size`` the files come out the same, byte for byte, however often
-    it was interrupted. ``shard_tokens`` is the most tokens a shard holds (a longer prompt has one of its own). Within a
-    shard prompts of similar length share a batch. ``say`` is told the size before anything runs. ``start = 0`` or
-    ``stop = L`` leaves one end to be trained along; not both.
+    If the folder holds a part of the same harvest, this goes on after the last whole shard, makes lost or damaged
+    shards anew and leaves whole ones alone; with the same ``batch_size`` the files come out the same, byte for byte,
+    however often it was interrupted. ``shard_tokens`` is the most tokens that a shard holds (a longer prompt has one of
+    its own). Within a shard prompts of similar length share a batch. ``say`` gets the size before anything runs.
+    ``start = 0`` or ``stop = L`` leaves one end to be trained along; not both.
 
-    Cost: stop / L F without the head; hashing the weights and, of shards that are there, everything. Memory: one batch.
+    Cost: ``stop / L`` F without the head, hashing the weights, and hashing shards that are there. Memory: one batch.
 
     Raises:
         ValueError: an empty span, one outside the model or all of it; prompts without tokens or too long for the
@@ -102,7 +102,7 @@ def harvest(
         "format": FORMAT,
         "model": stack.name,
         "weights_sha256": stack.sha256,
-        "corpus_sha256": provenance.tokens_hash(corpus),
+        "corpus_sha256": tokens_hash(corpus),
         "start": start,
         "stop": stop,
         "dtype": str(dtype).removeprefix("torch."),
@@ -113,7 +113,7 @@ def harvest(
         "versions": {
             "surgery": surgery.__version__,
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in provenance.PACKAGES},
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
     }
     folder = tables.folder(out)
@@ -126,7 +126,7 @@ def harvest(
         for file, prompts in missing.items():
             flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
             began = time.perf_counter()
-            made = _make(
+            shard = _make_shard(
                 stack,
                 flat,
                 lengths[prompts],
@@ -136,13 +136,13 @@ def harvest(
                 batch_size,
                 lambda done: bar.advance(task, done),
             )
-            shards[file] = replace(made, seconds=time.perf_counter() - began)
+            shards[file] = replace(shard, seconds=time.perf_counter() - began)
             entries = [asdict(shards[name]) for name in plan if name in shards]
             tables.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})
-    return opened(folder)
+    return open_latents(folder)
 
 
-def _make(
+def _make_shard(
     stack: Stack,
     ids: Int[Tensor, " token"],
     lengths: Int[Tensor, " prompt"],
@@ -152,30 +152,31 @@ def _make(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Shard:
-    """Run the prompts, longest first (what does not fit into memory shows at once), each to its place in the file."""
+    """Run the prompts, the longest first (so that too large a batch shows at once), each to its place in the file."""
     n_prompts, n_tokens, row = len(lengths), len(ids), stack.d_model * dtype.itemsize
     prompts, before = ids.split(lengths.tolist()), (lengths.cumsum(0) - lengths).tolist()
-    header = header_of(n_prompts, n_tokens, stack.d_model, dtype)
+    header = shard_header(n_prompts, n_tokens, stack.d_model, dtype)
     first = len(header) + 4 * (n_prompts + n_tokens)
     with _whole(path) as file:
         file.write(header + lengths.numpy().astype("<i4").tobytes() + ids.numpy().astype("<i4").tobytes())
         order = lengths.argsort(descending=True, stable=True)
-        for some in order.tensor_split(-(-n_prompts // batch_size)):
-            batch = padded(pad_sequence([prompts[i] for i in some], batch_first=True), lengths[some]).to(stack.device)
+        for numbers in order.tensor_split(-(-n_prompts // batch_size)):
+            ids_of_batch = pad_sequence([prompts[i] for i in numbers], batch_first=True)
+            batch = pad_right(ids_of_batch, lengths[numbers]).to(stack.device)
             for place, x in zip((first, first + n_tokens * row), _streams(stack, batch, *span)):
                 layer = span[place > first]
                 stored = _stored(stack, x, batch.mask, dtype, layer)
-                for i, length, rows in zip(some.tolist(), lengths[some].tolist(), stored):
+                for i, length, rows in zip(numbers.tolist(), lengths[numbers].tolist(), stored):
                     file.seek(place + before[i] * row)
                     file.write(rows[:length])
-            advance(int(lengths[some].sum()))
+            advance(int(lengths[numbers].sum()))
         file.flush()
-        sha256 = hashed(file)
+        sha256 = sha256_of(file)
     return Shard(path.name, n_prompts, n_tokens, first + 2 * n_tokens * row, sha256)
 
 
 def _streams(stack: Stack, batch: Tokens, start: int, stop: int) -> Iterator[Stream]:
-    """What enters layer ``start``, then what enters layer ``stop``."""
+    """Yield what enters layer ``start``, then what enters layer ``stop``."""
     context = stack.context(batch)
     x = stack.execute(f":{start}", context.x0, context) if start else context.x0
     yield x
@@ -185,9 +186,9 @@ def _streams(stack: Stack, batch: Tokens, start: int, stop: int) -> Iterator[Str
 def _stored(
     stack: Stack, x: Stream, mask: Bool[Tensor, "batch pos"], dtype: torch.dtype, layer: int
 ) -> UInt8[np.ndarray, "batch pos bytes"]:
-    """The stream as it stands in the file; refuses what ``dtype`` cannot hold."""
-    kept = x.to(dtype)
-    if not kept[mask].isfinite().all():
+    """The bytes of a stream as they stand in the file. Raises ValueError for numbers that ``dtype`` cannot hold."""
+    rounded = x.to(dtype)
+    if not rounded[mask].isfinite().all():
         largest = float(x[mask].abs().max())
         if np.isfinite(largest):
             raise ValueError(
@@ -198,12 +199,12 @@ def _stored(
             f"activations of {stack.name} entering layer {layer} are not finite (NaN or infinity), which is the "
             "model's own doing; load it with dtype=torch.float32"
         )
-    return kept.cpu().contiguous().view(torch.uint8).numpy()
+    return rounded.cpu().contiguous().view(torch.uint8).numpy()
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when all of it is on the disk, or not at all."""
+    """Open a file that appears under its name when all of it is on the disk, or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "w+b") as file:
@@ -218,7 +219,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _planned(lengths: Sequence[int], shard_tokens: int) -> dict[str, slice]:
-    """Which prompts go into which file: as many, in order, as have no more than ``shard_tokens`` tokens."""
+    """The prompts of each file: in order, as many as have no more than ``shard_tokens`` tokens together."""
     firsts, tokens = [0], 0
     for prompt, length in enumerate(lengths):
         if tokens and tokens + length > shard_tokens:
@@ -230,28 +231,28 @@ def _planned(lengths: Sequence[int], shard_tokens: int) -> dict[str, slice]:
 
 
 def _standing(folder: Path, head: Mapping[str, Any]) -> dict[str, Shard]:
-    """The whole shards of this very harvest; refuses a folder that holds another one."""
+    """The whole shards of this harvest in the folder. Raises ValueError if the folder holds another harvest."""
     if not (folder / MANIFEST).exists():
         return {}
-    manifest = manifest_of(folder)
-    other = [
-        f"{word} {str(manifest[key])[:16]} where {str(head[key])[:16]} is asked"
+    manifest = read_manifest(folder)
+    differences = [
+        f"{word} {str(manifest[key])[:16]} instead of {str(head[key])[:16]}"
         for key, word in _FIXED.items()
         if manifest[key] != head[key]
     ]
-    if other:
-        raise ValueError(f"{folder} holds latents with {', '.join(other)}; harvest into another folder")
+    if differences:
+        raise ValueError(f"{folder} holds latents with {', '.join(differences)}; harvest into another folder")
     shards = [Shard(**entry) for entry in manifest["shards"]]
     dtype = getattr(torch, manifest["dtype"])
     return {
         shard.file: shard
         for shard in shards
-        if damage(folder, shard, manifest["d_model"], dtype, thorough=True) is None
+        if shard_damage(folder, shard, manifest["d_model"], dtype, thorough=True) is None
     }
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left half written."""
+    """Remove half-written files of processes that were killed."""
     for partial in folder.glob(".latents*.partial"):
         process = int(partial.name.split(".")[-2])
         if process == os.getpid() or not psutil.pid_exists(process):
@@ -266,10 +267,10 @@ def _announce(
     missing: Mapping[str, slice],
     say: Callable[[str], None] | None,
 ) -> None:
-    """Say how much is to be written, and refuse if there is no room for it."""
+    """Say how much is to be written. Raises OSError if there is no room for it."""
     dtype = getattr(torch, head["dtype"])
     prompts = sum(span.stop - span.start for span in missing.values())
-    needed = size(n_tokens, head["d_model"], dtype) + 4 * prompts + 1024 * len(missing)
+    needed = size_in_bytes(n_tokens, head["d_model"], dtype) + 4 * prompts + 1024 * len(missing)
     if say is not None:
         say(
             f"{n_tokens:,} tokens of {prompts:,} prompts, {needed:,} bytes ({needed / 1e9:.3g} GB) in {len(missing)} "
@@ -303,7 +304,7 @@ def _check(
             f"[0, {L}) is all of {stack.name}, nothing of it would stay fixed; take start >= 1 or stop <= {L - 1}"
         )
     if dtype not in DTYPES:
-        raise ValueError(f"latents are kept in torch.float16, torch.bfloat16 or torch.float32, not in {dtype}")
+        raise ValueError(f"latents are stored in torch.float16, torch.bfloat16 or torch.float32, not in {dtype}")
     for name, count in (("batch_size", batch_size), ("shard_tokens", shard_tokens)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

@@ -1,8 +1,8 @@
-"""What a training cost: tokens, floating-point operations and seconds, by phase, the teacher's share apart.
+"""What a training cost: tokens, floating-point operations and seconds by phase, the teacher's share apart.
 
 Operations are counted, not estimated: torch's own formulas watch the first call of every shape (matrix products and
-attention, forward and backward, the optimiser's too; a multiplication and an addition are two) and the number stands
-for all later calls of that shape. For a transformer of P weights in matrices that is 2 P a token forward and 4 P
+attention, forward and backward, the optimiser's too; a multiplication and an addition are two), and later calls of that
+shape cost as many. For a transformer of P weights in matrices that is 2 P a token forward and 4 P
 backward, beside attention (Kaplan et al. 2020, arXiv 2001.08361).
 
 >>> counter, x = Counter(), torch.ones(8, 8)
@@ -46,8 +46,11 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 class _Counting(TorchDispatchMode):
-    """torch's formulas on the operations as they run. Its own ``FlopCounterMode`` takes some apart first, which rounds
-    otherwise: training that was resumed would count, and so round, other steps than training that was not."""
+    """Apply torch's formulas to operations as they run.
+
+    Its own ``FlopCounterMode`` decomposes some of them first, which rounds differently: resumed training would count,
+    and so round, other steps than training that was not interrupted.
+    """
 
     total = 0
 
@@ -60,12 +63,12 @@ class _Counting(TorchDispatchMode):
 
 @dataclass
 class Counter:
-    """Operations of calls, counted at the first call of a key (the shapes it depends on)."""
+    """Counts the operations of calls, at the first call of each key (the shapes that they depend on)."""
 
     known: dict[Hashable, int] = field(default_factory=dict)
 
     def __call__(self, key: Hashable, call: Callable[[], Result]) -> tuple[Result, int]:
-        """What ``call`` returns, and its floating-point operations."""
+        """Call ``call``; return its result and its floating-point operations."""
         if key in self.known:
             return call(), self.known[key]
         with _Counting() as counting:
@@ -76,6 +79,8 @@ class Counter:
 
 @dataclass
 class Entry:
+    """What one phase spent."""
+
     tokens: int = 0
     operations: int = 0
     seconds: float = 0.0
@@ -83,35 +88,36 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Entries by (phase, whether it is the teacher's), added up."""
+    """What was spent, an entry for each (phase, whether it is the teacher's)."""
 
     entries: dict[tuple[str, bool], Entry] = field(default_factory=dict)
 
     def add(self, phase: str, tokens: int, operations: int, seconds: float, *, teacher: bool = False) -> None:
+        """Add to the entry of a phase."""
         entry = self.entries.setdefault((phase, teacher), Entry())
         entry.tokens += tokens
         entry.operations += operations
         entry.seconds += seconds
 
     def operations(self, *, teacher: bool) -> int:
-        """Of all phases, the teacher's included or not."""
-        return sum(entry.operations for (_, taught), entry in self.entries.items() if teacher or not taught)
+        """Floating-point operations of all phases, those of the teacher included or not."""
+        return sum(entry.operations for (_, of_teacher), entry in self.entries.items() if teacher or not of_teacher)
 
     def frame(self) -> pd.DataFrame:
-        """One row per entry, see ``COLUMNS``."""
-        rows = [{"phase": phase, "teacher": taught} | asdict(e) for (phase, taught), e in self.entries.items()]
+        """One row per entry: ``COLUMNS``."""
+        rows = [{"phase": phase, "teacher": teacher} | asdict(e) for (phase, teacher), e in self.entries.items()]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def __add__(self, other: "Ledger") -> "Ledger":
         total = Ledger()
         for ledger in (self, other):
-            for (phase, taught), entry in ledger.entries.items():
-                total.add(phase, **asdict(entry), teacher=taught)
+            for (phase, teacher), entry in ledger.entries.items():
+                total.add(phase, **asdict(entry), teacher=teacher)
         return total
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> "Ledger":
-        """The ledger that ``frame`` wrote."""
+        """The ledger whose ``frame()`` this is."""
         ledger = cls()
         for row in frame.to_dict("records"):
             ledger.add(

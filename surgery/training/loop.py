@@ -1,9 +1,8 @@
-"""Train a part of a model: exactly resumable, on one process or several (accelerate), with its ledger.
+"""Train a part of a model: exactly resumable, on one process or several (accelerate), with a ledger of its cost.
 
-A batch is a function of (seed, step) alone and dropout stays off, so nothing random happens that a checkpoint would
-have to remember: interrupted and resumed training ends with the same weights. With several processes each takes its
-share of the same batch and every sum is divided by the weight of the whole batch, so their number changes rounding
-only.
+A batch is a function of (seed, step) alone and dropout stays off, so a checkpoint has no random state to remember:
+training that was interrupted and resumed ends with the same weights. With several processes each takes its share of the
+same batch and every sum is divided by the weight of the whole batch, so their number changes rounding only.
 
 Matrices are trained with Muon (Jordan 2024; ``surgery.training.muon``), everything else with AdamW.
 """
@@ -42,7 +41,7 @@ CURVE = {
     "tokens": "real tokens that the student was trained on until then, in all phases, repetitions counted",
     "operations": "floating-point operations of the student's training until then: forward, backward, optimiser",
     "operations_with_teacher": "the same and all that the teacher spent, harvest of activations included",
-    "seconds": "wall time of training until then, looks at held-out data not counted",
+    "seconds": "wall time of training until then, evaluations on held-out data not counted",
     "loss": "training loss, mean of the steps since the row before",
     "learning_rate": "of the last step",
 }
@@ -50,7 +49,7 @@ CURVE = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, how fast, how often; all of it belongs to a run's identity."""
+    """How long, how fast and on what batches to train; all of it belongs to a run's identity."""
 
     steps: int = 1000
     batch: int = 64  # prompts a step, of all processes together
@@ -59,8 +58,8 @@ class Schedule:
     final_share: float = 0.02  # the cosine ends at this share of the learning rate
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
-    every: int = 100  # steps between looks at held-out data, each with a checkpoint
-    patience: int | None = None  # stop after so many looks without a better one, and go back to the best
+    every: int = 100  # steps between evaluations on held-out data, each with a checkpoint
+    patience: int | None = None  # stop after so many evaluations without a better one, and go back to the best
     precision: str = "no"  # no, bf16 or fp16: what accelerate calls mixed precision
     seed: int = 0
 
@@ -69,7 +68,7 @@ class Schedule:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is a number of looks, 1 or more, got {self.patience}")
+            raise ValueError(f"patience is a number of evaluations, 1 or more, got {self.patience}")
         if self.precision not in MIXED:
             raise ValueError(f"precision is no, bf16 or fp16, got {self.precision!r}")
 
@@ -78,16 +77,16 @@ class Schedule:
         return rate(step, self.steps, self.learning_rate, self.warmup, self.final_share)
 
     def prompts(self, step: int, count: int) -> Int[np.ndarray, " batch"]:
-        """Which of ``count`` prompts a step takes: every epoch all of them once, in an order of its own."""
-        drawn = range(step * self.batch, (step + 1) * self.batch)
-        epochs = {i // count for i in drawn}
+        """Which of ``count`` prompts a step takes: in every epoch each of them once, in an order of its own."""
+        places = range(step * self.batch, (step + 1) * self.batch)
+        epochs = {i // count for i in places}
         orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in epochs}
-        return np.array([orders[i // count][i % count] for i in drawn])
+        return np.array([orders[i // count][i % count] for i in places])
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained on what. ``student(batch)`` gives sums and weights, one each for every term of the loss."""
+    """What to train, and on what. ``student(batch)`` gives sums and weights, one each for every term of the loss."""
 
     matrices: list[nn.Parameter]  # trained with Muon
     others: list[nn.Parameter]  # trained with AdamW
@@ -98,7 +97,7 @@ class Task(Protocol):
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """Of the terms: the loss is the sum of factor * sum / weight."""
+        """Factors of the terms: the loss is the sum of factor * sum / weight."""
 
     @property
     def n_prompts(self) -> int: ...
@@ -106,16 +105,16 @@ class Task(Protocol):
     def batch(self, prompts: list[int]) -> Any:
         """A batch; has ``shape`` (what its cost depends on) and ``n_tokens``."""
 
-    def taught(self, batch: Any) -> Any:
+    def with_teacher(self, batch: Any) -> Any:
         """The batch with whatever a teacher adds to it."""
 
-    def look(self) -> dict[str, float]:
-        """Numbers on held-out data."""
+    def evaluate(self) -> dict[str, float]:
+        """Numbers on held-out data, by name."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished training: its curve (``CURVE`` and what ``look`` gives) and ledger."""
+    """A finished training: its curve (``CURVE`` and the numbers of ``Task.evaluate``) and its ledger."""
 
     curve: pd.DataFrame
     ledger: Ledger
@@ -123,7 +122,7 @@ class Fit:
 
 
 def accelerator_for(device: torch.device, precision: str = "no") -> "Accelerator":
-    """The processes that there are, as accelerate sees them: one, or those of ``accelerate launch`` or torchrun."""
+    """The running processes as accelerate sees them: one, or those of ``accelerate launch`` or torchrun."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
@@ -145,16 +144,16 @@ def fit(
     manifest: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Fit:
-    """Train, with a look at held-out data, a checkpoint and a row in ``curve.csv`` every ``schedule.every`` steps.
+    """Train, with an evaluation, a checkpoint and a row in ``curve.csv`` every ``schedule.every`` steps.
 
-    Called again with the same arguments it goes on from ``checkpoint.safetensors`` and ends with the same weights, or,
-    finished, only gives its result again. ``identity`` says what else makes this run another one; ``spent`` is what was
-    spent before it began (the teacher's harvest).
+    Called again with the same arguments it goes on from ``checkpoint.safetensors`` and ends with the same weights; once
+    it is finished, it only returns its result again. ``identity`` is what tells this run from others beside its
+    schedule; ``spent`` is what was spent before it began (the teacher's harvest).
 
     Raises:
         ValueError: fewer prompts than a batch, a batch that does not divide among the processes, a checkpoint of
-            another run in the folder, a loss that is not finite (the last good checkpoint stays, and the sentence says
-            of which step), or parameters that were to stay frozen and did not.
+            another run in the folder, a loss that is not finite (the last good checkpoint stays, and the message says
+            of which step), or frozen parameters that changed.
         OSError: the folder cannot be written, or the disk is full; what was written before is whole.
     """
     accelerator = accelerator or accelerator_for(next(task.student.parameters()).device, schedule.precision)
@@ -169,28 +168,28 @@ def fit(
     folder = tables.folder(folder)
     run = {"schedule": asdict(schedule), "phase": phase, **(identity or {})}
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
-    with ExitStack() as restoring, state.kept_frozen():
+    with ExitStack() as restoring, state.proved_frozen():
         restoring.enter_context(only_trained(task))
         plain = optimizers(task.matrices, task.others, schedule.weight_decay)
         state.load(plain, accelerator.scaler)
         student, *prepared = accelerator.prepare(task.student, *plain)
-        counter, here = Counter(), Ledger()
+        counter, since_last = Counter(), Ledger()
         losses: list[float] = []
 
-        def look() -> None:
-            """A row, a checkpoint, and whether to go on, decided by the main process for all."""
-            state.collect(here, accelerator)
-            here.entries.clear()
+        def evaluate() -> None:
+            """Add a row, write a checkpoint, and let all processes know what the main process found."""
+            state.collect(since_last, accelerator)
+            since_last.entries.clear()
             if accelerator.is_main_process:
                 try:
-                    looked = task.look()
+                    numbers = task.evaluate()
                 except ValueError as error:
                     if not state.rows:  # nothing was trained yet, so it is not the training's fault
                         raise
                     raise ValueError(
-                        f"the look at step {state.step} failed, {error}. {state.advice(schedule)}"
+                        f"the evaluation at step {state.step} failed, {error}. {state.advice(schedule)}"
                     ) from error
-                state.row(schedule, losses, looked, task.watched)
+                state.add_row(schedule, losses, numbers, task.watched)
                 state.save(plain, accelerator.scaler)
                 tables.write(
                     pd.DataFrame(state.rows),
@@ -203,12 +202,12 @@ def fit(
 
         with _bar(phase, schedule.steps, state.step, progress and accelerator.is_main_process) as advance:
             if not state.rows:
-                look()
+                evaluate()
             while state.step < schedule.steps and not state.patience_lost(schedule):
                 began = time.perf_counter()
                 mine = schedule.prompts(state.step, task.n_prompts)[rank::world].tolist()
                 batch = task.batch(mine)
-                batch, taught = counter(("teacher", batch.shape), partial(task.taught, batch))
+                batch, by_teacher = counter(("teacher", batch.shape), partial(task.with_teacher, batch))
                 (sums, weights), forward = counter(("forward", batch.shape), partial(student, batch))
                 whole = accelerator.reduce(torch.stack([sums.detach(), weights]).double(), "sum")
                 factors = torch.tensor(task.factors, device=sums.device)
@@ -228,23 +227,23 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                 operations = forward + backward + (updated if accelerator.is_main_process else 0)
                 seconds = (time.perf_counter() - began) if accelerator.is_main_process else 0.0
-                here.add(phase, batch.n_tokens, operations, seconds)
-                if taught:
-                    here.add(f"{phase}: teacher", batch.n_tokens, taught, 0.0, teacher=True)
+                since_last.add(phase, batch.n_tokens, operations, seconds)
+                if by_teacher:
+                    since_last.add(f"{phase}: teacher", batch.n_tokens, by_teacher, 0.0, teacher=True)
                 losses.append(loss)
                 state.step += 1
                 advance(loss)
                 if state.step % schedule.every == 0 or state.step == schedule.steps:
-                    look()
+                    evaluate()
         early = state.patience_lost(schedule)
         if schedule.patience is not None:
-            state.best()
+            state.restore_best()
         accelerator.wait_for_everyone()
     return Fit(pd.DataFrame(state.rows), state.ledger, early)
 
 
 class _State:
-    """Everything that the rest of a run depends on; one safetensors file that replaces the last one in one move."""
+    """Everything that the rest of a run depends on, in one safetensors file that replaces the last one in one move."""
 
     def __init__(self, task: Task, run: dict[str, Any], path: Path, ledger: Ledger) -> None:
         self.run, self.path, self.ledger = json.loads(json.dumps(run)), path, ledger
@@ -254,6 +253,7 @@ class _State:
         self.best_value, self.best_weights = float("inf"), dict[str, Tensor]()
 
     def load(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
+        """Go on from the checkpoint, if there is one. Raises ValueError for one that is damaged or of another run."""
         if not self.path.exists():
             return
         try:
@@ -263,9 +263,9 @@ class _State:
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} is not a whole checkpoint ({error}): remove it to begin again") from None
         if metadata["run"] != self.run:
-            other = [key for key in {**self.run, **metadata["run"]} if metadata["run"].get(key) != self.run.get(key)]
+            keys = [key for key in {**self.run, **metadata["run"]} if metadata["run"].get(key) != self.run.get(key)]
             raise ValueError(
-                f"{self.path} belongs to another run (other {', '.join(sorted(other))}): choose another "
+                f"{self.path} belongs to another run (other {', '.join(sorted(keys))}): choose another "
                 "folder, or remove it to begin again"
             )
         if metadata["frozen"] != _digest(self.frozen):
@@ -282,6 +282,7 @@ class _State:
             scaler.load_state_dict(metadata["scaler"])
 
     def save(self, optimizers: list[torch.optim.Optimizer], scaler: Any) -> None:
+        """Write the checkpoint."""
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.trained.items()} | states(optimizers)
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         metadata = {
@@ -297,14 +298,15 @@ class _State:
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         tables.save({self.path: save(whole, {"state": json.dumps(metadata)})})
 
-    def collect(self, here: Ledger, accelerator: "Accelerator") -> None:
+    def collect(self, since_last: Ledger, accelerator: "Accelerator") -> None:
         """Add what all processes spent since the last time."""
-        for (phase, teacher), entry in here.entries.items():
+        for (phase, teacher), entry in since_last.entries.items():
             spent = torch.tensor([entry.tokens, entry.operations, entry.seconds], dtype=torch.float64)
             tokens, operations, seconds = accelerator.reduce(spent.to(accelerator.device), "sum").tolist()
             self.ledger.add(phase, int(tokens), int(operations), seconds, teacher=teacher)
 
-    def row(self, schedule: Schedule, losses: list[float], looked: dict[str, float], watched: str) -> None:
+    def add_row(self, schedule: Schedule, losses: list[float], numbers: dict[str, float], watched: str) -> None:
+        """Add a row to the curve, and remember the weights if they are the best until now."""
         own = [entry for (_, teacher), entry in self.ledger.entries.items() if not teacher]
         spent = {name: sum(getattr(entry, name) for entry in own) for name in ("tokens", "operations", "seconds")}
         self.rows.append(
@@ -316,25 +318,25 @@ class _State:
                 "seconds": float(spent["seconds"]),
                 "loss": float(np.mean(losses)) if losses else float("nan"),
                 "learning_rate": schedule.rate(max(0, self.step - 1)),
-                **looked,
+                **numbers,
             }
         )
-        if looked[watched] < self.best_value:
-            self.best_value, self.waited = looked[watched], 0
+        if numbers[watched] < self.best_value:
+            self.best_value, self.waited = numbers[watched], 0
             if schedule.patience is not None:
                 self.best_weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         else:
             self.waited += 1
 
     def advice(self, schedule: Schedule) -> str:
-        """What is left of a training that blew up, and what to try instead."""
+        """What is left of a training that diverged, and what to try instead."""
         return (
             f"The checkpoint of step {self.rows[-1]['step']} is whole ({self.path}); try a smaller learning rate than "
             f"{schedule.learning_rate:g}, a longer warm-up, or precision no"
         )
 
     def share(self, accelerator: "Accelerator") -> None:
-        """What the main process decided, for all."""
+        """Give all processes what the main process decided."""
         if accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -342,17 +344,18 @@ class _State:
             self.rows, self.waited, self.best_value, self.best_weights, self.ledger = broadcast_object_list(mine)
 
     def patience_lost(self, schedule: Schedule) -> bool:
+        """Whether to stop early."""
         return schedule.patience is not None and self.waited >= schedule.patience
 
     @torch.no_grad()
-    def best(self) -> None:
-        """Go back to the weights of the best look."""
+    def restore_best(self) -> None:
+        """Go back to the weights of the best evaluation."""
         for name, tensor in self.best_weights.items():
             self.trained[name].copy_(tensor)
 
     @contextmanager
-    def kept_frozen(self) -> Iterator[None]:
-        """Prove that the weights that were not to be trained are the same bit for bit afterwards."""
+    def proved_frozen(self) -> Iterator[None]:
+        """Context manager: prove that the frozen weights are the same bit for bit afterwards."""
         before = _digest(self.frozen)
         yield
         if _digest(self.frozen) != before:
@@ -361,15 +364,15 @@ class _State:
 
 @contextmanager
 def only_trained(task: Task) -> Iterator[None]:
-    """Gradients for what is trained and for nothing else, restored on every way out."""
-    asked = {parameter: parameter.requires_grad for parameter in task.student.parameters()}
+    """Context manager: gradients for what is trained and for nothing else; the flags are put back afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in task.student.parameters()}
     try:
-        for parameter in asked:
+        for parameter in flags:
             parameter.requires_grad_(_among(parameter, task.matrices + task.others))
         yield
     finally:
-        for parameter, wanted in asked.items():
-            parameter.requires_grad_(wanted)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
             parameter.grad = None
 
 
@@ -386,17 +389,17 @@ def optimizers(
     weight_decay: float,
     muon: type[torch.optim.Muon] = Muon,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, AdamW without decay for the rest; none for what is empty."""
-    made: list[torch.optim.Optimizer] = []
+    """Muon for the matrices and AdamW without decay for the others, each only if there are any."""
+    chosen: list[torch.optim.Optimizer] = []
     if matrices:
-        made.append(muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        chosen.append(muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
-        made.append(torch.optim.AdamW(others, weight_decay=0.0))
-    return made
+        chosen.append(torch.optim.AdamW(others, weight_decay=0.0))
+    return chosen
 
 
 def states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What optimisers remember, as tensors by name, for a checkpoint."""
+    """The state of optimisers for a checkpoint, as tensors by name."""
     return {
         f"optimizer/{i}/{j}/{name}": torch.as_tensor(value)
         for i, optimizer in enumerate(optimizers)
@@ -406,18 +409,19 @@ def states(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
 
 
 def restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what ``states`` gave; other tensors are left alone."""
+    """Put the state of optimisers back, as ``states`` gave it; other tensors are ignored."""
     for i, optimizer in enumerate(optimizers):
-        found: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, *place = name.split("/")
             if kind == "optimizer" and place[0] == str(i):
-                found.setdefault(int(place[1]), {})[place[2]] = tensor
-        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+                state.setdefault(int(place[1]), {})[place[2]] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _among(parameter: nn.Parameter, some: Iterable[nn.Parameter]) -> bool:
-    return any(parameter is other for other in some)
+def _among(parameter: nn.Parameter, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether it is one of them: ``in`` would compare values."""
+    return any(parameter is other for other in parameters)
 
 
 def _digest(parameters: Mapping[str, Float[Tensor, "..."]]) -> str:
@@ -431,7 +435,8 @@ def _digest(parameters: Mapping[str, Float[Tensor, "..."]]) -> str:
 
 @contextmanager
 def _bar(phase: str, steps: int, done: int, shown: bool) -> Iterator[Any]:
-    what = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*what, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), disable=not shown) as bar:
+    """A progress bar on standard error: a function to call with the loss of every step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(phase, total=steps, completed=done, loss="")
         yield lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4f}")

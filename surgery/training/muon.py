@@ -1,8 +1,8 @@
-"""torch's Muon, several times as fast where half precision is slow: matrices of one shape at once, in float32 on CPUs.
+"""Muon for CPUs: torch's, but several times as fast, with matrices of one shape at once and in float32.
 
 ``torch.optim.Muon`` orthogonalises one matrix at a time in bfloat16, which most CPUs multiply six times as slowly as
 float32; in a small model that was four fifths of a training step. Here matrices of one shape are one batched product.
-Everything else, rate, momentum, decay and what is remembered, is torch's, so checkpoints of the one open in the other.
+Rate, momentum, decay and state are torch's, so checkpoints of the one open in the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,11 @@ class Muon(torch.optim.Muon):
             gradients: list[Tensor] = []
             momenta: list[Tensor] = []
             self._init_group(group, weights, gradients, momenta)
-            for some in _alike(weights):
-                updates = [self._update(group, gradients[i], momenta[i]) for i in some]
+            for places in _same_shape(weights):
+                updates = [self._update(group, gradients[i], momenta[i]) for i in places]
                 steps = group["ns_coefficients"], group["ns_steps"], group["eps"]
-                rate = group["lr"] * torch.optim._muon._adjust_lr(1.0, group["adjust_lr_fn"], weights[some[0]].shape)  # noqa: SLF001
-                for i, update in zip(some, orthogonalised(torch.stack(updates), *steps), strict=True):
+                rate = group["lr"] * torch.optim._muon._adjust_lr(1.0, group["adjust_lr_fn"], weights[places[0]].shape)  # noqa: SLF001
+                for i, update in zip(places, orthogonalised(torch.stack(updates), *steps), strict=True):
                     weights[i].mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
         return loss
 
@@ -50,8 +50,9 @@ def orthogonalised(
     steps: int = 5,
     eps: float = 1e-7,
 ) -> Float[Tensor, "matrix out in"]:
-    """Every matrix with its singular values brought near 1, between .7 and 1.2, by Newton and Schulz's iteration with
-    Jordan's coefficients (2024). Cost: ``steps`` times three products of the smaller side.
+    """Bring the singular values of every matrix near 1, between .7 and 1.2, by Newton-Schulz iterations.
+
+    The coefficients are Jordan's (2024). Cost: ``steps`` times three products of the smaller side.
 
     >>> torch.linalg.svdvals(orthogonalised(torch.randn(1, 8, 4))).max() < 1.3
     tensor(True)
@@ -67,12 +68,12 @@ def orthogonalised(
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _alike(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Places of weights of the same shape, device and type, ``AT_ONCE`` numbers at a time."""
-    found: dict[Any, list[list[int]]] = {}
+def _same_shape(weights: Sequence[Tensor]) -> list[list[int]]:
+    """The places of weights of the same shape, device and type, at most ``AT_ONCE`` numbers at a time."""
+    batches: dict[Any, list[list[int]]] = {}
     for i, weight in enumerate(weights):
-        groups = found.setdefault((weight.shape, weight.device, weight.dtype), [[]])
+        groups = batches.setdefault((weight.shape, weight.device, weight.dtype), [[]])
         if groups[-1] and (len(groups[-1]) + 1) * weight.numel() > AT_ONCE:
             groups.append([])
         groups[-1].append(i)
-    return [group for groups in found.values() for group in groups]
+    return [group for groups in batches.values() for group in groups]

@@ -1,6 +1,6 @@
-"""The activations of one class of positions: mean, principal components, and some of them as they are.
+"""Moments of the activations of one class of positions, beside a bank of some of these activations.
 
-Gathered from chunks, in float64, in memory of a few d_model x d_model matrices and the activations that are kept.
+They are gathered from chunks, in float64. Memory: a few d_model x d_model matrices, and the bank.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Rows = Float[Tensor, "row d_model"]
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """The activations of one class of positions: moments, and some of them as they are."""
+    """The activations of one class of positions: their moments, and a bank of some of them."""
 
     mean: Float[Tensor, " d_model"]
     axes: Float[Tensor, "component d_model"]  # orthonormal
@@ -32,9 +32,11 @@ class Region:
 
     @property
     def components(self) -> int:
+        """The number of principal components."""
         return len(self.scale)
 
     def whitened(self, x: Rows) -> Float[Tensor, "row component"]:
+        """Coordinates along the principal components, in standard deviations."""
         return (x - self.mean) @ self.axes.T / self.scale
 
     def unwhitened(self, z: Float[Tensor, "row component"]) -> Rows:
@@ -52,26 +54,31 @@ class Region:
 
 
 class Gathered:
-    """Moments and a random few of rows that come in chunks."""
+    """Gathers moments, and a random bank of rows, from rows that come in chunks."""
 
     def __init__(self, bank: int) -> None:
         self.size, self.scatter = bank, Scatter()
         self.keys = np.zeros(0)
 
     def add(self, x: Rows, generator: np.random.Generator) -> None:
+        """Add a chunk. Raises ValueError for numbers that are not finite."""
         keys = generator.random(len(x))
         if not len(x):
             return
         if not x.isfinite().all():
-            raise ValueError("an activation is not finite: harvest in float32 or bfloat16, or mend the model's weights")
+            raise ValueError("an activation is not finite: harvest in float32 or bfloat16, or fix the model's weights")
         if not self.scatter.count:
             self.bank = x[:0]
         self.scatter.add(x)
-        both = np.concatenate([self.keys, keys])
-        kept = np.sort(np.argsort(both, kind="stable")[: self.size])
-        self.keys, self.bank = both[kept], torch.cat([self.bank, x.float()])[torch.from_numpy(kept)]
+        keys = np.concatenate([self.keys, keys])
+        smallest = np.sort(np.argsort(keys, kind="stable")[: self.size])
+        self.keys, self.bank = keys[smallest], torch.cat([self.bank, x.float()])[torch.from_numpy(smallest)]
 
     def region(self, place: int, components: int | None, share: float) -> Region:
+        """What was gathered at ``place``, with so many ``components`` or as many as hold a ``share`` of the variance.
+
+        Raises ValueError for too few activations.
+        """
         count, few = self.scatter.count, f"position {place} has {self.scatter.count} activations"
         if count < 2:
             raise ValueError(f"{few}, moments need two or more: take longer prompts, or fewer positions")
@@ -79,13 +86,12 @@ class Gathered:
         values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
         total, mean = values.sum(), self.scatter.mean
         varying = int((values > SINGULAR * values[0]).sum()) if total > CONSTANT * mean.square().sum() else 0
-        held = values.cumsum(0) / total
-        wanted = int((held < share).sum()) + 1 if components is None else components
-        k = min(varying, wanted)
+        cumulative = values.cumsum(0) / total
+        k = min(varying, int((cumulative < share).sum()) + 1 if components is None else components)
         if count < SAMPLES * k:
             raise ValueError(
                 f"{few}, {k} components need {SAMPLES * k} or more: take more prompts, or fewer components"
             )
-        part = float(held[k - 1]) if k else 1.0
+        variance = float(cumulative[k - 1]) if k else 1.0
         scale = values[:k].sqrt().float()
-        return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, part))
+        return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, variance))

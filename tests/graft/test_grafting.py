@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 import surgery
 from surgery import Stack, graft, models, reversion, series
-from surgery.graft import grafting, linear_maps
+from surgery.corpus.splits import Split
+from surgery.graft import grafting, linear_maps, study
 from surgery.graft.grafting import Objective, Schedule
 from surgery.instruments import fidelity, known_networks
 from surgery.models.tokens import Tokens
@@ -93,6 +94,25 @@ def test_a_new_middle_between_the_old_ends(load, name, tmp_path):
     assert torch.allclose(logits(surgery.load(tmp_path / "run" / "model")), found, atol=1e-5)
 
 
+def test_teacher_and_student_are_proved_once_each(load, tmp_path, monkeypatch):
+    proofs, prove = [], Stack._prove
+    monkeypatch.setattr(Stack, "_prove", lambda stack: proofs.append(stack.model) or prove(stack))
+    teacher = Stack(load("llama"))
+    data = Split(CORPUS, HELDOUT)
+    pairs = harvested(teacher, tmp_path)
+    grown = graft.train(teacher, pairs, HELDOUT, tmp_path / "run", schedule=SHORT)
+    assert (tmp_path / "run" / "model").is_dir()
+    study.judge(teacher, grown, pairs, data)
+    study.maps(teacher, pairs, data)
+    assert len(proofs) == 2
+    assert proofs[0] is teacher.model
+    assert proofs[1] is grown.model
+    healed = graft.heal(teacher, grown, pairs, HELDOUT, tmp_path / "healed", schedule=SHORT)
+    study.judge(teacher, healed, pairs, data)
+    assert len(proofs) == 3
+    assert proofs[2] is healed.model
+
+
 def test_a_middle_of_another_depth_and_width_is_a_model_like_any_other(load, tmp_path):
     teacher = Stack(load("llama"))
     grown = graft.train(
@@ -144,11 +164,11 @@ def terms(teacher, pairs, objective, student=None, weigh=None, prompts=(0, 1, 2)
         pairs,
         HELDOUT,
         objective,
-        weigh or grafting._evenly,
+        weigh or grafting._equal_weights,
         None,
         "unexplained",
     )
-    batch = task.taught(task.batch(list(prompts)))
+    batch = task.with_teacher(task.batch(list(prompts)))
     sums, weights = task.student(batch)
     return sums / weights, weights.detach(), batch
 
@@ -262,7 +282,7 @@ def test_kl_and_cross_entropy_are_those_of_the_whole_model(load, tmp_path):
         each_term, totals, batch = terms(teacher, pairs, Objective(0.0, 1.0, 1.0), student, weights)
         found, tokens = each_term.detach(), batch.pairs.tokens
         p, q = (Stack(model).run(tokens)[:, :-1].log_softmax(-1) for model in (teacher.model, student))
-        w = (weights or grafting._evenly)(tokens)[:, 1:]
+        w = (weights or grafting._equal_weights)(tokens)[:, 1:]
         each = cross_entropy(q.transpose(1, 2), tokens.ids[:, 1:], reduction="none")
         assert float(found[1]) == pytest.approx(float(((p.exp() * (p - q)).sum(-1) * w).sum() / w.sum()), rel=1e-4)
         assert float(found[2]) == pytest.approx(float((each * w).sum() / w.sum()), rel=1e-5)
@@ -280,7 +300,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     def train(folder):
         return graft.train(teacher, pairs, HELDOUT, tmp_path / folder, objective=objective, schedule=SHORT)
 
-    whole, look, looks = train("whole"), graft.Task.look, []
+    whole, look, looks = train("whole"), graft.Task.evaluate, []
 
     def interrupted(task):
         looks.append(task)
@@ -288,7 +308,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return look(task)
 
-    monkeypatch.setattr(grafting.Task, "look", interrupted)
+    monkeypatch.setattr(grafting.Task, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train("part")
     assert tables.read(tmp_path / "part" / "curve.csv")["step"].tolist() == [0, 2]

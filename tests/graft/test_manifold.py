@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from surgery import Stack
-from surgery.graft import manifold, walk
+from surgery.graft import draw, manifold, walk
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
@@ -104,7 +104,7 @@ def test_halves_are_disjoint_and_drawn_by_seed(made):
 
 
 def test_figure(frame):
-    assert drawing.png(manifold.figure(frame))[1:4] == b"PNG"
+    assert drawing.png(draw.walked_activations(frame))[1:4] == b"PNG"
 
 
 def test_what_cannot_be_is_said(made):

@@ -11,7 +11,7 @@ from support import made_up
 from support.made_up_walks import on_and_off, planted
 from support.pages import Page, section
 from surgery import report
-from surgery.graft import manifold, size_study, walk_study
+from surgery.graft import say, size_study, walk_study
 from surgery.records import tables as frames
 
 SECTIONS = ["found", "what", "middle", "untold", "columns", "provenance"]
@@ -45,31 +45,46 @@ def sizes(factor: float = 0.5, seeds: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write(folder, *, seeds: int = 4, **gains: float) -> None:
-    """What the two studies leave."""
-    manifest = made_up.manifest()
-    size_study.write(folder, sizes(seeds=seeds), manifest | USUAL)
-    tables = {walk_study.METHODS: planted(seeds=seeds, **gains), walk_study.MANIFOLD: on_and_off()}
-    walk_study.write(folder, tables, manifest)
+def tables_of_both(seeds: int = 4, **gains: float) -> dict[str, pd.DataFrame]:
+    """What the two studies measure."""
+    return {
+        size_study.SIZES: sizes(seeds=seeds),
+        walk_study.METHODS: planted(seeds=seeds, **gains),
+        walk_study.MANIFOLD: on_and_off(),
+    }
 
 
-def test_both_studies_make_a_section_with_figures_tables_and_sentences(tmp_path):
-    write(tmp_path, relabelled=0.1, more_real=0.05)
-    source = report.build(tmp_path).read_text()
+def write(folder, tables: dict[str, pd.DataFrame]) -> None:
+    """The tables in a folder, without the figures, which the page draws anew."""
+    columns = {size_study.SIZES: size_study.COLUMNS} | walk_study.COLUMNS
+    for name, table in tables.items():
+        frames.write(table, folder / name, made_up.manifest() | USUAL, columns[name])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of both studies with its page."""
+    folder = tmp_path_factory.mktemp("both")
+    write(folder, tables_of_both(relabelled=0.1, more_real=0.05))
+    return folder, report.build(folder).read_text()
+
+
+def test_both_studies_make_a_section_with_figures_tables_and_sentences(both):
+    folder, source = both
     parsed = Page(source)
     assert [part["id"] for part in parsed.all("section")] == SECTIONS
     assert parsed.open == [], "every tag is closed"
     assert len(parsed.all("img")) == 3
     for name in ("width_of_thought", "walk_manifold", "walk_methods"):
-        assert imread(tmp_path / f"{name}.png").shape[0] > 300
+        assert imread(folder / f"{name}.png").shape[0] > 300
     shown = section(source, "middle")
-    said = [
-        *size_study.found(sizes(seeds=4), (128, 2)),
-        *size_study.found_by_k(sizes(seeds=4), (128, 2)),
-        *manifold.found(on_and_off()),
-        *walk_study.found(planted(relabelled=0.1, more_real=0.05)),
+    sentences = [
+        *say.sizes(sizes(seeds=4), (128, 2)),
+        *say.sizes_by_k(size_study.by_k(sizes(seeds=4), (128, 2)), (128, 2)),
+        *say.walked_activations(on_and_off()),
+        *say.walks(planted(relabelled=0.1, more_real=0.05)),
     ]
-    assert [html.unescape(one) for one in re.findall(r'<p class="finding">(.*?)</p>', shown)] == said
+    assert [html.unescape(text) for text in re.findall(r'<p class="finding">(.*?)</p>', shown)] == sentences
     for words in ("better.", "off the manifold", "helps.", "undecided."):
         assert words in shown, words
     for cell in (
@@ -87,29 +102,27 @@ def test_both_studies_make_a_section_with_figures_tables_and_sentences(tmp_path)
     assert "nan" not in shown
 
 
-def test_what_was_found_says_what_size_and_walk_are_worth(tmp_path):
-    write(tmp_path, relabelled=0.1)
-    found = section(report.build(tmp_path).read_text(), "found")
+def test_what_was_found_says_what_size_and_walk_are_worth(both):
+    folder, source = both
+    found = section(source, "found")
     assert "At equal operations, width 256 and 2 layers: " in found
     assert "10,000 real tokens, stationary, relabelled, against as much more real data" in found
-    assert report.summary(tmp_path) == [
-        *size_study.found(sizes(seeds=4), (128, 2)),
-        *walk_study.worth(planted(relabelled=0.1)),
+    assert report.summary(folder) == [
+        *say.sizes(sizes(seeds=4), (128, 2)),
+        *say.walks_for_their_price(planted(relabelled=0.1, more_real=0.05)),
     ]
 
 
 @pytest.mark.parametrize(
-    ("kept", "shown", "hidden"),
+    ("name", "shown", "hidden"),
     [
         (size_study.SIZES, "What every size reached", "manifold"),
         (walk_study.MANIFOLD, "on the manifold as far as", "real tokens"),
         (walk_study.METHODS, "What every method reached", "What every size"),
     ],
 )
-def test_one_file_alone_makes_a_section(kept, shown, hidden, tmp_path):
-    write(tmp_path)
-    for name in {size_study.SIZES, walk_study.MANIFOLD, walk_study.METHODS} - {kept}:
-        (tmp_path / name).unlink()
+def test_one_file_alone_makes_a_section(name, shown, hidden, tmp_path):
+    write(tmp_path, {name: tables_of_both()[name]})
     source = report.build(tmp_path).read_text()
     assert [part["id"] for part in Page(source).all("section")] == SECTIONS
     assert len(Page(source).all("img")) == 1
@@ -118,22 +131,25 @@ def test_one_file_alone_makes_a_section(kept, shown, hidden, tmp_path):
     assert hidden not in text
 
 
-def test_one_seed_is_said_not_to_tell(tmp_path):
-    write(tmp_path, seeds=1)
+def test_one_seed_is_said_not_to_be_enough(both, tmp_path):
+    write(tmp_path, tables_of_both(seeds=1))
     source = report.build(tmp_path).read_text()
     assert "trained with one seed: they cannot be compared" in section(source, "untold")
     assert "one seed tells nothing" in section(source, "middle")
-    write(tmp_path, seeds=3)
-    source = report.build(tmp_path).read_text()
-    assert "of twenty where nothing differs, one is said to differ" in section(source, "untold")
+    _, source = both
+    assert "of twenty where nothing differs, one will be said to differ" in section(source, "untold")
     assert "one seed" not in section(source, "middle")
 
 
-def test_every_column_is_explained_and_a_changed_file_is_not_reported(tmp_path):
-    write(tmp_path)
-    columns = section(report.build(tmp_path).read_text(), "columns")
+def test_every_column_is_explained(both):
+    _, source = both
+    columns = section(source, "columns")
     for meaning in (size_study.COLUMNS["budget"], walk_study.COLUMNS[walk_study.METHODS]["harvested"]):
         assert meaning in columns
+
+
+def test_a_changed_file_is_not_reported(tmp_path):
+    write(tmp_path, tables_of_both())
     table = tmp_path / walk_study.METHODS
     frame = frames.read(table)
     frame.assign(unexplained=0.0).to_csv(table, index=False)

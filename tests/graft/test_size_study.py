@@ -5,7 +5,7 @@ import pytest
 
 from surgery import graft
 from surgery.corpus.splits import Split
-from surgery.graft import size_study
+from surgery.graft import draw, say, size_study
 from surgery.instruments import known_networks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -110,15 +110,15 @@ def made_up(factor: float, noise: float) -> pd.DataFrame:
     ],
 )
 def test_what_is_said_compares_seeds_in_pairs(factor, noise, said):
-    (sentence,) = size_study.found(made_up(factor, noise), (128, 2))
+    (sentence,) = say.sizes(made_up(factor, noise), (128, 2))
     assert sentence.startswith("At equal tokens, width 256 and 2 layers: ")
     assert said in sentence
 
 
 def test_one_seed_is_not_judged_and_without_the_usual_size_nothing_is_compared():
     frame = made_up(0.5, 0.0)
-    assert size_study.found(frame[frame["seed"] == 0], (128, 2))[0].endswith("one seed tells nothing.")
-    assert size_study.found(frame, (64, 2)) == []
+    assert say.sizes(frame[frame["seed"] == 0], (128, 2))[0].endswith("one seed tells nothing.")
+    assert say.sizes(frame, (64, 2)) == []
 
 
 def by_steps(gain: float, noise: float = 0.0, seeds: int = 3) -> pd.DataFrame:
@@ -153,16 +153,16 @@ def test_at_each_k_sizes_are_compared_seed_by_seed(gain, noise, verdict):
     assert found.loc[(256, 0), "verdict"] == "undecided"
     assert found.loc[128, "verdict"].isna().all()
     assert found.loc[(128, 0), "exact_low"] < 0.6 < found.loc[(128, 0), "exact_high"], "seeds differ by 0.1"
-    (sentence,) = size_study.found_by_k(frame, (128, 2))
+    (sentence,) = say.sizes_by_k(size_study.by_k(frame, (128, 2)), (128, 2))
     assert sentence.startswith("Exact answers at equal tokens, width 256 and 2 layers, and their difference from width")
     assert f" {verdict}." in sentence
     assert "k = 0 " in sentence
 
 
 def test_by_k_one_seed_is_not_judged_and_without_answers_there_is_nothing(grid):
-    (sentence,) = size_study.found_by_k(by_steps(0.1, seeds=1), (128, 2))
+    (sentence,) = say.sizes_by_k(size_study.by_k(by_steps(0.1, seeds=1), (128, 2)), (128, 2))
     assert sentence.count("one seed tells nothing") == 2
-    assert size_study.found_by_k(grid[0], (grid[1], 2)) == []
+    assert say.sizes_by_k(size_study.by_k(grid[0], (grid[1], 2)), (grid[1], 2)) == []
     assert len(size_study.by_k(grid[0], (grid[1], 2))) == 0
 
 
@@ -173,7 +173,7 @@ def test_what_is_written_is_read_again_with_its_figure(grid, tmp_path):
 
 
 def test_the_figure_has_a_panel_a_budget_and_a_line_a_depth(grid):
-    figure = size_study.draw(grid[0])
+    figure = draw.sizes(grid[0])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["equal tokens", "equal operations"]
     assert figure.axes[0].lines[0].get_label() == "2 layers"
     assert drawing.png(figure).startswith(b"\x89PNG")

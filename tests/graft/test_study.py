@@ -19,7 +19,7 @@ from support.places import REPOSITORY
 from surgery import Stack, cli, models
 from surgery.corpus import splits
 from surgery.graft import study
-from surgery.graft.grafting import Schedule
+from surgery.graft.grafting import Objective, Schedule
 from surgery.records import tables as frames
 
 SCHEDULE = Schedule(steps=4, batch=8, every=2, warmup=2)
@@ -103,7 +103,7 @@ def test_called_again_it_only_gives_its_result_again(small, monkeypatch):
     def never(*_):
         raise AssertionError("a step was made again")
 
-    monkeypatch.setattr(study.graft.Task, "batch", never)
+    monkeypatch.setattr(study.grafting.Task, "batch", never)
     again = study.run(out=folder, heal=2, **SMALL)
     same = [name for name in found.methods if name != "seconds"]
     pd.testing.assert_frame_equal(again.methods[same], found.methods[same])
@@ -243,7 +243,7 @@ def test_interrupted_it_says_so(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study.graft, "train", interrupted)
+    monkeypatch.setattr(study.grafting, "train", interrupted)
     result = run(*OPTIONS, "--out", tmp_path)
     assert result.exit_code == 130
     assert "interrupted: nothing is half-written" in result.stderr
@@ -252,55 +252,65 @@ def test_interrupted_it_says_so(tmp_path, monkeypatch):
 # --- killed, and shared ----------------------------------------------------------------------------------------------
 
 
-def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path):
-    options = [*OPTIONS, "--steps", 24, "--every", 4, "--learning-rate", 0.02]
-    assert run(*options, "--out", tmp_path / "whole").exit_code == 0
-    part = tmp_path / "part"
-    process = command(*options, "--out", part)
-    curve, began = part / "training" / "curve.csv", time.monotonic()
-    while not (curve.exists() and len(curve.read_text().splitlines()) > 3):
+LONGER = Schedule(steps=6, batch=8, every=2, learning_rate=0.05)
+BOTH_TERMS = ["--steps", 6, "--every", 2, "--kl", 0.5, "--cross-entropy", 0.5, "--learning-rate", 0.05]
+
+
+def in_this_process(out):
+    """What the command with ``OPTIONS`` and ``BOTH_TERMS`` does, without its page."""
+    return study.run(out=out, **SMALL | {"objective": Objective(1.0, 0.5, 0.5), "schedule": LONGER})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    in_this_process(folder)
+    return folder
+
+
+def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(whole, tmp_path):
+    process = command(*OPTIONS, *BOTH_TERMS, "--out", tmp_path)
+    curve, began = tmp_path / "training" / "curve.csv", time.monotonic()
+    while not (curve.exists() and len(curve.read_text().splitlines()) > 2):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() - began < 120
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (part / "training" / "model").exists()
-    made = pd.read_csv(curve)["step"].max()
-    assert 8 <= made < 24
-    assert run(*options, "--out", part).exit_code == 0
-    whole, resumed = weights(tmp_path / "whole"), weights(part)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    tables = [frames.read(folder / "training" / "curve.csv") for folder in (tmp_path / "whole", part)]
+    assert not (tmp_path / "training" / "model").exists()
+    steps = pd.read_csv(curve)["step"].max()
+    assert 2 <= steps < LONGER.steps
+    in_this_process(tmp_path)
+    expected, resumed = weights(whole), weights(tmp_path)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    tables = [frames.read(folder / "training" / "curve.csv") for folder in (whole, tmp_path)]
     same = [name for name in tables[0] if name != "seconds"]
     pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    options = [*OPTIONS, "--steps", 6, "--every", 3, "--kl", 0.5, "--cross-entropy", 0.5, "--learning-rate", 0.05]
+def test_two_processes_learn_what_one_does(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # accelerate launch --cpu starts one process, whatever --num_processes says, unless there is MPI
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    process = command(*options, "--out", tmp_path / "two", launcher=launcher)
-    assert run(*options, "--out", tmp_path / "one").exit_code == 0
+    process = command(*OPTIONS, *BOTH_TERMS, "--out", tmp_path, launcher=launcher)
     out, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert told.count("on 2 processes") == 1
     assert out.count("replaced") == 1  # only the main process speaks
-    one, two = (frames.read(tmp_path / name / "training" / "curve.csv") for name in ("one", "two"))
+    one, two = (frames.read(folder / "training" / "curve.csv") for folder in (whole, tmp_path))
     measured = ["loss", "unexplained", "unexplained_whitened", "cross_entropy", "kl", "cross_entropy_answers"]
     pd.testing.assert_frame_equal(two[measured], one[measured], rtol=1e-4)
     assert two["tokens"].tolist() == one["tokens"].tolist()
     # each pads its half to a length of its own
     assert (two["operations"].iloc[1:] < one["operations"].iloc[1:]).all()
-    books = [
-        frames.read(tmp_path / name / study.LEDGER).set_index("phase")["tokens"].to_dict() for name in ("one", "two")
-    ]
+    books = [frames.read(folder / study.LEDGER).set_index("phase")["tokens"].to_dict() for folder in (whole, tmp_path)]
     assert books[0] == books[1]
     start = {name: tensor for name, tensor in models.plain(surgery.load("babel")).state_dict().items()}
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    a, b = weights(whole), weights(tmp_path)
     for name in a:
         moved = (a[name] - start[name]).norm()
         assert (a[name] - b[name]).norm() <= 2e-3 * moved, name

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 from surgery import Stack, graft
 from surgery.graft import walk
@@ -14,6 +15,7 @@ from surgery.models.tokens import Tokens
 from surgery.rebuild import layout
 
 N, D = 20_000, 5
+LENGTH = 20  # tokens of a prompt: random numbers are drawn prompt by prompt, so few long prompts are fast
 
 
 def gaussian(count=N, seed=0):
@@ -32,17 +34,19 @@ def skewed(count=N, seed=0):
 LAWS = {"gaussian": gaussian, "skewed": skewed}
 
 
-def alone(x):
-    """As streams of prompts of one token, with their mask."""
-    return x.unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool)
+def streams(x):
+    """Activations as streams of prompts, with their mask."""
+    length = LENGTH if len(x) % LENGTH == 0 else 1
+    x = rearrange(x, "(prompt pos) d_model -> prompt pos d_model", pos=length)
+    return x, torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def fitted(x, **options):
-    return walk.fit(*alone(x), **{"positions": 1, "variance": 1.0, **options})
+    return walk.fit(*streams(x), **{"positions": 1, "variance": 1.0, **options})
 
 
 def moved(found, x, kind, **options):
-    return found(*alone(x), kind, **options)[:, 0]
+    return rearrange(found(*streams(x), kind, **options), "prompt pos d_model -> (prompt pos) d_model")
 
 
 def whitened(found, x):
@@ -78,7 +82,7 @@ def test_distance_tends_to_the_number_of_components(law):
     error = after - (rho**2 * before + (1 - rho**2) * D)
     for part in before.argsort().chunk(5):  # at every distance, not on average alone
         assert within_error(error[part].unsqueeze(1))
-    assert torch.allclose(found.distances(*alone(x))[:, 0].double(), before, rtol=1e-4)
+    assert torch.allclose(found.distances(*streams(x)).flatten().double(), before, rtol=1e-4)
     assert before.mean().item() == pytest.approx(D, rel=1e-4)
 
 
@@ -186,7 +190,7 @@ def by_position(count=500, length=4):
 def test_every_class_of_positions_has_moments_of_its_own():
     x, mask = by_position()
     found = walk.fit(x, mask, positions=3, variance=1.0)
-    described = found.described()
+    described = found.summary()
     assert list(described.columns) == list(walk.COLUMNS)
     assert described.components.tolist() == [0, D, D]  # where nothing varies nothing is walked
     assert described.n_tokens.tolist() == [500, 500, int(mask[:, 2:].sum())]
@@ -211,7 +215,7 @@ def test_padding_side_does_not_matter():
     left = torch.zeros_like(x)
     left[there] = x[mask]
     again = walk.fit(left, there, variance=1.0)
-    assert again.described().equals(found.described())
+    assert again.summary().equals(found.summary())
     assert torch.equal(again(left, there, kind)[there], found(x, mask, kind)[mask])
 
 
@@ -246,7 +250,7 @@ def test_singular_covariance_has_fewer_components():
     x = gaussian(500)
     x[:, 3:] = x[:, :2] @ torch.tensor([[1.0, 2.0], [0.5, -1.0]])
     found = fitted(x, components=5)
-    assert found.described().components.item() == 3
+    assert found.summary().components.item() == 3
     after = moved(found, x, walk.Stationary(0.2))
     assert torch.allclose(after[:, 3:], after[:, :2] @ torch.tensor([[1.0, 2.0], [0.5, -1.0]]), atol=1e-3)
 
@@ -254,7 +258,7 @@ def test_singular_covariance_has_fewer_components():
 def test_components_cover_the_variance_asked_for():
     x = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([10.0, 3.0, 1.0, 0.1])
     for share, count in ((0.5, 1), (0.95, 2), (0.995, 3), (1.0, 4)):
-        found = fitted(x, variance=share).described()
+        found = fitted(x, variance=share).summary()
         assert found.components.item() == count
         assert found.variance.item() >= share - 1e-12
 
@@ -263,7 +267,7 @@ def test_components_cover_the_variance_asked_for():
     ("call", "words"),
     [
         (lambda: fitted(gaussian(20), variance=1.0), "20 activations, 5 components need 25 or more"),
-        (lambda: walk.fit(*alone(gaussian(100))), "position 1 has 0 activations"),
+        (lambda: walk.fit(gaussian(100).unsqueeze(1)), "position 1 has 0 activations"),
         (lambda: fitted(gaussian(100) / 0), "not finite"),
         (lambda: fitted(gaussian(100), variance=0.0), "variance above 0"),
         (lambda: fitted(gaussian(100), components=0), "1 or more"),
@@ -301,13 +305,13 @@ def test_latents_and_streams_give_the_same_walk(made):
     _, pairs, found = made
     everything = pairs.batch(range(48))
     other = walk.fit(everything.x_start, everything.tokens.mask, batch_size=48)
-    assert other.described().equals(found.described())
+    assert other.summary().equals(found.summary())
     for one, two in zip(found.regions, other.regions, strict=True):
         assert torch.allclose(one.mean, two.mean, atol=1e-5)
         assert torch.allclose(one.scale, two.scale, rtol=1e-4)
     few = walk.fit(pairs, prompts=range(30), components=2)
-    assert few.described().n_tokens.tolist()[0] == 30
-    assert few.described().components.max() <= 2
+    assert few.summary().n_tokens.tolist()[0] == 30
+    assert few.summary().components.max() <= 2
 
 
 def test_relabelled_pairs_are_what_the_layers_make(made):

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from support.made_up_walks import NAMES, on_and_off, planted
 from surgery import graft
 from surgery.corpus.splits import Split
-from surgery.graft import manifold, walk, walk_study
+from surgery.graft import draw, say, walk, walk_study
 from surgery.instruments import known_networks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -71,7 +71,7 @@ def test_called_again_it_gives_the_same_without_training(small):
 def test_what_cannot_be_harvested_or_compared_is_said(small):
     *_, teacher, harvested, data = small
     for amount in (3, 1601):
-        with pytest.raises(ValueError, match="the corpus has 1600 and its first prompt 8: give an amount from the one"):
+        with pytest.raises(ValueError, match="the corpus has 1600 and its first prompt 8, give an amount between"):
             harvested(amount)
     with pytest.raises(ValueError, match="give at least one kind of walk"):
         next(walk_study.methods(teacher, harvested, 800, SCHEDULE, most=MOST, kinds={}))
@@ -88,7 +88,7 @@ def sentence(said: list[str], *words: str) -> str:
 
 
 def test_a_walk_that_truly_helps_is_said_to_help_and_one_that_harms_to_harm():
-    said = walk_study.found(planted(relabelled=0.1, unrelabelled=-0.1, more_real=0.05))
+    said = say.walks(planted(relabelled=0.1, unrelabelled=-0.1, more_real=0.05))
     assert len(said) == 2 * (4 + 1)
     assert sentence(said, "1,000 real tokens, stationary, relabelled: +0.10").endswith("helps.")
     assert sentence(said, "10,000 real tokens, stationary, unrelabelled: -0.10").endswith("harms.")
@@ -99,7 +99,7 @@ def test_a_walk_that_truly_helps_is_said_to_help_and_one_that_harms_to_harm():
 
 
 def test_a_walk_may_help_less_than_as_much_real_data_would():
-    one, other = walk_study.worth(planted(relabelled=0.1, more_real=0.3))
+    one, other = say.walks_for_their_price(planted(relabelled=0.1, more_real=0.3))
     for said in (one, other):
         data, steps = said.split("Against as many more steps")
         assert "price: -0." in data
@@ -108,10 +108,10 @@ def test_a_walk_may_help_less_than_as_much_real_data_would():
 
 
 def test_noise_is_undecided_and_one_seed_tells_nothing():
-    for said in walk_study.found(planted(noise=0.2)):
+    for said in say.walks(planted(noise=0.2)):
         assert "undecided" in said
         assert "helps" not in said
-    for said in walk_study.found(planted(seeds=1, relabelled=0.5)):
+    for said in say.walks(planted(seeds=1, relabelled=0.5)):
         assert "one seed tells nothing" in said
         assert "[" not in said
 
@@ -120,14 +120,14 @@ def test_too_few_real_data_to_compare_with_are_said_to_be():
     frame = planted()
     prices = {"stationary, relabelled": 2e9, "longer": 2e9, "more real": 2e9}
     spent = frame["method"].map(prices).fillna(1e9)
-    assert walk_study.short(frame.assign(operations_with_teacher=spent)) == []
+    assert say.short_of_real_data(frame.assign(operations_with_teacher=spent)) == []
     few = spent.mask((frame["method"] == "more real") & (frame["real_tokens"] == 10_000), 1.4e9)
-    (said,) = walk_study.short(frame.assign(operations_with_teacher=few))
+    (said,) = say.short_of_real_data(frame.assign(operations_with_teacher=few))
     assert said.startswith("At 10,000 real tokens more real had 20,000, for 40% of what the relabelling cost")
 
 
 def test_the_figure_has_a_line_a_method_and_a_dot_a_seed():
-    figure = walk_study.draw(planted(relabelled=0.1))
+    figure = draw.walks(planted(relabelled=0.1))
     left, right = figure.axes
     assert [text.get_text() for text in figure.legends[0].get_texts()] == NAMES
     assert left.get_ylabel() == "held-out unexplained share of the update"
@@ -147,8 +147,8 @@ def test_the_figure_has_a_line_a_method_and_a_dot_a_seed():
 
 
 def test_a_step_is_on_the_manifold_by_all_measures_or_off_it_by_those_that_say_so():
-    near, off, shrunk = manifold.found(on_and_off())
-    assert near.startswith("near, 0.40 of the spread moved: on the manifold as far as these measures tell.")
+    near, off, shrunk = say.walked_activations(on_and_off())
+    assert near.startswith("near, 0.40 of the spread moved: on the manifold as far as these measures show.")
     assert near.endswith("by squared distance, share beyond 95 % of real ones, distance to the nearest real one.")
     assert "off the manifold: distance to the nearest real one 3.00 [2.99, 3.01] where real ones have 1.00" in off
     assert "change of entropy 0.20 [0.19, 0.21] where real ones have 0.00 and the control 0.00." in off

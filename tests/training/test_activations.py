@@ -21,7 +21,7 @@ from surgery.models.engine import Engine
 from surgery.records import tables
 from surgery.training import activations
 from surgery.training import harvest as harvesting
-from surgery.training.activations import opened, size
+from surgery.training.activations import open_latents, size_in_bytes
 from surgery.training.harvest import harvest
 
 N = sum(LENGTHS)
@@ -118,8 +118,8 @@ def test_files_are_plain_safetensors_in_the_order_of_the_corpus(stack, made):
 def test_the_size_is_what_lies_on_the_disk(stack, made):
     bytes_ = sum(shard.bytes for shard in made.shards)
     assert bytes_ == sum((made.folder / shard.file).stat().st_size for shard in made.shards)
-    assert 0 < bytes_ - size(N, stack.d_model, torch.float16) - 4 * len(LENGTHS) < 400 * len(made.shards)
-    assert size(7, 5, torch.float32) == 7 * (2 * 5 * 4 + 4)
+    assert 0 < bytes_ - size_in_bytes(N, stack.d_model, torch.float16) - 4 * len(LENGTHS) < 400 * len(made.shards)
+    assert size_in_bytes(7, 5, torch.float32) == 7 * (2 * 5 * 4 + 4)
 
 
 def test_a_long_prompt_has_a_shard_of_its_own(stack, tmp_path):
@@ -205,7 +205,7 @@ def test_what_is_resumed_is_what_was_never_interrupted(stack, made, tmp_path, mo
     assert all(whole[name] == content for name, content in left.items() if name != "latents.json")
     if works >= 2:
         with pytest.raises(ValueError, match=r"not finished: it has \d+ of 10 prompts; call harvest again"):
-            opened(folder)
+            open_latents(folder)
     harvest(stack, corpus(), 1, 3, folder, shard_tokens=20)
     assert standing(folder) == whole
 
@@ -240,10 +240,10 @@ def test_only_a_damaged_shard_is_made_anew(stack, made, damage):
         "another": f"has {len(whole['latents-00002.safetensors'])} bytes instead of",
     }[damage]
     with pytest.raises(ValueError, match=rf"latents-00001\.safetensors .*{words}.*; call harvest again"):
-        opened(made.folder).verify()
+        open_latents(made.folder).verify()
     if damage != "changed":  # a bit among the numbers shows only when all is read
         with pytest.raises(ValueError, match=words):
-            opened(made.folder)
+            open_latents(made.folder)
     before = {path.name: path.stat().st_mtime_ns for path in made.folder.glob("*.safetensors")}
     again = harvest(stack, corpus(), 1, 3, made.folder, shard_tokens=20)
     again.verify()
@@ -273,12 +273,12 @@ def test_what_a_living_process_writes_is_left_alone(stack, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (dict(start=2), "start 1 where 2 is asked"),
-        (dict(stop=4), "stop 3 where 4 is asked"),
-        (dict(dtype=torch.bfloat16), "dtype float16 where bfloat16 is asked"),
-        (dict(shard_tokens=21), "shard_tokens 20 where 21 is asked"),
-        (dict(corpus=corpus(seed=1)), "corpus [0-9a-f]{16} where [0-9a-f]{16} is asked"),
-        (dict(stack=1), "weights [0-9a-f]{16} where [0-9a-f]{16} is asked"),
+        (dict(start=2), "start 1 instead of 2"),
+        (dict(stop=4), "stop 3 instead of 4"),
+        (dict(dtype=torch.bfloat16), "dtype float16 instead of bfloat16"),
+        (dict(shard_tokens=21), "shard_tokens 20 instead of 21"),
+        (dict(corpus=corpus(seed=1)), "corpus [0-9a-f]{16} instead of [0-9a-f]{16}"),
+        (dict(stack=1), "weights [0-9a-f]{16} instead of [0-9a-f]{16}"),
     ],
 )
 def test_another_harvest_in_the_same_folder_is_refused(stack, made, asked, words):
@@ -341,7 +341,7 @@ def test_the_size_is_said_before_anything_runs(stack, tmp_path, monkeypatch):
         harvest(stack, corpus(), 1, 3, tmp_path, say=said.append)
     (sentence,) = said
     assert sentence.startswith(f"{N} tokens of 10 prompts, ")
-    assert int(sentence.split(", ")[1].split()[0].replace(",", "")) >= size(N, stack.d_model, torch.float16)
+    assert int(sentence.split(", ")[1].split()[0].replace(",", "")) >= size_in_bytes(N, stack.d_model, torch.float16)
     assert sentence.endswith(" in 1 of 1 shards")
 
 
@@ -373,11 +373,11 @@ def test_a_disk_that_fills_up_meanwhile_is_said(stack, tmp_path, monkeypatch):
 
 def test_folders_without_latents_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no latents in .* \(it does not exist\); make them by harvest"):
-        opened(tmp_path / "nowhere")
+        open_latents(tmp_path / "nowhere")
     for content, words in (("{", "is not a manifest of latents"), ("{}", "does not say 'surgery latents 1'")):
         (tmp_path / "latents.json").write_text(content)
         with pytest.raises(ValueError, match=words):
-            opened(tmp_path)
+            open_latents(tmp_path)
 
 
 @pytest.mark.parametrize("prompt", [-1, 10])

@@ -54,10 +54,10 @@ class Regression:
         self.taken.append(prompts)
         return Batch(self.data[prompts])
 
-    def taught(self, batch):
+    def with_teacher(self, batch):
         return batch
 
-    def look(self):
+    def evaluate(self):
         with torch.no_grad():
             return {"error": float(self.student(Batch(self.data))[0]) / self.data.numel()}
 
@@ -94,12 +94,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
     broken = Regression()
     looks = iter(range(9))
 
-    def look(found=broken.look):
+    def look(found=broken.evaluate):
         if next(looks) == 2:
             raise KeyboardInterrupt
         return found()
 
-    broken.look = look
+    broken.evaluate = look
     with pytest.raises(KeyboardInterrupt):
         fit(broken, tmp_path / "part")
     resumed = Regression()
@@ -135,13 +135,13 @@ def test_frozen_weights_stay_and_get_their_gradients_back(tmp_path):
 
 def test_a_frozen_weight_that_moves_is_told(tmp_path):
     task = Regression()
-    look = task.look
+    look = task.evaluate
 
     def meddling():
         task.student.frozen.weight.data += 1e-3
         return look()
 
-    task.look = meddling
+    task.evaluate = meddling
     with pytest.raises(ValueError, match="stay frozen have changed"):
         fit(task, tmp_path)
 
@@ -154,7 +154,7 @@ def test_early_stopping_goes_back_to_the_best(tmp_path):
         seen.append(weights(task))
         return {"error": next(values)}
 
-    task.look = look
+    task.evaluate = look
     done = fit(task, tmp_path, replace(SCHEDULE, patience=2))
     assert done.stopped_early
     assert done.curve["step"].tolist() == [0, 4, 8, 12]
@@ -166,7 +166,7 @@ def test_early_stopping_goes_back_to_the_best(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     task = Regression()
-    task.look = lambda: {"error": 1.0}
+    task.evaluate = lambda: {"error": 1.0}
     batch = task.batch
 
     def poisoned(prompts):
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         fit(task, tmp_path)
     assert str(tmp_path / "checkpoint.safetensors") in str(told.value)
     whole, resumed = Regression(), Regression()
-    whole.look = resumed.look = task.look
+    whole.evaluate = resumed.evaluate = task.evaluate
     fit(resumed, tmp_path)
     fit(whole, tmp_path / "whole")
     assert torch.equal(weights(resumed), weights(whole))
@@ -232,7 +232,7 @@ def test_what_cannot_be_is_told(tmp_path):
         fit(Regression(), tmp_path, replace(SCHEDULE, batch=32))
     for wrong, said in (
         ({"steps": 0}, "steps must be positive"),
-        ({"patience": 0}, "patience is a number of looks"),
+        ({"patience": 0}, "patience is a number of evaluations"),
         ({"precision": "int8"}, "precision is no, bf16 or fp16"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -266,7 +266,7 @@ class TwoTerms(Regression):
         super().__init__()
         self.student.register_forward_hook(self._second)
 
-    def look(self):
+    def evaluate(self):
         return {"error": 1.0}
 
     @staticmethod

@@ -43,7 +43,7 @@ def test_a_batch_gives_what_each_matrix_gives_alone(monkeypatch):
     whole, _ = trained(muon.Muon)
     monkeypatch.setattr(muon, "AT_ONCE", 1)
     alone, _ = trained(muon.Muon)
-    assert muon._alike(alone) == [[0], [1], [2], [4], [3]]
+    assert muon._same_shape(alone) == [[0], [1], [2], [4], [3]]
     for a, b in zip(whole, alone, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-5)
     values = torch.linalg.svdvals(muon.orthogonalised(torch.randn(3, 6, 9)))
