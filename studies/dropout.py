@@ -1,10 +1,10 @@
 """Does dropout lower superposition within components, and raise redundancy across them?
 
     python studies/dropout.py --out results/dropout      # the shipped models: ten minutes on 2 cores
-    python studies/dropout.py --full                     # trains them anew first (--seeds), larger sweeps: an hour
+    python studies/dropout.py --full                     # retrains them first (--seeds), larger sweeps: an hour
 
 Small Babel models (6 layers, d 48) that differ in their dropout alone, p = 0, .1, .2 and .4, three seeds each, at
-matched steps and at matched held-out loss; then what dropping at test time does to them, how far the picture of 2^n
+matched steps and at matched held-out loss; then the effect of dropping at test time, how far the picture of 2^n
 subnetworks holds, variance and gradients over training (perceptrons of several widths and depths, these models), and
 the toy model of superposition over sparsity and dropout.
 
@@ -15,7 +15,7 @@ the toy model of superposition over sparsity and dropout.
     dropout_stream.csv      the same of the models' residual stream; .png
     dropout_toy.csv         the toy model: sparsity x dropout x seed; .png
 
-Training goes on where it was killed (--work), and tables that are there are not made again. Intervals are over seeds.
+Training resumes where it was interrupted (--work), and existing tables are not made again. Intervals are over seeds.
 """
 
 import argparse
@@ -26,23 +26,22 @@ import pandas as pd
 import torch
 
 import surgery
-from surgery.dropout import mask_ensemble, stability, study, toy_model
-from surgery.dropout import trained as dropout_models
-from surgery.dropout.study import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
-from surgery.dropout.trained import Recipe
-from surgery.records import manifest as provenance
-from surgery.records import tables
+from surgery.dropout import mask_ensemble, perceptrons, study, toy_model, trained
+from surgery.dropout.files import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.say import SENTENCES
+from surgery.dropout.trained import Recipe, TrainedModel
+from surgery.records import manifest, tables
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/dropout")
-    parser.add_argument("--work", default="runs/dropout", help="of the training, with --full")
-    parser.add_argument("--models", type=Path, help="a file that --ship wrote; the bundled one")
-    parser.add_argument("--ship", type=Path, help="write all models that were trained into this file")
-    parser.add_argument("--seeds", type=int, default=len(dropout_models.SEEDS), help="of models trained with --full")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of models trained with --full")
-    parser.add_argument("--problems", type=int, default=240, help="held-out problems that models are measured on")
+    parser.add_argument("--work", default="runs/dropout", help="folder of the training, with --full")
+    parser.add_argument("--models", type=Path, help="a file that --ship wrote (default: the bundled one)")
+    parser.add_argument("--ship", type=Path, help="write all models into this file")
+    parser.add_argument("--seeds", type=int, default=len(trained.SEEDS), help="number of seeds to train, with --full")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps, with --full")
+    parser.add_argument("--problems", type=int, default=240, help="number of held-out problems to measure on")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to make")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
@@ -52,53 +51,54 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     folder = tables.folder(args.out)
-    made = trained(args) if args.full else dropout_models.shipped(args.models)
+    models = train_models(args) if args.full else trained.load_shipped(args.models)
     if args.ship:
-        dropout_models.ship(made, args.ship)
-    stack, tokens = made[0].stack(), dropout_models.data().heldout
-    recipes = {one.recipe.name: one.recipe.steps for one in made}
-    manifest = provenance.manifest(stack, tokens, seed=0, models=recipes, full=args.full, problems=args.problems)
-    said: list[str] = []
+        trained.ship(models, args.ship)
+    stack, tokens = models[0].stack(), trained.data().heldout
+    recipes = {model.recipe.name: model.recipe.steps for model in models}
+    run = manifest.manifest(stack, tokens, seed=0, models=recipes, full=args.full, problems=args.problems)
+    sentences: list[str] = []
     for name in args.only:
         if (folder / name).exists() and tables.read_manifest(folder / name)["settings"].get("models") == recipes:
             frame = tables.read(folder / name)
         else:
             print(f"making {name}", flush=True)
-            frame = TABLES[name](made, args)
-            study.write(folder, {name: frame}, manifest)
-        said += study.SAID[name](frame)
+            frame = TABLES[name](models, args)
+            study.write(folder, {name: frame}, run)
+        sentences += SENTENCES[name](frame)
     surgery.report.build(folder)
-    for sentence in said:
+    for sentence in sentences:
         print(f"\n{sentence}")
 
 
-def trained(args: argparse.Namespace) -> list[dropout_models.Trained]:
-    made = []
+def train_models(args: argparse.Namespace) -> list[TrainedModel]:
+    """Train a model of every rate and seed, or load those that are finished."""
+    models = []
     for seed in range(args.seeds):
-        for rate in dropout_models.RATES:
+        for rate in trained.RATES:
             recipe = Recipe(rate=rate, seed=seed, steps=args.steps)
-            made.append(dropout_models.train(recipe, Path(args.work) / recipe.name))
-            print(f"{recipe.name}: held-out loss {made[-1].curve['loss'].iloc[-1]:.3f}", flush=True)
-    return made
+            models.append(trained.train(recipe, Path(args.work) / recipe.name))
+            print(f"{recipe.name}: held-out loss {models[-1].curve['loss'].iloc[-1]:.3f}", flush=True)
+    return models
 
 
 SMALLER: dict[str, Any] = {"widths": (32, 128), "depths": (1, 4), "seeds": range(3), "steps": 400}
 TABLES = {
-    MODELS: lambda made, args: study.measure(
-        made,
+    MODELS: lambda models, args: study.measure(
+        models,
         count=args.problems,
         layers=None if args.full else (1, 3, 5),
         coder_steps=400 if args.full else 200,
         say=print,
     ),
-    PROBES: lambda made, args: study.probe(made, draws=8 if args.full else 4),
-    ENSEMBLE: lambda made, args: study.ensemble(
-        [one for one in made if args.full or one.recipe.seed == 0],
+    PROBES: lambda models, args: study.probe(models, draws=8 if args.full else 4),
+    ENSEMBLE: lambda models, args: study.ensemble(
+        [model for model in models if args.full or model.recipe.seed == 0],
         counts=mask_ensemble.COUNTS if args.full else (1, 4, 16, 64),
     ),
-    PERCEPTRONS: lambda made, args: stability.perceptrons(**({} if args.full else SMALLER)),
-    STREAM: lambda made, args: dropout_models.curves(made),
-    TOY: lambda made, args: pd.concat(
+    PERCEPTRONS: lambda models, args: perceptrons.perceptrons(**({} if args.full else SMALLER)),
+    STREAM: lambda models, args: trained.curves(models),
+    TOY: lambda models, args: pd.concat(
         [toy_model.sweep(steps=5000 if args.full else 2000, decay=decay) for decay in (0.7, 1.0)], ignore_index=True
     ),
 }

@@ -1,6 +1,7 @@
 from . import chapter as chapter
 from . import draw as draw
 from . import features as features
+from . import files as files
 from . import identities as identities
 from . import mask_ensemble as mask_ensemble
 from . import perceptrons as perceptrons
@@ -10,6 +11,7 @@ from . import stability as stability
 from . import study as study
 from . import toy_model as toy_model
 from . import trained as trained
+from . import verdicts as verdicts
 from .identities import CHAIN as CHAIN
 from .identities import MOST_UNITS as MOST_UNITS
 from .identities import arithmetic_mean as arithmetic_mean

@@ -1,7 +1,7 @@
-r"""Superposition within one layer: how many features do its neurons hold, and how many directions do they use?
+r"""Superposition within one layer: how many features do its neurons represent, how many directions do they use?
 
-Heard is the activation that enters the output weights of a layer's MLP, ``a_t`` of n neurons (``surgery.rebuild.units``), at
-every token of the ensemble. Four readings of it, a row per layer:
+We record the activation that enters the output weights of a layer's MLP, ``a_t`` of n neurons
+(``surgery.rebuild.units``), at every token of the ensemble. Four measures of it, a row per layer:
 
 * ``F = exp(-sum_i p_i ln p_i)``, ``p_i`` the share of feature i in the sum of all ``|activation|``: the effective
   number of features, those of a sparse autoencoder (``sae``); ``psi = F / n`` above 1 is superposition (Bereska et al.
@@ -10,14 +10,15 @@ every token of the ensemble. Four readings of it, a row per layer:
 * ``kurtosis``: excess of the neurons, mean: 0 Gaussian, high where a neuron is mostly silent;
 * ``sparsity``: the share of activations below 5 % of the largest of their neuron.
 
-F depends on the autoencoder's width and on how many features it may use at once. So neither is learnt: of what the
-encoder's ReLU gives, the ``k`` largest a token are kept, on average over the tokens it is given (batch top-k, Bussmann
-et al. 2024, arXiv 2412.06410), so that L0 is k in every model; the decoder's rows have unit length. Compare models only
-at equal ``n_features`` and ``k``, and look at ``explained`` first: where it differs, so does what F counts. A ``k``
-above the number of features that are truly active splits them and inflates F.
+F depends on the autoencoder's width and on the number of features active at once. So both are fixed: of the encoder's
+ReLU outputs the largest are kept, ``k`` per token on average over a batch (batch top-k, Bussmann et al. 2024, arXiv
+2412.06410), so that L0 is k in every model; the decoder's rows have unit length. Compare models only at equal
+``n_features`` and ``k``, and look at ``explained`` first: where it differs, F does not count the same. A ``k`` above
+the true number of active features splits them and inflates F.
 
-Controls: ``F_shuffled`` and ``participation_shuffled``, each neuron's activations exchanged between tokens by itself,
-so that neurons keep what they are and lose what they share; and the model untrained (``surgery.models.untrained``).
+Controls: ``F_shuffled`` and ``participation_shuffled``, where each neuron's activations are permuted over tokens
+independently, which keeps their distribution and removes what neurons share; and the model untrained
+(``surgery.models.untrained``).
 
 >>> features = torch.zeros(400, 4).index_put((torch.arange(400), torch.arange(400) % 4), torch.ones(400))
 >>> effective(features).item(), round(participation(features).item(), 6)  # four alternate: three directions
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import embedding, linear, normalize
 
@@ -51,7 +52,7 @@ _MEASURES = {
     "kurtosis": "excess kurtosis of a neuron, mean over those that vary: 0 Gaussian",
     "sparsity": f"share of activations below {SILENT:.0%} of the largest of their neuron",
 }
-COLUMNS = {
+COLUMNS: dict[str, str] = {
     "layer": "layer, counted from 0",
     "n_neurons": "number of neurons of its MLP, those of all experts",
     "n_prompts": "number of prompts, the unit of resampling; half of them for F and psi",
@@ -69,7 +70,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class SparseAutoencoder:
-    """``a = centre + scale (base + features decoder)``, the features the top k of a ReLU of what is left of base."""
+    """``a = centre + scale (base + features decoder)``, with batch top-k features of a ReLU."""
 
     encoder: Float[Tensor, "feature neuron"]
     bias: Float[Tensor, " feature"]
@@ -81,15 +82,16 @@ class SparseAutoencoder:
     steps: int
 
     def encode(self, activations: Float[Tensor, "token neuron"]) -> Float[Tensor, "token feature"]:
-        """The features at each token, of which the k a token that are largest over all of these tokens are kept."""
-        found = linear((activations - self.centre) / self.scale - self.base, self.encoder, self.bias).relu()
-        return torch.where(_largest(found, self.k), found, 0)
+        """Encode activations as features: batch top-k, so k per token on average over these tokens."""
+        features = linear((activations - self.centre) / self.scale - self.base, self.encoder, self.bias).relu()
+        return torch.where(_batch_top_k(features, self.k), features, 0)
 
     def decode(self, features: Float[Tensor, "token feature"]) -> Float[Tensor, "token neuron"]:
+        """Reconstruct activations from features."""
         return self.centre + self.scale * (features @ self.decoder + self.base)
 
     def report(self, activations: Float[Tensor, "token neuron"]) -> dict[str, float]:
-        """``explained``, ``L0`` and ``dead`` on these activations; see ``COLUMNS``."""
+        """Measure ``explained``, ``L0`` and ``dead`` on these activations; see ``COLUMNS``."""
         features = self.encode(activations)
         missed = (activations - self.decode(features)).square().sum()
         active = features > 0
@@ -110,17 +112,17 @@ def sae(
     rate: float = 1e-2,
     seed: int = 0,
 ) -> SparseAutoencoder:
-    """A small sparse autoencoder of one layer's activations, trained by Adam from random directions.
+    """Train a small sparse autoencoder of one layer's activations with Adam, from random directions.
 
-    The rate falls linearly over the last four fifths of the steps. Nothing revives dead features: they count nothing in
-    F. Activations are centred and brought to a mean square length of 1 first. Cost: ``steps`` products of a batch with
-    the encoder; what is not among the k largest is neither decoded nor differentiated.
+    The learning rate falls linearly over the last four fifths of the steps. Dead features are not revived: they count
+    nothing in F. Activations are first centred and scaled to a mean square length of 1. Cost: ``steps`` products of a
+    batch with the encoder; only the k largest features per token are decoded and differentiated.
 
-    Raises ValueError for a k that is not between 1 and n_features, and for activations that are not finite or constant.
+    Raises ValueError for a k outside 1 to n_features, and for activations that are constant or not finite.
 
     >>> axes = torch.eye(4)[torch.arange(400) % 4]
-    >>> found = sae(axes, 16, 1, steps=100)
-    >>> found.report(axes)["explained"] > 0.95, found.report(axes)["L0"]
+    >>> coder = sae(axes, 16, 1, steps=100)
+    >>> coder.report(axes)["explained"] > 0.95, coder.report(axes)["L0"]
     (True, 1.0)
     """
     if not 1 <= k <= n_features:
@@ -136,14 +138,14 @@ def sae(
     optimizer = torch.optim.Adam([encoder, bias, decoder, base], lr=rate)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 1.25 * (1 - step / steps))
-        some = z[torch.randint(len(z), (batch_size,), generator=draw)]
+        batch = z[torch.randint(len(z), (batch_size,), generator=draw)]
         with torch.no_grad():
-            found = linear(some - base, encoder, bias).relu()
-            token, feature = _largest(found, k).nonzero(as_tuple=True)
-        active = ((some - base)[token] * embedding(feature, encoder)).sum(1) + bias[feature]
-        written = base.expand_as(some).index_add(0, token, active.unsqueeze(1) * embedding(feature, decoder))
+            features = linear(batch - base, encoder, bias).relu()
+            token, feature = _batch_top_k(features, k).nonzero(as_tuple=True)
+        active = ((batch - base)[token] * embedding(feature, encoder)).sum(1) + bias[feature]
+        decoded = base.expand_as(batch).index_add(0, token, active.unsqueeze(1) * embedding(feature, decoder))
         optimizer.zero_grad()
-        (written - some).square().sum(1).mean().backward()
+        (decoded - batch).square().sum(1).mean().backward()
         optimizer.step()
         with torch.no_grad():
             decoder.copy_(normalize(decoder, dim=1))
@@ -153,7 +155,7 @@ def sae(
 def effective(activations: Float[Tensor, "token feature"], draws: Draws | None = None) -> Resampled:
     """F, the exponential of the entropy of the features' shares of all activation: from 1 to the number of features.
 
-    ``draws`` weigh the tokens (all alike if not given), a number for each row. NaN where nothing is active.
+    Each row of ``draws`` weighs the tokens (equally if not given) and gives one number. NaN where nothing is active.
 
     >>> effective(torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])).tolist()
     [2.0]
@@ -163,10 +165,10 @@ def effective(activations: Float[Tensor, "token feature"], draws: Draws | None =
 
 
 def participation(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
-    """``(tr C)^2 / tr C^2`` of the covariance over neurons: 1 if all vary along one line, n if alike in all directions.
+    """Participation ratio ``(tr C)^2 / tr C^2`` of the covariance over neurons: 1 along a line, n in all directions.
 
-    ``draws`` weigh the tokens, and the mean is taken anew in each row. Of T tokens it is at most T - 1, of a Gaussian
-    about ``n / (1 + n / T)``. NaN where nothing varies. Cost: T^2 (n + rows) products.
+    ``draws`` weigh the tokens, and the mean is recomputed for each row. For T tokens it is at most T - 1, for a
+    Gaussian about ``n / (1 + n / T)``. NaN where nothing varies. Cost: T^2 (n + rows) products.
     """
     drawn, x = _draws(activations, draws), activations.double()
     x = x - x.mean(0)
@@ -195,7 +197,7 @@ def kurtosis(activations: Float[Tensor, "token neuron"], draws: Draws | None = N
 
 
 def sparsity(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
-    """Share of activations no larger than ``SILENT`` of the largest that their neuron has on any of these tokens.
+    """Share of activations that are at most ``SILENT`` of their neuron's largest over these tokens.
 
     >>> sparsity(torch.tensor([[1.0, 2.0], [0.0, 2.0]])).tolist()
     [0.25]
@@ -208,29 +210,30 @@ def sparsity(activations: Float[Tensor, "token neuron"], draws: Draws | None = N
 def activations(
     stack: Stack, tokens: Tokens | Tensor, layers: Sequence[int] | None = None, batch_size: int = 64
 ) -> list[Float[Tensor, "token neuron"]]:
-    """What enters the output weights of these layers' MLPs (all if not given), at the tokens of the ensemble.
+    """Record what enters the output weights of these layers' MLPs (all if not given), at the tokens of the ensemble.
 
-    A neuron of an expert is heard times the router's weight, and 0 at tokens that go elsewhere. Cost: 1 F.
+    An expert's neurons are multiplied by the router's weight, and 0 at tokens routed elsewhere. Cost: 1 F.
 
     Raises ValueError for a layer that the model does not have, ModelError for one without an MLP.
 
     >>> from surgery.instruments import known_networks
-    >>> [heard.shape for heard in activations(Stack(known_networks.random_network(2)), known_networks.tokens(3, 5))]
+    >>> [x.shape for x in activations(Stack(known_networks.random_network(2)), known_networks.tokens(3, 5))]
     [torch.Size([12, 192]), torch.Size([12, 192])]
     """
     places = range(stack.n_layers) if layers is None else layers
     if absent := [layer for layer in places if not 0 <= layer < stack.n_layers]:
-        raise ValueError(f"there is no layer {absent[0]} to hear: {stack.name} has 0 to {stack.n_layers - 1}")
+        raise ValueError(f"there is no layer {absent[0]} to record: {stack.name} has 0 to {stack.n_layers - 1}")
     every = writers(stack.model, "mlp")
-    found = [every[layer] for layer in places]
-    heard: list[list[Tensor]] = [[] for _ in found]
+    mlps = [every[layer] for layer in places]
+    batches: list[list[Tensor]] = [[] for _ in mlps]
 
-    def hear(place: int, keep: Tensor, *given: Tensor) -> None:
-        heard[place].append(_dense(found[place], *given).reshape(keep.numel(), -1)[keep.flatten()].float().cpu())
+    def record(place: int, keep: Tensor, *inputs: Tensor) -> None:
+        neurons = _dense(mlps[place], *inputs).reshape(keep.numel(), -1)
+        batches[place].append(neurons[keep.flatten()].float().cpu())
 
-    if found:
-        listen(stack, found, Tokens.of(tokens), hear, batch_size)
-    return [torch.cat(parts) for parts in heard]
+    if mlps:
+        listen(stack, mlps, Tokens.of(tokens), record, batch_size)
+    return [torch.cat(parts) for parts in batches]
 
 
 def within(
@@ -244,13 +247,13 @@ def within(
     seeds: int = 2,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """Features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
+    """Measure features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
 
     The autoencoders have ``n_features`` (twice the neurons if not given); they are trained on a random half of the
-    prompts and judged, F included, on the other. Intervals draw prompts again, not autoencoders: ``F_spread`` says how
+    prompts and evaluated, as is F, on the other. Intervals resample prompts, not autoencoders: ``F_spread`` says how
     much these differ. Cost: 2 F and ``seeds + 1`` autoencoders a layer, of 256 neurons about 5 s each on one core.
 
-    Raises ValueError for one prompt, no seed, and what ``sae`` and ``activations`` refuse.
+    Raises ValueError for a single prompt, for no seed, and as ``sae`` and ``activations`` do.
 
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.random_network(1, 8))
@@ -262,21 +265,19 @@ def within(
         raise ValueError(f"give at least one seed of autoencoders, got seeds={seeds}")
     measured, fitted = halves(Tokens.of(tokens).to(stack.device), sampling.seed)
     places = list(range(stack.n_layers) if layers is None else layers)
-    heard = [activations(stack, half, places, sampling.batch_size) for half in (measured, fitted)]
+    recorded = [activations(stack, half, places, sampling.batch_size) for half in (measured, fitted)]
     owners = [half.ensemble().nonzero()[:, 0].cpu() for half in (measured, fitted)]
-    drawn = [
-        _tokens_drawn(owners[:1], sampling.resamples, sampling.seed),
-        _tokens_drawn(owners, sampling.resamples, sampling.seed),
-    ]
+    draws, all_draws = (_token_draws(half, sampling.resamples, sampling.seed) for half in (owners[:1], owners))
     generator, rows = torch.Generator().manual_seed(sampling.seed), []
-    for layer, held, learnt in zip(places, *heard):
-        everything, size = torch.cat([held, learnt]), held.shape[1]
+    for layer, held_out, trained_on in zip(places, *recorded):
+        both, size = torch.cat([held_out, trained_on]), held_out.shape[1]
         width = 2 * size if n_features is None else n_features
-        coders = [sae(learnt, width, k, steps=steps, seed=sampling.seed + i) for i in range(seeds)]
-        F = torch.stack([effective(coder.encode(held), drawn[0]) for coder in coders])
-        reports = pd.DataFrame([coder.report(held) for coder in coders]).mean()
-        apart = _shuffled(everything, generator)
-        alone = sae(apart[len(held) :], width, k, steps=steps, seed=sampling.seed).encode(apart[: len(held)])
+        coders = [sae(trained_on, width, k, steps=steps, seed=sampling.seed + i) for i in range(seeds)]
+        F = torch.stack([effective(coder.encode(held_out), draws) for coder in coders])
+        reports = pd.DataFrame([coder.report(held_out) for coder in coders]).mean()
+        shuffled = _shuffle(both, generator)
+        test, train = shuffled[: len(held_out)], shuffled[len(held_out) :]
+        null = sae(train, width, k, steps=steps, seed=sampling.seed).encode(test)
         row: dict[str, float] = {
             "layer": layer,
             "n_neurons": size,
@@ -286,48 +287,47 @@ def within(
             "seeds": seeds,
             **reports,
             "F_spread": float(F[:, 0].std()) if seeds > 1 else torch.nan,
-            "F_shuffled": float(effective(alone)),
-            "participation_shuffled": float(participation(apart)),
+            "F_shuffled": float(effective(null)),
+            "participation_shuffled": float(participation(shuffled)),
         }
-        found = {"F": F.mean(0), "psi": F.mean(0) / size}
+        row |= columns("F", F.mean(0)) | columns("psi", F.mean(0) / size)
         for name, measure in (("participation", participation), ("kurtosis", kurtosis), ("sparsity", sparsity)):
-            found[name] = measure(everything, drawn[1])
-        for name, values in found.items():
-            row |= columns(name, values)
+            row |= columns(name, measure(both, all_draws))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _largest(found: Float[Tensor, "token feature"], k: int) -> Tensor:
-    """The k a token that are largest over all of these tokens, and positive."""
-    return (found > 0) & (found >= found.flatten().topk(k * len(found), sorted=False).values.min())
+def _batch_top_k(features: Float[Tensor, "token feature"], k: int) -> Bool[Tensor, "token feature"]:
+    """Batch top-k: mark the positive features among the ``k * tokens`` largest of all."""
+    least = features.flatten().topk(k * len(features), sorted=False).values.min()
+    return (features > 0) & (features >= least)
 
 
 def _draws(values: Float[Tensor, "token column"], draws: Draws | None) -> Draws:
     return torch.ones(1, len(values), dtype=torch.float64) if draws is None else draws
 
 
-def _tokens_drawn(owners: Sequence[Tensor], resamples: int, seed: int) -> Draws:
-    """How often each token is drawn where whole prompts are, those of one half behind those of the other."""
+def _token_draws(owners: Sequence[Tensor], resamples: int, seed: int) -> Draws:
+    """How often each token is drawn when whole prompts are resampled; the halves' tokens follow one another."""
     first = [0, *(int(owner.max()) + 1 for owner in owners)]
     prompts = torch.cat([owner + before for owner, before in zip(owners, first)])
     n_prompts = int(prompts.max()) + 1
     return weights(n_prompts, resamples if n_prompts > 1 else 0, seed)[:, prompts]
 
 
-def _shuffled(x: Float[Tensor, "token neuron"], generator: torch.Generator) -> Float[Tensor, "token neuron"]:
-    """Every neuron's activations at tokens of their own random order."""
+def _shuffle(x: Float[Tensor, "token neuron"], generator: torch.Generator) -> Float[Tensor, "token neuron"]:
+    """Permute each neuron's activations over the tokens independently."""
     return x.gather(0, torch.rand(x.shape, generator=generator).argsort(0))
 
 
 def _dense(writer: Writer, x: Tensor, *routes: Tensor) -> Tensor:
-    """What the neurons give at every token, those of all experts beside each other."""
+    """Activations of the neurons at every token, those of all experts side by side."""
     if not routes:
         return x
     chosen, weight = routes
-    found = x.new_zeros(len(x), *writer.shape)
+    dense = x.new_zeros(len(x), *writer.shape)
     for expert, reads in enumerate(writer.reads):
         token, place = torch.where(chosen == expert)
         act = writer.module._apply_gate(linear(x[token], reads))  # noqa: SLF001
-        found[token, expert] = weight[token, place].unsqueeze(1).to(x) * act
-    return found
+        dense[token, expert] = weight[token, place].unsqueeze(1).to(x) * act
+    return dense

@@ -1,24 +1,24 @@
-r"""Redundancy across components: if what a layer computes is lost, is it also computed elsewhere?
+r"""Redundancy across components: if the computation of a layer is lost, is it also done elsewhere?
 
-Layers that stand in a chain (AND) are lost together, layers that do the same (OR) only when all of them are gone. Five
-readings of that, and what each must read:
+Layers in a chain (AND) fail together, layers that do the same (OR) fail only when all of them are gone. Five measures
+of that, and the value that each must have:
 
 ==================  ===================================================  ========  ===========  =====================
 measure             of                                                   chain     independent  each other's backup
 ==================  ===================================================  ========  ===========  =====================
-redundancy_mass     damages of pairs (``surgery.instruments.interactions``)          0         none         1
+redundancy_mass     damages of pairs (``instruments.interactions``)      0         none         1
 mean_rho            the same                                             1         0            -1
 curvature           damage of k random layers over k (``subsets``)       -1        0            above 0, 1 for two
 self_repair         share of a lost direct effect that later layers      below 0   0            1
-                    and the final norm make up for
-predictability      R^2 of what a later layer makes of a layer's own     none      low          1
-                    input, from what that layer writes
+                    and the final norm compensate
+predictability      R^2 of a later layer's output on a layer's own       none      low          1
+                    input, from that layer's update
 ==================  ===================================================  ========  ===========  =====================
 
-"None" is NaN: nothing is there to be measured. Mass and curvature are of the margin, all norms frozen, the last one
-too; self-repair is that of the model as it runs. They need not agree: two layers that do the same and both write it
-are predictable from each other, and damages still add up. ``across`` puts them into one row, to compare models by:
-only such as reach the same loss, on the same prompts, and with the same ``seed``, which draws the subsets.
+"None" is NaN: there is nothing to measure. Mass and curvature are of the margin with all norms frozen, including the
+last; self-repair is that of the model as it runs. They need not agree: two layers that do the same and both write it
+are predictable from each other, and damages still add up. ``across`` gives all of them in one row, for comparing
+models: only those that reach the same loss, on the same prompts, and with the same ``seed``, which draws the subsets.
 
 Controls: the architecture untrained (damages inside noise, mass about .5), and ``predictability_shuffled``.
 """
@@ -37,9 +37,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.instruments import interactions
-from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage, predicting_positions
+from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage
 from surgery.instruments.ensemble import Ensemble, partners
-from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -47,10 +47,11 @@ from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
 RIDGE = 0.01  # in units of the predictors' variances
-_ROUNDING = 1e-10  # share of the squares of a stream that rounding makes of an update that does not vary
-_LEAST = 1e-4  # share of an update's variance that the stream may leave; less is what rounding and ridge left
+_ROUNDING = 1e-10  # share of a stream's squares: an update that varies less does so by rounding alone
+_LEAST = 1e-4  # share of an update's variance: a smaller residual comes from rounding and ridge alone
 
 Resampled = Float[Tensor, " resample"]
+Squares = Float[Tensor, "kind 2 prompt"]  # of targets and of residuals, by kind of predictability
 
 _MEASURES = {
     "redundancy_mass": "sum of positive delta over sum of |delta| of all pairs: 0 all series, 1 all redundant",
@@ -58,14 +59,14 @@ _MEASURES = {
     "curvature": "how far the damage of k layers lies below its chord, as a share: -1 chain, 0 additive, 1 backup",
     "second_difference": "damage of k + 1 layers less twice that of k plus that of k - 1 (logits); of a model the mean",
     "damage": "damage without k random layers (logits)",
-    "self_repair": "share of a lost direct effect made up for: 1 all, 0 nothing, below 0 later layers lose more",
-    "norm_repair": "the part of self_repair that the final norm's new denominators make up for",
+    "self_repair": "share of a lost direct effect compensated: 1 all, 0 nothing, below 0 later layers lose more",
+    "norm_repair": "the part of self_repair due to the new denominators of the final norm",
     "norm_share": "norm_repair over self_repair, where the interval of that lies above 0",
-    "predictability": "held-out R^2 of what the later layer makes of the earlier one's input, its linear part removed",
-    "predictability_actual": "the same of what the later layer writes in the model: a chain is predictable too",
+    "predictability": "held-out R^2 of the later layer's output on the earlier one's input, its linear part removed",
+    "predictability_actual": "the same of the later layer's update in the model: a chain is predictable too",
     "predictability_shuffled": "predictability from another token's update: the null",
 }
-COLUMNS = {
+COLUMNS: dict[str, str] = {
     "layer": "layer, counted from 0; of a pair the earlier",
     "later": "the later layer of the pair",
     "size": "number of layers taken out together",
@@ -85,34 +86,33 @@ def across(
     kind: str = "mean",
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """Everything that is redundant in a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
+    """Measure all redundancy of a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
 
-    Self-repair is that of all layers but the last pooled, predictability the mean of all pairs. Cost in a model of L
-    layers: ``mass`` and ``subsets`` at once, ``self_repair`` and ``predictability``; of 6 about 20 F and 60 readouts.
+    Self-repair is pooled over all layers but the last, predictability is the mean of all pairs. Cost in a model of L
+    layers: ``mass`` and ``subsets`` together, ``self_repair`` and ``predictability``; for 6 layers about 20 F and 60
+    readouts.
 
-    Raises ValueError for what these refuse.
+    Raises ValueError as these do.
 
     >>> from surgery.instruments import known_networks
-    >>> row = across(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(60, 8), sampling=Sampling(resamples=20)).iloc[0]
+    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(60, 8)
+    >>> row = across(stack, tokens, sampling=Sampling(resamples=20)).iloc[0]
     >>> bool(abs(row.second_difference) < 1e-6), bool(abs(row.self_repair) < 1e-6)
     (True, True)
     """
     tokens = Tokens.of(tokens)
-    drawn = subsets_drawn(stack.n_layers, sizes, draws, sampling.seed)
-    full = damage(stack, tokens, [*interactions.sets(stack.n_layers), *drawn], kind, frozen=True, sampling=sampling)
+    chosen = random_subsets(stack.n_layers, sizes, draws, sampling.seed)
+    full = damage(stack, tokens, [*interactions.sets(stack.n_layers), *chosen], kind, frozen=True, sampling=sampling)
     pairs = interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
-    curve = _curve(full, drawn, sampling.resamples, sampling.seed)
+    curve = _curve(full, chosen, sampling)
     row: dict[str, float] = {
         **pairs.iloc[0],
         **columns("curvature", _curvature(curve)),
         **columns("second_difference", curve.diff(2, dim=0).mean(0)),
     }
-    products = _repaired(stack, tokens, sampling.seed, sampling.batch_size)
-    counted = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
-    row |= _slopes([products[layer] for layer in range(max(stack.n_layers - 1, 1))], counted)
-    row |= _pooled(
-        _explained(stack, tokens, RIDGE, sampling.seed, sampling.batch_size), sampling.resamples, sampling.seed
-    )
+    moments = _repair_moments(stack, tokens, sampling)
+    row |= _slopes([moments[layer] for layer in range(max(stack.n_layers - 1, 1))], _draws(len(tokens), sampling))
+    row |= _mean_r_squared(_squares_of_pairs(stack, tokens, RIDGE, sampling), sampling)
     return pd.DataFrame([row])
 
 
@@ -137,42 +137,45 @@ def subsets(
     frozen: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """Damage of taking out k layers at random, mean over the sets: a row per size from 0 on, ``COLUMNS``.
+    """Measure the mean damage of taking out k random layers: a row per size from 0 on, ``COLUMNS``.
 
     With D(k) the mean damage and K the largest size, ``curvature = 1 - 2 sum_{k<K} D(k) / ((K - 1) D(K))``, the area
     between the curve and its chord: -1 if the first layer costs everything, 0 if damages add up, 1 if only all K do;
     the same in every row, NaN where the interval of D(K) is not above 0. ``second_difference`` is
-    ``D(k+1) - 2 D(k) + D(k-1)``. A chord over all layers bends down in any model that has nothing more to lose, so by
-    default K is half of them.
-    The sets are given (``subsets_drawn``): intervals are over prompts alone.
+    ``D(k+1) - 2 D(k) + D(k-1)``. In any model the curve over all layers bends down once there is nothing more to lose,
+    so by default K is half of them. The sets are fixed by the seed (``random_subsets``): intervals are over prompts
+    alone.
 
-    Cost: at most ``draws`` runs and readouts a size, what sets share run once, and 3 F.
+    Cost: at most ``draws`` runs and readouts per size, the runs that sets share done once, and 3 F.
 
     Raises ValueError for sizes that are not 1, 2, ... up to n_layers or fewer than two, for no draws, and for what
     ``ablation.damage`` refuses.
 
     >>> from surgery.instruments import known_networks
-    >>> frame = subsets(Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=4)), known_networks.tokens(8, 6)
+    >>> frame = subsets(stack, tokens, sampling=Sampling(resamples=0))
     >>> frame["n_subsets"].tolist(), bool(frame["second_difference"].abs().max() < 1e-6)
     ([1, 4, 6], True)
     """
-    drawn = subsets_drawn(stack.n_layers, sizes, draws, sampling.seed)
-    full = damage(stack, tokens, drawn, kind, frozen=frozen, sampling=sampling)
-    curve = _curve(full, drawn, sampling.resamples, sampling.seed)
+    chosen = random_subsets(stack.n_layers, sizes, draws, sampling.seed)
+    full = damage(stack, tokens, chosen, kind, frozen=frozen, sampling=sampling)
+    curve = _curve(full, chosen, sampling)
     second = torch.full_like(curve, torch.nan)
     second[1:-1] = curve.diff(2, dim=0)
     rows = []
     for size, values in enumerate(curve):
-        row: dict[str, float] = {"size": size, "n_subsets": sum(len(layers) == size for layers in drawn)}
+        row: dict[str, float] = {"size": size, "n_subsets": sum(len(layers) == size for layers in chosen)}
         row |= {"n_prompts": full.margin.shape[1]} | columns("damage", values)
         rows.append(row | columns("second_difference", second[size]) | columns("curvature", _curvature(curve)))
     return pd.DataFrame(rows)
 
 
-def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: int) -> list[tuple[int, ...]]:
-    """No layer, and of every size ``draws`` different sets of layers, or all if there are no more.
+def random_subsets(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: int) -> list[tuple[int, ...]]:
+    """Draw ``draws`` different sets of layers of every size, or all if there are no more; the empty set comes first.
 
-    >>> subsets_drawn(3, (1, 2), 2, 0)
+    Raises ValueError as ``subsets`` does.
+
+    >>> random_subsets(3, (1, 2), 2, 0)
     [(), (1,), (2,), (0, 1), (0, 2)]
     """
     sizes = range(1, max(2, n_layers // 2) + 1) if sizes is None else sizes
@@ -181,59 +184,60 @@ def subsets_drawn(n_layers: int, sizes: Sequence[int] | None, draws: int, seed: 
             f"the curve goes from 0 in steps of one layer: give sizes 1, 2, ... up to {n_layers}, two or more, and at "
             f"least one draw, got {list(sizes)} and draws={draws}"
         )
-    generator, found = random.Random(seed), [tuple[int, ...]()]
+    generator, subsets = random.Random(seed), [tuple[int, ...]()]
     for size in sizes:
         every = range(comb(n_layers, size))
         chosen = set(every if len(every) <= draws else generator.sample(every, draws))
-        found += [layers for i, layers in enumerate(combinations(range(n_layers), size)) if i in chosen]
-    return found
+        subsets += [layers for i, layers in enumerate(combinations(range(n_layers), size)) if i in chosen]
+    return subsets
 
 
 def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
-    """How much of a layer's direct effect on the right next token is made up for when it is lost: a row per layer.
+    """How much of a layer's direct effect on the right next token is compensated when it is lost: a row per layer.
 
-    The layer is resampled: it writes what it wrote at another prompt's token (``surgery.instruments.ablation``). DE is by how much
-    the margin falls if only the head sees that, the final norm frozen; TE if the model runs on, its norms live.
-    ``self_repair`` is the slope of ``DE - TE`` on DE over the tokens, minus that of ``TE - DE``. ``norm_repair`` is the
-    same where only the head sees it and its norm is live. Rushing and Nanda (2024, arXiv 2402.15390) find about .3 of
-    DE for it in published models, and noisy. The last layer has only the norm to repair it. In a chain of which the
-    head reads every layer the slope is below 0; where the head does not read the layer there is none (NaN).
+    The layer is resampled: it writes what it wrote at another prompt's token (``surgery.instruments.ablation``). DE is
+    the fall of the margin if only the head sees that, the final norm frozen; TE the fall if the model runs on, its
+    norms live. ``self_repair`` is the slope of ``DE - TE`` on DE over the tokens, minus that of ``TE - DE``.
+    ``norm_repair`` is the same where only the head sees it and its norm is live. Rushing and Nanda (2024, arXiv
+    2402.15390) find it to be about .3 of DE in published models, and noisy. Only the norm can repair the last layer. In
+    a chain in which the head reads every layer the slope is below 0; where the head does not read the layer there is
+    none (NaN).
 
     Cost in a model of L layers: ``(L - 1)/2 + 1`` F and ``3 L + 2`` readouts.
 
-    Raises ValueError for one prompt, prompts of two tokens, and what ``ablation.clean_runs`` refuses.
+    Raises ValueError for a single prompt, prompts of two tokens, and as ``ablation.clean_runs`` does.
 
     >>> from surgery.instruments import known_networks
-    >>> frame = self_repair(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6), sampling=Sampling(resamples=0))
+    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(8, 6)
+    >>> frame = self_repair(stack, tokens, sampling=Sampling(resamples=0))
     >>> frame["self_repair"].abs().round(4).tolist()
     [0.0, 0.0, 0.0]
     """
     tokens = Tokens.of(tokens)
-    products = _repaired(stack, tokens, sampling.seed, sampling.batch_size)
-    drawn = weights(len(tokens), sampling.resamples, sampling.seed)
+    moments, draws = _repair_moments(stack, tokens, sampling), _draws(len(tokens), sampling)
     return pd.DataFrame(
-        {"layer": layer, "n_prompts": len(tokens)} | _slopes([sums], drawn) for layer, sums in products.items()
+        {"layer": layer, "n_prompts": len(tokens)} | _slopes([of_layer], draws) for layer, of_layer in moments.items()
     )
 
 
 def predictability(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = RIDGE, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
-    """Does one layer's update say what another computes of the same input? Held-out R^2 of every pair, a row each.
+    """Does one layer's update predict what another computes from the same input? Held-out R^2, a row per pair.
 
-    Of layers i < j, ``u_i = f_i(x_i)`` and ``p_j = f_j(x_i)``, what j makes of the stream that enters i. Both are freed
-    of what is linear in x_i, then p_j is regressed on u_i by ridge, on one half of the prompts, and judged on the
-    other: 1 if j computes what i does, 0 if it computes something else, below 0 if the fit does not carry over, NaN if
-    p_j is linear in x_i or constant. Different functions of a few numbers are a little alike: independent layers that
-    read the same 8 (``calibration.parallel_network``) read .25, an untrained transformer about .05.
-    ``predictability_actual`` takes ``u_j = f_j(x_j)`` instead: it is high where j does the same as i, but also where j
-    reads i, and misses a backup that is silent as long as i works. With fewer than ten tokens a dimension to fit on,
-    all of them are biased downwards, as ``predictability_shuffled`` shows: compare at equal numbers.
+    For layers i < j, ``u_i = f_i(x_i)`` is the update of i and ``p_j = f_j(x_i)`` the output of j on the stream that
+    enters i. The linear part in x_i is removed from both, then p_j is regressed on u_i by ridge, on one half of the
+    prompts, and evaluated on the other: 1 if j computes what i does, 0 if it computes something else, below 0 if the
+    fit does not generalise, NaN if p_j is linear in x_i or constant. Different functions of a few numbers are somewhat
+    alike: independent layers with the same 8 inputs (``known_networks.parallel_network``) have .25, an untrained
+    transformer about .05. ``predictability_actual`` takes ``u_j = f_j(x_j)`` instead: it is high where j does the same
+    as i, but also where j reads i, and it misses a backup that is silent as long as i works. With fewer than ten tokens
+    per dimension to fit on, all are biased downwards, as ``predictability_shuffled`` shows: compare at equal numbers.
 
-    Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers a token
+    Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers per token
     and pair of the same i.
 
-    Raises ValueError for one prompt, and for no more tokens to fit on than twice d_model.
+    Raises ValueError for a single prompt, and where the tokens to fit on are no more than twice d_model.
 
     >>> from surgery.instruments import known_networks
     >>> tokens = known_networks.tokens(60, 8)
@@ -241,46 +245,48 @@ def predictability(
     >>> frame[["predictability"]].isna().values.tolist()  # the later layer reads nothing that enters the first
     [[True]]
     """
-    found, rows = _explained(stack, Tokens.of(tokens), ridge, sampling.seed, sampling.batch_size), []
-    for (layer, later), sums in found.items():
-        drawn = weights(sums.shape[-1], sampling.resamples if sums.shape[-1] > 1 else 0, sampling.seed)
+    rows = []
+    for (layer, later), sums in _squares_of_pairs(stack, Tokens.of(tokens), ridge, sampling).items():
         row: dict[str, float] = {"layer": layer, "later": later, "n_prompts": sums.shape[-1]}
-        for name, values in _r_squared(sums, drawn).items():
+        for name, values in _r_squared(sums, _draws(sums.shape[-1], sampling)).items():
             row |= columns(name, values)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _draws(n_prompts: int, sampling: Sampling) -> Float[Tensor, "resample prompt"]:
+    """How often each resample counts each prompt; a single prompt is not resampled."""
+    return weights(n_prompts, sampling.resamples if n_prompts > 1 else 0, sampling.seed)
+
+
 # --- damage of subsets ---
 
 
-def _curve(
-    full: Damages, drawn: Iterable[tuple[int, ...]], resamples: int, seed: int
-) -> Float[Tensor, "size resample"]:
+def _curve(full: Damages, sets: Iterable[tuple[int, ...]], sampling: Sampling) -> Float[Tensor, "size resample"]:
     """Mean damage of the sets of each size under every resample of the prompts."""
     n_prompts, by_size = full.margin.shape[1], defaultdict(list)
-    counted = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
-    for layers in drawn:
+    shares = _draws(n_prompts, sampling) / n_prompts
+    for layers in sets:
         by_size[len(layers)].append(full.margin[full.row[layers]])
-    return torch.stack([counted @ torch.stack(values).mean(0) for _, values in sorted(by_size.items())])
+    return torch.stack([shares @ torch.stack(values).mean(0) for _, values in sorted(by_size.items())])
 
 
 def _curvature(curve: Float[Tensor, "size resample"]) -> Resampled:
-    found = 1 - 2 * ratio(curve[:-1].sum(0), (len(curve) - 2) * curve[-1])
-    return found if _above(curve[-1]) else torch.full_like(found, torch.nan)
+    values = 1 - 2 * ratio(curve[:-1].sum(0), (len(curve) - 2) * curve[-1])
+    return values if _is_above_0(curve[-1]) else torch.full_like(values, torch.nan)
 
 
-def _above(values: Resampled) -> bool:
-    """Whether the interval lies above 0; of one prompt, or without resamples, the estimate."""
+def _is_above_0(values: Resampled) -> bool:
+    """Whether the interval lies above 0; for one prompt, or without resamples, whether the estimate does."""
     return bool((values[0] if len(values) == 1 else values.quantile(0.025)) > 0)
 
 
 # --- self-repair ---
 
 
-def _repaired(stack: Stack, tokens: Tokens, seed: int, batch_size: int) -> dict[int, dict[str, Moments]]:
-    """For every layer the moments of DE with itself, with DE - TE and with what the norm makes up for."""
-    ensemble = Ensemble(tokens.to(stack.device), Sampling(batch_size=batch_size, seed=seed))
+def _repair_moments(stack: Stack, tokens: Tokens, sampling: Sampling) -> dict[int, dict[str, Moments]]:
+    """The moments of DE with itself, with DE - TE and with the repair by the norm, for every layer."""
+    ensemble = Ensemble(tokens.to(stack.device), Sampling(batch_size=sampling.batch_size, seed=sampling.seed))
     if not predicting_positions(ensemble.tokens, ensemble.mask).any():
         raise ValueError("no token of the ensemble predicts another: give prompts of 3 tokens or more")
     parts: defaultdict[int, defaultdict[str, list[Moments]]] = defaultdict(lambda: defaultdict(list))
@@ -288,18 +294,21 @@ def _repaired(stack: Stack, tokens: Tokens, seed: int, batch_size: int) -> dict[
         kept = predicting_positions(run.context.tokens, run.mask)
         clean = _margin(stack, run, run.stream[-1], kept)
         for layer in range(stack.n_layers):
-            lost = run.update(layer) - run.ablated(layer, run.update(layer))
+            lost = run.update(layer) - run.ablate(layer, run.update(layer))
             alone, x = run.stream[-1] - lost, run.stream[layer + 1] - lost
             ablated = stack.execute(f"{layer + 1}:", x, run.context) if layer + 1 < stack.n_layers else x
             direct = clean - _margin(stack, run, alone, kept, frozen=True)
-            made_up = {
+            effects = {
                 "direct": direct,
                 "self_repair": direct - (clean - _margin(stack, run, ablated, kept)),
                 "norm_repair": direct - (clean - _margin(stack, run, alone, kept)),
             }
-            for name, values in made_up.items():
+            for name, values in effects.items():
                 parts[layer][name].append(Moments.of(direct, values, kept))
-    return {layer: {name: Moments.concatenate(some) for name, some in found.items()} for layer, found in parts.items()}
+    return {
+        layer: {name: Moments.concatenate(batches) for name, batches in of_layer.items()}
+        for layer, of_layer in parts.items()
+    }
 
 
 def _margin(
@@ -307,27 +316,27 @@ def _margin(
 ) -> Float[Tensor, "prompt pos 1"]:
     """Centred logit of the right next token where one is predicted, 0 elsewhere."""
     x, clean = final[:, :-1][kept], run.stream[-1][:, :-1][kept]
-    targets, found = run.context.tokens.ids[:, 1:][kept], []
-    for some in portions(stack, x):
-        with frozen_head(stack, clean[some]) if frozen else nullcontext():
-            y = logits(stack, x[some]).double()
-        found.append(y.gather(1, targets[some].unsqueeze(1)) - y.mean(1, keepdim=True))
+    targets, margins = run.context.tokens.ids[:, 1:][kept], []
+    for rows in portions(stack, x):
+        with frozen_head(stack, clean[rows]) if frozen else nullcontext():
+            y = logits(stack, x[rows]).double()
+        margins.append(y.gather(1, targets[rows].unsqueeze(1)) - y.mean(1, keepdim=True))
     values = torch.zeros(*kept.shape, 1, dtype=torch.float64, device=x.device)
-    values[kept] = torch.cat(found)
+    values[kept] = torch.cat(margins)
     return values
 
 
-def _slopes(layers: Sequence[dict[str, Moments]], drawn: Tensor) -> dict[str, float]:
-    """Slopes on the direct effect, each layer's about its own means, pooled over the layers."""
-    size = _sum(sums["direct"].covariance(drawn) for sums in layers)
+def _slopes(layers: Sequence[dict[str, Moments]], draws: Float[Tensor, "resample prompt"]) -> dict[str, float]:
+    """Slopes on the direct effect, pooled over the layers, each about its own means."""
+    size = _sum(sums["direct"].covariance(draws) for sums in layers)
     scale = _sum(sums["direct"].product.sum() for sums in layers) / _sum(sums["direct"].count.sum() for sums in layers)
     size = torch.where(size > 1e-9 * scale, size, 0)
     slopes = {
-        name: ratio(_sum(sums[name].covariance(drawn) for sums in layers), size)
+        name: ratio(_sum(sums[name].covariance(draws) for sums in layers), size)
         for name in ("self_repair", "norm_repair")
     }
     share = ratio(slopes["norm_repair"], slopes["self_repair"])
-    slopes["norm_share"] = share if _above(slopes["self_repair"]) else torch.full_like(share, torch.nan)
+    slopes["norm_share"] = share if _is_above_0(slopes["self_repair"]) else torch.full_like(share, torch.nan)
     return {key: value for name, values in slopes.items() for key, value in columns(name, values).items()}
 
 
@@ -338,11 +347,9 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 # --- predictability ---
 
 
-def _explained(
-    stack: Stack, tokens: Tokens, ridge: float, seed: int, batch_size: int
-) -> dict[tuple[int, int], Float[Tensor, "kind 2 prompt"]]:
-    """By pair and kind, of every held-out prompt the squares of what is to be predicted and of what is missed."""
-    measured, fitted = (half.to(stack.device) for half in halves(tokens, seed))
+def _squares_of_pairs(stack: Stack, tokens: Tokens, ridge: float, sampling: Sampling) -> dict[tuple[int, int], Squares]:
+    """Squares of the targets and of the residuals in every held-out prompt, by pair of layers."""
+    measured, fitted = (half.to(stack.device) for half in halves(tokens, sampling.seed))
     if (count := int(fitted.ensemble().sum())) <= 2 * stack.d_model:
         raise ValueError(
             f"half of the prompts give {count} tokens to fit on, and {stack.name} has a stream of {stack.d_model}: "
@@ -350,24 +357,24 @@ def _explained(
         )
     both = Tokens(torch.cat([fitted.ids, measured.ids]), torch.cat([fitted.mask, measured.mask]))
     owner = measured.ensemble().nonzero()[:, 0].cpu()
-    generator = np.random.default_rng((seed, 3))
+    generator = np.random.default_rng((sampling.seed, 3))
     partner = torch.cat([partners(fitted.ensemble(), generator), count + partners(measured.ensemble(), generator)])
-    found = {}
-    for layer, x, u, others in _updates(stack, both, batch_size):
-        u = _freed(x, u, count)
-        for later, made in others.items():
-            left = [_left(x, target, count) for target in made]
-            kinds = zip((u, u, u[partner]), (left[0], left[1], left[0]))
-            squares = torch.stack([_squares(given, target, count, ridge) for given, target in kinds])
+    pairs = {}
+    for layer, x, u, outputs in _updates(stack, both, sampling.batch_size):
+        u = _residual(x, u, count)
+        for later, (same_input, actual) in outputs.items():
+            target, actual = _nonlinear(x, same_input, count), _nonlinear(x, actual, count)
+            kinds = ((u, target), (u, actual), (u[partner], target))
+            squares = torch.stack([_squares(predictor, y, count, ridge) for predictor, y in kinds])
             sums = torch.zeros(3, 2, len(measured), dtype=torch.float64)
-            found[layer, later] = sums.index_add(2, owner, squares)
-    return found
+            pairs[layer, later] = sums.index_add(2, owner, squares)
+    return pairs
 
 
 def _updates(
     stack: Stack, tokens: Tokens, batch_size: int
 ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]]:
-    """Of every layer but the last x and u, token by token; and what each later one makes of x, and of its own input."""
+    """Yield every layer but the last with x, u and the outputs of each later layer on x and on its own input."""
     contexts = [stack.context(batch) for batch in tokens.batches(batch_size)]
     masks = [context.tokens.ensemble() for context in contexts]
     streams = [stack.stream(context) for context in contexts]
@@ -391,41 +398,38 @@ def _updates(
         )
 
 
-def _freed(
+def _residual(
     x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int, ridge: float = 1e-9
 ) -> Float[Tensor, "token d_model"]:
-    """What a linear map of x, fitted to the first ``count`` tokens, leaves of y."""
+    """The residual of y after a linear map of x that is fitted to the first ``count`` tokens."""
     fit = LeastSquares(x.shape[1])
     fit.add(x[:count], y[:count])
     matrix, bias = fit.solve(ridge)
     return y - (x @ matrix + bias)
 
 
-def _left(x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int) -> Tensor:
-    """What is not linear in x, and 0 where that is no more than rounding and the fit leave."""
-    left, size = _freed(x, y, count), (y - y.mean(0)).square().sum()
-    known = (size > _ROUNDING * x.square().sum()) & (left.square().sum() > _LEAST * size)
-    return torch.where(known, left, 0)
+def _nonlinear(x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int) -> Tensor:
+    """The part of y that is not linear in x, or 0 where rounding and the fit leave as much."""
+    residual, size = _residual(x, y, count), (y - y.mean(0)).square().sum()
+    real = (size > _ROUNDING * x.square().sum()) & (residual.square().sum() > _LEAST * size)
+    return torch.where(real, residual, 0)
 
 
 def _squares(
-    given: Float[Tensor, "token d_model"], target: Float[Tensor, "token d_model"], count: int, ridge: float
+    predictor: Float[Tensor, "token d_model"], target: Float[Tensor, "token d_model"], count: int, ridge: float
 ) -> Float[Tensor, "2 held_out"]:
-    """Of the tokens behind the first ``count``, the squares of the target and of what is missed of it."""
-    return torch.stack([y[count:].square().sum(1) for y in (target, _freed(given, target, count, ridge))])
+    """Squares of the target and of its residual, at the tokens after the first ``count``."""
+    return torch.stack([y[count:].square().sum(1) for y in (target, _residual(predictor, target, count, ridge))])
 
 
-def _r_squared(sums: Float[Tensor, "kind 2 prompt"], drawn: Float[Tensor, "resample prompt"]) -> dict[str, Resampled]:
+def _r_squared(sums: Squares, draws: Float[Tensor, "resample prompt"]) -> dict[str, Resampled]:
     names = ("predictability", "predictability_actual", "predictability_shuffled")
-    return {name: 1 - ratio(drawn @ missed, drawn @ size) for name, (size, missed) in zip(names, sums, strict=True)}
+    return {name: 1 - ratio(draws @ missed, draws @ size) for name, (size, missed) in zip(names, sums, strict=True)}
 
 
-def _pooled(
-    found: dict[tuple[int, int], Float[Tensor, "kind 2 prompt"]], resamples: int, seed: int
-) -> dict[str, float]:
-    n_prompts = next(iter(found.values())).shape[-1]
-    drawn = weights(n_prompts, resamples if n_prompts > 1 else 0, seed)
-    each = [_r_squared(sums, drawn) for sums in found.values()]
+def _mean_r_squared(pairs: dict[tuple[int, int], Squares], sampling: Sampling) -> dict[str, float]:
+    draws = _draws(next(iter(pairs.values())).shape[-1], sampling)
+    each = [_r_squared(sums, draws) for sums in pairs.values()]
     row: dict[str, float] = {}
     for name in each[0]:
         row |= columns(name, torch.stack([values[name] for values in each]).nanmean(0))

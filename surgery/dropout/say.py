@@ -1,48 +1,44 @@
-"""What a sweep of ``surgery.dropout.toy_model`` says about dropout: paired differences, a sentence, the phase picture.
+"""What the tables of dropout say, in sentences. Pure functions of the frames.
 
-``differences`` compares every rate with no dropout at equal sparsity and seed, after as many steps and at the same
-evaluation loss; ``found`` puts it into words, ``draw`` shows the plane of sparsity and rate after Pona (2023). The
-sweep without dropout in it is the control.
-
->>> from surgery.dropout import toy_model
->>> frame = toy_model.sweep((0.0, 0.9), (0.0, 0.5), (0, 1), n_features=6, n_hidden=2, steps=20)
->>> found(frame).startswith("With importance falling by 0.7")
+>>> from surgery.dropout import perceptrons, toy_model as toy
+>>> frame = perceptrons.perceptrons((4, 8), (1,), (0.0, 0.5), (0, 1), steps=4, every=1, examples=16)
+>>> len(stability(frame))
+10
+>>> frame = toy.sweep((0.0, 0.9), (0.0, 0.5), (0, 1), n_features=6, n_hidden=2, steps=20)
+>>> toy_model(frame)[0].startswith("With importance falling by 0.7")
 True
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from jaxtyping import Float
 
-from surgery.dropout.toy_model import MATCHED
-from surgery.page.drawing import FAINT
-from surgery.page.phrases import number
-from surgery.stats.bootstrap import t_interval, verdict
+from surgery.dropout import mask_ensemble, trained
+from surgery.dropout.files import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.stability import (
+    EFFECTS,
+    HARDLY,
+    NEGLIGIBLE,
+    SPREADS,
+    effects,
+    effects_at_equal_loss,
+    run_statistics,
+    share_of_effect,
+)
+from surgery.dropout.toy_model import differences
+from surgery.dropout.verdicts import ACROSS, LOSS, STEPS, WITHIN, changes, verdicts
+from surgery.page import parts
+from surgery.page.phrases import interval, number
+from surgery.stats import bootstrap
 
-SMALL = 0.01  # a change in a measure below which nothing is said of it, however sure
-DIFFERENCES: dict[str, str] = {
-    "decay": "importance of a feature over that of the one before it",
-    "rate": "probability that dropout sets a hidden unit to 0 in training",
-    "sparsity": "probability that a feature is 0; empty: the mean over all sparsities of the sweep",
-    "measure": "which measure of the sweep",
-    "control": "the model without dropout, same sparsity and seed: 'steps' trained as long, 'loss' when its loss was as"
-    " high",
-    "difference": "measure with dropout minus measure of the control, mean over seeds",
-    "difference_low": "lower end of its 95 % interval by Student's t over seeds, paired",
-    "difference_high": "upper end of it",
-    "verdict": "higher, lower or undecided",
-    "n_seeds": "pairs",
-}
-_PANELS = {
-    "features_per_dimension": "Features per dimension\n|W|² / hidden units",
-    "effective_features": "The same, free of scale\neffective number of features / hidden units",
-    "dimensionality": "Share of a dimension\nD of a represented feature",
-    "interference": "Interference\non a represented feature",
-}
-_WORDS = {
+PerSeed = Float[np.ndarray, " seed"]
+
+SMALL = 0.01  # smaller changes of the toy model's measures are not spoken of, however certain
+_CLAIMS = {WITHIN: "lowers superposition within components", ACROSS: "raises redundancy across components"}
+_LONGEST = len(trained.SHARES) - 1  # steps of the hardest problems
+_TOY_MEASURES = {
     "effective_features": "effective features per dimension",
     "dimensionality": "a feature's share of a dimension",
     "features_per_dimension": "features per dimension, shrinking weights included,",
@@ -50,41 +46,259 @@ _WORDS = {
 }
 
 
-def differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every rate against none, paired by sparsity and seed: ``DIFFERENCES``, a row per rate, sparsity (and their mean),
-    measure and control.
+# --- the models ------------------------------------------------------------------------------------------------------
 
-    Equal loss is reached by stopping the control early, so that what it has not yet learned counts as well: there its
-    initial weights, random directions all, still show.
+
+def models(frame: pd.DataFrame) -> list[str]:
+    """Both halves of the prediction, then a sentence for each measure and way of matching, then what was learned."""
+    judged, largest = verdicts(frame), frame["rate"].max()
+    sentences = []
+    for half, claim in _CLAIMS.items():
+        main = judged[judged["half"] == half].head(2)
+        words = set(main["verdict"])
+        word = words.pop() if len(words) == 1 else "undecided"
+        values = ", ".join(
+            f"{number(row, 'change', 3, signed=True)} at matched {row['matched']}" for row in parts.rows(main)
+        )
+        sentences.append(
+            f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {values}."
+            + _constant(frame, str(main["measure"].iloc[0]))
+            + _other_measures(judged, half)
+        )
+    for row in parts.rows(judged):
+        predicted = {1: ", predicted to rise", -1: ", predicted to fall", 0: ""}[row["predicted"]]
+        sentences.append(
+            f"{row['half'].capitalize()}, matched {row['matched']}: {row['phrase']}{predicted}: "
+            f"{number(row, 'change', 3, signed=True)}; {row['verdict']}."
+        )
+    for matched in (STEPS, LOSS):
+        scores = frame[frame["matched"] == matched].groupby("rate")[["loss", f"exact_{_LONGEST}"]].mean()
+        values = "; ".join(
+            f"p = {rate:g}: {row['loss']:.2f} nats, {row[f'exact_{_LONGEST}']:.0%}" for rate, row in scores.iterrows()
+        )
+        sentences.append(f"Matched {matched}, held-out loss and exact answers at k = {_LONGEST}: {values}.")
+    return sentences
+
+
+def _constant(frame: pd.DataFrame, name: str) -> str:
+    values = frame[name]
+    return f" It is {values.iloc[0]:.3f} in every model, so it says nothing." if np.ptp(values) < 1e-6 else ""
+
+
+def _other_measures(judged: pd.DataFrame, half: str) -> str:
+    """How many of the measures that do not decide agree."""
+    others = judged[(judged["half"] == half) & (judged["predicted"] != 0)].iloc[2:]
+    if others.empty:
+        return ""
+    counts = [
+        f"{(part['verdict'] == 'confirmed').sum()} confirm and {(part['verdict'] == 'refuted').sum()} refute at "
+        f"matched {matched}"
+        for matched, part in others.groupby("matched", sort=False)
+    ]
+    return f" Of the other {len(others) // 2} measures, {', '.join(counts)}."
+
+
+def probes(frame: pd.DataFrame) -> list[str]:
+    """Does dropout in training make dropping at test time hurt less? A sentence per probe and way of matching."""
+    sentences = []
+    for (name, matched), part in frame.groupby(["probe", "matched"], sort=False):
+        means = part.groupby(["rate", "seed", "matched"])["excess"].mean().reset_index()
+        mean, low, high = bootstrap.t_interval(changes(means, "excess", str(matched)))
+        without = means.loc[means["rate"] == 0, "excess"].mean()
+        word = bootstrap.verdict(low, high, "hurts more", "hurts less")
+        sentences.append(
+            f"Dropping {name} at test time costs {without:.2f} nats per answer token without dropout in training; "
+            f"with it, matched {matched}, {interval(mean, low, high, signed=True)}: {word}."
+        )
+    return sentences
+
+
+# --- averages over masks ---------------------------------------------------------------------------------------------
+
+
+def ensembles(frame: pd.DataFrame) -> list[str]:
+    """How far apart are one mask, the average of many, and dropout switched off? A sentence per rate in training."""
+    sentences, most = [], frame["count"].max()
+    predictors = {
+        "nothing dropped": (mask_ensemble.SCALING, 0),
+        "one mask": (mask_ensemble.ARITHMETIC, 1),
+        f"{most} masks, mean probability": (mask_ensemble.ARITHMETIC, most),
+        f"{most} masks, mean log-probability": (mask_ensemble.GEOMETRIC, most),
+    }
+    for rate, part in frame.groupby("rate"):
+        values = []
+        for name, (way, count) in predictors.items():
+            rows = part[(part["way"] == way) & (part["count"] == count)]
+            values.append(f"{name} {rows['cross_entropy_answers'].mean():.2f} nats, {rows['exact'].mean():.0%}")
+        sentences.append(
+            f"Trained with dropout {rate:g}, {frame['p'].iloc[0]:g} of the neurons dropped (nats per answer token, "
+            f"exact answers): {'; '.join(values)}."
+        )
+    return sentences
+
+
+def mask_averages(frame: pd.DataFrame) -> list[str]:
+    """What the largest number of masks of ``mask_ensemble.curve`` leaves between each average and dropout off.
+
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> stack, tokens = Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(8, 6)
+    >>> print(mask_averages(mask_ensemble.curve(stack, tokens, "unembed.hook_in", 0.0, (1, 2)))[0])
+    Arithmetic mean of 2 masks: 0.0000 [0.0000, 0.0000] nats of KL from dropout off, loss +0.0000 [+0.0000, +0.0000].
     """
-    rows = []
-    for decay, part in frame.groupby("decay"):
-        cells = part.set_index(["sparsity", "seed"])
-        none = cells[cells["rate"] == 0]
-        for rate, dropped in cells[cells["rate"] > 0].groupby("rate"):
-            for name in MATCHED:
-                controls = {"steps": none[name], "loss": dropped[f"{name}_matched"]}
-                for control, values in controls.items():
-                    change = (dropped[name] - values).unstack("seed")
-                    means = {np.nan: change.dropna().mean()} | {at: row.dropna() for at, row in change.iterrows()}
-                    row = {"decay": decay, "rate": rate, "measure": name, "control": control}
-                    rows += [row | {"sparsity": at} | _compared(seeds) for at, seeds in means.items() if len(seeds)]
-    return pd.DataFrame(rows, columns=list(DIFFERENCES))
+    last = frame[frame["count"] == frame["count"].max()]
+    last = last.assign(**{name: last[name] + 0.0 for name in last.select_dtypes(float)})  # no negative zeros
+    return [
+        f"{row['way'].capitalize()} mean of {row['count']} mask{'s' * (row['count'] > 1)}: {number(row, 'kl', 4)} nats "
+        f"of KL from dropout off, loss {number(row, 'excess', 4, signed=True)}."
+        for row in parts.rows(last)
+    ]
 
 
-def _compared(seeds: pd.Series) -> dict[str, Any]:
-    mean, low, high = t_interval(seeds.to_numpy())
-    ends = {"difference": mean, "difference_low": low, "difference_high": high}
-    return ends | {"verdict": verdict(low, high, "higher", "lower"), "n_seeds": len(seeds)}
+# --- stability of training -------------------------------------------------------------------------------------------
 
 
-def found(frame: pd.DataFrame) -> str:
-    """Does dropout lower superposition at equal sparsity? One sentence for every ``decay`` in the sweep.
+def stability(frame: pd.DataFrame) -> list[str]:
+    """Claims about the stability of training, a sentence each, by 95 % intervals over seeds of paired differences.
+
+    A claim is confirmed or refuted where the interval (Student's t) lies on one side; that dropout changes nothing is
+    claimed only where the whole interval is below 5 %. Claims about width and depth are judged where there are several.
+    Nothing corrects for the number of sentences: where there is no effect, one in twenty claims one.
+
+    Raises ValueError where no run has ``rate`` 0 or all have, and as ``stability.run_statistics`` does.
+    """
+    runs = run_statistics(frame)
+    rates, widths, depths = (sorted(runs[name].unique().tolist()) for name in ("rate", "width", "depth"))
+    if rates[0] != 0 or len(rates) < 2:
+        raise ValueError(
+            f"dropout is compared with training without it, the rates are {', '.join(f'{p:g}' for p in rates)}: give 0 "
+            "and at least one more"
+        )
+    sentences = [sentence for rate in rates[1:] for sentence in _variance_and_steadiness(frame, runs, rate)]
+    if len(widths) > 1:
+        sentences += [_wider(runs, rate, name) for rate in rates for name in SPREADS if runs[name].notna().any()]
+    if len(depths) > 1:
+        sentences.append(_shallower(runs, depths[0], depths[-1]))
+        sentences += [_hardly_shows(runs, rate, name, depths[0], depths[-1]) for rate in rates[1:] for name in EFFECTS]
+    return sentences
+
+
+def stream(frame: pd.DataFrame) -> list[str]:
+    """The sentences of ``stability`` about the residual stream of the small models."""
+    return [f"In the small models: {sentence}" for sentence in stability(frame)]
+
+
+def _variance_and_steadiness(frame: pd.DataFrame, runs: pd.DataFrame, rate: float) -> list[str]:
+    """Does dropout change the variance, at equal steps and at equal loss, and is it steadier?"""
+    sentences = []
+    for values, where in (
+        (effects(runs, rate, "log_variance"), "at equal steps"),
+        (effects_at_equal_loss(frame, rate), "at equal held-out loss"),
+    ):
+        ratio = interval(*np.exp(bootstrap.t_interval(_by_seed(values))))
+        sentences.append(
+            f"Dropout {rate:g} changes the variance of activations, {where}: {_change(_by_seed(values))}; {ratio} "
+            f"times that without (geometric mean){_by_depth(values, _change)}."
+        )
+    for name, measure in (
+        ("variation", "coefficient of variation"),
+        ("variance_jitter", f"standard deviation of {SPREADS['variance_jitter']}"),
+    ):
+        values = effects(runs, rate, name)
+        sentences.append(
+            f"With dropout {rate:g} the variance is steadier over training: {_falls(_by_seed(values))}; {measure} over "
+            f"the last half of the steps, with minus without: {_mean(_by_seed(values))}{_by_depth(values, _falls)}."
+        )
+    return sentences
+
+
+def _wider(runs: pd.DataFrame, rate: float, name: str) -> str:
+    wide = runs[runs["rate"] == rate].pivot_table(index="seed", columns="width", values=name).dropna()
+    octaves = np.log2(wide.columns.to_numpy(float))
+    octaves -= octaves.mean()
+    slopes = wide.to_numpy() @ octaves / (octaves @ octaves)
+    return (
+        f"A wider network trains more stably, {dropout_rate(rate)}: {_falls(slopes)}; standard deviation of "
+        f"{SPREADS[name]} over the last half of the steps, per doubling of the width: {_mean(slopes)}."
+    )
+
+
+def _shallower(runs: pd.DataFrame, shallow: int, deep: int) -> str:
+    steps = runs[runs["rate"] == 0].pivot_table(index="seed", columns="depth", values="converged")
+    steps = steps[[shallow, deep]].dropna()
+    difference = (steps[deep] - steps[shallow]).to_numpy()
+    return (
+        f"A shallower network converges sooner, without dropout: {_falls(-difference)}; the held-out loss is within "
+        f"5 % of its best after {steps[shallow].mean():.0f} steps with {layer_count(shallow)} and "
+        f"{steps[deep].mean():.0f} with {layer_count(deep)}, difference {_mean(difference, 0)}."
+    )
+
+
+def _hardly_shows(runs: pd.DataFrame, rate: float, name: str, shallow: int, deep: int) -> str:
+    words, values = list[str](), list[str]()
+    for width, part in effects(runs, rate, name).groupby("width"):
+        by_depth = part.unstack("depth").reindex(columns=[shallow, deep]).dropna()
+        if by_depth.empty:
+            continue
+        near, far = by_depth[shallow].to_numpy(), by_depth[deep].to_numpy()
+        words.append(share_of_effect(near, far))
+        values.append(f"{_mean(near)} and {_mean(far)} at width {width}")
+    word = words[0] if len(set(words)) == 1 else f"undecided, from width to width {', '.join(words) or 'not trained'}"
+    return (
+        f"With {layer_count(shallow)} dropout {rate:g} hardly shows (less than {HARDLY:g} of its effect with "
+        f"{layer_count(deep)}): {word}; with minus without, {EFFECTS[name]}: {', '.join(values)}."
+    )
+
+
+def _by_seed(values: pd.Series) -> PerSeed:
+    return values.groupby("seed").mean().to_numpy()
+
+
+def _by_depth(values: pd.Series, judge: Callable[[PerSeed], str]) -> str:
+    """The verdict of ``judge`` at every depth, where there are several: an average over them can hide much."""
+    words = [f"{judge(_by_seed(part))} with {layer_count(int(str(depth)))}" for depth, part in values.groupby("depth")]
+    return f"; by depth: {', '.join(words)}" if len(words) > 1 else ""
+
+
+def _change(values: PerSeed) -> str:
+    _, low, high = bootstrap.t_interval(values)
+    if low > -NEGLIGIBLE and high < NEGLIGIBLE:
+        return f"refuted (less than {NEGLIGIBLE:.0%})"
+    return bootstrap.verdict(low, high, "confirmed (higher)", "confirmed (lower)")
+
+
+def _falls(values: PerSeed) -> str:
+    return bootstrap.verdict(*bootstrap.t_interval(values)[1:], "refuted", "confirmed")
+
+
+def _mean(values: PerSeed, digits: int = 3) -> str:
+    return interval(*bootstrap.t_interval(values), digits, signed=True)
+
+
+def dropout_rate(rate: float) -> str:
+    """The rate in words.
+
+    >>> dropout_rate(0.5), dropout_rate(0)
+    ('with dropout 0.5', 'without dropout')
+    """
+    return f"with dropout {rate:g}" if rate else "without dropout"
+
+
+def layer_count(count: int) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} layer" if count == 1 else f"{count} layers"
+
+
+# --- the toy model ---------------------------------------------------------------------------------------------------
+
+
+def toy_model(frame: pd.DataFrame) -> list[str]:
+    """Does dropout lower superposition at equal sparsity? One sentence for every ``decay`` in a sweep of the toy model.
 
     Less superposition is what both measures that do not depend on the scale of W say: fewer effective features, and a
     larger share of a dimension for each, by at least ``SMALL``; more, the reverse of both.
     """
-    return " ".join(_sentence(decay, frame[frame["decay"] == decay]) for decay in sorted(frame["decay"].unique()))
+    return [_sentence(decay, frame[frame["decay"] == decay]) for decay in sorted(frame["decay"].unique())]
 
 
 def _sentence(decay: float, frame: pd.DataFrame) -> str:
@@ -92,53 +306,36 @@ def _sentence(decay: float, frame: pd.DataFrame) -> str:
     overall, single = table["sparsity"].isna(), table["sparsity"].notna()
     steps, matched = table["control"] == "steps", table["control"] == "loss"
     last = table[overall & steps & (table["rate"] == table["rate"].max())].set_index("measure")
-    numbers = ", ".join(f"{words} {number(last.loc[name], 'difference')}" for name, words in _WORDS.items())
+    values = ", ".join(f"{words} {number(last.loc[name], 'difference')}" for name, words in _TOY_MEASURES.items())
     kind = "With all features equally important" if decay == 1 else f"With importance falling by {decay:g} a feature"
     return (
         f"{kind}, in the mean over {frame['sparsity'].nunique()} sparsities dropout "
-        f"{_does(table[overall & steps], 'rate')} (at rate {table['rate'].max():g}, {frame['seed'].nunique()} seeds "
-        f"paired: {numbers}); taken singly it {_does(table[single & steps], 'sparsity')}; beside models without it "
-        f"stopped early at equal loss it {_does(table[overall & matched], 'rate')}."
+        f"{_superposition(table[overall & steps], 'rate')} (at rate {table['rate'].max():g}, "
+        f"{frame['seed'].nunique()} seeds paired: {values}); sparsity by sparsity it "
+        f"{_superposition(table[single & steps], 'sparsity')}; compared with models without it that were stopped early "
+        f"at equal loss, it {_superposition(table[overall & matched], 'rate')}."
     )
 
 
-def _does(table: pd.DataFrame, axis: str) -> str:
-    """``lowers superposition at rate 0.2, 0.5 and raises it at rate 0.1``: where it is sure and not ``SMALL``."""
+def _superposition(table: pd.DataFrame, axis: str) -> str:
+    """``lowers superposition at rate 0.2, 0.5 and raises it at rate 0.1``: where that is clear and not ``SMALL``."""
     table = table[table["difference"].abs() >= SMALL].fillna({"sparsity": -1})
-    verdicts = table.pivot(index=["rate", "sparsity"], columns="measure", values="verdict")
-    verdicts = verdicts.reindex(columns=list(_WORDS))
-    said: list[str] = []
+    judged = table.pivot(index=["rate", "sparsity"], columns="measure", values="verdict")
+    judged = judged.reindex(columns=list(_TOY_MEASURES))
+    clauses: list[str] = []
     for verb, features, share in (("lowers", "lower", "higher"), ("raises", "higher", "lower")):
-        sure = verdicts[(verdicts["effective_features"] == features) & (verdicts["dimensionality"] == share)]
-        places = ", ".join(f"{place:g}" for place in sorted(set(sure.index.get_level_values(axis))))
+        clear = judged[(judged["effective_features"] == features) & (judged["dimensionality"] == share)]
+        places = ", ".join(f"{place:g}" for place in sorted(set(clear.index.get_level_values(axis))))
         if places:
-            said.append(f"{verb} {'it' if said else 'superposition'} at {axis} {places}")
-    return " and ".join(said) or "surely changes superposition nowhere"
+            clauses.append(f"{verb} {'it' if clauses else 'superposition'} at {axis} {places}")
+    return " and ".join(clauses) or "does not clearly change superposition anywhere"
 
 
-def draw(frame: pd.DataFrame) -> Figure:
-    """The plane of sparsity (across) and dropout (up), means over seeds: a row of panels per ``decay``."""
-    decays = sorted(frame["decay"].unique())
-    figure = Figure(figsize=(15, 3.2 * len(decays) + 0.9), layout="constrained")
-    grid = figure.subplots(len(decays), len(_PANELS), squeeze=False, sharex=True, sharey=True)
-    for decay, row in zip(decays, grid):
-        part = frame[frame["decay"] == decay]
-        for (name, title), axes in zip(_PANELS.items(), row):
-            plane = part.pivot_table(index="rate", columns="sparsity", values=name, dropna=False)
-            norm = Normalize(0, 1) if name == "dimensionality" else Normalize(0, float(np.nanmax(plane)))
-            image = axes.imshow(plane, origin="lower", aspect="auto", cmap="viridis", norm=norm)
-            axes.set_xticks(range(plane.shape[1]), [f"{sparsity:g}" for sparsity in plane.columns], rotation=60)
-            axes.set_yticks(range(plane.shape[0]), [f"{rate:g}" for rate in plane.index])
-            axes.spines[["top", "right"]].set_visible(False)
-            figure.colorbar(image, ax=axes, shrink=0.85)
-            if axes in grid[0]:
-                axes.set_title(title, loc="left", fontsize=10)
-            if axes in grid[-1]:
-                axes.set_xlabel("sparsity")
-        row[0].set_ylabel(f"dropout\n(importance x {decay:g} a feature)")
-    figure.supxlabel(
-        "means over seeds; the first and the last panel fall with the weights' scale, the two between do not",
-        fontsize=9,
-        color=FAINT,
-    )
-    return figure
+SENTENCES: Mapping[str, Callable[[pd.DataFrame], list[str]]] = {
+    MODELS: models,
+    PROBES: probes,
+    ENSEMBLE: ensembles,
+    PERCEPTRONS: stability,
+    STREAM: stream,
+    TOY: lambda frame: [" ".join(toy_model(frame))],
+}

@@ -8,13 +8,14 @@ divided by ``1 - rate``; off at evaluation (Pona 2023, "Superposition and Dropou
 dropout, except where importance varies and sparsity is low).
 
 A sweep over sparsity, rate and seed trains all its models at once: their weights are one tensor, their products
-batched. A cell draws from a generator seeded by its own seed, so it is the same alone as in a sweep; cells of one seed
-share initial weights, examples and noise, which is what makes differences between rates paired.
+batched. A cell draws from a generator with its own seed, so its result is the same alone as in a sweep; cells of one
+seed share initial weights, examples and noise, so that differences between rates are paired.
 
-**What shrinks is not what superposes.** A unit that is kept is divided by ``1 - rate``, and a single feature with that
+**Shrinking is not superposition.** A unit that is kept is divided by ``1 - rate``, and a single feature with that
 unit to itself is exact there at ``|W_i|^2 = 1 - rate``, not 1: features per dimension and interference fall though
-nothing else has changed. Read them beside ``effective_features`` and ``dimensionality``, which do not depend on the
-scale of W, and beside the model without dropout at the same loss (``..._matched``).
+nothing else changes. Read them beside ``effective_features`` and ``dimensionality``, which do not depend on the
+scale of W, and beside the model without dropout at the same loss (``..._matched``). ``differences`` compares every rate
+with none.
 
 >>> pair = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])  # two features back to back, one alone
 >>> dimensionality(pair).tolist(), geometry(pair)
@@ -23,12 +24,15 @@ scale of W, and beside the model without dropout at the same loss (``..._matched
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from surgery.stats.bootstrap import t_interval, verdict
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 RATES = (0.0, 0.1, 0.2, 0.35, 0.5)
@@ -44,8 +48,8 @@ _KNOWN = {
     2 / 5: "pentagon",
     3 / 8: "square antiprism",
 }
-_CLOSE = 0.012  # half the distance between the nearest two of them
-_SUPERPOSED = 0.9  # a feature that has less of a dimension than this shares it
+_CLOSE = 0.012  # half the distance between the closest two of them
+_SUPERPOSED = 0.9  # a feature with less of a dimension than this shares it
 
 _MEASURES = {
     "features_per_dimension": "|W|_F^2 / hidden units; shrinks with the weights",
@@ -67,7 +71,7 @@ COLUMNS: dict[str, str] = {
     "steps": "training steps",
     "loss": "importance-weighted squared error per example, dropout off, on examples not trained on",
     **_MEASURES,
-    "geometry": "the commonest arrangement among the represented features, by their D_i",
+    "geometry": "the most common arrangement among the represented features, by their D_i",
     **{
         f"{name}_matched": f"{name} of the model without dropout, same sparsity and seed, when its loss in training had"
         " come down to this row's (interpolated)"
@@ -75,9 +79,23 @@ COLUMNS: dict[str, str] = {
     },
 }
 
+DIFFERENCES: dict[str, str] = {
+    "decay": "importance of a feature over that of the one before it",
+    "rate": "probability that dropout sets a hidden unit to 0 in training",
+    "sparsity": "probability that a feature is 0; empty: the mean over all sparsities of the sweep",
+    "measure": "which measure of the sweep",
+    "control": "the model without dropout, same sparsity and seed: 'steps' trained as long, 'loss' when its loss was as"
+    " high",
+    "difference": "measure with dropout minus measure of the control, mean over seeds",
+    "difference_low": "lower end of its 95 % interval by Student's t over seeds, paired",
+    "difference_high": "upper end of it",
+    "verdict": "higher, lower or undecided",
+    "n_seeds": "pairs",
+}
+
 
 def features_per_dimension(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell"]:
-    """``|W|_F^2 / m``: features that W represents, each by its squared length, per hidden unit (Elhage et al. 2022).
+    """Features that W represents per hidden unit, ``|W|_F^2 / m`` (Elhage et al. 2022).
 
     >>> features_per_dimension(torch.tensor([[1.0, -1.0]])).item()
     2.0
@@ -86,10 +104,11 @@ def features_per_dimension(w: Float[Tensor, "*cell hidden feature"]) -> Float[Te
 
 
 def effective_features(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell"]:
-    """``exp(H(p)) / m`` with ``p_i = |W_i|^2 / |W|_F^2``: above 1 there are more features than dimensions.
+    """Effective number of features per dimension, ``exp(H(p)) / m`` with ``p_i = |W_i|^2 / |W|_F^2``.
 
-    The effective number of features that Bereska et al. (2025, arXiv 2512.13568) take of an autoencoder's activations,
-    here of the squared lengths, which are known; it does not change when W shrinks. NaN where W is 0.
+    Bereska et al. (2025, arXiv 2512.13568) compute it from an autoencoder's activations, here it is computed from the
+    squared lengths, which are known. Above 1 there are more features than dimensions; it does not change when W
+    shrinks. NaN where W is 0.
 
     >>> effective_features(0.1 * torch.tensor([[1.0, -1.0]])).item()
     2.0
@@ -99,7 +118,7 @@ def effective_features(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor
 
 
 def interference(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell feature"]:
-    """``sum_(j != i) (What_i . W_j)^2``: what the other features put onto the direction of feature i; 0 where W_i is 0.
+    """Projection of the other features on feature i, ``sum_(j != i) (What_i . W_j)^2``; 0 where W_i is 0.
 
     >>> interference(torch.tensor([[1.0, -0.5]])).tolist()
     [0.25, 1.0]
@@ -110,7 +129,7 @@ def interference(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*ce
 
 
 def dimensionality(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell feature"]:
-    """``D_i = |W_i|^2 / sum_j (What_i . W_j)^2``, the share of a dimension that feature i has (Elhage et al. 2022).
+    """Share of a dimension that feature i has, ``D_i = |W_i|^2 / sum_j (What_i . W_j)^2`` (Elhage et al. 2022).
 
     1 alone, 3/4 in a tetrahedron, 2/3 in a triangle, 1/2 in an antipodal pair, 2/5 in a pentagon; 0 where W_i is 0.
     ``D_i`` is at most the leverage of W_i, so the sum is at most the rank of W.
@@ -120,7 +139,9 @@ def dimensionality(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*
 
 
 def capacity(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell feature"]:
-    """``C_i = (W_i . W_i)^2 / sum_j (W_i . W_j)^2`` (Scherlis et al. 2022, arXiv 2210.01892): D_i by another road.
+    """Capacity of feature i, ``C_i = (W_i . W_i)^2 / sum_j (W_i . W_j)^2``, which equals D_i.
+
+    (Scherlis et al. 2022, arXiv 2210.01892.)
 
     >>> w = torch.randn(2, 5)
     >>> torch.allclose(capacity(w), dimensionality(w), atol=1e-5)
@@ -131,17 +152,19 @@ def capacity(w: Float[Tensor, "*cell hidden feature"]) -> Float[Tensor, "*cell f
 
 
 def represented(w: Float[Tensor, "*cell hidden feature"]) -> Bool[Tensor, "*cell feature"]:
-    """``|W_i| > 1/2``: nearer to the length of a feature that is kept whole than to nothing."""
+    """Whether feature i is represented, ``|W_i| > 1/2``: closer to full length than to nothing."""
     return w.norm(dim=-2) > 0.5
 
 
 def geometry(w: Float[Tensor, "hidden feature"]) -> list[str]:
-    """The arrangement of every feature, named by its D_i: ``other`` if near none of the known, ``absent`` if not
-    represented. A name is no proof: a pentagon's features have D = 2/5, and so may others."""
+    """Name the arrangement of every feature by its D_i; ``other`` if none fits, ``absent`` if not represented.
+
+    A name is no proof: a pentagon's features have D = 2/5, but so may others.
+    """
     known = torch.tensor(list(_KNOWN))
     distance, which = (dimensionality(w).float().unsqueeze(-1) - known).abs().min(-1)
     names = [list(_KNOWN.values())[i] if near else "other" for i, near in zip(which.tolist(), distance < _CLOSE)]
-    return [name if there else "absent" for name, there in zip(names, represented(w))]
+    return [name if present else "absent" for name, present in zip(names, represented(w))]
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
@@ -151,19 +174,19 @@ def _over(a: Tensor, b: Tensor) -> Tensor:
 # --- the models ------------------------------------------------------------------------------------------------------
 
 
-def reconstructed(
+def reconstruct(
     x: Float[Tensor, "*cell example feature"],
     w: Float[Tensor, "*cell hidden feature"],
     b: Float[Tensor, "*cell feature"],
 ) -> Float[Tensor, "*cell example feature"]:
-    """``ReLU(W^T W x + b)``, dropout off."""
+    """The output of the model, ``ReLU(W^T W x + b)``, with dropout off."""
     return (x @ w.mT @ w + b.unsqueeze(-2)).relu()
 
 
 def examples(
     uniform: Float[Tensor, "cell example feature"], sparsity: Float[Tensor, " cell"]
 ) -> Float[Tensor, "cell example feature"]:
-    """Features that are 0 with probability ``sparsity``, else uniform in [0, 1], out of one uniform number each.
+    """Features that are 0 with probability ``sparsity``, else uniform in [0, 1], from one uniform number each.
 
     >>> examples(torch.tensor([[[0.25, 0.75, 1.0]]]), torch.tensor([0.5])).tolist()
     [[[0.0, 0.5, 1.0]]]
@@ -173,6 +196,7 @@ def examples(
 
 
 def importance(n_features: int, decay: float) -> Float[Tensor, " feature"]:
+    """Weights of the features in the loss, ``decay^i``."""
     return decay ** torch.arange(n_features, dtype=torch.float32)
 
 
@@ -188,20 +212,22 @@ def training(
     lr: float = 0.01,
     checkpoints: Sequence[int] = (),
 ) -> Iterator[tuple[Float[Tensor, "cell hidden feature"], Float[Tensor, "cell feature"]]]:
-    """Train one model per cell, all at once; yields W and b (views, overwritten later) after each of ``checkpoints``
-    (steps; 0 is before training) and at the end. Adam, its rate falling linearly to 0.
+    """Train one model per cell, all at once, and yield W and b after each of ``checkpoints`` and at the end.
 
-    Cost: 3 ms a step for 250 cells of 20 features in 5 units and 64 examples, on one core.
-    Raises ``ValueError`` for sparsities and rates outside [0, 1).
+    ``checkpoints`` are steps, 0 is before training; W and b are views that are overwritten later. Adam, with a learning
+    rate that falls linearly to 0. Cost: 3 ms a step for 250 cells of 20 features in 5 units and 64 examples, on one
+    core.
+
+    Raises ValueError for sparsities and rates outside [0, 1).
     """
     _check("sparsities", sparsity)
     _check("rates", rate)
     seeds, which = seed.unique(return_inverse=True)
-    generators = [torch.Generator().manual_seed(int(one)) for one in seeds]
+    generators = [torch.Generator().manual_seed(int(value)) for value in seeds]
     spread = (2 / (n_features + n_hidden)) ** 0.5
     starts = [spread * torch.randn(n_hidden + 1, n_features, generator=generator) for generator in generators]
     weights = torch.stack(starts).index_select(0, which)
-    w, b = weights[:, :-1], weights[:, -1:]  # b is the last row, so that there is one tensor to step
+    w, b = weights[:, :-1], weights[:, -1:]  # b is the last row: a single tensor to optimise
     b.zero_()
     weights.grad = torch.empty_like(weights)
     optimiser = torch.optim.Adam([weights], lr=lr)
@@ -210,13 +236,13 @@ def training(
     for step in range(steps):
         if step in checkpoints:
             yield w, b[:, 0]
-        uniform = torch.stack([torch.rand(batch, n_features + n_hidden, generator=one) for one in generators])
-        uniform = uniform.index_select(0, which)
+        numbers = [torch.rand(batch, n_features + n_hidden, generator=generator) for generator in generators]
+        uniform = torch.stack(numbers).index_select(0, which)
         x = examples(uniform[..., :n_features], sparsity)
         kept = (uniform[..., n_features:] >= rate) / (1 - rate)
         hidden = torch.bmm(x, w.mT).mul_(kept)
         x_hat = torch.baddbmm(b, hidden, w).relu_()
-        error = (x_hat - x).mul_(slope).mul_(x_hat.sign_())  # from here on by hand: the gradient of the loss
+        error = (x_hat - x).mul_(slope).mul_(x_hat.sign_())  # the gradient of the loss, by hand from here on
         back = torch.bmm(error, w.mT).mul_(kept)
         weights.grad[:, :-1] = torch.baddbmm(torch.bmm(hidden.mT, error), back.mT, x)
         weights.grad[:, -1] = error.sum(1)
@@ -231,28 +257,30 @@ def loss(
     sparsity: Float[Tensor, " cell"],
     decay: float = 0.7,
 ) -> Float[Tensor, " cell"]:
-    """Importance-weighted squared error per example with dropout off, on ``EVALUATED`` examples that are the same
-    draws for every cell."""
+    """Importance-weighted squared error per example with dropout off.
+
+    It is measured on ``EVALUATED`` examples, from the same draws for every cell.
+    """
     n_features = w.shape[-1]
     uniform = torch.rand(EVALUATED, n_features, generator=torch.Generator().manual_seed(_EVALUATION))
     data = {s: examples(uniform[None], torch.tensor([s]))[0] for s in sparsity.unique().tolist()}
     errors = [
-        (reconstructed(data[s], one_w, one_b) - data[s]).square().mean(0)
-        for s, one_w, one_b in zip(sparsity.tolist(), w, b)
+        (reconstruct(data[s], weight, bias) - data[s]).square().mean(0)
+        for s, weight, bias in zip(sparsity.tolist(), w, b)
     ]
     return torch.stack(errors) @ importance(n_features, decay)
 
 
 def measures(w: Float[Tensor, "cell hidden feature"]) -> dict[str, Float[Tensor, " cell"]]:
-    """Every measure of the sweep, a number per cell; NaN for means over represented features where there are none."""
-    there, share = represented(w), dimensionality(w)
-    n = there.sum(-1)
+    """All measures of the sweep, a number per cell; means over represented features are NaN where there are none."""
+    present, share = represented(w), dimensionality(w)
+    n = present.sum(-1)
     values = (
         features_per_dimension(w),
         effective_features(w),
-        (share * there).sum(-1) / n,
-        (interference(w) * there).sum(-1) / n,
-        ((share < _SUPERPOSED) & there).sum(-1) / n,
+        (share * present).sum(-1) / n,
+        (interference(w) * present).sum(-1) / n,
+        ((share < _SUPERPOSED) & present).sum(-1) / n,
         n / w.shape[-2],
         capacity(w).sum(-1) / w.shape[-2],
     )
@@ -270,10 +298,10 @@ def sweep(
     decay: float = 0.7,
     lr: float = 0.01,
 ) -> pd.DataFrame:
-    """One model per sparsity, rate and seed, trained together: ``COLUMNS``, a row each.
+    """Train one model per sparsity, rate and seed, all together; return a row each, ``COLUMNS``.
 
-    Cost: about 20 s on one core as it stands. ``superposition_findings`` compares, says and draws what came out; it
-    keeps sweeps of several ``decay``, concatenated, apart. Raises ``ValueError`` without rate 0, the control of all.
+    Sweeps of several ``decay`` may be concatenated: sentences and figures keep them apart. Cost: about 20 s on one core
+    with the defaults. Raises ValueError without rate 0, the control of all.
 
     >>> frame = sweep((0.0, 0.9), (0.0, 0.5), (0, 1), n_features=6, n_hidden=2, steps=20)
     >>> len(frame), bool((frame["capacity"] <= 1.0001).all())
@@ -289,17 +317,19 @@ def sweep(
     checkpoints = [0, *np.geomspace(1, steps, CHECKPOINTS, dtype=int).tolist()]
     for w, b in training(sparsity, rate, seed, n_features, n_hidden, steps, batch, decay, lr, checkpoints=checkpoints):
         history.append({"loss": loss(w[control], b[control], sparsity[control], decay), **measures(w[control])})
-    found = {"loss": loss(w, b, sparsity, decay), **measures(w)}
+    final = {"loss": loss(w, b, sparsity, decay), **measures(w)}
     frame = pd.DataFrame({"decay": decay, "sparsity": cells[:, 0], "rate": cells[:, 1], "seed": seed})
-    values = {name: value.double().numpy() for name, value in found.items()}
+    values = {name: value.double().numpy() for name, value in final.items()}
     frame = frame.assign(n_features=n_features, n_hidden=n_hidden, steps=steps, **values)
-    frame["geometry"] = [_commonest(geometry(one)) for one in w]
+    frame["geometry"] = [_most_common(geometry(cell)) for cell in w]
     return frame.join(_matched(frame, history))
 
 
 def _matched(frame: pd.DataFrame, history: list[dict[str, Tensor]]) -> pd.DataFrame:
-    """``MATCHED`` of every row's twin without dropout, where its loss last came down to the row's."""
-    past = {name: torch.stack([at[name] for at in history]).double().numpy() for name in ("loss", *MATCHED)}
+    """``MATCHED`` of the model without dropout beside every row, where its loss last came down to the row's."""
+    past = {
+        name: torch.stack([checkpoint[name] for checkpoint in history]).double().numpy() for name in ("loss", *MATCHED)
+    }
     twins = frame[frame["rate"] == 0]
     place = {key: i for i, key in enumerate(zip(twins["sparsity"], twins["seed"]))}
     rows = []
@@ -316,11 +346,42 @@ def _matched(frame: pd.DataFrame, history: list[dict[str, Tensor]]) -> pd.DataFr
     return pd.DataFrame(rows, index=frame.index)
 
 
-def _commonest(names: Sequence[str]) -> str:
+def differences(frame: pd.DataFrame) -> pd.DataFrame:
+    """Compare every rate with none, paired by sparsity and seed, in a sweep of one or several ``decay``.
+
+    Returns a row per rate, sparsity (and their mean), measure and control: ``DIFFERENCES``. Equal loss is reached by
+    stopping the control early, so what it has not yet learned counts as well: its random initial weights still show.
+    """
+    rows = []
+    for decay, part in frame.groupby("decay"):
+        cells = part.set_index(["sparsity", "seed"])
+        none = cells[cells["rate"] == 0]
+        for rate, dropped in cells[cells["rate"] > 0].groupby("rate"):
+            for name in MATCHED:
+                controls = {"steps": none[name], "loss": dropped[f"{name}_matched"]}
+                for control, values in controls.items():
+                    change = (dropped[name] - values).unstack("seed")
+                    means = {np.nan: change.dropna().mean()} | {at: row.dropna() for at, row in change.iterrows()}
+                    row = {"decay": decay, "rate": rate, "measure": name, "control": control}
+                    rows += [
+                        row | {"sparsity": at} | _interval_and_verdict(seeds)
+                        for at, seeds in means.items()
+                        if len(seeds)
+                    ]
+    return pd.DataFrame(rows, columns=list(DIFFERENCES))
+
+
+def _interval_and_verdict(seeds: pd.Series) -> dict[str, Any]:
+    mean, low, high = t_interval(seeds.to_numpy())
+    ends = {"difference": mean, "difference_low": low, "difference_high": high}
+    return ends | {"verdict": verdict(low, high, "higher", "lower"), "n_seeds": len(seeds)}
+
+
+def _most_common(names: Sequence[str]) -> str:
     return (Counter(name for name in names if name != "absent").most_common(1) or [("absent", 0)])[0][0]
 
 
 def _check(name: str, values: Tensor) -> None:
     outside = values[(values < 0) | (values >= 1)].tolist()
     if outside:
-        raise ValueError(f"{name} are probabilities from 0 to below 1, and {outside[0]:g} is none: leave it out")
+        raise ValueError(f"{name} are probabilities from 0 to below 1, and {outside[0]:g} is not one: leave it out")

@@ -1,14 +1,14 @@
 """Small Babel models that differ in their dropout alone: trained from the same seeds on the same batches.
 
-    made = dropout_models.train(Recipe(rate=0.2, seed=1), "runs/p0.2_1")
-    stack = made.stack()                # after all steps: matched steps
-    stack = made.stack(loss=1.008)      # when held-out loss first was below this rung: matched loss
+    model = trained.train(Recipe(rate=0.2, seed=1), "runs/p0.2_1")
+    stack = model.stack()               # after all steps: matched steps
+    stack = model.stack(loss=1.008)     # when held-out loss first was below this rung: matched loss
 
-Inverted dropout at ``rate`` on the MLP's neurons and on what attention and MLP write into the stream, off whenever the
-model is looked at or given out. Batches and masks are functions of seed and step, so training resumes exactly.
+Inverted dropout at ``rate`` falls on the MLP's neurons and on the outputs of attention and MLP. It is off whenever the
+model is evaluated or returned. Batches and masks are functions of seed and step, so training resumes exactly.
 
-Models of unequal loss are not comparable (one with more dropout learns more slowly), so weights are kept at every rung
-of a ladder of held-out losses (``LADDER``) as well: the lowest that all models reached is where loss is matched.
+Models of unequal loss are not comparable (one with more dropout learns more slowly), so weights are also kept at every
+rung of a ladder of held-out losses (``LADDER``): loss is matched at the lowest rung that all models reached.
 """
 
 import json
@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from surgery.corpus import babel, bundled, splits
 from surgery.corpus.babel import Babel
 from surgery.corpus.splits import Split
 from surgery.dropout.stability import Recorder
-from surgery.models import loading as models
+from surgery.models import loading
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.records import tables
@@ -43,8 +44,8 @@ RATES, SEEDS = (0.0, 0.1, 0.2, 0.4), (0, 1, 2)
 SHARES = (0.3, 0.4, 0.3)  # of problems with k = 0, 1, 2 steps
 LADDER = tuple(round(float(rung), 3) for rung in np.geomspace(1.6, 0.1, 25))
 SHIPPED = "dropout/models.safetensors"
-COLUMNS = {
-    "loss": "held-out loss: nats a token, answers weighing 1, questions a tenth",
+COLUMNS: dict[str, str] = {
+    "loss": "held-out loss: nats per token, answers weighing 1, questions a tenth",
     "answers": "held-out cross entropy of answer tokens (nats)",
     **{
         f"exact_{k}": f"share of held-out problems of {k} steps whose whole answer is right" for k in range(len(SHARES))
@@ -54,7 +55,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a model depends on."""
+    """Everything that a model depends on. Raises ValueError for a rate outside [0, 1)."""
 
     rate: float = 0.0
     seed: int = 0
@@ -75,8 +76,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model after all its steps and, by rung of the ladder, when its held-out loss first was below."""
+class TrainedModel:
+    """A model after all its steps, and at every rung of the ladder when its held-out loss first was below it."""
 
     recipe: Recipe
     weights: Mapping[str, Tensor]
@@ -84,7 +85,7 @@ class Trained:
     curve: pd.DataFrame
 
     def stack(self, loss: float | None = None) -> Stack:
-        """Opened. Raises ValueError for a rung that was not reached."""
+        """The model after all its steps, or at the rung ``loss``. Raises ValueError for a rung that was not reached."""
         if loss is not None and loss not in self.rungs:
             raise ValueError(
                 f"{self.recipe.name} was not kept at a loss of {loss}: it reached "
@@ -93,8 +94,8 @@ class Trained:
         module = build(self.recipe)
         module.load_state_dict({n: t.float() for n, t in (self.weights if loss is None else self.rungs[loss]).items()})
         name = self.recipe.name + ("" if loss is None else f" at loss {loss:g}")
-        tokenizer = models.tokenizer_of(str(models.reference_folder()), models.REFERENCE)  # the same words
-        return Stack(models.wrap(module, tokenizer, name))
+        tokenizer = loading.tokenizer_of(str(loading.reference_folder()), loading.REFERENCE)  # the same words
+        return Stack(loading.wrap(module, tokenizer, name))
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
@@ -120,97 +121,106 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 @cache
 def data(count: int = 40_000, heldout: int = 360) -> Split:
-    """What they learn from and are judged on."""
+    """The problems that all models are trained and evaluated on."""
     return splits.babel(count, heldout, shares=SHARES)
 
 
-def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trained:
-    """Train or go on; the folder holds the checkpoint, ``curve.csv`` and the rungs. Raises as ``training.fit``.
+def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> TrainedModel:
+    """Train, or resume; the folder holds the checkpoint, ``curve.csv`` and the rungs.
 
     The curve has the columns of ``training.CURVE``, ``COLUMNS`` and, per layer, the variance of the stream that leaves
     it over held-out tokens and the gradient's norm (``variance_0``, ``gradient_0``, ...). Cost: two minutes on a core.
+
+    Raises as ``training.fit`` does.
     """
     folder, module = tables.folder(folder), build(recipe)
     schedule = Schedule(steps=recipe.steps, every=recipe.every, warmup=100, seed=recipe.seed)
     task = _Task(module, recipe, data(), folder)
-    done = training.fit(
+    fit = training.fit(
         task, schedule, folder, identity={"recipe": asdict(recipe)}, columns=_columns(recipe), progress=progress
     )
     rungs = {float(path.stem.split("_")[1]): load_file(path) for path in folder.glob("loss_*.safetensors")}
-    return Trained(recipe, module.state_dict(), rungs, done.curve)
+    return TrainedModel(recipe, module.state_dict(), rungs, fit.curve)
 
 
-def matched(made: Iterable[Trained]) -> float:
-    """The lowest rung that all of them reached. Raises ValueError if there is none."""
-    made = list(made)
-    common = set.intersection(*(set(one.rungs) for one in made))
+def matched_loss(models: Iterable[TrainedModel]) -> float:
+    """The lowest rung that all models reached. Raises ValueError if there is none."""
+    models = list(models)
+    common = set.intersection(*(set(model.rungs) for model in models))
     if not common:
-        last = max(one.curve["loss"].iloc[-1] for one in made)
+        last = max(model.curve["loss"].iloc[-1] for model in models)
         raise ValueError(
             f"no loss of {LADDER[0]:g} or less was reached by all, the worst ended at {last:.2f}: train for more steps"
         )
     return min(common)
 
 
-def ship(made: Iterable[Trained], file: str | Path) -> None:
-    """All of them in one file, in half precision: after all steps and at their matched loss."""
-    made = list(made)
+def ship(models: Iterable[TrainedModel], file: str | Path) -> None:
+    """Write all models into one file, in half precision: after all steps and at their matched loss."""
+    models = list(models)
     tensors: dict[str, Tensor] = {}
-    loss = matched(made)
-    for one in made:
-        for kind, weights in (("steps", one.weights), ("loss", one.rungs[loss])):
-            tensors |= {f"{one.recipe.name}/{kind}/{name}": tensor.half() for name, tensor in weights.items()}
-    described = {
+    loss = matched_loss(models)
+    for model in models:
+        for kind, weights in (("steps", model.weights), ("loss", model.rungs[loss])):
+            tensors |= {f"{model.recipe.name}/{kind}/{name}": tensor.half() for name, tensor in weights.items()}
+    header = {
         "loss": loss,
-        "recipes": [asdict(one.recipe) for one in made],
-        "curves": [one.curve.drop(columns="seconds").round(5).to_dict("list") for one in made],
+        "recipes": [asdict(model.recipe) for model in models],
+        "curves": [model.curve.drop(columns="seconds").round(5).to_dict("list") for model in models],
     }
     tables.folder(Path(file).parent)
-    tables.save({Path(file): save(tensors, {"models": json.dumps(described)})})
+    tables.save({Path(file): save(tensors, {"models": json.dumps(header)})})
 
 
-def shipped(file: str | Path | None = None) -> list[Trained]:
-    """The bundled models, after all steps and at one rung. Raises ValueError for a file without them."""
-    path = Path(file) if file is not None else models.bundled_file(SHIPPED)
+def load_shipped(file: str | Path | None = None) -> list[TrainedModel]:
+    """Load the models of a file that ``ship`` wrote (the bundled ones if not given), each with one rung.
+
+    Raises ValueError for a file without such models.
+    """
+    path = Path(file) if file is not None else loading.bundled_file(SHIPPED)
     with safe_open(path, framework="pt") as opened:
         if "models" not in (opened.metadata() or {}):
-            raise ValueError(f"{path} does not hold models of this kind: dropout_models.ship writes such files")
-        said = json.loads(opened.metadata()["models"])
+            raise ValueError(
+                f"{path} does not hold models of this kind: surgery.dropout.trained.ship writes such files"
+            )
+        header = json.loads(opened.metadata()["models"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
     def weights(name: str, kind: str) -> dict[str, Tensor]:
-        begin = f"{name}/{kind}/"
-        return {key.removeprefix(begin): tensor for key, tensor in tensors.items() if key.startswith(begin)}
+        prefix = f"{name}/{kind}/"
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
-    recipes = [Recipe(**recipe) for recipe in said["recipes"]]
+    recipes = [Recipe(**recipe) for recipe in header["recipes"]]
     return [
-        Trained(
-            recipe, weights(recipe.name, "steps"), {said["loss"]: weights(recipe.name, "loss")}, pd.DataFrame(curve)
+        TrainedModel(
+            recipe, weights(recipe.name, "steps"), {header["loss"]: weights(recipe.name, "loss")}, pd.DataFrame(curve)
         )
-        for recipe, curve in zip(recipes, said["curves"], strict=True)
+        for recipe, curve in zip(recipes, header["curves"], strict=True)
     ]
 
 
-def curves(made: Iterable[Trained]) -> pd.DataFrame:
-    """Variance of the stream and gradients over training, without dropout, in the columns of ``stability``; what enters
-    the first layer was not noted."""
+def curves(models: Iterable[TrainedModel]) -> pd.DataFrame:
+    """Variance of the stream and gradients over training, with dropout off, in the columns of ``stability``.
+
+    The variance of the stream that enters the first layer was not recorded.
+    """
     rows = [
         {
-            "width": one.recipe.d_model,
-            "depth": one.recipe.n_layers,
-            "rate": one.recipe.rate,
-            "seed": one.recipe.seed,
-            "step": int(look["step"]),
+            "width": model.recipe.d_model,
+            "depth": model.recipe.n_layers,
+            "rate": model.recipe.rate,
+            "seed": model.recipe.seed,
+            "step": int(evaluation["step"]),
             "layer": layer,
-            "variance": look.get(f"variance_{layer - 1}", float("nan")),
+            "variance": evaluation.get(f"variance_{layer - 1}", float("nan")),
             "variance_training": float("nan"),
-            "gradient": look.get(f"gradient_{layer}", float("nan")),
-            "loss": look["answers"],
-            "heldout": look["loss"],
+            "gradient": evaluation.get(f"gradient_{layer}", float("nan")),
+            "loss": evaluation["answers"],
+            "heldout": evaluation["loss"],
         }
-        for one in made
-        for look in one.curve.to_dict("records")
-        for layer in range(one.recipe.n_layers + 1)
+        for model in models
+        for evaluation in model.curve.to_dict("records")
+        for layer in range(model.recipe.n_layers + 1)
     ]
     return pd.DataFrame(rows)
 
@@ -239,44 +249,44 @@ class _Student(nn.Module):
         self.model, self.rate = model, rate
 
     def forward(self, batch: _Batch) -> tuple[Tensor, Tensor]:
-        with dropping(self.model, self.rate, batch.seed):
+        with dropout_on(self.model, self.rate, batch.seed):
             sums, weights = _loss(self.model, batch.tokens, batch.weigh)
         return sums[None], weights[None]
 
 
 @contextmanager
-def dropping(model: LlamaForCausalLM, rate: float, seed: int) -> Iterator[None]:
-    """Within it the model runs with dropout, masks drawn anew at every point from ``seed``."""
+def dropout_on(model: LlamaForCausalLM, rate: float, seed: int) -> Iterator[None]:
+    """Context manager: run with dropout on, masks drawn anew at every point from ``seed``."""
     generator = torch.Generator().manual_seed(seed)
 
-    def dropped(x: Tensor) -> Tensor:
+    def drop(x: Tensor) -> Tensor:
         mask = torch.empty(x.shape).bernoulli_(1 - rate, generator=generator)
         return x * (mask / (1 - rate)).to(x)
 
     with ExitStack() as hooked:
         for layer in model.model.layers if rate else ():
             neurons, outputs = layer.mlp.down_proj, (layer.mlp.down_proj, layer.self_attn.o_proj)
-            handles = [neurons.register_forward_pre_hook(lambda _, args: (dropped(args[0]),))]
-            handles += [module.register_forward_hook(lambda _, args, output: dropped(output)) for module in outputs]
+            handles = [neurons.register_forward_pre_hook(lambda _, args: (drop(args[0]),))]
+            handles += [module.register_forward_hook(lambda _, args, output: drop(output)) for module in outputs]
             for handle in handles:
                 hooked.callback(handle.remove)
         yield
 
 
 class _Task:
-    """As ``training.fit`` wants it."""
+    """The ``Task`` of ``training.fit``."""
 
     watched, factors = "loss", (1.0,)
 
-    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, learned: Split, folder: Path) -> None:
-        self.module, self.recipe, self.data, self.folder = module, recipe, learned, folder
+    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, problems: Split, folder: Path) -> None:
+        self.module, self.recipe, self.data, self.folder = module, recipe, problems, folder
         self.student = _Student(module, recipe.rate)
         named = list(module.named_parameters())
         inside = [p.ndim == 2 and ".layers." in name for name, p in named]
         self.matrices = [p for (_, p), matrix in zip(named, inside, strict=True) if matrix]
         self.others = [p for (_, p), matrix in zip(named, inside, strict=True) if not matrix]
-        assert learned.weigh is not None
-        self.weigh = learned.weigh(learned.corpus)
+        assert problems.weigh is not None
+        self.weigh = problems.weigh(problems.corpus)
 
     @property
     def n_prompts(self) -> int:
@@ -288,24 +298,24 @@ class _Task:
         seed = np.random.SeedSequence((self.recipe.seed, *prompts)).generate_state(1)[0]
         return _Batch(Tokens(ids[:, :width], mask[:, :width]), self.weigh[prompts][:, :width], int(seed))
 
-    def taught(self, batch: _Batch) -> _Batch:
+    def with_teacher(self, batch: _Batch) -> _Batch:
         return batch
 
-    def look(self) -> dict[str, float]:
-        found = judged(self.module, self.data) | self.stability()
-        reached = [rung for rung in LADDER if found["loss"] <= rung]
+    def evaluate(self) -> dict[str, float]:
+        values = scores(self.module, self.data) | self.stability()
+        reached = [rung for rung in LADDER if values["loss"] <= rung]
         for path in (self.folder / f"loss_{rung:g}.safetensors" for rung in reached):
             if not path.exists():
                 half = {name: tensor.detach().half().contiguous() for name, tensor in self.module.state_dict().items()}
                 tables.save({path: save(half)})
-        return found
+        return values
 
     def stability(self) -> dict[str, float]:
-        """Per layer the variance of the stream that leaves it and the gradient's norm, without dropout."""
+        """Variance of the stream that leaves each layer, and norm of its gradient, with dropout off."""
         tokens, recorder = self.data.heldout[:64], Recorder(self.module, rate=self.recipe.rate, seed=self.recipe.seed)
         sums, weights = _loss(self.module, tokens, self.weigh_heldout[:64])
         (sums / weights).backward()
-        recorder.note(0, tokens)
+        recorder.record(0, tokens)
         self.module.zero_grad(set_to_none=True)
         variance, gradient = recorder.frame["variance"][1:], recorder.frame["gradient"][:-1]
         return {f"variance_{i}": v for i, v in enumerate(variance)} | {
@@ -317,33 +327,40 @@ class _Task:
         return splits.weigh_answers(self.data.heldout)
 
 
-def judged(model: nn.Module, learned: Split) -> dict[str, float]:
-    """``COLUMNS`` of a model on held-out problems."""
-    tokens, answers = learned.heldout, learned.answers
+def scores(model: nn.Module, problems: Split) -> dict[str, float]:
+    """Evaluate a model on held-out problems: ``COLUMNS``."""
+    tokens, answers = problems.heldout, problems.answers
     assert answers is not None
     with torch.no_grad():
         logits = model(input_ids=tokens.ids, use_cache=False).logits
-    each = cross_entropy(logits[:, :-1].transpose(1, 2), tokens.ids[:, 1:], reduction="none")
+    losses = token_losses(logits, tokens.ids)
     weigh = splits.weigh_answers(tokens)[:, 1:]
     right = torch.from_numpy(babel.exact(logits.argmax(-1).numpy(), tokens.ids.numpy(), answers.numpy()))
     k = torch.tensor([problem.k for problem in bundled.problems(len(tokens), longest=len(SHARES) - 1)])
     return {
-        "loss": float((each * weigh).sum() / weigh.sum()),
-        "answers": float(each[answers[:, 1:]].mean()),
+        "loss": float((losses * weigh).sum() / weigh.sum()),
+        "answers": float(losses[answers[:, 1:]].mean()),
         **{f"exact_{length}": float(right[k == length].float().mean()) for length in range(len(SHARES))},
     }
+
+
+def token_losses(
+    logits: Float[Tensor, "prompt pos word"], ids: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt pos-1"]:
+    """Cross entropy of every token but the first of each prompt, in nats."""
+    predictions = rearrange(logits[:, :-1], "prompt pos word -> prompt word pos")
+    return cross_entropy(predictions, ids[:, 1:], reduction="none")
 
 
 def _loss(
     model: nn.Module, tokens: Tokens, weigh: Float[Tensor, "prompt pos"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     logits = model(input_ids=tokens.ids, use_cache=False).logits
-    each = cross_entropy(logits[:, :-1].transpose(1, 2), tokens.ids[:, 1:], reduction="none")
-    return (each * weigh[:, 1:]).sum(), weigh[:, 1:].sum()
+    return (token_losses(logits, tokens.ids) * weigh[:, 1:]).sum(), weigh[:, 1:].sum()
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
     variance = "variance of the stream that leaves layer {}, mean over its numbers, over held-out tokens"
     gradient = "norm of the gradient of layer {}'s weights on held-out prompts"
-    each = {"variance": variance, "gradient": gradient}.items()
-    return COLUMNS | {f"{name}_{i}": text.format(i) for name, text in each for i in range(recipe.n_layers)}
+    meanings = {"variance": variance, "gradient": gradient}.items()
+    return COLUMNS | {f"{name}_{i}": text.format(i) for name, text in meanings for i in range(recipe.n_layers)}

@@ -11,6 +11,7 @@ from surgery.models.loading import untrained
 from surgery.models.tokens import Tokens
 from surgery.rebuild import units
 from surgery.records import tables
+from surgery.stats.sampling import Sampling
 
 TOKENS = torch.randint(4, 90, (12, 8), generator=torch.Generator().manual_seed(0))
 
@@ -50,10 +51,10 @@ def test_planted_features_are_counted(n_features, n_neurons):
 def test_shuffled_neurons_are_features_each():
     """Sixteen neurons that carry 32 features are, each by itself, no more than sixteen."""
     x = planted(32, 16, active=1.0)
-    apart = features._shuffled(x, torch.Generator().manual_seed(0))
-    assert torch.equal(apart.sort(0).values, x.sort(0).values)
+    shuffled = features._shuffle(x, torch.Generator().manual_seed(0))
+    assert torch.equal(shuffled.sort(0).values, x.sort(0).values)
     together = torch.corrcoef(x.T).fill_diagonal_(0).abs().max()
-    assert torch.corrcoef(apart.T).fill_diagonal_(0).abs().max() < 0.1 < together
+    assert torch.corrcoef(shuffled.T).fill_diagonal_(0).abs().max() < 0.1 < together
 
 
 def test_the_autoencoder_is_what_it_says():
@@ -122,27 +123,27 @@ def test_neurons_that_never_vary_count_nothing():
 # --- models ---
 
 
-def test_neurons_of_a_native_model_are_heard(load):
-    """Written out through the output weights and added up, what is heard is what the MLP writes."""
+def test_neurons_of_a_native_model_are_recorded(load):
+    """Multiplied by the output weights, the recorded activations are what the MLP writes."""
     model = load("native-gated")
     written = []
     model.blocks[1].mlp.hook_out.add_hook(lambda out, hook: written.append(out[:, 1:].flatten(0, 1)))
     model(TOKENS)
     model.reset_hooks()
-    heard = activations(Stack(model), TOKENS, [1])[0]
+    neurons = activations(Stack(model), TOKENS, [1])[0]
     rows = units.writers(model, "mlp")[1].rows.squeeze(1)
-    rest = written[0] - heard @ rows
+    rest = written[0] - neurons @ rows
     assert rest.std(0).max() < 1e-5 < written[0].std(0).min()  # but for the bias
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "mixtral"])
-def test_what_is_heard_is_what_writes(load, name):
-    """The importance of a neuron is the sum of what is heard of it, times the length of what it writes."""
+def test_recorded_activations_are_those_that_write(load, name):
+    """The importance of a neuron is the sum of its recorded activations, times the length of what it writes."""
     model = load(name)
-    heard = activations(Stack(model), TOKENS)
-    assert len(heard) == 4
-    assert all(len(x) == 12 * 7 for x in heard)
-    for x, expected, writer in zip(heard, units.importance(model, "mlp", TOKENS), units.writers(model, "mlp")):
+    recorded = activations(Stack(model), TOKENS)
+    assert len(recorded) == 4
+    assert all(len(x) == 12 * 7 for x in recorded)
+    for x, expected, writer in zip(recorded, units.importance(model, "mlp", TOKENS), units.writers(model, "mlp")):
         found = x.double().abs().sum(0).reshape(writer.shape) * writer.magnitude()
         assert torch.allclose(found, expected, rtol=1e-4)
 
@@ -156,7 +157,7 @@ def test_padding_and_batches_change_nothing(load):
 
 def test_within_a_model_and_the_same_untrained(load, tmp_path):
     model = load("gpt2")
-    options = dict(layers=[1, 3], steps=15, k=4, n_features=64, resamples=30)
+    options = dict(layers=[1, 3], steps=15, k=4, n_features=64, sampling=Sampling(resamples=30))
     frame = within(Stack(model), TOKENS, **options)
     assert frame["layer"].tolist() == [1, 3]
     assert set(frame) == set(features.COLUMNS)
@@ -179,7 +180,7 @@ def test_within_a_model_and_the_same_untrained(load, tmp_path):
     [
         (lambda stack: sae(torch.randn(9, 4), 8, 9), ValueError, "give a k from 1 to 8, got 9"),
         (lambda stack: sae(torch.ones(9, 4), 8, 2), ValueError, "constant or not finite"),
-        (lambda stack: activations(stack, TOKENS, [0, 4]), ValueError, "no layer 4 to hear: .* has 0 to 3"),
+        (lambda stack: activations(stack, TOKENS, [0, 4]), ValueError, "no layer 4 to record: .* has 0 to 3"),
         (lambda stack: within(stack, TOKENS, seeds=0), ValueError, "at least one seed"),
         (lambda stack: within(stack, TOKENS[:1]), ValueError, "there is one prompt"),
         (lambda stack: activations(stack, TOKENS), ModelError, "has no mlp"),

@@ -8,8 +8,8 @@ from support.exact_networks import network, parameters, ragged, rng
 from surgery import Stack, dropout
 from surgery.corpus import bundled
 from surgery.corpus.babel import Babel
-from surgery.dropout import mask_ensemble
-from surgery.dropout.mask_ensemble import ARITHMETIC, COLUMNS, GEOMETRIC, SCALING, curve, draw, found
+from surgery.dropout import draw, say
+from surgery.dropout.mask_ensemble import ARITHMETIC, COLUMNS, GEOMETRIC, SCALING, curve
 from surgery.instruments import known_networks
 from surgery.instruments.fidelity import measure
 from surgery.models.tokens import Tokens
@@ -144,13 +144,22 @@ def test_nothing_dropped_is_scaling_exactly(shared):
 
 
 def test_subnetworks_do_not_depend_on_batches_and_the_same_seed_gives_the_same():
-    def made(**options):
-        return curve(linear(), ids(), HEAD, 0.3, (1, 4), sampling=Sampling(resamples=5), **options)
+    def averages(shared=True, **options):
+        return curve(
+            linear(),
+            ids(),
+            HEAD,
+            0.3,
+            (1, 4),
+            shared=shared,
+            sampling=Sampling(resamples=5, batch_size=32).but(**options),
+        )
 
-    pd.testing.assert_frame_equal(made(batch_size=4), made(batch_size=6))
-    pd.testing.assert_frame_equal(made(shared=False), made(shared=False))
-    assert of(made(shared=False), GEOMETRIC, 4)["kl"] != of(made(), GEOMETRIC, 4)["kl"]
-    assert of(made(seed=1), GEOMETRIC, 4)["kl"] != of(made(), GEOMETRIC, 4)["kl"]
+    own = averages()
+    pd.testing.assert_frame_equal(averages(batch_size=4), averages(batch_size=6))
+    pd.testing.assert_frame_equal(averages(shared=False), averages(shared=False))
+    assert of(averages(shared=False), GEOMETRIC, 4)["kl"] != of(own, GEOMETRIC, 4)["kl"]
+    assert of(averages(seed=1), GEOMETRIC, 4)["kl"] != of(own, GEOMETRIC, 4)["kl"]
 
 
 def test_fewer_counts_are_the_first_of_more():
@@ -206,10 +215,10 @@ def test_sentences_and_figure(n_prompts):
     answers = torch.zeros(n_prompts, 5, dtype=torch.bool)
     answers[:, 2] = True
     frame = curve(linear(), ids(n_prompts), HEAD, 0.2, (1, 2, 4), answers=answers, sampling=Sampling(resamples=20))
-    said = found(frame)
-    assert [text.split(" mean of 4 masks: ")[0] for text in said] == ["Arithmetic", "Geometric"]
-    assert f"{of(frame, GEOMETRIC, 4)['kl']:.4f}" in said[1]
-    figure = draw(frame)
+    sentences = say.mask_averages(frame)
+    assert [text.split(" mean of 4 masks: ")[0] for text in sentences] == ["Arithmetic", "Geometric"]
+    assert f"{of(frame, GEOMETRIC, 4)['kl']:.4f}" in sentences[1]
+    figure = draw.mask_averages(frame)
     assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
         "loss",
         "KL from dropout off",
@@ -219,4 +228,4 @@ def test_sentences_and_figure(n_prompts):
     shown = frame[frame["way"] == GEOMETRIC]["cross_entropy_answers"]
     assert drawn["geometric mean"].get_ydata().tolist() == shown.tolist()
     assert drawing.png(figure)[1:4] == b"PNG"
-    assert set(mask_ensemble.COLOURS) == {ARITHMETIC, GEOMETRIC, SCALING}
+    assert set(draw.WAYS) == {ARITHMETIC, GEOMETRIC, SCALING}

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from support.exact_networks import parameters
-from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, reading
+from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
 from surgery import Stack
 from surgery.dropout import redundancy
-from surgery.dropout.redundancy import across, mass, predictability, self_repair, subsets, subsets_drawn
+from surgery.dropout.redundancy import across, mass, predictability, random_subsets, self_repair, subsets
 from surgery.instruments import known_networks
 from surgery.instruments.ablation import damage
 from surgery.models.engine import Engine
@@ -27,7 +27,7 @@ STANDBY = BACKUP | {"rectified": []}  # writes what is missing, and takes away w
     ids=["series", "independent", "backup"],
 )
 def test_systems_of_known_reliability(system, rho, share, curvature):
-    stack = reading(**system)
+    stack = build_system(**system)
     row = mass(stack, TOKENS, "skip", sampling=Sampling(resamples=50)).iloc[0]
     assert row["mean_rho"] == pytest.approx(rho, abs=1e-9)
     assert row["redundancy_mass"] == pytest.approx(share, nan_ok=True)
@@ -41,7 +41,7 @@ def test_curvature_rises_from_a_chain_to_a_backup():
     """One layer that all rest on, beside one that stands alone: in between, and monotone in the chain's share."""
     mixed = dict(reads=[{0: 1}, {1: 1}, {0: 1}], writes=[1, 2, 3], scored=[2, 3])
     found = [
-        subsets(reading(**system), TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=0))["curvature"][0]
+        subsets(build_system(**system), TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=0))["curvature"][0]
         for system in (SERIES, mixed, INDEPENDENT)
     ]
     assert found[0] < found[1] < found[2]
@@ -50,13 +50,13 @@ def test_curvature_rises_from_a_chain_to_a_backup():
 def test_the_curve_is_the_mean_damage_of_the_drawn_sets():
     stack, tokens = Stack(known_networks.random_network()), known_networks.tokens(8, 6)
     frame = subsets(stack, tokens, (1, 2, 3), draws=4, sampling=Sampling(seed=3, resamples=0))
-    drawn = subsets_drawn(6, (1, 2, 3), 4, 3)
+    drawn = random_subsets(6, (1, 2, 3), 4, 3)
     assert frame["n_subsets"].tolist() == [1, 4, 4, 4]
     assert len(set(drawn)) == 13
     for size in range(4):
         sets = [layers for layers in drawn if len(layers) == size]
         assert frame["damage"][size] == pytest.approx(float(damage(stack, tokens, sets, frozen=True).margin.mean()))
-    assert drawn == subsets_drawn(6, (1, 2, 3), 4, 3) != subsets_drawn(6, (1, 2, 3), 4, 4)
+    assert drawn == random_subsets(6, (1, 2, 3), 4, 3) != random_subsets(6, (1, 2, 3), 4, 4)
 
 
 def test_an_untrained_transformer_has_no_curvature():
@@ -76,7 +76,7 @@ def test_an_untrained_transformer_has_no_curvature():
     ids=["chain", "independent", "backup", "unread"],
 )
 def test_self_repair_of_known_systems(system, slopes):
-    frame = self_repair(reading(**system), TOKENS, sampling=Sampling(resamples=50))
+    frame = self_repair(build_system(**system), TOKENS, sampling=Sampling(resamples=50))
     for end in ("", "_low", "_high"):
         assert frame[f"self_repair{end}"].tolist() == pytest.approx(slopes, nan_ok=True, abs=1e-9)
     assert frame["norm_repair"].dropna().tolist() == pytest.approx([0] * frame["norm_repair"].notna().sum(), abs=1e-9)
@@ -101,7 +101,7 @@ def test_what_repairs_the_last_layer_is_the_norm():
 
 def test_batches_and_padding_change_little_but_the_donors():
     """With one batch the donors are the same, so padding changes nothing."""
-    stack, tokens = reading(**CHAIN), Tokens.of(TOKENS)
+    stack, tokens = build_system(**CHAIN), Tokens.of(TOKENS)
     for side in ("left", "right"):
         padded = self_repair(stack, tokens.pad(2, side), sampling=Sampling(resamples=0))["self_repair"]
         assert padded.tolist() == pytest.approx([-2, -1, 0], abs=1e-9)
@@ -185,7 +185,7 @@ def test_it_costs_what_it_says(monkeypatch):
     tokens = known_networks.tokens(24, 8)
     for measure, cost in ((mass, 1 + 1 / 3 + 3), (self_repair, 2), (predictability, 2)):
         calls.clear()
-        measure(stack, tokens, resamples=0)
+        measure(stack, tokens, sampling=Sampling(resamples=0))
         assert len(calls) == pytest.approx(3 * cost), measure
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from surgery.dropout import draw, perceptrons, stability
+from surgery.dropout import draw, perceptrons, say, stability
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
 
@@ -19,11 +19,11 @@ CELL = ["width", "depth", "rate", "seed", "step", "layer"]
 
 @pytest.fixture(scope="module")
 def swept():
-    return stability.perceptrons((6, 8), (1, 2), (0.0, 0.3), (0, 1), **SMALL, dtype=torch.float64)
+    return perceptrons.perceptrons((6, 8), (1, 2), (0.0, 0.3), (0, 1), **SMALL, dtype=torch.float64)
 
 
 def test_a_row_per_network_look_and_layer(swept):
-    assert list(swept.columns) == list(stability.COLUMNS)
+    assert list(swept.columns) == list(perceptrons.COLUMNS)
     assert len(swept) == 2 * 2 * 2 * 4 * (1 + 2)
     assert not swept[CELL].duplicated().any()
     assert (swept[["variance", "gradient", "loss", "heldout"]] > 0).all().all()
@@ -45,9 +45,9 @@ def test_rates_of_one_seed_begin_alike_and_seeds_do_not(swept):
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_the_variance_shift_of_a_layer_with_known_inputs_is_the_identity(p):
     x = torch.randn(1, 40_000, perceptrons.N_INPUTS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    layers = perceptrons.initial(12, 1, seed=0)
+    layers = perceptrons.initial_layers(12, 1, seed=0)
     uniform = torch.rand(1, 1, 40_000, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    masks = perceptrons.inverted(uniform, torch.tensor([p], dtype=torch.float64))
+    masks = perceptrons.inverted_masks(uniform, torch.tensor([p], dtype=torch.float64))
     (still,), _ = perceptrons.forward(layers, x)
     (noisy,), _ = perceptrons.forward(layers, x, masks)
     c, v = still.mean(1), still.var(1, correction=0)
@@ -58,9 +58,9 @@ def test_the_variance_shift_of_a_layer_with_known_inputs_is_the_identity(p):
 
 
 def test_the_frame_shows_the_identity_at_initialisation():
-    frame = stability.perceptrons((64,), (2,), (0.4,), (0,), steps=1, every=1, examples=8192)
+    frame = perceptrons.perceptrons((64,), (2,), (0.4,), (0,), steps=1, every=1, examples=8192)
     x = perceptrons.Task.of(2 * 8192, 0).x[8192:]
-    (first, _), _ = perceptrons.forward(perceptrons.initial(64, 2, 0), x.unsqueeze(0))
+    (first, _), _ = perceptrons.forward(perceptrons.initial_layers(64, 2, 0), x.unsqueeze(0))
     c, v = first.mean(1), first.var(1, correction=0)
     row = frame[(frame.step == 0) & (frame.layer == 0)].iloc[0]
     assert row.variance == pytest.approx(float(v.mean()), rel=1e-5)
@@ -69,19 +69,19 @@ def test_the_frame_shows_the_identity_at_initialisation():
 
 def test_a_network_trained_alone_ends_as_among_others(swept):
     for width, depth, rate, seed in ((6, 1, 0.0, 1), (8, 2, 0.3, 0)):
-        alone = stability.perceptrons((width,), (depth,), (rate,), (seed,), **SMALL, dtype=torch.float64)
+        alone = perceptrons.perceptrons((width,), (depth,), (rate,), (seed,), **SMALL, dtype=torch.float64)
         among = swept.query("width == @width and depth == @depth and rate == @rate and seed == @seed")
         assert alone.to_numpy() == pytest.approx(among.to_numpy(), rel=1e-9)
 
 
 def test_the_gradient_is_that_of_autograd_and_looks_change_nothing(swept):
-    often = stability.perceptrons((6,), (1,), (0.3,), (0,), **SMALL | {"every": 1}, dtype=torch.float64)
+    often = perceptrons.perceptrons((6,), (1,), (0.3,), (0,), **SMALL | {"every": 1}, dtype=torch.float64)
     seldom = swept.query("width == 6 and depth == 1 and rate == 0.3 and seed == 0")
     assert often[often.step.isin(seldom.step)].to_numpy() == pytest.approx(seldom.to_numpy(), rel=1e-9)
 
-    whole = stability.perceptrons((6,), (1,), (0.0,), (0,), **SMALL | {"batch": 4000}, dtype=torch.float64)
+    whole = perceptrons.perceptrons((6,), (1,), (0.0,), (0,), **SMALL | {"batch": 4000}, dtype=torch.float64)
     task = perceptrons.Task.of(128, 0)
-    layers = [tuple(t.requires_grad_() for t in pair) for pair in perceptrons.initial(6, 1, 0)]
+    layers = [tuple(t.requires_grad_() for t in pair) for pair in perceptrons.initial_layers(6, 1, 0)]
     _, logits = perceptrons.forward(layers, task.x[:64].unsqueeze(0))
     loss = torch.nn.functional.cross_entropy(logits[0], task.y[:64])
     loss.backward()
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_autograd_and_looks_change_nothing(swept):
 
 
 def test_training_learns():
-    frame = stability.perceptrons((32,), (1,), (0.0,), (0,), steps=200, every=200)
+    frame = perceptrons.perceptrons((32,), (1,), (0.0,), (0,), steps=200, every=200)
     first, last = frame.sort_values("step").iloc[0], frame.sort_values("step").iloc[-1]
     assert last.loss < 0.7 * first.loss
     assert last.heldout < 0.8 * first.heldout
@@ -110,7 +110,7 @@ def test_training_learns():
 )
 def test_what_cannot_be_trained_is_said(change, said):
     with pytest.raises(ValueError, match=said):
-        stability.perceptrons(**{"widths": (4,), "depths": (1,), "seeds": (0,), **SMALL} | change)
+        perceptrons.perceptrons(**{"widths": (4,), "depths": (1,), "seeds": (0,), **SMALL} | change)
 
 
 # --- the residual stream ----------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_the_recorder_reads_what_the_model_says_of_itself(model):
     loss = model(IDS, labels=IDS).loss
     loss.backward()
     recorder = stability.Recorder(model, rate=0.3, seed=2)
-    recorder.note(10, IDS, loss=loss.item())
+    recorder.record(10, IDS, loss=loss.item())
     frame = recorder.frame
     model.eval()
     with torch.no_grad():
@@ -153,8 +153,8 @@ def test_the_recorder_leaves_modes_hooks_and_random_state_alone(model):
     model.transformer.h[1].eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     recorder = stability.Recorder(model, rate=0.3)
-    recorder.note(0, IDS, training=True)
-    recorder.note(0, IDS, training=True)
+    recorder.record(0, IDS, training=True)
+    recorder.record(0, IDS, training=True)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.transformer.h)
@@ -169,15 +169,15 @@ def test_without_dropout_the_stream_is_the_same_in_training_mode(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     recorder = stability.Recorder(model, rate=0.0)
-    recorder.note(0, IDS, training=True)
+    recorder.record(0, IDS, training=True)
     assert (recorder.frame["variance"] == recorder.frame["variance_training"]).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, side):
     recorder = stability.Recorder(model, rate=0.0)
-    recorder.note(0, IDS)
-    recorder.note(1, Tokens.of(IDS).pad(3, side))
+    recorder.record(0, IDS)
+    recorder.record(1, Tokens.of(IDS).pad(3, side))
     plain, padded = (part.drop(columns="step").to_numpy() for _, part in recorder.frame.groupby("step"))
     assert padded == pytest.approx(plain, rel=1e-5, nan_ok=True)
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_recorded_is_said(model):
     with pytest.raises(ValueError, match=r"rate = 1\.5"):
         stability.Recorder(model, rate=1.5)
     with pytest.raises(ValueError, match="give longer prompts"):
-        stability.Recorder(model, rate=0.1).note(0, IDS[:, :1])
+        stability.Recorder(model, rate=0.1).record(0, IDS[:, :1])
 
 
 # --- the claims -------------------------------------------------------------------------------------------------------
@@ -210,12 +210,12 @@ def planted(level=0.0, swing=0.0, wide=0.0, gradient=0.0, near=0.0, far=0.0, spl
             log = level * dropped + own[2] + size * turn
             pull = (0.3 + gradient * doubled + own[3]) * turn
             rows.append((width, depth, rate, seed, step, layer, np.exp(log), np.exp(log), np.exp(pull), loss, loss))
-    return pd.DataFrame(rows, columns=list(stability.COLUMNS))
+    return pd.DataFrame(rows, columns=list(perceptrons.COLUMNS))
 
 
 @cache
 def claims(**effects):
-    return stability.found(planted(**effects))
+    return say.stability(planted(**effects))
 
 
 def word(sentences, *parts):
@@ -225,7 +225,7 @@ def word(sentences, *parts):
 
 
 def test_a_changed_variance_is_confirmed_an_unchanged_one_refuted_and_an_unclear_one_neither():
-    for where in ("after as many steps", "at equal held-out loss"):
+    for where in ("at equal steps", "at equal held-out loss"):
         assert word(claims(level=0.5), "changes", where) == "confirmed (higher)"
         assert word(claims(level=-0.5), "changes", where) == "confirmed (lower)"
         assert word(claims(), "changes", where) == "refuted (less than 5%)"
@@ -237,8 +237,8 @@ def test_equal_loss_is_not_equal_steps():
     falling = 3 * np.exp(-frame["step"] / np.where(frame["rate"] > 0, 8, 4))  # with dropout half as fast ...
     frame["heldout"] = falling
     frame["variance"] = 1 / falling  # ... and the variance is a function of the loss
-    said = stability.found(frame)
-    assert word(said, "changes", "after as many steps") == "confirmed (lower)"
+    said = say.stability(frame)
+    assert word(said, "changes", "at equal steps") == "confirmed (lower)"
     assert word(said, "changes", "at equal held-out loss") == "refuted (less than 5%)"
 
 
@@ -271,35 +271,35 @@ def test_dropout_hardly_shows_on_a_shallow_network(sign):
 def test_drift_is_no_jitter():
     frame = planted()
     frame["variance"] = np.exp(0.1 * frame["step"])
-    runs = stability.settled(frame)
+    runs = stability.run_statistics(frame)
     assert runs["variance_jitter"].max() < 1e-12
     assert runs["variance_spread"].min() > 0.1
-    assert list(runs.columns) == list(stability.SETTLED)
+    assert list(runs.columns) == list(stability.RUN_STATISTICS)
 
 
 def test_a_shallower_network_that_converges_sooner():
     frame = planted()
     frame["heldout"] = 1 + np.exp(-frame["step"] / frame["depth"])
-    assert word(stability.found(frame), "converges sooner") == "confirmed"
+    assert word(say.stability(frame), "converges sooner") == "confirmed"
     frame["heldout"] = 1 + np.exp(-frame["step"] / (4 - frame["depth"]))
-    assert word(stability.found(frame), "converges sooner") == "refuted"
+    assert word(say.stability(frame), "converges sooner") == "refuted"
     frame["heldout"] = 1 + np.exp(-frame["step"])
-    assert word(stability.found(frame), "converges sooner") == "undecided"
+    assert word(say.stability(frame), "converges sooner") == "undecided"
 
 
 def test_a_layer_in_which_nothing_varies_is_left_out():
     frame = planted(level=0.5)
     dead = frame.copy()
     dead.loc[dead["layer"] == 2, ["variance", "gradient"]] = 0.0
-    without = stability.settled(frame[frame["layer"] < 2])
-    pd.testing.assert_frame_equal(stability.settled(dead), without)
-    assert word(stability.found(dead), "changes", "after as many steps") == "confirmed (higher)"
+    without = stability.run_statistics(frame[frame["layer"] < 2])
+    pd.testing.assert_frame_equal(stability.run_statistics(dead), without)
+    assert word(say.stability(dead), "changes", "at equal steps") == "confirmed (higher)"
 
 
 def test_a_sweep_with_holes_is_judged_where_it_can_be():
     frame = planted(near=0.02, far=0.5)
     holes = frame[(frame["width"] == 8) | (frame["depth"] == 1)]
-    (said,) = [said for said in stability.found(holes) if "hardly shows" in said and "held-out" in said]
+    (said,) = [said for said in say.stability(holes) if "hardly shows" in said and "held-out" in said]
     assert ": confirmed;" in said
     assert "at width 8" in said
     assert "at width 16" not in said
@@ -309,11 +309,11 @@ def test_what_cannot_be_judged_is_said():
     frame = planted()
     assert {sentence.split(": ")[1].split(";")[0] for sentence in claims(seeds=1)} == {"one seed tells nothing"}
     with pytest.raises(ValueError, match=r"the rates are 0.5: give 0 and at least one more"):
-        stability.found(frame[frame.rate > 0])
+        say.stability(frame[frame.rate > 0])
     with pytest.raises(ValueError, match="a spread over steps needs 3"):
-        stability.found(frame[frame.step.isin([0, 10])])
+        say.stability(frame[frame.step.isin([0, 10])])
     with pytest.raises(ValueError, match="give runs of the same width, depth and seed"):
-        stability.found(frame[(frame.rate > 0) == (frame.seed > 2)])
+        say.stability(frame[(frame.rate > 0) == (frame.seed > 2)])
 
 
 def test_a_frame_of_one_width_and_depth_is_judged_on_the_rest(model):
@@ -321,15 +321,15 @@ def test_a_frame_of_one_width_and_depth_is_judged_on_the_rest(model):
     for rate, seed in product((0.0, 0.3), (0, 1)):
         recorder = stability.Recorder(model, rate=rate, seed=seed)
         for step in range(5):
-            recorder.note(step, IDS)
+            recorder.record(step, IDS)
         runs.append(recorder.frame)
     frame = pd.concat(runs)
-    assert len(stability.found(frame)) == 4
-    assert drawing.png(draw.draw(frame))[1:4] == b"PNG"
+    assert len(say.stability(frame)) == 4
+    assert drawing.png(draw.stability(frame))[1:4] == b"PNG"
 
 
 def test_the_figure_has_a_line_for_every_layer_and_rate():
-    figure = draw.draw(planted())
+    figure = draw.stability(planted())
     variance, gradient, loss, shift, width, depth = figure.axes
     assert [len(axes.lines) for axes in (variance, gradient, shift)] == [6, 6, 6]
     assert len(loss.lines) == 4

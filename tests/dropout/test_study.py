@@ -11,8 +11,9 @@ from matplotlib.image import imread
 from support import made_up
 from support.pages import Page, section
 from surgery import report
-from surgery.dropout import study, trained
-from surgery.dropout.study import MEASURES, MODELS, PROBES
+from surgery.dropout import say, study, trained
+from surgery.dropout.files import COLUMNS, ENSEMBLE, MODELS, PROBES
+from surgery.dropout.verdicts import LOSS, MEASURES, STEPS, verdicts
 
 RATES, SEEDS = (0.0, 0.1, 0.2, 0.4), (0, 1, 2)
 
@@ -20,7 +21,7 @@ RATES, SEEDS = (0.0, 0.1, 0.2, 0.4), (0, 1, 2)
 def planted(noise: float = 0.01, seeds=SEEDS, **slopes: float) -> pd.DataFrame:
     """Every measure at 1 and noise, those named with a slope along the rate; at matched loss half of it."""
     generator, rows = np.random.default_rng(0), []
-    for matched, share in ((study.STEPS, 1.0), (study.LOSS, 0.5)):
+    for matched, share in ((STEPS, 1.0), (LOSS, 0.5)):
         for seed in seeds:
             for rate in RATES:
                 row = {"rate": rate, "seed": seed, "matched": matched, "loss": 1 + rate, "answers": 0.5}
@@ -65,14 +66,14 @@ def probed(slope: float) -> pd.DataFrame:
     ],
 )
 def test_each_half_by_the_measure_that_decides_it(within, across, words):
-    halves = study.found(planted(psi=within, redundancy_mass=across))[:2]
+    halves = say.models(planted(psi=within, redundancy_mass=across))[:2]
     assert halves[0].startswith(f"Dropout lowers superposition within components: {words[0]}. Effective features")
     assert halves[1].startswith(f"Dropout raises redundancy across components: {words[1]}. Redundancy mass")
 
 
 def test_the_change_is_along_the_line_from_none_to_most():
     frame = planted(noise=1e-9, psi=-1.0)
-    judged = study.verdicts(frame).set_index(["measure", "matched"])
+    judged = verdicts(frame).set_index(["measure", "matched"])
     assert judged.loc[("psi", "steps"), "change"] == pytest.approx(-0.4, abs=1e-6)
     assert judged.loc[("psi", "loss"), "change"] == pytest.approx(-0.2, abs=1e-6)
     assert judged.loc[("kurtosis", "loss"), "verdict"] in ("undecided", "rises", "falls")
@@ -82,26 +83,26 @@ def test_the_change_is_along_the_line_from_none_to_most():
 def test_disagreement_of_the_two_ways_of_matching_is_undecided():
     frame = planted(psi=-1.0)
     frame.loc[(frame["matched"] == "loss"), "psi"] = 1 + frame["rate"]
-    assert "components: undecided." in study.found(frame)[0]
+    assert "components: undecided." in say.models(frame)[0]
 
 
 def test_a_measure_that_a_model_does_not_have_is_left_out_of_its_seed():
     frame = planted(self_repair=1.0)
     frame.loc[frame["seed"] == 2, "self_repair"] = float("nan")
-    judged = study.verdicts(frame).set_index(["measure", "matched"])
+    judged = verdicts(frame).set_index(["measure", "matched"])
     assert judged.loc[("self_repair", "steps"), "seeds"] == 2
-    one = study.verdicts(planted(seeds=(0,)))
+    one = verdicts(planted(seeds=(0,)))
     assert (one["verdict"] == "one seed tells nothing").all()
     with pytest.raises(ValueError, match="models of 1 rates of dropout: a change needs two or more"):
-        study.verdicts(frame[frame["rate"] == 0])
+        verdicts(frame[frame["rate"] == 0])
 
 
 def test_probes_say_whether_training_with_dropout_hardens():
-    said = study.found_probes(probed(-1.0))
+    said = say.probes(probed(-1.0))
     assert len(said) == 4
     assert all(sentence.endswith("hurts less.") for sentence in said)
-    assert all(sentence.endswith("hurts more.") for sentence in study.found_probes(probed(1.0)))
-    assert all(sentence.endswith("undecided.") for sentence in study.found_probes(probed(0.0)))
+    assert all(sentence.endswith("hurts more.") for sentence in say.probes(probed(1.0)))
+    assert all(sentence.endswith("undecided.") for sentence in say.probes(probed(0.0)))
 
 
 def test_the_page_has_a_section_with_figures_table_and_sentences(tmp_path):
@@ -112,11 +113,11 @@ def test_the_page_has_a_section_with_figures_table_and_sentences(tmp_path):
     for name in ("dropout_models", "dropout_probes"):
         assert imread(tmp_path / f"{name}.png").shape[0] > 300
     shown = section(source, "dropout")
-    said = [html.unescape(one) for one in re.findall(r'<p class="finding">(.*?)</p>', shown)]
-    assert said == [*study.found(frame)[:2], *study.found_probes(probes)]
+    said = [html.unescape(text) for text in re.findall(r'<p class="finding">(.*?)</p>', shown)]
+    assert said == [*say.models(frame)[:2], *say.probes(probes)]
     assert shown.count("<tr>") == 1 + 2 * len(MEASURES)
     assert "nan" not in shown
-    assert report.summary(tmp_path) == study.found(frame)[:2]
+    assert report.summary(tmp_path) == say.models(frame)[:2]
 
 
 def test_small_models_are_measured_from_end_to_end(tmp_path, monkeypatch):
@@ -124,14 +125,14 @@ def test_small_models_are_measured_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "LADDER", (9.0,))
     made = [trained.train(trained.Recipe(rate=rate, **small), tmp_path / str(rate)) for rate in (0.0, 0.4)]
     frame = study.measure(made, layers=[1], count=30, resamples=10)
-    assert list(frame) == list(study.COLUMNS[MODELS])
+    assert list(frame) == list(COLUMNS[MODELS])
     assert frame[["rate", "matched"]].values.tolist() == [[r, m] for r in (0.0, 0.4) for m in ("steps", "loss")]
     assert frame["psi"].between(0, 2).all()
     ensembles = study.ensemble(made, counts=(1, 2), count=30)
     assert set(ensembles["count"]) == {0, 1, 2}
-    assert len(study.found_ensemble(ensembles)) == 2
+    assert len(say.ensembles(ensembles)) == 2
     probes = study.probe(made, rates=(0.3,), draws=1, count=30)
     assert len(probes) == 2 * 2 * 2
     assert (probes["excess"].abs() < 5).all()
-    tables = {MODELS: frame, PROBES: probes, study.ENSEMBLE: ensembles}
+    tables = {MODELS: frame, PROBES: probes, ENSEMBLE: ensembles}
     assert all(path.exists() for path in study.write(tmp_path / "out", tables, made_up.manifest()))

@@ -10,7 +10,7 @@ import torch
 
 from support.places import REPOSITORY
 from surgery import stats
-from surgery.dropout import say as findings
+from surgery.dropout import draw, say
 from surgery.dropout import toy_model as toy
 from surgery.records import tables
 
@@ -164,8 +164,8 @@ def test_a_sweep_has_a_row_per_cell_all_columns_and_survives_the_disk(swept, tmp
     assert len(swept[["sparsity", "rate", "seed"]].drop_duplicates()) == len(swept) == 12
     path = tables.write(swept, tmp_path / "superposition.csv", {"seed": 0}, toy.COLUMNS)
     pd.testing.assert_frame_equal(tables.read(path), swept, check_dtype=False, rtol=0, atol=0)
-    table = findings.differences(swept)
-    path = tables.write(table, tmp_path / "differences.csv", {"seed": 0}, findings.DIFFERENCES)
+    table = toy.differences(swept)
+    path = tables.write(table, tmp_path / "differences.csv", {"seed": 0}, toy.DIFFERENCES)
     pd.testing.assert_frame_equal(tables.read(path), table, check_dtype=False, rtol=0, atol=0)
 
 
@@ -197,9 +197,9 @@ def test_the_match_is_where_the_loss_last_came_down_to_it():
 
 
 def test_dropout_lowers_superposition_of_sparse_features_and_not_of_dense_ones_of_varied_importance(swept):
-    said = findings.found(swept)
-    assert "taken singly it lowers superposition at sparsity 0.97 and raises it at sparsity 0;" in said
-    table = findings.differences(swept).query("sparsity == 0 and control == 'steps'").set_index("measure")
+    (sentence,) = say.toy_model(swept)
+    assert "sparsity by sparsity it lowers superposition at sparsity 0.97 and raises it at sparsity 0;" in sentence
+    table = toy.differences(swept).query("sparsity == 0 and control == 'steps'").set_index("measure")
     assert table.loc["features_per_dimension", "verdict"] == "lower"  # as its weights shrink
     assert table.loc["effective_features", "verdict"] == "higher"  # though it has more of them
 
@@ -219,7 +219,7 @@ def made_up(changes, seeds=4, spread=0.01):
 
 
 def test_differences_are_paired_by_seed():
-    table = findings.differences(made_up({0.0: (-0.5, 0.1), 0.9: (-0.3, 0.1)}))
+    table = toy.differences(made_up({0.0: (-0.5, 0.1), 0.9: (-0.3, 0.1)}))
     steps = table[(table["control"] == "steps") & (table["measure"] == "effective_features")]
     assert steps["sparsity"].isna().tolist() == [True, False, False]
     assert steps["difference"].tolist() == pytest.approx([-0.4, -0.5, -0.3], abs=0.02)
@@ -233,28 +233,31 @@ def test_differences_are_paired_by_seed():
         ({0.0: (-0.5, 0.2), 0.9: (-0.3, 0.2)}, 4, "dropout lowers superposition at rate 0.5 (at rate 0.5, 4 seeds"),
         ({0.0: (0.5, -0.2), 0.9: (0.3, -0.2)}, 4, "dropout raises superposition at rate 0.5"),
         ({0.0: (0.5, -0.2), 0.9: (-0.5, 0.2)}, 4, "lowers superposition at sparsity 0.9 and raises it at sparsity 0;"),
-        ({0.0: (0.0, 0.0), 0.9: (0.0, 0.0)}, 4, "dropout surely changes superposition nowhere"),
-        ({0.0: (-0.5, -0.2), 0.9: (-0.5, -0.2)}, 4, "dropout surely changes superposition nowhere"),  # they disagree
-        ({0.0: (-0.5, 0.2), 0.9: (-0.5, 0.2)}, 1, "dropout surely changes superposition nowhere"),  # one seed
-        ({0.0: (-0.5, 0.2), 0.9: (-0.3, 0.2)}, 4, "at equal loss it surely changes superposition nowhere."),
+        ({0.0: (0.0, 0.0), 0.9: (0.0, 0.0)}, 4, "dropout does not clearly change superposition anywhere"),
+        (
+            {0.0: (-0.5, -0.2), 0.9: (-0.5, -0.2)},
+            4,
+            "dropout does not clearly change superposition anywhere",
+        ),  # they disagree
+        ({0.0: (-0.5, 0.2), 0.9: (-0.5, 0.2)}, 1, "dropout does not clearly change superposition anywhere"),  # one seed
+        ({0.0: (-0.5, 0.2), 0.9: (-0.3, 0.2)}, 4, "at equal loss, it does not clearly change superposition anywhere."),
     ],
 )
 def test_what_is_found_follows_the_differences(changes, seeds, said):
-    assert said in findings.found(made_up(changes, seeds))
+    assert said in say.toy_model(made_up(changes, seeds))[0]
 
 
-def test_small_changes_are_not_spoken_of_however_sure():
-    assert "taken singly it surely changes superposition nowhere" in findings.found(
-        made_up({0.0: (-0.005, 0.005), 0.9: (-0.005, 0.005)}, spread=1e-5)
-    )
+def test_small_changes_are_not_spoken_of_however_certain():
+    (sentence,) = say.toy_model(made_up({0.0: (-0.005, 0.005), 0.9: (-0.005, 0.005)}, spread=1e-5))
+    assert "sparsity by sparsity it does not clearly change superposition anywhere" in sentence
 
 
 def test_the_figure_shows_the_means_over_seeds_in_their_places(swept):
     both = pd.concat([swept, swept.assign(decay=1.0)])
-    figure = findings.draw(both)
+    figure = draw.toy_model(both)
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 8
-    for axes, name in zip(panels, list(findings._PANELS) * 2):
+    for axes, name in zip(panels, list(draw.TOY_PANELS) * 2):
         shown = axes.images[0].get_array()
         for column, sparsity in enumerate((0.0, 0.97)):
             for row, rate in enumerate((0.0, 0.35)):
@@ -266,8 +269,8 @@ def test_the_figure_shows_the_means_over_seeds_in_their_places(swept):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (((0.5, 1.0),), "sparsities are probabilities from 0 to below 1, and 1 is none"),
-        (((0.5,), (0.0, -0.1)), "rates are probabilities from 0 to below 1, and -0.1 is none"),
+        (((0.5, 1.0),), "sparsities are probabilities from 0 to below 1, and 1 is not one"),
+        (((0.5,), (0.0, -0.1)), "rates are probabilities from 0 to below 1, and -0.1 is not one"),
         (((0.5,), (0.1, 0.5)), "rates 0.1, 0.5 have nothing to be compared with: put 0 among them"),
     ],
 )

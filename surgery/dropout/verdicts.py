@@ -1,0 +1,79 @@
+"""The prediction in two halves, within components and across them, and what the measures of models say about it.
+
+Each half has one measure that decides and others beside it (``MEASURES``). Models of the same seed begin with the same
+weights and see the same batches, so rates are compared seed by seed: the change of a seed is the slope of a line over
+the rates, times the largest rate. Intervals of these changes are over seeds (Student's t).
+"""
+
+import numpy as np
+import pandas as pd
+
+from surgery.stats import bootstrap
+
+STEPS, LOSS = "steps", "loss"
+WITHIN, ACROSS = "within", "across"
+MEASURES = {  # half, predicted sign of its change, in words; of each half the first decides
+    "psi": (WITHIN, -1, "effective features per neuron"),
+    "participation": (WITHIN, 0, "directions that share the neurons' variance"),
+    "kurtosis": (WITHIN, 0, "excess kurtosis of a neuron"),
+    "sparsity": (WITHIN, 0, "share of activations that are almost silent"),
+    "redundancy_mass": (ACROSS, 1, "redundancy mass of pairs of layers"),
+    "mean_rho": (ACROSS, -1, "mean rho of pairs (1 series, -1 backup)"),
+    "curvature": (ACROSS, 1, "curvature of the damage of random subsets of layers"),
+    "self_repair": (ACROSS, 1, "share of a lost direct effect that is repaired"),
+    "predictability": (ACROSS, 1, "predictability of a layer's work from another's"),
+}
+_WORDS = {1: ("confirmed", "refuted"), -1: ("refuted", "confirmed"), 0: ("rises", "falls")}  # by the predicted sign
+
+
+def measures_of(half: str) -> list[str]:
+    """The measures of a half of the prediction, the one that decides first.
+
+    >>> measures_of(WITHIN)
+    ['psi', 'participation', 'kurtosis', 'sparsity']
+    """
+    return [name for name, (of, *_) in MEASURES.items() if of == half]
+
+
+def changes(frame: pd.DataFrame, name: str, matched: str) -> list[float]:
+    """The change of a measure from no dropout to the largest rate, along a line through all rates, of every seed.
+
+    Raises ValueError for fewer than two rates.
+
+    >>> rows = [{"rate": p, "seed": 0, "matched": "steps", "psi": 1 - p} for p in (0.0, 0.1, 0.4)]
+    >>> [round(change, 6) for change in changes(pd.DataFrame(rows), "psi", "steps")]
+    [-0.4]
+    """
+    models = frame[frame["matched"] == matched]
+    if models["rate"].nunique() < 2:
+        raise ValueError(f"models of {models['rate'].nunique()} rates of dropout: a change needs two or more")
+    by_seed = models.dropna(subset=[name]).groupby("seed")
+    return [float(np.polyfit(run["rate"], run[name], 1)[0] * models["rate"].max()) for _, run in by_seed]
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Judge every measure of ``MEASURES`` at matched steps and at matched loss; a row each.
+
+    Columns: half, measure, phrase, predicted (its sign), matched, change with ``change_low`` and ``change_high``, seeds
+    and verdict. Raises ValueError for fewer than two rates.
+    """
+    rows = []
+    for name, (half, sign, phrase) in MEASURES.items():
+        for matched in (STEPS, LOSS):
+            by_seed = changes(frame, name, matched)
+            mean, low, high = bootstrap.t_interval(by_seed) if by_seed else (np.nan,) * 3
+            rows.append(
+                {
+                    "half": half,
+                    "measure": name,
+                    "phrase": phrase,
+                    "predicted": sign,
+                    "matched": matched,
+                    "change": mean,
+                    "change_low": low,
+                    "change_high": high,
+                    "seeds": len(by_seed),
+                    "verdict": bootstrap.verdict(low, high, *_WORDS[sign]),
+                }
+            )
+    return pd.DataFrame(rows)
