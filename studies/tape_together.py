@@ -4,16 +4,17 @@
     python studies/tape_together.py --out results/tape_together_full --full       # four times the problems: 10 minutes
 
 The model was trained on chains of k <= 4 functions. Every span of layers gets a second pass, whole or counting half,
-on problems of k = 0 to 7; the one with the most exact answers at k >= 5 is chosen on one half of the problems, and all
-that is said about it comes from the other half, beside its controls: random spans of equal length, damped passes, the
-stream only resized, the second pass linearised, more passes, spans composed by a beam. Exact answers count, because
-likelihood also rises if a model is merely less sure where it errs: what softer answers alone give is printed beside it.
+on problems of k = 0 to 7. The one with the most exact answers at k >= 5 is chosen on one half of the problems, and all
+claims about it come from the other half, beside its controls: random spans of equal length, damped passes, the stream
+only resized, the second pass linearised, more passes, spans composed by a beam. Exact answers count, because likelihood
+also rises if a model is merely less sure where it errs: what softer answers alone give is printed beside it.
 
-Writes ``spans_by_k.csv`` (search half), ``winners.csv``, ``controls.csv`` (validation half) and two figures; killed, it
-goes on where it was.
+Writes ``spans_by_k.csv`` (search half), ``winners.csv``, ``controls.csv`` (validation half) and two figures. If killed,
+it resumes.
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 
@@ -24,13 +25,13 @@ from matplotlib.figure import Figure
 import surgery
 from surgery import scan
 from surgery.corpus import probes
-from surgery.corpus.probes import ProbeSet
+from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.page import drawing
 from surgery.page.drawing import BLUE, PALE
-from surgery.records import manifest as provenance
 from surgery.records import tables
-from surgery.scan import controls, say, search
-from surgery.scan import draw as scan_figures
+from surgery.records.manifest import manifest
+from surgery.scan import controls, draw, say, search
+from surgery.scan.scores import predicting
 from surgery.scan.study import WINNERS_COLUMNS
 from surgery.stats import comparisons
 from surgery.wiring.families import every_repeat
@@ -54,118 +55,120 @@ def main() -> None:
     n_layers, spans = stack.n_layers, list(every_repeat(stack.n_layers))
     count = args.count or (1280 if args.full else 320)
     problems = probes.babel(count // 4, range(5)).probes + probes.babel(count, range(5, 8)).probes
-    chosen_on, fresh = ProbeSet("babel", problems).split()
-    far_only, far_fresh = (
-        replace(half, probes=tuple(probe for probe in half.probes if probe.group in FAR)) for half in (chosen_on, fresh)
+    halves = ProbeSet("babel", problems).split()
+    far_search, far_validation = (
+        replace(half, probes=tuple(probe for probe in half.probes if probe.group in FAR)) for half in halves
     )
+    on_search, on_validation = (half.encode(stack) for half in halves)
     passes = {
         str(controls.damped(n_layers, start, stop, factor)): (start, stop, factor)
         for factor in (1, 0.5)
         for start, stop in combinations(range(n_layers + 1), 2)
     }
 
-    searched = scan.run(stack, passes, chosen_on, folder / "search.csv", metrics=METRICS)
+    searched = scan.run(stack, passes, on_search, folder / "search.csv", metrics=METRICS)
     by_k = comparisons.table(searched, "exact", by_group=True)
     table = comparisons.table(far(searched), "exact")
     best = table.nlargest(10, "gain")["wiring"].tolist()
     start, stop, factor = passes[best[0]]
 
-    screened = search.screen(stack, spans, far_only, share=0.25)
+    screened = search.screen(stack, spans, far_search, share=0.25)
     whole = far(searched)[far(searched)["wiring"].isin(screened["wiring"])]
-    found = search.recall(screened, whole).set_index("looked_at")["recall"]
+    recall = search.recall(screened, whole).set_index("looked_at")["recall"]
     promising = [passes[wiring][:2] for wiring in screened["wiring"][:12]]
-    beam = search.beam(stack, far_only, width=4, depth=2, spans=promising)
+    beam = search.beam(stack, far_search, width=4, depth=2, spans=promising)
     composed = beam[beam["level"] > 1].nlargest(1, "gain").iloc[0]
 
-    others = [other.repeated_span() for other in controls.random_spans(n_layers, start, stop)]
+    random_spans = [wiring.repeated_span() for wiring in controls.random_spans(n_layers, start, stop)]
     rows = [("chosen", best[0])]
     rows += [(f"second pass x {share}", str(controls.damped(n_layers, start, stop, share))) for share in (0.25, 0.5, 1)]
     rows += [(f"{n} passes", str(Wiring.of(n_layers).repeat(start, stop, n))) for n in (3, 4, 5)]
-    rows += [("random span", str(controls.damped(n_layers, *other, factor))) for other in others if other]
+    rows += [("random span", str(controls.damped(n_layers, *span, factor))) for span in random_spans if span]
     rows += [("beam", composed["wiring"]), ("norm-only", "norm-only"), ("linearised", "linearised")]
     listed = pd.DataFrame(rows, columns=["control", "wiring"])
-    again = scan.run(stack, [*best, *listed["wiring"][:-2]], fresh, folder / "validation.csv", metrics=METRICS)
-    winners = comparisons.winners(far(searched), far(again), "exact", top=10)
-    streams = pd.concat([again, *by_streams(stack, fresh, again, start, stop)], ignore_index=True)
+    wirings = [*best, *listed["wiring"][:-2]]
+    validated = scan.run(stack, wirings, on_validation, folder / "validation.csv", metrics=METRICS)
+    winners = comparisons.winners(far(searched), far(validated), "exact", top=10)
+    streams = pd.concat([validated, *by_streams(stack, on_validation, validated, start, stop)], ignore_index=True)
     measured = listed.merge(comparisons.table(far(streams), "exact"), on="wiring")
-    likelier = comparisons.table(far(streams), "loglik").set_index("wiring")
-    measured["gain_loglik"] = likelier.loc[measured["wiring"], "gain"].to_numpy()
-    softened = softness(stack, far_only, far_fresh)
+    by_loglik = comparisons.table(far(streams), "loglik").set_index("wiring")
+    measured["gain_loglik"] = by_loglik.loc[measured["wiring"], "gain"].to_numpy()
+    softened = gain_of_temperature(stack, far_search, far_validation)
 
-    say_spans(by_k, searched)
+    print_spans(by_k, searched)
     print("\nSecond passes, whole or half, k >= 5:")
     luck = comparisons.expected_best(far(searched), "exact")
-    print("\n".join(say.found(table, winners, luck, "exact")))
-    say_reach(winners.iloc[0], again)
+    print("\n".join(say.search_and_validation(table, winners, luck, "exact")))
+    print_reach(winners.iloc[0], validated)
     shown = measured.assign(**{name: 100 * measured[name] for name in ("gain", "gain_low", "gain_high")})
     columns = ["control", "wiring", "gain", "gain_low", "gain_high", "gain_loglik"]
     print("\nBeside its controls, k >= 5, validation half (gain: percentage points of exact answers; nats for loglik)")
     print(shown[columns].round(2).to_string(index=False))
     print(
-        f"\nIn likelihood the winner gains {likelier.loc[best[0], 'gain']:+.2f} nats per answer at k >= 5. The logits "
+        f"\nIn likelihood the winner gains {by_loglik.loc[best[0], 'gain']:+.2f} nats per answer at k >= 5. The logits "
         "of the unmodified model, divided by a temperature chosen on the search half, gain "
         f"{softened:+.2f}, without one more exact answer.\n"
         f"The first screen took {search.cost(screened, n_layers):.0f} % of a full scan; of its true ten best it has "
-        f"{found[10]:.0%} among its first 10, {found[20]:.0%} among 20, {found[30]:.0%} among 30 (by likelihood).\n"
+        f"{recall[10]:.0%} among its first 10, {recall[20]:.0%} among 20, {recall[30]:.0%} among 30 (by likelihood).\n"
         f"The beam's best of {len(beam)} wirings, {composed['wiring']}, had claimed {composed['gain']:+.2f} nats per "
-        f"answer on the search half and gains {likelier.loc[composed['wiring'], 'gain']:+.2f} on the other."
+        f"answer on the search half and gains {by_loglik.loc[composed['wiring'], 'gain']:+.2f} on the other."
     )
 
-    manifest = provenance.manifest(stack, fresh.encode(stack).tokens, seed=0, note="the tokens of the validation half")
+    provenance = manifest(stack, on_validation.tokens, seed=0, note="the tokens of the validation half")
     meaning = {
         **WINNERS_COLUMNS,
         "control": "what stands beside the winner",
         "gain_loglik": "the same in nats per answer",
     }
     for name, frame in (("spans_by_k", by_k), ("winners", winners), ("controls", measured)):
-        tables.write(frame, folder / f"{name}.csv", manifest, meaning)
-    drawn = scan_figures.brain_scan(table, n_layers, unit="share of exact answers, k = 5 to 7")
+        tables.write(frame, folder / f"{name}.csv", provenance, meaning)
+    brain_scan = draw.brain_scan(table, n_layers, unit="share of exact answers, k = 5 to 7")
     tables.save(
         {
-            folder / "brain_scan.png": drawing.png(drawn),
-            folder / "tape_together.png": drawing.png(draw(again, measured, best[0])),
+            folder / "brain_scan.png": drawing.png(brain_scan),
+            folder / "tape_together.png": drawing.png(reach_and_controls(validated, measured, best[0])),
         }
     )
 
 
 def far(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of problems that are longer than any in training."""
     return frame[frame["group"].isin(FAR)]
 
 
-def scored(stack, encoded, x, temperature=1.0):
-    """Exact answers and log-likelihoods (nats) of every probe when ``x`` leaves the last layer."""
-    before = torch.zeros_like(encoded.scored)
-    before[:, :-1] = encoded.scored[:, 1:]
-    logits, row = stack.readout(x[before]) / temperature, encoded.scored.nonzero()[:, 0]
+def scores(stack: surgery.Stack, encoded: Encoded, x: torch.Tensor, temperature: float = 1.0) -> tuple:
+    """Exact answers and log-likelihoods (nats) of every probe if ``x`` leaves the last layer."""
+    logits, row = stack.readout(x[predicting(encoded.scored)]) / temperature, encoded.scored.nonzero()[:, 0]
     target = encoded.tokens.ids[encoded.scored]
     log_p = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
     wrong = torch.zeros(len(x)).index_add(0, row, (logits.argmax(-1) != target).float())
     return (wrong == 0).float().numpy(), torch.zeros(len(x)).index_add(0, row, log_p).numpy()
 
 
-def by_streams(stack, fresh, again, start, stop):
-    """The controls that no wiring expresses, as rows of a scan."""
-    encoded = fresh.encode(stack)
+def by_streams(
+    stack: surgery.Stack, encoded: Encoded, validated: pd.DataFrame, start: int, stop: int
+) -> Iterator[pd.DataFrame]:
+    """Yield the controls that no wiring expresses, as rows of a scan."""
     context = stack.context(encoded.tokens)
-    like = again[again["wiring"] == again["wiring"].iloc[0]]
+    like = validated[validated["wiring"] == validated["wiring"].iloc[0]]
     for name, control in (("norm-only", controls.norm_only), ("linearised", controls.linearised)):
-        values = dict(zip(METRICS, scored(stack, encoded, control(stack, start, stop, context)), strict=True))
+        values = dict(zip(METRICS, scores(stack, encoded, control(stack, start, stop, context)), strict=True))
         for metric, rows in like.groupby("metric"):
             yield rows.assign(wiring=name, value=values[metric][rows["prompt"]].astype(float))
 
 
-def softness(stack, chosen_on, fresh):
-    """Gain in nats per answer of a temperature: chosen on one half, measured on the other."""
+def gain_of_temperature(stack: surgery.Stack, search_half: ProbeSet, validation_half: ProbeSet) -> float:
+    """Gain in nats per answer of a temperature that is chosen on one half and measured on the other."""
     gains = []
-    for asked in (chosen_on, fresh):
-        encoded = asked.encode(stack)
+    for half in (search_half, validation_half):
+        encoded = half.encode(stack)
         x = stack.stream(stack.context(encoded.tokens))[-1]
-        by_temperature = [scored(stack, encoded, x, 1 + step / 4)[1].mean() for step in range(37)]
+        by_temperature = [scores(stack, encoded, x, 1 + step / 4)[1].mean() for step in range(37)]
         gains.append(pd.Series(by_temperature) - by_temperature[0])
     return gains[1][gains[0].idxmax()]
 
 
-def say_spans(by_k, searched):
+def print_spans(by_k: pd.DataFrame, searched: pd.DataFrame) -> None:
     print(
         "Which second passes, whole or half, help which k (search half, exact answers, p_max over all of them and k):"
     )
@@ -179,7 +182,7 @@ def say_spans(by_k, searched):
         )
 
 
-def say_reach(row, again):
+def print_reach(row: pd.Series, validated: pd.DataFrame) -> None:
     low, high = row["gain_low_validation"], row["gain_high_validation"]
     if low > 0:
         word = "extends" if high >= SMALL else "helps a little at the edge, but does not extend"
@@ -191,29 +194,29 @@ def say_reach(row, again):
         f"on {row['n_prompts_validation']} fresh problems of k = 5 to 7, where it had claimed "
         f"{100 * row['gain_search']:+.1f}. (Not extended: the interval excludes {100 * SMALL:.0f} points.)"
     )
-    rows = comparisons.table(again, "exact", by_group=True)
-    share = again[again["metric"] == "exact"].groupby("group")["baseline"].mean()
+    rows = comparisons.table(validated, "exact", by_group=True)
+    share = validated[validated["metric"] == "exact"].groupby("group")["baseline"].mean()
     for _, own in rows[rows["wiring"] == row["wiring"]].sort_values("group").iterrows():
         ends = ", ".join(f"{100 * own[end]:+.1f}" for end in ("gain_low", "gain_high"))
         print(f"  {own['group']}: {share[own['group']]:6.1%} as it is, {100 * own['gain']:+.1f} [{ends}] points")
 
 
-def draw(again: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
+def reach_and_controls(validated: pd.DataFrame, measured: pd.DataFrame, winner: str) -> Figure:
     """Left: exact answers by k, the model and more and more passes. Right: the gain at k >= 5 beside its controls."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     lines = [(":", "the model as it is"), (winner, f"chosen: {winner}")]
     more = measured[measured["control"].str.endswith("passes") | (measured["control"] == "second pass x 1")]
     lines += [(row.wiring, row.control) for row in more.itertuples() if row.wiring != winner]
-    shares = comparisons.table(again.assign(baseline=0.0), "exact", by_group=True).set_index("wiring")
-    own = again[again["wiring"] == winner]
+    shares = comparisons.table(validated.assign(baseline=0.0), "exact", by_group=True).set_index("wiring")
+    own = validated[validated["wiring"] == winner]
     clean = own.assign(wiring=":", value=own["baseline"], baseline=0.0)
     shares = pd.concat([shares, comparisons.table(clean, "exact", by_group=True).set_index("wiring")])
     for place, (wiring, label) in enumerate(lines):
         rows = shares.loc[wiring].sort_values("group")
         k = rows["group"].str.removeprefix("k=").astype(int) + 0.06 * (place - 2)
         ends = [100 * (rows["gain"] - rows["gain_low"]), 100 * (rows["gain_high"] - rows["gain"])]
-        style = {"color": scan_figures.PALETTE[place], "marker": scan_figures.MARKERS[place], "markersize": 4.5}
+        style = {"color": draw.PALETTE[place], "marker": draw.MARKERS[place], "markersize": 4.5}
         left.errorbar(k, 100 * rows["gain"], yerr=ends, label=label, linewidth=1.4, elinewidth=1, **style)
     left.axhline(10, color=drawing.FAINT, linewidth=0.8, linestyle=":", label="chance")
     left.axvspan(4.5, 7.4, color=PALE, zorder=0, label="never trained")

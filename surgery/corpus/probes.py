@@ -72,7 +72,7 @@ class Encoded:
     @classmethod
     def of(cls, probes: "ProbeSet | Encoded", stack: Stack) -> "Encoded":
         """The probes as ``stack`` reads them; what is encoded already is given back as it is."""
-        return probes if isinstance(probes, cls) else probes.encode(stack)
+        return probes if isinstance(probes, Encoded) else probes.encode(stack)
 
     def portion(self, first: int, stop: int) -> "Encoded":
         """The probes ``first`` to ``stop - 1``, renumbered from 0, with the same padding."""

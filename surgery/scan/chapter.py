@@ -17,29 +17,27 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """What the scan found, then by group of probes, and the reorderings of Sun et al."""
     metric = _settings(manifests)["metric"]
     luck = Luck(**_settings(manifests)["luck"])
-    said = headlines(words.found(tables[study.TABLE], tables[study.WINNERS], luck, metric))
-    said += map(Sentence, words.best_groups(tables[study.GROUPS], metric))
+    sentences = headlines(words.search_and_validation(tables[study.TABLE], tables[study.WINNERS], luck, metric))
+    sentences += map(Sentence, words.best_groups(tables[study.GROUPS], metric))
     if study.PAINTERS in tables:
-        said += map(Sentence, words.painters(tables[study.PAINTERS], metric))
-    return said
+        sentences += map(Sentence, words.painters(tables[study.PAINTERS], metric))
+    return sentences
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
-    """What the scan cannot tell."""
-    return words.untold(tables[study.TABLE], tables[study.WINNERS])
+    """What the scan leaves open."""
+    return words.limits(tables[study.TABLE], tables[study.WINNERS])
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
-    """The map of spans, gain against depth, gains by group, the reorderings: what there is."""
-    manifest = manifests[study.TABLE]
-    drawn = figures.of_scan(
+    """The map of spans, gain against depth, gains by group, the reorderings: those there are tables for."""
+    return figures.of_scan(
         tables[study.TABLE],
         tables[study.GROUPS],
-        manifest["model"]["n_layers"],
-        manifest["settings"]["metric"],
+        manifests[study.TABLE]["model"]["n_layers"],
+        _settings(manifests)["metric"],
         tables.get(study.PAINTERS),
     )
-    return {name: Drawing(figure, caption) for name, (figure, caption) in drawn.items()}
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
@@ -59,9 +57,9 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     cells = [
         [
             Cell(row["wiring"]),
-            _gain(row, "search"),
+            _gain_cell(row, "search"),
             number_cell(row["p_max_search"], digits=3),
-            _gain(row, "validation"),
+            _gain_cell(row, "validation"),
             number_cell(row["p_max_validation"], digits=3),
             cell(row, "survived"),
             Cell(row["verdict"]),
@@ -72,7 +70,7 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     return Section("scan", "What rewiring does", paragraphs=paragraphs, tables=[table])
 
 
-def _gain(row: pd.Series, half: str) -> Cell:
+def _gain_cell(row: pd.Series, half: str) -> Cell:
     return number_cell(row[f"gain_{half}"], row[f"gain_low_{half}"], row[f"gain_high_{half}"], 3)
 
 

@@ -1,19 +1,20 @@
-"""A scan on more than one machine: ``scan.run(stack, wirings, probes, out, cluster=...)`` on a Ray cluster.
+"""Scans on more than one machine: ``scan.run(stack, wirings, probes, out, cluster=...)`` on a Ray cluster.
 
     cluster=4                                  four workers on this machine: a Ray of its own, shut down again
     cluster="auto"                             the cluster that ``ray start`` began here
     cluster="head:6379", "ray://head:10001"    the cluster at that address
     cluster=Cluster("auto", workers=8, gpus=2, model="org/name", device_map="auto")
 
-Every worker is a process with a replica of the model. The wirings are cut into about four parts a worker whose members
-share their beginnings (``surgery.scan.schedule.shards``); a worker that is free takes the next. Rows come back as wirings
-finish and go through the one resumable table of ``surgery.scan``, on the side of whoever asked: workers keep nothing.
-One that is lost costs what it had not handed over; that is given out again, and a new worker takes its place.
+Every worker is a process with a replica of the model. The wirings are cut into about four shards per worker, whose
+members share their beginnings (``surgery.scan.schedule.shards``); a worker that is free takes the next. Rows come back
+as wirings finish and go into the one resumable table of the process that called ``scan.run``: workers keep nothing. A
+worker that is lost costs the rows it had not handed over; its wirings are given out again, and a new worker takes its
+place.
 
 The machines need this package and the same versions of Python and Ray, but no shared disk: by default the weights
 travel, once per machine, through Ray's object store. Where they are too large for that, ``model`` names what every
-worker can load by itself, and ``device_map`` is what transformers then gets (tried on one
-device only so far). Either way a worker whose weights are not those of the stack is refused.
+worker can load by itself, and ``device_map`` is what transformers then gets (tried on one device only so far). Either
+way a worker whose weights are not those of the stack is refused.
 """
 
 import importlib
@@ -36,15 +37,15 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.models import loading as models
+from surgery.models import loading
 from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
-from surgery.scan import scanning as scan
-from surgery.scan import schedule
+from surgery.scan import execution, schedule
+from surgery.scan.scores import Scorer
 from surgery.wiring.value import Wiring
 
 INSTALL = 'pip install -e ".[cluster]"'
-SHARDS = 4  # per worker: fewer leave workers idle at the end, more run common beginnings more often
+SHARDS = 4  # per worker: with fewer, workers idle at the end; with more, common beginnings run more often
 _LOCAL = "local"
 
 
@@ -52,11 +53,13 @@ _LOCAL = "local"
 class Cluster:
     """Where a scan runs.
 
-    ``address``: ``"local"`` (a Ray started for it), ``"auto"``, ``"host:port"`` or ``"ray://host:port"``. In a process
-    that is connected to a Ray already, that one is used and left as it is.
-    ``workers``: by default as many as the GPUs allow; without GPUs, one for four processors.
-    ``gpus``: of each worker; by default one if the stack is on a GPU, else none.
-    ``model``, ``device_map``: what each worker loads by itself, and how that lies on its GPUs.
+    Attributes:
+        address: ``"local"`` (a Ray started for it), ``"auto"``, ``"host:port"`` or ``"ray://host:port"``. A process
+            that is connected to a Ray already uses that one and leaves it as it is.
+        workers: by default as many as the GPUs allow; without GPUs, one for four processors.
+        gpus: of each worker; by default one if the stack is on a GPU, else none.
+        model: what each worker loads by itself; by default the weights are sent.
+        device_map: how that model lies on a worker's GPUs.
     """
 
     address: str = _LOCAL
@@ -72,14 +75,15 @@ class Cluster:
             raise ValueError("device_map is for a model that workers load by themselves: say which with model=...")
 
     @classmethod
-    def of(cls, given: "Cluster | str | int") -> "Cluster":
-        """
+    def of(cls, cluster: "Cluster | str | int") -> "Cluster":
+        """The cluster of a number of workers on this machine, or at an address.
+
         >>> Cluster.of(2) == Local(workers=2), Cluster.of("auto").address
         (True, 'auto')
         """
-        if isinstance(given, Cluster):
-            return given
-        return cls(workers=given) if isinstance(given, int) else cls(given)
+        if isinstance(cluster, Cluster):
+            return cluster
+        return cls(workers=cluster) if isinstance(cluster, int) else cls(cluster)
 
 
 Local = partial(Cluster, _LOCAL)
@@ -87,7 +91,7 @@ Local = partial(Cluster, _LOCAL)
 
 @contextmanager
 def joined(cluster: "Cluster | Pool | str | int") -> "Iterator[Pool]":
-    """Workers for one scan or several: ``with joined(4) as pool: scan.run(..., cluster=pool)``, loaded only once.
+    """Workers that load the model only once for several scans: ``with joined(4) as pool: scan.run(..., cluster=pool)``.
 
     Raises ValueError where Ray is not installed, OSError where no cluster answers.
     """
@@ -138,7 +142,7 @@ class _Source:
     """What a replica is made from: the name of a model to load, or ``shipped`` weights in the object store."""
 
     name: str
-    weights: str  # hash
+    sha256: str  # of the weights
     dtype: torch.dtype
     device_map: "str | dict[str, Any] | None" = None
     shipped: Any = None
@@ -146,95 +150,98 @@ class _Source:
     def load(self, device: str) -> Stack:
         if self.shipped is not None:
             model, tokenizer = _unpack(_ray().get(self.shipped), device)
-            stack = Stack(models.load(model, tokenizer=tokenizer))
+            stack = Stack(loading.load(model, tokenizer=tokenizer))
         elif self.device_map is not None:
             stack = Stack(_spread(self.name, self.dtype, self.device_map))
         else:
-            stack = Stack(models.load(self.name, device=device, dtype=self.dtype))
-        if _weights(stack) != self.weights:
+            stack = Stack(loading.load(self.name, device=device, dtype=self.dtype))
+        if stack.sha256 != self.sha256:
             raise ModelError("its weights are not those of the model that is scanned")
         return stack
 
 
 class Replica:
-    """The worker: a model, and a thread that measures while rows are fetched."""
+    """A worker process: a model, and a thread that measures while rows are fetched."""
 
     def __init__(self) -> None:
         self.stack: Stack | None = None
-        self.weights = ""
+        self.sha256 = ""
 
     def pid(self) -> int:
         return os.getpid()
 
     def open(
-        self, source: _Source, asked: bytes, device: str, neighbours: int, memory: int | None
+        self, source: _Source, probes: bytes, device: str, neighbours: int, memory: int | None
     ) -> tuple[list[pd.DataFrame], str]:
-        """Get ready for a scan. Like ``rows`` it returns rows, none here, and what went wrong, if anything."""
+        """Get ready for a scan. Like ``rows`` this returns rows (none here) and what went wrong, if anything did.
+
+        ``probes`` are the packed arguments of a ``Scorer`` after its stack; ``neighbours`` share the machine.
+        """
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
         try:
-            if self.stack is None or self.weights != source.weights:
-                self.stack, self.weights = source.load(device), source.weights
-            self.scorer = scan.Scorer(self.stack, *_unpack(asked, str(self.stack.device)))
-            here = neighbours if self.stack.device.type == "cpu" else 1
-            self.memory = scan.free_memory(self.stack) // 2 // here if memory is None else memory
+            if self.stack is None or self.sha256 != source.sha256:
+                self.stack, self.sha256 = source.load(device), source.sha256
+            self.scorer = Scorer(self.stack, *_unpack(probes, str(self.stack.device)))
+            sharing = neighbours if self.stack.device.type == "cpu" else 1
+            self.memory = execution.free_memory(self.stack) // 2 // sharing if memory is None else memory
         except Exception as error:  # whatever a model, its files or its classes may raise
             return [], f"a worker on {platform.node()} cannot open {source.name}: {_line(error)}"
         return [], ""
 
     def rows(self, wirings: list[Wiring] | None = None) -> tuple[list[pd.DataFrame], str]:
-        """Begin with ``wirings``, if given; then wait for rows, and return what there is."""
+        """Start measuring ``wirings``, if given; then wait for rows, and return those that are ready."""
         if wirings is not None:
             self.ready: queue.SimpleQueue[pd.DataFrame | str] = queue.SimpleQueue()
             threading.Thread(target=self._measure, args=(wirings, self.ready.put), daemon=True).start()
-        found = [self.ready.get()]
+        results = [self.ready.get()]
         while not self.ready.empty():
-            found.append(self.ready.get())
-        problems = [one for one in found if isinstance(one, str)]
-        return [one for one in found if not isinstance(one, str)], "".join(problems)
+            results.append(self.ready.get())
+        problems = [result for result in results if isinstance(result, str)]
+        return [result for result in results if not isinstance(result, str)], "".join(problems)
 
     def _measure(self, wirings: list[Wiring], put: Callable[["pd.DataFrame | str"], None]) -> None:
         try:
-            scan.measure(self.scorer, wirings, self.memory, put)
+            execution.measure(self.scorer, wirings, self.memory, put)
         except Exception as error:
             put(f"a worker on {platform.node()} failed: {_line(error)}")
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A replica as seen from here: the actor, and the wirings it has not yet handed back."""
+    """A replica as the pool sees it: the actor, and the wirings whose rows it has not handed over yet."""
 
     actor: Any
-    owes: dict[str, Wiring] = field(default_factory=dict)
+    pending: dict[str, Wiring] = field(default_factory=dict)
 
 
 class Pool:
-    """Workers that are kept, with their models, from one scan to the next; made by ``joined``."""
+    """Workers that stay, with their models, from one scan to the next; made by ``joined``."""
 
     def __init__(self, ray: Any, cluster: Cluster) -> None:
         self.ray, self.cluster = ray, cluster
         self.workers: list[_Worker] = []
-        self.sent = 0  # wirings given out, those given out again included
+        self.sent = 0  # wirings given out, counting those given out again
         self._shipped: tuple[str, Any] = ("", None)
 
     def measure(
         self,
-        scorer: scan.Scorer,
+        scorer: Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
         accept: Callable[[pd.DataFrame], None],
     ) -> None:
-        """``surgery.scan.measure``, by the workers. Each wiring's rows are handed to ``accept`` once.
+        """Run the wirings on the workers, and hand the rows of each to ``accept`` once: ``surgery.scan.measure``.
 
         Raises:
-            ModelError: the workers cannot open the model; hooks are attached to it, which they would not have.
+            ModelError: the workers cannot open the model, or hooks are attached to it, which they would not have.
             ValueError: the cluster has too few GPUs.
             OSError: one worker after another was lost.
         """
         try:
             self._measure(scorer, wirings, memory, accept)
         except BaseException:
-            if any(worker.owes for worker in self.workers):
-                self.dismiss()  # they are still at work
+            if any(worker.pending for worker in self.workers):
+                self.dismiss()  # they are still working
             raise
 
     def dismiss(self) -> None:
@@ -245,7 +252,7 @@ class Pool:
 
     def _measure(
         self,
-        scorer: scan.Scorer,
+        scorer: Scorer,
         wirings: Sequence[Wiring],
         memory: int | None,
         accept: Callable[[pd.DataFrame], None],
@@ -254,34 +261,35 @@ class Pool:
         count, nodes = self._count(gpus)
         waiting = deque([wirings[i] for i in shard] for shard in schedule.shards(wirings, SHARDS * count))
         count = min(count, len(waiting))
-        source, asked = self._source(scorer.stack), self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.first)))
+        source = self._source(scorer.stack)
+        probes = self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.first)))
         # No processors are reserved: what else runs on the cluster cannot keep a worker from starting.
-        made = self.ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Replica)
+        replica = self.ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Replica)
         promises: dict[Any, _Worker] = {}
         lost = 0
 
-        def ready(worker: _Worker) -> None:
+        def prepare(worker: _Worker) -> None:
             device, neighbours = "cuda" if gpus else "cpu", math.ceil(count / nodes)
-            promises[worker.actor.open.remote(source, asked, device, neighbours, memory)] = worker
+            promises[worker.actor.open.remote(source, probes, device, neighbours, memory)] = worker
 
         def hire() -> None:
-            self.workers.append(_Worker(made.remote()))
-            ready(self.workers[-1])
+            self.workers.append(_Worker(replica.remote()))
+            prepare(self.workers[-1])
 
-        def go_on(worker: _Worker) -> None:
-            if worker.owes:
+        def ask(worker: _Worker) -> None:
+            if worker.pending:
                 promises[worker.actor.rows.remote()] = worker
             elif waiting:
                 shard = waiting.popleft()
-                worker.owes = {str(wiring): wiring for wiring in shard}
+                worker.pending = {str(wiring): wiring for wiring in shard}
                 self.sent += len(shard)
                 promises[worker.actor.rows.remote(shard)] = worker
 
         for worker in self.workers:
-            ready(worker)
+            prepare(worker)
         while len(self.workers) < count:
             hire()
-        while waiting or any(worker.owes for worker in self.workers):
+        while waiting or any(worker.pending for worker in self.workers):
             promise = self.ray.wait(list(promises))[0][0]
             worker = promises.pop(promise)
             try:
@@ -295,29 +303,29 @@ class Pool:
                         f"{lost} workers were lost without a row between them (the last: {_line(error)}); "
                         "all rows so far are kept: try fewer workers, or less memory for each"
                     ) from error
-                self._let_go(worker)
-                if worker.owes:
-                    waiting.appendleft(list(worker.owes.values()))
-                idle = [other for other in self.workers if other not in promises.values()]
+                self._drop(worker)
+                if worker.pending:
+                    waiting.appendleft(list(worker.pending.values()))
+                idle = [candidate for candidate in self.workers if candidate not in promises.values()]
                 if waiting and idle:
-                    go_on(idle[0])
+                    ask(idle[0])
                 elif waiting:
                     hire()
                 continue
             for block in rows:
                 accept(block)
-                del worker.owes[str(block["wiring"].iloc[0])]
+                del worker.pending[str(block["wiring"].iloc[0])]
                 lost = 0
             if problem:
                 raise ModelError(problem)
-            go_on(worker)
+            ask(worker)
 
-    def _let_go(self, worker: _Worker) -> None:
+    def _drop(self, worker: _Worker) -> None:
         self.workers.remove(worker)
-        self.ray.kill(worker.actor)  # it may only have been out of reach: nothing more is taken from it
+        self.ray.kill(worker.actor)  # it may only be out of reach: no more rows are taken from it
 
     def _count(self, gpus: int) -> tuple[int, int]:
-        """How many workers, on how many machines."""
+        """The number of workers, and of machines."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         kind, each = ("GPU", gpus) if gpus else ("CPU", 4)
         possible = [max(int(not gpus), int(node.get(kind, 0)) // each) for node in nodes]
@@ -335,12 +343,12 @@ class Pool:
                 f"hooks are attached to {stack.name}, and workers would not have them; "
                 "take them off, or scan without a cluster"
             )
-        weights, cluster = _weights(stack), self.cluster
-        named = _Source(cluster.model or stack.name, weights, stack.dtype, cluster.device_map)
+        cluster = self.cluster
+        source = _Source(cluster.model or stack.name, stack.sha256, stack.dtype, cluster.device_map)
         if cluster.model is not None:
-            return named
-        if self._shipped[0] != weights:
-            plain = models.plain(stack.model) if stack.has_twin else None
+            return source
+        if self._shipped[0] != stack.sha256:
+            plain = loading.plain(stack.model) if stack.has_twin else None
             try:
                 packed = _pack((plain or stack.model, stack.model.tokenizer))
             except Exception as error:  # anything may be inside a model
@@ -348,19 +356,19 @@ class Pool:
                     f"{stack.name} cannot be sent to workers ({_line(error)}): "
                     'save it where they can load it, and name that: Cluster(model="folder")'
                 ) from error
-            self._shipped = weights, self.ray.put(packed)
-        return replace(named, shipped=self._shipped[1])
+            self._shipped = stack.sha256, self.ray.put(packed)
+        return replace(source, shipped=self._shipped[1])
 
 
 def _spread(name: str, dtype: torch.dtype, device_map: "str | dict[str, Any]") -> Any:
-    """A model laid over several devices by accelerate."""
-    place = str(models.reference_folder(name)) if name in models.BUNDLED else name
+    """A model spread over several devices by accelerate."""
+    place = str(loading.reference_folder(name)) if name in loading.BUNDLED else name
     plain = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, device_map=device_map)
-    return models.load(plain, tokenizer=AutoTokenizer.from_pretrained(place))
+    return loading.load(plain, tokenizer=AutoTokenizer.from_pretrained(place))
 
 
 def _pack(value: Any) -> bytes:
-    """Tensors are packed such that they can be unpacked on another device."""
+    """Bytes whose tensors can be unpacked on another device."""
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_module=importlib.import_module("ray.cloudpickle"))
     return buffer.getvalue()
@@ -370,11 +378,7 @@ def _unpack(packed: bytes, device: str) -> Any:
     return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
 
 
-def _weights(stack: Stack) -> str:
-    return stack.sha256
-
-
 def _line(error: BaseException) -> str:
-    """The last line of an error is the one that says it."""
+    """The last line of an error, which says what went wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__).rstrip(".")

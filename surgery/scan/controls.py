@@ -1,19 +1,19 @@
-r"""What a gain of a repeated span must be compared with, and the reorder family of Sun et al. as one table.
+"""Controls for the gain of a repeated span, and the reorder family of Sun et al. as one table.
 
 Is it this span, the whole of its second pass, and what the layers compute in it, that helps?
 
 ==============  =====================================  =================================================================
-control         second pass of the span i:j            what it tells
+control         second pass of the span i:j            what it tests
 ==============  =====================================  =================================================================
 random span     of another span of equal length        whether any repeat of that size would do
 damped          ``:j beta*(i:j) j:``                   whether less of it is better; 1 is the repeat itself
 norm-only       stream scaled to the size that the     whether only the stream's size matters
                 second pass would give it
-linearised      ``x_j + J u``, ``u = x_j - x_i``       whether their answer to what they wrote is more than linear
+linearised      ``x_j + J u``, ``u = x_j - x_i``       whether the layers' answer to what they wrote is more than linear
 ==============  =====================================  =================================================================
 
-The first two are wirings, for ``scan.run``; the others are streams, scored by ``surgery.scan.search.loglik``. ``painters``
-lists the variants of Sun et al. (2024, "Transformer Layers as Painters", arXiv 2407.09298).
+The first two are wirings, for ``scan.run``; the others are streams, scored by ``surgery.scan.search.loglik``.
+``painters`` lists the variants of Sun et al. (2024, "Transformer Layers as Painters", arXiv 2407.09298).
 
 >>> repeats(12, 4, 8, count=2)["control"].tolist()
 ['repeat', 'random span', 'random span', 'damped 0.25', 'damped 0.5', 'damped 1']
@@ -40,7 +40,10 @@ def repeats(
     factors: Sequence[int | float] = (0.25, 0.5, 1),
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The repeated span and its controls: control, wiring."""
+    """List the repeated span and its controls that are wirings: control, wiring.
+
+    Raises ValueError for a span that is empty or leaves the model.
+    """
     rows = [("repeat", Wiring.of(n_layers).repeat(start, stop))]
     rows += [("random span", wiring) for wiring in random_spans(n_layers, start, stop, count, seed)]
     rows += [(f"damped {factor:g}", damped(n_layers, start, stop, factor)) for factor in factors]
@@ -48,17 +51,23 @@ def repeats(
 
 
 def random_spans(n_layers: int, start: int, stop: int, count: int = 20, seed: int = 0) -> list[Wiring]:
-    """Other spans of equal length, repeated: ``count`` different ones, or all if there are fewer."""
+    """Repeats of ``count`` different other spans of equal length, or of all if there are fewer.
+
+    Raises ValueError for a span that is empty or leaves the model.
+    """
     whole = Wiring.of(n_layers)
     whole.repeat(start, stop)  # refuses a span that is empty or leaves the model
     first, last, _ = slice(start, stop).indices(n_layers)
-    others = [i for i in range(n_layers - (last - first) + 1) if i != first]
-    chosen = random.Random(seed).sample(others, min(count, len(others)))
-    return [whole.repeat(i, i + last - first) for i in chosen]
+    other_starts = [i for i in range(n_layers - (last - first) + 1) if i != first]
+    starts = random.Random(seed).sample(other_starts, min(count, len(other_starts)))
+    return [whole.repeat(i, i + last - first) for i in starts]
 
 
 def damped(n_layers: int, start: int, stop: int, factor: int | float) -> Wiring:
-    """``:stop factor*(start:stop) stop:``, the second pass counting only in part."""
+    """The wiring ``:stop factor*(start:stop) stop:``, in which the second pass counts only in part.
+
+    Raises ValueError for a span that is empty or leaves the model.
+    """
     whole = Wiring.of(n_layers)
     whole.repeat(start, stop)  # refuses a span that is empty or leaves the model
     first, last, _ = slice(start, stop).indices(n_layers)
@@ -66,21 +75,21 @@ def damped(n_layers: int, start: int, stop: int, factor: int | float) -> Wiring:
 
 
 def norm_only(stack: Stack, start: int, stop: int, context: Context) -> Float[Tensor, "batch pos d_model"]:
-    """The final stream if the second pass only changed the stream's size: ``x_j |F(x_j)| / |x_j|`` at every token.
+    """The final stream if the second pass changed only the stream's size: ``x_j |F(x_j)| / |x_j|`` at every token.
 
     ``F`` are the layers ``start`` to ``stop - 1``. Cost: that of the repeat.
     """
     x = _run(stack, 0, stop, context.x0, context)
-    again = _run(stack, start, stop, x, context)
-    size = again.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return _run(stack, stop, stack.n_layers, x * size, context)
+    twice = _run(stack, start, stop, x, context)
+    ratio = twice.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return _run(stack, stop, stack.n_layers, x * ratio, context)
 
 
 def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[Tensor, "batch pos d_model"]:
     """The final stream if the second pass were linear about the first: ``F(x_i) + J (x_j - x_i) = x_j + J u``.
 
     ``F`` are the layers ``start`` to ``stop - 1``, ``J`` their Jacobian at ``x_i``, ``u = x_j - x_i`` what the first
-    pass wrote, at all tokens. For layers that are affine this is the repeat. Cost: the repeat, and the span twice more.
+    pass wrote, at all tokens. For affine layers this is the repeat. Cost: the repeat, and the span twice more.
 
     Raises ValueError for layers that torch has no forward-mode derivative for (some mixtures of experts).
     """
@@ -91,7 +100,7 @@ def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[T
 
     after = _run(stack, start, stop, x, context)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the others know no forward-mode derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the other backends have no forward-mode derivative
             change = torch.func.jvp(span, (x,), (after - x,))[1]
     except NotImplementedError as error:
         raise ValueError(
@@ -101,10 +110,10 @@ def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[T
 
 
 def painters(n_layers: int, sizes: Sequence[int] | None = None, seeds: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
-    """The variants of Sun et al. over centred windows of growing ``size``: variant, size, wiring.
+    """List the variants of Sun et al. over centred windows of growing ``size``: variant, size, wiring.
 
     Skip, middle-repeat (the model's centre layer in place of every layer of the window), reverse, random order (one row
-    a seed), parallel mean, parallel sum, and looped parallel (mean, 3 times). By default every size from 2 to
+    per seed), parallel mean, parallel sum, and looped parallel (mean, 3 times). By default every size from 2 to
     ``n_layers - 1``. A window of 2 in reverse is also its only random order.
 
     Raises ValueError for a size outside 2 to ``n_layers - 1``.
@@ -133,7 +142,7 @@ def painters(n_layers: int, sizes: Sequence[int] | None = None, seeds: Sequence[
 
 
 def _run(stack: Stack, start: int, stop: int, x: Tensor, context: Context, grad: bool = False) -> Tensor:
-    """Layers ``start`` to ``stop - 1`` of the model, none if there is none."""
+    """Run layers ``start`` to ``stop - 1`` on ``x``; none if both are equal."""
     if start == stop:
         return x
     return stack.execute(f"{start}:{stop}", x, context, grad=grad)

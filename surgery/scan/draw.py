@@ -3,8 +3,8 @@
 ``brain_scan`` shows the gain of every repeated span, first layer across and last layer up (after D. Ng's RYS),
 ``pareto`` the gain against the layers it costs, ``group_bars`` chosen wirings in every group of probes, ``painters``
 the reorder family of Sun et al. (2024, arXiv 2407.09298) by size of the window. Each returns a matplotlib ``Figure``,
-which ``surgery.page.drawing.png`` turns into bytes. A gain above 0 is better than the unmodified model, for every metric.
-``of_scan`` draws those that a scan has data for, by the names of their files.
+which ``surgery.page.drawing.png`` turns into bytes. A gain above 0 is better than the unmodified model, for every
+metric. ``of_scan`` draws those that a scan has data for, by the names of their files.
 
 >>> import pandas as pd
 >>> from surgery.page.drawing import png
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from surgery.page.chapters import Drawing
 from surgery.page.drawing import ACCENT, BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE, PINK, PRINTED_UP_TO, SKY, VIOLET
 from surgery.wiring.value import Wiring
 
@@ -50,35 +51,37 @@ def of_scan(
     groups: pd.DataFrame,
     n_layers: int,
     metric: str,
-    painted: "pd.DataFrame | None" = None,
-) -> dict[str, tuple[Figure, str]]:
-    """The figures that a scan has data for, each with its caption, by name: brain_scan, pareto, group_bars, painters.
+    variants: "pd.DataFrame | None" = None,
+) -> dict[str, Drawing]:
+    """Draw the figures that a scan has data for, by name: brain_scan, pareto, group_bars, painters.
 
     ``table`` is of the search half, ``groups`` the winners by group on the validation half (empty: no bars),
-    ``painted`` the table of the reorder family.
+    ``variants`` the table of the reorder family.
     """
-    unit, drawn = UNITS[metric], {}
+    drawings: dict[str, Drawing] = {}
+    unit = UNITS[metric]
     if any(Wiring.parse(wiring, n_layers).repeated_span() for wiring in table["wiring"]):
         caption = "Gain of every span run twice, search half; the bars are means over a column and a row."
-        drawn["brain_scan"] = brain_scan(table, n_layers, unit=unit), caption
-    if painted is None:
+        drawings["brain_scan"] = Drawing(brain_scan(table, n_layers, unit=unit), caption)
+    if variants is None:
         caption = "Gain against the layers that a wiring runs beyond the model's own, search half."
-        drawn["pareto"] = pareto(table, n_layers, unit=unit), caption
+        drawings["pareto"] = Drawing(pareto(table, n_layers, unit=unit), caption)
     if len(groups):
         caption = "The best of the search half by group of probes, on the validation half."
         best = list(dict.fromkeys(groups["wiring"]))[:MOST_BARS]
-        drawn["group_bars"] = group_bars(groups, best, unit=unit), caption
-    if painted is not None:
+        drawings["group_bars"] = Drawing(group_bars(groups, best, unit=unit), caption)
+    if variants is not None:
         caption = "The reorder family of Sun et al. (2024) over centred windows of growing size."
-        drawn["painters"] = painters(painted, _gain_label(unit)), caption
-    return drawn
+        drawings["painters"] = Drawing(painters(variants, _gain_label(unit)), caption)
+    return drawings
 
 
 def brain_scan(table: pd.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
-    """Gain of every span run ``times`` times; p_max < .05 outlined, means along both edges.
+    """Draw the gain of every span run ``times`` times; p_max < .05 outlined, means along both edges.
 
     Spans that were not measured stay grey. The colours are symmetric about 0; where the losses dwarf the gains they are
     logarithmic beyond the largest gain.
+
     Raises ValueError if the table has no such span, or several rows of one (a table by group: choose a group).
     """
     grid, sure = _cells(table, n_layers, times)
@@ -116,10 +119,10 @@ def brain_scan(table: pd.DataFrame, n_layers: int, times: int = 2, unit: str = "
 
 
 def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") -> Figure:
-    """Gain of every wiring against the layers that it runs beyond the model's own, and the front: more gain costs more.
+    """Draw the gain of every wiring against the layers that it runs beyond the model's own, and the Pareto front.
 
-    The front starts at the unmodified model; wirings on it that are cheaper than the model count as well. Chosen for
-    being large, the gains on it are too large: measure them again on other probes.
+    The unmodified model is a point as well, and wirings that are cheaper than it can be on the front. The gains on the
+    front were chosen for being large and so are too large: measure them again on other probes.
     """
     points = table.dropna(subset=["gain"])
     extra = np.array([Wiring.parse(text, n_layers).depth - n_layers for text in points["wiring"]], dtype=float)
@@ -129,18 +132,10 @@ def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") 
     floor = max(least, -3 * top) if top > 0 else least
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        extra[~sure], gain[~sure], "o", color=BLUE, markersize=4, alpha=0.35, markeredgewidth=0, label="the others"
-    )
-    axes.plot(
-        extra[sure],
-        gain[sure],
-        "o",
-        color=BLUE,
-        markersize=5.5,
-        markeredgecolor=INK,
-        label=f"better, p_max < {SURE:g}",
-    )
+    unsure: dict[str, Any] = {"markersize": 4, "alpha": 0.35, "markeredgewidth": 0, "label": "the others"}
+    better: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": INK, "label": f"better, p_max < {SURE:g}"}
+    for chosen, style in ((~sure, unsure), (sure, better)):
+        axes.plot(extra[chosen], gain[chosen], "o", color=BLUE, **style)
     axes.plot([0], [0], "s", color=INK, markersize=7, label=UNCHANGED)
     front = _front(np.append(extra, 0.0), np.append(gain, 0.0))
     x, y = np.append(extra, 0.0)[front], np.append(gain, 0.0)[front]
@@ -176,7 +171,7 @@ def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") 
 
 
 def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "") -> Figure:
-    """Gain of chosen wirings (all, if not given) in every group of probes, with intervals; p_max < .05 starred.
+    """Draw the gain of ``wirings`` (by default all) in every group of probes, with intervals; p_max < .05 starred.
 
     ``table`` is ``comparisons.table(..., by_group=True)``. Raises ValueError for more than 8 wirings, for one that is
     not in the table, and for a table without groups.
@@ -184,22 +179,21 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
     if "group" not in table:
         raise ValueError("the bars need a row per group, from comparisons.table(..., by_group=True)")
     known = list(dict.fromkeys(table["wiring"]))
-    chosen = list(wirings) or known
-    absent = [name for name in chosen if name not in known]
+    names = list(wirings) or known
+    absent = [name for name in names if name not in known]
     if absent:
         raise ValueError(f"the wiring {absent[0]} is not in the table")
-    if len(chosen) > MOST_WIRINGS:
-        raise ValueError(f"{len(chosen)} wirings are too many beside each other, choose at most {MOST_WIRINGS}")
+    if len(names) > MOST_WIRINGS:
+        raise ValueError(f"{len(names)} wirings are too many beside each other, choose at most {MOST_WIRINGS}")
     groups = sorted(set(table["group"]), key=_naturally)
     rows = table.set_index(["wiring", "group"])
-    figure = Figure(
-        figsize=(float(np.clip(0.28 * len(groups) * (len(chosen) + 1) + 3.5, 7, 16)), 4.8), layout="constrained"
-    )
+    across = float(np.clip(0.28 * len(groups) * (len(names) + 1) + 3.5, 7, 16))
+    figure = Figure(figsize=(across, 4.8), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(chosen)
-    for place, name in enumerate(chosen):
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
         own = rows.loc[name].reindex(groups)
-        x = np.arange(len(groups)) + width * (place - (len(chosen) - 1) / 2)
+        x = np.arange(len(groups)) + width * (place - (len(names) - 1) / 2)
         axes.bar(x, own["gain"], width * 0.92, color=PALETTE[place], label=name, alpha=0.85)
         ends = [(own["gain"] - own["gain_low"]).abs(), (own["gain_high"] - own["gain"]).abs()]
         axes.errorbar(x, own["gain"], yerr=ends, linestyle="none", ecolor=INK, elinewidth=1)
@@ -221,7 +215,7 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
 
 
 def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model") -> Figure:
-    """Gain of every reordering of a centred window by its size, one line per ``variant`` with its interval.
+    """Draw the gain of every reordering of a centred window by its size, a line per ``variant`` with its interval.
 
     ``table`` is ``controls.painters(n_layers).merge(comparisons.table(...), on="wiring")``; where a variant has several
     wirings of one size (random orders), gain and interval ends are averaged over them. Raises ValueError for a table
@@ -248,7 +242,7 @@ def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model"
 
 
 def _naturally(name: str) -> list[Any]:
-    """Sorts k=10 after k=9."""
+    """Sort key that puts k=10 after k=9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -257,17 +251,17 @@ def _gain_label(unit: str) -> str:
 
 
 def _cells(table: pd.DataFrame, n_layers: int, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gains and whether they are sure, at [stop - 1, start]."""
+    """Gains, and whether each is sure, at [stop - 1, start]."""
     grid, sure = np.full((n_layers, n_layers), np.nan), np.full((n_layers, n_layers), False)
     seen = set()
     for wiring, gain, p_max in zip(table["wiring"], table["gain"], table["p_max"]):
-        found = Wiring.parse(wiring, n_layers).repeated_span(times)
-        if found is None:
+        span = Wiring.parse(wiring, n_layers).repeated_span(times)
+        if span is None:
             continue
-        if found in seen:
-            raise ValueError(f"the span {found} has several rows; of a table by group, draw one group at a time")
-        seen.add(found)
-        start, stop = found
+        if span in seen:
+            raise ValueError(f"the span {span} has several rows; of a table by group, draw one group at a time")
+        seen.add(span)
+        start, stop = span
         grid[stop - 1, start], sure[stop - 1, start] = gain, p_max < SURE
     if not seen:
         raise ValueError(f"none of the {len(table)} wirings runs one span {times} times and nothing else")
@@ -309,7 +303,7 @@ def _ticks(axes: Axes, image: AxesImage) -> None:
 
 
 def _outline(axes: Axes, grid: np.ndarray, sure: np.ndarray) -> None:
-    """A line around the sure gains, a thinner one where sure losses end (not around what was not measured)."""
+    """Draw a line around the sure gains, a thinner one where sure losses end (not around what was not measured)."""
     gains, losses = np.pad(sure & (grid > 0), 1), np.pad(sure & (grid < 0), 1)
     there = np.pad(np.isfinite(grid), 1)
     for mask, everywhere, width in ((losses, False, 0.8), (gains, True, 1.8)):

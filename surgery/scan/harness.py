@@ -1,8 +1,8 @@
 """Tasks of the EleutherAI evaluation harness on any model that surgery can open.
 
-    evaluate.tasks(model, ["lambada_openai"], limit=200)                with: pip install -e ".[eval]"
+    harness.tasks(model, ["lambada_openai"], limit=200)                 with: pip install -e ".[eval]"
 
-The harness calls the model inside the bridge, so hooks fire (``with model.hooks(...): evaluate.tasks(model, ...)``
+The harness calls the model inside the bridge, so hooks fire (``with model.hooks(...): harness.tasks(model, ...)``
 measures the intervention), and a model taped together (``surgery.rebuild.tape.together``) is measured as taped.
 
 Without network, and for questions of your own, a task is a YAML file beside its data. In a folder ``mine``:
@@ -16,8 +16,8 @@ Without network, and for questions of your own, a task is a YAML file beside its
     doc_to_choice: "{{choices}}"
     doc_to_target: "{{answer}}"                                         the index of the right choice
 
-and ``evaluate.tasks(model, ["capitals"], include="mine")``. The standard errors are those of one model; the difference
-of two models on the same questions is usually known better than theirs suggest. Control: the unmodified model.
+and ``harness.tasks(model, ["capitals"], include="mine")``. The standard errors are those of one model; the difference
+of two models on the same questions is usually known better than they suggest. Control: the unmodified model.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ INSTALL = 'pip install -e ".[eval]"'
 
 def tasks(
     model: TransformerBridge,
-    tasks: Sequence[str],
+    names: Sequence[str],
     include: "str | Path | None" = None,
     limit: int | None = None,
     *,
@@ -50,16 +50,19 @@ def tasks(
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """What the harness finds: a row per task and metric, with columns task, metric, value, stderr.
+    """Evaluate a model on tasks of the harness: a row per task and metric, with columns task, metric, value, stderr.
 
     A metric that the harness takes after a filter is called ``metric (filter)``; a standard error not given is NaN.
 
     Args:
-        tasks: names the harness knows (tasks, groups, tags), or YAML files.
+        model: any that ``surgery.load`` gives.
+        names: tasks, groups or tags that the harness knows, or YAML files.
         include: a folder with tasks of your own.
-        limit: only the first so many questions of each task. shots: worked examples before each question; None means as
-            the task says.
-        seed: draws the worked examples; the generators of the caller are left as they were.
+        limit: use only the first so many questions of each task.
+        shots: worked examples before each question; None leaves it to the task.
+        batch_size: sequences run at once.
+        seed: draws the worked examples; the caller's random generators are left as they were.
+        progress: show the harness's progress bars on standard error.
 
     Raises:
         ValueError: the harness is not installed, the model has no tokenizer or is not a Hugging Face model inside,
@@ -80,7 +83,7 @@ def tasks(
         )
     if include is not None and not Path(include).is_dir():
         raise ValueError(f"there is no folder {include} with tasks")
-    names = [str(task) for task in tasks]
+    names = [str(name) for name in names]
     if not names:
         raise ValueError("name at least one task")
     with _undisturbed(seed, progress):
@@ -101,8 +104,8 @@ def tasks(
             task.set_fewshot_seed(seed=seed)
         # a copy: the harness gives a tokenizer without padding one of its own
         wrapped = models.HFLM(pretrained=inside, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        found = harness.evaluate(wrapped, loaded, limit=limit, log_samples=False)
-    return pd.DataFrame(_rows(found["results"]), columns=["task", "metric", "value", "stderr"])
+        evaluation = harness.evaluate(wrapped, loaded, limit=limit, log_samples=False)
+    return pd.DataFrame(_rows(evaluation["results"]), columns=["task", "metric", "value", "stderr"])
 
 
 def _require(task: str, names: Sequence[str]) -> None:
@@ -114,19 +117,19 @@ def _require(task: str, names: Sequence[str]) -> None:
 
 
 def _rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
-    for task, found in results.items():
-        for key, value in found.items():
-            metric, _, chosen = key.partition(",")
-            if not chosen or metric.endswith("_stderr"):
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")  # the filter of the answers, or "none"
+            if not filtered or metric.endswith("_stderr"):
                 continue
-            error = found.get(f"{metric}_stderr,{chosen}")
-            name = metric if chosen == "none" else f"{metric} ({chosen})"
+            error = values.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
             yield task, name, float(value), float("nan") if isinstance(error, str | None) else float(error)
 
 
 @contextlib.contextmanager
 def _undisturbed(seed: int, progress: bool) -> Iterator[None]:
-    """Generators seeded, and put back afterwards; no log and, without ``progress``, no bars on the standard error."""
+    """Seed the random generators and restore them; no log and, without ``progress``, no bars on standard error."""
     log = logging.getLogger("lm_eval")
     level, states = log.level, (random.getstate(), np.random.get_state())
     log.setLevel(logging.ERROR)

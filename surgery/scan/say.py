@@ -1,7 +1,7 @@
-"""Sentences that say what a scan found, and what it could not tell. Pure functions of ``surgery.stats.comparisons``' tables.
+"""What a scan found and what it leaves open, in sentences. Pure functions of ``surgery.stats.comparisons``' tables.
 
-A wiring is called better or worse only if p_max < .05, which knows how many were tried; a gain counts as found only
-where it was measured again on probes that did not choose it. That nothing was found is said as plainly.
+A wiring is called better or worse only if p_max < .05, which allows for how many were tried; a gain is confirmed only
+on probes that took no part in choosing it. That nothing was found is said as plainly.
 
 >>> import pandas as pd
 >>> gains = {"gain": [0.1], "gain_low": [-0.1], "gain_high": [0.3], "p": [0.3], "p_max": [0.3], "q": [0.3]}
@@ -10,12 +10,13 @@ where it was measured again on probes that did not choose it. That nothing was f
 '1 wiring was tried on 40 prompts. The largest gain is that of :3 1:, +0.10 [-0.10, +0.30] nats per answer.'
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from surgery.page.phrases import FEW_PROMPTS
+from surgery.page.phrases import few_prompts, value
 from surgery.stats.comparisons import Luck
 
 SURE = 0.05
@@ -30,13 +31,13 @@ UNITS = {
 }
 
 
-def found(table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
-    """``search`` and ``validation``: the sentences to read first."""
+def search_and_validation(table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
+    """The sentences to read first: ``search``, then ``validation``."""
     return [*search(table, luck, metric), *validation(winners, metric)]
 
 
 def best_groups(table: pd.DataFrame, metric: str) -> list[str]:
-    """``groups`` of the three best, introduced; nothing where there are no groups. ``table``: validation half."""
+    """``groups`` of the three best with an introduction, from the validation half; nothing if there are no groups."""
     best = list(dict.fromkeys(table["wiring"]))[:3]
     if not best:
         return []
@@ -44,10 +45,10 @@ def best_groups(table: pd.DataFrame, metric: str) -> list[str]:
 
 
 def painters(table: pd.DataFrame, metric: str) -> list[str]:
-    """The order of the variants by damage, at the middle size, and what none of them harms.
+    """The variants in the order of their damage at the middle size, and the largest window each is not shown to harm.
 
-    ``table`` is ``controls.painters(n_layers)`` with the comparison of every wiring. Whether order matters is the
-    random order against the unmodified model; whether a layer is needed at all is the skip.
+    ``table`` is ``controls.painters(n_layers)`` with the comparison of every wiring. The random order shows whether
+    order matters, the skip whether a layer is needed at all.
     """
     sizes = sorted(table["size"].unique())
     size = sizes[len(sizes) // 2]
@@ -65,10 +66,10 @@ def painters(table: pd.DataFrame, metric: str) -> list[str]:
 
 
 def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
-    """How many were tried, the largest gain, what luck alone gives, and which are better or worse beyond luck."""
+    """How many wirings were tried, the largest gain, what luck alone gives, which are better or worse beyond luck."""
     tried = _tried(table)
     if tried.empty:
-        return ["Nothing was tried: the table holds no wiring but the unmodified model."]
+        return ["Nothing was tried: the table holds no wiring except the unmodified model."]
     best = tried.sort_values("gain", ascending=False, kind="stable").iloc[0]
     count = f"{_wirings(len(tried))} {'was' if len(tried) == 1 else 'were'} tried on {_prompts(tried)}."
     if not best["gain"] > 0:
@@ -90,30 +91,30 @@ def validation(winners: pd.DataFrame, metric: str) -> list[str]:
         return ["The search half showed no gain, so there was none to measure again."]
     scale, digits, unit = _unit(metric)
     before, after = claimed["gain_search"].mean() * scale, claimed["gain_validation"].mean() * scale
-    lasting = claimed[claimed["verdict"].isin(["survived", "survived in part"])]
+    confirmed = claimed[claimed["verdict"].isin(["survived", "survived in part"])]
     first = claimed.iloc[0]
-    again = pd.Series({end: first[f"{end}_validation"] for end in ("gain", "gain_low", "gain_high")})
+    validated = pd.Series({end: first[f"{end}_validation"] for end in ("gain", "gain_low", "gain_high")})
     sentences = [
         f"The {_largest(len(claimed))} measured again on {_prompts(claimed, 'n_prompts_validation')} that took no part "
         f"in the choice: {_tally(claimed['verdict'])}.",
         f"The best of the search, {first['wiring']}, had claimed {_signed(first['gain_search'], metric)} and reads "
-        f"{_gain(again, metric)} there: {_verdict(first)}.",
+        f"{_gain(validated, metric)} there: {_verdict(first)}.",
     ]
     if len(claimed) > 1:
+        claim, worth = (value(gain, digits, signed=True) for gain in (before, after))
         sentences.append(
-            f"Averaged over them, {before:+.{digits}f} {unit} was claimed and {after:+.{digits}f} found: "
-            f"{_kept(before, after)}. Gains chosen for being the largest shrink on fresh probes even where a wiring "
-            "helps (regression to the mean)."
+            f"Averaged over them, {claim} {unit} was claimed and {worth} found: {_share(before, after)}. Gains chosen "
+            "for being the largest shrink on fresh probes even where a wiring helps (regression to the mean)."
         )
-    if lasting.empty:
-        sentences.append("No gain was shown to last: nothing was found that is worth keeping.")
+    if confirmed.empty:
+        sentences.append("No gain was confirmed on fresh probes: nothing was found that is worth keeping.")
     else:
-        sentences.append(f"Shown to last: {_names(lasting['wiring'])}.")
+        sentences.append(f"Confirmed on fresh probes: {_names(confirmed['wiring'])}.")
     return sentences
 
 
 def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> list[str]:
-    """A sentence per wiring (those given, else all): the groups of probes that it helps, those that it harms."""
+    """A sentence per wiring (of ``wirings``, by default all): the groups of probes that it helps, and that it harms."""
     sentences = []
     for wiring, rows in table.groupby("wiring", sort=False):
         if wiring == ":" or (len(wirings) and wiring not in wirings):
@@ -126,43 +127,41 @@ def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> lis
         ]
         rest = len(rows) - len(sure)
         if not parts:
-            sentences.append(f"In none of {len(rows)} groups can {wiring} be told from no effect.")
+            sentences.append(f"In none of {len(rows)} groups was an effect of {wiring} shown.")
         else:
-            open_ = f"; in the other {rest} no effect was shown" if rest else ""
-            sentences.append(f"{wiring} {' and '.join(parts)}{open_} ({_unit(metric)[2]}).")
+            elsewhere = f"; in the other {rest} no effect was shown" if rest else ""
+            sentences.append(f"{wiring} {' and '.join(parts)}{elsewhere} ({_unit(metric)[2]}).")
     return sentences
 
 
-def untold(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str]:
-    """What the numbers cannot tell, and what must not be read into them."""
+def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str]:
+    """What the numbers leave open, and what must not be read into them."""
     tried = _tried(table)
-    notes = ["Intervals are of each wiring by itself; that of the best does not know that it was chosen."]
+    notes = ["Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."]
     if winners is None:
-        notes.append("No gain was measured again on probes that did not choose it, so none is more than a candidate.")
+        notes.append("No gain was measured again on fresh probes, so none is more than a candidate.")
     unclear = int((tried["p_max"] >= SURE).sum())
     if unclear:
         notes.append(f"For {_wirings(unclear)} of {len(tried)} a small effect is neither shown nor ruled out.")
     partial = int((tried["n_prompts"] < tried["n_prompts"].max()).sum())
     if partial:
-        notes.append(f"{_wirings(partial)} could not be measured on every prompt, and are compared on those they have.")
-    few = int(tried["n_prompts"].max()) if len(tried) else 0
-    if few < FEW_PROMPTS:
-        notes.append(f"{_prompts(tried)} only: intervals from fewer than {FEW_PROMPTS} are too narrow or missing.")
-    return notes
+        verb = "is" if partial == 1 else "are"
+        notes.append(f"{_wirings(partial)} could not be measured on every prompt, and {verb} compared on the rest.")
+    most = int(tried["n_prompts"].max()) if len(tried) else 0
+    return notes + few_prompts(pd.DataFrame({"n_prompts": [most]}))
 
 
 def _luck(best: pd.Series, luck: Luck, metric: str) -> str:
     if np.isnan(luck.mean):
         return "All are clearly worse than the unmodified model, so luck could not have made one of them the best."
-    place = "beyond" if best["gain"] > luck.high else "above" if best["gain"] > luck.mean else "below"
-    said = {
-        "beyond": "The largest gain is beyond both",
-        "above": "The largest gain is above the first and within the second",
-        "below": "The largest gain is below even the first",
-    }
+    if best["gain"] > luck.high:
+        place = "beyond both"
+    else:
+        place = "above the first and within the second" if best["gain"] > luck.mean else "below even the first"
     return (
         f"If none had any effect, the best of {luck.wirings} would still gain {_signed(luck.mean, metric)} on average, "
-        f"and {_signed(luck.high, metric, unit=False)} or more in one scan of twenty. {said[place]}."
+        f"and {_signed(luck.high, metric, unit=False)} or more in one scan of twenty. "
+        f"The largest gain is {place}."
     )
 
 
@@ -199,7 +198,7 @@ def _verdict(row: pd.Series) -> str:
 
 
 def _tally(verdicts: pd.Series) -> str:
-    said = {
+    verbs = {
         "survived": "survived",
         "survived in part": "survived in part",
         "vanished": "shrank to what may be nothing",
@@ -207,10 +206,10 @@ def _tally(verdicts: pd.Series) -> str:
         "reversed": "turned into losses",
     }
     counts = verdicts.value_counts()
-    return ", ".join(f"{counts[verdict]} {words}" for verdict, words in said.items() if verdict in counts)
+    return ", ".join(f"{counts[verdict]} {verb}" for verdict, verb in verbs.items() if verdict in counts)
 
 
-def _kept(before: float, after: float) -> str:
+def _share(before: float, after: float) -> str:
     return f"{100 * after / before:.0f} % survived" if after > 0 else "nothing survived"
 
 
@@ -244,18 +243,17 @@ def _unit(metric: str) -> tuple[int, int, str]:
     return UNITS.get(metric, (1, 3, f"of {metric}"))
 
 
-def _signed(value: float, metric: str, unit: bool = True) -> str:
+def _signed(gain: float, metric: str, unit: bool = True) -> str:
     scale, digits, words = _unit(metric)
-    text = f"{scale * value:+.{digits}f}"
-    if value and not float(text):
-        text = f"{scale * value:+.0e}"  # not nothing, only small
+    text = value(scale * gain, digits, signed=True)
+    if gain and not math.isnan(gain) and not float(text):
+        text = f"{scale * gain:+.0e}"  # not nothing, only small
     return text + f" {words}" * unit
 
 
 def _gain(row: pd.Series, metric: str) -> str:
-    """``+0.53 [+0.40, +0.66] nats per answer``."""
-    value = _signed(row["gain"], metric, unit=False)
+    """``+0.53 [+0.40, +0.66] nats per answer``; as ``phrases.interval``, but small numbers do not round to nothing."""
     if np.isnan(row["gain_low"]) or np.isnan(row["gain_high"]):
-        return f"{value} {_unit(metric)[2]} (no interval)"
-    low, high = (_signed(row[end], metric, unit=False) for end in ("gain_low", "gain_high"))
-    return f"{value} [{low}, {high}] {_unit(metric)[2]}"
+        return f"{_signed(row['gain'], metric)} (no interval)"
+    gain, low, high = (_signed(row[end], metric, unit=False) for end in ("gain", "gain_low", "gain_high"))
+    return f"{gain} [{low}, {high}] {_unit(metric)[2]}"

@@ -1,17 +1,17 @@
-r"""Many wirings as one graph in which no layer runs twice on the same stream, and the order in which to run it.
+"""Many wirings as one graph in which no layer runs twice on the same stream, and the order in which to run it.
 
-Wirings that begin alike share their beginning: their steps form a trie, every node a stream. Branches of a group hang
-off the node that the group reads, so ``{*4:6}`` and ``{*4:7}`` share layers 4 and 5 on it, and a damped pass shares
-the pass.
+Wirings that begin alike share their beginning: their steps form a trie in which every node is a stream. Branches of a
+group hang off the node that the group reads, so ``{*4:6}`` and ``{*4:7}`` share layers 4 and 5 on it, and a damped pass
+shares the pass.
 
-The graph runs layer-major: sweep after sweep over the layers, each carrying all streams that wait for it through in
-one call (up to ``group`` of them). A full repeat scan of L layers, L (L + 1) / 2 wirings, takes two sweeps; reversed
-spans take three if sweeps go ``alternating`` up and down. Where one stream fills a call by itself, ``deep`` carries
-one after another to its end instead. A stream is forgotten as soon as nothing needs it any more. ``simulate`` counts
-the executions, the calls and the most streams alive at once without a model; ``split`` cuts the wirings into parts
-that stay within a number of streams.
+The graph runs in sweeps over the layers; each layer takes all streams that wait for it in one call (up to ``group`` of
+them). A full repeat scan of L layers, L (L + 1) / 2 wirings, takes two sweeps; reversed spans take three if sweeps go
+``alternating`` up and down. Where one stream fills a call by itself, ``deep`` runs one after another to its end
+instead. A stream is forgotten as soon as nothing needs it any more. ``simulate`` counts the executions, the calls and
+the most streams alive at once without a model; ``split`` cuts the wirings into parts that stay within a number of
+streams.
 
-No torch in here: streams are whatever ``run`` is given to carry.
+There is no torch in here: a stream is whatever ``run`` starts from.
 """
 
 import itertools
@@ -27,14 +27,14 @@ Order = Literal["up", "alternating", "deep"]
 
 @dataclass(eq=False)
 class Node:
-    """A stream: what a chain of steps has made of the embedding."""
+    """A stream: what a chain of steps makes of the embedding."""
 
     parent: "Node | None" = None
     step: Step | None = None
-    ends: "tuple[Node, ...]" = ()  # of a group: the streams its branches leave
+    ends: "tuple[Node, ...]" = ()  # of a group: the streams that leave its branches
     children: "dict[Step, Node]" = field(default_factory=dict)
     wirings: list[int] = field(default_factory=list)  # that end here
-    needed: int = 0  # by how many nodes and wirings it is still needed
+    needed: int = 0  # how many nodes and wirings still need it
     value: Any = None
 
     @property
@@ -44,8 +44,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Cost:
-    """``executions`` counts layers run (a sublayer is one half), ``calls`` how often a layer is called, ``alive`` the
-    most streams held at once."""
+    """What it takes to run a graph.
+
+    Attributes:
+        executions: layers run; a sublayer is one half.
+        calls: how often a layer is called.
+        alive: the most streams held at once.
+    """
 
     executions: float
     calls: int
@@ -53,7 +58,7 @@ class Cost:
 
 
 class Graph:
-    """All streams that the wirings ask for, each once."""
+    """All streams that the wirings pass through, each once."""
 
     def __init__(self, wirings: Sequence[Wiring]) -> None:
         self.root = Node()
@@ -82,6 +87,7 @@ class Graph:
         return child
 
     def nodes(self) -> Iterator[Node]:
+        """Yield every stream once."""
         waiting = [self.root]
         while waiting:
             node = waiting.pop()
@@ -97,22 +103,30 @@ class Graph:
         group: int,
         order: Order = "up",
     ) -> Cost:
-        """Run everything. ``layer(step, streams, kept)`` carries streams through a layer (``kept``: whether more than
-        one thing needs the result), ``combine(step, x, ends)`` closes a group, ``finish(wirings, x)`` takes a final
-        stream. A graph runs once."""
-        ready: list[Node] = []  # the layers whose stream is there
+        """Run everything; a graph runs only once.
+
+        Args:
+            start: the stream that enters layer 0.
+            layer: ``layer(step, streams, kept)`` runs a layer on streams and returns what leaves it; ``kept`` says for
+                each whether more than one thing needs the result.
+            combine: ``combine(step, x, ends)`` closes a group that reads ``x`` and whose branches leave ``ends``.
+            finish: ``finish(wirings, x)`` takes the final stream of these wirings.
+            group: the most streams in a call of ``layer``.
+            order: in which the layers are called.
+        """
+        ready: list[Node] = []  # layers whose stream has arrived
         pending: dict[int, int] = {}  # groups: how many of their ends are still missing
-        alive = most = calls = 0
+        alive = peak = calls = 0
         executed = 0.0
 
         def arrive(node: Node, value: Any) -> None:
-            nonlocal alive, most
+            nonlocal alive, peak
             arriving = [(node, value)]
             while arriving:
                 node, value = arriving.pop()
                 node.value = value
                 alive += 1
-                most = max(most, alive)
+                peak = max(peak, alive)
                 if node.wirings:
                     finish(node.wirings, value)
                     release(node)
@@ -152,33 +166,32 @@ class Graph:
                 if end is not node.parent:
                     groups_of.setdefault(id(end), []).append(node)
 
-        for node in self.nodes():  # a wiring that ends where it also goes on counts once, however many share the end
+        for node in self.nodes():  # an end counts once, however many wirings share it: they are finished together
             if node.wirings:
                 node.needed -= len(node.wirings) - 1
         arrive(self.root, start)
         alternating = order == "alternating"
-        for some in _one_by_one(ready) if order == "deep" else _sweeps(ready, every_step, group, alternating):
-            step, sources = some[0].step, [node.parent for node in some]
+        for batch in _one_by_one(ready) if order == "deep" else _sweeps(ready, every_step, group, alternating):
+            step, sources = batch[0].step, [node.parent for node in batch]
             assert isinstance(step, Layer)
-            values = layer(step, [source.value for source in sources if source], [node.needed > 1 for node in some])
-            executed += len(some) * (1 if step.part is None else 0.5)
+            values = layer(step, [source.value for source in sources if source], [node.needed > 1 for node in batch])
+            executed += len(batch) * (1 if step.part is None else 0.5)
             calls += 1
-            for node, source, value in zip(some, sources, values, strict=True):
+            for node, source, value in zip(batch, sources, values, strict=True):
                 assert source is not None
                 release(source)
                 arrive(node, value)
-        return Cost(executed, calls, most)
+        return Cost(executed, calls, peak)
 
 
 def _one_by_one(ready: list[Node]) -> Iterator[list[Node]]:
-    """Always the stream made last: each is carried to its end before the next, so it stays in the processor's
-    caches."""
+    """Yield the stream made last: each runs to its end before the next, and so stays in the processor's caches."""
     while ready:
         yield [ready.pop()]
 
 
 def _sweeps(ready: list[Node], steps: Iterable[Layer], group: int, alternating: bool) -> Iterator[list[Node]]:
-    """All streams that wait for a layer, layer after layer, up and up again or up and down."""
+    """Yield the streams that wait for a layer, layer after layer, up and up again or up and down."""
     waiting: dict[Layer, list[Node]] = {}
     upwards = sorted(steps, key=lambda step: (step.index, step.part or ""))
     for sweep in itertools.count():
@@ -195,7 +208,7 @@ def _sweeps(ready: list[Node], steps: Iterable[Layer], group: int, alternating: 
 
 
 def simulate(wirings: Sequence[Wiring], group: int = 2**31, order: Order = "up") -> Cost:
-    """What running the wirings together costs.
+    """Count what running the wirings together costs, without a model.
 
     >>> from surgery.wiring import every_repeat
     >>> simulate(list(every_repeat(12))).executions, simulate(list(every_repeat(12))).calls
@@ -213,10 +226,9 @@ def simulate(wirings: Sequence[Wiring], group: int = 2**31, order: Order = "up")
 
 
 def split(wirings: Sequence[Wiring], alive: int, group: int = 2**31, order: Order = "up") -> list[list[int]]:
-    """Indices of the wirings in parts of which each needs at most ``alive`` streams at once; a part of one may need
-    more.
+    """Cut the wirings into parts that each need at most ``alive`` streams at once; returns their indices.
 
-    Neighbours in the order of their steps stay together: they share the most.
+    A part of a single wiring may need more. Neighbours in the order of their steps stay together: they share the most.
     """
     parts: list[list[int]] = []
     waiting = [_neighbours(wirings)]
@@ -231,10 +243,10 @@ def split(wirings: Sequence[Wiring], alive: int, group: int = 2**31, order: Orde
 
 
 def shards(wirings: Sequence[Wiring], count: int) -> list[list[int]]:
-    """Indices of the wirings in at most ``count`` parts of about the same cost, to be run apart from each other.
+    """Cut the wirings into at most ``count`` parts of about the same cost, to run in different places.
 
-    What two parts have in common runs once in each, so the cuts fall where neighbours share least, up to a quarter of
-    a part from where they would be even.
+    Returns their indices. What two parts have in common runs once in each, so the cuts fall where neighbours share
+    least, up to a quarter of a part from where they would be even.
 
     >>> from surgery.wiring import every_repeat
     >>> wirings = list(every_repeat(12))
@@ -243,7 +255,7 @@ def shards(wirings: Sequence[Wiring], count: int) -> list[list[int]]:
     (715.0, 662.0)
     """
     order = _neighbours(wirings)
-    shared = [0.0, *(_common(wirings[a], wirings[b]) for a, b in itertools.pairwise(order))]
+    shared = [0.0, *(_shared_beginning(wirings[a], wirings[b]) for a, b in itertools.pairwise(order))]
     own = (wirings[index].depth - common for index, common in zip(order, shared, strict=True))
     before = list(itertools.accumulate(own, initial=0.0))
     even = before[-1] / count
@@ -256,22 +268,22 @@ def shards(wirings: Sequence[Wiring], count: int) -> list[list[int]]:
 
 
 def naive_executions(wirings: Iterable[Wiring]) -> float:
-    """Layers run when every wiring runs by itself."""
+    """Layers run if every wiring runs by itself; a sublayer is one half."""
     return sum((float(wiring.depth) for wiring in wirings), 0.0)
 
 
 def _neighbours(wirings: Sequence[Wiring]) -> list[int]:
-    """Indices in the order of their steps: neighbours share the most."""
-    return sorted(range(len(wirings)), key=lambda index: [_key(step) for step in wirings[index].steps])
+    """Indices of the wirings in the order of their steps: neighbours share the most."""
+    return sorted(range(len(wirings)), key=lambda index: [_sort_key(step) for step in wirings[index].steps])
 
 
-def _common(a: Wiring, b: Wiring) -> float:
-    """Layers of the beginning that two wirings share."""
+def _shared_beginning(a: Wiring, b: Wiring) -> float:
+    """How many layers two wirings share from the beginning on."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.steps, b.steps))
     return sum((0.5 if layer.part else 1.0 for layer in executions(step for step, _ in alike)), 0.0)
 
 
-def _key(step: Step) -> tuple:
+def _sort_key(step: Step) -> tuple:
     match step:
         case Layer(index, part):
             return 0, index, part or ""

@@ -1,8 +1,8 @@
-r"""Searching where a scan of everything is too dear: a screen of spans, and a beam over composed spans.
+"""Searching where a scan of everything is too expensive: a screen of spans, and a beam over composed spans.
 
 **Screen.** The gain of a repeated span hardly changes from a span to its neighbours. So some spans, spread over the
 plane of (start, stop), are measured, the others predicted from them by a Gaussian process, the most promising measured
-next, and again. ``recall`` says what a screen would have missed, ``cost`` what it took.
+next, and again. ``recall`` says what a screen would have missed, ``cost`` how much of a full scan it took.
 
 With nothing measured (``share=0``) what is left is the **first-order estimate**. A wiring ``:a b:`` enters layer ``b``
 with the stream ``x_a`` in place of ``x_b`` (``b < a``: layers b to a - 1 run twice; ``a < b``: they are left out). With
@@ -13,7 +13,7 @@ with the stream ``x_a`` in place of ``x_b`` (``b < a``: layers b to a - 1 run tw
 for all spans from one forward and one backward pass. It is exact for small updates; but a second pass is no small step.
 
 On the bundled model (12 layers, babel probes of k = 0 to 6, 30 of each; mean and worst of four sets of probes) the true
-top ten of its 78 repeated spans were found so:
+top ten of its 78 repeated spans were recalled as follows:
 
 =============================  ==============  =============  =============  =============
 screen                         cost, % of all  among best 10  among best 20  among best 30
@@ -34,13 +34,15 @@ it, so it is left out. At share 0.15 the screen is no better than the first-orde
 
 **Beam.** ``beam`` adds one repeated span after the other to the best wirings so far, as D. Ng's RYS does, every level
 one scan with shared beginnings. What either finds is the best of many on the probes it was searched with: measure it
-again on the other half of ``ProbeSet.split`` (``surgery.stats.comparisons``), beside the controls of ``surgery.scan.controls``.
+again on the other half of ``ProbeSet.split`` (``surgery.stats.comparisons``), beside the controls of
+``surgery.scan.controls``.
 
 The first-order estimate from the stream that is replaced is ours; kriging is an old idea.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +54,9 @@ from torch import Tensor
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.scan import scanning as scan
-from surgery.scan import schedule
+from surgery.scan import scanning, schedule
+from surgery.scan.execution import distinct
+from surgery.scan.scores import predicting
 from surgery.wiring.families import every_repeat
 from surgery.wiring.value import Wiring
 
@@ -61,8 +64,8 @@ _TOKENS_AT_ONCE = 2048  # with what a backward pass keeps of every layer
 _NOISE = 1e-3  # of a gain, beside the variance over the plane: how much neighbours differ without a pattern
 
 
-def first_order(stack: Stack, probes: ProbeSet) -> Float[np.ndarray, "left entered"]:
-    """Estimated gain, mean over probes in nats, of leaving the stack before layer ``left`` and going on at ``entered``.
+def first_order(stack: Stack, probes: "ProbeSet | Encoded") -> Float[np.ndarray, "left entered"]:
+    """Estimate the gain of leaving the stack before layer ``left`` and going on at ``entered``: mean over probes, nats.
 
     Exact in the limit of ``x_left - x_entered -> 0``. Zero on the diagonal (the unmodified model).
     Cost: 3 F (a forward and a backward pass).
@@ -72,14 +75,14 @@ def first_order(stack: Stack, probes: ProbeSet) -> Float[np.ndarray, "left enter
     >>> first_order(Stack(models.load("babel")), ProbeSet("one", (Probe("p3 >other", "o3"),))).shape
     (13, 13)
     """
-    encoded = probes.encode(stack)
+    encoded = Encoded.of(probes, stack)
     total = np.zeros((stack.n_layers + 1, stack.n_layers + 1))
     for batch in _batches(encoded):
         streams, gradients = _gradients(stack, batch)
         real = batch.tokens.mask.unsqueeze(-1)
         for entered, (x, gradient) in enumerate(zip(streams, gradients, strict=True)):
-            for left, other in enumerate(streams):
-                product = torch.where(real, gradient * (other - x), 0)
+            for left, x_left in enumerate(streams):
+                product = torch.where(real, gradient * (x_left - x), 0)
                 total[left, entered] += float(product.sum(dtype=torch.float64))
     return total / len(encoded.groups)
 
@@ -95,9 +98,9 @@ def screen(
 ) -> pd.DataFrame:
     """Gains of repeated or skipped spans, most of them estimated: wiring, estimate, round; best first.
 
-    ``share`` of the wirings are measured: half of them spread out (``round`` 1), then twice a quarter where the gain is
-    predicted to be highest (2 and 3); their estimate is the gain itself, mean over probes of log-likelihood in nats.
-    Where ``round`` is 0 it is predicted. With a folder ``out`` an interrupted screen goes on where it was.
+    A ``share`` of the wirings is measured: half of it spread out (``round`` 1), then twice a quarter where the gain is
+    predicted to be highest (2 and 3). Their estimate is the gain itself, mean over probes of log-likelihood in nats;
+    where ``round`` is 0 it is predicted. With a folder ``out`` an interrupted screen resumes.
 
     Cost: ``cost(frame, n_layers)``; 3 F for ``share=0``, the first-order estimate alone.
 
@@ -105,38 +108,39 @@ def screen(
 
     >>> from surgery import models
     >>> from surgery.corpus.probes import Probe
-    >>> asked = ProbeSet("two", (Probe("p3 >other", "o3"), Probe("p3 pf1 >plain", "p4")))
-    >>> screen(Stack(models.load("babel")), every_repeat(12), asked, share=0).columns.tolist()
+    >>> two = ProbeSet("two", (Probe("p3 >other", "o3"), Probe("p3 pf1 >plain", "p4")))
+    >>> screen(Stack(models.load("babel")), every_repeat(12), two, share=0).columns.tolist()
     ['wiring', 'estimate', 'round']
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is the part of the wirings to measure, from 0 to 1, got {share}")
-    given = list(dict.fromkeys(stack.wiring(wiring) for wiring in wirings))
-    spans = np.array([_span(wiring) for wiring in given])
-    rounds, estimate = np.zeros(len(given), dtype=int), np.zeros(len(given))
+    candidates, encoded = distinct(stack, wirings), probes.encode(stack)
+    spans = np.array([_span(wiring) for wiring in candidates])
+    rounds, estimate = np.zeros(len(candidates), dtype=int), np.zeros(len(candidates))
     if share == 0:
-        estimate = first_order(stack, probes)[spans[:, 1], spans[:, 0]]
-    for number, count in enumerate(_portions(math.ceil(share * len(given))), start=1):
+        estimate = first_order(stack, encoded)[spans[:, 1], spans[:, 0]]
+    for number, count in enumerate(_rounds(math.ceil(share * len(candidates))), start=1):
         chosen = _spread(spans, count) if number == 1 else _best(estimate, count, rounds == 0)
         path = None if out is None else Path(out) / f"round_{number}.csv"
         rounds[chosen] = number
-        estimate[chosen] = _gains(stack, [given[i] for i in chosen], probes, path, progress)
+        estimate[chosen] = _gains(stack, [candidates[i] for i in chosen], encoded, path, progress)
         known = rounds > 0
         estimate[~known] = _predicted(spans[known], estimate[known], spans[~known], stack.n_layers / 6)
-    frame = pd.DataFrame({"wiring": list(map(str, given)), "estimate": estimate, "round": rounds})
+    frame = pd.DataFrame({"wiring": list(map(str, candidates)), "estimate": estimate, "round": rounds})
     return frame.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
 
 
 def cost(screened: pd.DataFrame, n_layers: int) -> float:
-    """What a screen took, in percent of the layer executions of a full scan of its wirings, which share beginnings too.
+    """Layers that a screen ran, in percent of those of a full scan of its wirings (which shares beginnings too).
 
     Every round runs the unmodified model once; a backward pass counts as two forward passes.
     """
     wirings = {text: Wiring.parse(text, n_layers) for text in screened["wiring"]}
     executions = 0.0 if screened["round"].any() else 3.0 * n_layers
-    for _, found in screened[screened["round"] > 0].groupby("round"):
-        executions += schedule.simulate([Wiring.of(n_layers), *(wirings[text] for text in found["wiring"])]).executions
-    return 100 * executions / schedule.simulate([Wiring.of(n_layers), *wirings.values()]).executions
+    unmodified = Wiring.of(n_layers)
+    for _, measured in screened[screened["round"] > 0].groupby("round"):
+        executions += schedule.simulate([unmodified, *(wirings[text] for text in measured["wiring"])]).executions
+    return 100 * executions / schedule.simulate([unmodified, *wirings.values()]).executions
 
 
 def recall(screened: pd.DataFrame, full: pd.DataFrame, top: int = 10) -> pd.DataFrame:
@@ -160,44 +164,48 @@ def beam(
     *,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Wirings of 1, 2, ... ``depth`` repeated spans, each level made of the ``width`` best of the level before.
+    """Search wirings of 1, 2, ... ``depth`` repeated spans, each level made of the ``width`` best of the level before.
 
     A span is repeated wherever in a wiring its layers still run one after another; so spans are repeated side by side,
     within each other, or again. ``spans`` are those to choose from, ``(start, stop)``; by default all, else for example
-    the best of a ``screen``. With a folder ``out`` an interrupted search goes on where it was.
+    the best of a ``screen``. With a folder ``out`` an interrupted search resumes.
 
     Returns everything measured: level, wiring, layers (how many run), gain (mean over probes of log-likelihood, nats),
     best first within a level. The gains are of the best of many: measure the winners again on other probes.
+
+    Raises ValueError for a width or depth below 1. Cost: ``scan.plan`` of the wirings of every level.
     """
     if width < 1 or depth < 1:
         raise ValueError(f"a beam has a width and a depth of at least 1, got {width} and {depth}")
     if spans is None:
         spans = [_span(wiring) for wiring in every_repeat(stack.n_layers)]
-    kept, seen, levels = [Wiring.of(stack.n_layers)], {Wiring.of(stack.n_layers)}, []
+    encoded = probes.encode(stack)
+    best, seen, levels = [Wiring.of(stack.n_layers)], {Wiring.of(stack.n_layers)}, []
     for level in range(1, depth + 1):
-        grown = dict.fromkeys(longer for wiring in kept for span in spans for longer in _extended(wiring, *span))
-        candidates = [wiring for wiring in grown if wiring not in seen]
+        extended = dict.fromkeys(longer for wiring in best for span in spans for longer in _extensions(wiring, *span))
+        candidates = [wiring for wiring in extended if wiring not in seen]
         if not candidates:
             break
         seen.update(candidates)
         path = None if out is None else Path(out) / f"level_{level}.csv"
-        gains = _gains(stack, candidates, probes, path, progress)
+        gains = _gains(stack, candidates, encoded, path, progress)
         order = np.argsort(-gains, kind="stable")
-        kept = [candidates[i] for i in order[:width]]
-        found = [(level, str(candidates[i]), int(candidates[i].depth), gains[i]) for i in order]
-        levels.append(pd.DataFrame(found, columns=["level", "wiring", "layers", "gain"]))
+        best = [candidates[i] for i in order[:width]]
+        rows = [(level, str(candidates[i]), int(candidates[i].depth), gains[i]) for i in order]
+        levels.append(pd.DataFrame(rows, columns=["level", "wiring", "layers", "gain"]))
     return pd.concat(levels, ignore_index=True)
 
 
 def loglik(
     stack: Stack, encoded: Encoded, x: Float[Tensor, "row pos d_model"], *, grad: bool = False
 ) -> Float[Tensor, " row"]:
-    """Log-likelihood in nats of every row's scored tokens when ``x`` leaves the last layer."""
-    before = torch.zeros_like(encoded.scored)
-    before[:, :-1] = encoded.scored[:, 1:]  # the position that predicts a token is the one before it
-    log_p = stack.readout(x[before], grad=grad).log_softmax(-1)
-    picked = log_p.gather(1, encoded.tokens.ids[encoded.scored].unsqueeze(1)).squeeze(1)
-    return picked.new_zeros(len(x)).index_add(0, encoded.scored.nonzero()[:, 0], picked)
+    """Log-likelihood in nats of every row's scored tokens if ``x`` leaves the last layer.
+
+    Cost: the readout of the scored tokens.
+    """
+    log_p = stack.readout(x[predicting(encoded.scored)], grad=grad).log_softmax(-1)
+    of_targets = log_p.gather(1, encoded.tokens.ids[encoded.scored].unsqueeze(1)).squeeze(1)
+    return of_targets.new_zeros(len(x)).index_add(0, encoded.scored.nonzero()[:, 0], of_targets)
 
 
 def _gradients(stack: Stack, encoded: Encoded) -> tuple[list[Tensor], list[Tensor]]:
@@ -212,14 +220,19 @@ def _gradients(stack: Stack, encoded: Encoded) -> tuple[list[Tensor], list[Tenso
 
 
 def _batches(encoded: Encoded) -> Iterator[Encoded]:
-    """The rows of right answers, some at a time."""
+    """Batches of the rows of right answers, small enough for a backward pass."""
     right = [row for row, choice in enumerate(encoded.choice) if choice == 0]
     size = max(1, _TOKENS_AT_ONCE // encoded.tokens.ids.shape[1])
     for first in range(0, len(right), size):
         rows = right[first : first + size]
-        tokens = Tokens(encoded.tokens.ids[rows], encoded.tokens.mask[rows])
-        probe = tuple(encoded.probe[row] for row in rows)
-        yield Encoded(tokens, encoded.scored[rows], probe, (0,) * len(rows), encoded.groups, encoded.sha256)
+        yield replace(
+            encoded,
+            tokens=Tokens(encoded.tokens.ids[rows], encoded.tokens.mask[rows]),
+            scored=encoded.scored[rows],
+            probe=tuple(encoded.probe[row] for row in rows),
+            choice=(0,) * len(rows),
+            credit=None,
+        )
 
 
 def _span(wiring: Wiring) -> tuple[int, int]:
@@ -234,7 +247,8 @@ def _span(wiring: Wiring) -> tuple[int, int]:
     return entered, left
 
 
-def _extended(wiring: Wiring, start: int, stop: int) -> Iterator[Wiring]:
+def _extensions(wiring: Wiring, start: int, stop: int) -> Iterator[Wiring]:
+    """The wiring with the span run twice, at every place where its layers run one after another."""
     span, layers = tuple(range(start, stop)), wiring.layers
     for at in range(len(layers) - len(span) + 1):
         if layers[at : at + len(span)] == span:
@@ -242,31 +256,32 @@ def _extended(wiring: Wiring, start: int, stop: int) -> Iterator[Wiring]:
 
 
 def _gains(
-    stack: Stack, wirings: Sequence[Wiring], probes: ProbeSet, out: "Path | None", progress: bool
+    stack: Stack, wirings: Sequence[Wiring], encoded: Encoded, out: "Path | None", progress: bool
 ) -> Float[np.ndarray, " wiring"]:
-    frame = scan.run(stack, wirings, probes, out, metrics=("loglik",), progress=progress)
+    frame = scanning.run(stack, wirings, encoded, out, metrics=("loglik",), progress=progress)
     return _mean_gain(frame).loc[[str(wiring) for wiring in wirings]].to_numpy()
 
 
 def _mean_gain(frame: pd.DataFrame) -> pd.Series:
-    chosen = frame[frame["metric"] == "loglik"]
-    return (chosen["value"] - chosen["baseline"]).groupby(chosen["wiring"], sort=False).mean()
+    rows = frame[frame["metric"] == "loglik"]
+    return (rows["value"] - rows["baseline"]).groupby(rows["wiring"], sort=False).mean()
 
 
-def _portions(count: int) -> list[int]:
+def _rounds(count: int) -> list[int]:
     """How many wirings to measure in each round: half, a quarter, a quarter."""
     first = math.ceil(count / 2)
     second = math.ceil((count - first) / 2)
-    return [portion for portion in (first, second, count - first - second) if portion]
+    return [size for size in (first, second, count - first - second) if size]
 
 
 def _best(estimate: np.ndarray, count: int, among: np.ndarray) -> np.ndarray:
+    """Indices of the ``count`` highest estimates where ``among`` is true."""
     order = np.argsort(-estimate, kind="stable")
     return order[among[order]][:count]
 
 
 def _spread(spans: np.ndarray, count: int) -> np.ndarray:
-    """Indices of spans far from each other in the plane of (start, stop): each the farthest from those before it."""
+    """Indices of ``count`` spans far from each other in the plane: each the farthest from those before it."""
     distance = ((spans - spans.mean(0)) ** 2).sum(1)
     chosen = [int(distance.argmin())]
     distance = np.full(len(spans), np.inf)
@@ -277,7 +292,7 @@ def _spread(spans: np.ndarray, count: int) -> np.ndarray:
 
 
 def _predicted(spans: np.ndarray, gains: np.ndarray, new_spans: np.ndarray, reach: float) -> np.ndarray:
-    """Gains of new spans by a Gaussian process with a constant mean (kriging); ``reach`` in layers."""
+    """Gains of new spans from a Gaussian process with a constant mean (kriging); ``reach`` in layers."""
     inverse = np.linalg.inv(_kernel(spans, spans, reach) + _NOISE * np.eye(len(spans)))
     mean = (inverse @ gains).sum() / inverse.sum()
     return mean + _kernel(new_spans, spans, reach) @ inverse @ (gains - mean)

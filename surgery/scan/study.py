@@ -7,9 +7,8 @@
     scan_groups.csv       the winners in every group of the validation half, if there are several
     painters.csv          the table by variant and size of the window (family ``painters``)
 
-The first and third survive a kill: the same command goes on where it was. ``run`` ends with the page of
-``surgery.report``: what was found in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``,
-``painters.png``.
+The first and third survive a kill: the same command goes on where it was. ``surgery.report.build`` makes the page of
+them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``, ``painters.png``.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,20 +20,19 @@ from typing import Any
 import pandas as pd
 
 from surgery.corpus import probes
-from surgery.corpus.probes import ProbeSet
+from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.models.loading import load
 from surgery.models.stack import Stack
-from surgery.records import manifest as provenance
 from surgery.records import tables
-from surgery.scan import controls
-from surgery.scan import say as scan_findings
-from surgery.scan import scanning as scan
+from surgery.records.manifest import manifest
+from surgery.scan import controls, execution, scanning
+from surgery.scan import say as sentences
 from surgery.scan.cluster import Cluster, Pool, joined
 from surgery.stats import comparisons
 from surgery.wiring import families
 from surgery.wiring.value import Wiring
 
-SEARCH = "scan_search.csv"
+SEARCH, VALIDATION = "scan_search.csv", "scan_validation.csv"
 TABLE: str = "scan_table.csv"
 WINNERS: str = "scan_winners.csv"
 GROUPS: str = "scan_groups.csv"
@@ -64,9 +62,16 @@ PAINTERS_COLUMNS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a scan found: every wiring on the search half, the winners on both, by group on the validation half (empty
-    where the probes are of one group), and what the best would gain by luck."""
+class ScanResult:
+    """What a scan found.
+
+    Attributes:
+        table: every wiring on the search half.
+        winners: the best of them on both halves.
+        groups: the winners by group on the validation half; empty where the probes are of one group.
+        luck: what the best would gain by luck.
+        metric: in which all of these are measured.
+    """
 
     table: pd.DataFrame
     winners: pd.DataFrame
@@ -76,13 +81,17 @@ class Found:
 
     @property
     def sentences(self) -> list[str]:
-        """What was found, and what could not be told."""
-        said = scan_findings.found(self.table, self.winners, self.luck, self.metric)
-        return [*said, *scan_findings.best_groups(self.groups, self.metric), *self.untold]
+        """The findings, and their limits."""
+        return [
+            *sentences.search_and_validation(self.table, self.winners, self.luck, self.metric),
+            *sentences.best_groups(self.groups, self.metric),
+            *self.limits,
+        ]
 
     @property
-    def untold(self) -> list[str]:
-        return scan_findings.untold(self.table, self.winners)
+    def limits(self) -> list[str]:
+        """What the scan leaves open."""
+        return sentences.limits(self.table, self.winners)
 
 
 def run(
@@ -99,22 +108,34 @@ def run(
     cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
-) -> Found:
-    """Scan every wiring of ``family`` on ``questions``, and write tables, figures and the page to ``out``.
+) -> ScanResult:
+    """Scan every wiring of a family, measure the winners again on fresh probes, and write the tables to ``out``.
 
-    ``questions`` is a built-in probe set (``surgery.corpus.probes.named``) or a JSONL file; ``cluster`` as for ``scan.run``.
+    Args:
+        model: what ``surgery.load`` takes.
+        family: which wirings, of ``FAMILIES``.
+        questions: a built-in probe set (``surgery.corpus.probes.named``) or a JSONL file.
+        out: folder for the results, made if need be; the same one resumes a scan that was killed.
+        metric: of ``surgery.scan.METRICS``.
+        count: probes of a built-in set, both halves together.
+        top: how many winners to measure again.
+        seed: of the built-in set, the halves and all resamples.
+        memory, cluster, progress: as for ``scan.run``.
+        say: is called with a sentence when a step begins.
 
-    Raises ValueError for an unknown family, metric or probe set, OSError where ``out`` cannot be written to.
+    Raises:
+        ValueError: an unknown family, metric or probe set, or fewer than 4 different probes.
+        OSError: ``out`` cannot be written to.
     """
-    _family(family)
+    _check_family(family)
     folder = tables.folder(out)
-    asked = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
+    probe_set = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
     say(f"opening {model}")
     stack = Stack(load(model))
     with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
-        found = measure(
+        return measure(
             stack,
-            asked,
+            probe_set,
             folder,
             family,
             metric=metric,
@@ -125,12 +146,11 @@ def run(
             say=say,
             progress=progress,
         )
-    return found
 
 
 def measure(
     stack: Stack,
-    asked: ProbeSet,
+    probe_set: ProbeSet,
     out: "str | Path",
     family: str = "repeat",
     *,
@@ -142,46 +162,52 @@ def measure(
     cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
-) -> Found:
-    """The tables of ``run`` on an opened model; with ``longest``, only wirings of so many layers more at most.
+) -> ScanResult:
+    """Do what ``run`` does on an opened model; with ``longest``, only wirings of at most so many layers more.
 
     Raises ValueError for an unknown family or metric, and for fewer than 4 different probes.
     """
-    _family(family)
-    if len(set(asked.probes)) < FEWEST:
+    _check_family(family)
+    if len(set(probe_set.probes)) < FEWEST:
         raise ValueError(
-            f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {asked.name} has "
-            f"{len(set(asked.probes))}; give more"
+            f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {probe_set.name} has "
+            f"{len(set(probe_set.probes))}; give more"
         )
     folder = tables.folder(out)
-    search, validation = asked.split(seed)
-    wirings = [stack.wiring(one) for one in FAMILIES[family](stack.n_layers)]
-    wirings = [one for one in wirings if longest is None or one.depth <= stack.n_layers + longest]
-    say(str(scan.plan(stack, wirings, search, memory)))
-    searched = _scan(stack, wirings, search, folder / SEARCH, metric, memory, cluster, progress)
+    search, validation = (half.encode(stack) for half in probe_set.split(seed))
+    wirings = _wirings(stack, family, longest)
+
+    def scan(candidates: Sequence[Wiring], half: Encoded, name: str) -> pd.DataFrame:
+        path = folder / name
+        return scanning.run(
+            stack, candidates, half, path, metrics=(metric,), memory=memory, progress=progress, cluster=cluster
+        )
+
+    say(str(execution.plan(stack, wirings, search, memory)))
+    searched = scan(wirings, search, SEARCH)
     table = comparisons.table(searched, metric, seed=seed)
     best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
     say(f"the {len(best)} best again, on probes that took no part in the choice")
-    again = _scan(stack, best, validation, folder / "scan_validation.csv", metric, memory, cluster, progress)
-    winners = comparisons.winners(searched, again, metric, top=top, seed=seed)
+    by_name = {str(wiring): wiring for wiring in wirings}
+    validated = scan([by_name[name] for name in best], validation, VALIDATION)
+    winners = comparisons.winners(searched, validated, metric, top=top, seed=seed)
     luck = comparisons.expected_best(searched, metric, seed=seed)
-    groups = comparisons.table(again, metric, seed=seed, by_group=True)
+    groups = comparisons.table(validated, metric, seed=seed, by_group=True)
     groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
     settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck)}
-    manifest = provenance.manifest(stack, search.encode(stack).tokens, seed=seed, **settings)
-    tables.write(table, folder / TABLE, manifest, comparisons.COLUMNS)
-    tables.write(winners, folder / WINNERS, manifest, WINNERS_COLUMNS)
-    fresh = provenance.manifest(stack, validation.encode(stack).tokens, seed=seed, **settings)
-    tables.write(groups, folder / GROUPS, fresh, comparisons.COLUMNS)
-    if family == "painters":
-        painted = controls.painters(stack.n_layers).merge(table, on="wiring")
-        tables.write(painted, folder / PAINTERS, manifest, PAINTERS_COLUMNS)
-    return Found(table, winners, groups, luck, metric)
+    of_search, of_validation = (manifest(stack, half.tokens, seed=seed, **settings) for half in (search, validation))
+    tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
+    tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)
+    tables.write(groups, folder / GROUPS, of_validation, comparisons.COLUMNS)
+    if family == families.PAINTERS:
+        variants = controls.painters(stack.n_layers).merge(table, on="wiring")
+        tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
+    return ScanResult(table, winners, groups, luck, metric)
 
 
 def painters(
     stack: Stack,
-    asked: ProbeSet,
+    probe_set: ProbeSet,
     out: "str | Path | None" = None,
     *,
     metric: str = "loglik",
@@ -190,12 +216,12 @@ def painters(
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """The reorder family of Sun et al. (2024, arXiv 2407.09298) on all of ``asked``, against the unmodified model.
+    """Compare the reorder family of Sun et al. (2024, arXiv 2407.09298) with the unmodified model on all probes.
 
     Skip, middle-repeat, reverse, random order (one wiring per ``seeds``), parallel mean and sum, looped parallel, over
     centred windows of ``sizes`` layers: variant, size, wiring, gain with interval, p, p_max, q, n_prompts. Nothing is
     chosen here, so no probes are held back. ``out`` is a CSV file for the rows of every probe, as of ``scan.run``.
-    ``surgery.scan.draw.painters`` draws it.
+    ``surgery.scan.draw.painters`` draws the result.
 
     Cost: ``scan.plan`` of the wirings; about 50 F for all sizes of 12 layers. Control: the unmodified model, and random
     orders beside the reverse.
@@ -204,24 +230,17 @@ def painters(
     >>> table["variant"].tolist()
     ['skip', 'middle-repeat', 'reverse', 'random order', 'parallel mean', 'parallel sum', 'looped parallel']
     """
-    listed = controls.painters(stack.n_layers, sizes, seeds)
-    rows = scan.run(stack, listed["wiring"].unique(), asked, out, metrics=(metric,), progress=progress)
-    return listed.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
+    variants = controls.painters(stack.n_layers, sizes, seeds)
+    rows = scanning.run(stack, variants["wiring"].unique(), probe_set, out, metrics=(metric,), progress=progress)
+    return variants.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
 
 
-def _family(name: str) -> None:
+def _check_family(name: str) -> None:
     if name not in FAMILIES:
         raise ValueError(f"there is no family {name!r}; there are {', '.join(FAMILIES)}")
 
 
-def _scan(
-    stack: Stack,
-    wirings: Sequence["Wiring | str"],
-    asked: ProbeSet,
-    out: Path,
-    metric: str,
-    memory: int | None,
-    cluster: "Cluster | Pool | str | int | None",
-    progress: bool,
-) -> pd.DataFrame:
-    return scan.run(stack, wirings, asked, out, metrics=(metric,), memory=memory, progress=progress, cluster=cluster)
+def _wirings(stack: Stack, family: str, longest: int | None) -> list[Wiring]:
+    """The wirings of a family, parsed, that run at most ``longest`` layers more than the model."""
+    wirings = execution.distinct(stack, FAMILIES[family](stack.n_layers))
+    return [wiring for wiring in wirings if longest is None or wiring.depth <= stack.n_layers + longest]

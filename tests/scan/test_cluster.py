@@ -1,4 +1,4 @@
-"""Scans on a real Ray cluster of two workers: the same rows, through losses of workers and of whoever asked."""
+"""Scans on a real Ray cluster of two workers: the same rows, though workers or the process that scans are lost."""
 
 import collections
 import os
@@ -15,7 +15,7 @@ from support.scans import KILLED, PROBES, all_wirings, same
 from surgery import Stack, scan, wiring
 from surgery.models.errors import ModelError
 from surgery.records import tables
-from surgery.scan import cluster, scanning, schedule
+from surgery.scan import cluster, rows, schedule
 from surgery.scan.cluster import Cluster
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -40,13 +40,13 @@ def pool():
 def accepted(monkeypatch):
     """How often each wiring's rows came to the table."""
     counts: collections.Counter[str] = collections.Counter()
-    append = scanning._Table.append
+    append = rows.ResumableTable.append
 
-    def count(self, rows):
-        append(self, rows)
-        counts[rows["wiring"].iloc[0]] += 1
+    def count(self, block):
+        append(self, block)
+        counts[block["wiring"].iloc[0]] += 1
 
-    monkeypatch.setattr(scanning._Table, "append", count)
+    monkeypatch.setattr(rows.ResumableTable, "append", count)
     return counts
 
 
@@ -54,10 +54,10 @@ def accepted(monkeypatch):
     ("name", "metrics"), [("llama", ("loglik", "exact", "kl")), ("gpt2", ("loss",)), ("gemma2", ("loglik",))]
 )
 def test_the_frame_is_that_of_a_scan_without_a_cluster(load, pool, tmp_path, accepted, name, metrics):
-    stack, given, out = Stack(load(name)), all_wirings(4), tmp_path / "scan.csv"
-    expected = scan.run(stack, given, PROBES, metrics=metrics)
+    stack, wirings, out = Stack(load(name)), all_wirings(4), tmp_path / "scan.csv"
+    expected = scan.run(stack, wirings, PROBES, metrics=metrics)
     accepted.clear()
-    frame = scan.run(stack, given, PROBES, out, metrics=metrics, cluster=pool)
+    frame = scan.run(stack, wirings, PROBES, out, metrics=metrics, cluster=pool)
     assert same(frame, expected)
     assert same(tables.read(out), expected)
     assert set(accepted.values()) == {1}
@@ -73,53 +73,53 @@ def test_a_model_edited_in_memory_is_scanned_as_it_is(load, pool):
 
 
 def test_workers_load_a_named_model_by_themselves(load, pool, model_folder, monkeypatch):
-    stack, given = Stack(load("mistral")), [":2 1:", ":1 {1|2} 3:"]
+    stack, wirings = Stack(load("mistral")), [":2 1:", ":1 {1|2} 3:"]
     for model, message in (
         ("/nowhere/model", r"a worker on .* cannot open /nowhere/model: there is no folder"),
         (str(model_folder("gpt2")), "its weights are not those of the model that is scanned"),
     ):
         monkeypatch.setattr(pool, "cluster", Cluster("auto", workers=2, model=model))
         with pytest.raises(ModelError, match=message):
-            scan.run(stack, given, PROBES, cluster=pool)
+            scan.run(stack, wirings, PROBES, cluster=pool)
     here = Cluster("auto", workers=2, model=str(model_folder("mistral")), device_map={"": "cpu"})
     monkeypatch.setattr(pool, "cluster", here)
-    assert same(scan.run(stack, given, PROBES, cluster=pool), scan.run(stack, given, PROBES))
-    assert pool._shipped[0] != cluster._weights(stack)
+    assert same(scan.run(stack, wirings, PROBES, cluster=pool), scan.run(stack, wirings, PROBES))
+    assert pool._shipped[0] != stack.sha256
 
 
 def test_models_that_workers_cannot_have(load, pool, monkeypatch):
-    stack, given = Stack(load("llama")), [":2 1:"]
+    stack, wirings = Stack(load("llama")), [":2 1:"]
     with monkeypatch.context() as patch:
         patch.setattr(pool, "cluster", Cluster("auto", workers=1, gpus=1))
         with pytest.raises(ValueError, match="the cluster has GPUs for 0 workers with 1 each"):
-            scan.run(stack, given, PROBES, cluster=pool)
+            scan.run(stack, wirings, PROBES, cluster=pool)
     stack.model.blocks[0].hook_out.add_hook(lambda x, hook: x)
     with pytest.raises(ModelError, match="hooks are attached"):
-        scan.run(stack, given, PROBES, cluster=pool)
+        scan.run(stack, wirings, PROBES, cluster=pool)
 
 
 def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path, accepted, monkeypatch):
-    stack, given, out = Stack(load("llama")), all_wirings(4), tmp_path / "scan.csv"
-    expected = scan.run(stack, given, PROBES)
+    stack, wirings, out = Stack(load("llama")), all_wirings(4), tmp_path / "scan.csv"
+    expected = scan.run(stack, wirings, PROBES)
     accepted.clear()
     scan.run(stack, [":2 1:"], PROBES, cluster=pool)
     victim = pool.workers[0]
     pid = pool.ray.get(victim.actor.pid.remote())
     owed: list[str] = []
-    append = scanning._Table.append
+    append = rows.ResumableTable.append
     accepted.clear()
 
-    def kill(self, rows):
-        append(self, rows)
-        if not owed and str(rows["wiring"].iloc[0]) in victim.owes and len(victim.owes) > 1:
+    def kill(self, block):
+        append(self, block)
+        if not owed and str(block["wiring"].iloc[0]) in victim.pending and len(victim.pending) > 1:
             os.kill(pid, signal.SIGKILL)
-            owed.extend(set(victim.owes) - {rows["wiring"].iloc[0]})
+            owed.extend(set(victim.pending) - {block["wiring"].iloc[0]})
 
-    monkeypatch.setattr(scanning._Table, "append", kill)
+    monkeypatch.setattr(rows.ResumableTable, "append", kill)
     shards = schedule.shards
     monkeypatch.setattr(cluster.schedule, "shards", lambda wirings, count: shards(wirings, 4))
     before = pool.sent
-    assert same(scan.run(stack, given, PROBES, out, cluster=pool), expected)
+    assert same(scan.run(stack, wirings, PROBES, out, cluster=pool), expected)
     assert owed
     assert len(pool.workers) in (1, 2)  # one that is idle when the loss is noticed takes over, else another is hired
     assert victim not in pool.workers
@@ -129,22 +129,22 @@ def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path,
 
 
 def test_interrupted_and_continued(load, pool, tmp_path, accepted, monkeypatch):
-    stack, given, out = Stack(load("llama")), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
-    append = scanning._Table.append
+    stack, wirings, out = Stack(load("llama")), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
+    append = rows.ResumableTable.append
 
-    def interrupt(self, rows):
-        append(self, rows)
+    def interrupt(self, block):
+        append(self, block)
         if sum(accepted.values()) == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(scanning._Table, "append", interrupt)
+        patch.setattr(rows.ResumableTable, "append", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            scan.run(stack, given, PROBES, out, cluster=pool)
+            scan.run(stack, wirings, PROBES, out, cluster=pool)
     assert pool.workers == []
-    frame = scan.run(stack, given, PROBES, out)
+    frame = scan.run(stack, wirings, PROBES, out)
     assert set(accepted.values()) == {1}
-    assert same(frame, scan.run(stack, given, PROBES))
+    assert same(frame, scan.run(stack, wirings, PROBES))
 
 
 def test_its_own_ray_dies_with_whoever_asked_and_the_table_goes_on(model_folder, load, tmp_path):
@@ -160,8 +160,8 @@ def test_its_own_ray_dies_with_whoever_asked_and_the_table_goes_on(model_folder,
     process.stdout.close()
     assert not out.exists()
     assert (tmp_path / "scan.csv.part").read_bytes().count(b"\n") > 4
-    stack, given = Stack(load("llama")), list(wiring.every_repeat(4))
-    assert same(scan.run(stack, given, PROBES, out), scan.run(stack, given, PROBES))
+    stack, wirings = Stack(load("llama")), list(wiring.every_repeat(4))
+    assert same(scan.run(stack, wirings, PROBES, out), scan.run(stack, wirings, PROBES))
 
 
 def test_without_ray(load, monkeypatch):
@@ -186,9 +186,9 @@ def test_bad_requests(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 8, 16, 500])
 def test_every_wiring_is_in_one_shard(count):
-    given = all_wirings(4)
-    shards = schedule.shards(given, count)
-    assert sorted(index for shard in shards for index in shard) == list(range(len(given)))
+    wirings = all_wirings(4)
+    shards = schedule.shards(wirings, count)
+    assert sorted(index for shard in shards for index in shard) == list(range(len(wirings)))
     assert all(shards)
     assert len(shards) <= count
 
@@ -196,8 +196,8 @@ def test_every_wiring_is_in_one_shard(count):
 @pytest.mark.parametrize("family", [wiring.every_repeat, wiring.every_skip, wiring.every_swap, wiring.every_parallel])
 def test_shards_cost_little_and_about_the_same(family):
     """24 layers, two workers: at most 3 % more than in one piece, none more than a third above the mean."""
-    given = list(family(24))
-    costs = [schedule.simulate([given[i] for i in shard]).executions for shard in schedule.shards(given, 8)]
+    wirings = list(family(24))
+    costs = [schedule.simulate([wirings[i] for i in shard]).executions for shard in schedule.shards(wirings, 8)]
     assert len(costs) == 8
-    assert sum(costs) <= 1.03 * schedule.simulate(given).executions
+    assert sum(costs) <= 1.03 * schedule.simulate(wirings).executions
     assert max(costs) <= 4 / 3 * sum(costs) / len(costs)

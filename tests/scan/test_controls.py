@@ -7,7 +7,7 @@ from surgery.instruments import known_networks
 from surgery.scan import controls
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stack():
     return Stack(known_networks.random_network(6, dtype=torch.float64))
 
@@ -21,12 +21,12 @@ def test_a_span_has_its_controls_by_name():
 
 
 def test_random_spans_are_other_spans_of_equal_length():
-    found = controls.random_spans(12, 4, 8, count=5, seed=3)
-    assert found == controls.random_spans(12, 4, 8, count=5, seed=3)
-    assert found != controls.random_spans(12, 4, 8, count=5, seed=4)
-    assert len(set(found)) == 5
+    wirings = controls.random_spans(12, 4, 8, count=5, seed=3)
+    assert wirings == controls.random_spans(12, 4, 8, count=5, seed=3)
+    assert wirings != controls.random_spans(12, 4, 8, count=5, seed=4)
+    assert len(set(wirings)) == 5
     every = {Wiring.of(12).repeat(i, i + 4) for i in range(9)} - {Wiring.of(12).repeat(4, 8)}
-    assert set(found) < every
+    assert set(wirings) < every
     assert set(controls.random_spans(12, -8, -4, count=99)) == every
 
 
@@ -88,16 +88,16 @@ def test_affine_layers_are_their_own_linearisation():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gpt_neox"])
-def test_layers_of_every_kind_can_be_linearised(load, name):
-    stack = Stack(load(name))
+def test_layers_of_every_kind_can_be_linearised(stack_of, name):
+    stack = stack_of(name)
     context = stack.context(torch.arange(4, 20).view(2, 8))
     found = controls.linearised(stack, 1, 3, context)
     assert torch.isfinite(found).all()
     assert not found.requires_grad
 
 
-def test_layers_without_a_derivative_are_named(load):
-    stack = Stack(load("qwen3_moe"))
+def test_layers_without_a_derivative_are_named(stack_of):
+    stack = stack_of("qwen3_moe")
     with pytest.raises(ValueError, match="cannot be linearised"):
         controls.linearised(stack, 1, 3, stack.context(torch.arange(4, 20).view(2, 8)))
 

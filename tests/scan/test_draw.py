@@ -215,9 +215,9 @@ def test_a_scan_draws_what_it_has_data_for_and_says_the_unit():
     assert set(draw.of_scan(scanned, none, 6, "loss")) == {"brain_scan", "pareto"}
     drawn = draw.of_scan(scanned.assign(wiring=[*map(str, every_skip(6)), ":"]), grouped(), 6, "exact")
     assert set(drawn) == {"pareto", "group_bars"}
-    for figure, caption in drawn.values():
-        assert figure.axes[0].get_ylabel() == "gain over the unmodified model (share of answers)"
-        assert "half" in caption
+    for drawing in drawn.values():
+        assert drawing.figure.axes[0].get_ylabel() == "gain over the unmodified model (share of answers)"
+        assert "half" in drawing.caption
 
 
 def test_a_figure_drawn_again_is_the_same_file():

@@ -1,4 +1,4 @@
-"""The sentences about a scan: what was found, what luck gives, what lasted, and nothing beyond the numbers."""
+"""The sentences about a scan: what was found, what luck gives, what was confirmed, nothing beyond the numbers."""
 
 import numpy as np
 import pandas as pd
@@ -38,8 +38,8 @@ def text(sentences):
 
 
 def test_how_many_were_tried_and_the_largest_gain_with_its_interval():
-    said = say.search(table([0.1, 0.5, -0.3]), LUCK, "loglik")
-    assert said[0] == (
+    sentences = say.search(table([0.1, 0.5, -0.3]), LUCK, "loglik")
+    assert sentences[0] == (
         "3 wirings were tried on 40 prompts. The largest gain is that of :3 1:, +0.50 [+0.40, +0.60] nats per answer."
     )
 
@@ -49,41 +49,43 @@ def test_how_many_were_tried_and_the_largest_gain_with_its_interval():
     [(0.5, "beyond both"), (0.3, "above the first and within the second"), (0.1, "below even the first")],
 )
 def test_the_best_is_held_against_luck(best, says):
-    said = say.search(table([best, -1.0, -1.0]), LUCK, "loglik")[1]
-    assert said.startswith("If none had any effect, the best of 3 would still gain +0.20 nats per answer on average")
-    assert "and +0.40 or more in one scan of twenty" in said
-    assert says in said
+    sentences = say.search(table([best, -1.0, -1.0]), LUCK, "loglik")[1]
+    assert sentences.startswith(
+        "If none had any effect, the best of 3 would still gain +0.20 nats per answer on average"
+    )
+    assert "and +0.40 or more in one scan of twenty" in sentences
+    assert says in sentences
 
 
 def test_no_improvement_is_said_as_plainly():
-    said = say.search(table([0.5, 0.1, -0.3], p_max=[0.3, 0.9, 0.01]), LUCK, "loglik")
-    assert said[2] == (
+    sentences = say.search(table([0.5, 0.1, -0.3], p_max=[0.3, 0.9, 0.01]), LUCK, "loglik")
+    assert sentences[2] == (
         "Each held against its own spread, none gains more than luck allows (smallest p_max of a gain: 0.30): "
         "no improvement was found; 1 is worse beyond luck."
     )
 
 
 def test_improvements_are_named_largest_first():
-    said = text(say.search(table([0.1, 0.5, -0.3, 0.4], p_max=[0.01, 0.01, 0.2, 0.3]), LUCK, "loglik"))
-    assert "2 gain more than luck allows (:3 1:, :2 1:); 0 are worse beyond luck." in said
-    assert "no improvement" not in said
+    sentences = text(say.search(table([0.1, 0.5, -0.3, 0.4], p_max=[0.01, 0.01, 0.2, 0.3]), LUCK, "loglik"))
+    assert "2 gain more than luck allows (:3 1:, :2 1:); 0 are worse beyond luck." in sentences
+    assert "no improvement" not in sentences
 
 
 def test_a_large_but_uncertain_best_is_not_among_the_improvements():
-    said = text(say.search(table([0.9, 0.1], p_max=[0.4, 0.01]), LUCK, "loglik"))
-    assert "1 gains more than luck allows (:3 1:); the largest gain is not among them" in said
+    sentences = text(say.search(table([0.9, 0.1], p_max=[0.4, 0.01]), LUCK, "loglik"))
+    assert "1 gains more than luck allows (:3 1:); the largest gain is not among them" in sentences
 
 
 def test_long_lists_are_cut():
-    said = text(say.search(table(np.arange(9, 0, -1), p_max=0.01), LUCK, "loglik"))
-    assert "(:2 1:, :3 1:, :4 1:, :5 1:, :6 1: and 4 more)" in said
+    sentences = text(say.search(table(np.arange(9, 0, -1), p_max=0.01), LUCK, "loglik"))
+    assert "(:2 1:, :3 1:, :4 1:, :5 1:, :6 1: and 4 more)" in sentences
 
 
 def test_a_scan_in_which_everything_harms():
-    said = say.search(table([-0.5, -0.2], p_max=0.01), LUCK, "loglik")
-    assert "None gains anything; the least harmful, :3 1:, reads -0.20 [-0.30, -0.10] nats per answer." in said[0]
-    assert said[1].endswith("no improvement was found; 2 are worse beyond luck.")
-    assert "luck allows:" in said[1]
+    sentences = say.search(table([-0.5, -0.2], p_max=0.01), LUCK, "loglik")
+    assert "None gains anything; the least harmful, :3 1:, reads -0.20 [-0.30, -0.10] nats per answer." in sentences[0]
+    assert sentences[1].endswith("no improvement was found; 2 are worse beyond luck.")
+    assert "luck allows:" in sentences[1]
 
 
 def test_the_unmodified_model_and_unmeasured_wirings_are_not_counted():
@@ -91,7 +93,7 @@ def test_the_unmodified_model_and_unmeasured_wirings_are_not_counted():
     frame.loc[0, "wiring"] = ":"
     assert say.search(frame, LUCK, "loglik")[0].startswith("1 wiring was tried on 40 prompts.")
     assert say.search(frame[:1], LUCK, "loglik") == [
-        "Nothing was tried: the table holds no wiring but the unmodified model."
+        "Nothing was tried: the table holds no wiring except the unmodified model."
     ]
 
 
@@ -113,22 +115,22 @@ def test_a_gain_without_interval_is_said_to_have_none():
     assert "+0.50 nats per answer (no interval)" in say.search(frame, LUCK, "loglik")[0]
 
 
-def test_luck_that_cannot_be_told_is_said():
+def test_luck_that_could_not_be_estimated_is_said():
     unknown = Luck(2, 40, 2, float("nan"), float("nan"))
     assert "All are clearly worse" in say.search(table([0.5, 0.1]), unknown, "loglik")[1]
 
 
-def test_what_survived_is_told_with_its_share():
+def test_what_survived_is_said_with_its_share():
     found = winners((0.5, 0.4, "survived"), (0.4, 0.2, "survived in part"), (0.3, 0.0, "vanished"))
-    said = say.validation(found, "loglik")
-    assert said == [
+    sentences = say.validation(found, "loglik")
+    assert sentences == [
         "The 3 largest gains were measured again on 30 prompts that took no part in the choice: "
         "1 survived, 1 survived in part, 1 shrank to what may be nothing.",
         "The best of the search, :2 1:, had claimed +0.50 nats per answer and reads +0.40 [+0.30, +0.50] nats per "
         "answer there: it survived, 80 % of the claim [60 %, 100 %].",
         "Averaged over them, +0.40 nats per answer was claimed and +0.20 found: 50 % survived. Gains chosen for being "
         "the largest shrink on fresh probes even where a wiring helps (regression to the mean).",
-        "Shown to last: :2 1:, :3 1:.",
+        "Confirmed on fresh probes: :2 1:, :3 1:.",
     ]
 
 
@@ -141,17 +143,17 @@ def test_what_survived_is_told_with_its_share():
     ],
 )
 def test_a_best_that_did_not_survive(verdict, says):
-    said = say.validation(winners((0.5, -0.2, verdict)), "loglik")
-    assert says in said[1]
-    assert said[-1] == "No gain was shown to last: nothing was found that is worth keeping."
-    assert said[0].startswith("The largest gain was measured again")
-    assert "Averaged" not in text(said)
+    sentences = say.validation(winners((0.5, -0.2, verdict)), "loglik")
+    assert says in sentences[1]
+    assert sentences[-1] == "No gain was confirmed on fresh probes: nothing was found that is worth keeping."
+    assert sentences[0].startswith("The largest gain was measured again")
+    assert "Averaged" not in text(sentences)
 
 
 def test_gains_that_turn_into_losses_have_no_share():
-    said = text(say.validation(winners((0.5, -0.2, "reversed"), (0.3, 0.1, "vanished")), "loglik"))
-    assert "-0.05 found: nothing survived" in said
-    assert "1 shrank to what may be nothing, 1 turned into losses" in said
+    sentences = text(say.validation(winners((0.5, -0.2, "reversed"), (0.3, 0.1, "vanished")), "loglik"))
+    assert "-0.05 found: nothing survived" in sentences
+    assert "1 shrank to what may be nothing, 1 turned into losses" in sentences
 
 
 def test_nothing_claimed_is_nothing_to_measure():
@@ -160,7 +162,7 @@ def test_nothing_claimed_is_nothing_to_measure():
     ]
 
 
-def test_groups_that_gain_that_lose_and_that_cannot_be_told():
+def test_groups_that_gain_that_lose_and_that_show_no_effect():
     parts = [
         table([0.5, 0.1], p_max=[0.01, 0.9], group="k = 1"),
         table([-0.4, 0.1], p_max=[0.01, 0.9], group="k = 2"),
@@ -169,21 +171,23 @@ def test_groups_that_gain_that_lose_and_that_cannot_be_told():
     found = pd.concat(parts)
     assert say.groups(found, "loglik") == [
         ":2 1: helps k = 1 (+0.50) and harms k = 2 (-0.40); in the other 1 no effect was shown (nats per answer).",
-        "In none of 3 groups can :3 1: be told from no effect.",
+        "In none of 3 groups was an effect of :3 1: shown.",
     ]
     assert len(say.groups(found, "loglik", [":3 1:"])) == 1
     without = table([0.5], p_max=0.01, group="")
     assert say.groups(without, "loglik") == [":2 1: helps probes without a group (+0.50) (nats per answer)."]
 
 
-def test_what_remains_open_is_told():
-    notes = text(say.untold(table([0.5, 0.1], p_max=[0.01, 0.6], n_prompts=[12, 10])))
+def test_what_remains_open_is_said():
+    notes = text(say.limits(table([0.5, 0.1], p_max=[0.01, 0.6], n_prompts=[12, 10])))
     assert "none is more than a candidate" in notes
     assert "For 1 wiring of 2 a small effect is neither shown nor ruled out" in notes
     assert "1 wiring could not be measured on every prompt" in notes
     assert "12 prompts only" in notes
-    quiet = text(say.untold(table([0.5], p_max=0.01), winners((0.5, 0.4, "survived"))))
-    assert quiet == "Intervals are of each wiring by itself; that of the best does not know that it was chosen."
+    quiet = text(say.limits(table([0.5], p_max=0.01), winners((0.5, 0.4, "survived"))))
+    assert (
+        quiet == "Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."
+    )
 
 
 def test_from_a_scan_without_any_effect_to_the_sentence_that_nothing_was_found():
@@ -203,8 +207,8 @@ def test_from_a_scan_without_any_effect_to_the_sentence_that_nothing_was_found()
     ]
     found = comparisons.winners(*halves, "loglik")
     luck = comparisons.expected_best(halves[0], "loglik")
-    said = text(say.search(comparisons.table(halves[0], "loglik"), luck, "loglik"))
-    assert "no improvement was found" in said
+    sentences = text(say.search(comparisons.table(halves[0], "loglik"), luck, "loglik"))
+    assert "no improvement was found" in sentences
     assert "nothing was found that is worth keeping" in text(say.validation(found, "loglik"))
 
 
@@ -218,8 +222,8 @@ def painted(gains):
 
 
 def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
-    said = say.painters(painted({"skip": -1.0, "reverse": -0.1, "parallel sum": -0.2}), "loglik")
-    assert said == [
+    sentences = say.painters(painted({"skip": -1.0, "reverse": -0.1, "parallel sum": -0.2}), "loglik")
+    assert sentences == [
         "A centred window of 4 layers, from the least harmful change on: reverse -0.40, parallel sum -0.80, skip -4.00 "
         "(nats per answer).",
         "The largest window at which a change is not shown to harm: parallel sum (4 layers), reverse (6 layers).",
@@ -229,13 +233,13 @@ def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
 
 def test_an_effect_that_rounds_to_nothing_is_not_written_as_nothing():
     row = {"wiring": ":3 1:", "group": "k=1", "gain": -0.0004, "p_max": 0.01}
-    said = say.groups(pd.DataFrame([row]), "loglik")
-    assert said == [":3 1: harms k=1 (-4e-04) (nats per answer)."]
+    sentences = say.groups(pd.DataFrame([row]), "loglik")
+    assert sentences == [":3 1: harms k=1 (-4e-04) (nats per answer)."]
 
 
-def test_the_three_best_are_told_by_group_and_without_groups_nothing():
+def test_the_three_best_are_described_by_group_and_without_groups_nothing_is_said():
     rows = [{"wiring": f":{n} 1:", "group": "k=1", "gain": 0.5, "p_max": 0.01} for n in (5, 4, 3, 2)]
-    said = say.best_groups(pd.DataFrame(rows), "loglik")
-    assert len(said) == 4
-    assert said[1].startswith(":5 1: helps")
+    sentences = say.best_groups(pd.DataFrame(rows), "loglik")
+    assert len(sentences) == 4
+    assert sentences[1].startswith(":5 1: helps")
     assert say.best_groups(pd.DataFrame(rows).iloc[:0], "loglik") == []

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+import surgery
 from surgery import Stack, Wiring, scan, wiring
 from surgery.corpus.probes import Probe, ProbeSet
 from surgery.scan import search
@@ -23,9 +24,15 @@ def true_gains(stack, given):
     return (frame.value - frame.baseline).groupby(frame.wiring, sort=False).mean()
 
 
+@pytest.fixture(scope="module")
+def double(model_folder):
+    """A model in double precision, for finite differences."""
+    return Stack(surgery.load(model_folder("llama"), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("layer", range(5))
-def test_the_gradient_equals_finite_differences(load, layer):
-    stack = Stack(load("llama", torch.float64))
+def test_the_gradient_equals_finite_differences(double, layer):
+    stack = double
     (encoded,) = search._batches(PROBES.encode(stack))
     streams, gradients = search._gradients(stack, encoded)
     context = stack.context(encoded.tokens)
@@ -40,8 +47,8 @@ def test_the_gradient_equals_finite_differences(load, layer):
     assert float((gradients[layer] * noise).sum()) == pytest.approx(slope, rel=1e-3)
 
 
-def test_the_log_likelihood_is_the_scan_s(load):
-    stack = Stack(load("gpt2"))
+def test_the_log_likelihood_is_the_scan_s(stack_of):
+    stack = stack_of("gpt2")
     (encoded,) = search._batches(PROBES.encode(stack))
     context = stack.context(encoded.tokens)
     found = search.loglik(stack, encoded, stack.execute(":3 1:", context.x0, context))
@@ -69,8 +76,8 @@ def test_first_order_is_exact_for_small_updates(load, name):
     assert errors[1] == pytest.approx(errors[0] / 4, rel=0.2)
 
 
-def test_first_order_in_batches_is_the_same(load, monkeypatch):
-    stack = Stack(load("llama"))
+def test_first_order_in_batches_is_the_same(stack_of, monkeypatch):
+    stack = stack_of("llama")
     whole = search.first_order(stack, PROBES)
     monkeypatch.setattr(search, "_TOKENS_AT_ONCE", 20)
     assert len(list(search._batches(PROBES.encode(stack)))) > 2
@@ -85,14 +92,14 @@ def test_spans_are_read_off_wirings(text, span):
 
 
 @pytest.mark.parametrize("text", [":3 1:3 1:", "3 2 1 0", ":1 {1|2} 3:", "3 1:"])
-def test_other_wirings_are_refused(load, text):
+def test_other_wirings_are_refused(stack_of, text):
     with pytest.raises(ValueError, match="one span run twice or left out") as refused:
-        search.screen(Stack(load("llama")), [text], PROBES)
+        search.screen(stack_of("llama"), [text], PROBES)
     assert "':4 2:'" in str(refused.value)
 
 
-def test_a_screen_measures_a_share_and_predicts_the_rest(load, tmp_path, monkeypatch):
-    stack, given = Stack(load("llama")), [*wiring.every_repeat(4), *wiring.every_skip(4)]
+def test_a_screen_measures_a_share_and_predicts_the_rest(stack_of, tmp_path, monkeypatch):
+    stack, given = stack_of("llama"), [*wiring.every_repeat(4), *wiring.every_skip(4)]
     expected = true_gains(stack, given)
     screened = search.screen(stack, given, PROBES, share=0.4, out=tmp_path)
     assert screened.columns.tolist() == ["wiring", "estimate", "round"]
@@ -105,14 +112,14 @@ def test_a_screen_measures_a_share_and_predicts_the_rest(load, tmp_path, monkeyp
     pd.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
 
 
-def test_a_screen_of_everything_is_the_scan(load):
-    stack, given = Stack(load("gpt2")), list(wiring.every_repeat(4))
+def test_a_screen_of_everything_is_the_scan(stack_of):
+    stack, given = stack_of("gpt2"), list(wiring.every_repeat(4))
     screened = search.screen(stack, given, PROBES, share=1).set_index("wiring").estimate
     np.testing.assert_allclose(screened, true_gains(stack, given).loc[screened.index], atol=1e-5)
 
 
-def test_a_screen_of_nothing_is_the_first_order_estimate(load):
-    stack, given = Stack(load("gpt2")), list(wiring.every_repeat(4))
+def test_a_screen_of_nothing_is_the_first_order_estimate(stack_of):
+    stack, given = stack_of("gpt2"), list(wiring.every_repeat(4))
     screened = search.screen(stack, given, PROBES, share=0).set_index("wiring").estimate
     estimate = search.first_order(stack, PROBES)
     assert screened[":3 1:"] == pytest.approx(estimate[3, 1], abs=1e-6)
@@ -164,8 +171,8 @@ def test_cost_by_hand():
     assert search.cost(screened, 4) == pytest.approx(100 * (6 + 8) / 34)
 
 
-def test_a_beam_of_every_width_is_a_scan_of_everything(load):
-    stack = Stack(load("llama"))
+def test_a_beam_of_every_width_is_a_scan_of_everything(stack_of):
+    stack = stack_of("llama")
     frame = search.beam(stack, PROBES, width=99, depth=2, spans=[(0, 1), (1, 3)])
     first, second = (frame[frame.level == level] for level in (1, 2))
     assert set(first.wiring) == {"0 :", ":3 1:"}
@@ -175,8 +182,8 @@ def test_a_beam_of_every_width_is_a_scan_of_everything(load):
     np.testing.assert_allclose(frame.gain, true_gains(stack, frame.wiring).loc[frame.wiring], atol=1e-5)
 
 
-def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(load, tmp_path, monkeypatch):
-    stack = Stack(load("llama"))
+def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(stack_of, tmp_path, monkeypatch):
+    stack = stack_of("llama")
     frame = search.beam(stack, PROBES, width=1, depth=3, out=tmp_path)
     assert frame.level.unique().tolist() == [1, 2, 3]
     assert len(frame[frame.level == 1]) == 10
@@ -191,6 +198,6 @@ def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(load, tmp_pat
 
 
 @pytest.mark.parametrize(("width", "depth"), [(0, 1), (1, 0)])
-def test_a_beam_of_nothing_is_refused(load, width, depth):
+def test_a_beam_of_nothing_is_refused(stack_of, width, depth):
     with pytest.raises(ValueError, match="at least 1"):
-        search.beam(Stack(load("gpt2")), PROBES, width, depth)
+        search.beam(stack_of("gpt2"), PROBES, width, depth)

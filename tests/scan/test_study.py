@@ -1,19 +1,30 @@
 """A whole scan on the bundled model, through the library and the command line."""
 
 import html
+import json
+from collections import Counter
+from dataclasses import asdict
 
 import pandas as pd
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 import surgery
 from surgery import report, scan
 from surgery.cli import app
 from surgery.corpus import bundled, probes
+from surgery.corpus.probes import Probe, ProbeSet
+from surgery.models import stack
 from surgery.records import tables
 from surgery.scan import controls, study
 
 FILES = ("scan_groups.csv", "scan_search.csv", "scan_table.csv", "scan_validation.csv", "scan_winners.csv")
+
+
+@pytest.fixture(scope="module")
+def babel():
+    return surgery.Stack(surgery.load("babel"))
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +34,21 @@ def scanned(tmp_path_factory):
 
 
 def test_what_a_scan_leaves_behind(scanned):
-    folder, found = scanned
+    folder, result = scanned
     assert sorted(path.name for path in folder.glob("*.csv")) == sorted(FILES)
     for name in FILES:
         assert len(tables.read(folder / name))
     assert {path.name for path in folder.glob("*.png")} == {"pareto.png", "group_bars.png"}
-    assert len(found.table) == 66
-    assert len(found.winners) == 3
-    assert found.luck.wirings == 66
-    assert set(found.groups["wiring"]) == set(found.winners["wiring"])
-    assert found.groups["group"].nunique() == 7
+    assert len(result.table) == 66
+    assert len(result.winners) == 3
+    assert result.luck.wirings == 66
+    assert set(result.groups["wiring"]) == set(result.winners["wiring"])
+    assert result.groups["group"].nunique() == 7
 
 
 def test_the_halves_share_no_probe_and_the_winners_are_the_best_of_the_first(scanned):
-    folder, found = scanned
-    table, winners = found.table, found.winners
+    folder, result = scanned
+    table, winners = result.table, result.winners
     search, validation = (tables.read(folder / name) for name in ("scan_search.csv", "scan_validation.csv"))
     assert search["prompt"].nunique() + validation["prompt"].nunique() == 28
     assert winners["wiring"].tolist() == table.nlargest(3, "gain")["wiring"].tolist()
@@ -45,12 +56,44 @@ def test_the_halves_share_no_probe_and_the_winners_are_the_best_of_the_first(sca
     assert winners["gain_validation"][0] == pytest.approx((again["value"] - again["baseline"]).mean())
 
 
+def test_a_model_is_proven_and_hashed_once_and_every_half_encoded_once(model_folder, tmp_path, monkeypatch):
+    """However many scans, tables and manifests a run makes of them."""
+    probe_set = ProbeSet("words", tuple(Probe(f"w{i} w{i + 1}", f"w{i + 2}", group=f"g{i % 2}") for i in range(12)))
+    questions = tmp_path / "words.jsonl"
+    questions.write_text("\n".join(json.dumps(asdict(probe)) for probe in probe_set.probes))
+    counts: Counter[str] = Counter()
+    texts: Counter[tuple[str, ...]] = Counter()
+
+    def counted(name, function):
+        def count(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    def tokenize(self, text, *args, **kwargs):
+        texts[tuple(text)] += 1
+        return call(self, text, *args, **kwargs)
+
+    call = transformers.PreTrainedTokenizerBase.__call__
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "__call__", tokenize)
+    monkeypatch.setattr(stack, "weights_sha256", counted("hashed", stack.weights_sha256))
+    monkeypatch.setattr(stack.Stack, "_prove", counted("proven", stack.Stack._prove))
+    monkeypatch.setattr(ProbeSet, "encode", counted("encoded", ProbeSet.encode))
+    study.run(str(model_folder("llama")), "repeat", str(questions), tmp_path / "results", top=2)
+    assert (counts["proven"], counts["hashed"], counts["encoded"]) == (1, 1, 2)
+    for half in probe_set.split(0):
+        assert texts[tuple(probe.prompt for probe in half.probes)] == 1
+        assert texts[tuple(f"{probe.prompt} {probe.answer}" for probe in half.probes)] == 1
+    assert set(texts.values()) == {1}
+
+
 def test_the_same_command_changes_nothing(scanned):
-    folder, found = scanned
+    folder, result = scanned
     before = {name: (folder / name).read_bytes() for name in FILES}
     again = study.run(family="parallel", out=folder, count=28, top=3)
-    pd.testing.assert_frame_equal(found.table, again.table)
-    assert found.sentences == again.sentences
+    pd.testing.assert_frame_equal(result.table, again.table)
+    assert result.sentences == again.sentences
     assert {name: (folder / name).read_bytes() for name in FILES} == before
 
 
@@ -69,37 +112,35 @@ def test_on_the_command_line(tmp_path):
 
 
 def test_the_page_of_a_scan_says_what_the_scan_says(scanned):
-    folder, found = scanned
+    folder, result = scanned
     page = html.unescape((folder / "report.html").read_text())
-    for sentence in found.sentences:
+    for sentence in result.sentences:
         assert sentence in page
-    assert report.summary(folder) == found.sentences[: len(report.summary(folder))]
+    assert report.summary(folder) == result.sentences[: len(report.summary(folder))]
     section = page[page.index('id="scan"') : page.index('id="untold"')]
-    for row in found.winners.itertuples():
+    for row in result.winners.itertuples():
         assert f"<td>{row.wiring}</td><td>{row.gain_search:.3f}" in section
         assert f"{row.gain_validation:.3f}" in section
         assert f"<td>{row.verdict}</td>" in section
 
 
-def test_probes_of_one_group_have_no_bars(tmp_path):
-    stack = surgery.Stack(surgery.load("babel"))
+def test_probes_of_one_group_have_no_bars(babel, tmp_path):
     texts = probes.text(bundled.prompts(8))
-    found = study.measure(stack, texts, tmp_path, metric="loss", longest=1, top=2)
-    assert found.table["wiring"].tolist() == ["0 :", *(f":{i + 1} {i}:" for i in range(1, 11)), ": 11"]
-    assert found.groups.empty
+    result = study.measure(babel, texts, tmp_path, metric="loss", longest=1, top=2)
+    assert result.table["wiring"].tolist() == ["0 :", *(f":{i + 1} {i}:" for i in range(1, 11)), ": 11"]
+    assert result.groups.empty
     report.build(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"brain_scan.png", "pareto.png"}
     assert "nats per token" in (tmp_path / "report.html").read_text()
 
 
-def test_painters_are_one_call(tmp_path):
-    stack = surgery.Stack(surgery.load("babel"))
-    asked = probes.named("babel", 14)
-    table = study.painters(stack, asked, sizes=[2, 10])
+def test_painters_are_one_call(babel):
+    probe_set = probes.named("babel", 14)
+    table = study.painters(babel, probe_set, sizes=[2, 10])
     assert len(table) == len(controls.painters(12, [2, 10]))
     assert set(table["variant"]) == set(controls.painters(12, [2])["variant"])
     skipped = table[(table["variant"] == "skip") & (table["size"] == 10)].iloc[0]
-    rows = scan.run(stack, [skipped["wiring"]], asked, metrics=("loglik",))
+    rows = scan.run(babel, [skipped["wiring"]], probe_set, metrics=("loglik",))
     assert skipped["gain"] == pytest.approx((rows["value"] - rows["baseline"]).mean())
     assert skipped["gain"] < table.loc[table["size"] == 2, "gain"].min(), "ten layers are missed more than two"
 
@@ -114,10 +155,9 @@ def test_painters_on_the_command_line(tmp_path):
     assert "A centred window of 7 layers, from the least harmful change on" in (tmp_path / "report.html").read_text()
 
 
-def test_too_few_probes_for_two_halves(tmp_path):
-    stack = surgery.Stack(surgery.load("babel"))
+def test_too_few_probes_for_two_halves(babel, tmp_path):
     with pytest.raises(ValueError, match="a scan needs at least 4 different probes, half of them to validate on, and"):
-        study.measure(stack, probes.text(["p1 >other o1"] * 9), tmp_path)
+        study.measure(babel, probes.text(["p1 >other o1"] * 9), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pandas as pd
 
 from surgery import Wiring, wiring
 from surgery.corpus.probes import Probe, ProbeSet
-from surgery.scan import scanning
+from surgery.scan.rows import KEY
 
 ODD = (":1 {1:3|2} 0.5*(2:4)", "mean{3|:0} 1", "0.5*(:) {1|1}", "2 2 2", ":1 {*1:4} 0.5*{*0:2}")
 
@@ -22,13 +22,13 @@ PROBES = ProbeSet(
 
 def all_wirings(n_layers: int, sublayers: bool = True) -> list[Wiring]:
     families = (wiring.every_repeat, wiring.every_skip, wiring.every_parallel, wiring.every_swap, wiring.every_reverse)
-    found = [one for family in families for one in family(n_layers)]
-    found += list(wiring.every_parallel(n_layers, mean=True))
-    return found + [Wiring.parse(text, n_layers) for text in (*ODD, *(SUBLAYERS if sublayers else ()))]
+    wirings = [member for family in families for member in family(n_layers)]
+    wirings += wiring.every_parallel(n_layers, mean=True)
+    return wirings + [Wiring.parse(text, n_layers) for text in (*ODD, *(SUBLAYERS if sublayers else ()))]
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    keys = a[scanning.KEY].equals(b[scanning.KEY])
+    keys = a[KEY].equals(b[KEY])
     return (
         keys and np.allclose(a["value"], b["value"], atol=1e-6) and np.allclose(a["baseline"], b["baseline"], atol=1e-6)
     )
@@ -40,14 +40,14 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from support.scans import PROBES
 import surgery
-from surgery import wiring
-from surgery.scan import scanning
-append = scanning._Table.append
+from surgery import scan, wiring
+from surgery.scan.rows import ResumableTable
+append = ResumableTable.append
 def slow(self, rows):
     append(self, rows)
-    print(len(self.found), flush=True)
+    print(len(self.blocks), flush=True)
     time.sleep(0.02)
-scanning._Table.append = slow
+ResumableTable.append = slow
 stack = surgery.Stack(surgery.load({model!r}))
-scanning.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r})
+scan.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r})
 """

@@ -1,0 +1,105 @@
+"""The table of a scan killed at any moment, continued, filled up and refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import surgery
+from support.places import TESTS
+from support.scans import KILLED, PROBES, same
+from surgery import Stack, scan, wiring
+from surgery.corpus.probes import ProbeSet
+from surgery.records import tables
+from surgery.scan import rows
+
+
+def test_a_file_is_filled_finished_and_read_again(stack_of, tmp_path, monkeypatch):
+    stack, out = stack_of("llama"), tmp_path / "scan.csv"
+    wirings = list(wiring.every_repeat(4))
+    expected = scan.run(stack, wirings, PROBES)
+    frame = scan.run(stack, wirings, PROBES, out)
+    assert same(frame, expected)
+    assert same(tables.read(out), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.csv", "scan.manifest.json"]
+    manifest = tables.read_manifest(out)
+    assert manifest["scan"]["choice of metrics"] == "loglik exact"
+    assert set(manifest["columns"]) == set(frame.columns)
+    monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
+    assert same(scan.run(stack, wirings, PROBES, out), expected)
+
+
+def test_more_wirings_are_added_to_a_file(stack_of, tmp_path):
+    stack, out = stack_of("llama"), tmp_path / "scan.csv"
+    scan.run(stack, list(wiring.every_skip(4)), PROBES, out)
+    frame = scan.run(stack, [*wiring.every_skip(4), *wiring.every_swap(4)], PROBES, out)
+    assert same(frame, scan.run(stack, [*wiring.every_skip(4), *wiring.every_swap(4)], PROBES))
+
+
+@pytest.fixture(scope="module")
+def unfinished(stack_of, tmp_path_factory):
+    """The part of a scan that was stopped before its file got its name, and the table it must become."""
+    out = tmp_path_factory.mktemp("unfinished") / "scan.csv"
+    stack, wirings = stack_of("llama"), list(wiring.every_repeat(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows.ResumableTable, "close", lambda *args: None)
+        scan.run(stack, wirings, PROBES, out)
+    return out.with_name("scan.csv.part").read_bytes(), scan.run(stack, wirings, PROBES)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 60, 300, 1500, 2500, 3000])
+def test_a_file_cut_off_anywhere_is_continued(stack_of, unfinished, tmp_path, cut):
+    """What a kill leaves: the beginning of the rows, torn at any byte."""
+    out, (content, expected) = tmp_path / "scan.csv", unfinished
+    assert len(content) > cut
+    part = tmp_path / "scan.csv.part"
+    part.write_bytes(content[:cut])
+    assert same(scan.run(stack_of("llama"), list(wiring.every_repeat(4)), PROBES, out), expected)
+    assert same(tables.read(out), expected)
+    assert not part.exists()
+
+
+@pytest.fixture(scope="module")
+def finished(stack_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    scan.run(stack_of("llama"), [":", ":1 2:"], PROBES, folder / "scan.csv")
+    return folder
+
+
+@pytest.mark.parametrize("change", ["model", "probes", "metrics"])
+def test_another_model_probe_set_or_metric_is_refused(stack_of, finished, tmp_path, change):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    stack, out = stack_of("llama"), tmp_path / "scan.csv"
+    before = out.read_bytes()
+    other = Stack(surgery.models.untrained(stack.model)) if change == "model" else stack
+    probes = ProbeSet("words", PROBES.probes[:4]) if change == "probes" else PROBES
+    metrics = ("loss",) if change == "metrics" else ("loglik", "exact")
+    with pytest.raises(ValueError, match="holds a scan with another"):
+        scan.run(other, [":", ":1 2:"], probes, out, metrics=metrics)
+    assert out.read_bytes() == before
+
+
+def test_killed_at_random_moments_and_continued(model_folder, stack_of, tmp_path):
+    """SIGKILL after 1, 4 and 8 wirings; the same command then ends with the table of an uninterrupted run."""
+    out = tmp_path / "scan.csv"
+    code = KILLED.format(tests=str(TESTS), model=str(model_folder("llama")), out=str(out))
+    for wirings_done in (1, 4, 8):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if int(line) >= wirings_done:
+                time.sleep(0.01 * wirings_done)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        process.stdout.close()
+        assert not out.exists()
+        lines = (tmp_path / "scan.csv.part").read_bytes().split(b"\n")
+        assert len(lines) - 2 >= wirings_done
+        assert len({json.loads(line)[0][0] for line in lines[1:-1]}) == len(lines) - 2
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    stack = stack_of("llama")
+    assert same(tables.read(out), scan.run(stack, list(wiring.every_repeat(4)), PROBES))
