@@ -33,13 +33,13 @@ from surgery import models, reversion
 from surgery.corpus import bundled
 from surgery.corpus.text_files import read_prompts
 from surgery.models.tokens import Tokens
-from surgery.page import drawing, phrases
+from surgery.page import drawing
+from surgery.page.phrases import interval, number
 from surgery.rebuild import tape
-from surgery.records import manifest as provenance
-from surgery.records import tables as frames
-from surgery.reversion import cloud, say, study, trajectories
+from surgery.records import manifest, tables
+from surgery.reversion import cloud, files, say, study, trajectories
 from surgery.stats import panels
-from surgery.stats.bootstrap import columns, described, ratio
+from surgery.stats.bootstrap import columns, described, pool, ratio
 from surgery.wiring.value import Wiring
 
 ANATOMY = {"babel": (4, 9)}  # first layer of the middle and first one behind it, as studies/anatomy.py finds them
@@ -81,7 +81,7 @@ WIRINGS = (
         "start": "first pass of the part, counted from 0 in the taped model",
         "stop": "first pass behind it",
         "layer": "the layer of the model that runs in this pass; empty for a stretch",
-        "time": "the how manyth time it runs, from 1",
+        "time": "which time the layer runs, from 1",
     }
 )
 SIZES = {"size": "length of a displacement as a fraction of the stream's spread"}
@@ -116,7 +116,7 @@ def main() -> None:
         parser.error(f"--prompts {count}: give at least 1, and 2 for intervals")
     torch.set_num_threads(2)
 
-    folder = frames.folder(args.out)
+    folder = tables.folder(args.out)
     model = surgery.load(args.model)
     stack, untrained = surgery.Stack(model), surgery.Stack(models.untrained(model))
     if stack.n_layers < 4:
@@ -133,31 +133,31 @@ def main() -> None:
             "0 or more, to below OUT"
         )
     wirings = args.wiring or [":9 6:" if args.model == models.REFERENCE else f":{boundaries[1]} {boundaries[0]}:"]
-    manifest = provenance.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
+    about = manifest.manifest(stack, tokens, seed=0, boundaries=boundaries, text=args.text)
 
-    tables = study.measure(stack, tokens, folder, untrained, boundaries=boundaries)
-    clean = tables[study.LAYERS]
+    measured = study.measure(stack, tokens, folder, untrained, boundaries=boundaries)
+    clean = measured[files.LAYERS]
     sized = by_size(stack, tokens, clean)
-    frames.write(sized, folder / "reversion_by_size.csv", manifest, SIZES)
+    tables.write(sized, folder / "reversion_by_size.csv", about, SIZES)
     taped, passes = zip(*(wired(model, tokens, wiring, boundaries) for wiring in (":", *wirings)), strict=True)
     wired_rows = pd.concat(taped, ignore_index=True)
-    frames.write(wired_rows, folder / "mean_reversion_wirings.csv", manifest, WIRINGS)
+    tables.write(wired_rows, folder / "mean_reversion_wirings.csv", about, WIRINGS)
     trained, kappas = training(stack, untrained, snapshots, tokens)
-    manifest["settings"]["checkpoints"] = [str(file) for file in snapshots]
-    frames.write(trained, folder / "mean_reversion_training.csv", manifest, TRAINING)
-    frames.save({folder / "mean_reversion_training.png": drawing.png(draw(trained))})
+    about["settings"]["checkpoints"] = [str(file) for file in snapshots]
+    tables.write(trained, folder / "mean_reversion_training.csv", about, TRAINING)
+    tables.save({folder / "mean_reversion_training.png": drawing.png(draw(trained))})
 
-    say_sizes(sized)
+    print_sizes(sized)
     for wiring, kappa in zip(wirings, passes[1:], strict=True):
-        say_wiring(wiring, wired_rows, kappa)
-    say_training(trained, kappas)
-    *found, ends, answer = study.found(tables)
-    print("\nThe model as it is\n", *say.by_layer(clean), *found, sep="\n")
+        print_wiring(wiring, wired_rows, kappa)
+    print_training(trained, kappas)
+    *sentences, ends, answer = say.sentences(measured)
+    print("\nThe model as it is\n", *sentences, sep="\n")
     print(f"\nIs reversion stronger in the ends than in the middle? {ends}\n\n{answer}")
 
 
 def by_size(stack: surgery.Stack, tokens: Tokens, small: pd.DataFrame) -> pd.DataFrame:
-    """What ``reversion_study`` found at a tenth of the spread, and the same with displacements as large as it."""
+    """The rows at a tenth of the spread, and the same with displacements as large as the spread."""
     large = reversion.layers(stack, tokens, size=1.0)
     return pd.concat([small[large.columns].assign(size=0.1), large.assign(size=1.0)], ignore_index=True)
 
@@ -165,7 +165,7 @@ def by_size(stack: surgery.Stack, tokens: Tokens, small: pd.DataFrame) -> pd.Dat
 def wired(
     model, tokens: Tokens, wiring: str, boundaries: tuple[int, int]
 ) -> tuple[pd.DataFrame, Float[Tensor, "resample pass"]]:
-    """Single layers and the panel of a taped model, whose passes are layers of their own; and kappa of every pass."""
+    """Measure single layers and the panel of a taped model, whose passes are layers of their own; and kappa of each."""
     stack = surgery.Stack(tape.together(model, wiring) if wiring != ":" else model)
     order = Wiring.parse(wiring, model.cfg.n_layers).layers
     single = reversion.layers(stack, tokens)
@@ -179,15 +179,15 @@ def wired(
     )
     middle = [place for place, layer in enumerate(order) if boundaries[0] <= layer < boundaries[1]]
     inside = (middle[0], middle[-1] + 1) if middle else boundaries
-    ways = trajectories.measure(stack, tokens, nulls=False)
-    spans = trajectories.panel(ways, inside)
+    moments = trajectories.measure(stack, tokens, nulls=False)
+    spans = trajectories.panel(moments, inside)
     spans = spans[
         ["start", "stop", *described(dict.fromkeys(OF_A_SPAN, "")), "half_life", "z", "p", "n_prompts", "n_massive"]
     ].assign(part=spans["span"])
-    found = pd.concat([rows, spans], ignore_index=True).assign(wiring=wiring)
+    frame = pd.concat([rows, spans], ignore_index=True).assign(wiring=wiring)
     first = ["wiring", "part", "start", "stop", "layer", "time"]
-    kappa = layer_drifts(ways.matrices["model"][0])["kappa"]
-    return found[first + [name for name in found if name not in first]], kappa
+    kappa = layer_drifts(moments.matrices["model"][0])["kappa"]
+    return frame[first + [name for name in frame if name not in first]], kappa
 
 
 def layer_drifts(matrix: Float[Tensor, "resample time time"]) -> dict[str, Float[Tensor, "resample layer"]]:
@@ -197,19 +197,18 @@ def layer_drifts(matrix: Float[Tensor, "resample time time"]) -> dict[str, Float
     return {"kappa": 1 - ratio(across, before), "psi": ratio(2 * (before - across), before + after - 2 * across)}
 
 
-def at(stack: surgery.Stack, tokens: Tokens) -> tuple[dict, dict[str, Float[Tensor, " resample"]]]:
-    """One row of the table over training, and mean kappas under every resample: the model's and beyond each walk."""
-    ways = trajectories.measure(stack, tokens)
-    matrix, kappas = ways.matrices["model"][0], {}
+def checkpoint_row(stack: surgery.Stack, tokens: Tokens) -> tuple[dict, dict[str, Float[Tensor, " resample"]]]:
+    """Measure a row of the table over training, and mean kappas under every resample: the model's, beyond each walk."""
+    moments = trajectories.measure(stack, tokens)
+    matrix, kappas = moments.matrices["model"][0], {}
     own = {name: values[:, 1:].mean(1) for name, values in layer_drifts(matrix).items()}
     kappas["model"] = own["kappa"]
     for walk in WALKS:
-        drawn = torch.stack([layer_drifts(one)["kappa"][:, 1:].mean(1) for one in ways.matrices[walk]])
-        beyond = own["kappa"] - drawn
-        kappas[walk] = torch.cat([beyond[:, :1].mean(0), beyond[:, 1:].flatten()])
+        drawn = [layer_drifts(draw)["kappa"][:, 1:].mean(1) for draw in moments.matrices[walk]]
+        kappas[walk] = pool([own["kappa"] - of_walk for of_walk in drawn])
     row = columns("kappa", own["kappa"]) | columns("psi", own["psi"])
     over = pd.DataFrame([columns("kappa_excess", kappas[walk]) for walk in WALKS]).min()
-    whole = trajectories.panel(ways).query("series == 'model' and span == 'all'").iloc[0]
+    whole = trajectories.panel(moments).query("series == 'model' and span == 'all'").iloc[0]
     lengths = cloud.growth(stack, tokens).iloc[0]
     for source, names in (
         (over, ["kappa_excess"]),
@@ -225,10 +224,10 @@ def at(stack: surgery.Stack, tokens: Tokens) -> tuple[dict, dict[str, Float[Tens
 def training(
     stack: surgery.Stack, untrained: surgery.Stack, snapshots: list[Path], tokens: Tokens
 ) -> tuple[pd.DataFrame, list[dict[str, Tensor]]]:
-    """A row for the untrained model, every snapshot and the final model, and what ``at`` says of their kappas."""
+    """A row for the untrained model, every snapshot and the final model, and their kappas (``checkpoint_row``)."""
     target = models.plain(stack.model).state_dict()
 
-    def opened() -> Iterator[tuple[str, float, surgery.Stack]]:
+    def checkpoints() -> Iterator[tuple[str, float, surgery.Stack]]:
         yield "untrained", 0.0, untrained
         for file in snapshots:
             model = models.untrained(stack.model)
@@ -242,15 +241,13 @@ def training(
         yield "final", float("nan"), stack
 
     rows, kappas = [], []
-    for name, step, one in opened():
-        row, found = at(one, tokens)
-        weights = models.plain(one.model).state_dict()
-        apart, size = (
-            sum(float(w.double().square().sum()) for w in some)
-            for some in ((weights[key] - target[key] for key in target), target.values())
-        )
+    for name, step, checkpoint in checkpoints():
+        row, of_checkpoint = checkpoint_row(checkpoint, tokens)
+        weights = models.plain(checkpoint.model).state_dict()
+        apart = sum(float((weights[key] - target[key]).double().square().sum()) for key in target)
+        size = sum(float(weight.double().square().sum()) for weight in target.values())
         rows.append({"checkpoint": name, "step": step, "distance": (apart / size) ** 0.5} | row)
-        kappas.append(found)
+        kappas.append(of_checkpoint)
     return pd.DataFrame(rows), kappas
 
 
@@ -265,8 +262,8 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes.axhline(walk, color=drawing.INK, linewidth=0.8)
         ends = frame[name] - frame[f"{name}_low"], frame[f"{name}_high"] - frame[name]
         for rows, style in ((slice(-1), "o-"), (slice(-1, None), "D")):
-            some = [end[rows].clip(lower=0) for end in ends]
-            axes.errorbar(x[rows], frame[name][rows], yerr=some, fmt=style, color=drawing.ACCENT, markersize=5)
+            bars = [end[rows].clip(lower=0) for end in ends]
+            axes.errorbar(x[rows], frame[name][rows], yerr=bars, fmt=style, color=drawing.ACCENT, markersize=5)
         axes.set_title(TITLES[name], loc="left", fontsize=10)
     axes = grid[-1]
     axes.plot(x, frame["n_restoring"], "s", color=drawing.INK)
@@ -287,7 +284,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def say_sizes(frame: pd.DataFrame) -> None:
+def print_sizes(frame: pd.DataFrame) -> None:
     shown = ["kappa", "kappa_excess_low", "kappa_excess", "kappa_excess_high", *CAUSAL, "restoring"]
     for size, part in frame.groupby("size"):
         print(f"\ndisplaced by {size} of the spread\n{part.set_index('layer')[shown].round(3).to_string()}")
@@ -295,7 +292,7 @@ def say_sizes(frame: pd.DataFrame) -> None:
     print(f"\nLayers that push back at both sizes, above their nulls: {agree[agree].index.tolist() or 'none'}")
 
 
-def say_wiring(wiring: str, frame: pd.DataFrame, kappa: Float[Tensor, "resample pass"]) -> None:
+def print_wiring(wiring: str, frame: pd.DataFrame, kappa: Float[Tensor, "resample pass"]) -> None:
     """Does a layer revert more when the stream comes to it a second time? Both times on the same prompts."""
     rows = frame[(frame["wiring"] == wiring) & (frame["part"] == "layer") & (frame["start"] > 0)]
     repeated = rows[rows["layer"].isin(rows.loc[rows["time"] > 1, "layer"])]
@@ -303,31 +300,31 @@ def say_wiring(wiring: str, frame: pd.DataFrame, kappa: Float[Tensor, "resample 
     print(f"\nTaped together as {wiring}\n{repeated[[*shown, 'restoring']].round(3).to_string(index=False)}")
     whole = frame[(frame["part"] == "all") & frame["wiring"].isin([":", wiring])]
     for _, row in whole.iterrows():
-        pooled, excess = (phrases.number(row, name, 3) for name in ("pooled", "within_excess"))
+        pooled, excess = (number(row, name, 3) for name in ("pooled", "within_excess"))
         print(f"{row['wiring']:>12}  phi pooled {pooled}; with a mean for every token, beyond a random walk's {excess}")
     once, again = (repeated.loc[which, "start"].tolist() for which in (repeated["time"] == 1, repeated["time"] > 1))
     if again:
         change = kappa[:, again].mean(1) - kappa[:, once].mean(1)
         print(
             f"The second time, mean kappa of the repeated layers is {verdict(change, 'higher', 'lower')}, by "
-            f"{number(change)}. {(repeated['restoring'] == 'yes').sum()} of these {len(repeated)} passes restore."
+            f"{signed(change)}. {(repeated['restoring'] == 'yes').sum()} of these {len(repeated)} passes restore."
         )
 
 
-def say_training(frame: pd.DataFrame, kappas: list[dict[str, Tensor]]) -> None:
+def print_training(frame: pd.DataFrame, kappas: list[dict[str, Tensor]]) -> None:
     shown = ["checkpoint", "distance", *MEASURES, "n_restoring"]
     print(f"\nOver training\n{frame[shown].round(3).to_string(index=False)}")
     beyond = {walk: kappas[-1][walk] - kappas[0][walk] for walk in WALKS}
     change = kappas[-1]["model"] - kappas[0]["model"]
     print(
         f"From the untrained model to the final one, the mean kappa of layers 1 on "
-        f"{verdict(change, 'rose', 'fell')}, by {number(change)}; beyond random walks by {number(beyond['rotated'])} "
-        f"(rotated) and {number(beyond['token_shuffled'])} (updates of other tokens)."
+        f"{verdict(change, 'rose', 'fell')}, by {signed(change)}; beyond random walks by {signed(beyond['rotated'])} "
+        f"(rotated) and {signed(beyond['token_shuffled'])} (updates of other tokens)."
     )
     if len(frame) < 3:
         return
     last = kappas[-2]["model"] - kappas[0]["model"]
-    print(f"To the last snapshot it {verdict(last, 'rose', 'fell')}, by {number(last)}.")
+    print(f"To the last snapshot it {verdict(last, 'rose', 'fell')}, by {signed(last)}.")
     if frame["distance"].iloc[-2] > frame["distance"].iloc[0]:
         print(
             "The last snapshot is further from the final model's weights than fresh weights are: these checkpoints are "
@@ -335,9 +332,8 @@ def say_training(frame: pd.DataFrame, kappas: list[dict[str, Tensor]]) -> None:
         )
 
 
-def number(values: Float[Tensor, " resample"]) -> str:
-    value, low, high = columns("", values).values()
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+def signed(values: Float[Tensor, " resample"]) -> str:
+    return interval(*columns("", values).values(), digits=3, signed=True)
 
 
 def verdict(values: Float[Tensor, " resample"], more: str, less: str) -> str:

@@ -12,26 +12,30 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner, Result
 
 import surgery
 from support import fixtures, made_up
 from support.places import REPOSITORY
-from surgery import cli, report, study
+from surgery import cli, graft, report, scan, study
 from surgery.anatomy import files as anatomy_files
+from surgery.chapters import MEASURED
 from surgery.corpus import text_files
 from surgery.records import tables
-from surgery.reversion import study as reversion_study
+from surgery.reversion import files as reversion_files
+from surgery.scan import study as scan_study
+from surgery.training.precisions import MIXED, STORED
 from surgery.wiring.families import every_repeat
 
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
-REVERSION = [name.removesuffix(".csv") for name in reversion_study.COLUMNS]
+REVERSION = [name.removesuffix(".csv") for name in reversion_files.COLUMNS]
 TABLES = ("series_windows", *REVERSION, "calibration", "measures", "costs", *SCAN)
 RESULTS = {
     *(f"{name}.csv" for name in TABLES),
     *(f"{name}.manifest.json" for name in TABLES),
-    *(f"{name}.png" for name in ("series", *reversion_study.CAPTIONS, "calibration", "brain_scan", "pareto")),
+    *(f"{name}.png" for name in ("series", *reversion_files.CAPTIONS, "calibration", "brain_scan", "pareto")),
     "report.html",
 }
 
@@ -56,31 +60,37 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(model_folder) -> Path:
     return model_folder("llama")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prompts.txt"
     path.write_text("\n".join(PROMPTS))
     return path
+
+
+@pytest.fixture(scope="module")
+def studied(model, text, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A whole study: its folder, and what the command printed."""
+    out = tmp_path_factory.mktemp("study") / "results"
+    return out, run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Measurements that take no time; what is opened and written is real."""
-    monkeypatch.setattr(study.series, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
+    monkeypatch.setattr(study.window, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
     monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
     monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
     monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
     monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
 
 
-def test_a_study_leaves_everything_behind(model, text, tmp_path):
-    out = tmp_path / "results"
-    result = run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
+def test_a_study_leaves_everything_behind(studied, text):
+    out, result = studied
     assert result.exit_code == 0, result.output
     assert {file.name for file in out.iterdir()} == RESULTS
     windows, layers = tables.read(out / made_up.SERIES), tables.read(out / made_up.REVERSION)
@@ -102,10 +112,11 @@ def test_a_study_leaves_everything_behind(model, text, tmp_path):
     assert manifest["versions"]["torch"] == torch.__version__
 
 
-def test_the_same_study_gives_the_same_numbers(model, text, tmp_path):
-    for out in ("once", "again"):
-        assert run("study", "reversion", "--model", model, "--text", text, "--out", tmp_path / out).exit_code == 0
-    assert (tmp_path / "once" / made_up.REVERSION).read_bytes() == (tmp_path / "again" / made_up.REVERSION).read_bytes()
+def test_the_same_study_gives_the_same_numbers(studied, model, text, tmp_path):
+    assert run("study", "reversion", "--model", model, "--text", text, "--out", tmp_path).exit_code == 0
+    again = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    assert again == {name: (studied[0] / name).read_bytes() for name in again}
+    assert made_up.REVERSION in again
 
 
 @pytest.mark.parametrize(("name", "file"), [("series", made_up.SERIES), ("reversion", made_up.REVERSION)])
@@ -201,7 +212,52 @@ def test_version():
 def test_an_unknown_measurement_lists_what_there_is(tmp_path):
     result = run("study", "sequels", "--out", tmp_path / "x")
     assert result.exit_code == 2
-    assert "there is no measurement 'sequels'; there are series, reversion, scan" in " ".join(result.stderr.split())
+    assert "there is no 'sequels', did you mean 'series'? There are series, reversion, scan, anatomy." in " ".join(
+        result.stderr.split()
+    )
+    with pytest.raises(ValueError, match="there is no measurement 'sequels'; there are series, reversion, scan"):
+        study.run(["sequels"], out=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices", "default"),
+    [
+        ("scan", "--family", tuple(scan_study.FAMILIES), "repeat"),
+        ("scan", "--metric", scan.METRICS, "loglik"),
+        ("graft", "--precision", MIXED, "no"),
+        ("graft", "--stored", STORED, "float16"),
+        ("graft", "--unfrozen", graft.PARTS[1:], "junction"),
+    ],
+)
+def test_choices_are_those_of_the_library(command, option, choices, default):
+    parameter = next(p for p in typer.main.get_command(cli.app).commands[command].params if option in p.opts)
+    assert parameter.metavar == f"[{'|'.join(choices)}]"
+    assert parameter.default == default
+    assert default in choices
+    assert f"{option} [{'|'.join(choices)}]" in " ".join(run(command, "--help").stdout.split())
+    result = run(command, option, f"{choices[0]}x")
+    assert result.exit_code == 2
+    assert f"did you mean {choices[0]!r}? There are {', '.join(choices)}." in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("surgery ", ["study", "check", "report", "scan", "tape", "graft"]),
+        ("surgery study re", ["reversion"]),
+        ("surgery scan --family s", ["skip", "swap"]),
+        ("surgery graft --stored b", ["bfloat16"]),
+    ],
+)
+def test_the_shell_completes_commands_and_choices(words, completions):
+    environment = {
+        "_SURGERY_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    result = CliRunner().invoke(cli.app, env=environment, prog_name="surgery")
+    assert result.exit_code == 0
+    assert result.stdout.split() == completions
 
 
 @pytest.mark.parametrize(
@@ -301,7 +357,7 @@ def test_weights_that_are_not_numbers_are_said(text, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(surgery.models, "load", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(study, "load", lambda *_: pytest.fail("the model was opened"))
     (tmp_path / "taken").write_text("")
     result = run("study", "--model", "any", "--text", text, "--out", tmp_path / "taken")
     refused(result, "cannot write to the folder", "it is a file, not a folder", "choose another")
@@ -377,8 +433,9 @@ def test_a_mistake_of_a_script_itself_keeps_its_traceback():
 
 SLOW = """
 import sys, time
-import made_up
-from surgery import cli, frames, study
+from support import made_up
+from surgery import cli, study
+from surgery.records import tables
 
 def slowly(*_, **__):
     print("now", flush=True)
@@ -389,15 +446,15 @@ if sys.argv.pop(1) == "measuring":
     study.scan_study.measure = lambda *_, **__: None
 else:
     study.reversion_study.measure = made_up.measure_reversion
-    study.series.windows = lambda *_, **__: made_up.series(4)
+    study.window.windows = lambda *_, **__: made_up.series(4)
     study.calibrate = lambda *_: made_up.networks()
     study.compare = lambda *_: made_up.measures()
     study.scan_study.measure = lambda *_, **__: None
-    real, count = frames.os.fsync, [0]
+    real, count = tables.os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
         slowly() if count[0] == 10 else real(descriptor)
-    frames.os.fsync = fsync
+    tables.os.fsync = fsync
 cli.main()
 """
 
@@ -463,7 +520,7 @@ def test_every_command_has_help_with_an_example(command):
 
 
 def test_the_command_line_knows_the_measurements():
-    assert cli.MEASURED == study.MEASURED
+    assert cli.MEASURED == study.MEASURED == MEASURED
 
 
 def test_python_dash_m_is_the_command():

@@ -2,6 +2,7 @@ from . import chapter as chapter
 from . import cloud as cloud
 from . import directions as directions
 from . import draw as draw
+from . import files as files
 from . import kappa as kappa
 from . import returns as returns
 from . import say as say

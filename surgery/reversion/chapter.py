@@ -1,29 +1,28 @@
 """Mean reversion on the page."""
 
-from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
 from surgery.page.parts import Section, rows, tabled
-from surgery.reversion import say as words
-from surgery.reversion import study
+from surgery.reversion import draw, files, say
 
 
-def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
+def _say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """Layer by layer, then everything else; the answer last."""
-    return headlines(words.by_layer(tables[study.LAYERS])) + study.sentences(tables)
+    return say.sentences(tables)
 
 
-def untold(tables: Tables, manifests: Manifests) -> list[str]:
+def _untold(tables: Tables, manifests: Manifests) -> list[str]:
     """What kappa cannot tell."""
-    return words.limits(tables[study.LAYERS])
+    return say.limits(tables[files.LAYERS])
 
 
-def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
+def _draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """kappa, psi and everything beside them."""
-    return {name: Drawing(figure, study.CAPTIONS[name]) for name, figure in study.draw(tables).items()}
+    return {name: Drawing(figure, files.CAPTIONS[name]) for name, figure in draw.figures(tables).items()}
 
 
-def section(tables: Tables, manifests: Manifests) -> Section:
+def _section(tables: Tables, manifests: Manifests) -> Section:
     """What kappa, psi and phi are, and kappa by layer."""
-    frame = tables[study.LAYERS]
+    frame = tables[files.LAYERS]
     paragraphs = [
         "kappa is the part of a token's deviation from the mean that a layer takes back, by regression of what the "
         "layer writes on what enters it. Its nulls keep the size of the updates and destroy their direction; only "
@@ -42,4 +41,6 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     return Section("reversion", "Mean reversion", paragraphs=paragraphs, tables=[table])
 
 
-CHAPTER = Chapter("reversion", study.COLUMNS, section, say, untold, draw, requires=(study.LAYERS,), same_prompts=True)
+CHAPTER = Chapter(
+    "reversion", files.COLUMNS, _section, _say, _untold, _draw, requires=(files.LAYERS,), same_prompts=True
+)

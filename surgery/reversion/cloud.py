@@ -10,12 +10,12 @@ Gaussian with a variance of ``alpha exp(lambda (t + tau))`` in every coordinate.
 pair of depths and ``fit`` the line ``ln variance = ln alpha + lambda (t + tau)`` through them. ``growth`` is how much
 longer each layer makes the stream, which S. Heimersheim and A. Turner (2023) find to be exponential, too.
 
-The map matches spreads, it is not a regression: it is no drift, and that it stretches says nothing of reversion. With
+The map matches spreads; it is not a regression and not a drift, and that it stretches says nothing of reversion. With
 ``y(t) = U(t)^T x(t)`` and ``rho_i`` the correlation of ``y_i(t)`` with ``y_i(t + tau)``, the noise is
 
     E|w|^2 = 2 sum_i sigma_i(t + tau)^2 (1 - rho_i),
 
-whatever took the components apart: a process with noise, a layer that mixes two components, two that changed places.
+whatever decorrelated the components: a process with noise, a layer that mixes two of them, two that changed places.
 A random walk with growing updates has an exponent as well. So **compare lambda with its nulls**: the same updates given
 to other tokens (``token_shuffled``) or turned by random rotations (``rotated``), a layer at a time, which makes random
 walks of them; and the architecture ``untrained``.
@@ -25,14 +25,15 @@ it continues the component before. Variances are per coordinate of the model, ``
 spread is not stretched. Every pair of depths counts once in the fit; those that start at the embedding, which is small
 in many models and low in rank, are left out (``first=1``). Components, spreads and signs are kept in the resamples.
 
-Fewer prompts than dimensions leave components without spread, and few more make components that fit these prompts
-alone: the paper has 3 to 14 times as many as d_model, and below 3 times ``enough`` says no.
+Fewer prompts than dimensions leave components without spread, and only a few more give components that fit these
+prompts alone: the paper has 3 to 14 times as many as d_model, and below 3 times ``enough`` says no.
 
 Compare: ``PUBLISHED``. The measure is theirs, intervals and nulls are ours.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = fit(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(96), sampling=Sampling(resamples=50))
+>>> stack, tokens = Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(96)
+>>> frame = fit(stack, tokens, sampling=Sampling(resamples=50))
 >>> frame.network.tolist()
 ['model', 'token_shuffled', 'rotated']
 """
@@ -52,7 +53,7 @@ from torch import Tensor
 from surgery.instruments.ensemble import Ensemble, Totals, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, measure_columns, ratio, rotations, weights
 from surgery.stats.sampling import Sampling
 
 Streams = Float[Tensor, "depth row d_model"]
@@ -66,8 +67,8 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "gpt2-xl": {"norm_growth": 1.045},  # Heimersheim and Turner 2023
 }
 _MEASURES = {
-    "noise": "variance per coordinate of what the map from start to stop leaves over (units of the stream, squared)",
-    "unexplained": "that over the variance of the stream: 0 the map says all, 1 no more than the mean, 2 unrelated",
+    "noise": "variance per coordinate that the map from start to stop does not explain (units of the stream, squared)",
+    "unexplained": "that over the variance of the stream: 0 the map explains all, 1 no more than the mean, 2 unrelated",
     "excess_kurtosis": "excess kurtosis of the noise one layer on, mean over principal components: 0 Gaussian",
     "lambda": "growth of the log of the noise's variance, per layer",
     "alpha": "variance of the noise per coordinate, extrapolated to depth 0 (units of the stream, squared)",
@@ -85,7 +86,7 @@ COLUMNS = described(_MEASURES) | {
     "top_quarter": "share of the stream's variance in its top d_model / 4 components, mean over depths",
     "norm_growth_r2": "share of the variance of log norm over depths that the exponential explains",
     "n_pairs": "pairs of depths in the fit",
-    "n_components": "components with spread, the least of all depths",
+    "n_components": "components with spread, the fewest of all depths",
     "n_tokens": "lines: tokens measured",
     "n_prompts": "prompts measured, resampled by units of surgery.instruments.ensemble",
     "enough": "yes, if there are 3 d_model lines; no, and how many to give",
@@ -102,25 +103,26 @@ def noise(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """One row per pair of depths: ``noise`` and ``unexplained`` of the map between them, and their intervals.
+    """Measure ``noise`` and ``unexplained`` of the map between every pair of depths, one row each, with intervals.
 
-    Neighbouring depths also have ``excess_kurtosis`` and ``isotropy``; the others NaN. ``null`` is one of ``NULLS``;
-    ``every_token`` takes all tokens in place of each prompt's last. Other columns: ``COLUMNS``. Tokens of massive
-    activations are left out, unless ``skip_massive`` is False (``surgery.instruments.ensemble``).
+    Neighbouring depths also have ``excess_kurtosis`` and ``isotropy``; for the others they are NaN. ``null`` is one of
+    ``NULLS``; ``every_token`` takes all tokens in place of each prompt's last. Other columns: ``COLUMNS``. Tokens of
+    massive activations are left out, unless ``skip_massive`` is False (``surgery.instruments.ensemble``).
 
-    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream, and 3 d_model x d_model matrices a
+    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream, and 3 d_model x d_model matrices per
     layer.
 
     Raises ValueError for another ``null``, for fewer than 3 lines, and if the stream is not finite.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = noise(Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(60), sampling=Sampling(resamples=20))
+    >>> stack, tokens = Stack(known_networks.random_network(n_layers=2)), known_networks.tokens(60)
+    >>> frame = noise(stack, tokens, sampling=Sampling(resamples=20))
     >>> frame[["start", "stop"]].values.tolist()
     [[0, 1], [0, 2], [1, 2]]
     """
     ensemble = _ensemble(stack, tokens, every_token, skip_massive, sampling=sampling)
-    residuals = _measure(stack, ensemble, null, centred)
+    residuals = _residuals(stack, ensemble, null, centred)
     draws, components = _draws(ensemble, sampling.resamples), residuals.components
     rows = []
     for start, stop in combinations(range(stack.n_layers + 1), 2):
@@ -130,7 +132,9 @@ def noise(
         near = stop == start + 1
         row |= columns("excess_kurtosis", residuals.kurtosis(start, draws) if near else torch.full((1,), math.nan))
         row["isotropy"] = components.isotropy(start) if near else math.nan
-        rows.append(row | {"n_components": min(components.rank[start], components.rank[stop])} | _size(ensemble, stack))
+        rows.append(
+            row | {"n_components": min(components.rank[start], components.rank[stop])} | _counts(ensemble, stack)
+        )
     return pd.DataFrame(rows)
 
 
@@ -147,20 +151,20 @@ def fit(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """The exponential through the noise of all pairs of depths from ``first`` to ``last``: a row per network.
+    """Fit an exponential to the noise of all pairs of depths from ``first`` to ``last``: one row per network.
 
-    The first row is the model; those of the nulls follow, and of ``untrained`` if given. Columns: ``network``,
+    The first row is the model; those of the nulls follow, and that of ``untrained`` if given. Columns: ``network``,
     ``lambda``, ``alpha``, ``r2`` (refitted in every resample), means of ``unexplained`` over pairs and of
     ``excess_kurtosis`` and ``isotropy`` over layers, ``top_quarter``, and counts; see ``COLUMNS``. Pairs whose noise is
-    rounding are left out; where two ends do not remain, as in a model of two layers, nothing can be fitted (NaN): see
-    ``first=0``.
+    rounding are left out; if fewer than two end depths remain, as in a model of two layers, nothing can be fitted
+    (NaN): see ``first=0``.
 
     Tokens of massive activations in the model are left out of every row, unless ``skip_massive`` is False.
 
     The last layers of some models stand apart: look at ``noise``, and fit again up to a smaller ``last`` (the final
     depth if not given).
 
-    Cost: 2 F a row, and 1 F to find massive activations. Raises as ``noise``, and ValueError unless ``first`` comes
+    Cost: 2 F per row, and 1 F to find massive activations. Raises as ``noise``, and ValueError unless ``first`` comes
     before ``last``.
     """
     last = stack.n_layers if last is None else last
@@ -172,8 +176,8 @@ def fit(
     networks += [(null, stack, null) for null in NULLS if nulls]
     networks += [("untrained", untrained, None)] if untrained is not None else []
     for name, network, null in networks:
-        found = _measure(network, ensemble, null, centred).fit(first, last, draws)
-        rows.append({"network": name} | found | _size(ensemble, network))
+        fitted = _residuals(network, ensemble, null, centred).fit(first, last, draws)
+        rows.append({"network": name} | fitted | _counts(ensemble, network))
     return pd.DataFrame(rows)
 
 
@@ -185,17 +189,18 @@ def growth(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """One row per layer: how long the stream is that enters, by what factor the layer lengthens it, and the fit.
+    """Measure how long the stream is that enters each layer, by what factor the layer lengthens it, and the fit.
 
     ``norm_growth_fitted`` is ``exp`` of the slope of ``ln norm`` over depths from ``first`` to the last. All tokens
-    count but those of massive activations (unless ``skip_massive`` is False); means are geometric, so no long token
-    decides. Cost: 1 F, and 1 F to find massive activations.
+    count but those of massive activations (unless ``skip_massive`` is False); means are geometric, so that no long
+    token dominates. One row per layer. Cost: 1 F, and 1 F to find massive activations.
 
     Raises ValueError if no token is left to measure, if the stream is not finite, or if two depths do not remain.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> frame = growth(Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(8), sampling=Sampling(resamples=20))
+    >>> stack, tokens = Stack(known_networks.linear_network(gain=1.0)), known_networks.tokens(8)
+    >>> frame = growth(stack, tokens, sampling=Sampling(resamples=20))
     >>> bool((frame.norm_growth > 1).all())
     True
     """
@@ -232,7 +237,7 @@ class Clouds:
         self.cross = torch.zeros(n_depths - 1, d_model, d_model, dtype=torch.float64)
 
     def add(self, stream: Streams) -> None:
-        """Some lines, at all depths."""
+        """Add some lines, at all depths."""
         x = stream.double()
         self.count += x.shape[1]
         self.total += x.sum(1).cpu()
@@ -242,7 +247,7 @@ class Clouds:
                 self.cross[depth - 1] += (x[depth - 1].T @ cloud).cpu()
 
     def components(self, centred: bool = True) -> "Components":
-        """Principal components of every depth, each continuing the one of the same rank before."""
+        """Return the principal components of every depth, each continuing the one of the same rank before."""
         mean = self.total / self.count * centred
         square, cross = self.square / self.count, self.cross / self.count
         values, vectors = torch.linalg.eigh(square - mean.unsqueeze(2) * mean.unsqueeze(1))
@@ -273,29 +278,29 @@ class Components:
         return (self.variance > 0).sum(1).tolist()
 
     def rotate(self, stream: Streams) -> Float[Tensor, "depth row component"]:
-        """``y``: the stream of every depth in its own components."""
+        """Return ``y``: the stream of every depth in its own components."""
         return (stream.double() - self.mean.unsqueeze(1).to(stream.device)) @ self.basis.to(stream.device)
 
     def isotropy(self, layer: int) -> float:
-        """``(sum v)^2 / (d_model sum v^2)`` of the variances ``v`` of the noise of one layer."""
+        """Return ``(sum v)^2 / (d_model sum v^2)`` of the variances ``v`` of the noise of one layer."""
         step = self.step[layer : layer + 1]
         return float(ratio(step.sum(1) ** 2, (step**2).sum(1) * step.shape[1]))
 
     def top_quarter(self, first: int, last: int) -> float:
-        """Share of the variance in the top quarter of components, the mean over depths."""
+        """Return the share of the variance in the top quarter of components, the mean over depths."""
         variance = self.variance[first : last + 1]
         return float(ratio(variance[:, : math.ceil(variance.shape[1] / 4)].sum(1), variance.sum(1)).nanmean())
 
 
 class Residuals:
-    """The second pass: per unit of resampling, squares of what the map leaves over for every pair of depths."""
+    """The second pass: per unit of resampling, squared residuals of the map for every pair of depths."""
 
     def __init__(self, components: Components, n_units: int) -> None:
         self.components, self.totals = components, Totals(n_units)
         self.n_depths, self.d_model = components.mean.shape
 
     def add(self, unit: Int[Tensor, " row"], stream: Streams) -> None:
-        """The lines of the first pass again, and the unit of resampling of each."""
+        """Add lines of the first pass again, with the unit of resampling of each."""
         y = self.components.rotate(stream)
         self.totals.add("count", unit, torch.ones(len(unit)))
         for stop in range(1, self.n_depths):
@@ -308,42 +313,44 @@ class Residuals:
             self.totals.add(("fourth", stop), unit, (left[:, noisy].square() / step[noisy]).square().mean(1))
 
     def stretch(self, start: int, stop: int) -> Float[Tensor, " component"]:
-        """The diagonal of ``Lambda``."""
+        """Return the diagonal of ``Lambda``."""
         return _stretch(self.components.variance[start], self.components.variance[stop])
 
-    def noise(
-        self, start: int, stop: int, draws: Float[Tensor, "resample unit"], *, sampling: Sampling = Sampling()
-    ) -> Resampled:
-        """``E|w|^2 / d_model``."""
+    def noise(self, start: int, stop: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
+        """Return ``E|w|^2 / d_model``."""
         return draws @ self.totals[start, stop] / (draws @ self.totals["count"]) / self.d_model
 
     def unexplained(self, start: int, stop: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
-        """``E|w|^2 / E|c(x)|^2``."""
+        """Return ``E|w|^2 / E|c(x)|^2``."""
         return ratio(draws @ self.totals[start, stop], draws @ self.totals["total", stop])
 
     def kurtosis(self, layer: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
-        """``E w_i^4 / (E w_i^2)^2 - 3``, the mean over components; NaN without noise."""
+        """Return ``E w_i^4 / (E w_i^2)^2 - 3``, the mean over components; NaN without noise."""
         return draws @ self.totals["fourth", layer + 1] / (draws @ self.totals["count"]) - 3
 
-    def fit(
-        self, first: int, last: int, draws: Float[Tensor, "resample unit"], *, sampling: Sampling = Sampling()
-    ) -> dict[str, Any]:
-        """The columns of ``fit``, counts of prompts aside."""
+    def fit(self, first: int, last: int, draws: Float[Tensor, "resample unit"]) -> dict[str, Any]:
+        """Return the columns of ``fit``, but for the counts of prompts."""
         every, layers = list(combinations(range(first, last + 1), 2)), range(first, last)
         unexplained = torch.stack([self.unexplained(*pair, draws) for pair in every])
         pairs = [pair for pair, values in zip(every, unexplained) if values[0] > NEGLIGIBLE]
         log = torch.stack([draws.new_zeros(len(draws)), *(self.noise(*pair, draws).log() for pair in pairs)], 1)[:, 1:]
         intercept, slope, r2 = line(torch.tensor([stop for _, stop in pairs]).double(), log)
-        row: dict[str, Any] = columns("lambda", slope) | columns("alpha", intercept.exp()) | columns("r2", r2)
-        row |= columns("unexplained", unexplained.nanmean(0))
-        row |= columns("excess_kurtosis", torch.stack([self.kurtosis(layer, draws) for layer in layers]).nanmean(0))
+        row: dict[str, Any] = measure_columns(
+            {
+                "lambda": slope,
+                "alpha": intercept.exp(),
+                "r2": r2,
+                "unexplained": unexplained.nanmean(0),
+                "excess_kurtosis": torch.stack([self.kurtosis(layer, draws) for layer in layers]).nanmean(0),
+            }
+        )
         isotropy = torch.tensor([self.components.isotropy(layer) for layer in layers])
         row |= {"isotropy": float(isotropy.nanmean()), "top_quarter": self.components.top_quarter(first, last)}
         return row | {"n_pairs": len(pairs), "n_components": min(self.components.rank[first : last + 1])}
 
 
 def line(x: Float[Tensor, " point"], y: Float[Tensor, "resample point"]) -> tuple[Resampled, Resampled, Resampled]:
-    """Intercept, slope and R^2 of least squares of every row of ``y``; NaN unless there are two different ``x``.
+    """Fit every row of ``y`` by least squares: intercept, slope and R^2; NaN unless there are two different ``x``.
 
     >>> [value.item() for value in line(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[1.0, 3.0, 5.0]]))]
     [1.0, 2.0, 1.0]
@@ -355,6 +362,7 @@ def line(x: Float[Tensor, " point"], y: Float[Tensor, "resample point"]) -> tupl
 
 
 def _stretch(before: Float[Tensor, " component"], after: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
+    """Return the ratio of two spreads, given variances; 0 for a component without spread before."""
     return torch.where(before > 0, after / before, 0).sqrt()
 
 
@@ -364,8 +372,8 @@ def _stretch(before: Float[Tensor, " component"], after: Float[Tensor, " compone
 def _ensemble(
     stack: Stack, tokens: Tokens | Tensor, every_token: bool, skip_massive: bool, sampling: Sampling
 ) -> Ensemble:
-    tokens = Tokens.of(tokens).to(stack.device)
-    ensemble = Ensemble(tokens, sampling)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    tokens = ensemble.tokens
     if skip_massive:
         ensemble = ensemble.without_massive(stack)
     if not every_token:
@@ -379,7 +387,7 @@ def _ensemble(
     return ensemble
 
 
-def _measure(stack: Stack, ensemble: Ensemble, null: str | None, centred: bool) -> Residuals:
+def _residuals(stack: Stack, ensemble: Ensemble, null: str | None, centred: bool) -> Residuals:
     if null not in (None, *NULLS):
         raise ValueError(f"there is no null {null!r}: choose one of {', '.join(NULLS)}, or None")
     clouds = Clouds(stack.n_layers + 1, stack.d_model)
@@ -392,14 +400,14 @@ def _measure(stack: Stack, ensemble: Ensemble, null: str | None, centred: bool) 
 
 
 def _lines(stack: Stack, ensemble: Ensemble, null: str | None) -> Iterator[tuple[Int[Tensor, " row"], Streams]]:
-    """The stream of all measured tokens of every batch, in float64, and each token's unit; of a null the same again."""
+    """Yield the unit of every measured token and their stream (or that of a null) in float64, batch by batch."""
     turns, first = _turns(stack, ensemble.sampling.seed) if null == "rotated" else [], 0
     for unit, context, mask in ensemble.batches(stack, "lines of thought"):
         stream = stack.stream(context)[:, mask].double()
         if not stream.isfinite().all():
             depth = int((~stream.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(
-                f"the stream is not finite at depth {depth}: load the model in float32, or mend its weights"
+                f"the stream is not finite at depth {depth}: load the model in float32, or fix its weights"
             )
         updates = stream.diff(dim=0)
         for layer, u in enumerate(updates):
@@ -415,16 +423,14 @@ def _lines(stack: Stack, ensemble: Ensemble, null: str | None) -> Iterator[tuple
 
 
 def _turns(stack: Stack, seed: int) -> list[Float[Tensor, "d_model d_model"]]:
-    generator = np.random.default_rng((seed, 2))
-    shape = (stack.n_layers, stack.d_model, stack.d_model)
-    return [rotation(torch.from_numpy(noise)) for noise in generator.standard_normal(shape)]
+    return rotations(stack.n_layers, stack.d_model, np.random.default_rng((seed, 2)))
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample unit"]:
     return weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, ensemble.sampling.seed)
 
 
-def _size(ensemble: Ensemble, stack: Stack) -> dict[str, Any]:
+def _counts(ensemble: Ensemble, stack: Stack) -> dict[str, Any]:
     lines, needed = int(ensemble.mask.sum()), 3 * stack.d_model
     enough = "yes" if lines >= needed else f"no: {lines} lines in {stack.d_model} dimensions, give {needed} or more"
     return {"n_tokens": lines, "n_prompts": len(ensemble.tokens), "enough": enough}

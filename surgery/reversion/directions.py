@@ -1,7 +1,7 @@
 r"""In which directions does a layer take deviations back? Its drift as a matrix, by ridge regression.
 
-kappa (``surgery.stats.drift``) is one number a layer: one direction that reverts and one that grows cancel in it. In the top
-principal components ``V`` of the stream that enters the layer, ``z = V c(x)``, the drift is a matrix ``K``,
+kappa (``surgery.stats.drift``) is one number per layer: a direction that reverts and one that grows cancel in it. In
+the top principal components ``V`` of the stream that enters the layer, ``z = V c(x)``, the drift is a matrix ``K``,
 
     V c(u) = -K z + what is not linear,        z after the layer = (I - K) z + ...
 
@@ -15,18 +15,20 @@ and it is read in three ways, as they agree for a normal ``K`` only:
 
 **How much of it is noise.** With ``k`` directions and ``N`` tokens the eigenvalues of nothing but noise spread by
 ``sqrt(k / N)`` around 0, of both signs. So the same regression is made with every token's update exchanged for that of
-another prompt's token at the same place (``surgery.instruments.ensemble.partners``). A direction is said to revert or to grow only
-where its interval lies beyond the whole spread of that null, not only beyond that of its own rank (``verdict``).
+another prompt's token at the same place (``surgery.instruments.ensemble.partners``). A direction counts as reverting or
+growing only if its interval lies beyond the whole spread of that null, not only beyond that of its own rank
+(``verdict``).
 
 **Ridge.** The penalty is that of ``RIDGES`` (in units of the mean eigenvalue of ``E z z'``) which predicts held-out
 prompts best; the same in every resample and in the null. It pulls ``K`` towards 0, so towards "nothing reverts".
 ``R2`` is measured on prompts that were not fitted on; ``V`` is taken from all prompts, without looking at any update.
 A resample has fewer different prompts to learn from, so R2 falls in it: compare ``R2_low`` with ``R2_null_high``.
 
-Compare with the architecture untrained: a linear map drawn at random reverts in half of the directions and grows in
-the others, far beyond this null, which only says that the layer reads the stream. What training did is in the balance.
-Compare with ``surgery.instruments.known_networks``: the parallel network, which writes where nothing was, has ``K = 0``; a layer
-``u = -A (x - mu)`` has ``K = V A V'`` exactly. It is a slope and not yet a force: ``surgery.reversion.returns`` moves the stream.
+Compare with the architecture untrained: a linear map drawn at random reverts in half of the directions and grows in the
+others, far beyond this null, which only says that the layer reads the stream. What training did is in the balance.
+Compare with ``surgery.instruments.known_networks``: the parallel network, which writes where nothing was, has
+``K = 0``; a layer ``u = -A (x - mu)`` has ``K = V A V'`` exactly. It is a slope and not yet a force:
+``surgery.reversion.returns`` moves the stream.
 
 Source: first-order vector autoregression by ridge regression, after G. Uhlenbeck and L. Ornstein (1930); that growth on
 the way is read from the symmetric part: L. Trefethen and M. Embree (2005, Spectra and Pseudospectra). The regression
@@ -34,7 +36,8 @@ from sums, its null and its verdict are ours.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = layers(Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(12, 6), sampling=Sampling(resamples=40))
+>>> stack, tokens = Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(12, 6)
+>>> frame = layers(stack, tokens, sampling=Sampling(resamples=40))
 >>> sorted(set(frame.verdict))
 ['persists']
 """
@@ -46,14 +49,15 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from surgery.instruments.displacement import principal_components
-from surgery.instruments.ensemble import Ensemble, Totals, exchanged, partners
+from surgery.instruments.ensemble import Ensemble, Totals, exchange, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.bootstrap import columns, described, measure_columns, pool, ratio, weights
 from surgery.stats.drift import NEGLIGIBLE, Step
 from surgery.stats.sampling import Sampling
 
@@ -97,15 +101,15 @@ def layers(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """A row for every layer and each of its ``components`` directions (fewer if the stream has fewer): ``COLUMNS``.
+    """Measure ``components`` directions of every layer (fewer if the stream has fewer), one row each: ``COLUMNS``.
 
-    ``ridge`` is a penalty to use instead of the one that cross-validation chooses. ``draws`` exchanges of updates make
-    the null; its interval pools them with the resampling. ``_low`` and ``_high`` are 95 % intervals over resampled
+    ``ridge`` is a penalty to use instead of the one chosen by cross-validation. The null is made of ``draws`` exchanges
+    of updates; its interval pools them with the resampling. ``_low`` and ``_high`` are 95 % intervals over resampled
     prompts. A layer whose stream does not vary has one row, of NaN. Tokens of massive activations are left out, unless
     ``skip_massive`` is False (``surgery.instruments.ensemble``).
 
-    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream; a d_model x d_model matrix a layer; for
-    each layer and unit of resampling 2 d_model + 2 (draws + 1) components^2 numbers.
+    Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream; a d_model x d_model matrix per layer;
+    for each layer and unit of resampling 2 d_model + 2 (draws + 1) components^2 numbers.
 
     Raises ValueError if no token is left to measure, if ``components``, ``draws`` or ``batch_size`` is not positive, if
     ``ridge`` is negative, or if the stream is not finite.
@@ -132,8 +136,7 @@ def layers(
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer of ``layers``: how many directions revert, persist and grow, and how much of the stream varies
-    along them.
+    """Count for every layer how many directions revert, persist and grow, and how much of the stream varies along them.
 
     ``R2``, ``R2_low``, ``R2_null_high``, ``ridge`` as there; ``kappa``, the slope within the directions looked at, the
     mean of ``pc_kappa`` over the variance; then ``<verdict>`` and ``share_<verdict>`` for every verdict: the number of
@@ -141,8 +144,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
-    >>> network = Stack(known_networks.parallel_network(n_layers=2, width=3))
-    >>> summary(layers(network, known_networks.tokens(12, 6), sampling=Sampling(resamples=40)))[list(VERDICTS)].values.tolist()
+    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=2, width=3)), known_networks.tokens(12, 6)
+    >>> frame = layers(stack, tokens, sampling=Sampling(resamples=40))
+    >>> summary(frame)[list(VERDICTS)].values.tolist()
     [[0, 3, 0, 0], [0, 6, 0, 0]]
     """
     rows = []
@@ -157,7 +161,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(low: float, high: float, null_low: float, null_high: float, rounding: float = 0.0) -> str:
-    """What the interval of a decay says, ``null_low`` and ``null_high`` being the ends of the null's at any rank.
+    """Return what the interval of a decay says; ``null_low`` and ``null_high`` are the ends of the null's at any rank.
 
     ``reverts`` if it lies above 0 and above the whole null, ``grows`` if below both, ``persists`` if neither and it
     lies within ``PERSISTS`` of 0, ``undecided`` otherwise.
@@ -190,7 +194,7 @@ class Regression:
         w: Float[Tensor, "row pos k"],
         mask: Bool[Tensor, "row pos"] | None = None,
     ) -> "Regression":
-        """The sums of every row over the positions that ``mask`` keeps (all if not given).
+        """Sum every row over the positions that ``mask`` keeps (all if not given).
 
         >>> z = torch.randn(20, 5, 2, generator=torch.Generator().manual_seed(0))
         >>> sums = Regression.of(z, 7 - z @ torch.tensor([[0.5, 0.1], [0.2, -0.3]]))
@@ -202,11 +206,11 @@ class Regression:
         return cls(mask.sum(1).double(), z.sum(1), w.sum(1), z.mT @ z, w.mT @ z, (w * w).sum((1, 2)))
 
     def weighted(self, weights: Float[Tensor, "resample row"]) -> "Regression":
-        """The sums of all rows together under each row of ``weights``."""
+        """Return the sums of all rows together under each row of ``weights``."""
         return Regression(*(torch.tensordot(weights, getattr(self, field.name), 1) for field in fields(self)))
 
     def about(self, z: Float[Tensor, "row k"], w: Float[Tensor, "row k"]) -> "Regression":
-        """The same sums of ``z`` and ``w`` less these."""
+        """Return the same sums of ``z`` and ``w`` less these values."""
         n = self.count.unsqueeze(-1)
         moved_z, moved_w = self.z - n * z, self.w - n * w
         return Regression(
@@ -219,36 +223,36 @@ class Regression:
         )
 
     def means(self) -> tuple[Float[Tensor, "row k"], Float[Tensor, "row k"]]:
-        """Of ``z`` and ``w``; 0 without a token."""
+        """Return the means of ``z`` and ``w``; 0 without a token."""
         n = self.count.clamp(min=1).unsqueeze(-1)
         return self.z / n, self.w / n
 
     def covariance(self) -> Float[Tensor, "row k k"]:
-        """Of ``z``."""
+        """Return the covariance of ``z``."""
         return self.about(*self.means()).zz / self.count[:, None, None]
 
     def drift(self, ridge: float) -> Float[Tensor, "row k k"]:
-        """``K``, the penalty in units of the mean eigenvalue. A direction in which ``z`` does not vary gets 0."""
+        """Return ``K``; the penalty is in units of the mean eigenvalue. It is 0 where ``z`` does not vary."""
         return self.drifts([ridge])[0]
 
     def drifts(self, ridges: Sequence[float]) -> list[Float[Tensor, "row k k"]]:
-        """``drift`` for several penalties."""
+        """Return ``drift`` for several penalties."""
         centred = self.about(*self.means())
         values, vectors = torch.linalg.eigh(centred.zz)
         turned, mean = centred.wz @ vectors, values.mean(-1, keepdim=True)
-        found = []
+        drifts = []
         for ridge in ridges:
             penalised = values + ridge * mean
             inverse = torch.where(penalised > NEGLIGIBLE * penalised[:, -1:], 1 / penalised, 0)
-            found.append(0 - (turned * inverse.unsqueeze(-2)) @ vectors.mT)
-        return found
+            drifts.append(0 - (turned * inverse.unsqueeze(-2)) @ vectors.mT)
+        return drifts
 
     def held_out(
         self, weights: Float[Tensor, "resample row"], ridges: Sequence[float]
     ) -> Float[Tensor, "ridge resample"]:
-        """The share of the variance of ``w`` that is predicted in the ``FOLDS`` parts of the rows, by the others.
+        """Return the share of the variance of ``w`` predicted in each of ``FOLDS`` parts of the rows, from the others.
 
-        NaN for a single row, where ``w`` does not vary, and in resamples with nothing to fit a part on.
+        NaN for a single row, where ``w`` does not vary, and in resamples with nothing to fit on.
         """
         fold = torch.arange(len(self.count)) % FOLDS
         errors, total = weights.new_zeros(len(ridges), len(weights)), weights.new_zeros(len(weights))
@@ -272,9 +276,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, drift: Float[Tensor, "row k k"]) -> "Spectrum":
-        """
-        >>> found = Spectrum.of(torch.tensor([[[0.5, 3.0], [0.0, 0.5]]]))  # all that is left halves, and grows before
-        >>> found.decay.tolist(), found.modulus.tolist()
+        """Return both sets of eigenvalues of ``drift``; here deviations grow at first, and halve in the long run.
+
+        >>> spectrum = Spectrum.of(torch.tensor([[[0.5, 3.0], [0.0, 0.5]]]))
+        >>> spectrum.decay.tolist(), spectrum.modulus.tolist()
         ([[2.0, -1.0]], [[0.5, 0.5]])
         """
         decay, axes = torch.linalg.eigh((drift + drift.mT) / 2)
@@ -284,11 +289,11 @@ class Spectrum:
 
 
 def _outer(a: Float[Tensor, "row k"], b: Float[Tensor, "row k"]) -> Float[Tensor, "row k k"]:
-    return a.unsqueeze(-1) * b.unsqueeze(-2)
+    return einsum(a, b, "row i, row j -> row i j")
 
 
 def _sums(stack: Stack, ensemble: Ensemble, bases: Sequence[Tensor], draws: int) -> tuple[list[Step], Totals]:
-    """Every layer's step, and the fields of its ``Regression``: draw 0 is the model, the others exchange. Cost: 1 F.
+    """Sum every layer's step and ``Regression``, draw 0 with the model's updates, the others with exchanged. Cost: 1 F.
 
     ``z`` is counted from the mean over the first batch: sums of squares far from 0 would round away what is small.
     """
@@ -302,7 +307,7 @@ def _sums(stack: Stack, ensemble: Ensemble, bases: Sequence[Tensor], draws: int)
         basis = bases[layer].to(x)
         z, w = (x - origin.setdefault(layer, x[mask].mean(0))) @ basis.T, u @ basis.T
         for draw in range(draws + 1):
-            answer = exchanged(w, mask, partners(mask, ensemble.generator(visit, draw))) if draw else w
+            answer = exchange(w, mask, partners(mask, ensemble.generator(visit, draw))) if draw else w
             sums = Regression.of(z, answer, mask)
             for field in fields(sums):
                 totals.add((layer, draw, field.name), visit.unit, getattr(sums, field.name))
@@ -318,6 +323,7 @@ def _describe(
     resampled: Float[Tensor, "resample unit"],
     rounding: float,
 ) -> list[dict[str, Any]]:
+    """Return the rows of one layer, with the null that ``exchanges`` of its updates make."""
     varies_x = step.variance(resampled)
     varies_u = varies_x * step.drift(resampled).growth ** 2
     if varies_x[0] == 0:
@@ -327,13 +333,13 @@ def _describe(
     sums = model.weighted(resampled)
     drift, covariance = sums.drift(ridge), sums.covariance()
     share_u = ratio(sums.about(*sums.means()).ww / sums.count, varies_u)
-    found = Spectrum.of(drift)
-    share = (found.axes * (covariance @ found.axes)).sum(-2)
+    spectrum = Spectrum.of(drift)
+    share = einsum(spectrum.axes, covariance, spectrum.axes, "row i axis, row i j, row j axis -> row axis")
     # every exchange serves for a part of the resamples, and all of them for the estimate
     parts = [torch.cat([resampled[:1], resampled[1 + i :: len(exchanges)]]) for i in range(len(exchanges))]
-    null = [Spectrum.of(one.weighted(part).drift(ridge)) for one, part in zip(exchanges, parts)]
-    null_decay, null_modulus = (_pool([getattr(one, name) for one in null]) for name in ("decay", "modulus"))
-    null_R2 = _pool([one.held_out(part, [ridge])[0] for one, part in zip(exchanges, parts)])
+    nulls = [Spectrum.of(null.weighted(part).drift(ridge)) for null, part in zip(exchanges, parts, strict=True)]
+    null_decay, null_modulus = (pool([getattr(null, name) for null in nulls]) for name in ("decay", "modulus"))
+    null_R2 = pool([null.held_out(part, [ridge])[0] for null, part in zip(exchanges, parts, strict=True)])
     whole: dict[str, Any] = {"layer": layer, "ridge": ridge, "n_components": drift.shape[-1]}
     for name, values in {"R2": model.held_out(resampled, [ridge])[0], "R2_null": null_R2}.items():
         whole |= columns(name, values if share_u[0] > NEGLIGIBLE else torch.full_like(values, torch.nan))
@@ -341,19 +347,20 @@ def _describe(
     whole |= columns("share_u", share_u)
     rows = []
     for rank in range(drift.shape[-1]):
-        row = whole | {"rank": rank, "angle": float(found.angle[0, rank])}
-        row |= columns("decay", found.decay[:, rank]) | columns("decay_null", null_decay[:, rank])
-        row |= columns("modulus", found.modulus[:, rank]) | columns("modulus_null", null_modulus[:, rank])
-        row |= columns("share", ratio(share[:, rank], varies_x))
-        row |= columns("pc_kappa", drift[:, rank, rank])
-        row |= columns("pc_share", ratio(covariance[:, rank, rank], varies_x))
+        row = whole | {"rank": rank, "angle": float(spectrum.angle[0, rank])}
+        row |= measure_columns(
+            {
+                "decay": spectrum.decay[:, rank],
+                "decay_null": null_decay[:, rank],
+                "modulus": spectrum.modulus[:, rank],
+                "modulus_null": null_modulus[:, rank],
+                "share": ratio(share[:, rank], varies_x),
+                "pc_kappa": drift[:, rank, rank],
+                "pc_share": ratio(covariance[:, rank, rank], varies_x),
+            }
+        )
         rows.append(row)
     null_low, null_high = rows[-1]["decay_null_low"], rows[0]["decay_null_high"]
     for row in rows:
         row["verdict"] = verdict(row["decay_low"], row["decay_high"], null_low, null_high, rounding)
     return rows
-
-
-def _pool(values: Sequence[Tensor]) -> Float[Tensor, "pooled ..."]:
-    """All resamples of all exchanges as one sample, with the mean over exchanges as its estimate."""
-    return torch.cat([torch.stack([one[0] for one in values]).mean(0, keepdim=True), *(one[1:] for one in values)])

@@ -1,10 +1,12 @@
-"""The figures of mean reversion, from its tables: by coordinate, by window, by direction, along the way, and the noise.
+"""The figures of mean reversion, from its tables: by layer, coordinate, window and direction, and displacements.
 
 >>> import pandas as pd
 >>> frame = pd.DataFrame({"layer": [1, 2], "kappa": [0.1, 0.2], "kappa_low": 0.0, "kappa_high": 0.3})
 >>> len(coordinates(frame.assign(coordinates="raw")).axes)
 1
 """
+
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -30,6 +32,7 @@ from surgery.page.drawing import (
     triangle,
     whiskers,
 )
+from surgery.reversion import files
 
 KINDS = {
     "difference": ("towards another token", ACCENT),
@@ -43,6 +46,33 @@ TITLES = {
     "principal": "fixed principal components",
     "logits": "centred logits, final norm frozen",
 }
+
+
+NULLS = {
+    "kappa_rotated": ("updates rotated", GREY),
+    "kappa_token_shuffled": ("updates of other tokens", SKY),
+    "kappa_order_shuffled": ("layers in random order", ORANGE),
+    "kappa_untrained": ("untrained weights", GREEN),
+}
+CAUSAL = {
+    "kappa_causal_difference": ("along token differences", "o"),
+    "kappa_causal_random": ("random directions", "s"),
+    "kappa_causal_principal": ("principal directions", "^"),
+}
+
+
+def figures(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
+    """The figures of the tables of a folder, by the name of their PNG file."""
+    drawn = {"reversion": by_layer(tables[files.LAYERS])}
+    for file, draw in (
+        (files.COORDINATES, coordinates),
+        (files.WINDOWS, windows),
+        (files.DIRECTIONS, directions),
+        (files.RETURNS, returns),
+    ):
+        if file in tables:
+            drawn[file.removesuffix(".csv")] = draw(tables[file])
+    return drawn
 
 
 def coordinates(frame: pd.DataFrame) -> Figure:
@@ -87,8 +117,8 @@ def windows(frame: pd.DataFrame) -> Figure:
 
 
 def directions(frame: pd.DataFrame) -> Figure:
-    """Above, the rates at which deviations along a layer's directions decay, against updates of other tokens; below,
-    the eigenvalues of what one layer leaves of them, on the complex plane."""
+    """How fast deviations along a layer's directions decay, against updates of other tokens; below, the eigenvalues of
+    what one layer leaves of them, on the complex plane."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 2.4))
     shown = frame[frame["layer"] >= 1] if frame["layer"].max() > 0 else frame
@@ -100,10 +130,10 @@ def directions(frame: pd.DataFrame) -> Figure:
     for layer, label in zip(layers, ["null: updates of other tokens"] + [None] * len(layers)):
         above.fill_between([layer - 0.38, layer + 0.38], low[layer], high[layer], label=label, **style)
     for verdict, colour in VERDICTS.items():
-        some = shown[shown["verdict"] == verdict]
-        place = some["layer"] + 0.6 * (some["rank"] / max(1, frame["rank"].max()) - 0.5)
-        above.vlines(place, some["decay_low"], some["decay_high"], color=colour, linewidth=1, alpha=0.7)
-        above.plot(place, some["decay"], "o", color=colour, markersize=3.5, label=verdict)
+        part = shown[shown["verdict"] == verdict]
+        place = part["layer"] + 0.6 * (part["rank"] / max(1, frame["rank"].max()) - 0.5)
+        above.vlines(place, part["decay_low"], part["decay_high"], color=colour, linewidth=1, alpha=0.7)
+        above.plot(place, part["decay"], "o", color=colour, markersize=3.5, label=verdict)
     above.axhline(0, color=INK, linewidth=0.8)
     above.set_ylabel("part of a deviation\ntaken back by one layer")
     above.set_xlabel("layer; within a layer from the fastest direction to the slowest")
@@ -112,13 +142,8 @@ def directions(frame: pd.DataFrame) -> Figure:
     above.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     circle = np.linspace(0, np.pi, 200)
     below.plot(np.cos(circle), np.sin(circle), color=INK, linewidth=0.8, label="1: neither grows nor decays")
-    points = below.scatter(
-        shown["modulus"] * np.cos(shown["angle"]),
-        shown["modulus"] * np.sin(shown["angle"]),
-        c=shown["layer"],
-        s=14,
-        cmap="viridis",
-    )
+    real, imaginary = (shown["modulus"] * part(shown["angle"]) for part in (np.cos, np.sin))
+    points = below.scatter(real, imaginary, c=shown["layer"], s=14, cmap="viridis")
     figure.colorbar(points, ax=below, label="layer", shrink=0.9)
     below.set_aspect("equal")
     below.set(xlabel="real part", ylabel="imaginary part")
@@ -167,21 +192,6 @@ def _finish(axes: Axes, integer: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-NULLS = {
-    "kappa_rotated": ("updates rotated", GREY),
-    "kappa_token_shuffled": ("updates of other tokens", SKY),
-    "kappa_order_shuffled": ("layers in random order", ORANGE),
-    "kappa_untrained": ("untrained weights", GREEN),
-}
-
-
-CAUSAL = {
-    "kappa_causal_difference": ("along token differences", "o"),
-    "kappa_causal_random": ("random directions", "s"),
-    "kappa_causal_principal": ("principal directions", "^"),
-}
-
-
 def by_layer(frame: pd.DataFrame) -> Figure:
     """kappa and psi by layer from layer 1 on, with intervals; kappa's nulls as bands, the causal kappas as markers."""
     shown = frame[frame["layer"] >= 1] if len(frame) > 1 else frame
@@ -206,10 +216,8 @@ def by_layer(frame: pd.DataFrame) -> Figure:
     below.set_ylabel("psi (2 kappa / r²)")
     below.set_title("Reversion against spreading: psi", loc="left")
     below.set_xlabel("layer" + (" (layer 0 is left out: it starts from the bare embeddings)" if len(frame) > 1 else ""))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=24))
     for axes in (above, below):
+        _finish(axes)
         axes.margins(x=0.02)
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return figure

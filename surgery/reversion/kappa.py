@@ -7,7 +7,8 @@ Layer ``l`` takes the stream ``x`` to ``x + u``. Over the ensemble of tokens, ce
     growth = n(u) / n(x)                     the size of the update beside the stream, often called r
     psi    = 2 kappa / growth^2              0 random walk, 1 stationary, above 1 contracting, below 0 explosive
 
-(``surgery.stats.drift``), so that ``E|c(x + u)|^2 = E|c(x)|^2 (1 - 2 kappa + growth^2)``: a stream can revert and still grow.
+(``surgery.stats.drift``), so that ``E|c(x + u)|^2 = E|c(x)|^2 (1 - 2 kappa + growth^2)``: a stream can revert and still
+grow.
 
 **A slope may be nothing.** Four nulls have updates of the same size in other directions. *rotated*: turned by random
 rotations. *token_shuffled*: those of another token at the same place. *order_shuffled*: the layers run in random order.
@@ -19,26 +20,28 @@ back. So the stream is displaced by ``d`` at one token, and what the layer then 
     kappa_causal = -E<d, f(x + d) - f(x)> / E|d|^2
 
 ``d`` points to another prompt's token at that place (*difference*), anywhere (*random*) or along a top principal
-component (*principal*), see ``surgery.instruments.displacement``. For a layer that treats every token alone and linearly,
-differences repeat the slope by algebra; random directions are what tells a force from a correlate that is kept
+component (*principal*), see ``surgery.instruments.displacement``. For a layer that treats every token alone and
+linearly, differences repeat the slope by algebra; random directions distinguish a force from a correlate that is kept
 elsewhere in the same stream.
 
-Compare with ``surgery.instruments.known_networks``: writing into fresh subspaces reads 0, in parallel as in series. All of it is
-measured on the weights as loaded (folding or centring weights changes kappa). Layer 0 starts from the bare embedding,
-which is small in many models: there kappa and growth say little. Several layers at once: ``surgery.reversion.trajectories``;
-single directions: ``surgery.reversion.directions``; a displacement followed through later layers: ``surgery.reversion.returns``.
+Compare with ``surgery.instruments.known_networks``: writing into fresh subspaces reads 0, in parallel as in series. All
+of it is measured on the weights as loaded (folding or centring weights changes kappa). Layer 0 starts from the bare
+embedding, which is small in many models: there kappa and growth say little. Several layers at once:
+``surgery.reversion.trajectories``; single directions: ``surgery.reversion.directions``; a displacement followed through
+later layers: ``surgery.reversion.returns``.
 
 Source: our definitions, see ``surgery.stats.drift``.
 
 >>> from surgery import Stack, reversion
 >>> from surgery.instruments import known_networks
->>> frame = reversion.layers(Stack(known_networks.parallel_network()), known_networks.tokens(), nulls=False, causal=False)
+>>> stack, tokens = Stack(known_networks.parallel_network()), known_networks.tokens()
+>>> frame = reversion.layers(stack, tokens, nulls=False, causal=False)
 >>> bool((frame.kappa.abs() < 1e-6).all())
 True
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -48,16 +51,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from surgery.instruments import coordinates as maps
+from surgery.instruments.coordinates import Map, coordinate_map, mechanical
 from surgery.instruments.displacement import KINDS, responses
-from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchanged, partners
+from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchange, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, measure_columns, pool, ratio, rotations, weights
 from surgery.stats.drift import Drift, Resampled, Step, half_life, regime
 from surgery.stats.sampling import Sampling
 
-_MEASURES = {
+_NULLS = {
+    "rotated": "updates turned by a random rotation",
+    "token_shuffled": "updates of other tokens",
+    "order_shuffled": "layers in random order, updates brought to the layer's own size",
+    "untrained": "the same architecture with fresh weights, updates brought to the layer's own size",
+}
+_OTHER_SIZES = ("order_shuffled", "untrained")  # nulls whose updates have a size of their own
+_DISPLACEMENTS = {
+    "difference": "towards another prompt's token",
+    "random": "in a random direction",
+    "principal": "along a top principal component",
+}
+_OF_THE_LAYER = {
     "kappa": "the part of a deviation from the mean that the layer takes back: minus the slope of update on stream",
     "psi": "2 kappa / growth^2: 0 random walk, 1 stationary variance, above 1 contracting, below 0 explosive",
     "growth": "size of the layer's update relative to the stream, both centred",
@@ -69,32 +84,31 @@ _MEASURES = {
     "growth_order_shuffled": "growth with the layers in random order",
     "growth_untrained": "growth of the same layer with fresh weights",
 }
-_NULLS = {
-    "rotated": "updates turned by a random rotation",
-    "token_shuffled": "updates of other tokens",
-    "order_shuffled": "layers in random order, updates brought to the layer's own size",
-    "untrained": "the same architecture with fresh weights, updates brought to the layer's own size",
+_OF_NULLS = {
+    name: meaning
+    for null, difference in _NULLS.items()
+    for name, meaning in (
+        (f"kappa_{null}", f"null of kappa: {difference}"),
+        (f"kappa_excess_{null}", f"kappa minus kappa_{null}, from the same resamples"),
+    )
 }
-_DISPLACEMENTS = {
-    "difference": "towards another prompt's token",
-    "random": "in a random direction",
-    "principal": "along a top principal component",
+_CAUSAL = {
+    name: meaning
+    for kind, direction in _DISPLACEMENTS.items()
+    for name, meaning in (
+        (f"kappa_causal_{kind}", f"kappa by intervention: the stream at one token displaced {direction}"),
+        (f"kappa_causal_{kind}_frozen", f"kappa_causal_{kind} with the normalisation frozen at the clean run"),
+    )
 }
-for _name, _meaning in _NULLS.items():
-    _MEASURES[f"kappa_{_name}"] = f"null of kappa: {_meaning}"
-    _MEASURES[f"kappa_excess_{_name}"] = f"kappa minus kappa_{_name}, from the same resamples"
-for _name, _meaning in _DISPLACEMENTS.items():
-    _MEASURES[f"kappa_causal_{_name}"] = f"kappa by intervention: the stream at one token displaced {_meaning}"
-    _MEASURES[f"kappa_causal_{_name}_frozen"] = f"kappa_causal_{_name} with the normalisation frozen at the clean run"
 COLUMNS = {
     "layer": "layer, counted from 0",
     "regime": "the interval of kappa in a word: reverting, overshooting (above 1), growing (below 0), undecided ...",
     "restoring": "whether kappa's excess and every kind of displacement agree on a restoring force: yes, no, undecided",
     "n_prompts": "number of prompts, the unit of resampling",
     "n_massive": "tokens left out for massive activations (and each prompt's first, always)",
-    **described(_MEASURES),
+    **described(_OF_THE_LAYER | _OF_NULLS | _CAUSAL),
 }
-ROTATIONS = 4  # each serves for hundreds, see _rotated
+ROTATIONS = 4  # each serves for hundreds of resamples, see _rotated_kappa
 
 
 def layers(
@@ -110,11 +124,12 @@ def layers(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """One row per layer: how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
+    """Measure for every layer how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
 
-    ``coordinates`` are those of ``surgery.instruments.coordinates`` in which the stream is seen; in other than ``raw`` nothing is
-    displaced. ``skip_massive`` leaves out the tokens of massive activations (``surgery.instruments.ensemble``) as ``skip_first``
-    does each prompt's first; ``n_massive`` says how many there were.
+    ``coordinates`` are those of ``surgery.instruments.coordinates`` in which to read the stream; in others than ``raw``
+    nothing is displaced. ``skip_massive`` leaves out the tokens of massive activations
+    (``surgery.instruments.ensemble``) as ``skip_first`` does each prompt's first; ``n_massive`` says how many there
+    were. One row per layer:
 
     ============================  =====================================================================================
     ``kappa psi growth``          as above
@@ -134,20 +149,20 @@ def layers(
     ``n_prompts n_massive``       prompts, and tokens left out as massive
     ============================  =====================================================================================
 
-    Every number has ``_low`` and ``_high``, the 95 % interval over resampled prompts and, pooled, over whatever was
-    drawn: a null's interval is where one random draw may fall. One prompt has no interval (NaN).
+    Every number has ``_low`` and ``_high``, the 95 % interval over resampled prompts, pooled over random draws if there
+    are any: a null's interval is where one random draw may fall. One prompt has no interval (NaN).
 
     ``size`` is the length of a displacement as a fraction of n(x); a force shows at several sizes. ``draws`` is the
-    number of layer orders, of displaced tokens of each prompt and kind, and of principal components. Partners, for
+    number of layer orders, of displaced tokens per prompt and kind, and of principal components. Partners, for
     shuffling and for differences, come from the same batch.
 
-    The nulls are drawn in the coordinates where these are linear, else in the stream; then updates are compared that
-    have the same length there, and no kappa is brought to another size.
+    The nulls are drawn in the coordinates if these are linear, else in the stream; then the updates compared have the
+    same length in the stream, and no kappa is brought to another size.
 
     Cost: 1 F, and 1 F to find massive activations; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 3 + 6
     ``draws`` F. By default 34 F in all. In ``normalised`` or ``principal`` coordinates 1 F more, in ``logits`` a second
-    F for every walk but that for massive activations. Memory: one batch's stream, and for each layer 10 vectors a unit
-    of resampling (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not
+    F for every walk but that for massive activations. Memory: one batch's stream, and for each layer 10 vectors per
+    unit of resampling (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not
     matter.
 
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
@@ -161,39 +176,38 @@ def layers(
         n_massive = n_tokens - int(ensemble.mask.sum())
     resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     rounding = torch.finfo(stack.dtype).eps
-    seen = maps.of(coordinates, stack, ensemble)
-    steps = _steps(ensemble, stack, seen, "reversion")
+    view = coordinate_map(coordinates, stack, ensemble)
+    steps = _steps(ensemble, stack, view, "reversion")
     drifts = [step.drift(resampled) for step in steps]
     rows = [_describe(layer, drift, rounding) for layer, drift in enumerate(drifts)]
     if coordinates == "normalised":
-        sizes = _steps(ensemble, stack, maps.of("raw", stack, ensemble), "sizes")
-        for row, drift, raw in zip(rows, drifts, sizes, strict=True):
-            mechanical = maps.mechanical(raw.size(resampled))
-            row |= columns("kappa_mechanical", mechanical)
-            row |= columns("kappa_corrected", 1 - (1 - drift.kappa) / (1 - mechanical))
+        raw_steps = _steps(ensemble, stack, coordinate_map("raw", stack, ensemble), "sizes")
+        for row, drift, raw in zip(rows, drifts, raw_steps, strict=True):
+            expected = mechanical(raw.size(resampled))
+            row |= columns("kappa_mechanical", expected)
+            row |= columns("kappa_corrected", 1 - (1 - drift.kappa) / (1 - expected))
     if nulls:
-        exchanges = _exchanges if seen.linear else _mapped_exchanges
-        measured = exchanges(ensemble, stack, seen, steps, resampled)
-        measured["order_shuffled"] = _orders(ensemble, stack, seen, draws, resampled)
+        exchange_nulls = _exchange_nulls if view.linear else _mapped_exchange_nulls
+        measured = exchange_nulls(ensemble, stack, view, steps, resampled)
+        measured["order_shuffled"] = _order_null(ensemble, stack, view, draws, resampled)
         if untrained is not None:
-            fresh = maps.of(coordinates, untrained, ensemble)
-            steps_fresh = _steps(ensemble, untrained, fresh, "untrained")
-            measured["untrained"] = [[step.drift(resampled)] for step in steps_fresh]
+            fresh = _steps(ensemble, untrained, coordinate_map(coordinates, untrained, ensemble), "untrained")
+            measured["untrained"] = [[step.drift(resampled)] for step in fresh]
         for layer, drift in enumerate(drifts):
             at_layer = {null: drawn[layer] for null, drawn in measured.items()}
-            rows[layer] |= _compare(drift, at_layer, match=seen.linear)
+            rows[layer] |= _compare(drift, at_layer, match=view.linear)
     if causal and coordinates == "raw":
         lengths = [size * float(step.variance(resampled[:1]).sqrt()) for step in steps]
-        found = responses(stack, ensemble, lengths, draws)
+        by_kind = responses(stack, ensemble, lengths, draws)
         for layer, row in enumerate(rows):
-            for kind, response in found.items():
+            for kind, response in by_kind.items():
                 row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
             row["restoring"] = restoring(row, rounding)
     return pd.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=n_massive)
 
 
 def restoring(row: dict, rounding: float = 0.0) -> str:
-    """Whether a row of ``layers`` shows a restoring force: only where the slope and every kind of intervention say so.
+    """Return whether a row of ``layers`` shows a restoring force: only if the slope and every kind of intervention do.
 
     ``yes`` if the intervals of ``kappa_excess`` (of ``kappa``, without nulls) and of the three live causal kappas lie
     above 0: agreement in sign, the sizes are there to be read. ``no`` if kappa or a causal kappa lies at or below 0, or
@@ -219,109 +233,106 @@ def _check(stack: Stack, draws: int, size: float, untrained: Stack | None) -> No
         )
 
 
-def _steps(
-    ensemble: Ensemble, stack: Stack, seen: maps.Map, label: str, order: Sequence[int] | None = None
-) -> list[Step]:
-    """Each layer's step, wherever in the order it ran. Cost: 1 F."""
+def _steps(ensemble: Ensemble, stack: Stack, view: Map, label: str, order: Sequence[int] | None = None) -> list[Step]:
+    """Return each layer's step, wherever in the order it ran. Cost: 1 F."""
     steps: dict[int, Step] = {}
     for visit in ensemble.visits(stack, label, order):
-        x, u = _seen(visit, seen)
+        x, u = _step(visit, view)
         step = steps.setdefault(visit.layer, Step.empty(ensemble.n_units, x.shape[-1]))
         step.add(visit.unit, x, u, visit.mask)
     return [steps[layer] for layer in range(stack.n_layers)]
 
 
-def _seen(visit: Visit, seen: maps.Map, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The stream and the update, or another one in its place, as they look in the coordinates."""
-    x = seen.map(visit.x, visit.context)
-    return x, seen.map(visit.x + (visit.u if u is None else u), visit.context) - x
+def _step(visit: Visit, view: Map, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the stream and its update, or ``u`` in place of the update, in the coordinates."""
+    x = view.map(visit.x, visit.context)
+    return x, view.map(visit.x + (visit.u if u is None else u), visit.context) - x
 
 
-def _exchanges(
-    ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
+def _exchange_nulls(
+    ensemble: Ensemble, stack: Stack, view: Map, steps: list[Step], resampled: Tensor
 ) -> dict[str, list[list[Drift]]]:
-    """The nulls that keep every layer's stream and updates but not which goes with which. Cost: 1 F."""
+    """Measure the nulls that keep every layer's stream and updates but not which goes with which. Cost: 1 F."""
     generator = np.random.default_rng((ensemble.sampling.seed, 1))
     width = steps[0].sum_x.shape[1]
-    normal = torch.from_numpy(generator.standard_normal((ROTATIONS, width, width)))
-    rotations = [rotation(noise) for noise in normal]
+    turns = rotations(ROTATIONS, width, generator)
     shuffled = [Step.empty(ensemble.n_units, width) for _ in steps]
-    paired = Totals(ensemble.n_units)
+    products = Totals(ensemble.n_units)
     for visit in ensemble.visits(stack, "rotated and shuffled updates"):
-        x, u = _seen(visit, seen)
-        other = exchanged(u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
+        x, u = _step(visit, view)
+        other = exchange(u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
         shuffled[visit.layer].add(visit.unit, x, other, visit.mask)
         unit = visit.unit[visit.mask.nonzero()[:, 0].cpu()]
         x, u = x[visit.mask].double(), u[visit.mask].double()
-        for i, turn in enumerate(rotations):
-            paired.add((visit.layer, i), unit, u @ turn.to(x).T * x)
+        for i, turn in enumerate(turns):
+            products.add((visit.layer, i), unit, u @ turn.to(x).T * x)
     signs = torch.from_numpy(generator.choice([-1.0, 1.0], (len(resampled), width)))
-    rotated = [
-        _rotated(step, rotations, torch.stack([paired[layer, i] for i in range(ROTATIONS)]), resampled, signs)
-        for layer, step in enumerate(steps)
-    ]
-    return {
-        "rotated": [[replace(step.drift(resampled), kappa=kappa)] for step, kappa in zip(steps, rotated)],
-        "token_shuffled": [[step.drift(resampled)] for step in shuffled],
-    }
+    rotated = []
+    for layer, step in enumerate(steps):
+        of_layer = torch.stack([products[layer, i] for i in range(ROTATIONS)])
+        kappa = _rotated_kappa(step, turns, of_layer, resampled, signs)
+        rotated.append([replace(step.drift(resampled), kappa=kappa)])
+    return {"rotated": rotated, "token_shuffled": [[step.drift(resampled)] for step in shuffled]}
 
 
-def _mapped_exchanges(
-    ensemble: Ensemble, stack: Stack, seen: maps.Map, steps: list[Step], resampled: Tensor
+def _mapped_exchange_nulls(
+    ensemble: Ensemble, stack: Stack, view: Map, steps: list[Step], resampled: Tensor
 ) -> dict[str, list[list[Drift]]]:
-    """The same where the coordinates bend: updates are exchanged in the stream, and then seen. Cost: 1 F."""
-    generator = np.random.default_rng((ensemble.sampling.seed, 1))
-    normal = torch.from_numpy(generator.standard_normal((ROTATIONS, stack.d_model, stack.d_model)))
-    rotations = [rotation(noise) for noise in normal]
+    """Measure the same nulls if the coordinates bend: updates are exchanged in the stream, then mapped. Cost: 1 F."""
+    turns = rotations(ROTATIONS, stack.d_model, np.random.default_rng((ensemble.sampling.seed, 1)))
     width = steps[0].sum_x.shape[1]
-    found = [[Step.empty(ensemble.n_units, width) for _ in range(ROTATIONS + 1)] for _ in steps]
+    exchanged = [[Step.empty(ensemble.n_units, width) for _ in range(ROTATIONS + 1)] for _ in steps]
     for visit in ensemble.visits(stack, "rotated and shuffled updates"):
-        other = exchanged(visit.u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
-        turned = (visit.u @ turn.to(visit.u).T for turn in rotations)
-        for step, u in zip(found[visit.layer], (other, *turned), strict=True):
-            step.add(visit.unit, *_seen(visit, seen, u), visit.mask)
-    drifts = [[step.drift(resampled) for step in layer] for layer in found]
+        other = exchange(visit.u, visit.mask, partners(visit.mask, ensemble.generator(visit)))
+        turned = (visit.u @ turn.to(visit.u).T for turn in turns)
+        for step, u in zip(exchanged[visit.layer], (other, *turned), strict=True):
+            step.add(visit.unit, *_step(visit, view, u), visit.mask)
+    drifts = [[step.drift(resampled) for step in layer] for layer in exchanged]
     return {"rotated": [layer[1:] for layer in drifts], "token_shuffled": [layer[:1] for layer in drifts]}
 
 
-def _rotated(
+def _rotated_kappa(
     step: Step,
-    rotations: list[Float[Tensor, "d_model d_model"]],
-    paired: Float[Tensor, "rotation unit d_model"],
+    turns: list[Float[Tensor, "d_model d_model"]],
+    products: Float[Tensor, "rotation unit d_model"],
     resampled: Float[Tensor, "resample unit"],
     signs: Float[Tensor, "resample d_model"],
 ) -> Resampled:
-    """kappa of rotated updates, every resample with a rotation of its own; row 0 is the mean over all of them.
+    """Return kappa of rotated updates, every resample with a rotation of its own; row 0 is the mean over all of them.
 
     Random signs in front of a uniformly random rotation make another one, and signs can be drawn after the sums over
-    tokens: ``<s R u, x> = sum_k s_k (R u)_k x_k``. So a few rotations serve for hundreds.
+    tokens: ``<s R u, x> = sum_k s_k (R u)_k x_k``. So a few rotations serve for hundreds of resamples. ``products`` are
+    the sums of ``(R u)_k x_k`` over each unit's tokens.
     """
     count = (resampled @ step.count).unsqueeze(-1)
     mean_x = resampled @ step.sum_x / count
     covariance = torch.stack(
         [
-            resampled @ products / count - (resampled @ (step.sum_u @ turn.T) / count) * mean_x
-            for turn, products in zip(rotations, paired, strict=True)
+            resampled @ of_turn / count - (resampled @ (step.sum_u @ turn.T) / count) * mean_x
+            for turn, of_turn in zip(turns, products, strict=True)
         ]
     )
     rows = torch.arange(len(resampled))
-    values = (covariance[rows % len(rotations), rows] * signs).sum(-1)
+    values = (covariance[rows % len(turns), rows] * signs).sum(-1)
     values[0] = (covariance[:, 0] @ signs.T).mean()
     return ratio(0 - values, step.variance(resampled))
 
 
-def _orders(ensemble: Ensemble, stack: Stack, seen: maps.Map, draws: int, resampled: Tensor) -> list[list[Drift]]:
-    """Each layer's drift at the place where it ran in ``draws`` random orders of all layers. Cost: ``draws`` F."""
+def _order_null(ensemble: Ensemble, stack: Stack, view: Map, draws: int, resampled: Tensor) -> list[list[Drift]]:
+    """Measure each layer's drift where it ran in ``draws`` random orders of all layers. Cost: ``draws`` F."""
     generator = np.random.default_rng((ensemble.sampling.seed, 2))
-    orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
-    runs = (_steps(ensemble, stack, seen, "layers in random order", order) for order in orders)
-    return [list(drifts) for drifts in zip(*([step.drift(resampled) for step in steps] for steps in runs))]
+    by_order = []
+    for _ in range(draws):
+        order = generator.permutation(stack.n_layers).tolist()
+        steps = _steps(ensemble, stack, view, "layers in random order", order)
+        by_order.append([step.drift(resampled) for step in steps])
+    return [list(drifts) for drifts in zip(*by_order, strict=True)]
 
 
 def _describe(layer: int, drift: Drift, rounding: float) -> dict[str, Any]:
+    """Return the columns of a layer's own drift."""
     row: dict[str, Any] = {"layer": layer}
-    for field in fields(drift):
-        row |= columns(field.name, getattr(drift, field.name))
+    row |= measure_columns({field.name: getattr(drift, field.name) for field in fields(drift)})
     kappa, low, high = row["kappa"], row["kappa_low"], row["kappa_high"]
     row["half_life"] = half_life(kappa)
     defined = 0 < kappa < 1
@@ -332,24 +343,24 @@ def _describe(layer: int, drift: Drift, rounding: float) -> dict[str, Any]:
 
 
 def _compare(drift: Drift, nulls: dict[str, list[Drift]], match: bool) -> dict[str, float]:
-    """The columns of the nulls; a null's interval, and that of the excess over it, pools all draws and resamples.
+    """Return the columns of the nulls; a null's interval, and that of the excess over it, pools draws and resamples.
 
     ``match`` brings every null to the growth of the layer, which is the same already where only directions changed.
     """
     row: dict[str, float] = {}
     for name, draws in nulls.items():
-        scales = [ratio(drift.growth, null.growth) if match else torch.ones_like(drift.growth) for null in draws]
-        matched = torch.stack([null.kappa * scale for null, scale in zip(draws, scales, strict=True)])
-        row |= columns(f"kappa_{name}", _pool(matched))
-        row |= columns(f"kappa_excess_{name}", _pool(drift.kappa - matched))
-        if name in ("order_shuffled", "untrained"):
-            row |= columns(f"growth_{name}", _pool(torch.stack([null.growth for null in draws])))
-    for end in ("", "_low", "_high"):
-        over = row[f"kappa_excess_rotated{end}"], row[f"kappa_excess_token_shuffled{end}"]
-        row[f"kappa_excess{end}"] = float(np.minimum(*over))
-    return row
+        kappas = [null.kappa * ratio(drift.growth, null.growth) if match else null.kappa for null in draws]
+        row |= columns(f"kappa_{name}", pool(kappas))
+        row |= columns(f"kappa_excess_{name}", pool([drift.kappa - kappa for kappa in kappas]))
+        if name in _OTHER_SIZES:
+            row |= columns(f"growth_{name}", pool([null.growth for null in draws]))
+    return row | smaller_excess(row)
 
 
-def _pool(values: Float[Tensor, "draw resample"]) -> Float[Tensor, " pooled"]:
-    """All resamples of all draws as one sample, with the mean over draws as its estimate."""
-    return torch.cat([values[:, :1].nanmean(0), values[:, 1:].flatten()])
+def smaller_excess(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the columns ``kappa_excess``: the smaller excess over the two random walks, and of either end."""
+    walks = ("rotated", "token_shuffled")
+    return {
+        f"kappa_excess{end}": float(np.min([row[f"kappa_excess_{walk}{end}"] for walk in walks]))
+        for end in ("", "_low", "_high")
+    }

@@ -9,15 +9,15 @@ how far the stream is from the clean run's after ``q`` of them. With the expecta
 
 A deviation that is taken back has along < 1 *and* remaining < 1. along < 1 < remaining is a displacement that was
 turned into something else and amplified; both above 1, one that is carried further out. ``1 - along`` after one layer
-is the causal kappa of ``surgery.instruments.displacement``, for the same displacements to the same number; the curve says whether
-later layers undo what one has taken back.
+is the causal kappa of ``surgery.instruments.displacement``, the same number for the same displacements; the curve says
+whether later layers undo what one layer has taken back.
 
 =====================================  ================================================================================
 network                                what it must read
 =====================================  ================================================================================
 Ornstein-Uhlenbeck, ``-kappa (x-mu)``  along = remaining = spread = the product of ``1 - kappa`` over the layers, for
                                        every kind and size
-parallel (``surgery.instruments.known_networks``)     along = 1 for displacements within the stream (difference, principal): each
+parallel (``known_networks``)          along = 1 for displacements within the stream (difference, principal): each
                                        layer writes where nothing was. remaining > 1 where a layer reads what was moved
 nobody reads the direction             along = remaining = spread = 1
 the same architecture untrained        what attention and normalisation do without having learnt it: the control
@@ -31,7 +31,8 @@ Source: the measure is ours, the directions are those of ``surgery.instruments.d
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = curves(Stack(known_networks.parallel_network(n_layers=2)), known_networks.tokens(6, 5), layers=[0], sampling=Sampling(resamples=0))
+>>> stack, tokens = Stack(known_networks.parallel_network(n_layers=2)), known_networks.tokens(6, 5)
+>>> frame = curves(stack, tokens, layers=[0], sampling=Sampling(resamples=0))
 >>> frame[frame.kind == "principal"].along.round(4).tolist()
 [1.0, 1.0, 1.0, 1.0]
 """
@@ -43,6 +44,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -94,20 +96,22 @@ def curves(
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """A row for every layer moved (all if ``layers`` are not given), layer run since, kind and size: ``COLUMNS``.
+    """Follow displacements made at ``layers`` (all if not given): a row per layer, layer run since, kind and size.
 
-    ``draws`` tokens of every prompt are moved, one at a time; along the principal components, draw ``i`` takes the
-    ``i``-th. ``_low`` and ``_high`` are 95 % intervals over resampled prompts, NaN for one prompt. Where no token of
-    any prompt differs from its partner, ``difference`` is NaN; so is everything once a moved stream overflows, as one
-    may with frozen norms that started from a small embedding. Tokens of massive activations are not moved, unless
-    ``skip_massive`` is False (``surgery.instruments.ensemble``): beside them every other spread is nothing.
+    Columns: ``COLUMNS``. ``draws`` tokens of every prompt are moved, one at a time; along the principal components,
+    draw ``i`` takes the ``i``-th. ``_low`` and ``_high`` are 95 % intervals over resampled prompts, NaN for one prompt.
+    Where no token of any prompt differs from its partner, ``difference`` is NaN; so is everything once a moved stream
+    overflows, as one may with frozen norms that started from a small embedding. Tokens of massive activations are not
+    moved, unless ``skip_massive`` is False (``surgery.instruments.ensemble``): beside them every other spread is
+    nothing.
 
     Cost: ``3 + 3 draws sizes (L + 1) / 2`` F if all L layers are moved, 1 F more with ``frozen`` and
     1 F to find massive activations; a layer ``l`` by itself takes ``3 draws sizes (L - l) / L``. Memory: the streams of
-    one batch at all layers, and a d_model x d_model matrix a layer.
+    one batch at all layers, and a d_model x d_model matrix per layer.
 
-    Raises ValueError for a layer that the model has not, if a size or ``draws`` is not positive, if no token is left to
-    measure, if the stream is not finite, or if ``frozen`` is asked of a model whose denominators cannot be found.
+    Raises ValueError for a layer that the model does not have, if a size or ``draws`` is not positive, if no token is
+    left to measure, if the stream is not finite, or if ``frozen`` is asked of a model whose denominators cannot be
+    found.
     """
     moved = list(range(stack.n_layers)) if layers is None else sorted(set(layers))
     if not moved or not set(moved) <= set(range(stack.n_layers)):
@@ -152,8 +156,9 @@ def curves(
 
 
 def half_way(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for every layer, kind and size of ``curves``: where half is back, and what there is in the end
-    (``HALF_WAY_COLUMNS``).
+    """Return where half of every displacement is back, and what is left in the end: ``HALF_WAY_COLUMNS``.
+
+    One row per layer, kind and size of ``curves``.
 
     >>> curve = {"q": [1, 2, 3], "along": [0.7, 0.49, 0.34], "along_low": 0.0, "along_high": 1.0}
     >>> frame = pd.DataFrame({"layer": 0, "kind": "random", "size": 1.0, "remaining": 1.0, "spread": 1.0} | curve)
@@ -174,7 +179,7 @@ def half_way(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spreads(stack: Stack, ensemble: Ensemble) -> list[float]:
-    """``n(x)`` of the stream that enters each layer. Cost: 1 F."""
+    """Return ``n(x)`` of the stream that enters each layer. Cost: 1 F."""
     steps = [Step.empty(ensemble.n_units, stack.d_model) for _ in range(stack.n_layers)]
     for visit in ensemble.visits(stack, "size of the stream"):
         steps[visit.layer].add(visit.unit, visit.x, visit.u, visit.mask)
@@ -191,14 +196,14 @@ def _follow(
     prompt: Int[Tensor, " chosen"],
     place: Int[Tensor, " chosen"],
 ) -> Float[Tensor, "chosen q 3"]:
-    """``<d_q, d_0>``, ``|d_q|^2`` at the token that was moved, and ``|d_q|^2`` summed over its prompt's tokens."""
+    """Return ``<d_q, d_0>`` and ``|d_q|^2`` at the token moved, and ``|d_q|^2`` summed over its prompt's tokens."""
     streams = [start]
     stack.execute(f"{layer}:", start, context, lambda _, before, after: streams.append(after))
-    found, origin = [], None
+    sums, origin = [], None
     for stream, reference in zip(streams, clean, strict=True):
         difference = (stream.double() - reference.double()).masked_fill(~context.tokens.mask.unsqueeze(-1), 0)
         here = difference[prompt, place]
         origin = here if origin is None else origin
-        everywhere = (difference * difference).sum((1, 2))[prompt]
-        found.append(torch.stack([(here * origin).sum(-1), (here * here).sum(-1), everywhere], -1))
-    return torch.stack(found, 1)
+        everywhere = reduce(difference.square(), "prompt pos d_model -> prompt", "sum")[prompt]
+        sums.append(torch.stack([(here * origin).sum(-1), (here * here).sum(-1), everywhere], -1))
+    return torch.stack(sums, 1)

@@ -1,10 +1,10 @@
 r"""Does the stream revert over several layers, and over all of them? Windows, and the panel of tokens by depth.
 
-Every token is a trajectory ``x_0 .. x_L``. All that is needed of them is one matrix of second moments,
+Every token is a trajectory ``x_0 .. x_L``. All that is needed is one matrix of second moments of these,
 
     G[s, t] = E<c(x_s), c(x_t)>,      c(x_t) = x_t - E x_t,
 
-which is kept unit by unit, so that everything has an interval over prompts and nothing grows with the corpus.
+which is kept unit by unit, so that everything has an interval over prompts and memory does not grow with the corpus.
 
 ``windows``: for layers ``a`` to ``b - 1``, ``kappa = 1 - G[a, b] / G[a, a]``, what they take back together, and the
 variance ratio ``E|c(x_b - x_a)|^2 / sum_l E|c(u_l)|^2``: 1 if updates are uncorrelated, below if later ones undo
@@ -26,18 +26,19 @@ computed from the data, prompt by prompt. Above 0 a shock lives longer than in a
 ``cross_correlation`` is the mean correlation of two tokens' shocks at one layer (H. Pesaran 2004): why prompts, and not
 tokens, are counted.
 
-**Nulls.** The same start, and updates of the same size that know nothing of the way so far: *rotated*, every layer's by
-a random rotation; *token_shuffled*, every layer's those of other tokens. Both are random walks. *order_shuffled* runs
-the layers in random order; *untrained* is the architecture with fresh weights.
+**Nulls.** The same start, and updates of the same size that know nothing of the trajectory so far: *rotated*, every
+layer's by a random rotation; *token_shuffled*, every layer's those of other tokens. Both are random walks.
+*order_shuffled* runs the layers in random order; *untrained* is the architecture with fresh weights.
 
-Compare with ``surgery.instruments.known_networks``: where layers write into fresh subspaces kappa is 0, VR is 1 and pooled is 1 to
-rounding. Cost: 1 F with the walks, ``draws`` F in random orders, 1 F untrained, 1 F for massive activations. Memory:
-the stream of one batch three times, and L d_model + L^2 numbers a unit. The measures are ours but for the sources
-named.
+Compare with ``surgery.instruments.known_networks``: where layers write into fresh subspaces kappa is 0, VR is 1 and
+pooled is 1 to rounding. Cost: 1 F with the walks, ``draws`` F in random orders, 1 F untrained, 1 F for massive
+activations. Memory: the stream of one batch three times, and L d_model + L^2 numbers per unit. The measures are ours
+except for the sources named.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
->>> frame = windows(measure(Stack(known_networks.parallel_network()), known_networks.tokens(), sampling=Sampling(resamples=20), draws=1))
+>>> stack, tokens = Stack(known_networks.parallel_network()), known_networks.tokens()
+>>> frame = windows(measure(stack, tokens, sampling=Sampling(resamples=20), draws=1))
 >>> bool((frame.kappa.abs() < 1e-6).all() and ((frame.variance_ratio - 1).abs() < 1e-6).all())
 True
 """
@@ -49,21 +50,23 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from einops import einsum, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from surgery.instruments import coordinates as maps
-from surgery.instruments.ensemble import Ensemble, exchanged, partners
+from surgery.instruments.coordinates import Map, coordinate_map
+from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.reversion.kappa import smaller_excess
 from surgery.stats import panels
-from surgery.stats.bootstrap import columns, described, ratio, rotation, weights
+from surgery.stats.bootstrap import columns, described, measure_columns, pool, ratio, rotations, weights
 from surgery.stats.drift import NEGLIGIBLE, Resampled, half_life
 from surgery.stats.sampling import Sampling
 
 NULLS = ("rotated", "token_shuffled", "order_shuffled", "untrained")
-Way = Float[Tensor, "time prompt pos d_model"]
+Trajectory = Float[Tensor, "time prompt pos d_model"]
 
 _WINDOW = {
     "kappa": "part of a deviation that the window takes back; 1 is all of it",
@@ -72,9 +75,9 @@ _WINDOW = {
     "variance_ratio": "variance of what the window writes over the summed variances of its layers' updates",
 }
 _OF_NULLS = {
-    f"{name}_{null}": f"{name} {what} ({null.replace('_', ' ')})"
+    f"{name}_{null}": f"{name} {meaning} ({null.replace('_', ' ')})"
     for null in NULLS
-    for name, what in (
+    for name, meaning in (
         ("kappa", "of the null"),
         ("variance_ratio", "of the null"),
         ("kappa_excess", "kappa minus the null's: in excess"),
@@ -134,7 +137,7 @@ ENDS_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Moments:
+class Sums:
     """Sums over every unit's tokens, from which G follows under any weights."""
 
     count: Float[Tensor, " unit"]
@@ -142,29 +145,31 @@ class Moments:
     product: Float[Tensor, "unit time time"]
 
     @classmethod
-    def empty(cls, n_units: int, times: int, width: int) -> "Moments":
+    def empty(cls, n_units: int, times: int, width: int) -> "Sums":
+        """Return the sums of ``n_units`` units before any token is added."""
         return cls(*(torch.zeros(n_units, *shape, dtype=torch.float64) for shape in ((), (times, width), (times,) * 2)))
 
-    def add(self, unit: Int[Tensor, " prompt"], way: Way, mask: Bool[Tensor, "prompt pos"]) -> None:
-        """Add the tokens of prompts, each to what its unit has."""
-        way = way.double().masked_fill(~mask.unsqueeze(-1), 0)
+    def add(self, unit: Int[Tensor, " prompt"], stream: Trajectory, mask: Bool[Tensor, "prompt pos"]) -> None:
+        """Add the tokens of prompts, each to the sums of its unit."""
+        x = stream.double().masked_fill(~mask.unsqueeze(-1), 0)
         self.count.index_add_(0, unit, mask.sum(1).double().cpu())
-        self.total.index_add_(0, unit, way.sum(2).transpose(0, 1).cpu())
-        self.product.index_add_(0, unit, torch.einsum("sipd,tipd->ist", way, way).cpu())
+        self.total.index_add_(0, unit, reduce(x, "time prompt pos d_model -> prompt time d_model", "sum").cpu())
+        product = einsum(x, x, "time prompt pos d_model, other prompt pos d_model -> prompt time other")
+        self.product.index_add_(0, unit, product.cpu())
 
     def matrix(self, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, "resample time time"]:
-        """G under every row of weights; exactly 0 where nothing varies but by rounding."""
+        """Return G under every row of weights; exactly 0 where nothing varies but by rounding."""
         count = (weights @ self.count)[:, None, None]
-        mean = torch.einsum("ru,utd->rtd", weights, self.total) / count
-        square = torch.einsum("ru,ust->rst", weights, self.product) / count
-        found = square - mean @ mean.mT
-        still = found.diagonal(dim1=1, dim2=2) <= NEGLIGIBLE * square.diagonal(dim1=1, dim2=2)
-        return found.masked_fill(still.unsqueeze(1) | still.unsqueeze(2), 0)
+        mean = einsum(weights, self.total, "resample unit, unit time d_model -> resample time d_model") / count
+        square = einsum(weights, self.product, "resample unit, unit time other -> resample time other") / count
+        G = square - mean @ mean.mT
+        still = G.diagonal(dim1=1, dim2=2) <= NEGLIGIBLE * square.diagonal(dim1=1, dim2=2)
+        return G.masked_fill(still.unsqueeze(1) | still.unsqueeze(2), 0)
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The moments of the model's trajectories and of every null's, under every resample."""
+class TrajectoryMoments:
+    """The second moments of the model's trajectories and of every null's, under every resample."""
 
     matrices: dict[str, list[Float[Tensor, "resample time time"]]]  # several draws of a null
     n_prompts: int
@@ -173,6 +178,7 @@ class Ways:
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model."""
         return self.matrices["model"][0].shape[-1] - 1
 
 
@@ -186,8 +192,8 @@ def measure(
     coordinates: str = "raw",
     skip_massive: bool = True,
     sampling: Sampling = Sampling(),
-) -> Ways:
-    """Walk through the prompts once for everything that ``windows`` and ``panel`` say; both take what this returns.
+) -> TrajectoryMoments:
+    """Measure the second moments from which ``windows``, ``panel`` and ``ends`` are computed, in one go.
 
     ``draws`` is the number of random walks of each kind, and of random orders of layers. Raises ValueError if no token
     is left to measure, for a ``batch_size`` or ``draws`` that is not positive, unknown coordinates, or a stream that is
@@ -201,76 +207,70 @@ def measure(
         whole, ensemble = int(ensemble.mask.sum()), ensemble.without_massive(stack)
         n_massive = whole - int(ensemble.mask.sum())
     resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
-    seen = maps.of(coordinates, stack, ensemble)
-    sums = _walk(stack, ensemble, seen, draws if nulls else 0)
+    view = coordinate_map(coordinates, stack, ensemble)
+    sums = _sums(stack, ensemble, view, draws if nulls else 0)
     if nulls:
         generator = np.random.default_rng((sampling.seed, 2))
         orders = [generator.permutation(stack.n_layers).tolist() for _ in range(draws)]
-        sums["order_shuffled"] = [_walk(stack, ensemble, seen, order=order)["model"][0] for order in orders]
+        sums["order_shuffled"] = [_sums(stack, ensemble, view, order=order)["model"][0] for order in orders]
         if untrained is not None:
-            fresh = maps.of(coordinates, untrained, ensemble)
-            sums["untrained"] = _walk(untrained, ensemble, fresh)["model"]
-    matrices = {name: [moments.matrix(resampled) for moments in several] for name, several in sums.items()}
-    return Ways(matrices, len(ensemble.tokens), n_massive, coordinates)
+            fresh = coordinate_map(coordinates, untrained, ensemble)
+            sums["untrained"] = _sums(untrained, ensemble, fresh)["model"]
+    matrices = {name: [draw.matrix(resampled) for draw in drawn] for name, drawn in sums.items()}
+    return TrajectoryMoments(matrices, len(ensemble.tokens), n_massive, coordinates)
 
 
-def windows(ways: Ways, max_length: int | None = None) -> pd.DataFrame:
-    """One row per window of up to ``max_length`` layers (any, if not given): ``WINDOWS_COLUMNS``. No forward pass.
+def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.DataFrame:
+    """Return one row per window of up to ``max_length`` layers (any, if not given): ``WINDOWS_COLUMNS``.
 
-    Raises ValueError if no window is that short.
+    No forward pass. Raises ValueError if no window is that short.
     """
-    longest = ways.n_layers if max_length is None else max_length
+    longest = moments.n_layers if max_length is None else max_length
     if longest < 1:
-        raise ValueError(f"a window has 1 to {ways.n_layers} layers, got max_length={max_length}")
+        raise ValueError(f"a window has 1 to {moments.n_layers} layers, got max_length={max_length}")
     rows = []
-    for start in range(ways.n_layers):
-        for stop in range(start + 1, min(start + longest, ways.n_layers) + 1):
-            own = _window(ways.matrices["model"][0], start, stop)
-            row: dict[str, float | str] = {"start": start, "stop": stop}
-            for name, values in own.items():
-                row |= columns(name, values)
+    for start in range(moments.n_layers):
+        for stop in range(start + 1, min(start + longest, moments.n_layers) + 1):
+            own = _window(moments.matrices["model"][0], start, stop)
+            row: dict[str, float] = {"start": start, "stop": stop} | measure_columns(own)
             row["half_life"] = (stop - start) * half_life(float(own["kappa"][0]))
-            for null, several in ways.matrices.items():
+            for null, drawn in moments.matrices.items():
                 if null != "model":
-                    row |= _against(own, [_window(matrix, start, stop) for matrix in several], null)
-            if "kappa_excess_rotated" in row:
-                for end in ("", "_low", "_high"):
-                    over = row[f"kappa_excess_rotated{end}"], row[f"kappa_excess_token_shuffled{end}"]
-                    row[f"kappa_excess{end}"] = float(np.minimum(*over))
+                    row |= _null_columns(own, [_window(matrix, start, stop) for matrix in drawn], null)
+            if "rotated" in moments.matrices:
+                row |= smaller_excess(row)
             rows.append(row)
-    return pd.DataFrame(rows).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive)
+    return pd.DataFrame(rows).assign(
+        coordinates=moments.coordinates, n_prompts=moments.n_prompts, n_massive=moments.n_massive
+    )
 
 
-def panel(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
-    """One row per series (the model and its nulls) and span: phi of an autoregression over depth. ``PANEL_COLUMNS``.
+def panel(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
+    """Return phi of an autoregression over depth, a row per series (model or null) and span: ``PANEL_COLUMNS``.
 
     The spans are all layers from ``first_layer`` on (the stream that enters layer 0 is the bare embedding), and the
     layers before, between and after ``boundaries`` (thirds, if not given); those shorter than two layers are left out.
     No forward pass. Raises ValueError for boundaries outside the model.
     """
     rows = []
-    for span, (start, stop) in spans(ways.n_layers, boundaries, first_layer).items():
-        for series, several in ways.matrices.items():
-            found = [_panel(matrix[:, start : stop + 1, start : stop + 1]) for matrix in several]
-            row: dict[str, float | str] = {
-                "series": series,
-                "span": span,
-                "start": start,
-                "stop": stop,
-                "transitions": stop - start,
-            }
-            for name in found[0]:
-                row |= columns(name, _pool([one[name] for one in found]))
+    for span, (start, stop) in spans(moments.n_layers, boundaries, first_layer).items():
+        for series, drawn in moments.matrices.items():
+            by_draw = [_panel(matrix[:, start : stop + 1, start : stop + 1]) for matrix in drawn]
+            measures = {name: pool([draw[name] for draw in by_draw]) for name in by_draw[0]}
+            row: dict[str, float | str] = {"series": series, "span": span, "start": start, "stop": stop}
+            row |= {"transitions": stop - start} | measure_columns(measures)
             row["half_life"] = half_life(1 - float(row["pooled"]))
-            excess = _pool([one["within_excess"] for one in found])
+            excess = measures["within_excess"]
             z = float(excess[0] / excess[1:].std()) if len(excess) > 2 else math.nan
             row |= {"z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
             rows.append(row)
-    return pd.DataFrame(rows).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts, n_massive=ways.n_massive)
+    return pd.DataFrame(rows).assign(
+        coordinates=moments.coordinates, n_prompts=moments.n_prompts, n_massive=moments.n_massive
+    )
 
 
 def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> dict[str, tuple[int, int]]:
-    """``all`` layers from ``first_layer`` on, and ``input``, ``middle`` and ``output`` part; none of a single layer.
+    """Return ``all`` layers from ``first_layer`` on, and the three parts around ``boundaries``; none of a single layer.
 
     >>> spans(12)
     {'all': (1, 12), 'input': (1, 4), 'middle': (4, 8), 'output': (8, 12)}
@@ -281,23 +281,23 @@ def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer:
     return {name: (a, b) for name, (a, b) in parts.items() if b - a >= 2}
 
 
-def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
-    """Is reversion stronger in the ends than in the middle? Mean kappa of the layers before and behind, minus between.
+def ends(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
+    """Compare reversion in the ends with the middle: mean kappa of the layers before and behind, minus between.
 
-    One row: ``ENDS_COLUMNS``. ``boundaries`` as for ``panel``; with intervals over prompts, the boundaries taken for
-    certain. ``excess`` is the same of kappa beyond the random walk that comes closer, and absent without nulls. No
-    forward pass. Raises ValueError for boundaries outside the model; a part without a layer is undefined (NaN).
+    One row: ``ENDS_COLUMNS``. ``boundaries`` as for ``panel``; the intervals over prompts take them as certain.
+    ``excess`` is the same of kappa beyond the random walk that comes closer, and absent without nulls. No forward pass.
+    Raises ValueError for boundaries outside the model; a part without a layer is undefined (NaN).
     """
-    first, second = _boundaries(ways.n_layers, boundaries)
-    outer = [*range(min(first_layer, first), first), *range(second, ways.n_layers)]
+    first, second = _boundaries(moments.n_layers, boundaries)
+    outer = [*range(min(first_layer, first), first), *range(second, moments.n_layers)]
     middle = [*range(max(first, first_layer), second)]
 
     def kappas(series: str) -> Float[Tensor, "resample layer"]:
-        every = [
-            torch.stack([_window(matrix, layer, layer + 1)["kappa"] for layer in range(ways.n_layers)], 1)
-            for matrix in ways.matrices[series]
+        by_draw = [
+            torch.stack([_window(matrix, layer, layer + 1)["kappa"] for layer in range(moments.n_layers)], 1)
+            for matrix in moments.matrices[series]
         ]
-        return torch.stack(every).mean(0)
+        return torch.stack(by_draw).mean(0)
 
     def contrast(values: Float[Tensor, "resample layer"]) -> Resampled:
         return values[:, outer].mean(1) - values[:, middle].mean(1)
@@ -306,10 +306,10 @@ def ends(ways: Ways, boundaries: tuple[int, int] | None = None, first_layer: int
     row: dict[str, float] = {"boundary_in": first, "boundary_out": second}
     row |= columns("kappa_ends", own[:, outer].mean(1)) | columns("kappa_middle", own[:, middle].mean(1))
     row |= columns("difference", contrast(own))
-    if "rotated" in ways.matrices:
+    if "rotated" in moments.matrices:
         walks = torch.stack([kappas("rotated"), kappas("token_shuffled")])
         row |= columns("excess", contrast(own - walks.amax(0)))
-    return pd.DataFrame([row]).assign(coordinates=ways.coordinates, n_prompts=ways.n_prompts)
+    return pd.DataFrame([row]).assign(coordinates=moments.coordinates, n_prompts=moments.n_prompts)
 
 
 def cross_correlation(
@@ -321,13 +321,13 @@ def cross_correlation(
     coordinates: str = "raw",
     sampling: Sampling = Sampling(),
 ) -> float:
-    """Mean correlation over the layers from ``start`` to ``stop`` of two tokens' shocks, coordinate by coordinate.
+    """Return the mean correlation of two tokens' shocks over layers ``start`` to ``stop``, coordinate by coordinate.
 
     0 if tokens are independent. The shocks are the centred updates, as they are in a random walk (H. Pesaran 2004; his
     CD is this times ``sqrt(T N (N - 1) / 2)``). NaN for one token or fewer than two layers. Cost: 2 F.
     """
     ensemble = Ensemble.of(stack, tokens, sampling)
-    seen = maps.of(coordinates, stack, ensemble)
+    view = coordinate_map(coordinates, stack, ensemble)
     stop = stack.n_layers if stop is None else stop
     n_tokens = int(ensemble.mask.sum())
     if stop - start < 2 or n_tokens < 2:
@@ -335,12 +335,12 @@ def cross_correlation(
 
     def shocks() -> Iterator[Float[Tensor, "layer token width"]]:
         for _, context, mask in ensemble.batches(stack):
-            yield seen.map(stack.stream(context)[start : stop + 1], context)[:, mask].diff(dim=0)
+            yield view.map(stack.stream(context)[start : stop + 1], context)[:, mask].diff(dim=0)
 
-    mean = torch.stack([found.sum(1) for found in shocks()]).sum(0) / n_tokens
+    mean = torch.stack([batch.sum(1) for batch in shocks()]).sum(0) / n_tokens
     totals, counts = [], []
-    for found in shocks():
-        centred = found - mean.unsqueeze(1)
+    for batch in shocks():
+        centred = batch - mean.unsqueeze(1)
         centred = centred - centred.mean(0)
         length = centred.norm(dim=0)
         totals.append(functional.normalize(centred, dim=0, eps=NEGLIGIBLE).sum(1))
@@ -356,73 +356,71 @@ def _boundaries(n_layers: int, boundaries: tuple[int, int] | None) -> tuple[int,
     return first, second
 
 
-def _walk(
-    stack: Stack, ensemble: Ensemble, seen: maps.Map, draws: int = 0, order: Sequence[int] | None = None
-) -> dict[str, list[Moments]]:
-    """Moments of the trajectories, in any order of layers, and of ``draws`` random walks of each kind. Cost: 1 F."""
-    found: dict[str, list[Moments]] = {}
+def _sums(
+    stack: Stack, ensemble: Ensemble, view: Map, draws: int = 0, order: Sequence[int] | None = None
+) -> dict[str, list[Sums]]:
+    """Sum over the trajectories, with any order of layers, and over ``draws`` random walks of each kind. Cost: 1 F."""
+    sums: dict[str, list[Sums]] = {}
     turns: list[Tensor] = []
     first = 0
     for unit, context, mask in ensemble.batches(stack, "trajectories"):
-        way = _run(stack, context, order)
-        if not way[:, mask].isfinite().all():
-            raise ValueError(
-                "the stream is not finite on these prompts: load the model in float32, or mend its weights"
-            )
-        mapped = seen.map(way, context)
-        ways = {"model": iter([mapped])}
+        stream = _trajectory(stack, context, order)
+        if not stream[:, mask].isfinite().all():
+            raise ValueError("the stream is not finite on these prompts: load the model in float32, or fix its weights")
+        mapped = view.map(stream, context)
+        series = {"model": iter([mapped])}
         if draws:
-            base = mapped if seen.linear else way
-            turns = turns or _turns(draws * stack.n_layers, base.shape[-1], ensemble.sampling.seed)
-            ways |= _random_walks(base, mask, turns, np.random.default_rng((ensemble.sampling.seed, 3, first)))
-        for name, several in ways.items():
-            for draw, one in enumerate(several):
-                one = one if seen.linear or name == "model" else seen.map(one, context)
-                booked = found.setdefault(name, [])
-                if len(booked) == draw:
-                    booked.append(Moments.empty(ensemble.n_units, len(one), one.shape[-1]))
-                booked[draw].add(unit, one, mask)
+            base, seed = mapped if view.linear else stream, ensemble.sampling.seed
+            turns = turns or rotations(draws * stack.n_layers, base.shape[-1], np.random.default_rng((seed, 1)))
+            walks = _random_walks(base, mask, turns, np.random.default_rng((seed, 3, first)))
+            series |= {
+                name: drawn if view.linear else (view.map(walk, context) for walk in drawn)
+                for name, drawn in walks.items()
+            }
+        for name, drawn in series.items():
+            of_series = sums.setdefault(name, [])
+            for draw, points in enumerate(drawn):
+                if len(of_series) == draw:
+                    of_series.append(Sums.empty(ensemble.n_units, len(points), points.shape[-1]))
+                of_series[draw].add(unit, points, mask)
         first += len(unit)
-    return found
+    return sums
 
 
-def _run(stack: Stack, context: Context, order: Sequence[int] | None) -> Way:
+def _trajectory(stack: Stack, context: Context, order: Sequence[int] | None) -> Trajectory:
+    """Return the stream with the layers run in ``order`` (their own, if not given)."""
     if order is None:
         return stack.stream(context)
-    way = [context.x0]
+    stream = [context.x0]
     for layer in order:
-        way.append(way[-1] + stack.update(layer, way[-1], context))
-    return torch.stack(way)
-
-
-def _turns(count: int, width: int, seed: int) -> list[Float[Tensor, "width width"]]:
-    normal = np.random.default_rng((seed, 1)).standard_normal((count, width, width))
-    return [rotation(noise) for noise in torch.from_numpy(normal)]
+        stream.append(stream[-1] + stack.update(layer, stream[-1], context))
+    return torch.stack(stream)
 
 
 def _random_walks(
-    way: Way, mask: Tensor, turns: Sequence[Tensor], generator: np.random.Generator
-) -> dict[str, Iterator[Way]]:
-    """From the same start with the same updates: turned, and those of other tokens. One at a time."""
-    updates = way.diff(dim=0)
+    stream: Trajectory, mask: Tensor, turns: Sequence[Tensor], generator: np.random.Generator
+) -> dict[str, Iterator[Trajectory]]:
+    """Yield walks from the same start with the same updates: rotated, and those of other tokens."""
+    updates = stream.diff(dim=0)
 
-    def turned(turns: Sequence[Tensor]) -> Tensor:
+    def rotated(turns: Sequence[Tensor]) -> Tensor:
         return torch.stack([u @ turn.to(u).T for u, turn in zip(updates, turns, strict=True)])
 
     def shuffled() -> Tensor:
-        return torch.stack([exchanged(u, mask, partners(mask, generator)) for u in updates])
+        return torch.stack([exchange(u, mask, partners(mask, generator)) for u in updates])
 
     def walk(steps: Tensor) -> Tensor:
-        return torch.cat([way[:1], way[:1] + steps.cumsum(0)])
+        return torch.cat([stream[:1], stream[:1] + steps.cumsum(0)])
 
     firsts = range(0, len(turns), len(updates))
     return {
-        "rotated": (walk(turned(turns[first : first + len(updates)])) for first in firsts),
+        "rotated": (walk(rotated(turns[first : first + len(updates)])) for first in firsts),
         "token_shuffled": (walk(shuffled()) for _ in firsts),
     }
 
 
 def _window(matrix: Float[Tensor, "resample time time"], start: int, stop: int) -> dict[str, Resampled]:
+    """Return the measures of the layers from ``start`` to ``stop - 1`` together."""
     before, after, both = matrix[:, start, start], matrix[:, stop, stop], matrix[:, start, stop]
     written = (before + after - 2 * both).clamp(min=0)
     kappa = 1 - ratio(both, before)
@@ -434,18 +432,19 @@ def _window(matrix: Float[Tensor, "resample time time"], start: int, stop: int) 
     }
 
 
-def _against(own: dict[str, Resampled], draws: list[dict[str, Resampled]], null: str) -> dict[str, float]:
-    """A null's columns; the walks' updates have the window's size already, in the others kappa is brought to it."""
+def _null_columns(own: dict[str, Resampled], draws: list[dict[str, Resampled]], null: str) -> dict[str, float]:
+    """Return a null's columns; walks have updates of the window's size, of others kappa is brought to that size."""
     walk = null in ("rotated", "token_shuffled")
-    kappas = [one["kappa"] * (1 if walk else ratio(own["growth"], one["growth"])) for one in draws]
-    found: dict[str, float] = {}
-    for name, values in (("kappa", kappas), ("variance_ratio", [one["variance_ratio"] for one in draws])):
-        found |= columns(f"{name}_{null}", _pool(values))
-        found |= columns(f"{name}_excess_{null}", _pool([own[name] - value for value in values]))
-    return found
+    kappas = [draw["kappa"] * (1 if walk else ratio(own["growth"], draw["growth"])) for draw in draws]
+    row: dict[str, float] = {}
+    for name, values in (("kappa", kappas), ("variance_ratio", [draw["variance_ratio"] for draw in draws])):
+        row |= columns(f"{name}_{null}", pool(values))
+        row |= columns(f"{name}_excess_{null}", pool([own[name] - value for value in values]))
+    return row
 
 
 def _panel(matrix: Float[Tensor, "resample time time"]) -> dict[str, Resampled]:
+    """Return every estimate of phi on a stretch of layers."""
     within, walk = panels.within(matrix), panels.within(panels.random_walk(matrix))
     pooled, transitions = panels.pooled(matrix), matrix.shape[-1] - 1
     shocks = panels.increments(matrix)[0]
@@ -459,9 +458,3 @@ def _panel(matrix: Float[Tensor, "resample time time"]) -> dict[str, Resampled]:
         "half_panel": panels.half_panel(matrix) if transitions >= 4 else torch.full_like(within, torch.nan),
         "kappa_ou": torch.where(pooled > 0, -pooled.clamp(min=1e-300).log(), torch.nan),
     }
-
-
-def _pool(draws: Sequence[Resampled]) -> Float[Tensor, " pooled"]:
-    """All resamples of all draws as one sample, with the mean over draws as its estimate."""
-    values = torch.stack(list(draws))
-    return torch.cat([values[:, :1].nanmean(0), values[:, 1:].flatten()])

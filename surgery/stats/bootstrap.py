@@ -27,7 +27,7 @@ RESAMPLES = 400
 
 
 def weights(n_prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[Tensor, "resample prompt"]:
-    """How often each prompt is drawn in each resample; row 0 draws every prompt once (the estimate itself).
+    """Return how often each prompt is drawn in each resample; row 0 draws every prompt once (the estimate itself).
 
     >>> weights(3, resamples=2)[0].tolist()
     [1.0, 1.0, 1.0]
@@ -55,7 +55,7 @@ class Moments:
         b: Float[Tensor, "prompt pos d_model"] | None = None,
         mask: Bool[Tensor, "prompt pos"] | None = None,
     ) -> "Moments":
-        """Sums of ``a`` and ``b`` (``a`` if not given) over the positions that ``mask`` keeps (all if not given)."""
+        """Sum ``a`` and ``b`` (``a`` if not given) over the positions that ``mask`` keeps (all if not given)."""
         keep = torch.ones(a.shape[:2], dtype=torch.bool, device=a.device) if mask is None else mask
         weight = keep.unsqueeze(-1).double()
         left = a.double() * weight
@@ -70,23 +70,23 @@ class Moments:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Moments"]) -> "Moments":
-        """The moments of several batches of prompts as one, prompts in order."""
+        """Join the moments of several batches of prompts, in order."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def covariance(self, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
-        """``E<c(a), c(b)>`` under every row of ``weights``, the means re-estimated in each."""
+        """Return ``E<c(a), c(b)>`` under every row of ``weights``, with the means re-estimated in each."""
         count = weights @ self.count
         total_a = weights @ self.sum_a
         total_b = total_a if self.sum_b is self.sum_a else weights @ self.sum_b
         return weights @ self.product / count - (total_a * total_b).sum(-1) / count**2
 
     def norm(self, weights: Float[Tensor, "resample prompt"]) -> Float[Tensor, " resample"]:
-        """``n(c(a))``, the root mean square of the centred ensemble, for moments of ``a`` with itself."""
+        """Return ``n(c(a))``, the root mean square of the centred ensemble, for moments of ``a`` with itself."""
         return self.covariance(weights).clamp(min=0).sqrt()
 
 
 def rotation(noise: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """A random orthogonal matrix, uniform over all of them (Haar), out of independent standard normal numbers.
+    """Return a random orthogonal matrix, uniform over all of them (Haar), made of independent standard normal numbers.
 
     QR alone is not uniform: it comes with conventions of its own about signs (Mezzadri 2007, arXiv math-ph/0609050).
     """
@@ -94,8 +94,23 @@ def rotation(noise: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_model 
     return q * r.diagonal().sign()
 
 
+def rotations(count: int, width: int, generator: np.random.Generator) -> list[Float[Tensor, "width width"]]:
+    """Return ``count`` random rotations of a space of ``width`` dimensions (``rotation``), in float64."""
+    return [rotation(noise) for noise in torch.from_numpy(generator.standard_normal((count, width, width)))]
+
+
+def pool(draws: Sequence[Float[Tensor, "resample ..."]]) -> Float[Tensor, "pooled ..."]:
+    """Join the resamples of several random draws into one sample; its estimate (row 0) is the mean over draws.
+
+    >>> pool([torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 5.0])]).tolist()
+    [2.0, 0.0, 2.0, 5.0]
+    """
+    estimate = torch.stack([values[0] for values in draws]).nanmean(0, keepdim=True)
+    return torch.cat([estimate, *(values[1:] for values in draws)])
+
+
 def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float, float]:
-    """Estimate (row 0) and the percentile interval of the other rows; undefined resamples (NaN) are left out.
+    """Return the estimate (row 0) and the percentile interval of the other rows, without undefined resamples (NaN).
 
     >>> interval(torch.tensor([2.0, 1.0, 2.0, 3.0]), level=0.5)
     (2.0, 1.5, 2.5)
@@ -109,7 +124,7 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
 
 
 def columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
-    """The ``interval`` of a measure as it stands in a row of a table: ``name``, ``name_low``, ``name_high``."""
+    """Return the ``interval`` of a measure as columns of a table row: ``name``, ``name_low``, ``name_high``."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
 
 
@@ -123,26 +138,26 @@ def measure_columns(measures: Mapping[str, Float[Tensor, " resample"]]) -> dict[
 
 
 def described(meanings: Mapping[str, str], over: str = "prompts") -> dict[str, str]:
-    """What the ``columns`` of several measures hold: each with its meaning, and the ends of its interval.
+    """Return what the ``columns`` of several measures mean: each measure, and the ends of its interval.
 
     >>> list(described({"T": "total effect"}))
     ['T', 'T_low', 'T_high']
     """
-    found = {}
+    documented = {}
     for name, meaning in meanings.items():
-        found[name] = meaning
-        found[f"{name}_low"] = f"lower end of the 95 % interval of {name} (bootstrap over {over})"
-        found[f"{name}_high"] = f"upper end of the 95 % interval of {name}"
-    return found
+        documented[name] = meaning
+        documented[f"{name}_low"] = f"lower end of the 95 % interval of {name} (bootstrap over {over})"
+        documented[f"{name}_high"] = f"upper end of the 95 % interval of {name}"
+    return documented
 
 
 def ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
-    """``a / b``; NaN where ``b``, a variance or a size, is 0: nothing varies there, and nothing can be said."""
+    """Return ``a / b``; NaN where ``b``, a variance or a size, is 0: where nothing varies, the ratio is undefined."""
     return torch.where(b > 0, a / b, torch.nan)
 
 
 def t_interval(values: Sequence[float] | Float[np.ndarray, " seed"]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t, for a handful of seeds; of one value there is no interval (NaN).
+    """Return the mean and its 95 % interval by Student's t, for a handful of seeds; one value has no interval (NaN).
 
     >>> [round(end, 3) for end in t_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]
@@ -155,7 +170,7 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, " seed"]) -> tuple[fl
 
 
 def verdict(low: float, high: float, above: str, below: str) -> str:
-    """What a ``t_interval`` of paired differences says: one word, ``undecided`` where it holds 0.
+    """Return what a ``t_interval`` of paired differences says, in a word: ``undecided`` where it holds 0.
 
     >>> verdict(0.1, 0.3, "helps", "harms"), verdict(-0.1, 0.3, "helps", "harms")
     ('helps', 'undecided')

@@ -1,4 +1,4 @@
-r"""Where a stack of layers falls into parts, how surely, and whether it falls into parts at all.
+r"""Where a stack of layers falls into parts, how certain that is, and whether it falls into parts at all.
 
 Every layer is described by a row of features. Two breaks cut the layers into three parts; the best are those that leave
 the least variance inside the parts,
@@ -53,9 +53,9 @@ COLUMNS = {
 
 
 def standardise(values: Float[np.ndarray, "... layer feature"], families: Sequence[str]) -> np.ndarray:
-    """Mean 0 over layers in every feature, and the same total variance, 1, in every family of features.
+    """Shift every feature to mean 0 over layers, and scale every family of features to a total variance of 1.
 
-    A feature that does not vary over layers is 0. Raises ValueError if there is not one family name a feature.
+    A feature that does not vary over layers becomes 0. Raises ValueError unless there is one family name per feature.
     """
     if len(families) != values.shape[-1]:
         raise ValueError(f"name the family of each of {values.shape[-1]} features, got {len(families)} names")
@@ -67,7 +67,7 @@ def standardise(values: Float[np.ndarray, "... layer feature"], families: Sequen
 
 
 def breaks(path: Path, count: int = 2, min_size: int = 2, kernel: str = "linear") -> tuple[int, ...]:
-    """The ``count`` best boundaries, exactly; no part has fewer than ``min_size`` layers.
+    """Return the ``count`` best boundaries, found exactly; no part has fewer than ``min_size`` layers.
 
     ``kernel`` is ``linear`` (means of parts, the cost above), ``rbf`` or ``cosine``. Raises ValueError if so many parts
     do not fit.
@@ -89,25 +89,26 @@ def breaks(path: Path, count: int = 2, min_size: int = 2, kernel: str = "linear"
 
 
 def cost(path: Path, boundaries: Sequence[int], means_of: Path | None = None) -> float:
-    """Squared distance of the layers from the means of their parts; the means may be ``means_of`` another path."""
+    """Return the squared distance of the layers from the means of their parts; the means may be ``means_of`` another
+    path."""
     model = path if means_of is None else means_of
     parts = np.split(np.arange(len(path)), list(boundaries))
     return float(sum(((path[part] - model[part].mean(0)) ** 2).sum() for part in parts))
 
 
 def gain(path: Path, count: int = 2, min_size: int = 2) -> float:
-    """Share of the variance over layers that ``count`` breaks explain; NaN if nothing varies."""
+    """Return the share of the variance over layers that ``count`` breaks explain; NaN if nothing varies."""
     whole = cost(path, ())
     return 1 - cost(path, breaks(path, count, min_size)) / whole if whole > 0 else float("nan")
 
 
 def places(paths: Paths, count: int = 2, min_size: int = 2) -> np.ndarray:
-    """The boundaries in every resample: [resample, boundary], row 0 those of the estimate."""
+    """Return the boundaries in every resample: [resample, boundary], those of the estimate in row 0."""
     return np.array([breaks(path, count, min_size) for path in paths], dtype=int).reshape(len(paths), count)
 
 
-def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.DataFrame:
-    """``boundary, layer, probability`` of the boundaries of every resample (``places``); the estimate is not counted.
+def posterior(placements: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.DataFrame:
+    """Return ``boundary, layer, probability`` from the boundaries of every resample (``places``), without the estimate.
 
     >>> import numpy as np
     >>> posterior(np.array([[3, 6], [3, 6], [4, 6]]))["probability"].tolist()
@@ -115,7 +116,7 @@ def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.Dat
     """
     rows = [
         {"boundary": name, "layer": int(layer), "probability": float(share)}
-        for name, column in zip(names, found[1:].T, strict=True)
+        for name, column in zip(names, placements[1:].T, strict=True)
         for layer, share in zip(*_shares(column), strict=True)
     ]
     return pd.DataFrame(rows, columns=["boundary", "layer", "probability"])
@@ -124,7 +125,7 @@ def posterior(found: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.Dat
 def drift_null(
     path: Path, families: Sequence[str], count: int = 2, min_size: int = 2, draws: int = 200, seed: int = 0
 ) -> tuple[float, float]:
-    """p of the gain among smooth paths like this one, and their mean gain. ``path`` is standardised.
+    """Return p of the gain among smooth paths like this one, and their mean gain. ``path`` is standardised.
 
     p is the larger of the two kinds' and at least 1 / (draws + 1); the mean is that of its kind. NaN where nothing
     varies.
@@ -137,15 +138,13 @@ def drift_null(
     curve = curves @ np.linalg.lstsq(curves, path, rcond=None)[0]
     drift, steps = np.diff(path, axis=0).mean(0), np.diff(path, axis=0)
     around, between = _root(path - curve, n_layers - curves.shape[1]), _root(steps - drift, n_layers - 2)
-    found = []
-    for simulate in (
-        lambda noise: curve + noise @ around,
-        lambda noise: (drift + noise @ between).cumsum(0),
-    ):
+    results = []
+    for simulate in (lambda noise: curve + noise @ around, lambda noise: (drift + noise @ between).cumsum(0)):
         noises = generator.standard_normal((draws, *path.shape))
         gains = [gain(standardise(simulate(noise), families), count, min_size) for noise in noises]
-        found.append(((1 + sum(other >= own for other in gains)) / (draws + 1), float(np.mean(gains))))
-    return max(found)
+        p = (1 + sum(simulated >= own for simulated in gains)) / (draws + 1)
+        results.append((p, float(np.mean(gains))))
+    return max(results)
 
 
 def heldout(
@@ -154,11 +153,11 @@ def heldout(
     most: int = 5,
     min_size: int = 2,
 ) -> pd.DataFrame:
-    """Per number of breaks, the error on the held-out half relative to no break: one row each, mean and range.
+    """Return the error on the held-out half relative to no break: one row per number of breaks, with mean and range.
 
-    ``halves`` are pairs of features, raw, of two random halves of the prompts; the first is cut, the second predicted,
-    in units of the first. As layers do differ from one another and prompts are many, more breaks predict better for
-    long: this says how many the prompts can tell apart, ``p_drift`` whether they are breaks.
+    ``halves`` are pairs of raw features, of two random halves of the prompts; the first is cut, the second predicted,
+    in units of the first. As layers differ from one another and prompts are many, more breaks go on predicting better:
+    this says how many breaks the prompts can tell apart, ``p_drift`` whether they are breaks.
     """
     rows = []
     for count in range(min(most, len(halves[0][0]) // min_size - 1) + 1):
@@ -186,6 +185,6 @@ def _shares(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _root(residuals: Path, degrees: int) -> Float[np.ndarray, "feature feature"]:
-    """What turns independent normal numbers into rows with the covariance of these."""
+    """Return the matrix that turns independent normal numbers into rows with the covariance of these."""
     values, vectors = np.linalg.eigh(residuals.T @ residuals / degrees)
     return (vectors * np.sqrt(np.clip(values, 0, None))).T

@@ -20,10 +20,10 @@ flip, each is taken once and p is exact. Intervals from fewer than some 20 promp
 wiring looked at by itself: the interval of the best of a scan does not know that it was chosen. ``winners`` measures
 it again on probes that took no part in the choice.
 
-Cells that were not measured (or are NaN) are left out of their wiring alone, ``n_prompts`` says how many remain. With
+Cells that were not measured (or are NaN) are left out of their wiring alone; ``n_prompts`` says how many remain. With
 one prompt there is no interval (NaN) and p is 1; a wiring that changes nothing has gain 0, interval [0, 0], p = 1.
 
-Control to compare with: ``expected_best``, what the best would gain by luck. No model code lives here.
+Control to compare with: ``expected_best``, what the best wiring would gain by luck. No model code lives here.
 
 >>> import numpy as np
 >>> noise = np.random.default_rng(0).normal(size=(3, 40))
@@ -32,8 +32,8 @@ Control to compare with: ``expected_best``, what the best would gain by luck. No
 ...     for place, (wiring, shift) in enumerate([(":2 1:", 0.0), (":3 1:", 1.0), (":3 2:", 0.0)])
 ...     for prompt in range(40)
 ... ]
->>> found = table(pd.DataFrame(rows).assign(baseline=0.0), "loglik")
->>> found.loc[found["p_max"] < 0.05, "wiring"].tolist()
+>>> gains = table(pd.DataFrame(rows).assign(baseline=0.0), "loglik")
+>>> gains.loc[gains["p_max"] < 0.05, "wiring"].tolist()
 [':3 1:']
 """
 
@@ -41,6 +41,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from einops import rearrange
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
@@ -78,10 +79,10 @@ class Luck:
 
 
 def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Improvement over the unmodified model: a row per prompt (index ``group``, ``prompt``), a column per wiring.
+    """Return the improvement over the unmodified model: a row per prompt (``group``, ``prompt``), a column per wiring.
 
-    Raises ValueError for a metric that the table does not hold, a cell measured twice, a prompt of two groups, and
-    where nothing was measured.
+    Raises ValueError for a metric that the table does not hold, a cell measured twice, a prompt in two groups, and if
+    nothing was measured.
     """
     missing = [name for name in ("wiring", "prompt", "group", "metric", "value", "baseline") if name not in frame]
     if missing:
@@ -112,7 +113,7 @@ def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 def table(
     frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, by_group: bool = False
 ) -> pd.DataFrame:
-    """A row per wiring, or per wiring and group, in the order of the scan: ``COLUMNS``.
+    """Return a row per wiring, or per wiring and group, in the order of the scan: ``COLUMNS``.
 
     All wirings see the same resamples and the same flips. With ``by_group`` the family of ``p_max`` and ``q`` is all
     rows, of every group. Cost: no forward pass; some seconds for 3000 wirings on 300 prompts.
@@ -134,31 +135,31 @@ def table(
         z.append(own)
         null.append(reached)
         largest = np.maximum(largest, highest)
-    found = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True)
     statistic = np.concatenate(z)
     beyond = len(largest) - np.searchsorted(np.sort(largest), statistic - 1e-9)
     measured = np.isfinite(statistic)
     for name, count in (("p", np.concatenate(null)), ("p_max", beyond)):
-        found[name] = np.where(measured, p_value(count, flips), np.nan)
-    found["q"] = _discoveries(found["p"].to_numpy(), found["gain"].to_numpy())
-    by_wiring = np.arange(len(found)).reshape(len(parts), -1).T.ravel()
-    return found.loc[by_wiring, [name for name in COLUMNS if name in found]].reset_index(drop=True)
+        rows[name] = np.where(measured, p_value(count, flips), np.nan)
+    rows["q"] = _discoveries(rows["p"].to_numpy(), rows["gain"].to_numpy())
+    by_wiring = rearrange(np.arange(len(rows)), "(group wiring) -> (wiring group)", group=len(parts))
+    return rows.loc[by_wiring, [name for name in COLUMNS if name in rows]].reset_index(drop=True)
 
 
 def expected_best(frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0) -> Luck:
-    """The largest gain of a scan in which no wiring has an effect but each keeps its spread over prompts.
+    """Return the largest gain of a scan in which no wiring has an effect but each keeps its spread over prompts.
 
     Signs are flipped as for ``p_max``, of d less its mean, and the largest mean gain (not z) is kept. Wirings that are
     clearly worse than the unmodified model, z below -sqrt(2 ln ln n), could not have won by luck and would only bring
     their large spread into it, so they are left out (Hansen 2005, "A test for superior predictive ability").
     A gain in the units of the metric weighs wirings of large spread most; ``p_max`` weighs all alike.
 
-    Raises ValueError where no wiring but the unmodified model was measured on two prompts or more.
+    Raises ValueError if no wiring but the unmodified model was measured on two prompts or more.
     """
-    wide = _tried(differences(frame, metric))
+    wide = _without_baseline(differences(frame, metric))
     wide = wide.loc[:, wide.count() > 1]
     if wide.shape[1] == 0:
-        raise ValueError("luck cannot be told: no wiring was measured on two prompts or more")
+        raise ValueError("luck cannot be estimated: no wiring was measured on two prompts or more")
     d = wide.to_numpy()
     n = np.isfinite(d).sum(0)
     worse = standardised(d).sum(0) < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
@@ -168,7 +169,7 @@ def expected_best(frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, 
     flips = signs(len(d), resamples, seed)
     deviation = np.nan_to_num(d - np.nanmean(d, axis=0))
     scaled = deviation / np.sqrt(n * (n - 1))  # a mean over n, and the degree of freedom that the mean in d took
-    best = np.max([(flips @ some).max(1) for some in chunks(scaled, len(flips))], axis=0)
+    best = np.max([(flips @ chunk).max(1) for chunk in chunks(scaled, len(flips))], axis=0)
     return Luck(wide.shape[1], len(wide), int(worse.sum()), float(best.mean()), float(np.quantile(best, 0.95)))
 
 
@@ -180,12 +181,12 @@ def winners(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The ``top`` largest gains of the search half, measured again on the validation half.
+    """Measure the ``top`` largest gains of the search half again, on the validation half.
 
     The largest of many gains is large partly by luck, so on fresh probes it shrinks even where a wiring helps
     (regression to the mean). ``survived`` is the gain on validation as a share of the gain that was claimed, its
-    interval that of the validation gain: the claim is a number, what it is worth is the question. NaN without a gain
-    to survive. ``p_max_validation`` is family-wise over the ``top`` alone. ``verdict``, at .05 of it:
+    interval that of the validation gain; NaN without a gain to survive. ``p_max_validation`` is family-wise over the
+    ``top`` alone. ``verdict``, at .05 of it:
 
     =================  ==============================================================
     survived           better on validation, and as large a gain as claimed possible
@@ -206,8 +207,8 @@ def winners(
     absent = [name for name in names if name not in set(validation.loc[validation["metric"] == metric, "wiring"])]
     if absent:
         raise ValueError(f"{metric} of {len(absent)} winners was not measured on validation, such as {absent[0]}")
-    again = table(validation[validation["wiring"].isin(names)], metric, resamples, seed)
-    both = claimed.merge(again, on="wiring", suffixes=("_search", "_validation"), validate="one_to_one")
+    fresh = table(validation[validation["wiring"].isin(names)], metric, resamples, seed)
+    both = claimed.merge(fresh, on="wiring", suffixes=("_search", "_validation"), validate="one_to_one")
     gained = both["gain_search"].where(both["gain_search"] > 0)
     for end in ("", "_low", "_high"):
         both[f"survived{end}"] = both[f"gain{end}_validation"] / gained
@@ -231,22 +232,22 @@ def _verdict(row: pd.Series) -> str:
     return "vanished" if less else "undecided"
 
 
-def _tried(wide: pd.DataFrame) -> pd.DataFrame:
+def _without_baseline(wide: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[:, wide.columns != ":"]
 
 
 def _bootstrap(
     d: Float[np.ndarray, "prompt wiring"], resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"]]:
-    """Mean and percentile interval of every wiring, all wirings under the same resamples."""
+    """Return mean and percentile interval of every wiring, all wirings under the same resamples."""
     draws = weights(len(d), resamples, seed).numpy()
     parts = []
-    for some in chunks(d, len(draws)):
-        there = np.isfinite(some)
-        total = draws @ np.nan_to_num(some)
+    for chunk in chunks(d, len(draws)):
+        there = np.isfinite(chunk)
+        total = draws @ np.nan_to_num(chunk)
         with np.errstate(invalid="ignore"):
             means = total / (len(d) if there.all() else draws @ there)
-        ends = np.full((2, some.shape[1]), np.nan)
+        ends = np.full((2, chunk.shape[1]), np.nan)
         several = there.sum(0) > 1
         whole = several & np.isfinite(means).all(0)  # nanquantile is slow, and needed only where a resample was empty
         ends[:, whole] = np.quantile(means[1:, whole], [0.025, 0.975], axis=0)

@@ -62,7 +62,7 @@ class Step:
 
     @classmethod
     def of(cls, x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"] | None = None) -> "Step":
-        """The sums over the positions that ``mask`` keeps (all if not given), in float64."""
+        """Sum over the positions that ``mask`` keeps (all if not given), in float64."""
         x, u = x.double(), u.double()
         if mask is not None:  # what padding computes may be NaN, and 0 * NaN is NaN
             x, u = x.masked_fill(~mask.unsqueeze(-1), 0), u.masked_fill(~mask.unsqueeze(-1), 0)
@@ -72,34 +72,34 @@ class Step:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Step"]) -> "Step":
-        """The sums of several batches of prompts as one, prompts in order."""
+        """Join the sums of several batches of prompts, in order."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @classmethod
     def empty(cls, n_units: int, width: int) -> "Step":
-        """No token yet of ``n_units`` units of resampling."""
-        one, many = (torch.zeros(n_units, *shape, dtype=torch.float64) for shape in ((), (width,)))
-        return cls(one, many, many.clone(), *(one.clone() for _ in range(4)))
+        """Return the sums of ``n_units`` units of resampling before any token is added."""
+        number, vector = (torch.zeros(n_units, *shape, dtype=torch.float64) for shape in ((), (width,)))
+        return cls(number, vector, vector.clone(), *(number.clone() for _ in range(4)))
 
     def add(self, unit: Int[Tensor, " prompt"], x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"]) -> None:
-        """Add the tokens of prompts, each to what its unit has."""
-        found = Step.of(x, u, mask)
+        """Add the tokens of prompts, each to the sums of its unit."""
+        sums = Step.of(x, u, mask)
         for field in fields(self):
-            getattr(self, field.name).index_add_(0, unit, getattr(found, field.name))
+            getattr(self, field.name).index_add_(0, unit, getattr(sums, field.name))
 
     def size(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
-        """``sqrt(E|u|^2 / E|x|^2)``, not centred: how long an update is beside the stream."""
+        """Return ``sqrt(E|u|^2 / E|x|^2)``, not centred: how long an update is beside the stream."""
         return ratio(weights @ self.uu, weights @ self.xx).sqrt()
 
     def drift(self, weights: Float[Tensor, "resample prompt"]) -> Drift:
-        """kappa, psi, growth and the ratio of variances under every row of ``weights``."""
+        """Return kappa, psi, growth and the ratio of variances under every row of ``weights``."""
         x, u = self.variance(weights), self._variance(self.sum_u, self.uu, weights)
         kappa = ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
         after = self._variance(self.sum_x + self.sum_u, self.next, weights)
         return Drift(kappa, ratio(2 * kappa * x, u), ratio(u, x).sqrt(), ratio(after, x))
 
     def variance(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
-        """``E|c(x)|^2``; exactly 0 where it cannot be told from rounding."""
+        """Return ``E|c(x)|^2``; exactly 0 where it is no more than rounding."""
         return self._variance(self.sum_x, self.xx, weights)
 
     def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Resampled:
@@ -108,7 +108,7 @@ class Step:
 
 
 def half_life(kappa: float) -> float:
-    """Layers of this kappa until half of a deviation is gone, ``ln 2 / -ln(1 - kappa)``; NaN unless ``0 < kappa < 1``.
+    """Return in how many layers half of a deviation is gone: ``ln 2 / -ln(1 - kappa)``, NaN unless ``0 < kappa < 1``.
 
     >>> half_life(0.5)
     1.0
@@ -117,7 +117,7 @@ def half_life(kappa: float) -> float:
 
 
 def regime(kappa: float, low: float, high: float, growth: float, rounding: float = 0.0) -> str:
-    """What the interval of kappa says, in a word; within ``rounding`` of 0 is 0.
+    """Return what the interval of kappa says, in a word; within ``rounding`` of 0 is 0.
 
     ``reverting`` above 0, ``overshooting`` above 1 (a deviation changes sign), ``growing`` below 0 (deviations are
     carried further out; the norm may grow in any regime), ``undecided`` otherwise, ``still`` if the update is the same

@@ -5,16 +5,16 @@ r"""The Ornstein-Uhlenbeck process of series: its parameters, the bias of a sing
 with shocks of variance ``s^2 = sigma^2 (1 - phi^2) / (2 kappa)``, exactly, so that least squares is maximum likelihood.
 kappa is a rate: the share of a deviation taken back in one step is ``1 - phi``, not kappa.
 
-``ou`` fits all series with one set of parameters. ``andrews`` takes one short series, whose slope is biased by about
-``-(1 + 3 phi) / T`` (Kendall 1954), without that bias. ``comparison`` asks the usual unit-root tests series by series,
-beside what they say of series that are known: of 12 steps next to nothing, of 48 that strong reversion is one.
-``recovery`` is the table of all estimators, here and in ``surgery.stats.panels``, on panels whose truth is known: bias, error
-and how often the interval covers it, to read before a number is believed.
+``ou`` fits all series with one set of parameters. ``andrews`` estimates phi of one short series, whose least-squares
+slope is biased by about ``-(1 + 3 phi) / T`` (Kendall 1954), without that bias. ``comparison`` runs the usual unit-root
+tests series by series, here and on series whose truth is known: of 12 steps they see next to nothing, of 48 only strong
+reversion. ``recovery`` is the table of all estimators, here and in ``surgery.stats.panels``, on panels whose truth is
+known: bias, error and how often the interval covers it, to read before a number is believed.
 
 Sources: G. Uhlenbeck and L. Ornstein (1930); M. Kendall (1954); E. Fieller (1954) for mu; D. Andrews (1993).
 
->>> found = ou(simulate(0.5, 400, 12) + 3)
->>> found.kappa.low < math.log(2) < found.kappa.high, found.mu.low < 3 < found.mu.high
+>>> process = ou(simulate(0.5, 400, 12) + 3)
+>>> process.kappa.low < math.log(2) < process.kappa.high, process.mu.low < 3 < process.mu.high
 (True, True)
 """
 
@@ -64,7 +64,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Process:
-    """What ``ou`` found: phi of a step, kappa, sigma and mu of the process, and the s.d. of a step's shock."""
+    """The result of ``ou``: phi of a step, kappa, sigma and mu of the process, and the s.d. of a step's shock."""
 
     phi: Interval
     kappa: Interval
@@ -76,7 +76,7 @@ class Process:
 
 
 def ou(y: Series | Float[Tensor, " time"], dt: float = 1.0) -> Process:
-    """The process of one series, or of many with the same parameters, by maximum likelihood given where they start.
+    """Fit the process of one series, or of many with the same parameters, by maximum likelihood given where they start.
 
     Intervals: phi's is least squares' (t); kappa's is the same, carried over, and reaches infinity where phi's reaches
     0; sigma's adds on a log scale what s and phi leave open; mu's holds every mu that the data do not reject (Fieller),
@@ -89,19 +89,19 @@ def ou(y: Series | Float[Tensor, " time"], dt: float = 1.0) -> Process:
     y = y.double().reshape(-1, y.shape[-1])
     if y[:, 1:].numel() < 3 or not y.isfinite().all():
         raise ValueError(f"three transitions or more, all finite, got series {tuple(y.shape)}: give longer ones")
-    found = {name: Interval(*(float(value) for value in triple)) for name, triple in _fit(y, dt).items()}
-    shock, notes = found.pop("shock").value, []
-    if math.isnan(found["phi"].value):
+    fitted = {name: Interval(*(float(value) for value in triple)) for name, triple in _fit(y, dt).items()}
+    shock, notes = fitted.pop("shock").value, []
+    if math.isnan(fitted["phi"].value):
         notes.append("nothing varies: all is undefined")
-    elif found["phi"].value <= 0:
+    elif fitted["phi"].value <= 0:
         notes.append("phi <= 0: no process in continuous time does that, kappa and sigma are undefined")
-    elif math.isnan(found["mu"].value):
+    elif math.isnan(fitted["mu"].value):
         notes.append("phi may be 1: mu is undefined")
-    return Process(**found, shock=shock, n=y[:, 1:].numel(), note="; ".join(notes))
+    return Process(**fitted, shock=shock, n=y[:, 1:].numel(), note="; ".join(notes))
 
 
 def andrews(series: Float[Tensor, "*series time"], draws: int = 20000, seed: int = 0) -> Triple:
-    """phi of each single series without bias in the median, and its 95 % interval, all between -1 and 1.
+    """Estimate phi of each single series without bias in the median, and its 95 % interval, all between -1 and 1.
 
     The slope of a short series is too small; so the phi is given at which that slope is the median of simulated ones
     (normal shocks, an intercept), and for the ends of the interval its quantiles. 1 is the highest phi considered, and
@@ -122,7 +122,7 @@ def andrews(series: Float[Tensor, "*series time"], draws: int = 20000, seed: int
 
 
 def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pd.DataFrame:
-    """What the usual tests say series by series: the share that they reject at 5 %, here and where the truth is known.
+    """Return what the usual tests reject at 5 %, series by series: the share here, and where the truth is known.
 
     Rows: ``adfuller`` (Dickey-Fuller, no lags) and ``variance_ratio`` (Lo and MacKinlay 1988, q = 2, robust; two-sided)
     reject a random walk, ``kpss`` (Kwiatkowski et al. 1992) rejects stationarity. Columns: ``test``, ``null``,
@@ -161,7 +161,7 @@ def recovery(
     n_simulations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every estimator on every panel of ``simulate``: how far off, and how often its 95 % interval holds the truth.
+    """Run every estimator on simulated panels: how far off it is, and how often its 95 % interval holds the truth.
 
     Columns are ``COLUMNS``. Estimators of phi: those of ``surgery.stats.panels``, their intervals t times ``sandwich``;
     ``nickell_corrected`` is of ``within``, and ``.zero`` assumes units that start at their means; ``ou.phi``,
@@ -184,9 +184,9 @@ def recovery(
 
 
 def _cell(y: Float[Tensor, "simulation unit time"], T: int, phi: float, effects: float) -> list[dict[str, Any]]:
-    """All estimators of one kind of panel."""
+    """Run all estimators on one kind of panel."""
     n, middle = y.shape[1], T // 2
-    one = torch.zeros(T).index_fill_(0, torch.tensor(middle), 1.0)
+    middle_alone = torch.zeros(T).index_fill_(0, torch.tensor(middle), 1.0)
     common = effects == 0 or phi == 1
     long = n / T**3 < 0.01 and T * (1 - phi) >= 5
     # the variance about its own mean with which a unit enters the middle transition
@@ -198,8 +198,8 @@ def _cell(y: Float[Tensor, "simulation unit time"], T: int, phi: float, effects:
         ("nickell_corrected", lambda G: nickell_corrected(within(G), T), phi, phi <= 1),
         ("nickell_corrected.zero", lambda G: nickell_corrected(within(G), T, "zero"), phi, phi >= 1),
         ("half_panel", half_panel, phi, long),
-        ("cross_section", lambda G: pooled(G, one), phi, common),
-        ("cross_section.slope", lambda G: pooled(G, one), slope, True),
+        ("cross_section", lambda G: pooled(G, middle_alone), phi, common),
+        ("cross_section.slope", lambda G: pooled(G, middle_alone), slope, True),
     ]
     rows, t = [], float(scipy.stats.t.ppf(0.975, n - 1))
     for name, estimator, truth, valid in estimators:
@@ -213,9 +213,11 @@ def _cell(y: Float[Tensor, "simulation unit time"], T: int, phi: float, effects:
     ]
 
 
-def _row(name: str, found: Triple, truth: float, valid: bool, panel: tuple[int, int, float, float]) -> dict[str, Any]:
-    """One line of ``recovery``. An undefined interval covers nothing."""
-    value, low, high = found
+def _row(
+    name: str, estimate: Triple, truth: float, valid: bool, panel: tuple[int, int, float, float]
+) -> dict[str, Any]:
+    """Return one row of ``recovery``. An undefined interval covers nothing."""
+    value, low, high = estimate
     n_units, T, phi, effects = panel
     error = value - truth
     return {
@@ -236,7 +238,7 @@ def _row(name: str, found: Triple, truth: float, valid: bool, panel: tuple[int, 
 
 
 def _fit(y: Float[Tensor, "*panel series time"], dt: float) -> dict[str, Triple]:
-    """Estimate and interval of every parameter, of every panel."""
+    """Return estimate and interval of every parameter, of every panel."""
     x, z = y[..., :-1].flatten(-2), y[..., 1:].flatten(-2)
     n = x.shape[-1]
     mean_x, mean_z = x.mean(-1), z.mean(-1)
@@ -264,30 +266,31 @@ def _fit(y: Float[Tensor, "*panel series time"], dt: float) -> dict[str, Triple]
 
 
 def _spreading(kappa: Tensor) -> Tensor:
-    """``2 kappa / (1 - exp(-2 kappa))``, sigma^2 over s^2 for a step of 1: above 1 if deviations die out meanwhile."""
+    """Return ``2 kappa / (1 - exp(-2 kappa))``, sigma^2 over s^2 for a step of 1: above 1 where phi < 1."""
     return torch.where(kappa == 0, 1.0, -2 * kappa / torch.expm1(-2 * kappa))
 
 
 def _fieller(phi: Tensor, mean_x: Tensor, mean_z: Tensor, scale: Tensor, square: Tensor, n: int) -> Triple:
-    """All m with ``|mean_z - m - phi (mean_x - m)| <= scale sqrt(1/n + (mean_x - m)^2 / square)``; NaN if unbounded.
+    """Return all m with ``|mean_z - m - phi (mean_x - m)| <= scale sqrt(1/n + (mean_x - m)^2 / square)``, or NaN.
 
-    In terms of ``d = m - mean_x`` and ``gap = mean_z - mean_x`` that is ``(gap - (1 - phi) d)^2 <= ...``, a quadratic.
+    NaN stands for an unbounded set. In terms of ``d = m - mean_x`` and ``gap = mean_z - mean_x`` that is a quadratic,
+    ``(gap - (1 - phi) d)^2 <= ...``.
     """
     gap, pull = mean_z - mean_x, 1 - phi
     a = pull.square() - scale.square() / square
     root = ((gap * pull).square() - a * (gap.square() - scale.square() / n)).clamp(min=0).sqrt()
     bounded = a > 0
-    found = (gap / pull, (gap * pull - root) / a, (gap * pull + root) / a)
-    value, low, high = ((mean_x + d).where(bounded, math.nan) for d in found)
+    offsets = (gap / pull, (gap * pull - root) / a, (gap * pull + root) / a)
+    value, low, high = ((mean_x + d).where(bounded, math.nan) for d in offsets)
     return value, low, high
 
 
 @lru_cache(maxsize=16)
 def _slopes(T: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A grid of phi, and at each the 2.5, 50 and 97.5 % quantiles of the least-squares slope of T transitions."""
+    """Return a grid of phi, and at each the 2.5, 50 and 97.5 % quantiles of the slope of T transitions."""
     grid = np.concatenate([np.linspace(-0.99, 0.7, 24), np.linspace(0.75, 0.95, 9), [0.97, 0.98, 0.99, 1.0]])
     noise = np.random.default_rng(seed).standard_normal((T + 1, draws))
-    found = []
+    quantiles = []
     for phi in grid:  # the same shocks for all
         x = [noise[0] / math.sqrt(1 - phi**2) if phi < 1 else np.zeros(draws)]
         for shock in noise[1:]:
@@ -295,8 +298,8 @@ def _slopes(T: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         path = np.stack(x)
         now, after = path[:-1] - path[:-1].mean(0), path[1:]
         slopes = (now * after).sum(0) / np.square(now).sum(0)
-        found.append(np.quantile(slopes, [0.025, 0.5, 0.975]))
-    return grid, np.maximum.accumulate(np.array(found).T, 1)
+        quantiles.append(np.quantile(slopes, [0.025, 0.5, 0.975]))
+    return grid, np.maximum.accumulate(np.array(quantiles).T, 1)
 
 
 def _adfuller(series: np.ndarray) -> float:

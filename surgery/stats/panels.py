@@ -24,7 +24,7 @@ batch dimensions. T always counts transitions.
 **The control.** Shocks that grow from time to time are not what the formulas assume, and a random walk then does not
 read 1. ``random_walk(G)`` is the matrix of a random walk with the variances of the very panel, so that the null value
 of any estimator ``f`` is ``f(random_walk(G))``; ``harris_tzavalis`` simulates the spread around it. Units that are not
-independent make every interval too narrow: ``pesaran_cd`` tells, ``by`` of ``sandwich`` mends.
+independent make every interval too narrow: ``pesaran_cd`` shows that, and ``by`` of ``sandwich`` corrects it.
 
 Sources: S. Nickell (1981); G. Dhaene and K. Jochmans (2015); R. Harris and E. Tzavalis (1999); M. H. Pesaran (2004);
 A. Lo and C. MacKinlay (1988), whose variance ratio is changed here so that it survives growing increments; S. Bond
@@ -43,6 +43,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -57,19 +58,19 @@ LOWEST = -0.999  # ... to here
 
 
 def gram(y: Float[Tensor, "unit time *d_model"], by: Int[Tensor, " unit"] | None = None) -> Float[Tensor, "..."]:
-    """Second moments ``[time, time]`` of a panel about each time's mean (of each coordinate), summed over units.
+    """Return second moments ``[time, time]`` of a panel about each time's mean (of each coordinate), summed over units.
 
-    With ``by``, the group of every unit, those of every group about the mean of all: ``[group, time, time]``, which add
-    up to the whole. Resampling them takes the means as known, an error of one part in the number of groups.
+    With ``by``, the group of every unit, return those of every group about the mean of all: ``[group, time, time]``,
+    which add up to the whole. Resampling them takes the means as known, an error of one part in the number of groups.
 
     Raises ValueError for a panel of one time, or one that is not finite.
     """
     if y.shape[1] < 2 or not y.isfinite().all():
         raise ValueError(f"a panel has two times or more, all finite, got {tuple(y.shape)}: leave out other units")
-    rows = y.double().reshape(*y.shape[:2], -1)
+    rows = rearrange(y.double(), "unit time ... -> unit time (...)")
     rows = rows - rows.mean(0)
     if by is None:
-        flat = rows.transpose(0, 1).flatten(1)
+        flat = rearrange(rows, "unit time coordinate -> time (unit coordinate)")
         return flat @ flat.T
     products = rows @ rows.mT
     return products.new_zeros(int(by.max()) + 1, *products.shape[1:]).index_add_(0, by, products)
@@ -79,7 +80,7 @@ def gram(y: Float[Tensor, "unit time *d_model"], by: Int[Tensor, " unit"] | None
 
 
 def pooled(G: Second, weights: Float[Tensor, " transition"] | None = None) -> Values:
-    """Least squares of every ``y_{t+1}`` on ``y_t`` at once; NaN where nothing varies.
+    """Fit every ``y_{t+1}`` on ``y_t`` at once by least squares; NaN where nothing varies.
 
     ``weights`` of the transitions, such as one over each shock's variance; a single 1 is the cross-section of that
     transition, the ``1 - kappa`` of ``surgery.reversion``.
@@ -93,17 +94,17 @@ def pooled(G: Second, weights: Float[Tensor, " transition"] | None = None) -> Va
 
 
 def within(G: Second) -> Values:
-    """The same with an intercept for every unit ("fixed effects"): biased down by ``nickell`` however many units."""
+    """Fit the same with an intercept for every unit ("fixed effects"): biased by ``nickell``, however many units."""
     return _slope(G, _residual(transitions(G, 2), 1).to(G))
 
 
 def bracket(G: Second) -> tuple[Values, Values]:
-    """``within`` and ``pooled``: biased to either side, so that a panel with unit effects lies between (Bond 2002)."""
+    """Return ``within`` and ``pooled``, biased to either side: a panel with unit effects lies between (Bond 2002)."""
     return within(G), pooled(G)
 
 
 def nickell(phi: float | Values, T: int, start: str = "stationary") -> Values:
-    """The bias of ``within`` with many units and ``T`` transitions (Nickell 1981): ``-3 / (T + 1)`` at phi = 1.
+    """Return the bias of ``within`` with many units and ``T`` transitions (Nickell 1981): ``-3 / (T + 1)`` at phi = 1.
 
     With shocks of even size and every unit begun in its ``stationary`` distribution or at its own mean (``zero``),
     which is not the same thing except at phi = 1. Written as polynomials in phi, so there is nothing special about 1;
@@ -125,7 +126,7 @@ def nickell(phi: float | Values, T: int, start: str = "stationary") -> Values:
 
 
 def nickell_corrected(phi_within: float | Values, T: int, start: str = "stationary") -> Values:
-    """The phi at which ``within`` would read ``phi_within``: the inverse of ``phi + nickell(phi, T)``, by bisection.
+    """Return the phi at which ``within`` reads ``phi_within``: the inverse of ``phi + nickell(phi, T)``, by bisection.
 
     That function rises all the way, through 1 as well; NaN where it has no root between -0.999 and 1.5. Differentiable,
     so that ``sandwich`` gives its standard error.
@@ -151,7 +152,7 @@ def nickell_corrected(phi_within: float | Values, T: int, start: str = "stationa
 
 
 def half_panel(G: Second) -> Values:
-    """``within``, less what it changes by when the panel is cut in two: ``2 phi - (phi_1 + phi_2) / 2``.
+    """Return ``within`` less its change when the panel is cut in two: ``2 phi - (phi_1 + phi_2) / 2``.
 
     Takes back the part of the bias that falls as 1/T, whatever its formula; what is left is large until T is several
     times the memory ``1 / (1 - phi)``, -0.02 at T = 12 and phi = 0.95. With odd T the mean over both ways to cut.
@@ -167,13 +168,13 @@ def half_panel(G: Second) -> Values:
 
 
 def increments(G: Second) -> Float[Tensor, "... transition"]:
-    """Second moment of every increment ``y_{t+1} - y_t``."""
+    """Return the second moment of every increment ``y_{t+1} - y_t``."""
     level = G.diagonal(dim1=-2, dim2=-1)
     return level[..., 1:] + level[..., :-1] - 2 * G.diagonal(offset=1, dim1=-2, dim2=-1)
 
 
 def random_walk(G: Second) -> Second:
-    """The second moments of the random walk that starts and steps as this panel does: steps that know nothing.
+    """Return the second moments of the random walk that starts and steps as this panel does: steps that know nothing.
 
     ``G0[s, t] = G[0, 0] +`` the increments' moments up to the earlier of the two. ``f(random_walk(G))`` is what any
     estimator ``f`` reads when nothing reverts, with shocks as uneven as they are; compare ``f(G)`` with it.
@@ -188,7 +189,7 @@ def random_walk(G: Second) -> Second:
 
 
 def variance_ratio(G: Second, start: int, q: int) -> Values:
-    """``E|y_{a+q} - y_a|^2 / sum_k E|u_{a+k}|^2``: how far q steps from a lead beside steps that know nothing.
+    """Return ``E|y_{a+q} - y_a|^2 / sum_k E|u_{a+k}|^2``: how far q steps from a lead beside steps that know nothing.
 
     1: uncorrelated steps, below 1 they take each other back, above 1 they go on in the same direction; from 0 to q. Lo
     and MacKinlay (1988) divide by q times the variance of one step, which is wrong when steps grow; this does not mind.
@@ -210,7 +211,7 @@ def variance_ratio(G: Second, start: int, q: int) -> Values:
 def sandwich(
     estimator: Estimator, y: Float[Tensor, "*panel unit time"], by: Int[Tensor, " unit"] | None = None
 ) -> tuple[Values, Values]:
-    """Any differentiable function of ``G``, and its standard error over units, or over groups ``by`` of dependent ones.
+    """Return a differentiable function of ``G``, and its standard error over units, or over groups ``by`` of units.
 
     The infinitesimal jackknife: a unit's influence is what its own products add along the estimator's gradient. Nothing
     is assumed of the shocks. One backward pass, whatever the number of units; NaN for a single unit. An error of an
@@ -235,7 +236,7 @@ def sandwich(
 
 @dataclass(frozen=True)
 class UnitRoot:
-    """What ``harris_tzavalis`` found; small p speaks for reversion, p near 1 for explosion."""
+    """The result of ``harris_tzavalis``; small p speaks for reversion, p near 1 for explosion."""
 
     effects: str
     phi: float  # the estimate that belongs to these effects
@@ -255,7 +256,7 @@ def harris_tzavalis(
     draws: int = 4000,
     seed: int = 0,
 ) -> UnitRoot:
-    """Is it a random walk? The test for many units and few times, with p by table and by simulation.
+    """Test for a random walk with many units and few times; p by table and by simulation.
 
     ``effects``: ``none`` (``pooled``), ``unit`` (``within``) or ``trend`` (an intercept and a trend for every unit).
     ``panel`` is y, or ``(phi, n_units, T)`` if that estimate is all there is. Simulated walks have this many units, the
@@ -267,8 +268,8 @@ def harris_tzavalis(
     than ten. Source: Harris and Tzavalis (1999), T = transitions; with ``none`` the variance of the start is added to
     their formula. Raises ValueError for other effects, fewer than 2 units, or too few transitions.
 
-    >>> found = harris_tzavalis(simulate(1.0, 200, 12), "unit")
-    >>> round(found.phi_null, 2), 0.05 < found.p < 0.95, round(abs(found.p - found.p_table), 1)
+    >>> test = harris_tzavalis(simulate(1.0, 200, 12), "unit")
+    >>> round(test.phi_null, 2), 0.05 < test.p < 0.95, round(abs(test.p - test.p_table), 1)
     (0.77, True, 0.0)
     """
     orders = {"none": 0, "unit": 1, "trend": 2}
@@ -295,7 +296,7 @@ def harris_tzavalis(
     if not 0 < float(shocks.sum()) < math.inf or not math.isfinite(start):
         raise ValueError("nothing moves in this panel, or shocks are not variances: leave out units that stay the same")
     variances = torch.cat([torch.tensor([start]).double(), shocks.double().cpu()])
-    found = _slope(_walks(variances, n - 1, draws, seed), metric)
+    simulated = _slope(_walks(variances, n - 1, draws, seed), metric)
     mean, variance = {
         "none": (1.0, 1 / (T * (T - 1) / 2 + T * start / float(shocks.mean()))),
         "unit": (1 - 3 / (T + 1), 3 * (17 * T**2 - 20 * T + 17) / (5 * (T - 1) * (T + 1) ** 3)),
@@ -305,12 +306,12 @@ def harris_tzavalis(
         ),
     }[effects]
     statistic = (phi - mean) / math.sqrt(variance / n)
-    p = (1 + int((found <= phi).sum())) / (1 + draws) if math.isfinite(phi) else math.nan
-    return UnitRoot(effects, phi, float(found.median()), statistic, _below(statistic), p, n, T)
+    p = (1 + int((simulated <= phi).sum())) / (1 + draws) if math.isfinite(phi) else math.nan
+    return UnitRoot(effects, phi, float(simulated.median()), statistic, _below(statistic), p, n, T)
 
 
 def pesaran_cd(residuals: Float[Tensor, "unit time"]) -> tuple[float, float]:
-    """Are units dependent? Pesaran's CD, ``sqrt(2 T / (N (N - 1)))`` times the sum of all correlations, and its p.
+    """Test whether units are dependent: Pesaran's CD, ``sqrt(2 T / (N (N - 1)))`` times all correlations, and its p.
 
     Standard normal if they are independent; two-sided p. All pairs at the cost of one sum: ``(|sum of standardised
     rows|^2 - N) / 2``. Give residuals from which no time's mean was taken: if it was they correlate by construction,
@@ -345,7 +346,7 @@ def simulate(
     start: str = "stationary",
     seed: int = 0,
 ) -> Float[Tensor, "unit time"]:
-    """A panel of known phi: units with normal shocks (s.d. ``sigma``) about means of their own (s.d. ``effects``).
+    """Make a panel of known phi: units with normal shocks (s.d. ``sigma``) about means of their own (s.d. ``effects``).
 
     Every unit starts in its ``stationary`` distribution or at its mean (``zero``); a random walk (phi = 1) and an
     explosive panel have no stationary one and start at the mean.
@@ -364,7 +365,7 @@ def simulate(
 
 
 def transitions(G: Second, least: int) -> int:
-    """T of a matrix of second moments. Raises ValueError if that is fewer than ``least``."""
+    """Return T of a matrix of second moments. Raises ValueError if that is fewer than ``least``."""
     T = G.shape[-1] - 1
     if least > T:
         raise ValueError(f"this takes {least} transitions or more, the panel has {T}: follow it through more times")
@@ -372,7 +373,7 @@ def transitions(G: Second, least: int) -> int:
 
 
 def _slope(G: Second, metric: Float[Tensor, "transition transition"]) -> Values:
-    """The next value on the present one, both measured by ``metric`` over times; NaN where nothing is left of it."""
+    """Regress the next value on the present one, both measured by ``metric`` over times; NaN where nothing varies."""
     metric = metric.to(G)
     x = G[..., :-1, :-1]
     square = (metric * x).sum((-2, -1))
@@ -381,13 +382,13 @@ def _slope(G: Second, metric: Float[Tensor, "transition transition"]) -> Values:
 
 
 def _residual(T: int, order: int) -> Float[Tensor, "transition transition"]:
-    """What takes the mean (order 1), and the trend too (2), out of a series of T."""
+    """Return the projection that removes the mean (order 1), or mean and trend (2), from a series of T."""
     basis = torch.linalg.qr(torch.arange(T).double().unsqueeze(1) ** torch.arange(order)).Q
     return torch.eye(T).double() - basis @ basis.T
 
 
 def _walks(variances: Float[Tensor, " time"], degrees: int, draws: int, seed: int) -> Float[Tensor, "draw time time"]:
-    """Second moments of random walks by Bartlett's decomposition: ``variances`` of the start and of every step."""
+    """Draw second moments of random walks by Bartlett's decomposition: ``variances`` of the start and every step."""
     generator, n = np.random.default_rng(seed), len(variances)
     factor = np.tril(generator.standard_normal((draws, n, n)), -1)
     free = np.maximum(degrees - np.arange(n), 0)
@@ -398,4 +399,5 @@ def _walks(variances: Float[Tensor, " time"], degrees: int, draws: int, seed: in
 
 
 def _below(z: float) -> float:
+    """Return the probability that a standard normal number lies below ``z``."""
     return math.erfc(-z / math.sqrt(2)) / 2

@@ -4,13 +4,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 FLIPS = 2000
-
-
 _AT_ONCE = 2**24  # numbers held per step: resamples times columns
 
 
 def signs(n_prompts: int, resamples: int = FLIPS, seed: int = 0) -> Float[np.ndarray, "flip prompt"]:
-    """A sign for every prompt, ``resamples`` times; each way to give them once where there are no more than that.
+    """Return a sign for every prompt, ``resamples`` times; each way to choose them once if there are no more than that.
 
     >>> signs(2).tolist()
     [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]
@@ -23,7 +21,7 @@ def signs(n_prompts: int, resamples: int = FLIPS, seed: int = 0) -> Float[np.nda
 def sign_flips(
     d: Float[np.ndarray, "prompt column"], flips: Float[np.ndarray, "flip prompt"]
 ) -> tuple[Float[np.ndarray, " column"], Int[np.ndarray, " column"], Float[np.ndarray, " flip"]]:
-    """|z| of every column (NaN if not measured), how many ``flips`` reach it, and the largest |z| of every flip.
+    """Return |z| of every column (NaN if not measured), how many ``flips`` reach it, and the largest |z| of every flip.
 
     ``d`` are paired differences, NaN where not measured: if there is no effect, d and -d are as likely. A prompt is
     flipped in all columns at once (``signs``), so that what they share stays shared. ``z = sum(d) / sqrt(sum(d^2))``
@@ -38,26 +36,26 @@ def sign_flips(
     scaled = standardised(d)
     z = np.abs(scaled.sum(0))
     reached, largest = [], np.zeros(len(flips))
-    for some in chunks(scaled, len(flips)):
-        null = np.abs(flips @ some)
-        reached.append((null >= np.abs(some.sum(0)) - 1e-9).sum(0))
+    for chunk in chunks(scaled, len(flips)):
+        null = np.abs(flips @ chunk)
+        reached.append((null >= np.abs(chunk.sum(0)) - 1e-9).sum(0))
         largest = np.maximum(largest, null.max(1))
     return np.where(np.isfinite(d).any(0), z, np.nan), np.concatenate(reached), largest
 
 
 def p_value(reached: Int[np.ndarray, " row"], flips: Float[np.ndarray, "flip prompt"]) -> Float[np.ndarray, " row"]:
-    """Two-sided p of what ``reached`` of the ``flips`` (of ``signs``) reach: exact if these are all there are."""
+    """Return the two-sided p of what ``reached`` of the ``flips`` reach: exact if these are all the flips there are."""
     extra = 0 if len(flips) == 2 ** flips.shape[1] else 1  # the data as they are count as one of the flips
     return (reached + extra) / (len(flips) + extra)
 
 
 def standardised(d: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "prompt column"]:
-    """``d / sqrt(sum(d^2))``, whose sum is z; 0 where not measured and in columns that are 0 throughout."""
+    """Return ``d / sqrt(sum(d^2))``, whose sum is z; 0 where not measured and in columns that are 0 throughout."""
     size = np.sqrt(np.nansum(d**2, axis=0))
     return np.nan_to_num(d) / np.where(size > 0, size, 1)
 
 
 def chunks(values: np.ndarray, rows: int) -> list[np.ndarray]:
-    """Columns in parts small enough that ``rows`` results for each fit into memory together."""
+    """Cut the columns into parts so small that ``rows`` results for each column fit into memory."""
     size = max(1, _AT_ONCE // rows)
     return [values[:, first : first + size] for first in range(0, values.shape[1], size)]

@@ -28,5 +28,5 @@ class Sampling:
     progress: bool = False
 
     def but(self, **changes: Any) -> "Sampling":
-        """The same with some settings changed."""
+        """Return the same with some settings changed."""
         return replace(self, **changes)

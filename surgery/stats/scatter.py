@@ -21,7 +21,7 @@ class Scatter:
         self.count = 0
 
     def add(self, rows: Float[Tensor, "row d_model"]) -> None:
-        """One or more rows."""
+        """Add one or more rows."""
         rows = rows.double()
         mean = rows.mean(0)
         if not self.count:
@@ -33,4 +33,5 @@ class Scatter:
 
     @property
     def covariance(self) -> Float[Tensor, "d_model d_model"]:
+        """The covariance of all rows so far, divided by their number."""
         return self.products / self.count

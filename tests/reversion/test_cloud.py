@@ -16,7 +16,7 @@ from surgery.instruments.ensemble import Ensemble
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.records import tables
-from surgery.reversion import cloud as lines
+from surgery.reversion import cloud
 from surgery.reversion.cloud import NULLS, PUBLISHED, Clouds, Residuals, fit, growth, line, noise
 from surgery.stats.bootstrap import rotation, weights
 from surgery.stats.sampling import Sampling
@@ -33,7 +33,7 @@ def turn(d_model, seed):
     return rotation(torch.from_numpy(np.random.default_rng(seed).standard_normal((d_model, d_model))))
 
 
-def cloud(rate, level, depths=7, rows=1000, seed=0, turned=True):
+def simulated(rate, level, depths=7, rows=1000, seed=0, turned=True):
     """Lines that are stretched by ``exp(rate / 2)`` a layer, turned, and blurred: every pair of depths has noise of
     ``2 level exp(rate stop)`` per coordinate."""
     draw = rng(seed)
@@ -69,7 +69,7 @@ def explicit(residuals, stream, start, stop):
 def test_the_rate_of_the_noise_is_recovered_within_its_interval(rate):
     covered = 0
     for seed in range(20):
-        row = read(cloud(rate, 0.02, seed=seed)).fit(1, 6, weights(100, 200, seed))
+        row = read(simulated(rate, 0.02, seed=seed)).fit(1, 6, weights(100, 200, seed))
         assert row["lambda"] == pytest.approx(rate, abs=0.02)
         assert row["alpha"] == pytest.approx(0.04, rel=0.15)
         covered += row["lambda_low"] < rate < row["lambda_high"]
@@ -81,7 +81,7 @@ def test_the_rate_of_the_noise_is_recovered_within_its_interval(rate):
 
 
 def test_lines_without_noise_have_none_and_no_rate():
-    residuals = read(cloud(0.3, 0.0))
+    residuals = read(simulated(0.3, 0.0))
     draws = weights(100, 20)
     assert max(float(residuals.unexplained(*pair, draws).max()) for pair in combinations(range(7), 2)) < 1e-12
     row = residuals.fit(0, 6, draws)
@@ -98,7 +98,7 @@ def test_a_random_walk_with_growing_steps_has_a_rate_too():
 
 
 def test_the_residual_is_what_spreads_and_correlations_say():
-    stream = cloud(0.2, 3.0, rows=200)
+    stream = simulated(0.2, 3.0, rows=200)
     residuals, draws = read(stream), weights(100, 0)
     y, variance = residuals.components.rotate(stream), residuals.components.variance
     for start, stop in combinations(range(7), 2):
@@ -116,7 +116,7 @@ def test_the_residual_is_what_spreads_and_correlations_say():
 
 
 def test_components_are_principal_and_neither_batches_nor_turns_matter():
-    stream = cloud(0.2, 0.5, turned=False)
+    stream = simulated(0.2, 0.5, turned=False)
     draws = weights(100, 10)
     whole = read(stream)
     centred = stream - stream.mean(1, keepdim=True)
@@ -128,7 +128,7 @@ def test_components_are_principal_and_neither_batches_nor_turns_matter():
 
 
 def test_noise_in_one_coordinate_is_not_isotropic():
-    stream = cloud(0.0, 0.0, turned=False)
+    stream = simulated(0.0, 0.0, turned=False)
     stream[..., 2] += 0.3 * torch.randn(7, 1000, generator=rng(3))
     row = read(stream).fit(0, 6, weights(100, 0))
     assert row["isotropy"] == pytest.approx(1 / 5, abs=0.01)
@@ -136,7 +136,7 @@ def test_noise_in_one_coordinate_is_not_isotropic():
 
 
 def test_kurtosis_is_that_of_each_component_by_itself():
-    stream = cloud(0.2, 0.0, turned=False)
+    stream = simulated(0.2, 0.0, turned=False)
     tails = torch.randn(7, 1000, 5, generator=rng(3)).double() ** 3 / 20
     residuals = read(stream + tails)
     found = residuals.kurtosis(2, weights(100, 50))
@@ -148,7 +148,7 @@ def test_kurtosis_is_that_of_each_component_by_itself():
 
 
 def test_uncentred_clouds_are_read_from_the_origin():
-    stream = cloud(0.1, 0.2, turned=False)
+    stream = simulated(0.1, 0.2, turned=False)
     near, far = (read(stream + shift, centred=False).fit(1, 6, weights(100, 0)) for shift in (0, 1000))
     assert far["unexplained"] < near["unexplained"] / 100  # the mean is most of the stream and is carried on
     still = read(stream - stream.mean(1, keepdim=True), centred=False).fit(1, 6, weights(100, 0))
@@ -230,7 +230,7 @@ def test_nulls_keep_every_update_but_not_where_it_goes(null):
     stack = Stack(known_networks.random_network(n_layers=3, d_model=16))
     ensemble = Ensemble(Tokens.of(known_networks.tokens(40, 6)), Sampling(batch_size=16))
     real, walk, again = (
-        torch.cat([x for _, x in lines._lines(stack, ensemble, which)], 1) for which in (None, null, null)
+        torch.cat([x for _, x in cloud._lines(stack, ensemble, which)], 1) for which in (None, null, null)
     )
     assert torch.equal(walk, again)
     torch.testing.assert_close(walk[0], real[0])
@@ -296,7 +296,7 @@ def test_lines_are_those_of_last_tokens_wherever_padding_lies(monkeypatch):
     for tokens in (right, left):
         padding = ~tokens.mask.unsqueeze(-1)
         for measure, expected in zip((noise, growth), plain):
-            pd.testing.assert_frame_equal(measure(stack, tokens, resamples=20), expected, rtol=1e-3)
+            pd.testing.assert_frame_equal(measure(stack, tokens, sampling=Sampling(resamples=20)), expected, rtol=1e-3)
     assert (plain[0].n_tokens == 12).all()
     assert plain[0].enough[0] == "no: 12 lines in 16 dimensions, give 48 or more"
     padding = ~right.mask.unsqueeze(-1)
@@ -341,10 +341,10 @@ def test_one_prompt_has_no_interval_and_two_lines_are_no_cloud():
 @pytest.mark.parametrize("measure", [noise, fit, growth])
 def test_every_column_is_explained_and_comes_back(measure, tmp_path):
     stack = Stack(known_networks.random_network(n_layers=3, d_model=16))
-    frame = measure(stack, known_networks.tokens(50, 6), resamples=20)
-    path = tables.write(frame, tmp_path / "lines.csv", {}, lines.COLUMNS)
+    frame = measure(stack, known_networks.tokens(50, 6), sampling=Sampling(resamples=20))
+    path = tables.write(frame, tmp_path / "cloud.csv", {}, cloud.COLUMNS)
     pd.testing.assert_frame_equal(tables.read(path), frame)
-    assert set(frame) <= set(lines.COLUMNS)
+    assert set(frame) <= set(cloud.COLUMNS)
 
 
 def test_what_cannot_be_measured_is_refused_in_a_sentence():
@@ -390,7 +390,8 @@ def test_it_costs_what_the_docstrings_say(monkeypatch, skip_massive):
     )
     for measure, options, cost in ((noise, {}, 2), (fit, {"untrained": stack}, 8), (growth, {}, 1)):
         seen.clear()
-        measure(stack, known_networks.tokens(8, 5), resamples=5, skip_massive=skip_massive, **options)
+        tokens, sampling = known_networks.tokens(8, 5), Sampling(resamples=5)
+        measure(stack, tokens, skip_massive=skip_massive, sampling=sampling, **options)
         assert [seen.count(index) for index in range(3)] == [cost + skip_massive] * 3
 
 
@@ -398,4 +399,4 @@ def test_a_real_model_and_what_is_published():
     stack = Stack(models.load("babel"))
     frame = fit(stack, stack.tokens(bundled.prompts(60)), last=4, nulls=False, sampling=Sampling(resamples=20))
     assert 0 < frame.unexplained[0] < 2
-    assert {key for numbers in PUBLISHED.values() for key in numbers} <= set(lines.COLUMNS)
+    assert {key for numbers in PUBLISHED.values() for key in numbers} <= set(cloud.COLUMNS)

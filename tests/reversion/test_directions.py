@@ -330,7 +330,7 @@ def test_a_long_corpus_is_resampled_in_groups(transformer):
         ({"components": 0}, "got components=0, draws=4, ridge=None"),
         ({"draws": 0}, "draws=0"),
         ({"ridge": -0.1}, "ridge=-0.1"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"sampling": Sampling(batch_size=0)}, "batch_size=0"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(transformer, options, message):

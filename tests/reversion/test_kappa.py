@@ -165,11 +165,11 @@ def test_order_shuffled_is_recomputed_at_the_place_where_the_layer_ran():
     x = stack.stream(tokens)[:, :, 1:].flatten(1, 2)
     entered = {0: [x[0], x[0] + x[0] @ second.T], 1: [x[1], x[0]]}  # in order, and the other way round
     ensemble = Ensemble(Tokens.of(tokens))
-    raw = coordinates.of("raw", stack, ensemble)
-    found = kappa._orders(ensemble, stack, raw, 12, weights(32, 5))
+    raw = coordinates.coordinate_map("raw", stack, ensemble)
+    drifts = kappa._order_null(ensemble, stack, raw, 12, weights(32, 5))
     for layer, linear in ((0, first), (1, second)):
         expected = [Step.of(x[None], x[None] @ linear.T).drift(weights(1, 0)) for x in entered[layer]]
-        kappas = [drift.kappa[0].item() for drift in found[layer]]
+        kappas = [drift.kappa[0].item() for drift in drifts[layer]]
         kinds = [kappa == pytest.approx(expected[0].kappa.item()) for kappa in kappas]
         others = [kappa == pytest.approx(expected[1].kappa.item()) for kappa in kappas]
         assert any(kinds)
@@ -200,14 +200,14 @@ def test_a_rotation_a_resample_is_that_rotation_of_the_updates():
     signs = torch.randn(9, 4, generator=rng()).sign().double()
     paired = torch.stack([((u @ turned.T) * x).sum(1) for turned in rotations])
     resampled = weights(6, 8)
-    found = kappa._rotated(Step.of(x, u), rotations, paired, resampled, signs)
+    by_resample = kappa._rotated_kappa(Step.of(x, u), rotations, paired, resampled, signs)
     every = [
         [Step.of(x, u @ (sign.unsqueeze(1) * turned).T).drift(resampled).kappa for turned in rotations]
         for sign in signs
     ]
-    assert found[0].item() == pytest.approx(float(torch.stack([row[0] for pair in every for row in pair]).mean()))
+    assert by_resample[0].item() == pytest.approx(float(torch.stack([row[0] for pair in every for row in pair]).mean()))
     for i in range(1, 9):
-        assert found[i].item() == pytest.approx(every[i][i % 2][i].item())
+        assert by_resample[i].item() == pytest.approx(every[i][i % 2][i].item())
 
 
 def test_the_rotated_null_is_exceeded_as_often_as_it_says():
@@ -220,7 +220,7 @@ def test_the_rotated_null_is_exceeded_as_often_as_it_says():
         paired = torch.stack([((u @ turned.T) * x).sum(1) for turned in rotations])
         signs = torch.randn(201, 16, generator=rng(seed)).sign().double()
         step, resampled = Step.of(x, u), weights(30, 200, seed)
-        excess = step.drift(resampled).kappa - kappa._rotated(step, rotations, paired, resampled, signs)
+        excess = step.drift(resampled).kappa - kappa._rotated_kappa(step, rotations, paired, resampled, signs)
         _, low, high = interval(excess)
         outside += low > 0 or high < 0
     assert 2 <= outside <= 20
@@ -297,7 +297,7 @@ def test_padding_changes_nothing(transformer):
     alone = [layers(transformer, ragged("right").ids[i : i + 1, : i + 2], nulls=False, causal=False) for i in (4, 9)]
     chosen = Tokens(ragged("left").ids[[4, 9]], ragged("left").mask[[4, 9]])
     ensemble = Ensemble(chosen)
-    steps = kappa._steps(ensemble, transformer, coordinates.of("raw", transformer, ensemble), "")
+    steps = kappa._steps(ensemble, transformer, coordinates.coordinate_map("raw", transformer, ensemble), "")
     for i, frame in enumerate(alone):
         only = torch.eye(2, dtype=torch.float64)[i : i + 1]
         np.testing.assert_allclose([step.drift(only).kappa[0] for step in steps], frame.kappa, rtol=1e-7)
@@ -377,7 +377,7 @@ def test_prompts_without_a_token_in_the_ensemble_add_nothing(transformer):
     mask[6:, 1:] = False
     more = Tokens(torch.cat([tokens, tokens[:2]]), mask)
     with_empty, without = (
-        layers(transformer, given, draws=1, sampling=Sampling(resamples=20)) for given in (more, tokens)
+        layers(transformer, prompts, draws=1, sampling=Sampling(resamples=20)) for prompts in (more, tokens)
     )
     np.testing.assert_allclose(with_empty.kappa, without.kappa, rtol=1e-12)
     assert np.isfinite(with_empty[CAUSAL]).all(axis=None)
@@ -473,7 +473,7 @@ def test_restoring(slope, excess, random, expected):
         (torch.zeros(0, 5, dtype=torch.long), {}, "no token is left to measure in 0 prompts"),
         (known_networks.tokens(2, 4), {"draws": 0}, "must be positive, got draws=0"),
         (known_networks.tokens(2, 4), {"size": 0.0}, "size=0.0"),
-        (known_networks.tokens(2, 4), {"batch_size": 0}, "batch_size=0"),
+        (known_networks.tokens(2, 4), {"sampling": Sampling(batch_size=0)}, "batch_size=0"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(transformer, tokens, options, message):

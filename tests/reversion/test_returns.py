@@ -229,7 +229,7 @@ def test_a_long_corpus_is_resampled_in_groups(transformer):
         ({"draws": 0}, "got draws=0"),
         ({"sizes": (0.1, 0.0)}, r"sizes=\(0.1, 0.0\)"),
         ({"sizes": ()}, r"sizes=\(\)"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"sampling": Sampling(batch_size=0)}, "batch_size=0"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(transformer, options, message):
@@ -264,7 +264,8 @@ def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen, ski
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
-    options = {"draws": draws, "sizes": sizes, "frozen": frozen, "resamples": 5, "skip_massive": skip_massive}
+    options = {"draws": draws, "sizes": sizes, "frozen": frozen, "skip_massive": skip_massive}
+    options["sampling"] = Sampling(resamples=5)
     fixed = 3 + frozen + skip_massive
     curves(stack, known_networks.tokens(4, 5), **options)
     assert len(seen) / n_layers == fixed + 3 * draws * len(sizes) * (n_layers + 1) / 2

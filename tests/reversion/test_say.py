@@ -16,7 +16,7 @@ def test_reversion_that_displacing_confirms():
     )
     assert "Displacing the stream confirms a restoring pull there." in said
     assert "layers 1 to 5 (psi below 1, spread grows)" in said
-    assert "could not be told" not in said
+    assert "could not be decided" not in said
 
 
 def test_reversion_that_displacing_contradicts_is_called_correlation():
@@ -79,7 +79,7 @@ def test_contracting_layers_are_told_from_growing_ones():
     said = text(say.by_layer(frame))
     assert "in layer 5 (psi below 1" in said
     assert "larger in layers 1 to 4 (psi above 1, spread shrinks)" in said
-    assert "could not be told" in text(say.by_layer(made_up.reversion(psi=1.0)))
+    assert "could not be decided" in text(say.by_layer(made_up.reversion(psi=1.0)))
 
 
 def test_layer_0_is_left_out_and_shown():

@@ -12,9 +12,8 @@ from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
-from surgery.records import tables as frames
-from surgery.reversion import draw, say
-from surgery.reversion import study as reversion_study
+from surgery.records import tables as csv_tables
+from surgery.reversion import draw, files, say, study
 
 
 @pytest.fixture(autouse=True)
@@ -76,22 +75,22 @@ BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
             raw([0.2, 0.3], ["yes"] * 2),
             WALK,
             None,
-            "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this could "
-            "not be told",
+            "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this "
+            "could not be decided",
         ),
         (
             raw([0.2, 0.3, -0.2], ["yes", "no", "no"]),
             OUT,
             drift(("persists",), ("reverts", "grows")),
-            "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream does "
-            "not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow",
+            "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream "
+            "does not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow",
         ),
         (
             raw([-0.2, -0.1], ["no"] * 2),
             WALK,
             drift(("reverts",)),
-            "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together this "
-            "could not be told",
+            "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together "
+            "this could not be decided",
         ),
         (
             raw([0.0, 0.0], ["no"] * 2),
@@ -104,7 +103,8 @@ BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
             OUT,
             drift(("grows", "undecided")),
             "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, and neither a "
-            "layer nor a direction looked at was seen to revert more than random walks with updates of the same size do",
+            "layer nor a direction looked at was seen to revert more than random walks with updates of the same size "
+            "do",
         ),
         (
             raw([-0.2, 0.0], ["no"] * 2, kappas=[-0.2, 0.3]),
@@ -116,7 +116,7 @@ BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
             raw([math.nan] * 2, ["undecided"] * 2),
             spans(math.nan, math.nan),
             drift(("undecided",)),
-            "it could not be told whether the stream reverts to a mean: no reversion was shown",
+            "it could not be decided whether the stream reverts to a mean: no reversion was shown",
         ),
     ],
 )
@@ -138,10 +138,10 @@ def test_a_kappa_above_one_walk_only_is_no_reversion():
     [
         (spans(0.9, -0.1), "deviations are taken back", "shocks are taken back faster than there"),
         (spans(1.1, 0.1), "deviations grow", "shocks live on longer than there"),
-        (spans(1.0, 0.0), *["this could not be told from a random walk"] * 2),
+        (spans(1.0, 0.0), *["this could not be distinguished from a random walk"] * 2),
         # beyond a random walk, and not beyond the walks of these very updates
-        (spans(1.1, 0.1, walk=1.1, walk_excess=0.1), *["this could not be told from a random walk"] * 2),
-        (spans(0.9, -0.1, walk=0.9, walk_excess=-0.1), *["this could not be told from a random walk"] * 2),
+        (spans(1.1, 0.1, walk=1.1, walk_excess=0.1), *["this could not be distinguished from a random walk"] * 2),
+        (spans(0.9, -0.1, walk=0.9, walk_excess=-0.1), *["this could not be distinguished from a random walk"] * 2),
         # straight to one mean, as an OU stream without noise goes
         (spans(0.8, 0.5), "deviations are taken back", "shocks live on longer than there"),
     ],
@@ -156,7 +156,7 @@ def test_the_panel(panel, common, own):
 def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
     row = spans(1.0, 0.0).query("series == 'model'").iloc[0].to_dict()
     row |= around("pooled", 1 - 1e-7, 1e-9) | around("within_excess", -1e-7, 1e-9)
-    assert say.panel(pd.DataFrame([row]))[0].count("could not be told from a random walk") == 2
+    assert say.panel(pd.DataFrame([row]))[0].count("could not be distinguished from a random walk") == 2
     assert say.panel(spans(math.nan, math.nan))[0].endswith("the stream cannot be read: it does not vary.")
 
 
@@ -165,8 +165,8 @@ def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
     [
         ((-0.2, -0.1), "later layers undo what earlier ones wrote"),
         ((0.2, 0.1), "later layers go on in the direction of earlier ones"),
-        ((0.2, -0.1), "whether later layers undo or continue earlier ones could not be told"),
-        ((math.nan, math.nan), "whether later layers undo or continue earlier ones could not be told"),
+        ((0.2, -0.1), "whether later layers undo or continue earlier ones could not be decided"),
+        ((math.nan, math.nan), "whether later layers undo or continue earlier ones could not be decided"),
         (None, "to be compared with random walks"),
     ],
 )
@@ -177,10 +177,10 @@ def test_windows(excess, said):
             row |= around(f"variance_ratio_excess_{name}", value) | {f"variance_ratio_{name}": 1.0}
     spanned = [(start, stop) for start in range(4) for stop in range(start + 1, 5)]
     frame = pd.DataFrame({"start": start, "stop": stop} | row for start, stop in spanned)
-    found = say.windows(frame)
-    assert [one.split(" together: ")[0] for one in found] == ["Layers 1 to 3", "Layers 1 to 2"]
-    assert all(one.endswith(f": {said}.") for one in found)
-    assert ("random walks 1.00 and 1.00" in found[0]) is bool(excess)
+    sentences = say.windows(frame)
+    assert [sentence.split(" together: ")[0] for sentence in sentences] == ["Layers 1 to 3", "Layers 1 to 2"]
+    assert all(sentence.endswith(f": {said}.") for sentence in sentences)
+    assert ("random walks 1.00 and 1.00" in sentences[0]) is bool(excess)
     assert say.windows(frame[frame["stop"] <= 2]) == []
 
 
@@ -204,7 +204,7 @@ def test_directions():
     (sentence,) = say.directions(drift(("reverts", "grows"), ("persists", "undecided")))
     assert sentence == (
         "Of 4 directions looked at, the top principal ones of every layer, 1 revert (layer 1), 1 grow, 1 do neither, "
-        "and of 1 it could not be told; the drift predicts 0.30 of an update's variance in them on held-out prompts "
+        "and 1 could not be decided; the drift predicts 0.30 of an update's variance in them on held-out prompts "
         "(median over layers)."
     )
     assert "nan" not in say.directions(drift(("grows",)).assign(R2=math.nan))[0]
@@ -225,11 +225,11 @@ def test_returns():
     assert first == (
         "A displacement (random, 0.1 of the spread) made at layer 0 leaves the model 0.50 [0.49, 0.51] times as long, "
         "and 0.40 [0.39, 0.41] of it is left along itself; from layer 0 it has gone back, in part or wholly, from "
-        "layer 1 it has grown, from layer 2 neither could be told."
+        "layer 1 it has grown, from layer 2 neither could be decided."
     )
     assert "principal" in second
     still = frame.assign(**around("remaining", 1 - 1e-8, 0), **around("along", 1 - 1e-8, 0))
-    assert "from layers 0 to 2 neither could be told" in say.returns(still)[0]
+    assert "from layers 0 to 2 neither could be decided" in say.returns(still)[0]
     frame.loc[frame["kind"] == "random", "remaining"] = math.nan
     assert len(say.returns(frame)) == 1
 
@@ -241,10 +241,10 @@ def test_returns():
         (0.1, 0.3, -0.2, "Reversion is stronger in the middle: "),
         (-0.1, -0.3, 0.2, "Deviations grow in the ends too, though less than in the middle: "),
         (-0.3, -0.1, -0.2, "Deviations grow in the middle too, though less than in the ends: "),
-        (0.0, -0.2, 0.2, "kappa is higher in the ends, but whether deviations revert there could not be told: "),
-        (0.3, 0.1, 0.0, "Whether reversion is stronger in the ends could not be told: "),
+        (0.0, -0.2, 0.2, "kappa is higher in the ends, but whether deviations revert there could not be decided: "),
+        (0.3, 0.1, 0.0, "Whether reversion is stronger in the ends could not be decided: "),
         (0.3, 0.1, None, "Reversion is stronger in the ends: "),
-        (0.3, 0.1, math.nan, "Whether reversion is stronger in the ends could not be told: "),
+        (0.3, 0.1, math.nan, "Whether reversion is stronger in the ends could not be decided: "),
     ],
 )
 def test_ends(outer, middle, excess, said):
@@ -257,7 +257,7 @@ def test_ends(outer, middle, excess, said):
 
 def test_ends_without_a_middle():
     row = {"boundary_in": 2, "boundary_out": 2} | around("difference", math.nan)
-    assert "could not be asked" in say.ends(pd.Series(row))
+    assert "could not be tested" in say.ends(pd.Series(row))
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_ends_without_a_middle():
     [
         (0.5, (0.1, 0.2), "more than in random walks of the same updates (published"),
         (0.0, (0.1, 0.2), "less than in random walks of the same updates (published"),
-        (0.15, (0.1, 0.2), "not shown to be other than in random walks of the same updates (published"),
-        (0.2, (0.1, 0.2), "not shown to be other than in random walks of the same updates (published"),
+        (0.15, (0.1, 0.2), "not shown to differ from random walks of the same updates (published"),
+        (0.2, (0.1, 0.2), "not shown to differ from random walks of the same updates (published"),
         (0.5, (), "to be compared with random walks (published"),
-        (math.nan, (0.1, 0.2), "leaves no noise over at two depths or more, so none grows."),
+        (math.nan, (0.1, 0.2), "leaves no noise at two depths or more, so none grows."),
     ],
 )
 def test_noise(rate, walks, said):
@@ -347,40 +347,41 @@ def test_a_curve_for_every_layer_moved_and_kind(left):
 @pytest.fixture
 def undrawn(monkeypatch):
     """The figures are made, but not turned into pixels, which takes longer than all the measures."""
-    monkeypatch.setattr(drawing, "png", lambda figure: b"figure")
+    monkeypatch.setattr(study, "png", lambda figure: b"figure")
 
 
-def study(model, tokens, folder, untrained=None):
-    tables = reversion_study.measure(Stack(model), Tokens.of(tokens), folder, untrained)
+def measured(model, tokens, folder, untrained=None):
+    """The tables of a whole study, which are those in its folder, and its sentences."""
+    tables = study.measure(Stack(model), Tokens.of(tokens), folder, untrained)
     for name, table in tables.items():
-        pd.testing.assert_frame_equal(frames.read(folder / name), table, check_dtype=False)
+        pd.testing.assert_frame_equal(csv_tables.read(folder / name), table, check_dtype=False)
     assert {path.name for path in folder.glob("*.csv")} == set(tables)
     pictures = {path.stem for path in folder.glob("*.png")}
-    assert pictures == set(reversion_study.draw(tables)) <= set(reversion_study.CAPTIONS)
-    sentences = reversion_study.found(tables)
+    assert pictures == set(draw.figures(tables)) <= set(files.CAPTIONS)
+    sentences = [str(sentence) for sentence in say.sentences(tables)]
     assert not any("nan" in sentence.split() for sentence in sentences)
     return tables, sentences
 
 
 def test_an_ou_stream_is_told_to_revert_in_every_layer_as_a_force(tmp_path):
-    tables, sentences = study(ou_network([0.2, 0.3, 0.1], d_model=8), known_networks.tokens(20, 6), tmp_path)
-    assert set(tables) == set(reversion_study.COLUMNS)
+    tables, sentences = measured(ou_network([0.2, 0.3, 0.1], d_model=8), known_networks.tokens(20, 6), tmp_path)
+    assert set(tables) == set(files.COLUMNS)
     assert sentences[-1] == (
         "In one sentence: on these prompts the stream reverts to a mean in every layer (layers 1 to 2), as a force, "
         "and over all layers together."
     )
-    own = tables[reversion_study.PANEL].query("series == 'model' and span == 'all'").iloc[0]
+    own = tables[files.PANEL].query("series == 'model' and span == 'all'").iloc[0]
     assert own["within_excess_low"] > 0.1  # no shocks: what is taken back shows about the common mean alone
     assert any("one mean for all tokens" in one and "): deviations are taken back." in one for one in sentences)
     assert sum("it has gone back, in part or wholly" in one for one in sentences) == 3
 
 
 def test_two_layers_in_parallel_are_told_not_to_revert(tmp_path, undrawn):
-    tables, sentences = study(
+    tables, sentences = measured(
         known_networks.parallel_network(n_layers=2, width=4), known_networks.tokens(20, 6), tmp_path
     )
-    assert set(reversion_study.COLUMNS) - set(tables) == {reversion_study.PANEL, reversion_study.NOISE}
-    assert len(tables[reversion_study.NORMS]) == 2
+    assert set(files.COLUMNS) - set(tables) == {files.PANEL, files.NOISE}
+    assert len(tables[files.NORMS]) == 2
     assert sentences[-1].startswith("In one sentence: on these prompts the stream does not revert to a mean: ")
     assert not any("taken back" in one or "gone back" in one for one in sentences)
     assert not any("undo what" in one or "go on in" in one for one in sentences)
@@ -388,6 +389,8 @@ def test_two_layers_in_parallel_are_told_not_to_revert(tmp_path, undrawn):
 
 def test_one_prompt_and_a_head_that_caps_its_logits(tmp_path, load, undrawn):
     model = load("gemma2")
-    tables, sentences = study(model, torch.randint(4, 90, (1, 8)), tmp_path, untrained=Stack(model))
-    assert set(tables[reversion_study.COORDINATES]["coordinates"]) == {"raw", "normalised", "principal"}
-    assert sentences[-1].endswith("it could not be told whether the stream reverts to a mean: no reversion was shown.")
+    tables, sentences = measured(model, torch.randint(4, 90, (1, 8)), tmp_path, untrained=Stack(model))
+    assert set(tables[files.COORDINATES]["coordinates"]) == {"raw", "normalised", "principal"}
+    assert sentences[-1].endswith(
+        "it could not be decided whether the stream reverts to a mean: no reversion was shown."
+    )

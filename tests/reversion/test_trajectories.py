@@ -26,8 +26,9 @@ def transformer():
     return Stack(known_networks.random_network(n_layers=4, norm="LN", dtype=torch.float64))
 
 
-def read(stack, tokens, **options):
-    return trajectories.measure(stack, tokens, draws=2, sampling=Sampling(resamples=40), **options)
+def measured(stack, tokens, batch_size=64, **options):
+    sampling = Sampling(resamples=40, batch_size=batch_size)
+    return trajectories.measure(stack, tokens, draws=2, sampling=sampling, **options)
 
 
 # --- what is known exactly --------------------------------------------------------------------------------------------
@@ -35,8 +36,8 @@ def read(stack, tokens, **options):
 
 def test_a_window_of_an_ou_stream_takes_back_what_its_layers_take_back_in_turn():
     kappas = np.array([0.1, 0.3, 0.5, -0.1, 0.05])
-    ways = read(Stack(ou_network(kappas)), known_networks.tokens(24, 8))
-    frame = trajectories.windows(ways).set_index(["start", "stop"])
+    moments = measured(Stack(ou_network(kappas)), known_networks.tokens(24, 8))
+    frame = trajectories.windows(moments).set_index(["start", "stop"])
     for (start, stop), row in frame.iterrows():
         left = np.prod(1 - kappas[start:stop])
         for end in ("", "_low", "_high"):
@@ -50,8 +51,8 @@ def test_a_window_of_an_ou_stream_takes_back_what_its_layers_take_back_in_turn()
 
 
 def test_one_phi_for_all_layers_of_an_even_ou_stream():
-    ways = read(Stack(ou_network([0.2] * 6)), known_networks.tokens(24, 8))
-    own = trajectories.panel(ways, first_layer=0).query("series == 'model'").set_index("span")
+    moments = measured(Stack(ou_network([0.2] * 6)), known_networks.tokens(24, 8))
+    own = trajectories.panel(moments, first_layer=0).query("series == 'model'").set_index("span")
     for name in ("pooled", "weighted"):
         np.testing.assert_allclose(own[name], 0.8, atol=1e-6)
     np.testing.assert_allclose(own["kappa_ou"], -math.log(0.8), atol=1e-6)
@@ -62,11 +63,11 @@ def test_one_phi_for_all_layers_of_an_even_ou_stream():
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_layers_that_write_into_fresh_subspaces_are_a_random_walk(share):
-    ways = read(Stack(known_networks.mixed_network(share, n_layers=6)), known_networks.tokens(32, 8))
-    frame = trajectories.windows(ways)
+    moments = measured(Stack(known_networks.mixed_network(share, n_layers=6)), known_networks.tokens(32, 8))
+    frame = trajectories.windows(moments)
     assert frame.kappa.abs().max() < 1e-6
     np.testing.assert_allclose(frame.variance_ratio, 1, atol=1e-6)
-    own = trajectories.panel(ways, first_layer=0).query("series == 'model'")
+    own = trajectories.panel(moments, first_layer=0).query("series == 'model'")
     np.testing.assert_allclose(own.pooled, 1, atol=1e-6)
     np.testing.assert_allclose(own.within, own.within_walk, atol=1e-6)
 
@@ -87,9 +88,9 @@ def test_a_layer_alone_reads_what_reversion_reads(transformer):
 
 
 def test_the_walks_read_what_theory_says_of_walks(transformer):
-    ways = trajectories.measure(transformer, known_networks.tokens(60, 12), draws=6)
-    frame = trajectories.windows(ways)
-    own = trajectories.panel(ways, first_layer=0).set_index(["series", "span"])
+    moments = trajectories.measure(transformer, known_networks.tokens(60, 12), draws=6)
+    frame = trajectories.windows(moments)
+    own = trajectories.panel(moments, first_layer=0).set_index(["series", "span"])
     for null in ("rotated", "token_shuffled"):
         assert frame[f"kappa_{null}"].abs().max() < 0.1
         longer = frame[frame.stop - frame.start > 1]
@@ -103,8 +104,8 @@ def test_the_walks_read_what_theory_says_of_walks(transformer):
 
 def test_a_short_panel_with_means_reads_reversion_where_there_is_none():
     # Nickell: that is what within_walk is there for
-    ways = read(Stack(known_networks.parallel_network(n_layers=6)), known_networks.tokens(32, 8))
-    row = trajectories.panel(ways, first_layer=0).query("series == 'model' and span == 'all'").iloc[0]
+    moments = measured(Stack(known_networks.parallel_network(n_layers=6)), known_networks.tokens(32, 8))
+    row = trajectories.panel(moments, first_layer=0).query("series == 'model' and span == 'all'").iloc[0]
     assert row.within < 0.8
     assert abs(row.within_excess) < 1e-6
     assert row.half_panel > row.within
@@ -117,7 +118,7 @@ def test_layers_that_undo_each_other_and_layers_that_agree():
         [torch.randn(known_networks.D_VOCAB, 8, generator=rng()), torch.zeros(known_networks.D_VOCAB, 8)], 1
     )
     undone, agreed = (
-        trajectories.windows(read(Stack(network([turn, sign * turn], embedding)), known_networks.tokens(24, 8)))
+        trajectories.windows(measured(Stack(network([turn, sign * turn], embedding)), known_networks.tokens(24, 8)))
         .set_index(["start", "stop"])
         .loc[(0, 2), ["variance_ratio", "variance_ratio_excess_token_shuffled_high", "kappa"]]
         for sign in (-1, 1)
@@ -145,20 +146,20 @@ def test_the_correlation_of_shocks_is_the_mean_over_all_pairs_of_tokens(transfor
 @pytest.mark.parametrize("coordinates", ["normalised", "principal", "logits"])
 def test_every_coordinate_has_its_windows(transformer, coordinates):
     tokens = known_networks.tokens(20, 9)
-    ways = read(transformer, tokens, coordinates=coordinates)
-    frame = trajectories.windows(ways, max_length=1)
+    moments = measured(transformer, tokens, coordinates=coordinates)
+    frame = trajectories.windows(moments, max_length=1)
     layer = reversion.layers(transformer, tokens, nulls=False, coordinates=coordinates, sampling=Sampling(resamples=40))
     np.testing.assert_allclose(frame.kappa, layer.kappa, rtol=1e-8)
     assert (frame.coordinates == coordinates).all()
     assert set(trajectories.WINDOWS_COLUMNS) >= set(frame)
-    assert set(trajectories.PANEL_COLUMNS) >= set(trajectories.panel(ways))
+    assert set(trajectories.PANEL_COLUMNS) >= set(trajectories.panel(moments))
 
 
 def test_padding_and_batches_change_nothing_but_the_partners(transformer):
-    left, right = (trajectories.windows(read(transformer, ragged(side))) for side in ("left", "right"))
+    left, right = (trajectories.windows(measured(transformer, ragged(side))) for side in ("left", "right"))
     pd.testing.assert_frame_equal(left, right, rtol=1e-7, atol=1e-9)
     tokens = known_networks.tokens(20, 9)
-    whole, split = (trajectories.windows(read(transformer, tokens, batch_size=size)) for size in (64, 7))
+    whole, split = (trajectories.windows(measured(transformer, tokens, batch_size=size)) for size in (64, 7))
     same = [name for name in whole if "token_shuffled" not in name and not name.startswith("kappa_excess")]
     pd.testing.assert_frame_equal(whole[same], split[same], rtol=1e-8)
 
@@ -166,16 +167,16 @@ def test_padding_and_batches_change_nothing_but_the_partners(transformer):
 def test_no_more_is_kept_of_a_long_corpus(transformer):
     tokens = known_networks.tokens(8, 5)
     short, long = (trajectories.measure(transformer, tokens.repeat(times, 1), nulls=False) for times in (40, 400))
-    for ways in (short, long):
-        (matrix,) = ways.matrices["model"]
+    for moments in (short, long):
+        (matrix,) = moments.matrices["model"]
         assert matrix.shape == (401, 5, 5)
     np.testing.assert_allclose(short.matrices["model"][0][0], long.matrices["model"][0][0], rtol=1e-9)
     assert (short.n_prompts, long.n_prompts) == (320, 3200)
 
 
 def test_one_prompt_has_numbers_without_intervals(transformer):
-    ways = read(transformer, known_networks.tokens(1, 12))
-    frame, panel = trajectories.windows(ways), trajectories.panel(ways)
+    moments = measured(transformer, known_networks.tokens(1, 12))
+    frame, panel = trajectories.windows(moments), trajectories.panel(moments)
     assert frame.kappa.notna().all()
     assert frame.kappa_low.isna().all()
     assert panel.p.isna().all()
@@ -183,27 +184,27 @@ def test_one_prompt_has_numbers_without_intervals(transformer):
 
 def test_two_layers_are_a_window_and_no_panel_of_the_later_ones():
     stack = Stack(known_networks.random_network(n_layers=2))
-    ways = read(stack, known_networks.tokens(12, 8))
-    assert len(trajectories.windows(ways)) == 3
-    assert trajectories.panel(ways).empty
-    whole = trajectories.panel(ways, first_layer=0)
+    moments = measured(stack, known_networks.tokens(12, 8))
+    assert len(trajectories.windows(moments)) == 3
+    assert trajectories.panel(moments).empty
+    whole = trajectories.panel(moments, first_layer=0)
     assert whole.half_panel.isna().all()
     assert whole.within.notna().all()
 
 
 def test_a_stream_that_does_not_vary_has_no_rate():
     model = network([torch.zeros(8, 8)] * 3, torch.ones(256, 8))
-    ways = read(Stack(model), known_networks.tokens(12, 6))
-    frame = trajectories.windows(ways)
+    moments = measured(Stack(model), known_networks.tokens(12, 6))
+    frame = trajectories.windows(moments)
     assert frame[["kappa", "psi", "growth", "variance_ratio", "half_life"]].isna().all().all()
-    assert trajectories.panel(ways)[["pooled", "within", "z", "p"]].isna().all().all()
+    assert trajectories.panel(moments)[["pooled", "within", "z", "p"]].isna().all().all()
 
 
 def test_half_precision_is_read_in_double():
     full = Stack(known_networks.random_network(n_layers=3))
     half = Stack(known_networks.random_network(n_layers=3, dtype=torch.bfloat16))
     tokens = known_networks.tokens(24, 8)
-    kappas = [trajectories.windows(read(stack, tokens)).kappa for stack in (full, half)]
+    kappas = [trajectories.windows(measured(stack, tokens)).kappa for stack in (full, half)]
     np.testing.assert_allclose(kappas[0], kappas[1], atol=0.02)
 
 
@@ -213,10 +214,10 @@ def test_massive_tokens_are_left_out_and_counted():
     stack = Stack(network([-0.2 * torch.eye(8)] * 2, embedding))
     tokens = known_networks.tokens(24, 8)
     tokens[3, 4] = 7
-    ways, all_of_them = read(stack, tokens), read(stack, tokens, skip_massive=False)
-    assert ways.n_massive == int((tokens[:, 1:] == 7).sum()) > 0
+    moments, all_of_them = measured(stack, tokens), measured(stack, tokens, skip_massive=False)
+    assert moments.n_massive == int((tokens[:, 1:] == 7).sum()) > 0
     assert all_of_them.n_massive == 0
-    np.testing.assert_allclose(trajectories.windows(ways, 1).kappa, 0.2, atol=1e-9)
+    np.testing.assert_allclose(trajectories.windows(moments, 1).kappa, 0.2, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +230,13 @@ def test_impossible_wishes(transformer, options, says):
 
 
 def test_a_window_of_no_layers_and_boundaries_outside(transformer):
-    ways = trajectories.measure(transformer, known_networks.tokens(4, 4), nulls=False, sampling=Sampling(resamples=5))
+    moments = trajectories.measure(
+        transformer, known_networks.tokens(4, 4), nulls=False, sampling=Sampling(resamples=5)
+    )
     with pytest.raises(ValueError, match="a window has 1 to 4 layers"):
-        trajectories.windows(ways, 0)
+        trajectories.windows(moments, 0)
     with pytest.raises(ValueError, match="boundaries are 0 <= in <= out <= 4"):
-        trajectories.panel(ways, (3, 9))
+        trajectories.panel(moments, (3, 9))
 
 
 def test_a_stream_that_is_not_finite_is_refused():

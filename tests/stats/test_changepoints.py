@@ -56,7 +56,7 @@ def test_a_random_walk_is_rarely_called_blocks():
 def test_the_posterior_spreads_as_the_noise_does():
     sure = np.stack([blocks(0.05, 0) + 0.05 * np.random.default_rng(i).normal(size=(12, 4)) for i in range(40)])
     unsure = np.stack([blocks(0.05, 0) + 1.5 * np.random.default_rng(i).normal(size=(12, 4)) for i in range(40)])
-    likely = [changepoints.posterior(changepoints.places(some))["probability"].max() for some in (sure, unsure)]
+    likely = [changepoints.posterior(changepoints.places(paths))["probability"].max() for paths in (sure, unsure)]
     assert likely[0] == 1 > likely[1]
     assert (
         changepoints.posterior(changepoints.places(unsure))

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from surgery.stats import bootstrap, comparisons
+from surgery.stats import comparisons, permutation
 
 
 def scan(d, groups=None, metric="loglik", baseline=-3.0):
@@ -88,7 +88,7 @@ def test_chunks_and_the_order_of_wirings_change_nothing(monkeypatch):
     frame = scan(np.random.default_rng(4).normal(size=(9, 20)))
     whole = comparisons.table(frame, "loglik", resamples=300)
     luck = comparisons.expected_best(frame, "loglik", resamples=300)
-    monkeypatch.setattr(bootstrap, "_AT_ONCE", 700)
+    monkeypatch.setattr(permutation, "_AT_ONCE", 700)
     pd.testing.assert_frame_equal(comparisons.table(frame, "loglik", resamples=300), whole)
     assert comparisons.expected_best(frame, "loglik", resamples=300).mean == pytest.approx(luck.mean)
     mixed = comparisons.table(frame.sample(frac=1, random_state=0), "loglik", resamples=300)

@@ -1,19 +1,22 @@
-"""Frames with made-up numbers, to say what a report must make of them."""
+"""Frames with made-up numbers, to test what a report makes of them."""
 
 from pathlib import Path
 
 import pandas as pd
 
+from surgery.graft import study as graft_study
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import manifest as provenance
+from surgery.records import manifest as manifests
 from surgery.records import tables
-from surgery.reversion import kappa, study
+from surgery.reversion import files, kappa
 from surgery.series import chapter
+from surgery.training.ledger import Ledger
 
 SERIES, CALIBRATION, MEASURES, COSTS = chapter.WINDOWS, chapter.NETWORKS, chapter.MEASURES_FILE, chapter.COSTS_FILE
-REVERSION = "reversion_layers.csv"
+REVERSION = files.LAYERS
 SCAN, GROUPS, ENDS = "scan_table.csv", "scan_groups.csv", "anatomy_ends.csv"
+GRAFT_FINDINGS = ["Layers 2 to 3 of 6 replaced.", "Graft: as close as that."]
 COLUMNS = {SERIES: chapter.NETWORKS_COLUMNS, REVERSION: kappa.COLUMNS}
 
 
@@ -75,10 +78,16 @@ def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> 
     return pd.DataFrame(rows)
 
 
+def panel(pooled: float = 0.9, within_excess: float = -0.1) -> pd.DataFrame:
+    """All layers as one autoregression over depth, without the panels of random walks."""
+    row = {"series": "model", "span": "all", "start": 1, "stop": 6, "within": 0.5, "within_walk": 0.6}
+    return pd.DataFrame([row | with_interval("pooled", pooled) | with_interval("within_excess", within_excess)])
+
+
 def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **__: object) -> None:
-    """In the place of ``reversion_study.measure``: the file that has to be there."""
-    manifest = provenance.manifest(stack, tokens, seed=0)
-    tables.write(reversion(stack.n_layers), folder / study.LAYERS, manifest, kappa.COLUMNS)
+    """In the place of ``reversion.study.measure``: the file that has to be there."""
+    manifest = manifests.manifest(stack, tokens, seed=0)
+    tables.write(reversion(stack.n_layers), folder / files.LAYERS, manifest, kappa.COLUMNS)
 
 
 def networks() -> pd.DataFrame:
@@ -104,7 +113,7 @@ def measures() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def manifest(name: str = "toy") -> dict:
-    """What ``provenance.manifest`` gives, without a model."""
+    """What ``records.manifest.manifest`` gives, without a model."""
     return {
         "model": {"name": name, "revision": None, "n_layers": 6, "d_model": 8, "weights_sha256": "ab" * 32},
         "tokens": {"prompts": 32, "tokens": 320, "sha256": "cd" * 32},
@@ -115,3 +124,66 @@ def manifest(name: str = "toy") -> dict:
         "command": "surgery study",
         "time": "2026-01-01T00:00:00+00:00",
     }
+
+
+def graft_scores(**values: float) -> dict[str, float]:
+    """What ``fidelity`` reads of one method, those of ``values`` replaced."""
+    numbers = {
+        "damage": 0.25,
+        "unexplained": 0.5,
+        "exact": 0.75,
+        "exact_original": 1.0,
+        "cross_entropy": 1.5,
+        "cross_entropy_original": 1.25,
+        "cross_entropy_answers": 0.5,
+        "cross_entropy_answers_original": 0.125,
+    }
+    ends = [with_interval(name, number) for name, number in (numbers | values).items()]
+    return {"start": 2.0, "stop": 4.0, "n_prompts": 32.0} | {k: value for one in ends for k, value in one.items()}
+
+
+def write_graft(folder, seeds: int = 1, findings: list[str] | None = GRAFT_FINDINGS, answers: bool = True) -> dict:
+    """Leave what ``surgery graft`` leaves, and return the manifest."""
+    runs = [(name, float(seed)) for seed in range(seeds) for name in ("graft", "whole")]
+    spent = {
+        "parameters": 1e3,
+        "steps": 6.0,
+        "tokens": 2e4,
+        "operations": 3.21e11,
+        "operations_with_teacher": 4.32e11,
+        "seconds": 16.4,
+    }
+    rows = [{"method": "skip", "seed": float("nan"), "parameters": 0.0} | graft_scores(damage=0.777)]
+    rows += [{"method": name, "seed": seed} | graft_scores(damage=0.111 * (1 + seed)) | spent for name, seed in runs]
+    curve = pd.DataFrame(
+        [
+            {
+                "method": name,
+                "seed": seed,
+                "step": step,
+                "tokens": 1e4 * step,
+                "operations": 1e11 * step,
+                "operations_with_teacher": 1e11 * (1 + step),
+            }
+            | graft_scores(cross_entropy=2.0 - step / 4)
+            for name, seed in runs
+            for step in range(3)
+        ]
+    )
+    ledger = Ledger()
+    ledger.add("harvest", 16059, 12_300_000_000, 3.0, teacher=True)
+    ledger.add("training", 20510, 321_000_000_000, 16.4)
+    by_file = {
+        graft_study.METHODS: pd.DataFrame(rows),
+        graft_study.CURVES: curve,
+        graft_study.LEDGER: ledger.frame().assign(method="graft", seed=0),
+    }
+    about = manifest() | {"settings": {} if findings is None else {"found": findings}}
+    for name, table in by_file.items():
+        frame = (
+            table
+            if answers
+            else table[[column for column in table if "exact" not in column and "answers" not in column]]
+        )
+        tables.write(frame, folder / name, about, graft_study.COLUMNS[name])
+    return about
