@@ -30,7 +30,9 @@ def babel():
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scan")
-    return folder, study.run(family="parallel", out=folder, count=28, top=3)
+    result = study.run(family="parallel", out=folder, count=28, top=3)
+    report.build(folder)
+    return folder, result
 
 
 def test_what_a_scan_leaves_behind(scanned):
