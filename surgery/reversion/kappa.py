@@ -357,7 +357,7 @@ def _compare(drift: Drift, nulls: dict[str, list[Drift]], match: bool) -> dict[s
     return row | smaller_excess(row)
 
 
-def smaller_excess(row: Mapping[str, float]) -> dict[str, float]:
+def smaller_excess(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the columns ``kappa_excess``: the smaller excess over the two random walks, and of either end."""
     walks = ("rotated", "token_shuffled")
     return {
