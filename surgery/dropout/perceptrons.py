@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -245,7 +245,7 @@ class _Cells:
 
     def _per_rate(self, values: Tensor) -> Tensor:
         """Copy the values of every seed for each of its rates."""
-        return repeat(values, "seed ... -> (seed rate) ...", rate=len(self.rates))
+        return values.repeat_interleave(len(self.rates), 0)  # a copy, never a view: it becomes parameters
 
 
 def _spread(x: Float[Tensor, "cell example unit"]) -> Float[Tensor, " cell"]:

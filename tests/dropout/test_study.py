@@ -124,7 +124,7 @@ def test_small_models_are_measured_from_end_to_end(tmp_path, monkeypatch):
     small = {"n_layers": 3, "d_model": 16, "d_mlp": 32, "n_heads": 2, "steps": 2, "every": 1}
     monkeypatch.setattr(trained, "LADDER", (9.0,))
     made = [trained.train(trained.Recipe(rate=rate, **small), tmp_path / str(rate)) for rate in (0.0, 0.4)]
-    frame = study.measure(made, layers=[1], count=30, resamples=10)
+    frame = study.measure(made, layers=[1], count=30, coder_steps=20, resamples=10)
     assert list(frame) == list(COLUMNS[MODELS])
     assert frame[["rate", "matched"]].values.tolist() == [[r, m] for r in (0.0, 0.4) for m in ("steps", "loss")]
     assert frame["psi"].between(0, 2).all()
