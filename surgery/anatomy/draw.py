@@ -24,13 +24,13 @@ KINDS = {
 
 def figures(tables: Mapping[str, pd.DataFrame], n_layers: int) -> dict[str, Figure]:
     """The figures of the tables of a folder, by the name of their PNG file."""
-    drawn = {
+    by_name = {
         "anatomy_boundaries": boundaries(tables[BOUNDARIES], tables[DETECTORS], n_layers),
         "anatomy_ends": ends(tables[ENDS]),
     }
     if CONVERGENCE in tables:
-        drawn["anatomy_convergence"] = convergence(tables[CONVERGENCE])
-    return drawn
+        by_name["anatomy_convergence"] = convergence(tables[CONVERGENCE])
+    return by_name
 
 
 def boundaries(posterior: pd.DataFrame, detectors: pd.DataFrame, n_layers: int) -> Figure:

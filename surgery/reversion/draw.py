@@ -63,7 +63,7 @@ CAUSAL = {
 
 def figures(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
     """The figures of the tables of a folder, by the name of their PNG file."""
-    drawn = {"reversion": by_layer(tables[files.LAYERS])}
+    by_name = {"reversion": by_layer(tables[files.LAYERS])}
     for file, draw in (
         (files.COORDINATES, coordinates),
         (files.WINDOWS, windows),
@@ -71,8 +71,8 @@ def figures(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
         (files.RETURNS, returns),
     ):
         if file in tables:
-            drawn[file.removesuffix(".csv")] = draw(tables[file])
-    return drawn
+            by_name[file.removesuffix(".csv")] = draw(tables[file])
+    return by_name
 
 
 def coordinates(frame: pd.DataFrame) -> Figure:

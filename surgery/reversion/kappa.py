@@ -194,7 +194,7 @@ def layers(
             fresh = _steps(ensemble, untrained, coordinate_map(coordinates, untrained, ensemble), "untrained")
             measured["untrained"] = [[step.drift(resampled)] for step in fresh]
         for layer, drift in enumerate(drifts):
-            at_layer = {null: drawn[layer] for null, drawn in measured.items()}
+            at_layer = {null: by_layer[layer] for null, by_layer in measured.items()}
             rows[layer] |= _compare(drift, at_layer, match=view.linear)
     if causal and coordinates == "raw":
         lengths = [size * float(step.variance(resampled[:1]).sqrt()) for step in steps]

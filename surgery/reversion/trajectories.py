@@ -216,7 +216,7 @@ def measure(
         if untrained is not None:
             fresh = coordinate_map(coordinates, untrained, ensemble)
             sums["untrained"] = _sums(untrained, ensemble, fresh)["model"]
-    matrices = {name: [draw.matrix(resampled) for draw in drawn] for name, drawn in sums.items()}
+    matrices = {name: [draw.matrix(resampled) for draw in of_series] for name, of_series in sums.items()}
     return TrajectoryMoments(matrices, len(ensemble.tokens), n_massive, coordinates)
 
 
@@ -234,9 +234,9 @@ def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.Dat
             own = _window(moments.matrices["model"][0], start, stop)
             row: dict[str, float] = {"start": start, "stop": stop} | measure_columns(own)
             row["half_life"] = (stop - start) * half_life(float(own["kappa"][0]))
-            for null, drawn in moments.matrices.items():
+            for null, matrices in moments.matrices.items():
                 if null != "model":
-                    row |= _null_columns(own, [_window(matrix, start, stop) for matrix in drawn], null)
+                    row |= _null_columns(own, [_window(matrix, start, stop) for matrix in matrices], null)
             if "rotated" in moments.matrices:
                 row |= smaller_excess(row)
             rows.append(row)
@@ -254,8 +254,8 @@ def panel(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None,
     """
     rows = []
     for span, (start, stop) in spans(moments.n_layers, boundaries, first_layer).items():
-        for series, drawn in moments.matrices.items():
-            by_draw = [_panel(matrix[:, start : stop + 1, start : stop + 1]) for matrix in drawn]
+        for series, matrices in moments.matrices.items():
+            by_draw = [_panel(matrix[:, start : stop + 1, start : stop + 1]) for matrix in matrices]
             measures = {name: pool([draw[name] for draw in by_draw]) for name in by_draw[0]}
             row: dict[str, float | str] = {"series": series, "span": span, "start": start, "stop": stop}
             row |= {"transitions": stop - start} | measure_columns(measures)
