@@ -140,7 +140,7 @@ def table(
 
     Deltas within ``tolerance`` of the largest damage are rounding and count as 0.
     """
-    value, part = _of(full, measure), _of(partial, measure)
+    value, part = _values(full, measure), _values(partial, measure)
     draws, rows, deltas = _draws(value, resamples, seed), [], []
     for pair in _pairs(full):
         d, d_partial = _damages(full, value, pair, tolerance), _damages(partial, part, pair, tolerance)
@@ -171,7 +171,7 @@ def summary(
     >>> summary(Damages(((0,), (1,), (0, 1)), series, series))[["mean_rho", "redundancy_mass"]].values.tolist()
     [[1.0, 0.0]]
     """
-    value = _of(full, measure)
+    value = _values(full, measure)
     draws, all_pairs = _draws(value, resamples, seed), _pairs(full)
     damages = [_damages(full, value, pair, tolerance) for pair in all_pairs]
     rhos = [rho for status, rho in (_rho(d @ draws.T) for d in damages) if status == "measured"]
@@ -192,7 +192,7 @@ def _pairs(damages: Damages) -> list[tuple[int, int]]:
     return pairs_measured
 
 
-def _of(damages: Damages, measure: str) -> Float[Tensor, "set prompt"]:
+def _values(damages: Damages, measure: str) -> Float[Tensor, "set prompt"]:
     if measure not in ("margin", "loss"):
         raise ValueError(f"damage is measured as margin (logits) or loss (nats), not as {measure!r}")
     return damages.margin if measure == "margin" else damages.loss
