@@ -75,7 +75,7 @@ class Objective:
 
     @property
     def factors(self) -> tuple[float, float, float]:
-        """Of the terms, in the order in which the student returns them."""
+        """Factors of the terms, in the order in which the student returns them."""
         return self.latent, self.kl, self.cross_entropy
 
     @property

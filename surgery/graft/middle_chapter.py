@@ -162,7 +162,7 @@ def _methods(frame: pd.DataFrame) -> Table:
     names = _scores(frame)
     cells = [
         [
-            count_cell(amount),
+            Cell(f"{amount:,.0f}"),
             Cell(str(name)),
             *_over_seeds(part, names),
             *_spent(part),

@@ -51,7 +51,7 @@ _PIECE = 1 << 20  # bytes hashed at a time
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: how many prompts and tokens it holds, and what it must look like."""
+    """One file: its numbers of prompts and tokens, its size and its hash."""
 
     file: str
     prompts: int

@@ -1,5 +1,6 @@
 """A fresh middle between frozen ends: on real architectures, what its loss is, and what goes wrong."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -37,8 +38,15 @@ def ragged(count, n_vocab=90, seed=0):
 CORPUS, HELDOUT = ragged(24), ragged(8, seed=1)
 
 
-def network(**sizes):
-    return Stack(known_networks.random_network(**{"n_layers": 4, "d_model": 16, **sizes}))
+@functools.cache
+def network(seed=0):
+    return Stack(known_networks.random_network(n_layers=4, d_model=16, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The activations of ``network()``; nothing may change their files."""
+    return harvested(network(), tmp_path_factory.mktemp("pairs"))
 
 
 def harvested(stack, folder, corpus=CORPUS, span=SPAN, dtype=torch.float32):
@@ -173,9 +181,8 @@ def terms(teacher, pairs, objective, student=None, weigh=None, prompts=(0, 1, 2)
     return sums / weights, weights.detach(), batch
 
 
-def test_from_the_old_weights_there_is_nothing_to_learn(tmp_path):
+def test_from_the_old_weights_there_is_nothing_to_learn(pairs, tmp_path):
     teacher = network()
-    pairs = harvested(teacher, tmp_path)
     curves = {
         old: graft.train(
             teacher, pairs, HELDOUT, tmp_path / str(old), old=old, schedule=replace(SHORT, steps=1)
@@ -211,8 +218,7 @@ def later(pairs):
 
 @pytest.mark.parametrize("whiten", ["std", "principal", "none"])
 @pytest.mark.parametrize("floor", [0.0, 0.1, 2.0])
-def test_the_latent_loss_is_the_unexplained_share_of_the_whitened_update(tmp_path, whiten, floor):
-    pairs = harvested(network(), tmp_path)
+def test_the_latent_loss_is_the_unexplained_share_of_the_whitened_update(pairs, whiten, floor):
     scale = grafting._Scale.of(
         pairs.moments(), Objective(whiten=whiten, floor=floor, cap=float("inf")), torch.device("cpu")
     )
@@ -260,8 +266,7 @@ def test_a_massive_token_counts_as_cap_times_the_usual_one():
     assert float(total) > 1e7
 
 
-def test_padding_does_not_count(tmp_path):
-    pairs = harvested(network(), tmp_path)
+def test_padding_does_not_count(pairs):
     scale = grafting._Scale.of(pairs.moments(), Objective(), torch.device("cpu"))
     found = pairs.batch(range(6))
     x = torch.where(found.tokens.mask.unsqueeze(-1), found.x_start, 1e6)
@@ -293,9 +298,8 @@ def test_kl_and_cross_entropy_are_those_of_the_whole_model(load, tmp_path):
 # --- interrupted -----------------------------------------------------------------------------------------------------
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
-    teacher = network()
-    pairs, objective = harvested(teacher, tmp_path), Objective(1.0, 0.5, 0.5)
+def test_resumed_is_uninterrupted_bit_for_bit(pairs, tmp_path, monkeypatch):
+    teacher, objective = network(), Objective(1.0, 0.5, 0.5)
 
     def train(folder):
         return graft.train(teacher, pairs, HELDOUT, tmp_path / folder, objective=objective, schedule=SHORT)
@@ -322,9 +326,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
 # --- healing ---------------------------------------------------------------------------------------------------------
 
 
-def test_healing_changes_what_it_says_and_keeps_the_books(tmp_path):
+def test_healing_changes_what_it_says_and_keeps_the_books(pairs, tmp_path):
     teacher = network()
-    pairs = harvested(teacher, tmp_path)
     grown = graft.train(teacher, pairs, HELDOUT, tmp_path / "run", depth=1, schedule=SHORT)
     before = weights_sha256(grown.model)
     for parts, changed in (("junction", {1, 2}), ("all", {0, 1, 2})):
@@ -383,9 +386,8 @@ def test_activations_that_are_not_this_model_s_or_were_damaged_are_told(tmp_path
     refused(shard.name, teacher, pairs, tmp_path)
 
 
-def test_what_cannot_be_is_told(tmp_path):
+def test_what_cannot_be_is_told(pairs, tmp_path):
     teacher = network()
-    pairs = harvested(teacher, tmp_path)
     refused(
         "a batch of 32 prompts needs as many, there are 24", teacher, pairs, tmp_path, schedule=replace(SHORT, batch=32)
     )
@@ -421,12 +423,10 @@ def test_half_precision_is_told(load, tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_a_learning_rate_that_blows_up_is_told_and_the_checkpoint_named(tmp_path, every):
-    teacher = network()
-    pairs = harvested(teacher, tmp_path)
+def test_a_learning_rate_that_blows_up_is_told_and_the_checkpoint_named(pairs, tmp_path, every):
     refused(
         r"step.*checkpoint of\s+step \d is whole.*try a smaller learning rate",
-        teacher,
+        network(),
         pairs,
         tmp_path,
         schedule=replace(SHORT, learning_rate=1e30, warmup=1, every=every),

@@ -123,7 +123,7 @@ def test_padding_and_batches_do_not_matter_and_a_seed_decides():
     stack = Stack(known_networks.random_network(n_layers=3, seed=9, dtype=torch.float64))
     tokens = Tokens(TOKENS, torch.arange(8) < torch.tensor([[8]] * 6 + [[5]] * 4))
     one, same, small, other = (
-        layers(stack, tokens, seeds=1, sampling=Sampling(resamples=20), **options)
+        layers(stack, tokens, seeds=1, sampling=Sampling(resamples=20, **options))
         for options in ({}, {}, {"batch_size": 3}, {"seed": 1})
     )
     assert one.equals(same)

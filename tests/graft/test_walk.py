@@ -231,13 +231,13 @@ def test_draws_depend_on_seed_and_number_alone():
 
 @pytest.mark.parametrize("memory", [0.0, 0.6, 1.0])
 def test_memory_correlates_neighbouring_positions(memory):
-    x = gaussian(6000 * 3).reshape(6000, 3, D)
-    mask = torch.ones(6000, 3, dtype=torch.bool)
+    x = gaussian(2000 * 3).reshape(2000, 3, D)
+    mask = torch.ones(2000, 3, dtype=torch.bool)
     found = walk.fit(x, mask, positions=1, variance=1.0)
     for kind in (walk.Stationary(0.0, memory), walk.Free(1.0, memory)):
         noise = found(x, mask, kind)
         noise = noise if isinstance(kind, walk.Stationary) else noise - x + found.regions[0].mean
-        z = found.regions[0].whitened(noise.flatten(0, 1)).reshape(6000, 3, D).double()
+        z = found.regions[0].whitened(noise.flatten(0, 1)).reshape(2000, 3, D).double()
         assert within_error(z[:, 2].square(), 1.0)
         for gap in (1, 2):
             assert within_error(z[:, 2] * z[:, 2 - gap] - memory**gap * z[:, 2].square(), 0.0)
