@@ -99,7 +99,7 @@ def rotations(count: int, width: int, generator: np.random.Generator) -> list[Fl
     return [rotation(noise) for noise in torch.from_numpy(generator.standard_normal((count, width, width)))]
 
 
-def pool(draws: Sequence[Float[Tensor, "resample ..."]]) -> Float[Tensor, "pooled ..."]:
+def pool(draws: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "pooled ..."]:
     """Join the resamples of several random draws into one sample; its estimate (row 0) is the mean over draws.
 
     >>> pool([torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 5.0])]).tolist()
