@@ -31,10 +31,10 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def chosen(choices: Sequence[str], text: str) -> str:
+def require_choice(choices: Sequence[str], text: str) -> str:
     """``text`` if it is one of ``choices``; otherwise wrong usage, with a guess at what was meant.
 
-    >>> chosen(("repeat", "skip"), "skip")
+    >>> require_choice(("repeat", "skip"), "skip")
     'skip'
     """
     if text in choices:
@@ -51,7 +51,7 @@ def choice(choices: Sequence[str]) -> dict[str, Any]:
         return [name for name in choices if name.startswith(incomplete)]
 
     def parse(text: str) -> str:
-        return chosen(choices, text)
+        return require_choice(choices, text)
 
     return {"parser": parse, "metavar": f"[{'|'.join(choices)}]", "autocompletion": completions}
 
@@ -77,7 +77,7 @@ def one_line_errors(interrupted: str, debug: bool = False) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def plainly(command: Callable[..., None]) -> Callable[..., None]:
+def with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose errors are ``one_line_errors``."""
 
     @functools.wraps(command)
@@ -114,7 +114,7 @@ def root(
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def study(
     names: Annotated[
         list[str] | None,
@@ -163,7 +163,7 @@ def study(
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def check(model: Model = "babel", debug: Debug = False) -> None:
     """Prove that a model is opened exactly.
 
@@ -185,7 +185,7 @@ def check(model: Model = "babel", debug: Debug = False) -> None:
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that surgery study or scan wrote.")],
     debug: Debug = False,
@@ -202,7 +202,7 @@ def report(
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def scan(
     model: Model = "babel",
     family: Annotated[
@@ -260,7 +260,7 @@ def scan(
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def tape(
     wiring: Annotated[str, typer.Argument(help='The order in which the layers run, such as ":8 4:".')],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist or be empty.")],
@@ -280,7 +280,7 @@ def tape(
 
 
 @app.command()
-@plainly
+@with_one_line_errors
 def graft(
     model: Model = "babel",
     middle: Annotated[str, typer.Option(help="The layers to replace, start:stop.")] = "4:9",

@@ -5,8 +5,8 @@
 
 They work wherever TransformerLens takes hooks (``run_with_hooks``, ``hooks()``, ``run_with_cache``, ``generate`` with
 or without its key-value cache), add up (``skip(model, 2, 3) + damp(model, 5, 0.5)``) and leave nothing behind. Each
-is the same function as the wiring named in its docstring run by the Stack. Every layer still executes, so nothing
-gets faster; repeats and reorderings execute layers again and are the Stack's alone.
+computes the same as the wiring in its docstring does when the Stack runs it. Every layer still executes, so nothing
+gets faster; repeats and reorderings execute layers again, which only the Stack can do.
 
 ========================  ===============================================  ==================================
 hook                      question                                         compare with
@@ -41,8 +41,10 @@ Stream = Float[Tensor, "batch pos d_model"]
 
 
 def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Part | None = None) -> list[Hook]:
-    """Layers [start, stop) write nothing (one layer if no ``stop``): the wiring ``":start stop:"``. With ``part``,
-    only their attention or their MLP. Raises ValueError for a span outside the model.
+    """Layers [start, stop) write nothing: the wiring ``":start stop:"``.
+
+    Without ``stop`` it is one layer; with ``part`` only their attention or their MLP writes nothing. Raises ValueError
+    for a span outside the model.
 
     >>> import surgery
     >>> [name for name, _ in skip(surgery.load("babel"), 3, 5)]
@@ -52,15 +54,15 @@ def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Pa
     if part is not None:
         return [(_output(model, layer, part), _scaled(0.0)) for layer in range(start, stop)]
     entry: list[Stream] = []
-    return [(_pre(start), _remember(entry)), (_post(stop - 1), lambda x, hook: entry[-1])]
+    return [(_pre(start), _save_to(entry)), (_post(stop - 1), lambda x, hook: entry[-1])]
 
 
 def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False) -> list[Hook]:
-    """Layers [start, stop) all read what enters the first, and their updates are summed: ``":start {*start:stop}
-    stop:"``.
+    """Layers [start, stop) all read what enters the first one, and their updates are summed.
 
-    With ``mean`` their outputs are averaged instead (Sun et al. 2024, arXiv 2407.09298), which also divides the step
-    by the number of layers: report both. Raises ValueError for a span outside the model.
+    It is the wiring ``":start {*start:stop} stop:"``. With ``mean`` their outputs are averaged instead (Sun et al.
+    2024, arXiv 2407.09298), which also divides the step by the number of layers: report both. Raises ValueError for a
+    span outside the model.
     """
     start, stop = _span(model, start, stop)
     entry: list[Stream] = []
@@ -72,22 +74,25 @@ def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False
     def read_entry(x: Stream, hook: Any) -> Stream:
         return entry[0]
 
-    def keep(x: Stream, hook: Any) -> None:
+    def save_update(x: Stream, hook: Any) -> None:
         updates.append(x - entry[0])
 
     def leave(x: Stream, hook: Any) -> Stream:
-        total = sum([*updates, x - entry[0]][1:], [*updates, x - entry[0]][0])
+        first, *rest = (*updates, x - entry[0])
+        total = sum(rest, first)
         return entry[0] + (total / (stop - start) if mean else total)
 
     hooks: list[Hook] = [(_pre(start), enter)]
     hooks += [(_pre(layer), read_entry) for layer in range(start + 1, stop)]
-    hooks += [(_post(layer), keep) for layer in range(start, stop - 1)]
+    hooks += [(_post(layer), save_update) for layer in range(start, stop - 1)]
     return [*hooks, (_post(stop - 1), leave)]
 
 
 def damp(model: TransformerBridge, layer: int, factor: float, part: Part | None = None) -> list[Hook]:
-    """A layer's update times ``factor``: ``":layer factor*layer layer+1:"``; with ``part``, its attention's or its
-    MLP's."""
+    """A layer's update is multiplied by ``factor``: the wiring ``":layer factor*layer layer+1:"``.
+
+    With ``part`` it is the output of its attention or MLP. Raises ValueError for a layer outside the model.
+    """
     layer, _ = _span(model, layer, None)
     if part is not None:
         return [(_output(model, layer, part), _scaled(factor))]
@@ -95,26 +100,26 @@ def damp(model: TransformerBridge, layer: int, factor: float, part: Part | None 
 
 
 def freeze_norms(scales: Mapping[str, Float[Tensor, "batch pos 1"]]) -> list[Hook]:
-    """Norms keep the denominators given by hook name (``blocks.3.ln1.hook_scale``), as ``stack.norm_scales(tokens)``
-    or a cache of these names holds them: the same as ``with stack.frozen(context)``.
+    """Norms use the denominators ``scales``, by hook name (``blocks.3.ln1.hook_scale``): as in ``stack.frozen``.
 
-    Raises ValueError when it runs on a batch of another shape.
+    Take them from ``stack.norm_scales(tokens)``, or from a cache of these names. Raises ValueError if there are none,
+    and when the hooks run on a batch of another shape.
     """
 
-    def use(given: Tensor) -> Callable[..., Tensor]:
+    def use(scale: Tensor) -> Callable[..., Tensor]:
         def fn(x: Tensor, hook: Any) -> Tensor:
-            if x.shape != given.shape:
+            if x.shape != scale.shape:
                 raise ValueError(
-                    f"{hook.name}: frozen scales were taken on a batch of shape {list(given.shape[:-1])}, "
+                    f"{hook.name}: frozen scales were taken on a batch of shape {list(scale.shape[:-1])}, "
                     f"this one has {list(x.shape[:-1])}"
                 )
-            return given
+            return scale
 
         return fn
 
     if not scales:
         raise ValueError("no norm scales given; take them with stack.norm_scales(tokens)")
-    return [(name, use(given)) for name, given in scales.items()]
+    return [(name, use(scale)) for name, scale in scales.items()]
 
 
 def replace_update(
@@ -122,11 +127,14 @@ def replace_update(
     update: "Float[Tensor, '*batch_pos d_model'] | Callable[[Stream, Stream], Stream]",
     part: Part | None = None,
 ) -> list[Hook]:
-    """What a layer (or its attention or MLP) adds is replaced: by a tensor that broadcasts to [batch, pos, d_model],
-    or by ``update(x, u)`` of the stream that enters the layer and its own update (for a part: of its output alone,
-    twice)."""
+    """What a layer, or its attention or MLP, adds to the stream is replaced by ``update``.
 
-    def choose(x: Stream, own: Stream) -> Stream:
+    ``update`` is a tensor that broadcasts to [batch, pos, d_model], or a function ``update(x, u)`` of the stream that
+    enters the layer and the layer's own update; with ``part``, both arguments are the output of that part. Raises
+    ValueError when the hooks run and the tensor does not fit.
+    """
+
+    def replacement(x: Stream, own: Stream) -> Stream:
         if callable(update):
             return update(x, own)
         try:
@@ -138,14 +146,16 @@ def replace_update(
             ) from error
 
     if part is not None:
-        return [(f"blocks.{layer}.hook_{part}_out", lambda x, hook: choose(x, x))]
-    return _edit_update(layer, choose)
+        return [(f"blocks.{layer}.hook_{part}_out", lambda x, hook: replacement(x, x))]
+    return _edit_update(layer, replacement)
 
 
 def mean_ablate(means: "Mapping[int | str, Float[Tensor, '*pos d_model']]") -> list[Hook]:
-    """Each layer in ``means`` adds its mean update instead of its own. Keys are layers (``3``) or sublayers
-    (``"3.attn"``), values the mean over the data, per position or over all. Off the data's manifold less than
-    ``skip`` is."""
+    """Each layer in ``means`` adds its mean update instead of its own; closer to the data's manifold than ``skip``.
+
+    Keys are layers (``3``) or sublayers (``"3.attn"``), values the mean over the data, by position or over all of them.
+    Raises ValueError for any other key.
+    """
     hooks: list[Hook] = []
     for key, mean in means.items():
         match = re.fullmatch(r"(\d+)(?:\.(attn|mlp))?", str(key))
@@ -157,9 +167,12 @@ def mean_ablate(means: "Mapping[int | str, Float[Tensor, '*pos d_model']]") -> l
 
 
 def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> list[Hook]:
-    """Gaussian noise on the stream that enters each of ``layers`` (all if not given), of ``scale`` times the stream's
-    root mean square at that token. The same seed gives the same noise on the same batch, every run."""
-    wanted = None if layers is None else set(layers)
+    """Gaussian noise is added to the stream that enters each of ``layers`` (all by default).
+
+    Its standard deviation is ``scale`` times the stream's root mean square at that token. The same seed gives the same
+    noise on the same batch in every run.
+    """
+    chosen_layers = None if layers is None else set(layers)
 
     def fn(x: Stream, hook: Any) -> Stream:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + _layer_of(hook.name))
@@ -167,7 +180,9 @@ def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> l
         return x + scale * x.pow(2).mean(-1, keepdim=True).sqrt() * noise
 
     def chosen(name: str) -> bool:
-        return bool(re.fullmatch(r"blocks\.\d+\.hook_in", name)) and (wanted is None or _layer_of(name) in wanted)
+        return bool(re.fullmatch(r"blocks\.\d+\.hook_in", name)) and (
+            chosen_layers is None or _layer_of(name) in chosen_layers
+        )
 
     return [(chosen, fn)]
 
@@ -180,13 +195,14 @@ def dropout(
     *,
     shared: bool = False,
 ) -> list[Hook]:
-    """Inverted dropout: each unit at the hook points ``names`` (one, several, or a predicate as TransformerLens takes)
-    is zeroed with probability ``p``, the others are divided by ``1 - p``, so that the expectation stays.
+    """Inverted dropout: each unit at the hook points ``names`` is zeroed with probability ``p``.
 
-    Every hook point draws from a generator of its own, on the CPU: made again with the same seed, the hooks draw the
-    same masks in the same order, on every device and whatever else is dropped. A fresh mask for every prompt, position
-    and call, as in training; with ``shared`` one mask of units for all of them, a subnetwork that is the same in every
-    call. What is dropped gets no gradient at that position; see ``surgery.dropout`` (Srivastava et al. 2014).
+    The others are divided by ``1 - p``, so that the expectation stays the same. ``names`` is one hook point, several,
+    or a predicate as TransformerLens takes. Every hook point draws from its own generator, on the CPU: made again with
+    the same seed, the hooks draw the same masks in the same order, on every device and whatever else is dropped. The
+    mask is fresh for every prompt, position and call, as in training; with ``shared`` it is one mask of units for all
+    of them: a subnetwork that is the same in every call. What is dropped gets no gradient at that position; see
+    ``surgery.dropout`` (Srivastava et al. 2014).
 
     Raises ValueError for p outside [0, 1), a hook point that the model does not have, attention scores (a masked one
     set to 0 would be seen: drop ``hook_pattern``), and a subnetwork of attention patterns, which have no units.
@@ -206,8 +222,8 @@ def dropout(
     def fn(x: Tensor, hook: Any) -> Tensor:
         if not x.is_floating_point() or (shared and x.ndim < 3):
             raise ValueError(f"{hook.name} holds {x.dtype} {list(x.shape)}, not activations [batch, pos, ...] to drop")
-        keep = drawing(hook.name, x.shape[2:] if shared else x.shape, again=shared)
-        return torch.where(keep.to(x.device), x / (1 - p), 0.0)
+        alive = drawing(hook.name, x.shape[2:] if shared else x.shape, restart=shared)
+        return torch.where(alive.to(x.device), x / (1 - p), 0.0)
 
     return [(names, fn)] if callable(names) else [(name, fn) for name in chosen]
 
@@ -215,12 +231,12 @@ def dropout(
 def stochastic_depth(
     model: TransformerBridge, p: float, seed: int = 0, start: int = 0, stop: int | None = None, part: Part | None = None
 ) -> list[Hook]:
-    """Each layer of [start, stop) (to the end if no ``stop``) writes nothing with probability ``p``, prompt by prompt,
-    and ``1 / (1 - p)`` times its update otherwise; with ``part``, its attention or its MLP does.
+    """Each layer of [start, stop) writes nothing with probability ``p``, else ``1 / (1 - p)`` times its update.
 
-    Huang et al. 2016 (arXiv 1603.09382) scale by ``1 - p`` when all layers run instead, and let p rise with depth: add
-    up hooks of several spans. Seeds as in ``dropout``. Raises ValueError for p outside [0, 1) or a span outside the
-    model.
+    It is drawn prompt by prompt. Without ``stop`` the span goes to the end; with ``part`` only attention or MLP is
+    dropped. Huang et al. 2016 (arXiv 1603.09382) instead scale by ``1 - p`` when all layers run, and let p rise with
+    depth: add up the hooks of several spans. Seeds are as in ``dropout``. Raises ValueError for p outside [0, 1) or a
+    span outside the model.
     """
     start, stop = _span(model, start, model.cfg.n_layers if stop is None else stop)
     drawing = _drawing(p, seed)
@@ -236,16 +252,18 @@ def stochastic_depth(
         entry: list[Stream] = []
 
         def leave(x: Stream, hook: Any, entry: list[Stream] = entry) -> Stream:
-            grown = x + p / (1 - p) * (x - entry[-1])  # exactly x where p is 0
-            return torch.where(alive(x, hook), grown, entry[-1])
+            scaled = x + p / (1 - p) * (x - entry[-1])  # exactly x where p is 0
+            return torch.where(alive(x, hook), scaled, entry[-1])
 
-        hooks += [(_pre(layer), _remember(entry)), (_post(layer), leave)]
+        hooks += [(_pre(layer), _save_to(entry)), (_post(layer), leave)]
     return hooks
 
 
 def record_stream(store: MutableMapping[int, Stream]) -> list[Hook]:
-    """Fill ``store`` with the stream: ``store[l]`` enters layer l, ``store[n_layers]`` leaves the last. Copies,
-    detached."""
+    """Fill ``store`` with the stream: ``store[l]`` enters layer l, ``store[n_layers]`` leaves the last one.
+
+    The streams are detached copies, and every run overwrites them.
+    """
 
     def fn(x: Stream, hook: Any) -> None:
         store[_layer_of(hook.name) + hook.name.endswith("hook_out")] = x.detach().clone()
@@ -259,10 +277,12 @@ def _edit_update(layer: int, edit: Callable[[Stream, Stream], Stream]) -> list[H
     def leave(x: Stream, hook: Any) -> Stream:
         return entry[-1] + edit(entry[-1], x - entry[-1])
 
-    return [(_pre(layer), _remember(entry)), (_post(layer), leave)]
+    return [(_pre(layer), _save_to(entry)), (_post(layer), leave)]
 
 
-def _remember(entry: list[Stream]) -> Callable[..., None]:
+def _save_to(entry: list[Stream]) -> Callable[..., None]:
+    """A hook that saves a copy of the stream as the only item of ``entry``."""
+
     def fn(x: Stream, hook: Any) -> None:
         entry[:] = [x.clone()]
 
@@ -270,35 +290,38 @@ def _remember(entry: list[Stream]) -> Callable[..., None]:
 
 
 def _drawing(p: float, seed: int) -> Callable[..., Tensor]:
-    """Masks of what is kept, for each hook point from a generator of its own; ``again`` starts it anew."""
-    kept = 1 - probability(p)
+    """A function that draws the mask of what stays, for each hook point from its own generator.
+
+    With ``restart`` it draws from the beginning.
+    """
+    share = 1 - probability(p)
     generators: dict[str, torch.Generator] = {}
 
-    def draw(name: str, shape: tuple[int, ...], again: bool = False) -> Tensor:
-        if again or name not in generators:
+    def draw(name: str, shape: tuple[int, ...], restart: bool = False) -> Tensor:
+        if restart or name not in generators:
             generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        return torch.rand(shape, generator=generators[name]) < kept
+        return torch.rand(shape, generator=generators[name]) < share
 
     return draw
 
 
 def _points(model: TransformerBridge, names: "str | Iterable[str] | Callable[[str], bool]") -> list[str]:
-    """The hook points of these names, each once and by its own name."""
+    """The hook points of these names, each once and under its own name; raises ValueError if there are none."""
     known = model.hook_dict
     if callable(names):
-        asked = [name for name in known if names(name)]
+        requested = [name for name in known if names(name)]
     else:
-        asked = [names] if isinstance(names, str) else list(names)
-    for name in asked:
+        requested = [names] if isinstance(names, str) else list(names)
+    for name in requested:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.5)
             hint = f"near it are {', '.join(near)}" if near else "model.hook_dict lists all"
             raise ValueError(f"this model has no hook point {name!r}: {hint}")
-    if not asked:
+    if not requested:
         raise ValueError(
-            "no hook point is chosen: give names out of model.hook_dict, or a predicate that is true of some"
+            "no hook point is chosen: give names from model.hook_dict, or a predicate that is true of some of them"
         )
-    return list(dict.fromkeys(str(known[name].name) for name in asked))
+    return list(dict.fromkeys(str(known[name].name) for name in requested))
 
 
 def _scaled(factor: float) -> Callable[..., Tensor]:
@@ -306,14 +329,13 @@ def _scaled(factor: float) -> Callable[..., Tensor]:
 
 
 def _span(model: TransformerBridge, start: int, stop: int | None) -> tuple[int, int]:
+    """The span with negative ends counted from the end; raises ValueError if it is outside the model."""
     n_layers = model.cfg.n_layers
     first = start + n_layers if start < 0 else start
     last = first + 1 if stop is None else stop + n_layers if stop < 0 else stop
     if not 0 <= first < last <= n_layers:
-        asked = f"layer {start}" if stop is None else f"layers [{start}, {stop})"
-        raise ValueError(
-            f"{asked}: the model has layers 0 to {n_layers - 1}, and a span [start, stop) ends before stop"
-        )
+        span = f"layer {start}" if stop is None else f"layers [{start}, {stop})"
+        raise ValueError(f"{span}: the model has layers 0 to {n_layers - 1}, and a span [start, stop) ends before stop")
     return first, last
 
 
@@ -336,7 +358,7 @@ def _layer_of(hook_name: str) -> int:
 
 
 def probability(p: float) -> float:
-    """``p`` as it is; raises ValueError outside [0, 1)."""
+    """``p``, if it is a probability of being dropped; raises ValueError outside [0, 1)."""
     if not 0 <= p < 1:
         raise ValueError(f"p is the probability of being dropped, from 0 to below 1; got p={p}")
     return p

@@ -1,8 +1,9 @@
-"""From the files of a measurement to one page that can be read without the code: ``report.html``, self-contained.
+"""Turn the files of a measurement into one self-contained page, ``report.html``, that can be read without the code.
 
-``build(folder)`` reads the CSV files of every chapter (``CHAPTERS``) that is there, checked against their manifests,
-draws the figures beside them as PNG and writes the page: what was found, in sentences made from the numbers; what was
-measured; a section for each chapter; limits and undecided questions; every column explained; where it all came from.
+``build(folder)`` reads the CSV files of all chapters (``CHAPTERS``) that a folder holds, checks them against their
+manifests, draws the figures beside them as PNG and writes the page: what was found, in sentences made from the numbers;
+what was measured; a section for each chapter; limits and undecided questions; every column explained; and where it all
+came from.
 """
 
 import json
@@ -22,7 +23,7 @@ from surgery.records import tables
 
 @dataclass(frozen=True)
 class Measured:
-    """The tables of one folder with their manifests, by file name, and the chapters that they make."""
+    """The tables of a folder and their manifests, by file name, and the chapters that they make."""
 
     tables: Mapping[str, pd.DataFrame]
     manifests: Mapping[str, Mapping[str, Any]]
@@ -40,14 +41,17 @@ class Measured:
 
     @classmethod
     def read(cls, folder: Path) -> "Measured":
-        """Raises ValueError if the folder holds no measurement, or a file is not the one its manifest describes."""
+        """Read a folder.
+
+        Raises ValueError if it holds no measurement, or a file is not the one that its manifest describes.
+        """
         every = every_chapter()
         names = [path.name for path in folder.glob("*.csv")]
         present = {chapter.name: chapter.present(names) for chapter in every}
         if not any(present[chapter.name] for chapter in every if chapter.of_model):
-            wanted = (name for chapter in every if chapter.of_model for name in chapter.requires[:1] or chapter.files)
+            known = (name for chapter in every if chapter.of_model for name in chapter.requires[:1] or chapter.files)
             raise ValueError(
-                f"{folder} holds no measurement ({', '.join(wanted)}); make one with: surgery study --out {folder}"
+                f"{folder} holds no measurement ({', '.join(known)}); make one with: surgery study --out {folder}"
             )
         listed = [name for files in present.values() for name in files]
         return cls(
@@ -58,18 +62,18 @@ class Measured:
 
 
 def build(folder: str | Path) -> Path:
-    """Draw the figures and write ``report.html`` from the CSV files in ``folder``.
+    """Draw the figures and write ``report.html`` from the CSV files in ``folder``; return the path of the page.
 
-    Raises ``ValueError`` if there is no measurement or a file is not the one its manifest describes, ``OSError`` if the
-    folder cannot be written to.
+    Raises ``ValueError`` if there is no measurement or a file is not the one that its manifest describes, ``OSError``
+    if the folder cannot be written to.
     """
     folder = Path(folder)
     measured = Measured.read(folder)
     sections = [
-        _found(measured),
-        _what(measured),
+        _findings(measured),
+        _measurements(measured),
         *(chapter.on_page(measured.tables, measured.manifests) for chapter in measured.chapters),
-        _untold(measured),
+        _limits(measured),
         _columns(measured),
         _provenance(measured),
     ]
@@ -80,11 +84,11 @@ def build(folder: str | Path) -> Path:
 
 
 def summary(folder: str | Path) -> list[str]:
-    """The sentences of "What was found" about the files in ``folder``."""
-    return list(_found(Measured.read(Path(folder))).findings)
+    """The sentences of "What was found" about the files in ``folder``. Raises ``ValueError`` as ``build`` does."""
+    return list(_findings(Measured.read(Path(folder))).findings)
 
 
-def _found(measured: Measured) -> Section:
+def _findings(measured: Measured) -> Section:
     sentences = []
     weights = {manifest["model"]["weights_sha256"] for manifest in measured.of_model}
     prompts = {
@@ -97,12 +101,12 @@ def _found(measured: Measured) -> Section:
             "These files were not measured on the same model and the same prompts: do not read them together."
         )
     for chapter in measured.chapters:
-        said = chapter.say(measured.tables, measured.manifests)
-        sentences += [sentence.text for sentence in said if sentence.headline]
+        chapter_sentences = chapter.say(measured.tables, measured.manifests)
+        sentences += [sentence.text for sentence in chapter_sentences if sentence.headline]
     return Section("found", "What was found", findings=sentences)
 
 
-def _what(measured: Measured) -> Section:
+def _measurements(measured: Measured) -> Section:
     rows = [
         [
             Cell(manifest["file"]),
@@ -122,17 +126,17 @@ def _what(measured: Measured) -> Section:
     return Section("what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)])
 
 
-def _untold(measured: Measured) -> Section:
+def _limits(measured: Measured) -> Section:
     notes = [note for chapter in measured.chapters for note in chapter.untold(measured.tables, measured.manifests)]
     notes.append(
-        "All of this holds for these prompts and for whole layers; attention and MLP inside one layer are not told "
-        "apart."
+        "All of this holds for these prompts and for whole layers; attention and MLP inside a layer are not "
+        "distinguished."
     )
     return Section("untold", "Limits and undecided questions", points=list(dict.fromkeys(notes)))
 
 
 def _columns(measured: Measured) -> Section:
-    meanings: dict[str, dict[str, list[str]]] = {}  # of one name in several files
+    meanings: dict[str, dict[str, list[str]]] = {}  # column -> meaning -> files, as files can differ
     for file, manifest in measured.manifests.items():
         for name, text in manifest["columns"].items():
             meanings.setdefault(name, {}).setdefault(text, []).append(file)
@@ -158,11 +162,11 @@ def _provenance(measured: Measured) -> Section:
             rows.append([Cell(key), Cell(next(iter(values.values())))])
         else:
             rows += [[Cell(f"{key}, {name}"), Cell(value)] for name, value in values.items()]
-    shown = [
+    contents = [
         Table("The files", ["file", "rows", "sha256"], files, words=True),
         Table("How they were made", ["", ""], sorted(rows, key=lambda row: row[0].value), words=True),
     ]
-    return Section("provenance", "Where the numbers come from", tables=shown)
+    return Section("provenance", "Where the numbers come from", tables=contents)
 
 
 def _text(value: Any) -> str:

@@ -1,15 +1,16 @@
-"""One study: a model and prompts in; CSV files, manifests, figures and ``report.html`` out. ``surgery study``.
+"""Run one study: a model and prompts in; CSV files, manifests, figures and ``report.html`` out. ``surgery study``.
 
     series       ``series_windows.csv``    how serial every window of layers is          (surgery.series.windows)
     reversion    ``reversion_*.csv``       whether the stream reverts to a mean          (surgery.reversion.study)
     scan         ``scan_table.csv`` ...    which repeated spans help, and does it last   (surgery.scan.study)
     anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy.study)
 
-With ``series`` comes ``calibration.csv``: the same on networks whose answer is known, and on the model untrained;
-``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each takes.
-Each file is written when its measurement is done; what an interruption leaves is whole. The scan asks the bundled model
-questions of its own kind, any other (or the bundled one, given a text) every token of the prompts. It goes first, as it
-is the one that goes on where it was, and refuses at once a folder that holds a scan of something else.
+With ``series`` come ``calibration.csv``, the same on networks whose answer is known and on the model untrained;
+``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each of them costs.
+Each file is written when its measurement is done, so an interruption leaves only whole files. The scan asks the bundled
+model questions of its own kind; any other model, or the bundled one when a text is given, it asks every token of the
+prompts. It goes first because it is the one that can be resumed, and refuses at once a folder with a scan of something
+else.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,31 +21,29 @@ import pandas as pd
 import torch
 
 from surgery import report
-from surgery.anatomy import boundaries, convergence, study
+from surgery.anatomy import boundaries, convergence
+from surgery.anatomy import study as anatomy_study
 from surgery.chapters import MEASURED
 from surgery.corpus import bundled, probes
 from surgery.corpus.text_files import read_prompts
 from surgery.instruments import known_networks
-from surgery.models import loading as models
-from surgery.models.loading import load
+from surgery.models.loading import BUNDLED, REFERENCE, load, untrained
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import manifest as provenance
-from surgery.records import tables
+from surgery.records import manifest, tables
 from surgery.reversion import study as reversion_study
 from surgery.scan import study as scan_study
-from surgery.series import chapter, side_by_side
-from surgery.series import window as series
+from surgery.series import chapter, side_by_side, window
 from surgery.stats.sampling import Sampling
 
-FEWEST = 16  # prompts for the anatomy: half of them place the boundaries, half test them
-MODEL_PROMPTS = 64  # prompts for the table of all measures
+FEWEST = 16  # prompts for the anatomy: half of them to place the boundaries, half to test them
+MODEL_PROMPTS = 64  # prompts of the model for the table of all measures
 Say = Callable[[str], Any]
 
 
 def run(
     names: Sequence[str] = MEASURED,
-    model: str = models.REFERENCE,
+    model: str = REFERENCE,
     text: str | Path | None = None,
     out: str | Path = "results",
     *,
@@ -60,19 +59,22 @@ def run(
     Args:
         names: which measurements, of ``MEASURED``.
         model: what ``surgery.load`` takes.
-        text: file of prompts (see ``read_prompts``); None means the bundled model's own problems.
-        out: folder for the results, made if need be.
-        prompts: how many prompts, the first ones of the file; max_tokens: prompts are cut to this length.
-        max_length: longest window of layers, and longest span repeated; None means all.
-        say: told, in words, what begins.
+        text: a file of prompts (see ``read_prompts``); None means the bundled model's own problems.
+        out: the folder for the results, made if it is missing.
+        prompts: how many prompts, the first ones of the file.
+        max_tokens: prompts are cut to this many tokens.
+        max_length: the longest window of layers, and the longest span repeated; None means all.
+        seed: of everything drawn.
+        say: called with a line of words whenever a part of the study begins.
+        progress: draw progress bars on standard error.
 
     Raises:
-        ValueError: unknown name, no prompts to be had, a text file or a model that cannot be used.
-        OSError: the folder cannot be written to (found out before anything is measured), or the disk is full.
+        ValueError: a name is unknown, there are no prompts, or the text file or the model cannot be used.
+        OSError: the folder cannot be written to (noticed before anything is measured), or the disk is full.
 
-    >>> import tempfile
-    >>> run(["reversion"], "babel", out=tempfile.mkdtemp(), prompts=5).name
-    'report.html'
+    >>> run(["sequel"])
+    Traceback (most recent call last):
+    ValueError: there is no measurement 'sequel'; there are series, reversion, scan, anatomy
     """
     for name in names:
         if name not in MEASURED:
@@ -83,46 +85,48 @@ def run(
     stack = Stack(load(model))
     tokens = tokenise(stack, numbered, text, max_tokens)
     if "scan" in names:
-        asked, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
-        if len(names) > 1 and len(set(asked.probes)) < scan_study.FEWEST:
+        questions, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
+        if len(names) > 1 and len(set(questions.probes)) < scan_study.FEWEST:
             say(f"scan: left out, it needs at least {scan_study.FEWEST} different prompts")
         else:
             say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
             scan_study.measure(
-                stack, asked, folder, metric=metric, longest=max_length, seed=seed, say=say, progress=progress
+                stack, questions, folder, metric=metric, longest=max_length, seed=seed, say=say, progress=progress
             )
-    untrained = Stack(models.untrained(stack.model, seed))
+    fresh = Stack(untrained(stack.model, seed))
     settings: dict[str, Any] = {
         "prompts": prompts,
         "max_tokens": max_tokens,
         "max_length": max_length,
         "text": text and str(text),
     }
-    manifest = provenance.manifest(stack, tokens, seed=seed, **settings)
+    about = manifest.manifest(stack, tokens, seed=seed, **settings)
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
-        frame = series.windows(stack, tokens, max_length, sampling=Sampling(seed=seed, progress=progress))
-        tables.write(frame, folder / chapter.WINDOWS, manifest, series.COLUMNS)
+        frame = window.windows(stack, tokens, max_length, sampling=Sampling(seed=seed, progress=progress))
+        tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")
-        networks = calibrate(untrained, tokens, max_length, seed, progress)
-        tables.write(networks, folder / chapter.NETWORKS, manifest, chapter.NETWORKS_COLUMNS)
-        say("measures: every other reading of series and parallel, on the same networks")
-        table, taken = compare(stack, untrained, tokens, seed)
-        tables.write(table, folder / chapter.MEASURES_FILE, manifest, side_by_side.COLUMNS)
-        tables.write(taken, folder / chapter.COSTS_FILE, manifest, side_by_side.COST_COLUMNS)
+        networks = calibrate(fresh, tokens, max_length, seed, progress)
+        tables.write(networks, folder / chapter.NETWORKS, about, chapter.NETWORKS_COLUMNS)
+        say("measures: every other measure of series and parallel, on the same networks")
+        measures, costs = compare(stack, fresh, tokens, seed)
+        tables.write(measures, folder / chapter.MEASURES_FILE, about, side_by_side.COLUMNS)
+        tables.write(costs, folder / chapter.COSTS_FILE, about, side_by_side.COST_COLUMNS)
     if "reversion" in names:
         say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
-        reversion_study.measure(stack, tokens, folder, untrained, seed=seed, progress=progress, settings=settings)
+        reversion_study.measure(stack, tokens, folder, fresh, seed=seed, progress=progress, settings=settings)
     if "anatomy" in names:
         if stack.n_layers < 6 or len(tokens) < FEWEST:
             if len(names) == 1:
-                there = f"there are {stack.n_layers} and {len(tokens)}"
-                raise ValueError(f"anatomy needs at least 6 layers and {FEWEST} prompts; {there}")
+                raise ValueError(
+                    f"anatomy needs at least 6 layers and {FEWEST} prompts; there are {stack.n_layers} and "
+                    f"{len(tokens)}"
+                )
             say(f"anatomy: left out, it needs at least 6 layers and {FEWEST} prompts")
         else:
             say("anatomy: where the parts begin and end, and the ends against the middle")
             own, repeats = text is None, folder / scan_study.SEARCH
-            study.measure(
+            anatomy_study.measure(
                 stack,
                 tokens,
                 folder,
@@ -136,15 +140,18 @@ def run(
     return report.build(folder)
 
 
-def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every measure of ``surgery.series.side_by_side`` on the networks of known answer, the model and the same untrained (these
-    from layer 1 on, of at most ``MODEL_PROMPTS`` prompts); and what each function costs."""
+def compare(stack: Stack, fresh: Stack, tokens: Tokens, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every measure of ``surgery.series.side_by_side``, and what each function costs.
+
+    The measures are taken on the networks whose answer is known, and on the model and ``fresh``, the same model
+    untrained: these from layer 1 on, and on at most ``MODEL_PROMPTS`` prompts.
+    """
     few = Tokens(tokens.ids[:MODEL_PROMPTS], tokens.mask[:MODEL_PROMPTS])
     first = int(stack.n_layers > 2)
     table = pd.concat(
         [
             side_by_side.calibrate(side_by_side.networks(seed=seed), known_networks.tokens(24, 12, seed), seed=seed),
-            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: untrained}, few, first, seed=seed),
+            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: fresh}, few, first, seed=seed),
         ],
         ignore_index=True,
     )
@@ -152,17 +159,17 @@ def compare(stack: Stack, untrained: Stack, tokens: Tokens, seed: int = 0) -> tu
 
 
 def _kinds(count: int, seed: int) -> list[str]:
-    """Of the bundled model's own problems: those that only translate, and those that compose less and more."""
+    """The kinds of the bundled model's problems: those that only translate, that compose a little, or a lot."""
     steps = [problem.k for problem in bundled.problems(count, seed)]
     return ["k=0" if k == 0 else "k=1, 2" if k < 3 else "k=3, 4" for k in steps]
 
 
 def calibrate(
-    untrained: Stack, tokens: Tokens, max_length: int | None = None, seed: int = 0, progress: bool = False
+    fresh: Stack, tokens: Tokens, max_length: int | None = None, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
-    """``series.windows`` of networks with a known answer, and of the model untrained; ``network`` says which.
+    """``series.windows`` of networks with a known answer and of ``fresh``, the model untrained; ``network`` names them.
 
-    The constructed ones normalise (RMS), so that their S_live shows what normalisation alone adds.
+    The constructed networks normalise (RMS), so that their S_live shows what normalisation alone adds.
     """
     exact: dict[str, Any] = {"norm": "RMS", "dtype": torch.float64, "seed": seed}
     networks = {
@@ -174,17 +181,17 @@ def calibrate(
     }
     inputs = Tokens.of(known_networks.tokens(seed=seed))
     parts = {
-        name: series.windows(Stack(network), inputs, damage=False, sampling=Sampling(seed=seed))
+        name: window.windows(Stack(network), inputs, damage=False, sampling=Sampling(seed=seed))
         for name, network in networks.items()
     }
-    parts[chapter.UNTRAINED] = series.windows(
-        untrained, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
+    parts[chapter.UNTRAINED] = window.windows(
+        fresh, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
     )
     return pd.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
 
 
 def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int) -> Tokens:
-    """The prompts as tokens; one that cannot be used is a ``ValueError`` that names its line."""
+    """Tokenize numbered prompts. Raises ``ValueError``, naming its line, for one that cannot be used."""
     longest = min(max_tokens, stack.n_ctx)
     for line, prompt in prompts:
         try:
@@ -198,7 +205,7 @@ def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path 
 def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list[tuple[int, str]]:
     if text is not None:
         return read_prompts(text, count)
-    if model not in models.BUNDLED:
+    if model not in BUNDLED:
         raise ValueError(
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
@@ -208,7 +215,7 @@ def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list
 def _questions(
     prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int, seed: int
 ) -> tuple[probes.ProbeSet, str]:
-    """What a scan asks, and the metric: problems of the bundled model by number of steps, else the prompts as text."""
+    """The questions and the metric of the scan: the bundled model's own problems, or the prompts as text."""
     if text is None:
         return probes.named("babel", len(prompts), seed), "loglik"
     return probes.text([prompt for _, prompt in prompts], max_tokens=max_tokens), "loss"

@@ -5,6 +5,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from support import fixtures
 from support.places import SHARED, TESTS
 
 STARTED = time.monotonic()
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
+THREADS = 1  # for now: the machine is full
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start
 torch.set_num_threads(THREADS)
 
@@ -45,7 +46,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load(model_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge]:
     """A fresh model of the matrix, through the real loading path (native ones are built in memory)."""
 
@@ -53,6 +54,20 @@ def load(model_folder: Callable[[str], Path]) -> Callable[..., TransformerBridge
         if name in fixtures.NATIVE:
             return fixtures.native(name, dtype=dtype)
         return surgery.load(model_folder(name), dtype=dtype)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def opened(load: Callable[..., TransformerBridge]) -> Callable[..., surgery.Stack]:
+    """A model of the matrix, opened once per process: tests that use it must leave it as it is."""
+
+    @functools.cache
+    def stack(name: str, dtype: torch.dtype) -> surgery.Stack:
+        return surgery.Stack(load(name, dtype=dtype))
+
+    def of(name: str, dtype: torch.dtype = torch.float32) -> surgery.Stack:
+        return stack(name, dtype)  # one key, however the precision is given
 
     return of
 

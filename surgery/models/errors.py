@@ -1,4 +1,4 @@
-"""What is told when a model cannot be opened."""
+"""Errors of opening a model."""
 
 
 class ModelError(ValueError):
@@ -6,4 +6,5 @@ class ModelError(ValueError):
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, without a full stop; the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

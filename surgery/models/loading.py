@@ -1,11 +1,12 @@
 """Load a model: the bundled one, any Hugging Face causal language model, or one already in memory.
 
-``load`` returns TransformerLens' ``TransformerBridge`` and keeps beside it a *plain twin*: the unwrapped Hugging Face
-model with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it
-unsaveable, so the wrapper gets a copy of the structure and shares the parameters (the GPT-NeoX adapter splits query,
-key and value into new
-parameters: there the bridge's attention weights are copies, and edits on one side do not reach the other; a Stack
-    opened after such an edit notices and runs the bridge).
+``load`` returns TransformerLens' ``TransformerBridge`` and keeps a *plain twin* beside it: the unwrapped Hugging Face
+model, with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it
+impossible to save, so the wrapper gets a copy of the structure and shares the parameters with the twin.
+
+GPT-NeoX is the exception: its adapter splits the joint matrix of queries, keys and values into new parameters. There
+the attention weights of the bridge are copies, and an edit on one side does not reach the other; a ``Stack`` opened
+after such an edit notices it and runs the bridge.
 """
 
 import copy
@@ -41,16 +42,19 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerBridge:
-    """Open a model as a ``TransformerBridge`` with a plain twin on the same weights.
+    """Load a model as a ``TransformerBridge`` with a plain twin on the same weights.
 
     Args:
         model: ``"babel"`` (bundled; ``"babel-translation"`` was trained on k = 0 alone), a folder with ``config.json``
-            and ``*.safetensors``, a name on the Hugging Face hub, a Hugging Face model in memory (left usable and
-            saveable; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
-        tokenizer: for a model in memory; otherwise the one stored beside the weights.
+            and ``*.safetensors``, a name on the Hugging Face hub, a Hugging Face model in memory (which stays usable
+            and can still be saved; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
+        tokenizer: for a model in memory; by default the one stored beside the weights.
+        device: where to put the weights; by default they stay where they were loaded.
+        dtype: of the weights.
 
     Raises:
-        ModelError: nothing there, no network, weights missing or not safetensors, or not a decoder-only language model.
+        ModelError: no such model, no network, weights that are missing or not safetensors, or a model that is not a
+            decoder-only language model.
 
     >>> load("babel").cfg.n_layers
     12
@@ -63,20 +67,25 @@ def load(
     name = str(model)
     place = str(reference_folder(name)) if name in BUNDLED else name
     with quiet():
-        plain = _from_pretrained(place, name, dtype)
+        hugging_face = _from_pretrained(place, name, dtype)
         if tokenizer is None:
             tokenizer = tokenizer_of(place, name)
-    return wrap(plain.to(device) if device else plain, tokenizer, name)
+    return wrap(hugging_face.to(device) if device else hugging_face, tokenizer, name)
 
 
 def plain(model: TransformerBridge) -> PreTrainedModel | None:
-    """The unwrapped Hugging Face model behind what ``load`` returned: fast, trainable, saveable; None for other
-    bridges."""
+    """The unwrapped Hugging Face model behind a bridge that ``load`` returned; None for any other bridge.
+
+    It is fast, can be trained and saved, and shares its parameters with the bridge.
+    """
     return _plain_twins.get(model)
 
 
 def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
-    """A model of the same architecture with freshly drawn weights: the null every trained number is compared with."""
+    """A model of the same architecture with freshly drawn weights: the null to compare the trained model with.
+
+    The caller's random state is left as it is. TransformerLens' own models are supported too.
+    """
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         if model.adapter.cfg.architecture == "TransformerLensNative":
@@ -89,12 +98,12 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
 
 
 def reference_folder(name: str = REFERENCE) -> Path:
-    """Where a bundled model lies: inside an installed package, or in ``data/`` of a checkout."""
+    """The folder of a bundled model: inside an installed package, or in ``data/`` of a checkout."""
     return bundled_file(f"{BUNDLED[name]}/config.json").parent
 
 
 def bundled_file(name: str) -> Path:
-    """Where another bundled file lies, by its name in ``data/``."""
+    """The path of a bundled file, by its name in ``data/``. Raises ModelError if it is not installed."""
     package = Path(str(importlib.resources.files("surgery")))
     for path in (package / "data" / name, package.parent / "data" / name):
         if path.is_file():
@@ -103,6 +112,10 @@ def bundled_file(name: str) -> Path:
 
 
 def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
+    """A bridge on the weights of ``hugging_face``, which becomes its plain twin and stays as it is.
+
+    Raises ModelError for an architecture that TransformerLens has no adapter for.
+    """
     hugging_face.eval()
     shared = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
     twin = copy.deepcopy(hugging_face, memo=dict(shared))
@@ -112,7 +125,7 @@ def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         if tokenizer is not None:
             tokenizer.init_kwargs.setdefault("name_or_path", name)
         try:
-            with stream_width.bridged():
+            with stream_width.split_by_own_width():
                 bridge = build_bridge_from_module(
                     twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
                 )
@@ -121,7 +134,7 @@ def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
                 f"TransformerLens has no adapter for {architecture} ({name}): {first_line(error)}"
             ) from error
     _plain_twins[bridge] = hugging_face
-    return stream_width.told(bridge).eval()
+    return stream_width.with_own_epsilons(bridge).eval()
 
 
 def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -138,23 +151,22 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
     try:
         config = AutoConfig.from_pretrained(place)
         _refuse_encoder_decoder(config, name)
-        opener = AutoModelForCausalLM
+        model_class = AutoModelForCausalLM
         if (folder / "surgery.json").is_file():
-            opener = layer_sizes.opener(folder, config)
-        loaded, report = opener.from_pretrained(
+            model_class = layer_sizes.model_class(folder, config)
+        loaded, report = model_class.from_pretrained(
             place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except ModelError:
         raise
     except Exception as error:  # the hub, the file system, the parser and the model class all raise their own kinds
         raise ModelError(_explain(place, name, error)) from error
-    lost = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if lost:
-        raise ModelError(f"{name}: {len(lost)} weights are missing or of the wrong shape, the first is {lost[0]}")
+    missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if missing:
+        raise ModelError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
     if getattr(config, "attn_logit_softcapping", None):
-        loaded.set_attn_implementation(
-            "eager"
-        )  # torch's fast attention cannot soft-cap; older transformers try it all the same
+        # torch's fast attention cannot soft-cap; older transformers try it all the same
+        loaded.set_attn_implementation("eager")
     if dtype == torch.float64 and getattr(config, "num_experts", None):
         loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
     return loaded
@@ -171,6 +183,7 @@ def _explain(place: str, name: str, error: Exception) -> str:
 
 
 def tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored in the folder or hub repository ``place``; None, with a warning, if there is none."""
     try:
         return AutoTokenizer.from_pretrained(place)
     except Exception as error:
@@ -187,7 +200,7 @@ def _refuse_encoder_decoder(config: Any, name: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither transformers' progress bars nor its advice belong into a study's output."""
+    """Context manager: keep progress bars, advice and warnings of transformers out of a study's output."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()

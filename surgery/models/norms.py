@@ -9,9 +9,12 @@ class FrozenNorm:
     """A norm whose denominator is given instead of computed.
 
     A norm is ``A(x) / s(x) + b`` with ``A`` linear and ``s`` the root of mean square (or variance) plus epsilon.
-    Which of the two, and ``b``, are found by asking the module, so every RMSNorm and LayerNorm variant is covered:
-    ``norm(0)`` is ``b``; a norm that centres does not see a constant added. Frozen: ``(norm(x) - b) s(x) / s_given +
-    b``.
+    Which of the two, and ``b``, are determined by running the module on ``probe``, so every variant of RMSNorm and
+    LayerNorm is covered: ``norm(0)`` is ``b``; a norm that subtracts the mean ignores an added constant. Frozen, it is
+    ``(norm(x) - b) s(x) / s_given + b``.
+
+    Raises:
+        ValueError: the module shows no epsilon, or is not a linear map over a root mean square.
     """
 
     def __init__(self, module: nn.Module, probe: Float[Tensor, "n d_model"]) -> None:
@@ -32,7 +35,7 @@ class FrozenNorm:
             )
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
-        """The denominator that the norm would use on ``x``."""
+        """The denominator that the norm uses on ``x``."""
         if self.centres:
             x = x - x.mean(-1, keepdim=True)
         wide = x if x.dtype == torch.float64 else x.float()
@@ -41,5 +44,5 @@ class FrozenNorm:
     def with_scale(
         self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]
     ) -> Float[Tensor, "... d_model"]:
-        """The norm of ``x`` with another denominator."""
+        """The norm of ``x`` with ``scale`` as its denominator."""
         return ((self._forward(x) - self._bias) * (self.scale(x) / scale) + self._bias).to(x.dtype)

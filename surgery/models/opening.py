@@ -1,4 +1,4 @@
-"""A TransformerLens model as engines: the bridge's blocks, and the layers of its plain twin, with the parts of each."""
+"""The engines of a TransformerLens model: one for the bridge's blocks, one for the layers of its plain twin."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ from surgery.models.errors import ModelError
 
 
 def bridge_engine(model: TransformerBridge, name: str) -> Engine:
-    """A bridge's own blocks, at which hooks fire. Raises ModelError for a model without attention in every layer."""
+    """The engine of a bridge's own blocks, where hooks fire.
+
+    Raises ModelError for a model without attention in every layer.
+    """
     blocks = list(getattr(model, "blocks", []))
     if not blocks or not all(isinstance(getattr(block, "attn", None), AttentionBridge) for block in blocks):
         raise ModelError(
@@ -29,7 +32,7 @@ def bridge_engine(model: TransformerBridge, name: str) -> Engine:
 
 
 def plain_engine(twin: Any, model: TransformerBridge) -> Engine:
-    """The layers of the plain twin of ``model``."""
+    """The engine of the layers of ``twin``, the plain twin of ``model``."""
     layers, parts = [], []
     for block in model.blocks:
         layer = twin.get_submodule(block.name)
@@ -49,7 +52,7 @@ def plain_engine(twin: Any, model: TransformerBridge) -> Engine:
 
 
 def _without_identity(norms: dict[str, Any]) -> dict[str, Any]:
-    """Models without normalisation have an ``Identity`` in the norm's place."""
+    """Leave out the ``Identity`` that models without normalisation have in a norm's place."""
     return {
         key: norm
         for key, norm in norms.items()

@@ -1,4 +1,4 @@
-"""A batch of prompts as token ids, with what is padding and what is not."""
+"""A batch of prompts as token ids, and which of them are padding."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,10 @@ class Tokens:
 
     @classmethod
     def of(cls, tokens: "Tokens | Tensor") -> "Tokens":
-        """As it is, or from ids [batch, pos] without padding."""
+        """``Tokens`` as they are, or made from ids [batch, pos] without padding.
+
+        Raises ValueError for anything else.
+        """
         if isinstance(tokens, Tokens):
             return tokens
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
@@ -43,12 +46,13 @@ class Tokens:
         return Tokens(self.ids[prompts], self.mask[prompts])
 
     def batches(self, size: int) -> Iterator["Tokens"]:
-        """Consecutive prompts, in the fewest batches of at most ``size``; their sizes differ by 1 at most."""
+        """Consecutive prompts, in as few batches of at most ``size`` as possible; their sizes differ by 1 at most."""
         count = math.ceil(len(self) / size)
         for i in range(count):
             yield self[math.ceil(i * len(self) / count) : math.ceil((i + 1) * len(self) / count)]
 
     def to(self, device: "torch.device | str") -> "Tokens":
+        """The same prompts on another device."""
         return Tokens(self.ids.to(device), self.mask.to(device))
 
     def pad(self, count: int, side: str) -> "Tokens":
@@ -57,7 +61,7 @@ class Tokens:
         return Tokens(torch.nn.functional.pad(self.ids, amount), torch.nn.functional.pad(self.mask, amount))
 
     def ensemble(self, skip_first: bool = True) -> Bool[Tensor, "batch pos"]:
-        """Which positions count in a measurement: the real tokens, each prompt's first left out unless asked.
+        """Which positions count in a measurement: the real tokens; with ``skip_first`` without each prompt's first.
 
         The first position attends to itself alone and often carries activations a hundred times the usual size.
         """
@@ -65,12 +69,12 @@ class Tokens:
 
     @cached_property
     def positions(self) -> Int[Tensor, "batch pos"]:
-        """Position of each token in its own prompt, from 0; padding before it counts as 0."""
+        """Position of each token in its own prompt, from 0; padding before it also has 0."""
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
     @cached_property
     def padded_left(self) -> bool:
-        """Whether any real token has padding before it; padding behind does not matter to a causal model."""
+        """Whether any real token has padding before it; padding after it does not matter to a causal model."""
         return bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())
 
 
@@ -82,16 +86,17 @@ def encode(
     prepend_bos: bool | None = None,
     padding_side: str = "right",
 ) -> Tokens:
-    """Token ids of ``texts``.
+    """Tokenize ``texts`` into one padded batch.
 
     Args:
+        n_ctx: the most tokens that the model reads.
         max_length: cut prompts to this many tokens (the beginning-of-sequence token counts); None cuts nothing.
         prepend_bos: put the beginning-of-sequence token in front; None leaves that to the tokenizer.
         padding_side: ``"right"`` or ``"left"``.
 
     Raises:
-        ValueError: no text, a text of fewer than 2 tokens or more than the model reads, or with words that the
-            tokenizer does not know; the message names the first such prompt.
+        ValueError: there is no text, or one has fewer than 2 tokens, more than ``n_ctx``, or words that the tokenizer
+            does not know; the message names the first such prompt.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:

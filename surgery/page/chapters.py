@@ -1,6 +1,6 @@
-"""A question as the page knows it: the files it leaves, what they say, how they are drawn and what they leave open.
+"""A question on the page: the files it leaves, what they say, how they are drawn and what they leave undecided.
 
-Each room makes its own ``Chapter``; ``surgery.report`` only loops over them. All callables are pure functions of the
+Every room has its own ``Chapter``; ``surgery.report`` only loops over them. All callables are pure functions of the
 tables of a folder, by file name, and of their manifests.
 """
 
@@ -20,7 +20,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Sentence:
-    """One finding in words. A ``headline`` stands at the top of the page too, every sentence in its chapter."""
+    """One finding in words. A ``headline`` is repeated at the top of the page; every sentence stands in its chapter."""
 
     text: str
     headline: bool = False
@@ -31,29 +31,29 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure and what it shows; ``caption`` is also its text for those who do not see it."""
+    """A figure and its ``caption``, which is also the text for readers who cannot see it."""
 
     figure: Figure
     caption: str
 
 
 def headlines(texts: Sequence[str]) -> list[Sentence]:
-    """Sentences that all stand at the top of the page."""
+    """Turn texts into sentences that are all repeated at the top of the page."""
     return [Sentence(text, headline=True) for text in texts]
 
 
 def no_sentences(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """For a chapter that claims nothing."""
+    """The ``say`` of a chapter that claims nothing."""
     return []
 
 
 def no_limits(tables: Tables, manifests: Manifests) -> list[str]:
-    """For a chapter whose limits are stated elsewhere."""
+    """The ``untold`` of a chapter whose limits are stated elsewhere."""
     return []
 
 
 def no_drawings(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
-    """For a chapter of words and tables."""
+    """The ``draw`` of a chapter of words and tables only."""
     return {}
 
 
@@ -63,15 +63,15 @@ class Chapter:
 
     Attributes:
         name: as on the command line and in links; one word.
-        files: the CSV files it may leave, each with the meaning of its columns.
-        section: title, paragraphs and tables; sentences and pictures are put in by ``on_page``.
-        say: what the tables say.
-        untold: their limits, and what stays undecided.
-        draw: figures by the name of their PNG file.
-        requires: the first of these makes the chapter appear, and then the others must be there too; if there are
-            none, any of ``files`` does.
+        files: the CSV files that it may leave, each with the meaning of its columns.
+        section: title, paragraphs and tables; ``on_page`` adds the sentences and pictures.
+        say: the findings of the tables, in sentences.
+        untold: the limits of the tables, and what stays undecided.
+        draw: the figures, by the names of their PNG files.
+        requires: the chapter appears if the first of these files is there, and then needs the others too; if it
+            requires none, any of ``files`` makes it appear.
         of_model: whether it was measured on the user's model, not on networks for comparison.
-        same_prompts: whether it is read beside others that were measured on the very same prompts.
+        same_prompts: whether it is read beside others that must have been measured on the same prompts.
     """
 
     name: str
@@ -85,14 +85,14 @@ class Chapter:
     same_prompts: bool = False
 
     def present(self, names: Sequence[str]) -> list[str]:
-        """The files of this chapter to read, out of those in a folder; none if the chapter has nothing to show."""
-        there = [name for name in self.files if name in names]
-        if self.requires and self.requires[0] not in there:
+        """The files of this chapter to read, given the ``names`` in a folder; none if it has nothing to show."""
+        existing = [name for name in self.files if name in names]
+        if self.requires and self.requires[0] not in existing:
             return []
-        return [*dict.fromkeys((*self.requires, *there))]
+        return [*dict.fromkeys((*self.requires, *existing))]
 
     def on_page(self, tables: Tables, manifests: Manifests) -> Section:
-        """The whole section, with its sentences and pictures."""
+        """The whole section: ``section`` with the sentences of ``say`` and the pictures of ``draw``."""
         return replace(
             self.section(tables, manifests),
             findings=[str(sentence) for sentence in self.say(tables, manifests)],

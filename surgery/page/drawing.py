@@ -1,12 +1,8 @@
-"""The three figures of a report, drawn from the frames alone.
+"""What all figures share: one palette, which the colour-blind can tell apart, and marks for intervals and windows.
 
-``windows`` shows S and R/N of every window as triangles, ``by_layer`` kappa and psi by depth with their nulls shaded,
-``known_networks`` S on networks built to be parallel, serial and in between, beside the model's own. Each returns a
-matplotlib ``Figure``; ``png`` turns it into bytes. Colours are safe for the colour-blind.
+Figures are matplotlib's ``Figure``; ``png`` turns them into bytes, the same bytes for the same figure.
 
->>> import pandas as pd
->>> figure = windows(pd.DataFrame({"start": [0, 1], "stop": [2, 3], "S": [0.4, 0.5], "R_over_N": [0.9, 1.1]}))
->>> png(figure)[1:4]
+>>> png(Figure(figsize=(1, 1)))[1:4]
 b'PNG'
 """
 
@@ -22,7 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-PRINTED_UP_TO = 16  # layers: beyond, a number no longer fits into its cell
+PRINTED_UP_TO = 16  # layers; in deeper models a number no longer fits into its cell
 # The one palette: Okabe and Ito's (2008), which the colour-blind can tell apart, and greys.
 INK, FAINT, GREY, PALE = "#222222", "#555555", "#999999", "#CCCCCC"
 ACCENT, BLUE, GREEN, PINK, ORANGE, SKY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -31,7 +27,7 @@ COLOURS = (ACCENT, BLUE, GREEN, PINK, ORANGE, SKY, INK)  # of lines that are tol
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file, the same bytes for the same figure."""
+    """The bytes of a figure's PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
@@ -40,13 +36,16 @@ def png(figure: Figure) -> bytes:
 def triangle(
     figure: Figure, axes: Axes, frame: pd.DataFrame, column: str, n_layers: int, colours: str, norm: Normalize
 ) -> Colorbar:
-    """A column of windows as cells, first layer across, last layer up."""
+    """Draw a column of windows as cells, first layer across, last layer up; return the colour bar.
+
+    ``frame`` has the layers [start, stop) of each window; ``colours`` names a colour map.
+    """
     starts, stops = frame["start"].to_numpy(int), frame["stop"].to_numpy(int)
     grid = np.full((n_layers, n_layers), np.nan)
     grid[stops - 1, starts] = frame[column]
     image = axes.imshow(grid, origin="lower", cmap=colours, norm=norm, interpolation="nearest")
     if n_layers <= PRINTED_UP_TO:
-        _print(axes, grid, image)
+        _print_numbers(axes, grid, image)
     axes.set(xlim=(-0.5, n_layers - 1.5), ylim=(0.5, n_layers - 0.5))
     axes.set(xlabel="first layer of the window", ylabel="last layer of the window")
     for axis in (axes.xaxis, axes.yaxis):
@@ -56,7 +55,7 @@ def triangle(
     return figure.colorbar(image, ax=axes, shrink=0.85)
 
 
-def _print(axes: Axes, grid: np.ndarray, image: ScalarMappable) -> None:
+def _print_numbers(axes: Axes, grid: np.ndarray, image: ScalarMappable) -> None:
     for stop, start in np.argwhere(np.isfinite(grid)):
         red, green, blue, _ = image.to_rgba(grid[stop, start])
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
@@ -65,18 +64,18 @@ def _print(axes: Axes, grid: np.ndarray, image: ScalarMappable) -> None:
 
 
 def line(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour: str, label: str) -> None:
-    """A column by layer, its interval shaded."""
+    """Draw a column by layer, with its interval shaded."""
     axes.fill_between(layers, frame[f"{name}_low"], frame[f"{name}_high"], color=colour, alpha=0.25, linewidth=0)
     axes.plot(layers, frame[name], "o-", color=colour, markersize=4, linewidth=1.6, label=f"{label} (95 % interval)")
 
 
 def band(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour: str, label: str) -> None:
-    """The interval of a null by layer."""
+    """Shade the interval of a null by layer."""
     low, high = (frame.get(f"{name}_{end}", frame[name]) for end in ("low", "high"))
     axes.fill_between(layers, low, high, color=colour, alpha=0.4, linewidth=1.2, edgecolor=colour, label=label)
 
 
 def whiskers(axes: Axes, x: np.ndarray, frame: pd.DataFrame, name: str, size: int, **style: Any) -> None:
-    """A column as markers with their intervals."""
+    """Draw a column as markers with their intervals."""
     low, high = (np.abs(frame[name] - frame.get(f"{name}_{end}", frame[name])) for end in ("low", "high"))
     axes.errorbar(x, frame[name], yerr=[low, high], linestyle="none", markersize=size, linewidth=1, alpha=0.8, **style)

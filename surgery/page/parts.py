@@ -1,7 +1,7 @@
-"""A page that can be read without the code: sections of sentences, pictures and tables, self-contained.
+"""The parts of a page (sections, pictures, tables, cells), and writing it as one self-contained file.
 
 >>> import tempfile
->>> write_page(f"{tempfile.mkdtemp()}/report.html", "A page", "", [Section("one", "One", findings=["Found."])]).name
+>>> write_page(f"{tempfile.mkdtemp()}/report.html", "A page", "", [Section("one", "One", findings=["S = 1."])]).name
 'report.html'
 """
 
@@ -23,13 +23,15 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Cell:
+    """One cell of a table: a number or word, and the interval printed after it."""
+
     value: str
     interval: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """``words`` aligns left, for tables that are read rather than compared."""
+    """A table; ``words`` aligns it left, for tables that are read rather than compared."""
 
     caption: str
     heads: Sequence[str]
@@ -39,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """``name`` is that of the file beside the page, without ``.png``."""
+    """A picture in the page; ``name`` is that of its file beside the page, without ``.png``."""
 
     name: str
     caption: str
@@ -47,12 +49,13 @@ class Picture:
 
     @property
     def base64(self) -> str:
+        """The bytes as text, to embed in the page."""
         return base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page: sentences set off, paragraphs, a list, pictures and tables, in this order."""
+    """One section of the page: highlighted sentences, paragraphs, a list, pictures and tables, in this order."""
 
     anchor: str
     title: str
@@ -64,7 +67,11 @@ class Section:
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
-    """Write the page whole or not at all. It runs no script and fetches nothing: it reads offline, dark, on paper."""
+    """Write the page whole or not at all, and return its path.
+
+    It runs no script and fetches nothing, so that it can be read offline, in the dark and on paper. Raises ``OSError``
+    if it cannot be written.
+    """
     path = Path(path)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("surgery.page", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -82,18 +89,18 @@ def tabled(
     label: Callable[[pd.Series], str],
     digits: int = 2,
 ) -> Table:
-    """A row for each of ``rows``: its ``label`` under ``head``, then ``columns`` with their intervals."""
+    """A table with a row for each of ``rows``: its ``label`` under ``head``, then ``columns`` with their intervals."""
     cells = [[Cell(label(row)), *(cell(row, column, digits) for column in columns)] for row in rows]
     return Table(caption, [head, *columns], cells)
 
 
 def rows(frame: pd.DataFrame) -> list[pd.Series]:
-    """The rows of a table, one by one."""
+    """The rows of a frame, one by one."""
     return [row for _, row in frame.iterrows()]
 
 
 def cell(row: pd.Series, column: str, digits: int = 2, *, signed: bool = False) -> Cell:
-    """A measure with its interval, or a word; empty where it is not defined."""
+    """A cell with a measure and its interval, or with a word; empty where the measure is undefined."""
     if isinstance(row[column], str):
         return Cell(row[column])
     return number_cell(*phrases.ends(row, column), digits, signed=signed)
@@ -102,23 +109,23 @@ def cell(row: pd.Series, column: str, digits: int = 2, *, signed: bool = False) 
 def number_cell(
     number: float, low: float = math.nan, high: float = math.nan, digits: int = 2, *, signed: bool = False
 ) -> Cell:
-    """A number with its interval; empty for NaN."""
+    """A cell with a number and its interval, if there is one; empty for NaN."""
     if math.isnan(number):
         return Cell("")
     return Cell(phrases.value(number, digits, signed=signed), phrases.bracket(low, high, digits, signed=signed))
 
 
 def spread_cell(values: pd.Series, digits: int = 3) -> Cell:
-    """The median of several values, and from the smallest to the largest; empty where none is defined."""
+    """A cell with the median of several values, and their smallest and largest; empty if none is defined."""
     return number_cell(float(values.median()), float(values.min()), float(values.max()), digits)
 
 
 def count_cell(number: float) -> Cell:
-    """A number of things, or of very many; empty for NaN."""
+    """A cell with a count, in scientific notation from ten million on; empty for NaN."""
     return Cell("" if math.isnan(number) else f"{number:,.0f}" if number < 1e7 else f"{number:.2e}")
 
 
 def model_name(manifest: Mapping[str, Any]) -> str:
-    """The model of a manifest, without the folder that it lies in."""
+    """The name of the model in a manifest, without the path of its folder."""
     name = str(manifest["model"]["name"])
     return Path(name).name if name.startswith((".", "/")) else name

@@ -1,4 +1,4 @@
-"""How sentences and cells write numbers: one way to write ``value [low, high]``, and one for what is not a number.
+"""How sentences and cells write numbers: one way to write ``value [low, high]``, and one for missing numbers.
 
 >>> interval(0.634, 0.6, 0.66)
 '0.63 [0.60, 0.66]'
@@ -34,8 +34,7 @@ def interval(number: float, low: float, high: float, digits: int = 2, *, signed:
 
 
 def ends(row: "pd.Series", name: str) -> tuple[float, float, float]:
-    """A measure of a row with the ends of its interval: ``name``, ``name_low``, ``name_high``; NaN for what is not
-    there."""
+    """A measure in a row and the ends of its interval: ``name``, ``name_low``, ``name_high``; NaN for missing ones."""
     numbers = (float(row.get(key, math.nan)) for key in (name, f"{name}_low", f"{name}_high"))
     return next(numbers), next(numbers), next(numbers)
 
@@ -50,7 +49,7 @@ def number(row: "pd.Series", name: str, digits: int = 2, *, signed: bool = False
 
 
 def layers(indices: Iterable[int]) -> str:
-    """Layers in words, neighbours as a range.
+    """Name layers in words, with neighbours as ranges.
 
     >>> layers([1, 2, 3, 7]), layers([2])
     ('layers 1 to 3, 7', 'layer 2')
@@ -66,7 +65,7 @@ def layers(indices: Iterable[int]) -> str:
 
 
 def few_prompts(frame: pd.DataFrame) -> list[str]:
-    """A warning if any row of a table rests on too few prompts for its intervals (column ``n_prompts``)."""
+    """A warning if any row has too few prompts (column ``n_prompts``) for its intervals; else an empty list."""
     if "n_prompts" not in frame or frame["n_prompts"].min() >= FEW_PROMPTS:
         return []
     count = int(frame["n_prompts"].min())

@@ -1,4 +1,4 @@
-"""A taped model as a Hugging Face checkpoint: a folder that appears whole or not at all."""
+"""Write a model as a Hugging Face checkpoint: a folder that appears whole or not at all."""
 
 import copy
 import os
@@ -28,10 +28,20 @@ def write(
     max_shard_size: int | str,
     check: Callable[[PreTrainedModel], None] | None,
 ) -> Path:
-    """Write a model some of whose ``layers`` (the name of their list) are on the same weights, with files of text.
+    """Write a model, its tokenizer and files of text into ``folder``, and return the folder.
 
-    Everything is written into a folder beside, opened again for ``check``, and renamed; whatever goes wrong or
-    interrupts, the folder beside is removed and nothing else was touched.
+    Everything is written into a temporary folder beside it, loaded again for ``check``, and renamed. Whatever fails or
+    interrupts, the temporary folder is removed and nothing else was touched.
+
+    Args:
+        layers: the name of the model's list of layers, of which several may share their weights.
+        texts: further files, by name.
+        check: called with the model as loaded again; it raises if that is not the same. None loads nothing.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not an empty folder.
+        OSError: it cannot be written.
+        ModelError: the checkpoint cannot be loaded again.
     """
     _refuse_full(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -44,7 +54,7 @@ def write(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         if check is not None:
-            check(_opened(partial, hugging_face))
+            check(_reopened(partial, hugging_face))
         for path in filter(Path.is_file, partial.rglob("*")):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
@@ -64,7 +74,10 @@ def write(
 
 
 def card(name: str, wiring: Wiring, base: str, taped: str) -> str:
-    """The model card: what was taped, from what, and how to do it again; ``base`` and ``taped`` are ``Stack.sha256``."""
+    """The card of a taped model: what it was made from, and how to make it again.
+
+    ``base`` and ``taped`` are the ``Stack.sha256`` of the two models.
+    """
     depth = len(wiring.layers)
     return f"""---
 base_model: {name}
@@ -105,16 +118,18 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 """
 
 
-def layered_card(name: str, own: Sequence[Sequence[int | None]], sha256: str) -> str:
-    """The card of a model built of other layers: MLP width, heads and stream of each, None as configured; how to open
-    it."""
-    sized = any(any(size) for size in own)
-    cells = [[str(i), *(str(n or "config") for n in size[:3])] for i, size in enumerate(own)]
+def layered_card(name: str, sizes: Sequence[Sequence[int | None]], sha256: str) -> str:
+    """The card of a model with layers of other sizes: the sizes of each, and how to open it.
+
+    ``sizes`` has MLP width, heads and width of the stream of every layer, None where the configuration holds.
+    """
+    sized = any(any(size) for size in sizes)
+    cells = [[str(i), *(str(n or "config") for n in size[:3])] for i, size in enumerate(sizes)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    how = 'import surgery\n\nmodel = surgery.load("folder")'
+    code = 'import surgery\n\nmodel = surgery.load("folder")'
     if not sized:
-        how = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
-    only = "Its layers have sizes of their own, which `surgery.json` says: only `surgery.load` opens this folder."
+        code = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("folder")'
+    only = "Its layers have sizes of their own, which `surgery.json` lists: only `surgery.load` opens this folder."
     return f"""---
 library_name: {"surgery" if sized else "transformers"}
 pipeline_tag: text-generation
@@ -123,11 +138,11 @@ tags: [layer-surgery]
 
 # {name}
 
-{len(own)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
+{len(sizes)} layers, made with surgery {surgery.__version__}. {only if sized else "A plain Hugging Face checkpoint."}
 Weights: sha256 `{sha256}`.
 
 ```python
-{how}
+{code}
 ```
 """ + (f"\n| layer | MLP width | heads | stream |\n|---|---|---|---|\n{table}\n" if sized else "")
 
@@ -140,30 +155,30 @@ def _refuse_full(folder: Path) -> None:
 
 
 def _untied(hugging_face: PreTrainedModel, layers: str) -> PreTrainedModel:
-    """The model with every repetition of a layer on weights of its own; everything else is shared with the model."""
+    """A copy in which every repetition of a layer has weights of its own; everything else is shared with the model."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
-    again = copy.deepcopy(hugging_face, memo)
-    row = again.get_submodule(layers)
-    assert isinstance(row, nn.ModuleList)
+    untied = copy.deepcopy(hugging_face, memo)
+    modules = untied.get_submodule(layers)
+    assert isinstance(modules, nn.ModuleList)
     seen: set[int] = set()
-    for i, layer in enumerate(row):
+    for i, layer in enumerate(modules):
         first = next(layer.parameters())
         if id(first) in seen:
-            row[i] = copy.deepcopy(layer)
+            modules[i] = copy.deepcopy(layer)
         seen.add(id(first))
-    return again
+    return untied
 
 
-def _opened(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+def _reopened(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no tokenizer is no news
+        warnings.simplefilter("ignore")  # that there is no tokenizer is known
         try:
             opened = plain(load(folder, device=like.device, dtype=like.dtype))
         except ModelError as error:
-            found = str(error).replace(str(folder), "the checkpoint")
+            reported = str(error).replace(str(folder), "the checkpoint")
             raise ModelError(
                 "a plain checkpoint cannot express this order of layers: a rule of the model's configuration, not a "
-                f"list, says what the layer at each place is. Save the base model and the wiring instead ({found})"
+                f"list, says what the layer at each place is. Save the base model and the wiring instead ({reported})"
             ) from error
     assert opened is not None
     return opened

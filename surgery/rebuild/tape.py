@@ -1,19 +1,19 @@
-"""Tape together: a wiring made permanent, as a model like any other.
+"""Tape layers together: make a wiring permanent, as a model like any other.
 
     taped = tape.together(surgery.load("babel"), ":4 4:8 4:8 8:")
     taped.generate("p3 pf1 pf4 >other", max_new_tokens=8)
     tape.save(taped, "babel-twice")                       # opens with AutoModelForCausalLM.from_pretrained
 
 Every pass of the wiring becomes a layer with its own index, hooks (``blocks.0`` to ``blocks.n-1`` for n passes) and
-slot in the key-value cache; lists of the configuration that say something about every layer follow. The weights are
-not copied: a layer that runs twice is two layers on the same parameters, which are the parameters of the model that was
-taped, so training one trains the other. The model that was taped is not touched.
+slot in the key-value cache; lists in the configuration with an entry for every layer are rewritten to match. Weights
+are not copied: a layer that runs twice becomes two layers on the same parameters, those of the original model, so
+training one trains the other. The original model is not touched.
 
-A parallel or scaled group is taped as its passes one after another, with the streams between them kept and joined
-(``surgery.rebuild.passes``), and a sublayer as its layer with the other sublayer silent. All of it runs, caches and generates;
-but the layers of a group run only together, and a plain checkpoint cannot express them, which ``save`` says.
+A parallel or scaled group is taped as its passes one after another, with the streams between them saved and joined
+(``surgery.rebuild.passes``), and a sublayer as its layer with the other sublayer silenced. All of this runs, caches and
+generates; but the layers of a group only run together, and a plain checkpoint cannot express them, so ``save`` refuses.
 
-Control to compare with: ``together(model, ":")``.
+Control: ``together(model, ":")``.
 """
 
 import copy
@@ -38,7 +38,7 @@ from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.stack import Stack
 from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import checkpoint
-from surgery.rebuild.passes import composed, install, slots
+from surgery.rebuild.passes import Slot, compose, install, slots
 from surgery.wiring.value import Wiring
 
 
@@ -52,15 +52,15 @@ _origins: "weakref.WeakKeyDictionary[TransformerBridge, _Origin]" = weakref.Weak
 
 
 def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBridge:
-    """The model that runs as the wiring says, on the weights of ``model``.
+    """Build the model that runs its layers as the wiring says, on the weights of ``model``.
 
-    Taping a taped model composes: the wiring then counts the taped model's layers. Cost: about 15 F on two short random
-    prompts, which prove that the taped model's logits are those of ``Stack(model).run(tokens, wiring)``, with and
+    Taping a taped model composes: the wiring then counts the layers of the taped model. Cost: about 15 F on two short
+    random prompts, which prove that the taped model gives the logits of ``Stack(model).run(tokens, wiring)``, with and
     without a key-value cache.
 
     Raises:
-        WiringError, ValueError: a wiring for another number of layers, of sublayers that this model does not have, or
-            that takes apart a group of a taped model.
+        WiringError, ValueError: the wiring is for another number of layers, runs sublayers that this model does not
+            have, or splits a group of a taped model.
         ModelError: the taped model does not run exactly as the wiring; the message says where it differs.
 
     >>> model = load("babel")
@@ -71,7 +71,7 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
     if getattr(model, "_weights_processed", False):
         raise ModelError(
             f"the weights of {model.cfg.model_name} were processed (enable_compatibility_mode) and are no longer those "
-            "of its architecture: tape the model as it was loaded, then process the taped one"
+            "of its architecture: tape the model as it was loaded, then process the taped model"
         )
     stack = Stack(model)
     wiring = Wiring.parse(wiring, stack.n_layers) if isinstance(wiring, str) else wiring
@@ -81,16 +81,15 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
     else:
         if wiring.n_layers != stack.n_layers:
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {stack.name} has {stack.n_layers}")
-        base, whole, untaped = origin.base, composed(origin.wiring, wiring), stack
+        base, whole, taped_stack = origin.base, compose(origin.wiring, wiring), stack
         stack = Stack(base)
         probe = probe_ids(stack)
-        require_same(
-            untaped.run(probe), stack.run(probe, origin.wiring), stack, "it has been changed since it was taped"
-        )
+        expected = stack.run(probe, origin.wiring)
+        require_same(taped_stack.run(probe), expected, stack, "it has been changed since it was taped")
         whole = stack.wiring(whole)
     passes = slots(whole)
     try:
-        taped = _relayered(base, [slot.layer for slot in passes])
+        taped = _with_layers(base, [slot.layer for slot in passes])
         if not whole.is_serial:
             _install(taped, passes, stack)
         _prove(taped, whole, stack)
@@ -109,7 +108,7 @@ def wiring_of(taped: TransformerBridge) -> Wiring:
 
 
 def base_of(taped: TransformerBridge) -> TransformerBridge:
-    """The model whose weights a taped model runs on."""
+    """The original model, on whose weights a taped model runs."""
     return _origin(taped).base
 
 
@@ -118,14 +117,14 @@ def save(
 ) -> Path:
     """Write a taped model as a Hugging Face checkpoint that ``AutoModelForCausalLM.from_pretrained(folder)`` opens.
 
-    A plain checkpoint holds the weights of a layer as often as it runs. Beside it: the tokenizer, if there is one, a
-    model card with the wiring, and the mergekit configuration that builds the same. The folder appears whole or not at
-    all. With ``check`` the checkpoint is opened again before that, which takes the memory of a second model, and must
-    give the same logits.
+    A plain checkpoint holds the weights of a layer as many times as it runs. Beside them are the tokenizer, if there is
+    one, a model card with the wiring, and the mergekit configuration that builds the same model. The folder appears
+    whole or not at all. With ``check`` it is first opened again, which takes the memory of a second model, and must
+    give the same logits. Returns the folder.
 
     Raises:
-        ValueError: a wiring that no plain checkpoint can express (groups, factors, sublayers), a model that is not
-            taped, or whose bridge was edited where the Hugging Face model does not see it.
+        ValueError: no plain checkpoint can express the wiring (groups, factors, sublayers), the model is not taped, or
+            its bridge was edited where the Hugging Face model does not see it.
         ModelError: the checkpoint does not open with the same logits.
         OSError: the folder is not empty, or cannot be written.
     """
@@ -171,8 +170,8 @@ def _origin(taped: TransformerBridge) -> _Origin:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def _relayered(base: TransformerBridge, layers: Sequence[int]) -> TransformerBridge:
-    """The base model with another row of layers, on the same parameters."""
+def _with_layers(base: TransformerBridge, layers: Sequence[int]) -> TransformerBridge:
+    """The base model with ``layers`` in a row as its layers, on the same parameters."""
     source = plain(base) or base.original_model
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
     hugging_face: Any = unwrapped(copy.deepcopy(source, dict(tensors)))
@@ -195,7 +194,7 @@ def _relayered(base: TransformerBridge, layers: Sequence[int]) -> TransformerBri
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What a bridge wrapped, in place: a model that has no plain twin is taken out of its bridge's hands."""
+    """Remove a bridge's wrappers from a module, in place: for a model that has no plain twin."""
     for name, child in list(module.named_children()):
         if isinstance(child, GeneralizedComponent) and child.original_component is not None:
             child = module._modules[name] = child.original_component  # noqa: SLF001
@@ -204,17 +203,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _layer(layer: nn.Module, slot: int, shared: dict[int, Any]) -> nn.Module:
-    """The structure of a layer again, on the same parameters and configuration, with the slot's index."""
-    again = copy.deepcopy(layer, dict(shared))
-    for module in again.modules():
+    """A copy of a layer's structure with the slot's index, on the parameters and configuration in ``shared``."""
+    copied = copy.deepcopy(layer, dict(shared))
+    for module in copied.modules():
         for name in ("layer_idx", "layer_id", "layer_index", "layer_number"):
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, slot)
-    return again
+    return copied
 
 
 def _share(block: nn.Module, source: nn.Module) -> None:
-    """Some adapters split joint matrices into parameters of their own: a taped block uses those of its source."""
+    """Make a taped block use the parameters of its source: some adapters split joint matrices into new ones."""
     sources = dict(source.named_modules())
     for name, module in block.named_modules():
         for key, parameter in module._parameters.items():  # noqa: SLF001
@@ -223,12 +222,12 @@ def _share(block: nn.Module, source: nn.Module) -> None:
                 module._parameters[key] = other  # noqa: SLF001
 
 
-# Lists of layers, as indices; every other list of the configuration as long as the model is deep is one entry a layer.
+# Lists of layer indices. Any other list of the configuration that is as long as the model is deep has an entry a layer.
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "global_attn_layers", "full_attn_idxs")
 
 
 def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> None:
-    """Let a configuration of ``n_layers`` layers describe a model whose layers are these of them, in place.
+    """Make the configuration of a model of ``n_layers`` layers describe a model of ``layers`` of them, in place.
 
     >>> from transformers import GPT2Config
     >>> config = GPT2Config(n_layer=3)
@@ -238,7 +237,7 @@ def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> N
     """
     common = vars(PreTrainedConfig())
     step = getattr(config, "decoder_sparse_step", None)
-    if isinstance(step, int) and step > 1:  # every so many layers a mixture of experts, of the layers that there were
+    if isinstance(step, int) and step > 1:  # one in every ``step`` original layers is a mixture of experts
         dense = {layer for layer in range(n_layers) if (layer + 1) % step} | set(config.mlp_only_layers or ())
         config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
     if isinstance(first := getattr(config, "first_k_dense_replace", None), int):
@@ -255,7 +254,8 @@ def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> N
     config.num_hidden_layers = len(layers)
 
 
-def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> None:
+def _install(taped: TransformerBridge, passes: Sequence[Slot], stack: Stack) -> None:
+    """Make both engines of a taped model run its groups and sublayers."""
     ids = probe_ids(stack)[:, :2]
     twin = plain(taped)
     engines = [bridge_engine(taped, stack.name)] + ([] if twin is None else [plain_engine(twin, taped)])
@@ -268,13 +268,14 @@ def _install(taped: TransformerBridge, passes: Sequence[Any], stack: Stack) -> N
 
 @torch.no_grad()
 def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
+    """Raise ModelError unless bridge and twin give the wiring's logits, with and without a key-value cache."""
     probe = probe_ids(stack)
     expected = stack.run(probe, wiring)
     require_same(taped(probe), expected, stack, f"{wiring} taped together")
     ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
     twin = plain(stack.model)
     if twin is not None and not relative_difference(twin(probe).logits, stack.run(probe)) <= rebuilt_tolerance(stack):
-        ways.pop()  # a bridge that was edited where its twin does not see it is the truth
+        ways.pop()  # the bridge was edited where its twin does not see it: the bridge counts
     for name, model in ways:
         if model is None:
             continue

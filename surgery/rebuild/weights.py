@@ -1,22 +1,24 @@
-"""The weights of a layer: what each does with the stream and with units (neurons, heads), and how it is resized.
+"""The weights of a layer: what each does with the stream and with units (neurons, heads), and how to resize it.
 
-A weight *reads* the stream or *writes* into it (its bias too), is the *scale* or *shift* of a norm of the stream, or is
-one of the maps of a border (*enter*, *leave*); or a *buffer*, which stays.
-So one rule makes any layer larger, by name of no architecture:
+A weight *reads* the stream or *writes* into it (biases too), is the *scale* or *shift* of a norm of the stream, or is
+one of the maps of a border (*enter*, *leave*), or a *buffer*, which stays as it is. So one rule makes any layer larger,
+without naming an architecture:
 
-* what reads keeps its numbers and reads new ones, and gives to new units, with fresh weights;
-* what writes writes zeros from new units, and into new numbers of the stream what keeps the padding: zeros, or where
-  norms take the mean off, the mean of what it writes into the others;
-* scales go by ``sqrt(d / d')``, see ``surgery.models.stream_width``.
+* a weight that reads keeps its values; its entries for new numbers of the stream and for new units are fresh;
+* a weight that writes has zeros for new units; into new numbers of the stream it writes what keeps up the padding:
+  zeros or, where norms subtract the mean, the mean of what it writes into the others;
+* scales are multiplied by ``sqrt(d / d')``, see ``surgery.models.stream_width``.
 
-And one rule expresses it in another basis of the stream ``x = B z``: what writes does so through ``B^T``, what reads
-through ``B``; under a rotation with the scale of the norm before it, whose own becomes even.
+And one rule expresses a layer in another basis of the stream, ``x = B z``: weights that write do so through ``B^T``,
+weights that read through ``B``. Under a rotation, a weight that reads also takes over the scale of the norm before it,
+whose own scale becomes uniform.
 """
 
 import copy
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import TransformerBridge
@@ -24,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.models import stream_width
 from surgery.rebuild import layout
-from surgery.rebuild import units as pruning
+from surgery.rebuild.units import PARTS, Writer
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Weight:
     """A tensor of a layer.
 
     Attributes: ``owner``, its module; ``part``, attn or mlp; ``role``, see above; ``before``, the norm whose output it
-    reads; ``centred``, whether the layer's norms take the mean off.
+    reads; ``centred``, whether the layer's norms subtract the mean.
     """
 
     tensor: Tensor
@@ -44,7 +46,7 @@ class Weight:
 
     @property
     def stream(self) -> int | None:
-        """The axis, from the last, along which it has the stream's numbers."""
+        """The axis of the stream, counted from the last (-1); None if it has none."""
         if self.tensor.ndim < 2 or self.role == "buffer":
             return None if self.role in ("reads", "buffer") else -1
         if self.role in ("enter", "leave"):
@@ -53,7 +55,7 @@ class Weight:
 
     @property
     def unit(self) -> int | None:
-        """The axis, from the last, along which it has units."""
+        """The axis of the units, counted from the last (-1); None if it has none."""
         if self.role not in ("reads", "writes"):
             return None
         if self.tensor.ndim < 2:
@@ -61,7 +63,7 @@ class Weight:
         return -1 if self.stream == -2 else -2
 
     def places(self, size: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
-        """Where the chosen of ``units`` lie on an axis of this ``size``."""
+        """The indices of the ``chosen`` units on an axis of ``size`` entries that holds ``units`` of them."""
         if self.part == "mlp":
             return places(size // units, 1, units, chosen)  # a gate and its neuron lie a block apart
         blocks = 3 if isinstance(self.owner, Conv1D) and self.role == "reads" else 1  # GPT-2's queries, keys, values
@@ -69,25 +71,32 @@ class Weight:
 
 
 def places(blocks: int, each: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
-    """On an axis of ``blocks``, in each all ``units``, each of several numbers side by side.
+    """The indices of the ``chosen`` units on an axis of ``blocks``, each with all ``units`` of ``each`` entries.
 
     >>> places(1, 2, 3, torch.tensor([0, 2])).tolist(), places(2, 1, 3, torch.tensor([0, 2])).tolist()
     ([0, 1, 4, 5], [0, 2, 3, 5])
     """
-    return (torch.arange(blocks)[:, None, None] * units * each + chosen[:, None] * each + torch.arange(each)).flatten()
+    starts = torch.arange(blocks)[:, None, None] * units * each + chosen[:, None] * each
+    return rearrange(starts + torch.arange(each), "block chosen each -> (block chosen each)")
 
 
-def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
-    """The weights of a layer, by their names in it."""
-    source, block = layout.source_of(model), model.blocks[layer]
+def by_layer(model: TransformerBridge) -> list[dict[str, Weight]]:
+    """The weights of every layer, by their names in the layer."""
+    source = layout.source_of(model)
+    sizes = layout.own_sizes(model, source)
+    return [_of_layer(model, source, layer, size.d_model or model.cfg.d_model) for layer, size in enumerate(sizes)]
+
+
+def _of_layer(model: TransformerBridge, source: nn.Module, layer: int, width: int) -> dict[str, Weight]:
+    """The weights of one layer, whose stream is ``width`` wide."""
+    block = model.blocks[layer]
     module = source.get_submodule(f"{layout.layers_path(model)}.{layer}")
     attention = f"{block.attn.name}."
-    writing = tuple(pruning.writers(model, part)[layer].path for part in pruning.PARTS if part in block.submodules)
+    writing = tuple(Writer(model, source, layer, part).path for part in PARTS if part in block.submodules)
     norms = {
         name: module.get_submodule(block.submodules[name].name) for name in ("ln1", "ln2") if name in block.submodules
     }
     norms = {name: norm for name, norm in norms.items() if next(norm.parameters(), None) is not None}
-    width = layout.sizes(model)[layer].d_model or model.cfg.d_model
     centred = any(stream_width.centres(norm, width) for norm in norms.values())
 
     def weight(name: str, tensor: Tensor) -> Weight:
@@ -109,8 +118,8 @@ def weights(model: TransformerBridge, layer: int) -> dict[str, Weight]:
     return {name: weight(name, tensor) for name, tensor in layout.tensors(module)}
 
 
-def larger(weight: Weight, fresh: Tensor, units: int, wanted: int) -> Tensor:
-    """In the shape of ``fresh``, for ``wanted`` units and its stream."""
+def larger(weight: Weight, fresh: Tensor, units: int, more_units: int) -> Tensor:
+    """``weight``, which has ``units``, enlarged to the shape of ``fresh``, which has ``more_units``."""
     old = weight.tensor
     if old.shape == fresh.shape:
         return old
@@ -118,39 +127,39 @@ def larger(weight: Weight, fresh: Tensor, units: int, wanted: int) -> Tensor:
         old = (len(old) / len(fresh)) ** 0.5 * (old + offset(weight.owner)) - offset(weight.owner)
     new = fresh.clone() if weight.role in ("reads", "scale") else torch.zeros_like(fresh)
     stream, unit = weight.stream, weight.unit
-    there = new if stream is None else new.narrow(stream, 0, old.shape[stream])
+    old_stream = new if stream is None else new.narrow(stream, 0, old.shape[stream])
     if unit is None:
-        there.copy_(old)
+        old_stream.copy_(old)
     else:
-        places = weight.places(fresh.shape[unit], wanted, torch.arange(units)).to(fresh.device)
-        there.index_copy_(unit, places, old)
+        indices = weight.places(fresh.shape[unit], more_units, torch.arange(units)).to(fresh.device)
+        old_stream.index_copy_(unit, indices, old)
     if stream is not None and weight.role in ("writes", "enter") and weight.centred:
         rest = fresh.shape[stream] - old.shape[stream]
-        new.narrow(stream, old.shape[stream], rest).copy_(there.mean(stream, keepdim=True))
+        new.narrow(stream, old.shape[stream], rest).copy_(old_stream.mean(stream, keepdim=True))
     return new
 
 
-def fewer(weight: Weight, fresh: Tensor, units: int, kept: Int[Tensor, "*expert kept"]) -> Tensor:
-    """With the units kept; fused experts each keep their own."""
+def fewer(weight: Weight, fresh: Tensor, units: int, chosen: Int[Tensor, "*expert chosen"]) -> Tensor:
+    """``weight``, which has ``units``, with only the ``chosen`` ones; fused experts each have their own choice."""
     old, unit = weight.tensor, weight.unit
     if unit is None or old.shape[unit] == fresh.shape[unit]:
         return old
     axis, size = unit, old.shape[unit]
 
-    def taken(tensor: Tensor, keep: Tensor) -> Tensor:
-        return tensor.index_select(axis, weight.places(size, units, keep).to(old.device))
+    def select(tensor: Tensor, indices: Tensor) -> Tensor:
+        return tensor.index_select(axis, weight.places(size, units, indices).to(old.device))
 
-    return taken(old, kept) if kept.ndim == 1 else torch.stack(list(map(taken, old, kept)))
+    return select(old, chosen) if chosen.ndim == 1 else torch.stack(list(map(select, old, chosen)))
 
 
 def in_basis(weight: Weight, tensor: Tensor, basis: Float[Tensor, "wide narrow"], *, rotated: bool) -> Tensor:
-    """``tensor``, which is ``weight`` with some of its units, for the stream ``x = basis z``."""
+    """``tensor`` (``weight``, perhaps with fewer units) expressed for the stream ``z``, where ``x = basis z``."""
     if (axis := weight.stream) is None:
         return tensor
     basis = basis.to(tensor)
     if weight.role == "scale":
-        scale, even = tensor + offset(weight.owner), (len(basis) / basis.shape[1]) ** 0.5
-        return even * (torch.ones_like(basis[0]) if rotated else scale @ basis) - offset(weight.owner)
+        scale, uniform = tensor + offset(weight.owner), (len(basis) / basis.shape[1]) ** 0.5
+        return uniform * (torch.ones_like(basis[0]) if rotated else scale @ basis) - offset(weight.owner)
     tensor = tensor.movedim(axis, -1)
     if rotated and weight.role == "reads" and weight.before is not None:
         tensor = tensor * (weight.before.get_parameter("weight").detach() + offset(weight.before))
@@ -158,7 +167,7 @@ def in_basis(weight: Weight, tensor: Tensor, basis: Float[Tensor, "wide narrow"]
 
 
 def offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight: Gemma's scale is ``1 + weight``."""
+    """What a norm adds to its weight to get its scale: 1 in Gemma, 0 elsewhere."""
     bare, weight = copy.deepcopy(norm), norm.get_parameter("weight")
     with torch.no_grad():
         for parameter in bare.parameters():

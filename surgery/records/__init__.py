@@ -1,4 +1,4 @@
-"""Files that can be trusted: tables with documented columns, each beside a manifest of where it came from."""
+"""Results on disk: tables with documented columns, each beside a manifest of where it came from."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: everything needed to get the same ones again, as the manifest of a file.
+"""The manifest of a file of results: everything needed to get the same numbers again.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -24,9 +24,10 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "pandas", "numpy")
 
 
 def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **settings: Any) -> dict[str, Any]:
-    """Model, weights, tokens, wiring, seed, settings, versions, command and time of a measurement.
+    """Model, weights, tokens, wiring, seed, settings, versions, command and time of a measurement, ready for JSON.
 
-    Reads all weights once to hash them: make one manifest per study and hand it to every ``frames.write``.
+    Hashing the weights reads all of them, once per ``Stack``: make one manifest per study and pass it to every
+    ``tables.write``.
     """
     config = getattr(stack.model.original_model, "config", None)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -53,5 +54,5 @@ def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **se
 
 def tokens_hash(tokens: Tokens) -> str:
     """sha256 over the real tokens of every prompt, in order; padding does not count."""
-    prompts = [row[keep].tolist() for row, keep in zip(tokens.ids.cpu(), tokens.mask.cpu(), strict=True)]
+    prompts = [row[real].tolist() for row, real in zip(tokens.ids.cpu(), tokens.mask.cpu(), strict=True)]
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -1,11 +1,11 @@
-r"""What every measurement leaves behind: a CSV file with documented columns, and a manifest: where it came from.
+r"""Write and read the two files of a measurement: a CSV file with documented columns, and its manifest.
 
-    series_windows.csv            one row per window; floats written so that they read back exactly
+    series_windows.csv            one row per window; floats with enough digits to read back exactly
     series_windows.manifest.json  where the numbers come from (``surgery.records.manifest``), columns, sha256 of the CSV
 
 A file appears under its final name whole or not at all: it is written under a temporary name in the same folder,
-flushed to the disk, and renamed. The manifest is renamed first, so a CSV file never stands without one, and ``read``
-compares the hash, so a CSV file that was edited or replaced afterwards is noticed.
+flushed to disk, and renamed. The manifest is renamed first, so a CSV file never exists without one, and ``read``
+compares the hash, so it notices a CSV file that was edited or replaced afterwards.
 
 >>> import pandas as pd, tempfile
 >>> folder = tempfile.mkdtemp()
@@ -40,14 +40,19 @@ _REASONS = {
 
 
 def reason(error: OSError) -> str:
-    """Why the operating system refused, in words."""
+    """Why the operating system refused, in words for a message.
+
+    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
+    'there is no space left on the disk'
+    """
     return _REASONS.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def save(files: Mapping[Path, bytes]) -> None:
-    """Write all the files whole or, when anything fails or interrupts, leave what stood there before.
+    """Write all files completely or, if anything fails or interrupts, leave what was there before.
 
-    Raises ``OSError`` with one sentence naming the file and the reason: a full disk, no permission, a file in the way.
+    Raises ``OSError`` with one sentence that names the file and the reason: a full disk, no permission, a folder in the
+    way.
     """
     partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
     try:
@@ -65,13 +70,13 @@ def save(files: Mapping[Path, bytes]) -> None:
             except OSError as error:
                 raise OSError(f"cannot write {path}: {reason(error)}") from error
     finally:
-        for rest in partial.values():
+        for leftover in partial.values():
             with contextlib.suppress(OSError):
-                rest.unlink()
+                leftover.unlink()
 
 
 def folder(path: str | Path) -> Path:
-    """Make the folder if need be and prove that it can be written to, before anything long is started.
+    """Make the folder if it is missing and check that it can be written to, before anything long is started.
 
     Raises ``OSError`` with one sentence if it cannot.
     """
@@ -92,11 +97,11 @@ def write(
     manifest: Mapping[str, Any],
     columns: Mapping[str, str],
 ) -> Path:
-    """Write ``frame`` as CSV and, beside it, ``manifest`` with the meaning of the columns and the CSV's hash added.
+    """Write ``frame`` as CSV and, beside it, ``manifest`` with the columns' meaning and the CSV's hash.
 
-    ``columns`` says what each column means: the ``COLUMNS`` of the module that measured, or your own. Floats are written
-    with as many digits as it takes to read them back exactly. Raises ``ValueError`` for a column that ``columns`` does
-    not explain, ``OSError`` where the files cannot be written.
+    Returns the path of the CSV file. ``columns`` gives the meaning of each column: the ``COLUMNS`` of the module that
+    measured, or your own. Floats are written with enough digits to read back exactly. Raises ``ValueError`` for a
+    column that ``columns`` does not explain, ``OSError`` if the files cannot be written.
     """
     path = Path(path)
     unknown = [str(column) for column in frame.columns if column not in columns]
@@ -119,9 +124,9 @@ def write(
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """The frame that ``write`` wrote, float for float.
+    """Read back the frame that ``write`` wrote, exact in every float.
 
-    Raises ``ValueError`` if the file is missing, has no manifest, or is not the one its manifest describes.
+    Raises ``ValueError`` if the file is missing, has no manifest, or is not the one that its manifest describes.
     """
     path = Path(path)
     manifest, text = read_manifest(path), _bytes(path)
@@ -129,10 +134,10 @@ def read(path: str | Path) -> pd.DataFrame:
         raise ValueError(
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
-    words = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
-    kinds = manifest["types"]
-    flags = {name: words[name] == "True" for name, kind in kinds.items() if kind == "flag"}
-    return words.assign(**flags).astype({name: kind for name, kind in kinds.items() if kind in ("int", "float")})
+    strings = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
+    types = manifest["types"]
+    flags = {name: strings[name] == "True" for name, kind in types.items() if kind == "flag"}
+    return strings.assign(**flags).astype({name: kind for name, kind in types.items() if kind in ("int", "float")})
 
 
 def _type(values: pd.Series) -> str:
@@ -144,7 +149,7 @@ def _type(values: pd.Series) -> str:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of the CSV file at ``path``."""
+    """Read the manifest of the CSV file at ``path``. Raises ``ValueError`` if it is missing or damaged."""
     path = Path(path)
     try:
         manifest = json.loads(_bytes(manifest_path(path)))
@@ -156,7 +161,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def manifest_path(path: Path) -> Path:
-    """``series_windows.csv`` -> ``series_windows.manifest.json``."""
+    """The path of a CSV file's manifest: ``series_windows.csv`` -> ``series_windows.manifest.json``."""
     return path.with_name(f"{path.stem}.manifest.json")
 
 

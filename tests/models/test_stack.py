@@ -1,3 +1,5 @@
+"""The Stack: exact on every architecture, under every wiring, and without a trace in the model."""
+
 import pytest
 import torch
 import transformers
@@ -50,18 +52,18 @@ def by_hand(model: TransformerBridge, tokens: torch.Tensor, order: list[int]) ->
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_check_passes_on_every_architecture(load, name):
-    checks = Stack(load(name)).checks()
+def test_every_check_passes_on_every_architecture(opened, name):
+    checks = opened(name).checks()
     assert checks["passed"].all(), checks.to_string()
     assert len(checks) == (6 if name in fixtures.NATIVE else 7)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_identity_is_the_model_in_double_precision(load, name):
-    model = load(name, dtype=torch.float64)
-    expected = model(ids(), return_type="logits", use_cache=False)
+def test_identity_is_the_model_in_double_precision(opened, name):
+    stack = opened(name, dtype=torch.float64)
+    expected = stack.model(ids(), return_type="logits", use_cache=False)
     # transformers' and TransformerLens' RMSNorm round to float32 inside, in both paths alike
-    assert close(Stack(model).run(ids()), expected, 1e-10)
+    assert close(stack.run(ids()), expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", fixtures.ARCHITECTURES)
@@ -75,15 +77,15 @@ def test_identity_is_the_model_in_double_precision(load, name):
         ("0 2 1 3", [0, 2, 1, 3]),
     ],
 )
-def test_serial_wirings_equal_a_reindexed_layer_list(load, name, wiring, order):
-    model = load(name)
-    expected = by_hand(model, ids(), order)
-    assert close(Stack(model).run(ids(), wiring), expected, 2e-5)
+def test_serial_wirings_equal_a_reindexed_layer_list(opened, name, wiring, order):
+    stack = opened(name)
+    expected = by_hand(stack.model, ids(), order)
+    assert close(stack.run(ids(), wiring), expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_groups_follow_their_definition(load, name):
-    stack = Stack(load(name))
+def test_groups_follow_their_definition(opened, name):
+    stack = opened(name)
     context = stack.context(ids())
     x = stack.stream(context)[1]
     u1, u2 = stack.update(1, x, context), stack.update(2, x, context)
@@ -95,8 +97,8 @@ def test_groups_follow_their_definition(load, name):
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "native-attention-only"])
-def test_sublayers_add_up_to_the_layer(load, name):
-    stack = Stack(load(name))
+def test_sublayers_add_up_to_the_layer(opened, name):
+    stack = opened(name)
     together = "{2.attn|2.mlp}" if stack.parallel_sublayers else "2.attn 2.mlp"
     assert stack.parallel_sublayers == (name in ("gptj", "gpt_neox"))
     assert close(stack.run(ids(), f":2 {together} 3:"), stack.run(ids()))
@@ -104,10 +106,10 @@ def test_sublayers_add_up_to_the_layer(load, name):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_frozen_norms_by_their_definition(load, name):
+def test_frozen_norms_by_their_definition(opened, name):
     """Twice the stream through norms frozen at its own scales reads twice the normalised stream, not the same again."""
-    model = load(name)
-    stack = Stack(model)
+    stack = opened(name)
+    model = stack.model
     context = stack.context(ids())
     x = stack.stream(context)[2]
     with stack.frozen(context):
@@ -120,8 +122,8 @@ def test_frozen_norms_by_their_definition(load, name):
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_under_a_rewiring(load, name, side):
-    stack = Stack(load(name))
+def test_padding_changes_nothing_under_a_rewiring(opened, name, side):
+    stack = opened(name)
     alone = [stack.run(ids(i, batch=1, pos=length), ":3 1:")[0] for i, length in enumerate((9, 4, 7))]
     rows = Tokens(torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool))
     for i, length in enumerate((9, 4, 7)):
@@ -131,8 +133,8 @@ def test_padding_changes_nothing_under_a_rewiring(load, name, side):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "native-ln"])
-def test_positions_read_out_are_those_of_all_logits(load, name):
-    stack = Stack(load(name))
+def test_positions_read_out_are_those_of_all_logits(opened, name):
+    stack = opened(name)
     everything, mask = stack.run(ids()), torch.zeros(3, 9, dtype=torch.bool)
     mask[0, 2] = mask[1, 8] = True
     assert close(stack.run(ids(), positions=mask), everything[mask])
@@ -170,9 +172,9 @@ def test_gradients_through_a_layer_used_twice(load):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "native-rms"])
-def test_hooks_fire_once_per_pass_and_only_then(load, name):
-    model = load(name)
-    stack = Stack(model)
+def test_hooks_fire_once_per_pass_and_only_then(opened, name):
+    stack = opened(name)
+    model = stack.model
     seen: list[torch.Tensor] = []
     quiet = stack.run(ids(), ":3 1:")
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.clone()))]):
@@ -184,9 +186,9 @@ def test_hooks_fire_once_per_pass_and_only_then(load, name):
     assert len(seen) == 2
 
 
-def test_a_context_made_before_hooks_were_attached_still_serves(load):
-    model = load("llama")
-    stack = Stack(model)
+def test_a_context_made_before_hooks_were_attached_still_serves(opened):
+    stack = opened("llama")
+    model = stack.model
     context = stack.context(ids())
     x = stack.stream(context)[1]
     quiet = stack.execute("1:", x, context)
@@ -197,8 +199,8 @@ def test_a_context_made_before_hooks_were_attached_still_serves(load):
     assert fired == [(3, 4, 9, 9)] * 3
 
 
-def test_tap_sees_every_pass_and_may_replace_it(load):
-    stack = Stack(load("qwen3"))
+def test_tap_sees_every_pass_and_may_replace_it(opened):
+    stack = opened("qwen3")
     seen = []
     stack.run(ids(), ":2 {1|3} 0.5*(2)", tap=lambda layer, before, after: seen.append((layer.index, before, after)))
     assert [index for index, *_ in seen] == [0, 1, 1, 3, 2]
@@ -207,8 +209,8 @@ def test_tap_sees_every_pass_and_may_replace_it(load):
     assert torch.equal(skipped, stack.run(ids(), ":2 3:"))
 
 
-def test_the_stream_is_the_models_own(load):
-    model = load("olmo2")
+def test_the_stream_is_the_models_own(opened):
+    model = opened("olmo2").model
     store: dict[int, torch.Tensor] = {}
     with model.hooks(fwd_hooks=hooks.record_stream(store)):
         logits = model(ids(), return_type="logits")
@@ -267,8 +269,8 @@ def test_saving_and_training_the_plain_twin_still_works(load, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
-def test_the_twin_costs_no_memory(load, name):
-    model = load(name)
+def test_the_twin_costs_no_memory(opened, name):
+    model = opened(name).model
     mine = {p.data_ptr() for p in model.original_model.parameters()}
     assert mine == {p.data_ptr() for p in plain(model).parameters()}
 
@@ -300,16 +302,16 @@ def test_a_processed_bridge_is_measured_as_it_is(load, name):
         assert stack.stream(ids()).mean(-1).abs().max() < 1e-5 < before.mean(-1).abs().max()
 
 
-def test_update_without_a_context_is_that_of_an_unpadded_batch(load):
-    stack = Stack(load("mistral"))
+def test_update_without_a_context_is_that_of_an_unpadded_batch(opened):
+    stack = opened("mistral")
     context = stack.context(ids())
     x = stack.stream(context)[2]
     assert torch.equal(stack.update(2, x), stack.update(2, x, context))
     assert torch.equal(stack.update(-1, x), stack.update(3, x))
 
 
-def test_reading_tokens(load):
-    stack = Stack(load("llama"))
+def test_reading_tokens(opened):
+    stack = opened("llama")
     tokens = stack.tokens(TEXTS)
     assert tokens.ids.shape == (3, 10)
     assert tokens.ids[1].tolist() == [1, 13, 8, 8] + [0] * 6
@@ -333,13 +335,13 @@ def test_reading_tokens(load):
         (["w1 w2"], {"padding_side": "middle"}, "'left' or 'right', got 'middle'"),
     ],
 )
-def test_bad_text(load, texts, options, message):
+def test_bad_text(opened, texts, options, message):
     with pytest.raises(ValueError, match=message):
-        Stack(load("llama")).tokens(texts, **options)
+        opened("llama").tokens(texts, **options)
 
 
-def test_bad_requests(load):
-    stack = Stack(load("llama"))
+def test_bad_requests(opened):
+    stack = opened("llama")
     with pytest.raises(ValueError, match=r"is for 6 layers, .* has 4"):
         stack.run(ids(), Wiring.of(6))
     with pytest.raises(ValueError, match=r"layer 9: .* has layers 0 to 3"):
@@ -349,9 +351,9 @@ def test_bad_requests(load):
     with pytest.raises(ValueError, match="frozen norms belong to a batch of shape"), stack.frozen(stack.context(ids())):
         stack.update(1, torch.zeros(1, 2, fixtures.D_MODEL))
     with pytest.raises(ValueError, match=r"runs sublayers, but the layers of .* have only attn"):
-        Stack(load("native-attention-only")).run(ids(), ": 1.mlp")
+        opened("native-attention-only").run(ids(), ": 1.mlp")
     with pytest.raises(TypeError, match="TransformerBridge"):
-        Stack(plain(load("llama")))
+        Stack(plain(opened("llama").model))
 
 
 def test_weights_that_are_not_finite_are_named(load):
@@ -403,8 +405,8 @@ def test_models_without_attention_in_every_layer_are_refused(kind, tmp_path):
         Stack(surgery.load(model))
 
 
-def test_a_context_can_be_passed_around(load):
-    stack = Stack(load("phi3"))
+def test_a_context_can_be_passed_around(opened):
+    stack = opened("phi3")
     context = stack.context(ids())
     assert isinstance(context, Context)
     assert stack.context(context) is context

@@ -1,6 +1,8 @@
 """A stream of its own width inside a span: padded at its borders, learning, saved, run whole; and what cannot be says
 why."""
 
+import functools
+
 import pytest
 import torch
 
@@ -18,8 +20,15 @@ INSIDE = [Size(), Size(d_model=48, enters=True), Size(d_model=48, leaves=True), 
 PROMPTS = torch.randint(fixtures.N_VOCAB, (12, 16), generator=torch.Generator().manual_seed(3))
 
 
-def broad(load, name="llama", d_model=48):
-    return width.widen(load(name), 1, 3, d_model=d_model)
+@pytest.fixture(scope="module")
+def broad(opened):
+    """A model with a wider stream in layers 1 and 2, made once: tests that use it must leave it as it is."""
+
+    @functools.cache
+    def of(name="llama"):
+        return width.widen(opened(name).model, 1, 3, d_model=48)
+
+    return of
 
 
 def layer(model, place):
@@ -42,8 +51,8 @@ def test_padding_keeps_what_a_norm_gives(kind):
     assert given[:, 8:].abs().max() < 1e-12
 
 
-def test_only_the_first_and_the_last_of_a_run_carry_maps(load):
-    wide = broad(load)
+def test_only_the_first_and_the_last_of_a_run_carry_maps(broad, opened):
+    wide = broad()
     assert layout.sizes(wide) == INSIDE
     assert [stream_width.streams(layer(wide, place), 32) for place in range(4)] == [
         (32, 32, 32),
@@ -51,13 +60,13 @@ def test_only_the_first_and_the_last_of_a_run_carry_maps(load):
         (48, 48, 32),
         (32, 32, 32),
     ]
-    one = width.widen(load("llama"), 2, 3, d_model=48)
+    one = width.widen(opened("llama").model, 2, 3, d_model=48)
     assert layout.sizes(one)[2] == Size(d_model=48, enters=True, leaves=True)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt"])
-def test_heads_that_divide_the_stream_stay_as_wide(load, name):
-    wide = broad(load, name)
+def test_heads_that_divide_the_stream_stay_as_wide(broad, name):
+    wide = broad(name)
     writer = units.writers(wide, "attn")[1]
     assert writer.rows.shape == (fixtures.N_HEADS, fixtures.D_MODEL // fixtures.N_HEADS, 48)
 
@@ -67,7 +76,7 @@ def test_heads_that_divide_the_stream_stay_as_wide(load, name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
 def test_one_step_fills_the_new_numbers_each_in_its_own_way(load, name):
-    wide = broad(load, name)
+    wide = width.widen(load(name), 1, 3, d_model=48)
     plain(wide)(TOKENS, labels=TOKENS).loss.backward()
     enter = layer(wide, 1).enter.weight
     stepped = (enter - enter.grad)[32:].detach()
@@ -76,13 +85,13 @@ def test_one_step_fills_the_new_numbers_each_in_its_own_way(load, name):
     assert layer(wide, 2).leave.weight.grad is not None
 
 
-def test_a_fresh_middle_with_a_stream_of_its_own(load):
-    grown = layout.build(load("llama"), layout.middle(4, 1, 3, depth=3, d_model=40))
+def test_a_fresh_middle_with_a_stream_of_its_own(opened):
+    grown = layout.build(opened("llama").model, layout.middle(4, 1, 3, depth=3, d_model=40))
     assert [size.d_model for size in layout.sizes(grown)] == [None, 40, 40, 40, None]
     assert [size.enters for size in layout.sizes(grown)] == [False, True, False, False, False]
     assert [size.leaves for size in layout.sizes(grown)] == [False, False, False, True, False]
     with pytest.raises(ValueError, match="with sizes of its own a layer is fresh"):
-        layout.build(load("llama"), [Row(0), Row(1, d_model=40)])
+        layout.build(opened("llama").model, [Row(0), Row(1, d_model=40)])
 
 
 # --- back again ------------------------------------------------------------------------------------------------------
@@ -92,16 +101,16 @@ def test_a_fresh_middle_with_a_stream_of_its_own(load):
     ("name", "by"),
     [("llama", "pca"), ("llama", "activation"), ("mixtral", "pca"), ("gemma2", "activation"), ("native-rms", "pca")],
 )
-def test_what_was_padded_can_be_taken_away(load, name, by):
-    base = load(name)
-    again = width.narrow(broad(load, name), 1, 3, PROMPTS, d_model=32, by=by)
+def test_what_was_padded_can_be_taken_away(broad, opened, name, by):
+    base = opened(name).model
+    again = width.narrow(broad(name), 1, 3, PROMPTS, d_model=32, by=by)
     assert difference(again(TOKENS), base(TOKENS)) < 1e-4
-    by_chance = width.narrow(broad(load, name), 1, 3, d_model=32, by="random")
+    by_chance = width.narrow(broad(name), 1, 3, d_model=32, by="random")
     assert difference(by_chance(TOKENS), base(TOKENS)) > 1e-2
 
 
-def test_principal_components_lose_less_than_chance(load):
-    base = load("llama")
+def test_principal_components_lose_less_than_chance(opened):
+    base = opened("llama").model
     lost = {}
     for by in ("pca", "random"):
         thin = width.narrow(base, 1, 3, PROMPTS, d_model=24, by=by)
@@ -110,13 +119,13 @@ def test_principal_components_lose_less_than_chance(load):
     assert lost["pca"] < lost["random"]
 
 
-def test_importance_of_the_streams_numbers(load):
-    wide = broad(load)
+def test_importance_of_the_streams_numbers(broad, opened):
+    wide = broad()
     by_activation = units.channels(wide, 1, 3, PROMPTS)
     assert by_activation.shape == (48,)
     assert not by_activation[32:].any()
     assert (by_activation[:32] > 0).all()
-    stack = surgery.Stack(load("llama"))
+    stack = opened("llama")
     streams = stack.stream(PROMPTS)[1:3, :, 1:].double()
     expected = (streams.abs() / streams.square().mean(-1, keepdim=True).sqrt()).sum((0, 1, 2))
     assert torch.allclose(by_activation[:32], (48 / 32) ** 0.5 * expected, rtol=1e-4)
@@ -129,8 +138,8 @@ def test_importance_of_the_streams_numbers(load):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2", "mixtral"])
-def test_saved_and_opened(load, tmp_path, name):
-    wide = width.widen(broad(load, name), 1, 3, d_mlp=160)
+def test_saved_and_opened(broad, tmp_path, name):
+    wide = width.widen(broad(name), 1, 3, d_mlp=160)
     with torch.no_grad():  # maps as training leaves them
         layer(wide, 1).enter.weight += 0.1
     opened = surgery.load(layout.save(wide, tmp_path / "broad"))
@@ -139,8 +148,8 @@ def test_saved_and_opened(load, tmp_path, name):
     assert difference(opened(TOKENS), wide(TOKENS)) < 1e-5
 
 
-def test_deeper_dropped_and_taped(load):
-    base, wide = load("llama"), broad(load)
+def test_deeper_dropped_and_taped(broad, opened):
+    base, wide = opened("llama").model, broad()
     deep = width.deepen(wide, 1, 3, 5)
     assert [size.enters for size in layout.sizes(deep)] == [False, True, False, False, False, False, False]
     assert difference(deep(TOKENS), base(TOKENS)) < 1e-5
@@ -155,8 +164,8 @@ def test_deeper_dropped_and_taped(load):
     assert layout.sizes(width.drop(wide, [1, 2])) == [Size()] * 2
 
 
-def test_opened_proved_and_frozen(load):
-    base, wide = surgery.Stack(load("gpt_neox")), surgery.Stack(broad(load, "gpt_neox"))
+def test_opened_proved_and_frozen(broad, opened):
+    base, wide = opened("gpt_neox"), surgery.Stack(broad("gpt_neox"))
     assert wide.checks()["passed"].all()
     assert len(wide.checks()) >= 4
     context = wide.context(TOKENS)
@@ -168,12 +177,12 @@ def test_opened_proved_and_frozen(load):
     )
 
 
-def test_layers_that_do_not_fit_one_another_say_so(load):
-    wide = surgery.Stack(broad(load))
+def test_layers_that_do_not_fit_one_another_say_so(broad):
+    wide = surgery.Stack(broad())
     for order in (":2 1:", "0 2 3", ":1 {1 | 2} 3", ":1 2:"):
         with pytest.raises(ValueError, match=r"takes a stream of \d+, not one of \d+|must give the width"):
             wide.run(TOKENS, order)
-    with pytest.raises(ValueError, match=r"layers 1 to 1 .* another width than 32: listen to them with stack\.run"):
+    with pytest.raises(ValueError, match=r"layers 1 to 1 .* another width than 32: record them with stack\.run"):
         wide.stream(TOKENS)
     with pytest.raises(ValueError, match="takes a stream of 32 and gives one of 48: it has no update"):
         wide.update(1, torch.zeros(1, 3, 32))
@@ -184,20 +193,20 @@ def test_layers_that_do_not_fit_one_another_say_so(load):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmo2"])
-def test_norms_that_a_rotation_does_not_pass(load, name):
-    with pytest.raises(ModelError, match=r"does not pass the norms .* say by='activation'"):
-        width.narrow(load(name), 1, 3, PROMPTS, d_model=16, by="pca")
+def test_norms_that_a_rotation_does_not_pass(opened, name):
+    with pytest.raises(ModelError, match=r"does not pass the norms .* use by='activation'"):
+        width.narrow(opened(name).model, 1, 3, PROMPTS, d_model=16, by="pca")
 
 
-def test_a_part_of_a_run_cannot_have_another_stream(load):
-    wide = broad(load)
+def test_a_part_of_a_run_cannot_have_another_stream(broad):
+    wide = broad()
     for start, stop in ((1, 2), (2, 3), (0, 3), (1, 4)):
         with pytest.raises(ValueError, match=r"layers 1 to 2 have a stream of their own: .* \[1, 3\)"):
             width.widen(wide, start, stop, d_model=64)
     assert layout.sizes(width.widen(wide, 1, 3, d_model=64))[1].d_model == 64
 
 
-def test_scales_of_gemma_are_one_and_their_weight(load):
-    assert weights.offset(layer(load("gemma2"), 0).input_layernorm) == 1
-    assert weights.offset(layer(load("llama"), 0).input_layernorm) == 0
-    assert weights.offset(layer(load("gpt2"), 0).ln_1) == 0
+def test_scales_of_gemma_are_one_and_their_weight(opened):
+    assert weights.offset(layer(opened("gemma2").model, 0).input_layernorm) == 1
+    assert weights.offset(layer(opened("llama").model, 0).input_layernorm) == 0
+    assert weights.offset(layer(opened("gpt2").model, 0).ln_1) == 0

@@ -14,32 +14,36 @@ from surgery.rebuild import checkpoint, tape
 from surgery.wiring.value import Wiring
 
 
-@pytest.mark.parametrize("name", fixtures.ARCHITECTURES)
-def test_a_saved_model_opens_without_this_package(load, tmp_path, name):
-    model = load(name)
-    stack = surgery.Stack(model)
-    for kind in ("repeat", "reverse"):
-        wiring = SERIAL[kind]
-        expected = stack.run(TOKENS, wiring)
-        folder = tape.save(tape.together(model, wiring), tmp_path / kind)
-        with torch.no_grad():
-            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            if name == "gemma2":
-                opened.set_attn_implementation("eager")  # torch's fast attention cannot soft-cap
-            assert difference(opened(TOKENS).logits, expected) < 1e-5
-        assert difference(surgery.Stack(surgery.load(folder)).run(TOKENS), expected) < 1e-5
-        tied = plain(model).get_input_embeddings().weight is plain(model).get_output_embeddings().weight
-        assert (opened.get_input_embeddings().weight is opened.get_output_embeddings().weight) is tied
-        again = AutoTokenizer.from_pretrained(folder)
-        assert again("w1 w2 w9")["input_ids"] == model.tokenizer("w1 w2 w9")["input_ids"]
-        text = (folder / "mergekit.yaml").read_text()
-        assert Wiring.from_mergekit(text, 4) == stack.wiring(wiring)
-        card = (folder / "README.md").read_text()
-        assert f"`{stack.wiring(wiring)}`" in card
-        assert str(model.cfg.model_name) in card
-        assert stack.sha256 in card
-        assert surgery.Stack(surgery.load(folder)).sha256 in card
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["repeat", "reverse"]
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "repeat") for name in fixtures.ARCHITECTURES),
+        *((name, "reverse") for name in ("gpt2", "gemma2", "gemma3", "qwen3_moe")),  # with layers of two kinds, and not
+    ],
+)
+def test_a_saved_model_opens_without_this_package(opened, tmp_path, name, kind):
+    stack, wiring = opened(name), SERIAL[kind]
+    expected = stack.run(TOKENS, wiring)
+    folder = tape.save(tape.together(stack.model, wiring), tmp_path / kind)
+    with torch.no_grad():
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if name == "gemma2":
+            saved.set_attn_implementation("eager")  # torch's fast attention cannot soft-cap
+        assert difference(saved(TOKENS).logits, expected) < 1e-5
+    again = surgery.Stack(surgery.load(folder))
+    assert difference(again.run(TOKENS), expected) < 1e-5
+    twin = plain(stack.model)
+    tied = twin.get_input_embeddings().weight is twin.get_output_embeddings().weight
+    assert (saved.get_input_embeddings().weight is saved.get_output_embeddings().weight) is tied
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("w1 w2 w9")["input_ids"] == stack.model.tokenizer("w1 w2 w9")["input_ids"]
+    assert Wiring.from_mergekit((folder / "mergekit.yaml").read_text(), 4) == stack.wiring(wiring)
+    card = (folder / "README.md").read_text()
+    assert f"`{stack.wiring(wiring)}`" in card
+    assert stack.name in card
+    assert stack.sha256 in card
+    assert again.sha256 in card
+    assert [path.name for path in tmp_path.iterdir()] == [kind]
 
 
 def test_the_command_on_the_card_makes_the_same_model(load, tmp_path, monkeypatch):
@@ -115,7 +119,7 @@ def test_whole_or_not_at_all(load, tmp_path, monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
 
-    for owner, name in ((type(taped.tokenizer), "save_pretrained"), (checkpoint, "_opened"), (os, "replace")):
+    for owner, name in ((type(taped.tokenizer), "save_pretrained"), (checkpoint, "_reopened"), (os, "replace")):
         with monkeypatch.context() as broken:
             broken.setattr(owner, name, fails)
             with pytest.raises(type(error) if isinstance(error, OSError) else error) as raised:

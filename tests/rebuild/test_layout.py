@@ -43,8 +43,8 @@ def state(model):
 
 
 @pytest.mark.parametrize("name", [*fixtures.ARCHITECTURES, *fixtures.NATIVE])
-def test_all_kept_is_the_model_again(load, name):
-    base = load(name)
+def test_all_kept_is_the_model_again(opened, name):
+    base = opened(name).model
     before, expected = state(base), base(TOKENS).detach()
     again = build(base, KEPT)
     assert torch.equal(again(TOKENS), expected)
@@ -55,8 +55,8 @@ def test_all_kept_is_the_model_again(load, name):
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2", "native-rms"])
-def test_the_ends_are_the_old_ones_and_the_middle_is_new(load, name):
-    base = load(name)
+def test_the_ends_are_the_old_ones_and_the_middle_is_new(opened, name):
+    base = opened(name).model
     before = state(base)
     deeper = build(base, middle(4, 1, 3, depth=3))
     assert deeper.cfg.n_layers == len(deeper.blocks) == 5
@@ -74,8 +74,8 @@ def test_the_ends_are_the_old_ones_and_the_middle_is_new(load, name):
 
 
 @pytest.mark.parametrize("name", ["mistral", "native-ln"])
-def test_the_seed_decides_and_the_caller_s_is_untouched(load, name):
-    base, rows = load(name), middle(4, 1, 3, d_mlp=48)
+def test_the_seed_decides_and_the_caller_s_is_untouched(opened, name):
+    base, rows = opened(name).model, middle(4, 1, 3, d_mlp=48)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -89,8 +89,8 @@ def test_the_seed_decides_and_the_caller_s_is_untouched(load, name):
 
 
 @pytest.mark.parametrize("name", WIDER)
-def test_layers_of_their_own_width(load, name):
-    base = load(name)
+def test_layers_of_their_own_width(opened, name):
+    base = opened(name).model
     wide = build(base, middle(4, 1, 3, d_mlp=160))
     assert layout.sizes(wide) == [Size(), Size(160), Size(160), Size()]
     count = [sum(weight.numel() for weight in layer(wide, place).values()) for place in range(4)]
@@ -101,8 +101,8 @@ def test_layers_of_their_own_width(load, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "native-gated"])
-def test_layers_with_heads_of_their_own(load, name):
-    base = load(name)
+def test_layers_with_heads_of_their_own(opened, name):
+    base = opened(name).model
     more = build(base, middle(4, 1, 3, n_heads=8))
     _, cache = more.run_with_cache(TOKENS)
     assert [cache[f"blocks.{place}.attn.hook_pattern"].shape[1] for place in range(4)] == [4, 8, 8, 4]
@@ -111,16 +111,16 @@ def test_layers_with_heads_of_their_own(load, name):
     assert keys[0] == keys[3]
 
 
-def test_old_is_the_share_of_the_old_weights(load):
-    base = load("llama")
+def test_old_is_the_share_of_the_old_weights(opened):
+    base = opened("llama").model
     half, fresh = build(base, middle(4, 1, 3, old=0.25), seed=3), build(base, middle(4, 1, 3), seed=3)
     for key, found in layer(half, 2).items():
         assert torch.allclose(found, 0.25 * layer(base, 2)[key] + 0.75 * layer(fresh, 2)[key], atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "native-gated"])
-def test_kept_layers_in_another_order_run_as_the_wiring(load, name):
-    base = load(name)
+def test_kept_layers_in_another_order_run_as_the_wiring(opened, name):
+    base = opened(name).model
     assert (
         difference(build(base, list(map(Row, (0, 2, 1, 1, 3))))(TOKENS), surgery.Stack(base).run(TOKENS, "0 2 1 1 3"))
         < 1e-5
@@ -128,8 +128,8 @@ def test_kept_layers_in_another_order_run_as_the_wiring(load, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "native-ln"])
-def test_building_again_composes_and_sizes_carry_over(load, name):
-    wide = build(load(name), middle(4, 1, 3, d_mlp=160, n_heads=8))
+def test_building_again_composes_and_sizes_carry_over(opened, name):
+    wide = build(opened(name).model, middle(4, 1, 3, d_mlp=160, n_heads=8))
     again = build(wide, [Row(0), Row(1), Row(1, 0.0), Row(2, 0.0, d_mlp=40), Row(3)], seed=4)
     assert layout.sizes(again) == [Size(), Size(160, 8), Size(160, 8), Size(40, 8), Size()]
     assert same(layer(again, 1), layer(wide, 1))
@@ -138,8 +138,8 @@ def test_building_again_composes_and_sizes_carry_over(load, name):
     assert layout.sizes(back) == [Size()] * 3
 
 
-def test_given_weights_in_a_given_shape(load):
-    base = load("gpt_neox")  # whose bridge splits query, key and value: weights have to be there before it does
+def test_given_weights_in_a_given_shape(opened):
+    base = opened("gpt_neox").model  # whose bridge splits query, key and value: weights have to be there before it does
     target = build(base, middle(4, 1, 3, d_mlp=160), seed=9)
     weights = dict(plain(target).named_parameters())
     found = layout.shaped(base, [Row(0), Row(1, d_mlp=160), Row(2, d_mlp=160), Row(3)], seed=0, weights=weights)
@@ -166,8 +166,8 @@ def test_given_weights_in_a_given_shape(load):
         ("mixtral", {"d_mlp": 160, "n_heads": 2}, True),
     ],
 )
-def test_saved_and_opened(load, tmp_path, name, sizes, own):
-    model = build(load(name), middle(4, 1, 3, **sizes))
+def test_saved_and_opened(opened, tmp_path, name, sizes, own):
+    model = build(opened(name).model, middle(4, 1, 3, **sizes))
     folder = layout.save(model, tmp_path / "new")
     opened = surgery.load(folder)
     assert torch.equal(plain(opened)(TOKENS).logits, plain(model)(TOKENS).logits)
@@ -187,16 +187,16 @@ def test_saved_and_opened(load, tmp_path, name, sizes, own):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_one_size_for_all_layers_is_a_plain_checkpoint(load, tmp_path):
-    folder = layout.save(build(load("llama"), [Row(0, 0.0, d_mlp=160, n_heads=2)] * 3), tmp_path / "new")
+def test_one_size_for_all_layers_is_a_plain_checkpoint(opened, tmp_path):
+    folder = layout.save(build(opened("llama").model, [Row(0, 0.0, d_mlp=160, n_heads=2)] * 3), tmp_path / "new")
     opened = AutoModelForCausalLM.from_pretrained(folder)
     assert (opened.config.num_hidden_layers, opened.config.intermediate_size) == (3, 160)
     assert (opened.config.num_attention_heads, opened.config.num_key_value_heads, opened.config.head_dim) == (2, 1, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions(load, tmp_path, dtype):
-    base = load("mixtral", dtype=dtype)
+def test_other_precisions(opened, tmp_path, dtype):
+    base = opened("mixtral", dtype=dtype).model
     assert torch.equal(build(base, KEPT)(TOKENS), base(TOKENS))
     model = build(base, middle(4, 1, 3, d_mlp=160))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -219,8 +219,8 @@ def test_trained_opened_and_built_again(load, tmp_path):
     assert difference(twice(TOKENS), surgery.Stack(model).run(TOKENS, ":3 1:")) < 1e-5
 
 
-def test_broken_folders(load, tmp_path):
-    folder = layout.save(build(load("llama"), middle(4, 1, 3, d_mlp=160)), tmp_path / "new")
+def test_broken_folders(opened, tmp_path):
+    folder = layout.save(build(opened("llama").model, middle(4, 1, 3, d_mlp=160)), tmp_path / "new")
     text = (folder / "surgery.json").read_text()
     said = json.loads(text)
     for broken, message in (
@@ -245,10 +245,10 @@ def test_broken_folders(load, tmp_path):
         surgery.load(folder)
 
 
-def test_what_cannot_be_saved_says_so(load, tmp_path):
+def test_what_cannot_be_saved_says_so(opened, tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face form to save"):
-        layout.save(build(load("native-ln"), KEPT), tmp_path / "new")
-    model = build(load("gpt_neox"), KEPT)
+        layout.save(build(opened("native-ln").model, KEPT), tmp_path / "new")
+    model = build(opened("gpt_neox").model, KEPT)
     with torch.no_grad():
         model.blocks[1].attn.q.weight.zero_()  # GPT-NeoX' bridge has weights of its own here
     with pytest.raises(ValueError, match=r"where its Hugging Face model does not see it: edit plain.* then save"):
@@ -258,7 +258,7 @@ def test_what_cannot_be_saved_says_so(load, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years")
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        layout.save(build(load("gpt2"), KEPT), tmp_path / "full")
+        layout.save(build(opened("gpt2").model, KEPT), tmp_path / "full")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 
@@ -278,8 +278,8 @@ def test_rows_of_a_middle():
         middle(4, 1, 3, depth=-1)
 
 
-def test_bad_rows(load):
-    base = load("llama")
+def test_bad_rows(opened):
+    base = opened("llama").model
     for old in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"share of the old weights, from 0 \(fresh\) to 1 \(kept\)"):
             Row(0, old)
@@ -308,6 +308,6 @@ def test_bad_rows(load):
         ("native-attention-only", {"d_mlp": 160}, "no MLP width to set"),
     ],
 )
-def test_sizes_that_an_architecture_cannot_have(load, name, sizes, message):
+def test_sizes_that_an_architecture_cannot_have(opened, name, sizes, message):
     with pytest.raises(ModelError, match=message):
-        build(load(name), middle(4, 1, 3, **sizes))
+        build(opened(name).model, middle(4, 1, 3, **sizes))

@@ -11,9 +11,7 @@ from support.known_wirings import TOKENS, difference
 from surgery.models.errors import ModelError
 from surgery.models.layer_sizes import Size
 from surgery.models.loading import plain
-from surgery.rebuild import layout, width
-from surgery.rebuild import units as pruning
-from surgery.rebuild.weights import weights as resize_weights
+from surgery.rebuild import layout, units, weights, width
 
 EVERY = (*fixtures.ARCHITECTURES, *fixtures.NATIVE)
 DIVIDED = ("gpt2", "gptj", "gpt_neox", "opt", "phi3", "olmo2")  # heads that cannot be more than the configuration's
@@ -31,16 +29,15 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_wider_and_deeper_models_have_the_same_logits(load, name):
-    base = load(name)
-    frame = width.exactness({name: base})
+def test_wider_and_deeper_models_have_the_same_logits(opened, name):
+    frame = width.exactness({name: opened(name).model})
     assert tuple(frame.columns) == tuple(width.COLUMNS)
     impossible = {"heads"} if name in DIVIDED else {"mlp"} if name == "native-attention-only" else set()
     assert set(frame["part"][frame["refused"] != ""]) == set(frame["part"][frame["difference"].isna()]) == impossible
     assert (frame["difference"].dropna() < 1e-5).all()
 
 
-@pytest.mark.parametrize("name", fixtures.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "llama", "gemma2", "olmo2", "mixtral"])  # one of each kind
 def test_in_double_precision_to_its_rounding(load, name):
     with fixtures.ThroughoutDouble():
         frame = width.exactness({name: load(name, dtype=torch.float64)})
@@ -50,37 +47,38 @@ def test_in_double_precision_to_its_rounding(load, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "native-gated"])
-def test_larger_it_is_and_every_way_of_running_agrees(load, name):
-    base = load(name)
-    expected, streams = base(TOKENS).detach(), surgery.Stack(base).stream(TOKENS)
+def test_larger_it_is_and_every_way_of_running_agrees(opened, name):
+    stack = opened(name)
+    base, expected, streams = stack.model, stack.run(TOKENS), stack.stream(TOKENS)
+    own = base(TOKENS).detach()
     wide = width.widen(base, 1, 3, d_mlp=96, n_heads=8)
     assert layout.sizes(wide) == [Size(), Size(96, 8), Size(96, 8), Size()]
     assert parameters(wide) > parameters(base)
     assert difference(surgery.Stack(wide).stream(TOKENS), streams) < 1e-5
-    assert difference(wide(TOKENS), expected) < 1e-5
+    assert difference(wide(TOKENS), own) < 1e-5
     if (twin := plain(wide)) is not None:
-        assert difference(twin(TOKENS).logits, expected) < 1e-5
-    assert torch.equal(base(TOKENS), expected)
+        assert difference(twin(TOKENS).logits, own) < 1e-5
+    assert torch.equal(base(TOKENS), own)
     twice = width.deepen(width.widen(wide, 1, 2, n_heads=12), 1, 3, 4)
     assert layout.sizes(twice)[1:5] == [Size(96, 12), Size(96, 12), Size(96, 8), Size(96, 8)]
     assert difference(twice(TOKENS), expected) < 1e-5
 
 
-def test_queries_to_a_key_stay_as_many(load):
-    wide = width.widen(load("llama"), 1, 3, n_heads=6)
+def test_queries_to_a_key_stay_as_many(opened):
+    wide = width.widen(opened("llama").model, 1, 3, n_heads=6)
     attention = layer(wide, 1).self_attn
     assert attention.q_proj.weight.shape == (48, 32)
     assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (24, 32)
 
 
-def test_a_whole_model_wider_is_a_plain_checkpoint(load):
-    wide = width.widen(load("llama"), 0, 4, d_mlp=96)
+def test_a_whole_model_wider_is_a_plain_checkpoint(opened):
+    wide = width.widen(opened("llama").model, 0, 4, d_mlp=96)
     assert layout.sizes(wide) == [Size()] * 4
     assert plain(wide).config.intermediate_size == 96
 
 
-def test_inserted_layers_lie_evenly_and_write_nothing(load):
-    base = load("gpt2")
+def test_inserted_layers_lie_evenly_and_write_nothing(opened):
+    base = opened("gpt2").model
     deep = width.deepen(base, 1, 3, 5)
     streams = surgery.Stack(deep).stream(TOKENS)
     silent = [bool(torch.equal(streams[i], streams[i + 1])) for i in range(deep.cfg.n_layers)]
@@ -99,23 +97,23 @@ def test_one_step_makes_new_units_differ(load, name, old):
     wide = width.widen(load(name), 1, 3, d_mlp=old[0] + 8, n_heads=old[1] and old[1] + 4)
     plain(wide)(TOKENS, labels=TOKENS).loss.backward()
     inside = layer(wide, 1)
-    for part, units, new in (("mlp", old[0], 8), ("attn", old[1], 4)):
-        if units is None:
+    for part, count, new in (("mlp", old[0], 8), ("attn", old[1], 4)):
+        if count is None:
             continue
-        path = pruning.writers(wide, part)[1].path
+        path = units.writers(wide, part)[1].path
         weight = next(w for key, w in inside.named_parameters() if key in (path, f"{path}.weight"))
-        written = (weight.grad.T if name == "gpt2" else weight.grad).unflatten(-1, (units + new, -1)).movedim(-2, 0)
-        values = (weight.T if name == "gpt2" else weight).unflatten(-1, (units + new, -1)).movedim(-2, 0)
-        assert not values[units:].any()
-        assert values[:units].flatten(1).any(1).all()
+        written = (weight.grad.T if name == "gpt2" else weight.grad).unflatten(-1, (count + new, -1)).movedim(-2, 0)
+        values = (weight.T if name == "gpt2" else weight).unflatten(-1, (count + new, -1)).movedim(-2, 0)
+        assert not values[count:].any()
+        assert values[:count].flatten(1).any(1).all()
         stepped = (values - written).detach().flatten(1)
-        apart = torch.cdist(stepped, stepped) + torch.eye(units + new)
-        assert apart[units:].min() > 1e-6
-        assert (written[units:].flatten(1).norm(dim=1) > 0).all()
+        apart = torch.cdist(stepped, stepped) + torch.eye(count + new)
+        assert apart[count:].min() > 1e-6
+        assert (written[count:].flatten(1).norm(dim=1) > 0).all()
 
 
-def test_the_seed_draws_the_new_units(load):
-    base = load("llama")
+def test_the_seed_draws_the_new_units(opened):
+    base = opened("llama").model
     one, again, other = (width.widen(base, 1, 3, d_mlp=96, seed=seed) for seed in (1, 1, 2))
     up = [layer(model, 1).mlp.up_proj.weight for model in (one, again, other)]
     assert torch.equal(up[0], up[1])
@@ -127,8 +125,8 @@ def test_the_seed_draws_the_new_units(load):
 
 
 @pytest.mark.parametrize(("name", "heads"), [("llama", 8), ("gemma2", 8), ("phi3", None), ("mixtral", 6)])
-def test_saved_and_opened(load, tmp_path, name, heads):
-    wide = width.deepen(width.widen(load(name), 1, 3, d_mlp=96, n_heads=heads), 1, 3, 3)
+def test_saved_and_opened(opened, tmp_path, name, heads):
+    wide = width.deepen(width.widen(opened(name).model, 1, 3, d_mlp=96, n_heads=heads), 1, 3, 3)
     opened = surgery.load(layout.save(wide, tmp_path / "wide"))
     assert layout.sizes(opened) == layout.sizes(wide)
     assert torch.equal(plain(opened)(TOKENS).logits, plain(wide)(TOKENS).logits)
@@ -137,13 +135,13 @@ def test_saved_and_opened(load, tmp_path, name, heads):
 # --- fewer -----------------------------------------------------------------------------------------------------------
 
 
-def test_dropped_layers(load):
-    base = load("mistral")
+def test_dropped_layers(opened):
+    base = opened("mistral").model
     assert difference(width.drop(base, [1, 3])(TOKENS), surgery.Stack(base).run(TOKENS, "0 2")) < 1e-5
 
 
-def test_fewer_layers_drop_those_of_least_influence(load):
-    deep = width.deepen(load("llama"), 1, 3, 4)  # layers 2 and 4 are silent
+def test_fewer_layers_drop_those_of_least_influence(opened):
+    deep = width.deepen(opened("llama").model, 1, 3, 4)  # layers 2 and 4 are silent
     fewer = width.deepen(deep, 1, 5, 2, tokens=TOKENS)
     assert fewer.cfg.n_layers == 4
     assert difference(fewer(TOKENS), deep(TOKENS)) < 1e-5
@@ -153,8 +151,8 @@ def test_fewer_layers_drop_those_of_least_influence(load):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_asked(load):
-    base = load("llama")
+def test_what_cannot_be_asked(opened):
+    base = opened("llama").model
     for start, stop in ((-1, 2), (2, 2), (3, 5)):
         for made in (
             lambda start, stop: width.widen(base, start, stop, d_mlp=96),
@@ -164,9 +162,9 @@ def test_what_cannot_be_asked(load):
             with pytest.raises(ValueError, match=r"of 4: give 0 <= start < stop <= 4"):
                 made(start, stop)
     for call, message in (
-        (lambda: width.widen(base, 1, 3), "nothing is asked: give d_mlp, n_heads, d_model or several"),
-        (lambda: width.widen(base, 1, 3, d_model=31), r"the stream is 32 wide, more than asked: use width\.narrow"),
-        (lambda: width.narrow(base, 1, 3, TOKENS, d_model=33), r"32 wide, less than asked: use width\.widen"),
+        (lambda: width.widen(base, 1, 3), "no size is given: give d_mlp, n_heads, d_model or several"),
+        (lambda: width.widen(base, 1, 3, d_model=31), r"the stream is 32 wide, more than asked for: use width\.narrow"),
+        (lambda: width.narrow(base, 1, 3, TOKENS, d_model=33), r"32 wide, less than asked for: use width\.widen"),
         (lambda: width.widen(base, 1, 3, d_model=0), "d_model = 0: give 1 or more"),
         (lambda: width.narrow(base, 1, 3, d_model=16), "needs tokens: give stack.tokens"),
         (lambda: width.narrow(base, 1, 3, TOKENS, d_model=16, d_mlp=8, by="pca"), "goes with d_model alone"),
@@ -174,11 +172,11 @@ def test_what_cannot_be_asked(load):
             lambda: width.narrow(base, 1, 3, TOKENS, d_model=16, by="luck"),
             "give by of activation, magnitude, random, or pca",
         ),
-        (lambda: width.narrow(base, 1, 3), "nothing is asked"),
-        (lambda: width.widen(base, 1, 3, d_mlp=63), r"layer 1 has 64 neurons, more than asked: use width\.narrow"),
-        (lambda: width.widen(base, 1, 3, n_heads=2), r"layer 1 has 4 heads, more than asked: use width\.narrow"),
-        (lambda: width.narrow(base, 1, 3, d_mlp=65), r"layer 1 has 64 neurons, fewer than asked: use width\.widen"),
-        (lambda: width.narrow(base, 1, 3, n_heads=6), r"layer 1 has 4 heads, fewer than asked: use width\.widen"),
+        (lambda: width.narrow(base, 1, 3), "no size is given"),
+        (lambda: width.widen(base, 1, 3, d_mlp=63), r"layer 1 has 64 neurons, more than asked for: use width\.narrow"),
+        (lambda: width.widen(base, 1, 3, n_heads=2), r"layer 1 has 4 heads, more than asked for: use width\.narrow"),
+        (lambda: width.narrow(base, 1, 3, d_mlp=65), r"layer 1 has 64 neurons, fewer than asked for: use width\.widen"),
+        (lambda: width.narrow(base, 1, 3, n_heads=6), r"layer 1 has 4 heads, fewer than asked for: use width\.widen"),
         (lambda: width.widen(base, 1, 3, n_heads=7), "2 heads share a key, so 7 cannot: make n_heads a multiple of 2"),
         (lambda: width.widen(base, 1, 3, d_mlp=0), "d_mlp = 0: give 1 or more"),
         (lambda: width.widen(base, 1, 3, n_heads=-2), "n_heads = -2: give 1 or more"),
@@ -191,18 +189,17 @@ def test_what_cannot_be_asked(load):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ModelError, match=r"has no mlp: leave its size out"):
-        width.widen(load("native-attention-only"), 1, 3, d_mlp=96)
+        width.widen(opened("native-attention-only").model, 1, 3, d_mlp=96)
     with pytest.raises(ModelError, match="divides d_model among its heads"):
-        width.widen(load("gpt2"), 1, 3, n_heads=8)
+        width.widen(opened("gpt2").model, 1, 3, n_heads=8)
 
 
-def test_layers_that_zero_output_weights_do_not_silence(load, monkeypatch):
-    monkeypatch.setattr(
-        width.resize,
-        "weights",
-        lambda model, layer: {
-            name: replace(weight, role="reads") for name, weight in resize_weights(model, layer).items()
-        },
-    )
-    with pytest.raises(ModelError, match=r"do not follow the rules of surgery\.resize"):
-        width.deepen(load("llama"), 1, 3, 4)
+def test_layers_that_zero_output_weights_do_not_silence(opened, monkeypatch):
+    by_layer = weights.by_layer
+
+    def all_reading(model):
+        return [{name: replace(weight, role="reads") for name, weight in of.items()} for of in by_layer(model)]
+
+    monkeypatch.setattr(weights, "by_layer", all_reading)
+    with pytest.raises(ModelError, match=r"do not follow the rules of surgery\.rebuild\.weights"):
+        width.deepen(opened("llama").model, 1, 3, 4)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pd.testing import assert_frame_equal
+from pandas.testing import assert_frame_equal
 
 from support import made_up
 from surgery.records import tables

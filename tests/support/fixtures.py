@@ -1,7 +1,7 @@
-"""The architecture matrix: small random models of every kind the Stack must open, built from their configs.
+"""The architecture matrix: small random models of every kind that the Stack must open, built from their configs.
 
-``save(name, folder)`` writes a Hugging Face directory (weights, config, tokenizer) that goes through the real
-``from_pretrained`` path, without network. ``native(...)`` builds TransformerLens' own model.
+``save(name, folder)`` writes a Hugging Face folder (weights, config, tokenizer), which is then loaded by the real
+``from_pretrained``, without network. ``native(...)`` builds TransformerLens' own model.
 """
 
 from pathlib import Path
@@ -90,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def hugging_face(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random model whose layers all matter: every parameter, norm scales and biases too, away from its default."""
+    """A random model whose layers all matter: every parameter, even norm scales and biases, is off its default."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def native(name: str = "native-ln", seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 class ThroughoutDouble(TorchFunctionMode):
-    """Norms and softmaxes of many models go by way of float32; within this double precision stays double."""
+    """Context manager: double precision stays double where norms and softmaxes of many models go through float32."""
 
     def __torch_function__(self, called, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -24,8 +24,10 @@ class Page(HTMLParser):
         self.words.append(data)
 
     def all(self, tag: str) -> list[dict]:
+        """The attributes of every tag of that name."""
         return [attributes for name, attributes in self.tags if name == tag]
 
 
 def section(source: str, name: str) -> str:
+    """The source of one section of a page, without its pictures."""
     return re.sub(r"base64,[^\"]*", "", source[source.index(f'id="{name}"') :].split("</section>", 1)[0])
