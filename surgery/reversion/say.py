@@ -302,8 +302,8 @@ def answer(raw: pd.DataFrame, whole: pd.DataFrame | None, drift: pd.DataFrame | 
         )
         if where
     ] or ["in no layer by itself"]
-    together = {-1: "it does too", 0: "this could not be decided", 1: "deviations grow"}
-    more = "" if over is None else f"; over all layers together {together[over]}"
+    panel_words = {-1: "it does too", 0: "this could not be decided", 1: "deviations grow"}
+    more = "" if over is None else f"; over all layers together {panel_words[over]}"
     return f"{begin} the stream reverts to a mean only in part: {', '.join(parts)}{more}."
 
 

@@ -363,7 +363,7 @@ def measured(model, tokens, folder, untrained=None):
     return tables, sentences
 
 
-def test_an_ou_stream_is_told_to_revert_in_every_layer_as_a_force(tmp_path):
+def test_an_ou_stream_is_told_to_revert_in_every_layer_as_a_force(tmp_path, undrawn):
     tables, sentences = measured(ou_network([0.2, 0.3, 0.1], d_model=8), known_networks.tokens(20, 6), tmp_path)
     assert set(tables) == set(files.COLUMNS)
     assert sentences[-1] == (
