@@ -336,12 +336,17 @@ def scores(model: nn.Module, problems: Split) -> dict[str, float]:
     losses = token_losses(logits, tokens.ids)
     weigh = splits.weigh_answers(tokens)[:, 1:]
     right = torch.from_numpy(babel.exact(logits.argmax(-1).numpy(), tokens.ids.numpy(), answers.numpy()))
-    k = torch.tensor([problem.k for problem in bundled.problems(len(tokens), longest=len(SHARES) - 1)])
+    k = _steps_of_heldout(len(tokens))
     return {
         "loss": float((losses * weigh).sum() / weigh.sum()),
         "answers": float(losses[answers[:, 1:]].mean()),
         **{f"exact_{length}": float(right[k == length].float().mean()) for length in range(len(SHARES))},
     }
+
+
+@cache
+def _steps_of_heldout(count: int) -> Int[Tensor, " prompt"]:
+    return torch.tensor([problem.k for problem in bundled.problems(count, longest=len(SHARES) - 1)])
 
 
 def token_losses(

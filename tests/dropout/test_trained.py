@@ -94,15 +94,12 @@ def test_loss_is_matched_at_the_lowest_rung_that_all_reached(tmp_path, monkeypat
 
 
 def test_curves_are_what_stability_reads(tmp_path):
-    made = [
-        trained.train(Recipe(rate=rate, **SMALL | {"steps": 6, "every": 1}), tmp_path / f"{rate}")
-        for rate in (0.0, 0.4)
-    ]
+    made = [trained.train(Recipe(rate=rate, **SMALL | {"every": 1}), tmp_path / f"{rate}") for rate in (0.0, 0.4)]
     frame = trained.curves(made)
     assert set(perceptrons.COLUMNS) - set(frame.columns) <= {"variance_training"}
-    assert len(frame) == 2 * 7 * 3
+    assert len(frame) == 2 * 5 * 3
     ends = frame.groupby("layer")[["variance", "gradient"]].count()
-    assert ends.values.tolist() == [[0, 14], [14, 14], [14, 0]]
+    assert ends.values.tolist() == [[0, 10], [10, 10], [10, 0]]
     assert any("variance" in sentence for sentence in say.stability(frame))
 
 
