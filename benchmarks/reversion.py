@@ -29,6 +29,7 @@ from surgery import models, reversion
 from surgery.corpus import bundled
 from surgery.models.engine import Engine
 from surgery.reversion import cloud, directions, returns, study, trajectories
+from surgery.stats.sampling import Sampling
 
 L, DRAWS = 12, 4
 
@@ -59,10 +60,10 @@ def measures(stack: surgery.Stack, untrained: surgery.Stack, tokens) -> dict[str
         "directions.layers": (2 + 1, lambda: directions.layers(stack, tokens)),
         "returns.curves, all layers": (curves, lambda: returns.curves(stack, tokens, sizes=(0.1,))),
         "  frozen": (curves + 1, lambda: returns.curves(stack, tokens, sizes=(0.1,), frozen=True)),
-        "lines_of_thought.noise": (2 + 1, lambda: cloud.noise(stack, tokens)),
-        "lines_of_thought.fit, 3 rows": (2 * 3 + 1, lambda: cloud.fit(stack, tokens)),
-        "lines_of_thought.growth": (1 + 1, lambda: cloud.growth(stack, tokens)),
-        "reversion_study.measure": (
+        "cloud.noise": (2 + 1, lambda: cloud.noise(stack, tokens)),
+        "cloud.fit, 3 rows": (2 * 3 + 1, lambda: cloud.fit(stack, tokens)),
+        "cloud.growth": (1 + 1, lambda: cloud.growth(stack, tokens)),
+        "study.measure": (
             115 + 12,
             lambda: study.measure(stack, tokens, Path(tempfile.mkdtemp()), untrained),
         ),
@@ -108,7 +109,7 @@ def grown(prompts: int, pos: int) -> None:
         directions.layers,
     )
     for measure in every:
-        measure(stack, tokens[:2], resamples=2)  # the code that a first run loads is not the measure's
+        measure(stack, tokens[:2], sampling=Sampling(resamples=2))  # the code that a first run loads is not the measure's
     before = psutil.Process().memory_info().rss
     for measure in every:
         measure(stack, tokens)
