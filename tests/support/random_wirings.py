@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from surgery.wiring.value import Chain, Layer, Parallel, Scaled, Step, Wiring
 
-settings.register_profile("unhurried", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+slow = [HealthCheck.too_slow]
+settings.register_profile("unhurried", max_examples=50, deadline=None, database=None, suppress_health_check=slow)
 settings.load_profile("unhurried")
 
 PRIME = 2**127 - 1
