@@ -109,7 +109,7 @@ def grown(prompts: int, pos: int) -> None:
         directions.layers,
     )
     for measure in every:
-        measure(stack, tokens[:2], sampling=Sampling(resamples=2))  # the code that a first run loads is not the measure's
+        measure(stack, tokens[:2], sampling=Sampling(resamples=2))  # loads what the first run loads
     before = psutil.Process().memory_info().rss
     for measure in every:
         measure(stack, tokens)
