@@ -24,8 +24,8 @@ SCORES = (
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """Is another size better; does a walk help more than what it costs (headlines)? Then by number of steps, the
-    manifold, and every kind of walk."""
+    """Is another size better (headlines), and by the number of steps? Are walked activations on the manifold? What does
+    each kind of walk help, and is it worth its price (headlines)?"""
     sentences = list[Sentence]()
     if SIZES in tables:
         usual = _usual(manifests)
@@ -35,8 +35,7 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
         sentences += map(Sentence, words.walked_activations(tables[MANIFOLD]))
     if METHODS in tables:
         worth = words.walks_for_their_price(tables[METHODS])
-        sentences += headlines(worth)
-        sentences += (Sentence(text) for text in words.walks(tables[METHODS]) if text not in worth)
+        sentences += (Sentence(text, headline=text in worth) for text in words.walks(tables[METHODS]))
     return sentences
 
 
