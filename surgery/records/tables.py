@@ -9,7 +9,9 @@ compares the hash, so it notices a CSV file that was edited or replaced afterwar
 
 >>> import pandas as pd, tempfile
 >>> folder = tempfile.mkdtemp()
->>> path = write(pd.DataFrame({"start": [1], "stop": [3], "S": [0.1]}), f"{folder}/series_windows.csv", {"seed": 0})
+>>> columns = {"start": "first layer", "stop": "layer after the last", "S": "0 parallel, 1 serial"}
+>>> frame = pd.DataFrame({"start": [1], "stop": [3], "S": [0.1]})
+>>> path = write(frame, f"{folder}/series_windows.csv", {"seed": 0}, columns)
 >>> read(path)["S"].tolist()
 [0.1]
 """

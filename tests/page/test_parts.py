@@ -43,7 +43,7 @@ def test_cells_of_a_row():
 
 
 def test_cells_of_counts_and_spreads():
-    assert [count_cell(number).value for number in (math.nan, 0, 20_510, 9_999_999, 3.21e11)] == [
+    assert [count_cell(number).value for number in (math.nan, 0.0, 20_510.0, 9_999_999.0, 3.21e11)] == [
         "",
         "0",
         "20,510",
