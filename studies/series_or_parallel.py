@@ -6,8 +6,8 @@ S and R/N of every window of three layers, on problems with k = 0 (pure translat
 the bundled model, the same architecture untrained, and a twin of the same size trained on translation alone. Two
 questions: does S grow with k (its slope, with an interval over prompts), and is it larger in the middle, layers 4 to 8,
 than before and after it? (``surgery.anatomy`` divides the bundled model before layers 4 and 9.) Writes
-``series_by_k.csv`` (a row per model, k and window) and ``slopes.csv``. R/N above 1 is response to what the window itself
-wrote; S also grows with the size of updates. Copy this file and put in your own model and prompts.
+``series_by_k.csv`` (a row per model, k and window) and ``slopes.csv``. R/N above 1 is response to what the window
+itself wrote; S also grows with the size of updates. Copy this file and put in your own model and prompts.
 """
 
 import argparse
