@@ -48,7 +48,7 @@ def questions(tmp_path):
     generator = random.Random(0)
     words = [f"w{i}" for i in range(60)]
     probes = []
-    for _ in range(24):
+    for _ in range(18):
         choices = tuple(generator.sample(words, 4))
         probes.append(Probe(" ".join(generator.sample(words, 6)), generator.choice(choices), choices=choices))
     lines = [
@@ -80,7 +80,7 @@ def test_a_local_task_says_what_our_probes_say(name, load, questions):
     assert found[["task", "metric"]].to_numpy().tolist() == [["our_choice", "acc"]]
     share = own_choice(model, probes)
     assert found["value"].tolist() == [pytest.approx(share)]
-    assert found["stderr"].tolist() == [pytest.approx((share * (1 - share) / 23) ** 0.5)]
+    assert found["stderr"].tolist() == [pytest.approx((share * (1 - share) / 17) ** 0.5)]
 
 
 def test_a_taped_model_and_an_intervention(load, questions):
