@@ -274,7 +274,7 @@ def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(whole, tmp_path):
     curve, began = tmp_path / "training" / "curve.csv", time.monotonic()
     while not (curve.exists() and len(curve.read_text().splitlines()) > 2):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - began < 120
+        assert time.monotonic() - began < 240
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
