@@ -334,7 +334,8 @@ def _describe(
     drift, covariance = sums.drift(ridge), sums.covariance()
     share_u = ratio(sums.about(*sums.means()).ww / sums.count, varies_u)
     spectrum = Spectrum.of(drift)
-    share = einsum(spectrum.axes, covariance, spectrum.axes, "row i direction, row i j, row j direction -> row direction")
+    axes = spectrum.axes
+    share = einsum(axes, covariance, axes, "row i rank, row i j, row j rank -> row rank")
     # every exchange serves for a part of the resamples, and all of them for the estimate
     parts = [torch.cat([resampled[:1], resampled[1 + i :: len(exchanges)]]) for i in range(len(exchanges))]
     nulls = [Spectrum.of(null.weighted(part).drift(ridge)) for null, part in zip(exchanges, parts, strict=True)]
