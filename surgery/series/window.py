@@ -184,7 +184,8 @@ def windows(
             if grain == "sublayer":
                 row |= {"first": units.names[start], "last": units.names[layer]}
             row["n_prompts"] = len(tokens)
-            rows.append(row | measure_columns({name: values[i] for name, values in measures.items()}))
+            row |= measure_columns({name: values[i] for name, values in measures.items()})
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
