@@ -54,7 +54,7 @@ MOVED = {  # old name below ``surgery`` -> new name
     "manifold": "graft.manifold",
     "mask_ensemble": "dropout.mask_ensemble",
     "measures": "series.side_by_side",
-    "middle_report": "graft.resized_chapter",
+    "middle_report": "graft.middle_chapter",
     "muon": "training.muon",
     "notation": "wiring.notation",
     "opening": "models.opening",
