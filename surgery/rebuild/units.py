@@ -62,12 +62,15 @@ def importance(
         return [torch.rand(writer.shape, generator=generator) for writer in by_layer]
     if by == "magnitude":
         return [writer.magnitude() for writer in by_layer]
+    tokens = _usable(tokens)
+    for writer in by_layer:
+        writer.input_module()  # refuses experts of an unusual form before the model runs
     totals = [torch.zeros(writer.shape, dtype=torch.float64) for writer in by_layer]
 
     def add(place: int, counted: Tensor, *inputs: Tensor) -> None:
         totals[place] += by_layer[place].written(counted, *inputs)
 
-    listen(Stack(model), by_layer, _usable(tokens), add, batch_size)
+    listen(Stack(model), by_layer, tokens, add, batch_size)
     return totals
 
 
