@@ -1,9 +1,9 @@
-"""How well is a known phi recovered? Every estimator of ``surgery.stats.panels`` and ``surgery.stats.ou`` on simulated panels.
+"""How well is a known phi recovered? Every estimator of ``stats.panels`` and ``stats.ou`` on simulated panels.
 
     python benchmarks/recovery.py --out recovery.csv
 
-Writes ``surgery.stats.ou.recovery`` and prints it: first where theory promises 95 % (and every coverage that is not within
-92 to 98 %), then the estimators that it warns of. Panels of 100 units (``andrews``: one series), T = 12, 24 and 48.
+Writes ``surgery.stats.ou.recovery`` and prints it: first where theory promises 95 % (and every coverage that is not
+within 92 to 98 %), then the estimators that it warns of. Panels of 100 units (``andrews``: one series), T = 12, 24 and 48.
 Then what the usual unit-root tests say of single series of these lengths. Process time of the table is printed last.
 """
 

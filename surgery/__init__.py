@@ -2,8 +2,8 @@
 
 ``surgery.load`` opens a model, ``surgery.Stack`` takes it apart into ``embed -> layers -> readout``,
 ``surgery.Wiring`` says in which order its layers run. Everything else lives in a room of its own, named after what it
-is about: ``surgery.series.windows(stack, tokens)``. ``dir(surgery)`` lists the rooms; ``help(surgery.series)`` says what
-is in one.
+is about: ``surgery.series.windows(stack, tokens)``. ``dir(surgery)`` lists the rooms; ``help(surgery.series)`` says
+what is in one.
 
 Costs are given in F: one forward pass of the model over the batch.
 

@@ -1,9 +1,9 @@
 """Where the modules of version 0.1.0 are now: a script written for it is told what to import instead."""
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import Any
 
 MOVED = {  # old name below ``surgery`` -> new name
     "ablation": "instruments.ablation",
@@ -109,7 +109,7 @@ def advice(name: str) -> str:
 class Signpost(MetaPathFinder):
     """Raises ImportError with ``advice`` where a moved module is imported, and finds nothing else."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> None:
         package, _, name = fullname.rpartition(".")
         if package == "surgery" and name in MOVED:
             raise ImportError(advice(name), name=fullname)
