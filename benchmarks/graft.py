@@ -6,7 +6,8 @@ Layers 4 to 8 of the bundled model, the same batch, optimisers and clipping for 
 processor, medians with quartiles of the ratio to the whole model's step on cross entropy. The middle reads its
 activations from the disk within its step. ``counted`` is that ratio in floating-point operations
 (``surgery.training.ledger.Counter``), ``without`` the same without the optimisers, whose operations (GFLOP) do not
-depend on the batch. What the teacher spends in a step is in both; what it spends beforehand is the last row, once for every prompt.
+depend on the batch. What the teacher spends in a step is in both; what it spends beforehand is the last row, once for
+every prompt.
 """
 
 import tempfile
