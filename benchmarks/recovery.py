@@ -4,7 +4,8 @@
 
 Writes ``surgery.stats.ou.recovery`` and prints it: first where theory promises 95 % (and every coverage that is not
 within 92 to 98 %), then the estimators that it warns of. Panels of 100 units (``andrews``: one series), T = 12, 24 and
-48. Then what the usual unit-root tests say of single series of these lengths. Process time of the table is printed last.
+48. Then what the usual unit-root tests say of single series of these lengths. The process time of the table is printed
+last.
 """
 
 import argparse
