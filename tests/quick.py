@@ -62,8 +62,7 @@ def test_files(paths: set[Path]) -> list[Path]:
             files.append(test)
     if any(path.suffix == ".md" for path in paths):
         files.append(ROOT / "tests" / "test_docs.py")
-    if any(path.parts[0] == "studies" for path in paths):
-        files.append(ROOT / "tests" / "test_studies.py")
+    files += [ROOT / "tests" / "studies" / f"test_{path.name}" for path in sorted(paths) if path.parts[0] == "studies"]
     for module in nearest_first({module for path in paths if (module := module_of(path))}):
         files += tests_of(module)
     return list(dict.fromkeys(files))
