@@ -12,8 +12,6 @@ model. Any other model reads the bundled parallel sentences, and prompts from on
 import argparse
 from pathlib import Path
 
-import torch
-
 import surgery
 from surgery import models, scan, wiring
 from surgery.anatomy import boundaries, convergence, say, study
@@ -40,7 +38,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and not args.text:
         parser.error("--model needs prompts: give --text KIND=FILE, once for every kind")
-    torch.set_num_threads(2)
 
     folder = tables.folder(args.out)
     if args.model:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 import surgery
 from surgery.dropout import mask_ensemble, perceptrons, study, toy_model, trained
@@ -43,12 +42,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps, with --full")
     parser.add_argument("--problems", type=int, default=240, help="number of held-out problems to measure on")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to make")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     if min(args.seeds, args.steps) < 1 or args.problems < 30:
         parser.error("--seeds and --steps are 1 or more, --problems 30 or more: ten of each k")
-    torch.set_num_threads(args.threads)
 
     folder = tables.folder(args.out)
     models = train_models(args) if args.full else trained.load_shipped(args.models)

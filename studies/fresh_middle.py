@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
@@ -75,7 +74,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
     parser.add_argument("--judged", type=int, help="held-out problems; 400, and 1000 with --full")
     parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     seeds, steps, judged = (
@@ -90,7 +88,6 @@ def main() -> None:
         )
     if min(seeds, steps) < 1 or judged < 10:
         parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
-    torch.set_num_threads(args.threads)
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))

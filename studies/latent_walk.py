@@ -24,8 +24,6 @@ methods seed by seed.
 
 import argparse
 
-import torch
-
 import surgery
 from surgery.corpus import splits
 from surgery.graft import manifold, say, walk, walk_study
@@ -45,7 +43,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", help="real tokens; 1000 10000, and 100000 too with --full")
     parser.add_argument("--kinds", nargs="+", choices=list(walk_study.KINDS), default=["stationary"])
     parser.add_argument("--judged", type=int, default=500, help="held-out problems")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
@@ -53,7 +50,6 @@ def main() -> None:
     amounts = args.tokens or ([1000, 10_000, 100_000] if args.full else [1000, 10_000])
     if min(seeds, steps, args.batch) < 1 or args.judged < 20 or min(amounts) < 600:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 20 or more, --tokens 600 or more (a batch)")
-    torch.set_num_threads(args.threads)
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))

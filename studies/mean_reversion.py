@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -84,7 +83,7 @@ WIRINGS = (
         "time": "which time the layer runs, from 1",
     }
 )
-SIZES = {"size": "length of a displacement as a fraction of the stream's spread"}
+SIZES = reversion.COLUMNS | {"size": "length of a displacement as a fraction of the stream's spread"}
 
 
 def main() -> None:
@@ -114,7 +113,6 @@ def main() -> None:
     count = (512 if args.full else 128) if args.prompts is None else args.prompts
     if count < 1:
         parser.error(f"--prompts {count}: give at least 1, and 2 for intervals")
-    torch.set_num_threads(2)
 
     folder = tables.folder(args.out)
     model = surgery.load(args.model)

@@ -58,7 +58,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128, help="problems of each k")
     parser.add_argument("--length", type=int, default=3, choices=(2, 3), help="layers in a window")
     args = parser.parse_args()
-    torch.set_num_threads(2)
 
     folder, corpus, bundled = tables.folder(args.out), Babel(), surgery.load("babel")
     opened = {

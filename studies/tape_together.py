@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="problems of each k >= 5; a quarter below")
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
 
     folder = tables.folder(args.out)
     stack = surgery.Stack(surgery.load("babel"))

@@ -17,8 +17,6 @@ sentences compare sizes seed by seed.
 
 import argparse
 
-import torch
-
 import surgery
 from surgery import graft
 from surgery.corpus import splits
@@ -40,14 +38,12 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="*", default=[3, 8], help="beside the original's 5")
     parser.add_argument("--prompts", type=int, default=20_000, help="of the corpus")
     parser.add_argument("--judged", type=int, default=500, help="held-out problems")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     seeds = args.seeds if args.seeds is not None else (3 if args.full else 1)
     steps = args.steps if args.steps is not None else (1000 if args.full else 100)
     if min(seeds, steps, args.batch) < 1 or args.judged < 10:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 10 or more: two problems of each k")
-    torch.set_num_threads(args.threads)
 
     folder = tables.folder(args.out)
     stack = Stack(surgery.load("babel"))
