@@ -114,7 +114,9 @@ def run(
         tables.write(costs, folder / chapter.COSTS_FILE, about, side_by_side.COST_COLUMNS)
     if "reversion" in names:
         say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
-        reversion_study.measure(stack, tokens, folder, fresh, seed=seed, progress=progress, settings=settings)
+        reversion_study.measure(
+            stack, tokens, folder, fresh, seed=seed, progress=progress, settings=settings, figures=False
+        )
     if "anatomy" in names:
         if stack.n_layers < 6 or len(tokens) < FEWEST:
             if len(names) == 1:
@@ -135,6 +137,7 @@ def run(
                 scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
                 metric="loglik" if own else "loss",
                 sampling=boundaries.SAMPLING.but(seed=seed),
+                figures=False,
             )
     say("report")
     return report.build(folder)

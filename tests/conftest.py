@@ -25,12 +25,19 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests sta
 torch.set_num_threads(THREADS)
 
 LONGEST = (
-    "test_studies.py",
-    "graft/test_study.py",
-    "reversion/test_study.py",
-    "rebuild/test_layout.py",
+    "test_cli.py",
     "rebuild/test_tape.py",
-    "graft/test_grafting.py",
+    "scan/test_cluster.py",
+    "graft/test_study.py",
+    "studies/test_fresh_middle.py",
+    "series/test_window.py",
+    "rebuild/test_width.py",
+    "test_docs.py",
+    "studies/test_latent_walk.py",
+    "scan/test_execution.py",
+    "studies/test_mean_reversion.py",
+    "rebuild/test_checkpoint.py",
+    "test_stories.py",
 )
 
 

@@ -38,10 +38,12 @@ def measure(
     metric: str = "loglik",
     length: int = 2,
     sampling: Sampling = SAMPLING,
+    figures: bool = True,
 ) -> Anatomy:
     """Run ``anatomy.locate`` on an open model and write its tables and figures to ``folder``.
 
     Arguments, cost and errors are those of ``locate``; the ``verdict`` of ``ends`` is spelt out (``say.verdict``).
+    Without ``figures`` only tables are written, for ``surgery.report`` draws them again.
     """
     anatomy = locate(
         stack, tokens, kinds, utterances=utterances, scan=scan, metric=metric, length=length, sampling=sampling
@@ -55,6 +57,7 @@ def measure(
     by_file = {file: anatomy.tables[name] for file, name in NAMES.items() if name in anatomy.tables}
     for file, frame in by_file.items():
         tables.write(frame, folder / file, about, COLUMNS[file])
-    figures = draw.figures(by_file, stack.n_layers)
-    tables.save({folder / f"{name}.png": png(figure) for name, figure in figures.items()})
+    if figures:
+        drawn = draw.figures(by_file, stack.n_layers)
+        tables.save({folder / f"{name}.png": png(figure) for name, figure in drawn.items()})
     return anatomy

@@ -278,7 +278,7 @@ def _mean(values: PerSeed, digits: int = 3) -> str:
 def dropout_rate(rate: float) -> str:
     """The rate in words.
 
-    >>> dropout_rate(0.5), dropout_rate(0)
+    >>> dropout_rate(0.5), dropout_rate(0.0)
     ('with dropout 0.5', 'without dropout')
     """
     return f"with dropout {rate:g}" if rate else "without dropout"

@@ -95,7 +95,7 @@ def test_equal_ends_and_empty_branches():
 
 @pytest.mark.parametrize(
     ("n_layers", "naive", "shared"),
-    [(12, 1_300, 662), (24, 9_800, 4_924), (32, 22_880, 11_472), (40, 44_280, 22_180), (64, 178_880, 89_504)],
+    [(12, 1_300, 662), (24, 9_800, 4_924), (32, 22_880, 11_472), (40, 44_280, 22_180)],
 )
 def test_a_full_repeat_scan_costs_what_the_closed_form_says(n_layers, naive, shared):
     given = list(wiring.every_repeat(n_layers))

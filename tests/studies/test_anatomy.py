@@ -1,20 +1,13 @@
 """``studies/anatomy.py`` runs as its docstring says, on few prompts."""
 
-import subprocess
-import sys
-
-from support.places import REPOSITORY
+from support.studies import run
 from surgery.records import tables
-
-STUDIES = REPOSITORY / "studies"
 
 
 def test_anatomy_says_of_every_model_whether_its_ends_are_more_parallel(tmp_path):
     options = ["--out", tmp_path, "--prompts", "8", "--probes", "1", "--resamples", "5"]
-    done = subprocess.run(
-        [sys.executable, STUDIES / "anatomy.py", *options], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.count("That the ends are more parallel than the middle is") == 3
+    printed = run("anatomy.py", *options)
+    assert printed.count("That the ends are more parallel than the middle is") == 3
     for model in ("babel", "untrained", "translation"):
         ends = tables.read(tmp_path / model / "anatomy_ends.csv")
         assert ends["kind"].tolist() == ["all", "k=0", "k=4"]

@@ -1,12 +1,7 @@
 """``studies/dropout.py`` runs as its docstring says, on few prompts."""
 
-import subprocess
-import sys
-
-from support.places import REPOSITORY
+from support.studies import run
 from surgery.dropout import trained as dropout_models
-
-STUDIES = REPOSITORY / "studies"
 
 
 def test_dropout_reads_a_file_of_models_and_does_not_make_tables_twice(tmp_path, monkeypatch):
@@ -17,8 +12,7 @@ def test_dropout_reads_a_file_of_models_and_does_not_make_tables_twice(tmp_path,
     dropout_models.ship(made, tmp_path / "models.safetensors")
     options = ["--models", tmp_path / "models.safetensors", "--problems", "30", "--out", tmp_path / "out", "--only"]
     options += ["dropout_probes.csv", "dropout_ensemble.csv"]
-    command = [sys.executable, STUDIES / "dropout.py", *options]
-    first, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    first, again = (run("dropout.py", *options) for _ in range(2))
     assert first.count("making ") == 2
     assert "making" not in again
     assert again.strip() in first

@@ -1,8 +1,6 @@
 """Every study script says how to run it."""
 
-from support.places import REPOSITORY
-
-STUDIES = REPOSITORY / "studies"
+from support.studies import STUDIES
 
 
 def test_every_study_says_how_to_run_it():

@@ -1,27 +1,21 @@
 """``studies/fresh_middle.py`` runs as its docstring says, on few prompts."""
 
-import subprocess
-import sys
-
 import pytest
 
-from support.places import REPOSITORY
+from support.studies import run
 from surgery.records import tables
-
-STUDIES = REPOSITORY / "studies"
 
 
 def test_a_fresh_middle_is_compared_at_equal_operations(tmp_path):
     options = ["--steps", "2", "--prompts", "80", "--judged", "10", "--out", tmp_path]
-    command = [sys.executable, STUDIES / "fresh_middle.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = run("fresh_middle.py", *options)
     for said in (
         "Which layers are replaceable?",
         "Over 1 seed, exact answers of the graft by k: k = 0 1.000",
         "The bundled model's own training answered",
         "Is the fresh middle wired like the old one? S ",
     ):
-        assert said in done.stdout, said
+        assert said in printed, said
     methods, ledger, ks = (tables.read(tmp_path / f"graft_{name}.csv") for name in ("methods", "ledger", "by_k"))
     trained = methods.dropna(subset=["seed"]).set_index("method")
     assert methods["method"].tolist()[:3] == ["skip", "mean update", "linear map"]

@@ -1,14 +1,9 @@
 """``studies/latent_walk.py`` runs as its docstring says, on few prompts."""
 
-import subprocess
-import sys
-
 import pytest
 
-from support.places import REPOSITORY
+from support.studies import run
 from surgery.records import tables
-
-STUDIES = REPOSITORY / "studies"
 
 
 def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
@@ -25,10 +20,8 @@ def test_latent_walk_compares_walks_with_as_much_real_data(tmp_path):
         "--out",
         tmp_path,
     ]
-    done = subprocess.run(
-        [sys.executable, STUDIES / "latent_walk.py", *options], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.count("one seed tells nothing") == 5 + 2 * 2
+    printed = run("latent_walk.py", *options)
+    assert printed.count("one seed tells nothing") == 5 + 2 * 2
     methods = tables.read(tmp_path / "walk_methods.csv").set_index("method")
     spent = methods["operations_with_teacher"]
     for kind in ("stationary", "tangent"):

@@ -1,27 +1,22 @@
 """``studies/mean_reversion.py`` runs as its docstring says, on few prompts."""
 
 import runpy
-import subprocess
 import sys
 
 import pytest
 from safetensors.torch import save_file
 
 import surgery
-from support.places import REPOSITORY
+from support.studies import STUDIES, run
 from surgery import models
 from surgery.records import tables
-
-STUDIES = REPOSITORY / "studies"
 
 
 def test_mean_reversion_follows_wirings_and_training(tmp_path):
     other = models.plain(models.untrained(surgery.load("babel"), seed=1)).state_dict()
     save_file({name: weight.half() for name, weight in other.items()}, tmp_path / "step_000010.safetensors")
     options = ["--out", tmp_path / "out", "--prompts", "6", "--checkpoints", tmp_path]
-    done = subprocess.run(
-        [sys.executable, STUDIES / "mean_reversion.py", *options], capture_output=True, text=True, check=True
-    )
+    printed = run("mean_reversion.py", *options)
     said = [
         "Layers that push back at both sizes",
         "Taped together as :9 6:",
@@ -29,8 +24,8 @@ def test_mean_reversion_follows_wirings_and_training(tmp_path):
     ]
     said += ["these checkpoints are of another training run", "Is reversion stronger in the ends than in the middle?"]
     for words in said:
-        assert words in done.stdout, words
-    assert done.stdout.splitlines()[-1].startswith("In one sentence:")
+        assert words in printed, words
+    assert printed.splitlines()[-1].startswith("In one sentence:")
     names = ("reversion_by_size", "mean_reversion_wirings", "mean_reversion_training", "reversion_layers")
     sized, wired, trained, clean = (tables.read(tmp_path / "out" / f"{name}.csv") for name in names)
     assert len(sized) == 2 * 12
