@@ -43,7 +43,8 @@ def measure(
     """Measure everything that this project can say about mean reversion in a model, written file by file to ``folder``.
 
     Returns the tables by file name. ``boundaries`` are those of the middle (thirds, if not given); ``settings`` go into
-    the manifests; without ``figures`` only tables are written, for ``surgery.report`` draws them again. Cost: about 115 F and, untrained, 12 F more, in 12 layers. Raises as the measures do.
+    the manifests; without ``figures`` only tables are written, for ``surgery.report`` to draw. Raises as the measures
+    do. Cost: about 115 F and, untrained, 12 F more, in 12 layers.
     """
     sampling = Sampling(seed=seed, progress=progress)
     about = manifest.manifest(stack, tokens, seed=seed, **(settings or {}))
