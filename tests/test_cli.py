@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import surgery
 from support import fixtures, made_up
-from support.places import REPOSITORY
+from support.places import REPOSITORY, TESTS
 from surgery import cli, graft, report, scan, study
 from surgery.anatomy import files as anatomy_files
 from surgery.chapters import MEASURED
@@ -29,6 +29,7 @@ from surgery.training.precisions import MIXED, STORED
 from surgery.wiring.families import every_repeat
 
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
+HEADERS = TESTS / "support" / "csv_headers.txt"  # as version 0.1.0 wrote them
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups")
 REVERSION = [name.removesuffix(".csv") for name in reversion_files.COLUMNS]
 TABLES = ("series_windows", *REVERSION, "calibration", "measures", "costs", *SCAN)
@@ -87,6 +88,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
     monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
     monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
+
+
+def test_the_tables_of_a_study_begin_with_the_header_lines_that_they_always_had(studied):
+    headers = dict(line.split(": ") for line in HEADERS.read_text().splitlines())
+    written = {path.name: path.read_text().split("\n", 1)[0] for path in studied[0].glob("*.csv")}
+    assert len(written) == len(TABLES)
+    assert written == {name: headers[name] for name in written}
 
 
 def test_a_study_leaves_everything_behind(studied, text):
