@@ -151,7 +151,7 @@ def described(meanings: Mapping[str, str], over: str = "prompts") -> dict[str, s
     return documented
 
 
-def ratio(a: Float[Tensor, " resample"], b: Float[Tensor, " resample"]) -> Float[Tensor, " resample"]:
+def ratio(a: Float[Tensor, "*resample"], b: Float[Tensor, "*resample"]) -> Float[Tensor, "*resample"]:
     """Return ``a / b``; NaN where ``b``, a variance or a size, is 0: where nothing varies, the ratio is undefined."""
     return torch.where(b > 0, a / b, torch.nan)
 
