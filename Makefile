@@ -19,7 +19,7 @@ study: setup
 	$(BIN)/surgery study --out results
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-quick: setup
 	$(BIN)/python tests/quick.py

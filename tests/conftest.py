@@ -19,25 +19,29 @@ import surgery
 from support import fixtures
 from support.places import SHARED, TESTS
 
-STARTED = time.monotonic()
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start
 torch.set_num_threads(THREADS)
 
 LONGEST = (
-    "test_cli.py",
     "rebuild/test_tape.py",
+    "test_cli.py",
+    "series/test_window.py",
     "scan/test_cluster.py",
     "graft/test_study.py",
-    "studies/test_fresh_middle.py",
-    "series/test_window.py",
-    "rebuild/test_width.py",
     "test_docs.py",
-    "studies/test_latent_walk.py",
+    "rebuild/test_width.py",
     "scan/test_execution.py",
-    "studies/test_mean_reversion.py",
-    "rebuild/test_checkpoint.py",
+    "scan/test_rows.py",
+    "scan/test_study.py",
+    "studies/test_anatomy.py",
+    "studies/test_latent_walk.py",
+    "studies/test_dropout.py",
     "test_stories.py",
+    "studies/test_width_of_thought.py",
+    "rebuild/test_layout.py",
+    "rebuild/test_checkpoint.py",
+    "studies/test_mean_reversion.py",
 )
 
 
@@ -89,24 +93,24 @@ def stories() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, help="begin no test after so many seconds")
+    parser.addoption("--until", type=float, help="begin no test after this time, in seconds since the epoch")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first: run in several processes, none is left with one of them at the end."""
-    if config.getoption("--seconds") is None:  # else the nearest to a change go first, as they were asked for
+    if config.getoption("--until") is None:  # else the nearest to a change go first, as they were asked for
         places = {TESTS / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    limit = item.config.getoption("--seconds")
-    if limit is None or time.monotonic() - STARTED < limit:
+    limit = item.config.getoption("--until")
+    if limit is None or time.time() < limit:
         return None
     return True  # neither run nor reported
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if config.getoption("--seconds") is not None:
+    if config.getoption("--until") is not None:
         terminalreporter.write_line("the tests nearest to the change, as many as fit; make test runs them all")
