@@ -74,5 +74,4 @@ if __name__ == "__main__":
     files = test_files(changed(*sys.argv[1:2]))
     if not files:
         sys.exit("nothing has changed that a test is named after: make test runs everything")
-    options = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--until", str(until)]
-    sys.exit(pytest.main([*options, *map(str, files)]))
+    sys.exit(pytest.main(["--until", str(until), *map(str, files)]))  # in one process: importing everything takes long
