@@ -16,7 +16,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 50  # to begin tests in, imports included; the last ones may take a little longer
+SECONDS = 45  # to begin tests in, imports included; the last ones may take a little longer
 
 
 def changed(ref: str = "HEAD") -> set[Path]:
