@@ -103,3 +103,13 @@ def test_files_of_a_study_have_the_columns_that_they_always_had():
         if file in owned:
             missing = set(header.split(",")) - set(owned[file])
             assert not missing, f"{file}: {sorted(missing)}"
+
+
+def test_shapes_are_checked_in_every_room_that_has_arrays(pytestconfig):
+    checked = pytestconfig.getoption("--jaxtyping-packages").split(",")
+    with_arrays = {
+        room for room in ROOMS if any("jaxtyping" in path.read_text() for path in PACKAGE.glob(f"{room}/*.py"))
+    }
+    assert {f"surgery.{name}" for name in (*with_arrays, "hooks")} == {
+        name for name in checked if "beartype" not in name
+    }
