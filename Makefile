@@ -4,6 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
+unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
 .PHONY: setup study test test-quick lint bench clean
 
