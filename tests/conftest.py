@@ -15,9 +15,13 @@ import pytest
 import torch
 from transformer_lens import TransformerBridge
 
-import surgery
-from support import fixtures
-from support.places import SHARED, TESTS
+from support import shapes
+
+shapes.only_where_arrays_are_named()  # before anything imports the package
+
+import surgery  # noqa: E402
+from support import fixtures  # noqa: E402
+from support.places import SHARED, TESTS  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start

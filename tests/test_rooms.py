@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
 import surgery
 from support.places import REPOSITORY
 from surgery.chapters import CHAPTERS, MEASURED, every_chapter
+from surgery.models.tokens import Tokens
 from surgery.moved import MOVED
+from surgery.stats import bootstrap
 
 PACKAGE = REPOSITORY / "surgery"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -113,3 +117,10 @@ def test_shapes_are_checked_in_every_room_that_has_arrays(pytestconfig):
     assert {f"surgery.{name}" for name in (*with_arrays, "hooks")} == {
         name for name in checked if "beartype" not in name
     }
+
+
+def test_a_wrong_shape_or_type_is_noticed_where_a_signature_names_an_array():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        bootstrap.rotation(torch.zeros(2, 3))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Tokens(torch.zeros(2, 3), torch.ones(2, 3).bool())
