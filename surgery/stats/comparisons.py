@@ -91,23 +91,24 @@ def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     if metric not in known:
         raise ValueError(f"the scan holds no metric {metric!r}; it holds {', '.join(known) or 'no rows'}")
     rows = frame[frame["metric"] == metric]
-    twice = rows[rows.duplicated(["wiring", "prompt"])]
-    if len(twice):
-        row = twice.iloc[0]
+    column, wirings = pd.factorize(rows["wiring"], use_na_sentinel=False)
+    place, prompts = pd.factorize(rows["prompt"], sort=True, use_na_sentinel=False)
+    if len(np.unique(place * len(wirings) + column)) < len(rows):
+        row = rows[rows.duplicated(["wiring", "prompt"])].iloc[0]
         raise ValueError(f"{metric} of wiring {row['wiring']} on prompt {row['prompt']} is there twice, keep one row")
-    groups = (
-        rows.assign(group=rows["group"].fillna("").astype(str)).groupby("prompt")["group"].agg(["first", "nunique"])
-    )
-    if (groups["nunique"] > 1).any():
-        raise ValueError(f"prompt {groups.index[groups['nunique'] > 1][0]} is in more than one group")
+    group = rows["group"].fillna("").astype(str).to_numpy()
+    group_of = group[np.unique(place, return_index=True)[1]]
+    other = group != group_of[place]
+    if other.any():
+        raise ValueError(f"prompt {prompts[place[other].min()]} is in more than one group")
     better = rows["baseline"] - rows["value"] if metric in LESS_IS_BETTER else rows["value"] - rows["baseline"]
-    wide = rows.assign(better=better).pivot(index="prompt", columns="wiring", values="better")
-    wide = wide.loc[:, rows["wiring"].unique()].astype(float)
-    if not np.isfinite(wide.to_numpy()).any():
+    d = np.full((len(prompts), len(wirings)), np.nan)
+    d[place, column] = better
+    d[~np.isfinite(d)] = np.nan
+    if np.isnan(d).all():
         raise ValueError(f"no value of {metric} can be compared with its baseline, all are missing")
-    wide = wide.where(np.isfinite(wide))
-    wide.index = pd.MultiIndex.from_arrays([groups["first"].loc[wide.index], wide.index], names=["group", "prompt"])
-    return wide
+    index = pd.MultiIndex.from_arrays([group_of, prompts], names=["group", "prompt"])
+    return pd.DataFrame(d, index=index, columns=pd.Index(wirings, name="wiring"))
 
 
 def table(
@@ -119,31 +120,32 @@ def table(
     rows, of every group. Cost: no forward pass; some seconds for 3000 wirings on 300 prompts.
     """
     wide = differences(frame, metric)
-    groups = wide.index.get_level_values("group")
-    flips = signs(len(wide), resamples, seed)
-    parts, z, null, largest = [], [], [], np.zeros(len(flips))
-    for group in groups.unique() if by_group else [None]:
-        chosen = np.full(len(wide), True) if group is None else np.asarray(groups == group)
-        d = wide.to_numpy()[chosen]
-        part = pd.DataFrame({"wiring": wide.columns.astype(str)})
-        if group is not None:
-            part["group"] = group
-        part["gain"], part["gain_low"], part["gain_high"] = _bootstrap(d, resamples, seed)
-        own, reached, highest = sign_flips(d, flips[:, chosen])
-        part["n_prompts"] = np.isfinite(d).sum(0)
-        parts.append(part)
-        z.append(own)
-        null.append(reached)
+    d, names, groups = wide.to_numpy(), wide.columns.astype(str), wide.index.get_level_values("group")
+    families = groups.unique() if by_group else ["all"]
+    flips = signs(len(d), resamples, seed)
+    parts, largest = [], np.zeros(len(flips))
+    for family in families:
+        chosen = np.asarray(groups == family) if by_group else np.full(len(d), True)
+        z, reached, highest = sign_flips(d[chosen], flips[:, chosen])
+        parts.append((*_bootstrap(d[chosen], resamples, seed), np.isfinite(d[chosen]).sum(0), z, reached))
         largest = np.maximum(largest, highest)
-    rows = pd.concat(parts, ignore_index=True)
-    statistic = np.concatenate(z)
-    beyond = len(largest) - np.searchsorted(np.sort(largest), statistic - 1e-9)
-    measured = np.isfinite(statistic)
-    for name, count in (("p", np.concatenate(null)), ("p_max", beyond)):
-        rows[name] = np.where(measured, p_value(count, flips), np.nan)
-    rows["q"] = _discoveries(rows["p"].to_numpy(), rows["gain"].to_numpy())
-    by_wiring = rearrange(np.arange(len(rows)), "(group wiring) -> (wiring group)", group=len(parts))
-    return rows.loc[by_wiring, [name for name in COLUMNS if name in rows]].reset_index(drop=True)
+    gain, low, high, n_prompts, z, reached = (
+        rearrange(list(part), "group wiring -> (wiring group)") for part in zip(*parts, strict=True)
+    )
+    beyond = len(largest) - np.searchsorted(np.sort(largest), z - 1e-9)
+    p, p_max = (np.where(np.isfinite(z), p_value(count, flips), np.nan) for count in (reached, beyond))
+    rows = {
+        "wiring": names.repeat(len(families)),
+        "group": np.tile(families, len(names)),
+        "gain": gain,
+        "gain_low": low,
+        "gain_high": high,
+        "p": p,
+        "p_max": p_max,
+        "q": _discoveries(p, gain),
+        "n_prompts": n_prompts,
+    }
+    return pd.DataFrame({name: rows[name] for name in COLUMNS if by_group or name != "group"})
 
 
 def expected_best(frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0) -> Luck:

@@ -103,7 +103,7 @@ def test_p_is_never_above_the_family_wise_one():
 
 def test_without_effect_one_scan_in_twenty_finds_something_and_no_more():
     """With wirings that move together and prompts of unequal spread; q as well, all discoveries being false."""
-    rng, scans = np.random.default_rng(0), 600
+    rng, scans = np.random.default_rng(0), 400
     found = [comparisons.table(scan(correlated(rng, 20, 24)), "loglik", resamples=200) for _ in range(scans)]
     for column in ("p_max", "q"):
         share = np.mean([(one[column] <= 0.05).any() for one in found])
