@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import surgery
 from support import fixtures, made_up
 from support.places import REPOSITORY, TESTS
+from support.processes import Script
 from surgery import cli, graft, report, scan, study
 from surgery.anatomy import files as anatomy_files
 from surgery.chapters import MEASURED
@@ -449,15 +450,13 @@ def slowly(*_, **__):
     print("now", flush=True)
     time.sleep(120)
 
-if sys.argv.pop(1) == "measuring":
-    study.reversion_study.measure = slowly
-    study.scan_study.measure = lambda *_, **__: None
-else:
-    study.reversion_study.measure = made_up.measure_reversion
-    study.window.windows = lambda *_, **__: made_up.series(4)
-    study.calibrate = lambda *_: made_up.networks()
-    study.compare = lambda *_: made_up.measures()
-    study.scan_study.measure = lambda *_, **__: None
+moment = sys.argv.pop(1)
+study.window.windows = lambda *_, **__: made_up.series(4)
+study.calibrate = lambda *_: made_up.networks()
+study.compare = lambda *_: made_up.measures()
+study.scan_study.measure = lambda *_, **__: None
+study.reversion_study.measure = slowly if moment == "measuring" else made_up.measure_reversion
+if moment == "writing":
     real, count = tables.os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
@@ -477,26 +476,12 @@ cli.main()
 )
 def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text, tmp_path, moment, how, code):
     out = tmp_path / "results"
-    options = ["study", "--model", str(model), "--text", str(text), "--out", str(out), "--max-length", "2"]
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, moment, *options],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests are a job
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n", process.communicate()[1]
-        time.sleep(0.1)
-        process.send_signal(how)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
-    assert ("interrupted" in said) == (how == signal.SIGINT)
+    process = Script(SLOW, moment, "study", "--model", model, "--text", text, "--out", out, "--max-length", 2)
+    assert process.output.readline() == "now\n", process.errors
+    time.sleep(0.1)
+    process.send(how)
+    assert process.wait() == code
+    assert ("interrupted" in process.errors) == (how == signal.SIGINT)
     final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
     whole = ("series_windows", "calibration", "measures", "costs")
     assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}

@@ -1,11 +1,8 @@
 """The whole experiment on small numbers: its files, going on after a kill, several processes, and the command line."""
 
 import dataclasses
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -15,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import surgery
-from support.places import REPOSITORY
+from support.processes import Script
 from surgery import Stack, cli, models
 from surgery.corpus import splits
 from surgery.graft import study
@@ -32,15 +29,15 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["graft", *map(str, arguments)])
 
 
-def command(*arguments, launcher=()):
+def command(*arguments, **environment):
     """``surgery graft`` as a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "surgery", "graft", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    code = "from surgery import cli; cli.main()"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return Script(
+        f"import torch; torch.set_num_threads({torch.get_num_threads()}); {code}",
+        "graft",
+        *arguments,
+        environment=threads | environment,
     )
 
 
@@ -273,12 +270,11 @@ def test_killed_it_goes_on_to_the_same_weights_bit_for_bit(whole, tmp_path):
     process = command(*OPTIONS, *BOTH_TERMS, "--out", tmp_path)
     curve, began = tmp_path / "training" / "curve.csv", time.monotonic()
     while not (curve.exists() and len(curve.read_text().splitlines()) > 2):
-        assert process.poll() is None, process.communicate()
+        assert not process.ended, process.errors
         assert time.monotonic() - began < 240
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "training" / "model").exists()
     steps = pd.read_csv(curve)["step"].max()
     assert 2 <= steps < LONGER.steps
@@ -294,11 +290,15 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # accelerate launch --cpu starts one process, whatever --num_processes says, unless there is MPI
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-    process = command(*OPTIONS, *BOTH_TERMS, "--out", tmp_path, launcher=launcher)
-    out, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    both = [
+        command(*OPTIONS, *BOTH_TERMS, "--out", tmp_path, **shared, RANK=rank, LOCAL_RANK=rank)  # as torchrun says it
+        for rank in ("0", "1")
+    ]
+    out = "".join(process.output.read() for process in both)
+    for process in both:
+        assert process.wait() == 0, process.errors
+    told = "".join(process.errors for process in both)
     assert told.count("on 2 processes") == 1
     assert out.count("replaced") == 1  # only the main process speaks
     one, two = (frames.read(folder / "training" / "curve.csv") for folder in (whole, tmp_path))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.places import TESTS
+from support.processes import Script
 from support.scans import KILLED, PROBES, all_wirings, same
 from surgery import Stack, scan, wiring
 from surgery.models.errors import ModelError
@@ -154,11 +155,10 @@ def test_its_own_ray_dies_with_whoever_asked_and_the_table_goes_on(model_folder,
     code = code.replace(f"{str(out)!r})", f"{str(out)!r}, cluster=1)")
     assert "cluster=1" in code
     code = code.replace("time.sleep(0.02)", "time.sleep(0.3)")  # rows come in a burst: a busy machine must see the 4th
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    next(line for line in process.stdout if int(line) >= 4)
-    process.kill()
+    process = Script(code)
+    next(line for line in process.output if line.strip().isdigit() and int(line) >= 4)
+    process.send(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     assert not out.exists()
     assert (tmp_path / "scan.csv.part").read_bytes().count(b"\n") > 4
     stack, wirings = Stack(load("llama")), list(wiring.every_repeat(4))

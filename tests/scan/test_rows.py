@@ -3,14 +3,13 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 import surgery
 from support.places import TESTS
+from support.processes import Script
 from support.scans import KILLED, PROBES, same
 from surgery import Stack, scan, wiring
 from surgery.corpus.probes import ProbeSet
@@ -88,18 +87,15 @@ def test_killed_at_random_moments_and_continued(model_folder, stack_of, tmp_path
     out = tmp_path / "scan.csv"
     code = KILLED.format(tests=str(TESTS), model=str(model_folder("llama")), out=str(out))
     for wirings_done in (1, 4, 8):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if int(line) >= wirings_done:
-                time.sleep(0.01 * wirings_done)
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait()
-        process.stdout.close()
+        process = Script(code)
+        next(line for line in process.output if int(line) >= wirings_done)
+        time.sleep(0.01 * wirings_done)
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         assert not out.exists()
         lines = (tmp_path / "scan.csv.part").read_bytes().split(b"\n")
         assert len(lines) - 2 >= wirings_done
         assert len({json.loads(line)[0][0] for line in lines[1:-1]}) == len(lines) - 2
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert Script(code).wait() == 0
     stack = stack_of("llama")
     assert same(tables.read(out), scan.run(stack, list(wiring.every_repeat(4)), PROBES))

@@ -2,13 +2,13 @@
 
 import pytest
 
-from support.studies import run_alone
+from support.studies import run
 from surgery.records import tables
 
 
 def test_a_fresh_middle_is_compared_at_equal_operations(tmp_path):
     options = ["--steps", "2", "--prompts", "80", "--judged", "10", "--out", tmp_path]
-    printed = run_alone("fresh_middle.py", *options)
+    printed = run("fresh_middle.py", *options)
     for said in (
         "Which layers are replaceable?",
         "Over 1 seed, exact answers of the graft by k: k = 0 1.000",

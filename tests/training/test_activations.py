@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 import surgery
 from support.places import TESTS
+from support.processes import Script
 from support.ragged_tokens import KILLED, LENGTHS, corpus
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
@@ -212,8 +211,8 @@ def test_what_is_resumed_is_what_was_never_interrupted(stack, made, tmp_path, mo
 
 def test_a_killed_harvest_goes_on(stack, made, tmp_path):
     folder = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(TESTS)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    process = Script(KILLED, folder, TESTS)
+    assert process.wait() == -signal.SIGKILL, process.errors
     left = sorted(path.name for path in folder.iterdir())
     assert left[0].startswith(".latents-00002.safetensors."), "killed in the middle of the third"
     assert left[1:] == ["latents-00000.safetensors", "latents-00001.safetensors", "latents.json"]
