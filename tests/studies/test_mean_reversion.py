@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 import surgery
-from support.studies import STUDIES, run_alone
+from support.studies import STUDIES, run
 from surgery import models
 from surgery.records import tables
 
@@ -16,7 +16,7 @@ def test_mean_reversion_follows_wirings_and_training(tmp_path):
     other = models.plain(models.untrained(surgery.load("babel"), seed=1)).state_dict()
     save_file({name: weight.half() for name, weight in other.items()}, tmp_path / "step_000010.safetensors")
     options = ["--out", tmp_path / "out", "--prompts", "6", "--checkpoints", tmp_path]
-    printed = run_alone("mean_reversion.py", *options)
+    printed = run("mean_reversion.py", *options)
     said = [
         "Layers that push back at both sizes",
         "Taped together as :9 6:",

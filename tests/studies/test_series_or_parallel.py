@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.studies import run_alone
+from support.studies import run
 from surgery.records import tables
 
 
@@ -13,7 +13,7 @@ from surgery.records import tables
     ],
 )
 def test_a_study_runs_and_leaves_its_table(script, options, file, said, tmp_path):
-    printed = run_alone(script, "--out", tmp_path, *options)
+    printed = run(script, "--out", tmp_path, *options)
     assert said in printed
     frame = tables.read(tmp_path / file)
     assert len(frame) == 3 * 5 * 11
