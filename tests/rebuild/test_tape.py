@@ -50,7 +50,7 @@ def taped(opened):
 @pytest.mark.parametrize("name", [*fixtures.ARCHITECTURES, *fixtures.NATIVE])
 def test_taped_equals_wired_and_nothing_is_copied_or_touched(load, opened, taped, name):
     stack, twin = opened(name), plain(opened(name).model)
-    for wiring in SERIAL.values():
+    for wiring in SERIAL.values() if name in KINDS else (SERIAL["repeat"], SERIAL["skip"]):
         model = taped(name, wiring)
         expected = stack.run(TOKENS, wiring)
         assert difference(surgery.Stack(model).run(TOKENS), expected) < 1e-5
@@ -83,8 +83,8 @@ def test_taped_equals_wired_in_double_precision(opened, taped, name, wiring):
 def test_what_no_checkpoint_can_express_runs_all_the_same(opened, taped, name):
     stack = opened(name)
     groups = [GROUPS["nested"]] if name not in KINDS else [GROUPS["sum"], GROUPS["last"], GROUPS["nested"]]
-    sublayers = {} if name == "native-attention-only" else SUBLAYERS
-    for wiring in (*groups, *sublayers.values()):
+    sublayers = list(SUBLAYERS.values()) if name in KINDS else [SUBLAYERS["sublayers in groups"]]
+    for wiring in groups if name == "native-attention-only" else [*groups, *sublayers]:
         model = taped(name, wiring)
         expected = stack.run(TOKENS, wiring)
         assert difference(model(TOKENS).detach(), expected) < 1e-5
@@ -92,7 +92,7 @@ def test_what_no_checkpoint_can_express_runs_all_the_same(opened, taped, name):
         assert storages(model) <= storages(stack.model)
 
 
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(random_wirings.chains(fixtures.N_LAYERS, shortest=1))
 def test_any_wiring_at_all(chain):
     try:

@@ -37,7 +37,7 @@ def test_wider_and_deeper_models_have_the_same_logits(opened, name):
     assert (frame["difference"].dropna() < 1e-5).all()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "llama", "gemma2", "olmo2", "mixtral"])  # one of each kind
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2", "mixtral"])  # one of each kind of block
 def test_in_double_precision_to_its_rounding(load, name):
     with fixtures.ThroughoutDouble():
         frame = width.exactness({name: load(name, dtype=torch.float64)})
