@@ -3,7 +3,6 @@
 import contextlib
 import io
 import runpy
-import subprocess
 import sys
 from unittest import mock
 
@@ -19,9 +18,3 @@ def run(script: str, *options: object) -> str:
     with mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(printed):
         runpy.run_path(command[0], run_name="__main__")  # SystemExit, which an error ends with, fails the test
     return printed.getvalue()
-
-
-def run_alone(script: str, *options: object) -> str:
-    """The same in a process of its own."""
-    command = [sys.executable, STUDIES / script, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
