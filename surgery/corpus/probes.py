@@ -44,7 +44,7 @@ from surgery.corpus.babel import LANGUAGES
 from surgery.corpus.questions import Probe as Probe
 from surgery.corpus.text_files import read_prompts
 from surgery.models.stack import Stack
-from surgery.models.tokens import Tokens
+from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
 from surgery.records import tables
 
 FIELDS = ("prompt", "answer", "group", "choices")
@@ -149,7 +149,7 @@ class ProbeSet:
             ValueError: the model has no tokenizer; or, naming the probe: it is longer than the model reads, has a word
                 the tokenizer does not know, or has an answer without a token of its own.
         """
-        tokenizer = stack.model.tokenizer
+        tokenizer = stack.tokenizer
         if tokenizer is None:
             raise ValueError(f"{stack.name} has no tokenizer, so it cannot be asked the probes of {self.name}")
         pairs = [(i, j) for i, probe in enumerate(self.probes) for j in range(len(probe.answers))]
@@ -161,20 +161,19 @@ class ProbeSet:
             begin = max(1, _common_prefix(prompts[i], row)) if self.probes[i].prompt else 1
             begins[i] = min(begins.get(i, begin), begin)
         for row, (i, j) in zip(rows, pairs):
-            self._check(i, j, row, begins[i], stack.n_ctx, tokenizer)
-        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
-        mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+            self._check(i, j, row, begins[i], stack)
+        tokens = padded(rows, tokenizer.pad_token_id, stack.d_vocab)
+        scored = torch.zeros_like(tokens.mask)
         for n, (row, (i, _)) in enumerate(zip(rows, pairs)):
-            ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), True
             scored[n, begins[i] : len(row)] = True
         return Encoded(
-            tokens=Tokens(ids, mask).to(stack.device),
+            tokens=tokens.to(stack.device),
             scored=scored.to(stack.device),
             probe=tuple(i for i, _ in pairs),
             choice=tuple(j for _, j in pairs),
             groups=tuple(probe.group for probe in self.probes),
             sha256=self.sha256,
-            credit=_credit(tokenizer, ids, scored).to(stack.device),
+            credit=_credit(tokenizer, tokens.ids, scored).to(stack.device),
             name=self.name,
         )
 
@@ -182,8 +181,8 @@ class ProbeSet:
         apart = not probe.prompt or probe.prompt[-1].isspace() or answer[0].isspace()
         return probe.prompt + ("" if apart else self.joiner) + answer
 
-    def _check(self, i: int, j: int, row: list[int], begin: int, n_ctx: int, tokenizer: Any) -> None:
-        probe = self.probes[i]
+    def _check(self, i: int, j: int, row: list[int], begin: int, stack: Stack) -> None:
+        probe, n_ctx = self.probes[i], stack.n_ctx
         start = probe.prompt or probe.answer
         where = f"{self.name}, probe {i + 1} ({start[:40]!r}{'...' if len(start) > 40 else ''})"
         if len(row) > n_ctx:
@@ -196,9 +195,10 @@ class ProbeSet:
                 else "has fewer than 2 tokens"
             )
             raise ValueError(f"{where}: {what}")
-        unknown = {tokenizer.pad_token_id, tokenizer.unk_token_id if probe.prompt else None}
-        if (unknown - {tokenizer.bos_token_id, tokenizer.eos_token_id}) & set(row):
+        asked = self._joined(probe, probe.answers[j])
+        if probe.prompt and has_unknown_words(stack.tokenizer, asked, row):  # in running text they may occur
             raise ValueError(f"{where} contains words that this model's tokenizer does not know")
+        require_known(row, stack.d_vocab, where)
 
 
 # --- from files ------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def _probe(line: str) -> Probe:
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    rows = [list(row) for row in tokenizer(list(texts), return_attention_mask=False)["input_ids"]]
+    rows = token_rows(tokenizer, texts)
     end, mark = tokenizer.eos_token_id, tokenizer.eos_token or ""
     return [row[:-1] if end in row[-1:] and not original.endswith(mark) else row for row, original in zip(rows, texts)]
 

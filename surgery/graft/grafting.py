@@ -458,4 +458,4 @@ def _synchronised(stack: Stack) -> Stack:
     shared = {id(parameter) for parameter in twin.parameters()}
     if all(id(parameter) in shared for parameter in stack.model.parameters()):
         return stack
-    return Stack(wrap(twin, stack.model.tokenizer, str(stack.model.cfg.model_name)))
+    return Stack(wrap(twin, stack.tokenizer, str(stack.model.cfg.model_name)))

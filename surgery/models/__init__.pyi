@@ -1,6 +1,7 @@
 from . import engine as engine
 from . import errors as errors
 from . import exactness as exactness
+from . import gguf as gguf
 from . import layer_sizes as layer_sizes
 from . import loading as loading
 from . import norms as norms

@@ -7,7 +7,8 @@ one call of the model every layer's ``forward`` is replaced by a stand-in. A sta
 and passes the stream on unchanged; the last one lets the caller decide what leaves the stack. So nothing here knows an
 architecture by name.
 
-Stand-ins are instance attributes and are removed on every way out; no weight, hook or config field is touched.
+Stand-ins are instance attributes and are removed on every way out; no weight, hook or config field is touched. They
+take the place of the whole call, hooks included, so that a hook on a layer fires when the layer runs and only then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ class Engine:
 
     def __init__(self, name: str, module: nn.Module, layers: Sequence[nn.Module], parts: Sequence[Parts]) -> None:
         self.name, self.module, self.layers, self.parts = name, module, tuple(layers), tuple(parts)
-        self._arity: dict[nn.Module, int] = {}  # of modules that return a tuple: its length
+        self._form: dict[nn.Module, tuple[type, int]] = {}  # of modules that return a tuple or list: which, how long
 
     def observe(self, **inputs: Any) -> tuple[list[Stream], Tensor]:
         """Run the untouched model once; return the stream that leaves each layer, and the logits.
@@ -71,15 +72,15 @@ class Engine:
         """
         streams: list[Stream] = []
 
-        def record_arity(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, tuple):
-                self._arity[module] = len(output)
+        def record_form(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, tuple | list):
+                self._form[module] = type(output), len(output)
 
         def record_stream(module: nn.Module, _: Any, output: Any) -> None:
-            streams.append(output[0] if isinstance(output, tuple) else output)
+            streams.append(_stream(output))
 
         sublayers = [module for parts in self.parts for module in (parts.attn, parts.mlp) if module is not None]
-        handles = [module.register_forward_hook(record_arity) for module in (*self.layers, *sublayers)]
+        handles = [module.register_forward_hook(record_form) for module in (*self.layers, *sublayers)]
         handles += [layer.register_forward_hook(record_stream) for layer in self.layers]
         try:
             with torch.no_grad():
@@ -121,13 +122,12 @@ class Engine:
                 return forward
 
             for layer in self.layers:
-                stand_ins.enter_context(replaced_forward(layer, stand_in(layer)))
+                stand_ins.enter_context(replaced_call(layer, stand_in(layer)))
             return self.module(**inputs)
 
     def layer(self, index: int, x: Stream, call: Call) -> LayerOutput:
         """Run one whole layer on any stream, as the model does: ``x + f(x)``, on the device of ``x``."""
-        output = self.layers[index](x, *call.args, **call.kwargs)
-        return (output[0] if isinstance(output, tuple) else output).to(x.device)
+        return _stream(self.layers[index](x, *call.args, **call.kwargs)).to(x.device)
 
     def sublayer(self, index: int, part: str, x: Stream, call: Call) -> Stream:
         """Run only the ``attn`` or the ``mlp`` of a layer: the other sublayer costs nothing and writes zero."""
@@ -140,13 +140,27 @@ class Engine:
             inputs = args[0] if args else kwargs["hidden_states"]
             return self._like(other, inputs.new_zeros((*inputs.shape[:-1], x.shape[-1])))
 
-        with replaced_forward(other, zeros):
+        with replaced_call(other, zeros):
             return self.layer(index, x, call)
 
     def _like(self, module: nn.Module, x: Tensor) -> Any:
-        """``x`` in the form in which ``module`` returns it: alone, or first in a tuple."""
-        arity = self._arity.get(module)
-        return x if arity is None else (x, *[None] * (arity - 1))
+        """``x`` in the form in which ``module`` returns it: alone, or first in a tuple or list."""
+        kind, length = self._form.get(module, (None, 0))
+        return x if kind is None else kind((x, *[None] * (length - 1)))
+
+
+@contextmanager
+def replaced_call(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Context manager: calling the module calls ``call`` alone; neither its forward nor hooks on it run."""
+    before = module.__dict__.get("_compiled_call_impl")  # what torch calls first of all; module.compile() sets it
+    module.__dict__["_compiled_call_impl"] = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["_compiled_call_impl"]
+        else:
+            module.__dict__["_compiled_call_impl"] = before
 
 
 @contextmanager
@@ -161,6 +175,11 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+def _stream(output: Any) -> Tensor:
+    """The stream that a layer gives, which many return first in a tuple or list."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _logits(output: Any) -> Tensor:

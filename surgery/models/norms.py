@@ -14,25 +14,42 @@ class FrozenNorm:
     ``(norm(x) - b) s(x) / s_given + b``.
 
     Raises:
-        ValueError: the module shows no epsilon, or is not a linear map over a root mean square.
+        ValueError: the module is not a linear map over a root mean square.
     """
 
     def __init__(self, module: nn.Module, probe: Float[Tensor, "n d_model"]) -> None:
         self.module = module
         self._forward = module.forward
-        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        if eps is None:
-            raise ValueError(f"{type(module).__name__} shows no epsilon, so its denominator cannot be frozen exactly")
-        self._eps = float(eps)
         shifted, plain, bias = (self._forward(x) for x in (probe + 1, probe, torch.zeros_like(probe)))
         self.centres = torch.allclose(shifted, plain, rtol=1e-3, atol=1e-3 * float((plain - bias).abs().max()))
         self._bias = bias[:1]
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        self._eps = self._measured_epsilon(probe) if eps is None else float(eps)
         doubled = (self._forward(2 * probe) - bias) * self.scale(2 * probe)
         once = (plain - bias) * self.scale(probe)
         if not torch.allclose(doubled, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max())):
             raise ValueError(
                 f"{type(module).__name__} is not a linear map over a root mean square; it cannot be frozen"
             )
+
+    def _measured_epsilon(self, probe: Float[Tensor, "n d_model"]) -> float:
+        """The epsilon of a norm that does not show it, from how it shrinks vectors of about its size.
+
+        With ``m`` the mean square, ``norm(x) - b`` is ``A x / sqrt(m + eps)``: where halving it takes a vector with
+        ``m = eps / 3``, large vectors show ``A``, and the ratio of the two gives ``eps``.
+        """
+        square = (
+            (probe - probe.mean(-1, keepdim=True) if self.centres else probe).double().pow(2).mean(-1, keepdim=True)
+        )
+        unit = probe / square.sqrt().to(probe.dtype)
+        whole = (self._forward(1e4 * unit) - self._bias).double().norm(dim=-1)
+        found = 0.0
+        for exponent in range(-14, 0):
+            size = 10.0**exponent  # the mean square of a smaller vector
+            share = ((self._forward(size**0.5 * unit) - self._bias).double().norm(dim=-1) / whole).mean()
+            if 0.3 < share < 0.95:
+                found = float(size * (share**-2 - 1))
+        return found
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
         """The denominator that the norm uses on ``x``."""

@@ -40,11 +40,11 @@ def plain_engine(twin: Any, model: TransformerBridge) -> Engine:
         mlp = names.get("mlp")
         mlp_name = None if mlp is None else (mlp.name or mlp.submodules["out"].name)
         layers.append(layer)
-        norms = {key: getattr(layer, names[key].name) for key in ("ln1", "ln2") if key in names}
+        norms = {key: layer.get_submodule(names[key].name) for key in ("ln1", "ln2") if key in names}
         parts.append(
             Parts(
-                getattr(layer, names["attn"].name),
-                None if mlp_name is None else getattr(layer, mlp_name),
+                layer.get_submodule(names["attn"].name),
+                None if mlp_name is None else layer.get_submodule(mlp_name),
                 _without_identity(norms),
             )
         )

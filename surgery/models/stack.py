@@ -11,28 +11,33 @@ per pass; otherwise the plain twin that ``surgery.load`` keeps runs, with its fa
 proves itself: the identity wiring must give the model's own logits, or it refuses.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
-from surgery.models import stream_width
+from surgery.models import proof, stream_width, twin
+from surgery.models.conditions import measuring
 from surgery.models.engine import Engine, LayerOutput, Recording, Stream, replaced_forward
-from surgery.models.errors import ModelError
-from surgery.models.exactness import TOLERANCES, probe_ids, relative_difference
-from surgery.models.loading import plain
+from surgery.models.errors import ModelError, first_line
+from surgery.models.exactness import TOLERANCES, relative_difference
+from surgery.models.loading import load
 from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Tokens, encode
 from surgery.models.weights_hash import weights_sha256
+from surgery.wiring import notation
 from surgery.wiring.steps import executions
 from surgery.wiring.value import Layer, Parallel, Scaled, Step, Wiring
 
@@ -59,8 +64,13 @@ class Context:
 class Stack:
     """A ``TransformerBridge`` (from ``surgery.load`` or your own) as ``embed -> layers -> readout``.
 
+    Anything else that ``surgery.load`` takes (a name, a folder, a Hugging Face model) is loaded first. What runs is
+    what the model computes at that moment: hooks, replaced parameters and modules are heard, also those that came or
+    went after the Stack was opened. Whatever mode the model is in, it is measured in evaluation mode, without autocast,
+    and left as it was.
+
     Attributes:
-        model: the bridge, as it was given.
+        model: the bridge.
         name: what the model is called in messages and manifests.
         n_layers, d_model, d_vocab, n_ctx: its depth, the width of its stream, its vocabulary and its longest prompt.
         device, dtype: of the weights.
@@ -68,8 +78,9 @@ class Stack:
 
     Raises:
         ModelError: the model is not a decoder-only transformer with attention in every layer, has weights that are not
-            finite, or its identity wiring does not give its own logits.
-        TypeError: ``model`` is not a ``TransformerBridge``.
+            finite, its identity wiring does not give its own logits, or TransformerLens' wrapper computes others than
+            the model itself.
+        TypeError: ``model`` is none of these.
 
     Opening costs 4 F on two short random prompts.
 
@@ -80,16 +91,14 @@ class Stack:
     True
     """
 
-    def __init__(self, model: TransformerBridge) -> None:
-        if not isinstance(model, TransformerBridge):
+    def __init__(self, model: "TransformerBridge | nn.Module | str | Path") -> None:
+        if not isinstance(model, TransformerBridge | nn.Module | str | Path):
             raise TypeError(
-                f"Stack opens a TransformerBridge, not a {type(model).__name__}: try Stack(surgery.load(...))"
+                f"Stack opens a TransformerBridge, or what surgery.load takes, not a {type(model).__name__}"
             )
-        self.model = model
+        self.model = model = load(model)
         self.name: str = str(model.cfg.model_name)
         self._bridge = bridge_engine(model, self.name)
-        twin = plain(model)
-        self._plain = None if twin is None else plain_engine(twin, model)
         self.n_layers = len(self._bridge.layers)
         self.d_model, self.d_vocab, self.n_ctx = (
             int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
@@ -98,17 +107,19 @@ class Stack:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tolerance = TOLERANCES[self.dtype]
-        points = {id(point): point for point in model.hook_dict.values()}.values()
-        self._silent_points = [point for point in points if not point.fwd_hooks and not point.bwd_hooks]
-        self._resident = [(p, len(p.fwd_hooks), len(p.bwd_hooks)) for p in points if p.fwd_hooks or p.bwd_hooks]
         self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
-        self._prove()
+        self._settle()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer as it was given to ``surgery.load`` (or set on the model since)."""
+        return twin.tokenizer(self.model)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
     def tokens(
         self,
-        texts: Sequence[str],
+        texts: "str | Sequence[str]",
         max_length: int | None = None,
         *,
         prepend_bos: bool | None = None,
@@ -119,9 +130,10 @@ class Stack:
         Raises:
             ValueError: the model has no tokenizer, or ``encode`` cannot use the texts.
         """
-        if self.model.tokenizer is None:
+        if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: pass token ids [batch, pos] instead of texts")
-        return encode(self.model.tokenizer, texts, self.n_ctx, max_length, prepend_bos, padding_side).to(self.device)
+        rows = encode(self.tokenizer, texts, self.n_ctx, self.d_vocab, max_length, prepend_bos, padding_side)
+        return rows.to(self.device)
 
     def run(
         self,
@@ -135,7 +147,7 @@ class Stack:
         """Run a batch through a wiring and return the logits. Cost: ``wiring.depth / n_layers`` F.
 
         Args:
-            tokens: a batch, or its ``context``.
+            tokens: a batch (``Tokens``, ids [batch, pos], what a tokenizer returns, or texts), or its ``context``.
             wiring: a ``Wiring`` or its notation; ``":"`` is the model as it is.
             tap: ``tap(layer, before, after)`` is called after every pass with the streams that enter and leave it
                 [batch, pos, d_model]; what it returns, if not None, replaces ``after``.
@@ -144,11 +156,13 @@ class Stack:
             grad: record the graph for a backward pass.
 
         Raises:
-            ValueError: ``tokens`` are not integer ids, or the wiring is not one of this model (see ``wiring``).
+            ValueError: ``tokens`` are not ids that this model knows, or the wiring is not one of this model (see
+                ``wiring``).
         """
-        wiring, engine = self.wiring(wiring), self._engine()
-        with torch.set_grad_enabled(grad):
-            if engine is self._plain and (positions is not None or isinstance(tokens, Context)):
+        wiring, engine = self.wiring(wiring), self._engine(settle=True)
+        with torch.set_grad_enabled(grad), self._measuring(engine):
+            in_parts = engine is self._plain and not self._listening[1].listening()
+            if in_parts and (positions is not None or isinstance(tokens, Context)):
                 context = self.context(tokens)
                 stream = self.execute(wiring, context.x0, context, tap, grad=grad)
                 return self.readout(_at_positions(stream, positions), grad=grad)
@@ -156,15 +170,15 @@ class Stack:
             def finish(recording: Recording) -> Stream:
                 return self._chain(engine, recording, wiring.steps, recording.x0, tap)
 
-            batch = tokens.tokens if isinstance(tokens, Context) else Tokens.of(tokens)
+            batch = tokens.tokens if isinstance(tokens, Context) else self._batch(tokens)
             return _at_positions(engine.forward(finish, **self.inputs(batch)), positions)
 
     def context(self, tokens: "Tokens | Tensor | Context") -> Context:
         """Embed a batch once, to run many wirings on it. A context is returned as it is. Cost: the embedding."""
         if isinstance(tokens, Context):
             return tokens
-        batch, engine = Tokens.of(tokens), self._engine()
-        with torch.no_grad():
+        batch, engine = self._batch(tokens), self._engine(settle=True)
+        with torch.no_grad(), self._measuring(engine):
             return Context(batch, engine, engine.record(**self.inputs(batch)))
 
     def execute(
@@ -184,7 +198,7 @@ class Stack:
         Cost: ``wiring.depth / n_layers`` F.
         """
         context = self._current(context)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), self._measuring(context.engine):
             return self._chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
 
     def update(self, layer: int, x: Stream, context: Context | None = None, *, grad: bool = False) -> Stream:
@@ -207,28 +221,48 @@ class Stack:
         if context is None:
             context = self.context(torch.zeros(x.shape[:2], dtype=torch.long, device=self.device))
         context = self._current(context)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), self._measuring(context.engine):
             return context.engine.layer(layer, x, context.recording.calls[layer]) - x
 
-    def stream(self, tokens: "Tokens | Tensor | Context") -> Float[Tensor, "layer_plus_1 batch pos d_model"]:
-        """``x_0 .. x_L`` of the unmodified run: entry l enters layer l, the last one leaves the last layer.
+    def stream(
+        self, tokens: "Tokens | Tensor | Context", wiring: "Wiring | str" = ":"
+    ) -> Float[Tensor, "pass_plus_1 batch pos d_model"]:
+        """The streams of a run, by default of the unmodified one: ``x_0 .. x_L``.
+
+        Entry 0 enters the stack, entry n leaves the n-th pass of ``wiring.layers``, the last one is read out. A pass is
+        one layer or sublayer; of branches beside each other and of scaled chains, each pass gives the stream that
+        leaves it inside its branch, and an entry after the group is what the group gives (``record`` names them all).
 
         Raises:
             ValueError: some layers give a stream of another width, so that the streams cannot be stacked.
 
-        Cost: 1 F without the head.
+        Cost: ``wiring.depth / n_layers`` F without the head.
         """
-        context = self._current(self.context(tokens))
         if inside := [layer for layer, (_, _, width_out) in enumerate(self._streams) if width_out != self.d_model]:
             raise ValueError(
                 f"layers {inside[0]} to {inside[-1]} of {self.name} give a stream of another width than "
                 f"{self.d_model}: record them with stack.run(tokens, tap=...), or measure the model it was made from"
             )
-        streams = [context.x0]
-        with torch.no_grad():
-            for layer, call in enumerate(context.recording.calls):
-                streams.append(context.engine.layer(layer, streams[-1], call))
-        return torch.stack(streams)
+        return torch.stack([x for _, x in self.record(tokens, wiring)])
+
+    def record(self, tokens: "Tokens | Tensor | Context", wiring: "Wiring | str" = ":") -> list[tuple[str, Stream]]:
+        """What a wiring computed on the way: (notation, stream that leaves it) for every pass and group, in order.
+
+        The first entry is ``("embed", x_0)``; the last is the stream that is read out. A group (branches beside each
+        other, a scaled chain) has an entry of its own after those of what is inside it.
+
+        Cost: ``wiring.depth / n_layers`` F without the head.
+
+        >>> import surgery
+        >>> stack = Stack(surgery.load("babel"))
+        >>> [name for name, _ in stack.record("p3 pf1 >other", ":2 {2|5} 4")]
+        ['embed', '0', '1', '2', '5', '{2|5}', '4']
+        """
+        context, wiring = self._current(self.context(tokens)), self.wiring(wiring)
+        recorded: list[tuple[str, Stream]] = [("embed", context.x0)]
+        with torch.no_grad(), self._measuring(context.engine):
+            self._chain(context.engine, context.recording, wiring.steps, context.x0, None, recorded)
+        return recorded
 
     def readout(self, x: Float[Tensor, "... d_model"], *, grad: bool = False) -> Float[Tensor, "... d_vocab"]:
         """The logits of any stream: final norm, unembedding, and soft-capping or scaling where the model has them.
@@ -237,9 +271,9 @@ class Stack:
         last layer. Cost: the head.
         """
         engine = self.fastest_engine
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         vectors = rearrange(x, "... d_model -> (...) 1 d_model")
-        with torch.set_grad_enabled(grad):
+        ids = torch.zeros(vectors.shape[:2], dtype=torch.long, device=self.device)
+        with torch.set_grad_enabled(grad), self._measuring(engine):
             logits = engine.forward(lambda _: vectors, **self.inputs(Tokens.of(ids)))
         return logits.reshape(*x.shape[:-1], -1)
 
@@ -290,11 +324,11 @@ class Stack:
         if wiring.n_layers != self.n_layers:
             raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
         parts = {layer.part for layer in executions(wiring.steps) if layer.part is not None}
-        if parts and not parts <= self._exact_sublayers:
-            exact = ", ".join(self._exact_sublayers)
+        if parts and not parts <= self.exact_sublayers:
+            exact = ", ".join(self.exact_sublayers)
             why = f"have only {exact}" if exact else "cannot be split exactly"
             raise ValueError(f"{str(wiring)!r} runs sublayers, but the layers of {self.name} {why}")
-        if self._resized:
+        if self.resized:
             self._width(wiring.steps, self.d_model if width is None else width)
         return wiring
 
@@ -319,110 +353,91 @@ class Stack:
 
     # --- proving -----------------------------------------------------------------------------------------------------
 
-    def checks(self) -> pd.DataFrame:
+    def checks(self, length: int = 8) -> pd.DataFrame:
         """The exactness checks of this model, one a row: check, compared_with, largest_difference, tolerance, passed.
 
-        Differences are relative to the largest value compared. Cost: about 12 F on two short random prompts.
+        Differences are relative to the largest value compared. Hooks of the user's stay silent. Cost: about 12 F on two
+        random prompts of ``length`` tokens.
         """
-        tokens = self._probe()
-        context, own = self.context(tokens), self._own_logits(tokens)
-        rows = [("identity wiring", "the model's own logits", relative_difference(self.run(tokens), own))]
-        if self._plain is not None:
-            both = (engine.observe(**self.inputs(tokens))[0] for engine in (self._plain, self._bridge))
-            difference = max(relative_difference(*pair) for pair in zip(*both, strict=True))
-            rows.append(("stream of the plain twin", "the bridge's blocks", difference))
-        last = torch.zeros_like(tokens.mask)
-        last[:, -1] = True
-        difference = relative_difference(self.run(tokens, ":", positions=last), own[:, -1])
-        rows.append(("readout at chosen positions", "all logits", difference))
-        for side in ("left", "right"):
-            padded = tokens.pad(3, side)
-            logits = rearrange(own, "batch pos d_vocab -> (batch pos) d_vocab")
-            difference = relative_difference(self.run(padded)[padded.mask], logits)
-            rows.append((f"prompts padded on the {side}", "unpadded", difference))
-        if not self._resized:  # sublayers and streams of several widths cannot be compared
-            streams = self.stream(tokens)
-            sublayers = f"attention {'beside' if self.parallel_sublayers else 'then'} MLP, every layer"
-            rows.append((sublayers, "whole layers", self._sublayer_difference(context, streams)))
-            with self.frozen(context):
-                difference = relative_difference(self.stream(context), streams)
-            rows.append(("norms frozen at their own scales", "live norms", difference))
-        frame = pd.DataFrame(rows, columns=["check", "compared_with", "largest_difference"])
-        frame["tolerance"] = self.tolerance
-        frame["passed"] = frame["largest_difference"] <= self.tolerance
-        return frame
+        with self._silence(), self._measuring(*self.engines):
+            return proof.checks(self, length)
 
     @cached_property
     def parallel_sublayers(self) -> bool:
         """Whether attention and MLP of a layer read the same stream (GPT-J, GPT-NeoX); decided by running both ways."""
-        tokens = self._probe()
-        context, streams = self.context(tokens), self.stream(tokens)
-        x, engine, call = streams[0], context.engine, context.recording.calls[0]
-        with torch.no_grad():
-            attn = engine.sublayer(0, "attn", x, call)
-            together = attn + engine.sublayer(0, "mlp", x, call) - x
-            after = engine.sublayer(0, "mlp", attn, call)
+        with self._silence():
+            tokens = proof.probe(self)
+            context, streams = self.context(tokens), self.stream(tokens)
+            x, engine, call = streams[0], context.engine, context.recording.calls[0]
+            with torch.no_grad(), self._measuring(engine):
+                attn = engine.sublayer(0, "attn", x, call)
+                together = attn + engine.sublayer(0, "mlp", x, call) - x
+                after = engine.sublayer(0, "mlp", attn, call)
         return relative_difference(together, streams[1]) < relative_difference(after, streams[1])
 
-    def _sublayer_difference(self, context: Context, streams: Tensor) -> float:
-        """The largest relative difference of attention and MLP, run one by one, from whole layers."""
-        engine, worst = context.engine, 0.0
-        for layer, call in enumerate(context.recording.calls):
-            x = streams[layer]
-            with torch.no_grad():
-                composed = engine.sublayer(layer, "attn", x, call)
-                if engine.parts[layer].mlp is not None:
-                    from_stream = x if self.parallel_sublayers else composed
-                    composed = composed + (engine.sublayer(layer, "mlp", from_stream, call) - from_stream)
-            worst = max(worst, relative_difference(composed, streams[layer + 1]))
-        return worst
+    def _settle(self) -> None:
+        """Decide which engine runs, and prove it; again whenever a module or parameter was replaced.
 
-    def _prove(self) -> None:
-        """Raise ModelError unless the identity wiring gives the model's own logits."""
-        tokens = self._probe()
-        streams, own = self._bridge.observe(**self.inputs(tokens))
-        if not torch.isfinite(own).all():
-            raise ModelError(self._not_finite())
-        model_logits = self._own_logits(tokens)
-        twin, self._plain = self._plain, None
-        self._require("identity wiring through the bridge's blocks", self.run(tokens), model_logits)
-        if twin is None:
-            return
-        twin_streams, twin_logits = twin.observe(**self.inputs(tokens))
-        pairs = ((twin_logits, own), (twin_streams[-1], streams[-1]))
-        # A twin that disagrees means that the bridge was edited or processed after loading: then the bridge, which the
-        # user works with, is what is measured.
-        if max(relative_difference(*pair) for pair in pairs) <= self.tolerance:
-            self._plain = twin
-            self._require("identity wiring through the plain twin", self.run(tokens), model_logits)
-
-    def _require(self, check: str, actual: Tensor, expected: Tensor) -> None:
-        difference = relative_difference(actual, expected)
-        if not difference <= self.tolerance:
-            raise ModelError(
-                f"{self.name} cannot be opened exactly: {check} differs from the model's own logits by "
-                f"{difference:.1e} of their size, allowed is {self.tolerance:.0e}"
-            )
-
-    def _own_logits(self, tokens: Tokens) -> Tensor:
-        with torch.no_grad():
-            return self.model(tokens.ids, return_type="logits", use_cache=False)
-
-    def _probe(self) -> Tokens:
-        return Tokens.of(probe_ids(self, spare=3))
-
-    def _not_finite(self) -> str:
-        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
-        if broken:
-            first, rest = broken[0].replace("._original_component", ""), len(broken) - 1
-            more = f" and {rest} more" if rest else ""
-            return f"{self.name} has weights that are not finite (NaN or infinity): {first}{more}"
-        return f"{self.name} gives logits that are not finite on random tokens though all its weights are"
+        Bridge and plain twin must agree. If they do not, one of them was edited since it was loaded, and that one is
+        what the user has and what runs; if neither was, TransformerLens computes something else than the model.
+        """
+        beside = twin.twin_of(self.model)
+        self._bridge = bridge_engine(self.model, self.name)
+        self._plain, self._stale = None, False
+        self._listening = [twin.Snapshot(self.model, None if beside is None else beside.bridge_at_birth)]
+        if beside is not None:
+            self._listening.append(twin.Snapshot(beside.module, beside.at_birth))
+        tokens = proof.probe(self)
+        with self._silence(), self._measuring(self._bridge):
+            streams, own = self._observe(self._bridge, tokens, "TransformerLens' wrapper of it")
+            if not torch.isfinite(own).all():
+                raise ModelError(proof.not_finite(self.model, self.name))
+            proof.require_causal(self, own)
+            model_logits = proof.own_logits(self, tokens)
+            proof.require(self, "identity wiring through the bridge's blocks", self.run(tokens), model_logits)
+            if beside is None:
+                return
+            engine = plain_engine(beside.module, self.model)
+            with self._measuring(engine):
+                twin_streams, twin_logits = self._observe(engine, tokens, "the model itself")
+                pairs = ((twin_logits, own), (twin_streams[-1], streams[-1]))
+                difference = max(relative_difference(*pair) for pair in pairs)
+                agree = difference <= self.tolerance
+                if not agree:
+                    if beside.bridge_at_birth.touched(beside.at_birth):
+                        return  # edited or processed: the bridge, which the user works with, is what is measured
+                    if not beside.at_birth.touched(beside.bridge_at_birth):
+                        raise ModelError(
+                            f"{self.name} cannot be opened: TransformerLens' wrapper of {type(beside.module).__name__} "
+                            f"gives other logits than the model itself, by {difference:.1e} of their size (allowed is "
+                            f"{self.tolerance:.0e}); report it to TransformerLens. If you edited one of the two "
+                            "through .data, edit under torch.no_grad() instead"
+                        )
+                self._plain, self._stale = engine, not agree
+                expected = model_logits if agree else twin_logits
+                proof.require(self, "identity wiring through the plain twin", self.run(tokens), expected)
 
     @property
     def fastest_engine(self) -> Engine:
         """The engine of the plain twin where there is one, even while hooks are attached; else that of the bridge."""
         return self._plain or self._bridge
+
+    def _observe(self, engine: Engine, tokens: Tokens, what: str) -> tuple[list[Stream], Tensor]:
+        try:
+            return engine.observe(**self.inputs(tokens))
+        except Exception as error:  # the model's own code, which raises its own kinds
+            message = f"{self.name} cannot be opened: {what} fails on two prompts of {tokens.ids.shape[1]} tokens"
+            raise ModelError(f"{message} ({type(error).__name__}: {first_line(error)})") from error
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that compute this model: that of the bridge, and of the plain twin, without one that is stale."""
+        return tuple(engine for engine in (None if self._stale else self._bridge, self._plain) if engine is not None)
+
+    @property
+    def bridge_is_stale(self) -> bool:
+        """Whether the plain twin was edited where the bridge does not see it, so that hooks cannot be heard."""
+        return self._stale
 
     @property
     def has_twin(self) -> bool:
@@ -443,19 +458,59 @@ class Stack:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _engine(self) -> Engine:
-        return self._bridge if self._plain is None or self.hooks_listen() else self._plain
+    def _engine(self, settle: bool = False) -> Engine:
+        """The engine that runs now; with ``settle`` it is first seen whether parts of the model were replaced."""
+        if settle and any(snapshot.replaced() for snapshot in self._listening):
+            self._settle()
+        bridge, beside = self._listening[0], self._listening[1:]
+        if self._plain is None or bridge.listening():
+            if self._stale:
+                raise ValueError(
+                    f"hooks on the bridge of {self.name} cannot be heard: surgery.models.plain(model) was edited where "
+                    "the bridge does not see it; load the edited model again with surgery.load(plain(model))"
+                )
+            if bridge.root_listens():
+                raise ValueError(
+                    f"a PyTorch hook on the whole bridge of {self.name} is not heard when layers run one by one; "
+                    "register it on model.original_model"
+                )
+            if self._plain is not None and beside[0].listening():
+                warnings.warn(
+                    f"hooks on the plain twin of {self.name} are not heard while the bridge has hooks too", stacklevel=3
+                )
+            return self._bridge
+        return self._plain
+
+    def _measuring(self, *engines: Engine) -> AbstractContextManager[None]:
+        training = [
+            module for engine in engines for module in self._listening[0 if engine is self._bridge else 1].training()
+        ]
+        return measuring(training, self.device)
+
+    def _silence(self) -> AbstractContextManager[None]:
+        return twin.silence(self._listening)
+
+    def _batch(self, tokens: Any) -> Tokens:
+        """Whatever a user may give as a batch, as ids that the model knows, on its device.
+
+        Raises ValueError for an empty batch, and for ids that the model has no embedding or no position for.
+        """
+        if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
+            return self.tokens(tokens)
+        batch = Tokens.of(tokens)
+        if not batch.ids.numel():
+            raise ValueError(f"there is nothing to run: the batch has shape {list(batch.ids.shape)}")
+        if batch.ids.shape[1] > self.n_ctx and self.model.cfg.positional_embedding_type == "standard":
+            raise ValueError(f"prompts of {batch.ids.shape[1]} tokens: {self.name} has {self.n_ctx} positions")
+        return batch.known(self.d_vocab).to(self.device)
 
     def _current(self, context: Context) -> Context:
         """The same batch recorded by the engine that runs now: hooks may have come or gone since."""
         return context if context.engine is self._engine() else self.context(context.tokens)
 
     def hooks_listen(self) -> bool:
-        """Whether hooks were attached after the Stack was opened (some adapters have permanent hooks of their own)."""
-        for point in self._silent_points:  # a plain loop: this runs before everything, over hundreds of points
-            if point.fwd_hooks or point.bwd_hooks:
-                return True
-        return any(len(point.fwd_hooks) > fwd or len(point.bwd_hooks) > bwd for point, fwd, bwd in self._resident)
+        """Whether the user's hooks are attached to the bridge (some adapters have permanent hooks of their own)."""
+        return self._listening[0].listening()
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """The arguments to call the model with: ids, and for prompts padded on the left the mask and positions."""
@@ -477,9 +532,15 @@ class Stack:
             }
 
     def _chain(
-        self, engine: Engine, recording: Recording, steps: tuple[Step, ...], x: Stream, tap: Tap | None
+        self,
+        engine: Engine,
+        recording: Recording,
+        steps: tuple[Step, ...],
+        x: Stream,
+        tap: Tap | None,
+        recorded: list[tuple[str, Stream]] | None = None,
     ) -> LayerOutput:
-        """Run a chain of steps on a stream."""
+        """Run a chain of steps on a stream; what leaves each step is added to ``recorded``."""
         for step in steps:
             match step:
                 case Layer(index, part):
@@ -488,27 +549,30 @@ class Stack:
                     replacement = tap(step, before, x) if tap is not None else None
                     x = x if replacement is None else replacement
                 case Parallel(branches, mean):
-                    outputs = [self._chain(engine, recording, branch, x, tap) for branch in branches]
+                    outputs = [self._chain(engine, recording, branch, x, tap, recorded) for branch in branches]
                     if mean:
                         x = sum(outputs[1:], outputs[0]) / len(outputs)
                     else:
                         x = x + sum(output - x for output in outputs)
                 case Scaled(factor, body):
-                    x = x + factor * (self._chain(engine, recording, body, x, tap) - x)
+                    x = x + factor * (self._chain(engine, recording, body, x, tap, recorded) - x)
+            if recorded is not None:
+                recorded.append((notation.write((step,), self.n_layers), x))
         return x
 
     @cached_property
-    def _resized(self) -> bool:
+    def resized(self) -> bool:
         """Whether some layers have a stream with a width of its own (``surgery.models.stream_width``)."""
         return any(set(streams) != {self.d_model} for streams in self._streams)
 
     @cached_property
-    def _exact_sublayers(self) -> frozenset[str]:
+    def exact_sublayers(self) -> frozenset[str]:
         """The sublayers that can run on their own, because together they give the whole layer again."""
-        tokens = self._probe()
-        context = self.context(tokens)
-        if self._resized or self._sublayer_difference(context, self.stream(context)) > self.tolerance:
-            return frozenset()
+        with self._silence():
+            tokens = proof.probe(self)
+            context = self.context(tokens)
+            if self.resized or proof.sublayer_difference(self, context, self.stream(context)) > self.tolerance:
+                return frozenset()
         return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
 
 

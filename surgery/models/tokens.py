@@ -1,7 +1,7 @@
 """A batch of prompts as token ids, and which of them are padding."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,10 +10,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+_ENCODING = ("input_ids", "attention_mask")  # what Hugging Face's tokenizers call ids and mask
+
 
 @dataclass(frozen=True)
 class Tokens:
     """Token ids of several prompts, padded on the left or on the right to one length.
+
+    The mask may be Hugging Face's ``attention_mask`` of ones and zeros. Raises ValueError if it has another shape.
 
     >>> len(Tokens.of(torch.tensor([[1, 2, 3], [4, 5, 6]])))
     2
@@ -22,14 +26,23 @@ class Tokens:
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]  # True where the token is real
 
+    def __post_init__(self) -> None:
+        if self.mask.shape != self.ids.shape:
+            raise ValueError(f"the mask has shape {list(self.mask.shape)}, the ids have {list(self.ids.shape)}")
+        object.__setattr__(self, "mask", self.mask.bool())
+
     @classmethod
-    def of(cls, tokens: "Tokens | Tensor") -> "Tokens":
-        """``Tokens`` as they are, or made from ids [batch, pos] without padding.
+    def of(cls, tokens: "Tokens | Tensor | Mapping[str, Any]") -> "Tokens":
+        """``Tokens`` as they are, or made from ids [batch, pos] without padding, or from what a tokenizer returns.
 
         Raises ValueError for anything else.
         """
         if isinstance(tokens, Tokens):
             return tokens
+        if isinstance(tokens, Mapping) and "input_ids" in tokens:
+            ids, mask = (None if (part := tokens.get(key)) is None else torch.as_tensor(part) for key in _ENCODING)
+            batch = cls.of(ids)
+            return batch if mask is None else cls(batch.ids, mask.to(batch.ids.device))
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
             what = type(tokens).__name__
             if isinstance(tokens, Tensor):
@@ -60,6 +73,22 @@ class Tokens:
         amount = (count, 0) if side == "left" else (0, count)
         return Tokens(torch.nn.functional.pad(self.ids, amount), torch.nn.functional.pad(self.mask, amount))
 
+    def known(self, n_vocab: int) -> "Tokens":
+        """The same prompts; padding that the model has no embedding for is replaced by 0, as it is never read.
+
+        Raises ValueError, naming the first prompt, for a real token that the model has no embedding for.
+        """
+        beyond = (self.ids < 0) | (self.ids >= n_vocab)
+        if not beyond.any():
+            return self
+        if (real := beyond & self.mask).any():
+            prompt, pos = real.nonzero()[0].tolist()
+            raise ValueError(
+                f"prompt {prompt + 1} has id {int(self.ids[prompt, pos])} at position {pos}, ids of this model are 0 "
+                f"to {n_vocab - 1}; give a mask where such ids stand for padding"
+            )
+        return Tokens(self.ids.masked_fill(beyond, 0), self.mask)
+
     def ensemble(self, skip_first: bool = True) -> Bool[Tensor, "batch pos"]:
         """Which positions count in a measurement: the real tokens; with ``skip_first`` without each prompt's first.
 
@@ -80,8 +109,9 @@ class Tokens:
 
 def encode(
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: "str | Sequence[str]",
     n_ctx: int,
+    n_vocab: int,
     max_length: int | None = None,
     prepend_bos: bool | None = None,
     padding_side: str = "right",
@@ -90,21 +120,23 @@ def encode(
 
     Args:
         n_ctx: the most tokens that the model reads.
+        n_vocab: how many ids the model has an embedding for.
         max_length: cut prompts to this many tokens (the beginning-of-sequence token counts); None cuts nothing.
         prepend_bos: put the beginning-of-sequence token in front; None leaves that to the tokenizer.
         padding_side: ``"right"`` or ``"left"``.
 
     Raises:
-        ValueError: there is no text, or one has fewer than 2 tokens, more than ``n_ctx``, or words that the tokenizer
-            does not know; the message names the first such prompt.
+        ValueError: there is no text, or one has fewer than 2 tokens, more than ``n_ctx``, words that the tokenizer does
+            not know, or tokens that the model does not; the message names the first such prompt.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("there is no text to tokenise")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    rows = [list(row) for row in tokenizer(texts, return_attention_mask=False)["input_ids"]]
-    bos, padding, end = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    rows, bos = token_rows(tokenizer, texts), tokenizer.bos_token_id
+    if prepend_bos and bos is None:
+        raise ValueError("this tokenizer has no beginning-of-sequence token to put in front")
     if prepend_bos is not None and bos is not None:
         rows = [row[1:] if row[:1] == [bos] else row for row in rows]
         rows = [[bos, *row] for row in rows] if prepend_bos else rows
@@ -115,12 +147,58 @@ def encode(
             raise ValueError(f"{where} has {len(row)} token{'s' * (len(row) != 1)}; a prompt needs at least 2")
         if len(row) > n_ctx:
             raise ValueError(f"{where} has {len(row)} tokens, the model reads {n_ctx}; cut it with max_length={n_ctx}")
-        if padding is not None and padding != end and padding in row:
+        if has_unknown_words(tokenizer, text, row):
             raise ValueError(f"{where} contains words that this model's tokenizer does not know")
+        require_known(row, n_vocab, where)
+    return padded(rows, tokenizer.pad_token_id, n_vocab, padding_side)
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, as the tokenizer makes them; where a text brings its own beginning mark, only that one.
+
+    Text from a chat template begins with the mark as a word, and the tokenizer puts another in front.
+    """
+    rows = [list(row) for row in tokenizer(list(texts), return_attention_mask=False)["input_ids"]]
+    bos, mark = tokenizer.bos_token_id, tokenizer.bos_token
+    if bos is None:
+        return rows
+    return [
+        row[1:] if row[:2] == [bos, bos] and text.lstrip().startswith(mark) else row for row, text in zip(rows, texts)
+    ]
+
+
+def has_unknown_words(tokenizer: Any, text: str, row: Sequence[int]) -> bool:
+    """Whether the tokenizer replaced a word of ``text`` by its token for unknown ones (not written in the text itself).
+
+    Cost: none where no such token is among ``row``.
+    """
+    unknown = {tokenizer.unk_token}
+    backend = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown.add(getattr(backend, "unk_token", None))  # what is used, whatever the tokenizer's own settings say
+    for mark in unknown - {None}:
+        token = tokenizer.convert_tokens_to_ids(mark)
+        written = text.count(mark) + (token == tokenizer.bos_token_id) + (token == tokenizer.eos_token_id)
+        if token is not None and list(row).count(token) > written:
+            return True
+    return False
+
+
+def require_known(row: Sequence[int], n_vocab: int, where: str) -> None:
+    """Raise ValueError if the model has no embedding for an id of ``row``; ``where`` names the prompt."""
+    if (beyond := max(row, default=0)) >= n_vocab:
+        raise ValueError(
+            f"{where} has token id {beyond}, the model has {n_vocab} embeddings: its tokenizer knows more tokens than "
+            "the model does; resize_token_embeddings adds them"
+        )
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int | None, n_vocab: int, side: str = "right") -> Tokens:
+    """Rows of ids as one batch. Padding is never read, so any id that the model knows will do for it."""
+    fill = padding if padding is not None and 0 <= padding < n_vocab else 0
     width = max(map(len, rows))
-    ids = torch.zeros((len(rows), width), dtype=torch.long) + (padding or 0)
+    ids = torch.full((len(rows), width), fill)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
-        place = slice(0, len(row)) if padding_side == "right" else slice(width - len(row), width)
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, place], mask[i, place] = torch.tensor(row), True
     return Tokens(ids, mask)

@@ -350,7 +350,7 @@ class Pool:
         if self._shipped[0] != stack.sha256:
             plain = loading.plain(stack.model) if stack.has_twin else None
             try:
-                packed = _pack((plain or stack.model, stack.model.tokenizer))
+                packed = _pack((plain or stack.model, stack.tokenizer))
             except Exception as error:  # anything may be inside a model
                 raise ModelError(
                     f"{stack.name} cannot be sent to workers ({_line(error)}): "

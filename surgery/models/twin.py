@@ -1,0 +1,135 @@
+"""What ``surgery.load`` keeps beside a bridge, and whether either was touched since.
+
+The bridge is TransformerLens' wrapper, where hooks fire; the *plain twin* is the Hugging Face model on the same
+weights. Nobody can have edited either when they are made, so they must agree then. Later a user may hook, edit or
+replace parts of one of them: a ``Snapshot`` tells, without running anything.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_not
+from typing import Any
+
+from torch import nn
+from transformer_lens import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Snapshot:
+    """The modules, parameters and hooks of a module as they were at one moment.
+
+    Args:
+        module: a bridge or a Hugging Face model.
+        birth: an earlier snapshot of it; only the hooks that were there then do not count as listening.
+
+    What belongs to libraries (transformers records hidden states with hooks of its own) does not count as a hook.
+    """
+
+    def __init__(self, module: nn.Module, birth: "Snapshot | None" = None) -> None:
+        modules = list(module.modules())
+        self._inside = modules[1:]  # not the module itself, which must be free to go while this is kept beside it
+        self._own_dicts = [part for one in modules for part in (one._modules, one._parameters)]  # noqa: SLF001
+        self._parts = list(chain.from_iterable(part.values() for part in self._own_dicts))
+        self.weights = list(module.parameters())
+        self._versions = [weight._version for weight in self.weights]  # noqa: SLF001 (no other name)
+        before = {} if birth is None else {id(hooks): expected for hooks, expected in birth.hooks}
+        found = [getattr(one, kind) for one in modules for kind in _HOOKS]
+        self.hooks = [(hooks, before.get(id(hooks), list(hooks.values()))) for hooks in found]
+        self._silent = tuple(hooks for hooks, expected in self.hooks if not expected)
+        self._resident = [(hooks, expected) for hooks, expected in self.hooks if expected]
+        self._root_hooks = [getattr(module, kind) for kind in _HOOKS]
+
+    def replaced(self) -> bool:
+        """Whether a module or parameter was exchanged, added or removed since."""
+        now = chain.from_iterable(part.values() for part in self._own_dicts)
+        return sum(map(len, self._own_dicts)) != len(self._parts) or any(map(is_not, now, self._parts))
+
+    def touched(self, beside: "Snapshot") -> bool:
+        """Whether something was replaced, or a weight that ``beside`` does not share was edited in place, since.
+
+        Edits through ``.data`` escape autograd's version counters, and so this.
+        """
+        shared = set(map(id, beside.weights))
+        pairs = zip(self.weights, self._versions)
+        return self.replaced() or any(w._version != v and id(w) not in shared for w, v in pairs)  # noqa: SLF001
+
+    def listening(self) -> bool:
+        """Whether hooks were attached, removed or exchanged since."""
+        if any(self._silent):
+            return any(not _from_library(hook) for hooks in self._silent for hook in hooks.values())
+        return any(list(hooks.values()) != expected for hooks, expected in self._resident)
+
+    def root_listens(self) -> bool:
+        """Whether a hook is attached to the module itself, rather than to one inside it."""
+        return any(not _from_library(hook) for hooks in self._root_hooks for hook in hooks.values())
+
+    def training(self) -> list[nn.Module]:
+        """The modules inside that are in training mode."""
+        return [module for module in self._inside if module.training]
+
+
+def _from_library(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
+
+
+@contextmanager
+def silence(snapshots: Iterable[Snapshot]) -> Iterator[None]:
+    """Context manager: only the hooks that were there at the time of each snapshot are attached."""
+    changed: list[tuple[Any, dict[Any, Any]]] = []
+    try:
+        for snapshot in snapshots:
+            for found, before in snapshot.hooks:
+                if list(found.values()) != before:
+                    changed.append((found, dict(found)))
+                    own = {key: hook for key, hook in found.items() if any(hook is old for old in before)}
+                    found.clear()
+                    found.update(own)
+        yield
+    finally:
+        for found, hooks in changed:
+            found.clear()
+            found.update(hooks)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The plain twin of a bridge, the user's tokenizer, and both models as they were made."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    given: PreTrainedTokenizerBase | None  # what the bridge got: the same, or a copy with a token to pad with
+    bridge_at_birth: Snapshot
+    at_birth: Snapshot
+
+
+_twins: "weakref.WeakKeyDictionary[TransformerBridge, Twin]" = weakref.WeakKeyDictionary()
+
+
+def keep(model: TransformerBridge, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Remember ``module`` as the plain twin of ``model``, which was just made."""
+    _twins[model] = Twin(module, tokenizer, model.tokenizer, Snapshot(model), Snapshot(module))
+
+
+def twin_of(model: TransformerBridge) -> Twin | None:
+    """What was kept beside a bridge; None for one that ``surgery.load`` did not make."""
+    return _twins.get(model)
+
+
+def tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase | None:
+    """The user's tokenizer of a bridge, as it was given; one that was set on the bridge since takes its place."""
+    twin = _twins.get(model)
+    return model.tokenizer if twin is None or model.tokenizer is not twin.given else twin.tokenizer
+
+
+def plain(model: TransformerBridge) -> PreTrainedModel | None:
+    """The unwrapped Hugging Face model behind a bridge that ``load`` returned; None for any other bridge.
+
+    It is fast, can be trained and saved, and shares its parameters with the bridge.
+    """
+    twin = _twins.get(model)
+    return None if twin is None else twin.module
