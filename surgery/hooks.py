@@ -126,13 +126,16 @@ def replace_update(
     layer: int,
     update: "Float[Tensor, '*batch_pos d_model'] | Callable[[Stream, Stream], Stream]",
     part: Part | None = None,
+    model: TransformerBridge | None = None,
 ) -> list[Hook]:
     """What a layer, or its attention or MLP, adds to the stream is replaced by ``update``.
 
     ``update`` is a tensor that broadcasts to [batch, pos, d_model], or a function ``update(x, u)`` of the stream that
-    enters the layer and the layer's own update; with ``part``, both arguments are the output of that part. Raises
-    ValueError when the hooks run and the tensor does not fit.
+    enters the layer and the layer's own update; with ``part``, both arguments are the output of that part. Given the
+    ``model``, a negative layer counts from the end. Raises ValueError for a layer outside the model, a negative one
+    without the model, and, when the hooks run, for a tensor that does not fit.
     """
+    layer = _layer(layer, model)
 
     def replacement(x: Stream, own: Stream) -> Stream:
         if callable(update):
@@ -150,41 +153,42 @@ def replace_update(
     return _edit_update(layer, replacement)
 
 
-def mean_ablate(means: "Mapping[int | str, Float[Tensor, '*pos d_model']]") -> list[Hook]:
+def mean_ablate(
+    means: "Mapping[int | str, Float[Tensor, '*pos d_model']]", model: TransformerBridge | None = None
+) -> list[Hook]:
     """Each layer in ``means`` adds its mean update instead of its own; closer to the data's manifold than ``skip``.
 
     Keys are layers (``3``) or sublayers (``"3.attn"``), values the mean over the data, by position or over all of them.
-    Raises ValueError for any other key.
+    Given the ``model``, negative layers count from the end. Raises ValueError for any other key.
     """
     hooks: list[Hook] = []
     for key, mean in means.items():
-        match = re.fullmatch(r"(\d+)(?:\.(attn|mlp))?", str(key))
+        match = re.fullmatch(r"(-?\d+)(?:\.(attn|mlp))?", str(key))
         if match is None:
             raise ValueError(f"mean_ablate: {key!r} is neither a layer like 3 nor a sublayer like '3.attn'")
         part: Any = match[2]
-        hooks += replace_update(int(match[1]), mean, part)
+        hooks += replace_update(int(match[1]), mean, part, model)
     return hooks
 
 
-def add_noise(scale: float, seed: int, layers: Iterable[int] | None = None) -> list[Hook]:
+def add_noise(
+    scale: float, seed: int, layers: Iterable[int] | None = None, model: TransformerBridge | None = None
+) -> list[Hook]:
     """Gaussian noise is added to the stream that enters each of ``layers`` (all by default).
 
     Its standard deviation is ``scale`` times the stream's root mean square at that token. The same seed gives the same
-    noise on the same batch in every run.
+    noise on the same batch in every run. Given the ``model``, negative layers count from the end. Raises ValueError for
+    layers outside the model, and for negative ones without the model.
     """
-    chosen_layers = None if layers is None else set(layers)
 
     def fn(x: Stream, hook: Any) -> Stream:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + _layer_of(hook.name))
-        noise = torch.randn(x.shape, generator=generator).to(x)
+        noise = torch.randn(x.shape, generator=generator, device="cpu").to(x)
         return x + scale * x.pow(2).mean(-1, keepdim=True).sqrt() * noise
 
-    def chosen(name: str) -> bool:
-        return bool(re.fullmatch(r"blocks\.\d+\.hook_in", name)) and (
-            chosen_layers is None or _layer_of(name) in chosen_layers
-        )
-
-    return [(chosen, fn)]
+    if layers is None:
+        return [(lambda name: bool(re.fullmatch(r"blocks\.\d+\.hook_in", name)), fn)]
+    return [(f"blocks.{layer}.hook_in", fn) for layer in sorted({_layer(layer, model) for layer in layers})]
 
 
 def dropout(
@@ -300,7 +304,7 @@ def _drawing(p: float, seed: int) -> Callable[..., Tensor]:
     def draw(name: str, shape: tuple[int, ...], restart: bool = False) -> Tensor:
         if restart or name not in generators:
             generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        return torch.rand(shape, generator=generators[name]) < share
+        return torch.rand(shape, generator=generators[name], device="cpu") < share
 
     return draw
 
@@ -337,6 +341,15 @@ def _span(model: TransformerBridge, start: int, stop: int | None) -> tuple[int, 
         span = f"layer {start}" if stop is None else f"layers [{start}, {stop})"
         raise ValueError(f"{span}: the model has layers 0 to {n_layers - 1}, and a span [start, stop) ends before stop")
     return first, last
+
+
+def _layer(layer: int, model: TransformerBridge | None) -> int:
+    """A layer's index from the beginning; raises ValueError if it is outside the model, as far as that is known."""
+    if model is not None:
+        return _span(model, layer, None)[0]
+    if layer < 0:
+        raise ValueError(f"layer {layer} counts from the end of a model: give the model too (model=...)")
+    return layer
 
 
 def _pre(layer: int) -> str:

@@ -50,6 +50,9 @@ def run(
     prompts: int = 256,
     max_tokens: int = 128,
     max_length: int | None = None,
+    batch_size: int = Sampling().batch_size,
+    device: "str | torch.device | None" = None,
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     say: Say = lambda _: None,
     progress: bool = False,
@@ -64,6 +67,8 @@ def run(
         prompts: how many prompts, the first ones of the file.
         max_tokens: prompts are cut to this many tokens.
         max_length: the longest window of layers, and the longest span repeated; None means all.
+        batch_size: prompts run at once.
+        device, dtype: as for ``surgery.load``.
         seed: of everything drawn.
         say: called with a line of words whenever a part of the study begins.
         progress: draw progress bars on standard error.
@@ -82,7 +87,7 @@ def run(
     folder = tables.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
-    stack = Stack(load(model))
+    stack = Stack(load(model, device=device, dtype=dtype))
     tokens = tokenise(stack, numbered, text, max_tokens)
     if "scan" in names:
         questions, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
@@ -91,7 +96,15 @@ def run(
         else:
             say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
             scan_study.measure(
-                stack, questions, folder, metric=metric, longest=max_length, seed=seed, say=say, progress=progress
+                stack,
+                questions,
+                folder,
+                metric=metric,
+                longest=max_length,
+                seed=seed,
+                batch_size=batch_size,
+                say=say,
+                progress=progress,
             )
     fresh = Stack(untrained(stack.model, seed))
     settings: dict[str, Any] = {
@@ -103,7 +116,9 @@ def run(
     about = manifest.manifest(stack, tokens, seed=seed, **settings)
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
-        frame = window.windows(stack, tokens, max_length, sampling=Sampling(seed=seed, progress=progress))
+        frame = window.windows(
+            stack, tokens, max_length, sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress)
+        )
         tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")
         networks = calibrate(fresh, tokens, max_length, seed, progress)
@@ -115,7 +130,15 @@ def run(
     if "reversion" in names:
         say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
         reversion_study.measure(
-            stack, tokens, folder, fresh, seed=seed, progress=progress, settings=settings, figures=False
+            stack,
+            tokens,
+            folder,
+            fresh,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            settings=settings,
+            figures=False,
         )
     if "anatomy" in names:
         if stack.n_layers < 6 or len(tokens) < FEWEST:
@@ -136,7 +159,7 @@ def run(
                 utterances=convergence.babel() if own else convergence.parallel(),
                 scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
                 metric="loglik" if own else "loss",
-                sampling=boundaries.SAMPLING.but(seed=seed),
+                sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
                 figures=False,
             )
     say("report")

@@ -42,10 +42,9 @@ from torch import Tensor
 from surgery.corpus import questions
 from surgery.corpus.babel import LANGUAGES
 from surgery.corpus.questions import Probe as Probe
-from surgery.corpus.text_files import read_prompts
+from surgery.corpus.text_files import read_lines, read_prompts
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
-from surgery.records import tables
 
 FIELDS = ("prompt", "answer", "group", "choices")
 EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group" and "choices"'
@@ -214,12 +213,7 @@ def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
             an unknown field or one of the wrong type, an empty answer, or an answer that is not among its choices.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {tables.reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give a .jsonl file") from error
+    lines = read_lines(path, "a .jsonl file")
     probes = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -88,24 +88,26 @@ def run(
     parts: str = "junction",
     dtype: torch.dtype = torch.float16,
     device: str | None = None,
+    weights: torch.dtype = torch.float32,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
 ) -> GraftResult:
     """Harvest, train, heal, compare and write everything for one model and one seed.
 
     ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
-    prompts to learn from and to be judged on. The other settings are those of ``graft.train``. The model is proved
+    prompts to learn from and to be judged on; ``dtype`` is that of the latents on disk, ``weights`` that of the model
+    (single or double precision: half would lose updates; ``schedule.precision`` mixes). The other settings are those of ``graft.train``. The model is proved
     once, and so is every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError
     for a model without prompts.
     """
     if text is None and model not in loading.BUNDLED:
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = loading.available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     accelerator = accelerator_for(where, schedule.precision)
     main, folder = accelerator.is_main_process, tables.folder(out)
     speak = say if main else lambda _: None
     speak(f"opening {model}")
-    stack = Stack(loading.load(model, device=accelerator.device))
+    stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
     if text is None:
         data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
     else:

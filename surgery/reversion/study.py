@@ -36,6 +36,7 @@ def measure(
     *,
     boundaries: tuple[int, int] | None = None,
     seed: int = 0,
+    batch_size: int = Sampling().batch_size,
     progress: bool = False,
     settings: dict[str, Any] | None = None,
     figures: bool = True,
@@ -46,7 +47,7 @@ def measure(
     the manifests; without ``figures`` only tables are written, for ``surgery.report`` to draw. Raises as the measures
     do. Cost: about 115 F and, untrained, 12 F more, in 12 layers.
     """
-    sampling = Sampling(seed=seed, progress=progress)
+    sampling = Sampling(seed=seed, batch_size=batch_size, progress=progress)
     about = manifest.manifest(stack, tokens, seed=seed, **(settings or {}))
     written: dict[str, pd.DataFrame] = {}
 

@@ -132,12 +132,16 @@ def distinct(stack: Stack, wirings: Iterable["Wiring | str"]) -> list[Wiring]:
     return list(dict.fromkeys(stack.wiring(wiring) for wiring in wirings))
 
 
-def portions(stack: Stack, encoded: Encoded, memory: int | None = None) -> list[Encoded]:
-    """Even portions of the probes, for each of which a layer and a stream per layer fit into the memory (bytes)."""
+def portions(stack: Stack, encoded: Encoded, memory: int | None = None, batch_size: int | None = None) -> list[Encoded]:
+    """Even portions of the probes, for each of which a layer and a stream per layer fit into the memory (bytes).
+
+    None has more than ``batch_size`` probes.
+    """
     memory = free_memory(stack) // 2 if memory is None else memory
     n_probes, size = len(encoded.groups), torch.finfo(stack.dtype).bits // 8
     needed = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * size * encoded.tokens.ids.numel()
-    edges = np.linspace(0, n_probes, min(n_probes, math.ceil(needed / max(memory, 1))) + 1).round().astype(int)
+    count = max(math.ceil(needed / max(memory, 1)), math.ceil(n_probes / (batch_size or n_probes)))
+    edges = np.linspace(0, n_probes, min(n_probes, count) + 1).round().astype(int)
     return [encoded.portion(int(first), int(stop)) for first, stop in itertools.pairwise(edges)]
 
 

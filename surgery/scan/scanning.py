@@ -33,6 +33,7 @@ def run(
     *,
     metrics: Sequence[str] = ("loglik", "exact"),
     memory: int | None = None,
+    batch_size: int | None = None,
     progress: bool = False,
     cluster: "Cluster | Pool | str | int | None" = None,
 ) -> pd.DataFrame:
@@ -47,6 +48,7 @@ def run(
         out: a CSV file to fill, with a manifest beside it; without it nothing is kept if the scan is interrupted.
         metrics: which of ``surgery.scan.METRICS``.
         memory: bytes to stay within, half of what is free by default; on a cluster that of each worker.
+        batch_size: probes run at once, at most; as many as fit into the memory by default.
         progress: draw a progress bar on standard error.
         cluster: run the same scan on a Ray cluster: a number of workers on this machine, ``"local"``, ``"auto"``, an
             address, or more exactly a ``surgery.scan.cluster.Cluster``.
@@ -65,7 +67,7 @@ def run(
     check_metrics(metrics, encoded)
     to_scan, unmodified = execution.distinct(stack, wirings), Wiring.of(stack.n_layers)
     table = rows.ResumableTable(out, rows.identity(stack, encoded, metrics))
-    portions = execution.portions(stack, encoded, memory)
+    portions = execution.portions(stack, encoded, memory, batch_size)
     with Progress(disable=not progress, transient=True) as bar, ExitStack() as workers:
         task = bar.add_task("wirings", total=len(portions) * len(to_scan))
         pool, first = None, 0

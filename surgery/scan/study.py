@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from surgery.corpus import probes
 from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.corpus.text_files import LINES
 from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.records import tables
@@ -105,6 +107,9 @@ def run(
     top: int = 10,
     seed: int = 0,
     memory: int | None = None,
+    batch_size: int | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: torch.dtype = torch.float32,
     cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
@@ -120,7 +125,8 @@ def run(
         count: probes of a built-in set, both halves together.
         top: how many winners to measure again.
         seed: of the built-in set, the halves and all resamples.
-        memory, cluster, progress: as for ``scan.run``.
+        memory, batch_size, cluster, progress: as for ``scan.run``.
+        device, dtype: as for ``surgery.load``.
         say: is called with a sentence when a step begins.
 
     Raises:
@@ -129,9 +135,11 @@ def run(
     """
     _check_family(family)
     folder = tables.folder(out)
-    probe_set = probes.load(questions) if Path(questions).suffix == ".jsonl" else probes.named(questions, count, seed)
+    probe_set = (
+        probes.load(questions) if Path(questions).suffix.lower() in LINES else probes.named(questions, count, seed)
+    )
     say(f"opening {model}")
-    stack = Stack(load(model))
+    stack = Stack(load(model, device=device, dtype=dtype))
     with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
         return measure(
             stack,
@@ -142,6 +150,7 @@ def run(
             top=top,
             seed=seed,
             memory=memory,
+            batch_size=batch_size,
             cluster=pool,
             say=say,
             progress=progress,
@@ -159,6 +168,7 @@ def measure(
     top: int = 10,
     seed: int = 0,
     memory: int | None = None,
+    batch_size: int | None = None,
     cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,

@@ -2,7 +2,6 @@ import collections
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ class Pieces:
     """A tokenizer that takes the longest piece it knows, without a beginning mark: seams can be straddled."""
 
     pad_token_id = unk_token_id = bos_token_id = eos_token_id = None
-    eos_token = None
+    bos_token = unk_token = None
 
     def __init__(self, *pieces, end=None):
         self.pieces, self.eos_token_id, self.end = pieces, end, [] if end is None else [end]
@@ -49,11 +48,18 @@ class Pieces:
         return "".join(self.pieces[i] for i in ids)
 
 
+class Model:
+    """As much of a model as encoding needs."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
 def cut(found, *pieces, **options):
     """What a model with a tokenizer of these pieces is scored on, piece by piece, and the encoded set."""
     stack = object.__new__(Stack)
-    stack.model, stack.device = SimpleNamespace(tokenizer=Pieces(*pieces, **options)), torch.device("cpu")
-    stack.name, stack.n_ctx = "pieces", 64
+    stack.model, stack.device = Model(tokenizer=Pieces(*pieces, **options)), torch.device("cpu")
+    stack.name, stack.n_ctx, stack.d_vocab = "pieces", 64, len(pieces)
     encoded = found.encode(stack)
     return [[pieces[i] for i in row[keep]] for row, keep in zip(encoded.tokens.ids, encoded.scored)], encoded
 
