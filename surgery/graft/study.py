@@ -96,9 +96,9 @@ def run(
 
     ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
     prompts to learn from and to be judged on; ``dtype`` is that of the latents on disk, ``weights`` that of the model
-    (single or double precision: half would lose updates; ``schedule.precision`` mixes). The other settings are those of ``graft.train``. The model is proved
-    once, and so is every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError
-    for a model without prompts.
+    (single or double precision: half would lose updates, and ``schedule.precision`` mixes). The other settings are
+    those of ``graft.train``. The model is proved once, and so is every graft. Raises as ``harvest.harvest``,
+    ``graft.train`` and ``graft.heal`` do, and ValueError for a model without prompts and for a device that is not here.
     """
     if text is None and model not in loading.BUNDLED:
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")

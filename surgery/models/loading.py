@@ -85,9 +85,7 @@ def available(device: "str | torch.device") -> torch.device:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]
-        raise ModelError(
-            f"there is no device {str(device)!r} here: {first_line(error)}. There is {', '.join(here)}"
-        ) from error
+        raise ModelError(f"there is no device {str(device)!r} here; there is {', '.join(here)}") from error
     if wanted.type == "meta":
         raise ModelError("the device 'meta' holds no weights; give cpu or a GPU")
     return wanted

@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-_ENCODING = ("input_ids", "attention_mask")  # what Hugging Face's tokenizers call ids and mask
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -40,9 +38,8 @@ class Tokens:
         if isinstance(tokens, Tokens):
             return tokens
         if isinstance(tokens, Mapping) and "input_ids" in tokens:
-            ids, mask = (None if (part := tokens.get(key)) is None else torch.as_tensor(part) for key in _ENCODING)
-            batch = cls.of(ids)
-            return batch if mask is None else cls(batch.ids, mask.to(batch.ids.device))
+            batch, mask = cls.of(torch.as_tensor(tokens["input_ids"])), tokens.get("attention_mask")
+            return batch if mask is None else cls(batch.ids, torch.as_tensor(mask, device=batch.ids.device))
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
             what = type(tokens).__name__
             if isinstance(tokens, Tensor):

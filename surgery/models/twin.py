@@ -39,7 +39,9 @@ class Snapshot:
         self._versions = [weight._version for weight in self.weights]  # noqa: SLF001 (no other name)
         before = {} if birth is None else {id(hooks): expected for hooks, expected in birth.hooks}
         found = [getattr(one, kind) for one in modules for kind in _HOOKS]
-        self.hooks = [(hooks, before.get(id(hooks), list(hooks.values()))) for hooks in found]
+        self.hooks: list[tuple[dict[int, Any], list[Any]]] = [
+            (hooks, before.get(id(hooks), list(hooks.values()))) for hooks in found
+        ]
         self._silent = tuple(hooks for hooks, expected in self.hooks if not expected)
         self._resident = [(hooks, expected) for hooks, expected in self.hooks if expected]
         self._root_hooks = [getattr(module, kind) for kind in _HOOKS]
