@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import gguf, layer_sizes, stream_width, twin
+from surgery.models import configs, gguf, layer_sizes, stream_width, twin
 from surgery.models.errors import ModelError, first_line
 from surgery.models.exactness import TOLERANCES
 from surgery.models.twin import plain as plain
@@ -94,7 +94,8 @@ def available(device: "str | torch.device") -> torch.device:
 def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     """A model of the same architecture with freshly drawn weights: the null to compare the trained model with.
 
-    The caller's random state is left as it is. TransformerLens' own models are supported too.
+    It has the layers that the model has now, also where some were removed from it. The caller's random state is left as
+    it is. TransformerLens' own models are supported too.
     """
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
@@ -102,7 +103,8 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
             config = copy.deepcopy(model.cfg)
             config.seed = seed
             return TransformerBridge.boot_native(config)
-        config = copy.deepcopy(model.original_model.config)
+        layers = [getattr(block, "original_component", block) for block in model.blocks]
+        config = configs.own_layers(model.original_model.config, layers)
         fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
     return wrap(fresh.to(model.cfg.device), twin.tokenizer(model), f"{model.cfg.model_name} (untrained, seed {seed})")
 

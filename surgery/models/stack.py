@@ -31,7 +31,7 @@ from surgery.models import proof, stream_width, twin
 from surgery.models.conditions import measuring
 from surgery.models.engine import Engine, LayerOutput, Recording, Stream, replaced_forward
 from surgery.models.errors import ModelError, first_line
-from surgery.models.exactness import TOLERANCES, relative_difference
+from surgery.models.exactness import relative_difference, tolerance
 from surgery.models.loading import load
 from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
@@ -106,7 +106,7 @@ class Stack:
         self._streams = [stream_width.streams(block.original_component, self.d_model) for block in model.blocks]
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.tolerance = TOLERANCES[self.dtype]
+        self.tolerance = tolerance(self.dtype, self.n_layers)
         self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
         self._settle()
 
@@ -397,7 +397,13 @@ class Stack:
             proof.require(self, "identity wiring through the bridge's blocks", self.run(tokens), model_logits)
             if beside is None:
                 return
-            engine = plain_engine(beside.module, self.model)
+            try:
+                engine = plain_engine(beside.module, self.model)
+            except AttributeError as error:
+                raise ModelError(
+                    f"the plain twin of {self.name} no longer has the layers of its bridge ({first_line(error)}); load "
+                    "the edited model again: surgery.load(surgery.models.plain(model))"
+                ) from error
             with self._measuring(engine):
                 twin_streams, twin_logits = self._observe(engine, tokens, "the model itself")
                 pairs = ((twin_logits, own), (twin_streams[-1], streams[-1]))

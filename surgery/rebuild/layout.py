@@ -37,13 +37,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import surgery
 from surgery.models import layer_sizes, stream_width
+from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError, first_line
 from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
 from surgery.models.layer_sizes import FORMAT, SIZE_ATTRIBUTE, Size, place_layers, sized_class
 from surgery.models.loading import plain, quiet, wrap
 from surgery.models.stack import Stack
 from surgery.rebuild import checkpoint
-from surgery.rebuild.tape import rewrite, unwrapped
+from surgery.rebuild.tape import unwrapped
 
 Weight = Tensor | Callable[[Tensor], Tensor]  # as it is, or a function of the fresh weight in its place
 

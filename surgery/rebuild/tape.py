@@ -29,8 +29,8 @@ from torch import nn
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import PreTrainedConfig
 
+from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError
 from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference, require_same
 from surgery.models.loading import load, plain
@@ -222,38 +222,6 @@ def _share(block: nn.Module, source: nn.Module) -> None:
                 module._parameters[key] = other  # noqa: SLF001
 
 
-# Lists of layer indices. Any other list of the configuration that is as long as the model is deep has an entry a layer.
-_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "global_attn_layers", "full_attn_idxs")
-
-
-def rewrite(config: PreTrainedConfig, layers: Sequence[int], n_layers: int) -> None:
-    """Make the configuration of a model of ``n_layers`` layers describe a model of ``layers`` of them, in place.
-
-    >>> from transformers import GPT2Config
-    >>> config = GPT2Config(n_layer=3)
-    >>> rewrite(config, [0, 1, 1, 2], 3)
-    >>> config.n_layer
-    4
-    """
-    common = vars(PreTrainedConfig())
-    step = getattr(config, "decoder_sparse_step", None)
-    if isinstance(step, int) and step > 1:  # one in every ``step`` original layers is a mixture of experts
-        dense = {layer for layer in range(n_layers) if (layer + 1) % step} | set(config.mlp_only_layers or ())
-        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
-    if isinstance(first := getattr(config, "first_k_dense_replace", None), int):
-        config.first_k_dense_replace = sum(layer < first for layer in layers)
-    for key, value in list(vars(config).items()):
-        if not isinstance(value, list | tuple) or key in common or key.endswith(("token_id", "token_ids")):
-            continue
-        if key in _INDICES:
-            setattr(config, key, [slot for slot, layer in enumerate(layers) if layer in value])
-        elif len(value) == n_layers and key != "attention_types":
-            setattr(config, key, type(value)(value[layer] for layer in layers))
-    if hasattr(config, "attention_types"):  # GPT-Neo's run-length code of attention_layers
-        config.attention_types = [[list(config.attention_layers), 1]]
-    config.num_hidden_layers = len(layers)
-
-
 def _install(taped: TransformerBridge, passes: Sequence[Slot], stack: Stack) -> None:
     """Make both engines of a taped model run its groups and sublayers."""
     ids = probe_ids(stack)[:, :2]
@@ -271,7 +239,8 @@ def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
     """Raise ModelError unless bridge and twin give the wiring's logits, with and without a key-value cache."""
     probe = probe_ids(stack)
     expected = stack.run(probe, wiring)
-    require_same(taped(probe), expected, stack, f"{wiring} taped together")
+    require = partial(require_same, stack=stack, depth=wiring.depth)
+    require(taped(probe), expected, what=f"{wiring} taped together")
     ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
     twin = plain(stack.model)
     if twin is not None and not relative_difference(twin(probe).logits, stack.run(probe)) <= rebuilt_tolerance(stack):
@@ -280,8 +249,8 @@ def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
         if model is None:
             continue
         output = model(probe, use_cache=False)
-        require_same(getattr(output, "logits", output), expected, stack, f"{wiring} taped together, in {name},")
+        require(getattr(output, "logits", output), expected, what=f"{wiring} taped together, in {name},")
         cache = getattr(model(probe[:, :-2], use_cache=True), "past_key_values", None)
         if cache is not None:
             last = model(probe[:, -2:], past_key_values=cache, use_cache=True).logits
-            require_same(last, expected[:, -2:], stack, f"{wiring} taped together, in {name} with a key-value cache,")
+            require(last, expected[:, -2:], what=f"{wiring} taped together, in {name} with a key-value cache,")

@@ -23,6 +23,7 @@ from transformer_lens import TransformerBridge
 
 from surgery.models import layer_sizes
 from surgery.models.errors import ModelError
+from surgery.models.linear import require_plain
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout
@@ -204,6 +205,7 @@ class Writer:
         if out is not None:
             self.path = ".".join(filter(None, (component.name, out.name)))
             self.module = module.get_submodule(self.path)
+            require_plain(self.module, f"{self.name}: {self.path}")
             weight = self.module.weight
             rows = weight.T if isinstance(self.module, nn.Linear) else weight  # GPT-2 keeps it transposed
         else:  # fused experts: one matrix reads, gate beside up; the smaller one writes

@@ -39,6 +39,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.models.errors import ModelError
+from surgery.models.linear import require_plain
 from surgery.models.norms import FrozenNorm
 from surgery.models.stack import Stack
 from surgery.stats.bootstrap import ratio, rotation
@@ -67,7 +68,8 @@ def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, 
     The baseline is the mean over ``draws`` rotations. A matrix of zeros composes with nothing and is left out; if there
     is no other, the row is NaN. Cost: 0 F. ``(L^2/2) (1 + draws)`` products of d_model x d_head x heads^2 a kind.
 
-    Raises ModelError where the model has no such weights, ValueError for an unknown kind or ``draws`` below 1.
+    Raises ModelError where the model has no such weights or a layer computes something else than they say, ValueError
+    for an unknown kind or ``draws`` below 1.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
@@ -153,6 +155,12 @@ def _weight(stack: Stack, layer: int, part: str, name: str) -> Float[Tensor, "..
     if not isinstance(weight, Tensor):
         hint = "ask for heads, kinds=('Q', 'K', 'V')" if part == "mlp" else "ask for kinds=('MLP-MLP',)"
         raise ModelError(f"layer {layer} of {stack.name} has no single matrix {part}.{name} to compose with: {hint}")
+    key = name.removeprefix("W_").lower()
+    module = getattr(stack.model.blocks[layer], part).submodules.get(key)
+    if module is not None:
+        require_plain(
+            getattr(getattr(stack.model.blocks[layer], part), key), f"layer {layer} of {stack.name}: {part}.{key}"
+        )
     return weight.detach().double().cpu()
 
 

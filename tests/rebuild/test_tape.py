@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import surgery
 from support import fixtures, random_wirings
 from support.known_wirings import GROUPS, SERIAL, SUBLAYERS, TOKENS, difference
+from surgery.models import configs
 from surgery.models.errors import ModelError
 from surgery.models.loading import plain
 from surgery.models.weights_hash import weights_sha256
@@ -377,20 +378,20 @@ def test_lists_with_an_entry_for_every_layer_follow():
     config = transformers.SmolLM3Config(
         num_hidden_layers=3, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5, eos_token_id=[5, 6, 7]
     )
-    tape.rewrite(config, [0, 1, 1, 2, 0], 3)
+    configs.rewrite(config, [0, 1, 1, 2, 0], 3)
     assert config.num_hidden_layers == 5
     assert config.no_rope_layers == [1, 0, 0, 1, 1]
     assert config.layer_types == ["full_attention", *["sliding_attention"] * 2, *["full_attention"] * 2]
     assert config.eos_token_id == [5, 6, 7]
     config = transformers.GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]])
-    tape.rewrite(config, [0, 1, 1, 2], 4)
+    configs.rewrite(config, [0, 1, 1, 2], 4)
     again = transformers.GPTNeoConfig(**config.to_dict())
     assert again.attention_layers == ["global", "local", "local", "global"]
     config = transformers.DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=2)
-    tape.rewrite(config, [0, 1, 1, 2], 4)
+    configs.rewrite(config, [0, 1, 1, 2], 4)
     assert config.first_k_dense_replace == 3
     config = transformers.Qwen3MoeConfig(num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3])
-    tape.rewrite(config, [3, 3], 4)
+    configs.rewrite(config, [3, 3], 4)
     assert config.mlp_only_layers == [0, 1]
 
 
