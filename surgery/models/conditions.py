@@ -10,14 +10,21 @@ from torch import nn
 @contextmanager
 def measuring(training: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Context manager: modules that are in ``training`` mode are in evaluation mode (no dropout, no gradient
-    checkpointing), autocast is off, and new tensors are float32 and on the CPU unless said otherwise; then everything
-    is as before."""
+    checkpointing), autocast is off, and torch's defaults are its own; then everything is as before."""
     with ExitStack() as restored:
         for module in training:
             module.training = False
             restored.callback(setattr, module, "training", True)
         if torch.is_autocast_enabled(device.type):
             restored.enter_context(torch.autocast(device.type, enabled=False))
+        restored.enter_context(defaults())
+        yield
+
+
+@contextmanager
+def defaults() -> Iterator[None]:
+    """Context manager: new tensors are float32 and on the CPU unless said otherwise."""
+    with ExitStack() as restored:
         if (dtype := torch.get_default_dtype()) != torch.float32:
             restored.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)

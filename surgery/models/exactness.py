@@ -52,8 +52,8 @@ def _growth(depth: int) -> float:
 def rebuilt_tolerance(stack: StackLike, depth: int = 0) -> float:
     """How far a rebuilt model, ``depth`` layers deep, may differ from the wiring that it was built from.
 
-    That is the stack's tolerance, but at least 1e-5 for 12 layers: many models compute norms or softmax in single precision whatever their weights, and not every way of running them
-    does so alike.
+    That is the stack's tolerance, but at least that of single precision: many models compute norms or softmax in it
+    whatever their weights, and not every way of running them does so alike.
     """
     return max(stack.tolerance, TOLERANCES[torch.float32] * _growth(max(depth, stack.n_layers)))
 

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from surgery.models import configs, gguf, layer_sizes, stream_width, twin
+from surgery.models.conditions import defaults
 from surgery.models.errors import ModelError, first_line
 from surgery.models.exactness import TOLERANCES
 from surgery.models.twin import plain as plain
@@ -69,7 +70,7 @@ def load(
         return wrap(model, tokenizer, _name_of(model))
     name = str(model)
     put = None if device is None else available(device)
-    with quiet():
+    with quiet(), defaults():
         converted = gguf.folder_of(name)
         place = str(converted or (reference_folder(name) if name in BUNDLED else name))
         hugging_face = _from_pretrained(place, name, dtype)
@@ -97,7 +98,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     It has the layers that the model has now, also where some were removed from it. The caller's random state is left as
     it is. TransformerLens' own models are supported too.
     """
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet(), defaults():
         torch.manual_seed(seed)
         if model.adapter.cfg.architecture == "TransformerLensNative":
             config = copy.deepcopy(model.cfg)
@@ -135,7 +136,7 @@ def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     shared = {id(tensor): tensor for tensor in (*hugging_face.parameters(), *hugging_face.buffers())}
     structure = copy.deepcopy(hugging_face, memo=dict(shared)).eval()
     architecture = type(hugging_face).__name__
-    with quiet():
+    with quiet(), defaults():
         try:
             structure.set_attn_implementation("eager")  # hooks on scores and patterns need it
             with stream_width.split_by_own_width():

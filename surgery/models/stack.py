@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ from surgery.models.exactness import relative_difference, tolerance
 from surgery.models.loading import load
 from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
-from surgery.models.tokens import Tokens, encode
+from surgery.models.tokens import Batch, Tokens, encode
 from surgery.models.weights_hash import weights_sha256
 from surgery.wiring import notation
 from surgery.wiring.steps import executions
@@ -137,10 +137,10 @@ class Stack:
 
     def run(
         self,
-        tokens: "Tokens | Tensor | Context",
+        tokens: "Batch | Context",
         wiring: "Wiring | str" = ":",
         tap: Tap | None = None,
-        positions: "slice | Sequence[int] | Bool[Tensor, 'batch pos'] | None" = None,
+        positions: "slice | Sequence[int] | Bool[Tensor, 'batch pos'] | Int[Tensor, 'batch pos'] | None" = None,
         *,
         grad: bool = False,
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "chosen d_vocab"]:
@@ -173,7 +173,7 @@ class Stack:
             batch = tokens.tokens if isinstance(tokens, Context) else self._batch(tokens)
             return _at_positions(engine.forward(finish, **self.inputs(batch)), positions)
 
-    def context(self, tokens: "Tokens | Tensor | Context") -> Context:
+    def context(self, tokens: "Batch | Context") -> Context:
         """Embed a batch once, to run many wirings on it. A context is returned as it is. Cost: the embedding."""
         if isinstance(tokens, Context):
             return tokens
@@ -225,7 +225,7 @@ class Stack:
             return context.engine.layer(layer, x, context.recording.calls[layer]) - x
 
     def stream(
-        self, tokens: "Tokens | Tensor | Context", wiring: "Wiring | str" = ":"
+        self, tokens: "Batch | Context", wiring: "Wiring | str" = ":"
     ) -> Float[Tensor, "pass_plus_1 batch pos d_model"]:
         """The streams of a run, by default of the unmodified one: ``x_0 .. x_L``.
 
@@ -245,7 +245,7 @@ class Stack:
             )
         return torch.stack([x for _, x in self.record(tokens, wiring)])
 
-    def record(self, tokens: "Tokens | Tensor | Context", wiring: "Wiring | str" = ":") -> list[tuple[str, Stream]]:
+    def record(self, tokens: "Batch | Context", wiring: "Wiring | str" = ":") -> list[tuple[str, Stream]]:
         """What a wiring computed on the way: (notation, stream that leaves it) for every pass and group, in order.
 
         The first entry is ``("embed", x_0)``; the last is the stream that is read out. A group (branches beside each
@@ -296,7 +296,7 @@ class Stack:
                 freezing.enter_context(replaced_forward(norm.module, _with_scale(norm, scales[name])))
             yield
 
-    def norm_scales(self, tokens: "Tokens | Tensor | Context") -> dict[str, Float[Tensor, "batch pos 1"]]:
+    def norm_scales(self, tokens: "Batch | Context") -> dict[str, Float[Tensor, "batch pos 1"]]:
         """Denominators of the norms that read the stream in the unmodified run, by their hook names in TransformerLens.
 
         Raises ValueError as ``frozen`` does. Cost: 1 F without the head.
@@ -410,9 +410,9 @@ class Stack:
                 difference = max(relative_difference(*pair) for pair in pairs)
                 agree = difference <= self.tolerance
                 if not agree:
-                    if difference <= 1e-5 or beside.bridge_at_birth.touched(beside.at_birth):
+                    if difference <= 1e-5 or beside.bridge_at_birth.touched(besides=beside.at_birth):
                         return  # in double precision norms and softmax may round; else the bridge was edited: it counts
-                    if not beside.at_birth.touched(beside.bridge_at_birth):
+                    if not beside.at_birth.touched():
                         raise ModelError(
                             f"{self.name} cannot be opened: TransformerLens' wrapper of {type(beside.module).__name__} "
                             f"gives other logits than the model itself, by {difference:.1e} of their size (allowed is "
@@ -503,6 +503,9 @@ class Stack:
         """
         if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
             return self.tokens(tokens)
+        if isinstance(tokens, list | tuple):
+            tokens = torch.tensor(tokens)
+            tokens = tokens[None] if tokens.ndim == 1 else tokens  # one prompt
         batch = Tokens.of(tokens)
         if not batch.ids.numel():
             raise ValueError(f"there is nothing to run: the batch has shape {list(batch.ids.shape)}")
@@ -596,6 +599,6 @@ def _with_scale(norm: FrozenNorm, scale: Tensor) -> Callable[..., Tensor]:
 def _at_positions(x: Tensor, positions: Any) -> Tensor:
     if positions is None:
         return x
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        return x[positions]
+    if isinstance(positions, Tensor) and (positions.dtype == torch.bool or positions.ndim == 2):
+        return x[positions.bool()]
     return x[:, positions]

@@ -22,7 +22,7 @@ class Tokens:
     """
 
     ids: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]  # True where the token is real
+    mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]  # True where the token is real; made Boolean
 
     def __post_init__(self) -> None:
         if self.mask.shape != self.ids.shape:
@@ -199,3 +199,8 @@ def padded(rows: Sequence[Sequence[int]], padding: int | None, n_vocab: int, sid
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, place], mask[i, place] = torch.tensor(row), True
     return Tokens(ids, mask)
+
+
+# Whatever ``Stack.run`` takes as a batch: besides ``Tokens``, ids [batch, pos], what a Hugging Face tokenizer returns,
+# a text or several, and lists of ids.
+Batch = Tokens | Tensor | Mapping[str, Any] | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]

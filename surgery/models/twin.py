@@ -17,6 +17,7 @@ from torch import nn
 from transformer_lens import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_LIBRARIES = ("transformers.", "accelerate.", "transformer_lens.model_bridge.")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -27,11 +28,14 @@ class Snapshot:
         module: a bridge or a Hugging Face model.
         birth: an earlier snapshot of it; only the hooks that were there then do not count as listening.
 
-    What belongs to libraries (transformers records hidden states with hooks of its own) does not count as a hook.
+    Hooks that libraries attach for themselves when a model first runs do not count (TransformerLens' blocks and
+    transformers' record of hidden states do so).
     """
 
     def __init__(self, module: nn.Module, birth: "Snapshot | None" = None) -> None:
-        modules = list(module.modules())
+        wrapped = getattr(module, "original_model", None)  # a bridge does not register the model that it wraps
+        both = [*module.modules(), *(() if wrapped is None else wrapped.modules())]
+        modules = list(dict.fromkeys(both))
         self._inside = modules[1:]  # not the module itself, which must be free to go while this is kept beside it
         self._own_dicts = [part for one in modules for part in (one._modules, one._parameters)]  # noqa: SLF001
         self._parts = list(chain.from_iterable(part.values() for part in self._own_dicts))
@@ -51,19 +55,19 @@ class Snapshot:
         now = chain.from_iterable(part.values() for part in self._own_dicts)
         return sum(map(len, self._own_dicts)) != len(self._parts) or any(map(is_not, now, self._parts))
 
-    def touched(self, beside: "Snapshot") -> bool:
-        """Whether something was replaced, or a weight that ``beside`` does not share was edited in place, since.
+    def touched(self, besides: "Snapshot | None" = None) -> bool:
+        """Whether something was replaced or a weight was edited in place since; one that ``besides`` has does not count.
 
         Edits through ``.data`` escape autograd's version counters, and so this.
         """
-        shared = set(map(id, beside.weights))
+        shared = set() if besides is None else set(map(id, besides.weights))
         pairs = zip(self.weights, self._versions)
         return self.replaced() or any(w._version != v and id(w) not in shared for w, v in pairs)  # noqa: SLF001
 
     def listening(self) -> bool:
         """Whether hooks were attached, removed or exchanged since."""
-        if any(self._silent):
-            return any(not _from_library(hook) for hooks in self._silent for hook in hooks.values())
+        if any(self._silent) and any(not _from_library(hook) for hooks in self._silent for hook in hooks.values()):
+            return True
         return any(list(hooks.values()) != expected for hooks, expected in self._resident)
 
     def root_listens(self) -> bool:
@@ -76,7 +80,7 @@ class Snapshot:
 
 
 def _from_library(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "accelerate."))
+    return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
 
 
 @contextmanager
@@ -88,7 +92,8 @@ def silence(snapshots: Iterable[Snapshot]) -> Iterator[None]:
             for found, before in snapshot.hooks:
                 if list(found.values()) != before:
                     changed.append((found, dict(found)))
-                    own = {key: hook for key, hook in found.items() if any(hook is old for old in before)}
+                    kept = (*before, *filter(_from_library, found.values()))
+                    own = {key: hook for key, hook in found.items() if any(hook is one for one in kept)}
                     found.clear()
                     found.update(own)
         yield

@@ -43,6 +43,7 @@ from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_diff
 from surgery.models.layer_sizes import FORMAT, SIZE_ATTRIBUTE, Size, place_layers, sized_class
 from surgery.models.loading import plain, quiet, wrap
 from surgery.models.stack import Stack
+from surgery.models.twin import tokenizer
 from surgery.rebuild import checkpoint
 from surgery.rebuild.tape import unwrapped
 
@@ -232,7 +233,7 @@ def save(
     folder = Path(folder).expanduser().resolve()
     check_reopened = require_same_logits if check else None
     return checkpoint.write(
-        hugging_face, layers_path(model), model.tokenizer, texts, folder, max_shard_size, check_reopened
+        hugging_face, layers_path(model), tokenizer(model), texts, folder, max_shard_size, check_reopened
     )
 
 
@@ -268,7 +269,7 @@ def _assemble(
             _fill(module, source, f"{layers_path(model)}.", weights)
             if isinstance(config, PreTrainedConfig):
                 module.generation_config = copy.deepcopy(getattr(source, "generation_config", None))
-                built = wrap(module, model.tokenizer, name)
+                built = wrap(module, tokenizer(model), name)
             else:
                 built = build_bridge_from_module(module, "TransformerLensNative", tl_config=config, model_name=name)
                 built = stream_width.with_own_epsilons(built).eval()

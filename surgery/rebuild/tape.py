@@ -17,6 +17,7 @@ Control: ``together(model, ":")``.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_diff
 from surgery.models.loading import load, plain
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.stack import Stack
+from surgery.models.twin import tokenizer
 from surgery.models.weights_hash import weights_sha256
 from surgery.rebuild import checkpoint
 from surgery.rebuild.passes import Slot, compose, install, slots
@@ -150,7 +152,7 @@ def save(
     return checkpoint.write(
         hugging_face,
         taped.blocks[0].name.rpartition(".")[0],
-        taped.tokenizer,
+        stack.tokenizer,
         {
             "README.md": checkpoint.card(name, wiring, weights_sha256(plain(origin.base) or origin.base), stack.sha256),
             "mergekit.yaml": wiring.to_mergekit(name),
@@ -187,7 +189,7 @@ def _with_layers(base: TransformerBridge, layers: Sequence[int]) -> TransformerB
         taped = build_bridge_from_module(hugging_face, "TransformerLensNative", tl_config=cfg).eval()
     else:
         rewrite(hugging_face.config.get_text_config(), layers, len(old))
-        taped = load(hugging_face, tokenizer=base.tokenizer)
+        taped = load(hugging_face, tokenizer=tokenizer(base))
     for block, layer in zip(taped.blocks, layers, strict=True):
         _share(block, base.blocks[layer])
     return taped
@@ -239,7 +241,7 @@ def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
     """Raise ModelError unless bridge and twin give the wiring's logits, with and without a key-value cache."""
     probe = probe_ids(stack)
     expected = stack.run(probe, wiring)
-    require = partial(require_same, stack=stack, depth=wiring.depth)
+    require = partial(require_same, stack=stack, depth=math.ceil(wiring.depth))
     require(taped(probe), expected, what=f"{wiring} taped together")
     ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
     twin = plain(stack.model)

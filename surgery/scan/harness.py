@@ -36,6 +36,8 @@ import pandas as pd
 import torch
 from transformer_lens import TransformerBridge
 
+from surgery.models import twin
+
 INSTALL = 'pip install -e ".[eval]"'
 
 
@@ -76,7 +78,7 @@ def tasks(
         )
     except ImportError as error:
         raise ValueError(f"the evaluation harness is not installed ({error}): {INSTALL}") from error
-    inside, tokenizer = model.original_model, model.tokenizer
+    inside, tokenizer = model.original_model, twin.tokenizer(model)
     if tokenizer is None or not hasattr(inside, "config"):
         raise ValueError(
             f"{model.cfg.model_name} is not a Hugging Face model with a tokenizer, which the harness needs"
