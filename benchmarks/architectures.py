@@ -95,7 +95,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "BertLMHeadModel": {"encoder": {}, "decoder": dict(is_decoder=True)},
     "Lfm2MoeForCausalLM": {"": dict(layer_types=["full_attention"] * N_LAYERS)},
     "Lfm2ForCausalLM": {"attention only": dict(layer_types=["full_attention"] * N_LAYERS), "hybrid": {}},
-    **dict.fromkeys(("BambaForCausalLM", "GraniteMoeHybridForCausalLM"), {"": dict(mamba_n_heads=8, mamba_d_head=8)}),
+    **{key: {"": dict(mamba_n_heads=8, mamba_d_head=8)} for key in ("BambaForCausalLM", "GraniteMoeHybridForCausalLM")},
     "Mamba2ForCausalLM": {"": dict(num_heads=8, head_dim=8)},
 }
 
