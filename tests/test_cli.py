@@ -519,3 +519,25 @@ def test_the_command_line_knows_the_measurements():
 def test_python_dash_m_is_the_command():
     done = python("-m", "surgery", "--version")
     assert done.stdout == f"surgery {surgery.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["study series", "check", "scan", "tape :", "graft"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--device banana", "there is no device 'banana' here; there is cpu"),
+        ("--device meta", "holds no weights"),
+        ("--dtype float3", "did you mean 'float32'?"),
+    ],
+)
+def test_devices_and_number_formats_that_are_not_there_are_refused(tmp_path, command, option, message):
+    out = [] if command == "check" else ["--out", str(tmp_path / "out")]
+    result = run(*command.split(), *option.split(), *out)
+    assert result.exit_code == (2 if "dtype" in option else 1)
+    assert message in result.output.replace("\n", " ")
+
+
+def test_half_precision_is_checked_with_its_own_tolerance():
+    result = run("check", "--dtype", "bfloat16", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "1e-01" in result.output

@@ -373,3 +373,34 @@ def test_what_is_dropped_passes_no_gradient_there_and_its_weights_learn_elsewher
 def test_dropout_that_cannot_be(opened, call, message):
     with pytest.raises(ValueError, match=message):
         call(opened("llama").model)
+
+
+def test_layers_outside_the_model_are_refused_and_negative_ones_count_from_the_end(load):
+    model = load("llama")
+    update = torch.zeros(fixtures.D_MODEL)
+    last = fixtures.N_LAYERS - 1
+    assert hooks.add_noise(0.1, 0, layers=[-1], model=model)[0][0] == f"blocks.{last}.hook_in"
+    assert hooks.replace_update(-1, update, model=model)[0][0] == f"blocks.{last}.hook_resid_pre"
+    assert hooks.mean_ablate({"-1.attn": update}, model=model)[0][0] == f"blocks.{last}.hook_attn_out"
+    for bad in (-fixtures.N_LAYERS - 1, fixtures.N_LAYERS):
+        for make in (
+            lambda bad=bad: hooks.add_noise(0.1, 0, layers=[bad], model=model),
+            lambda bad=bad: hooks.replace_update(bad, update, model=model),
+            lambda bad=bad: hooks.mean_ablate({bad: update}, model=model),
+            lambda bad=bad: hooks.skip(model, bad),
+            lambda bad=bad: hooks.damp(model, bad, 0.5),
+            lambda bad=bad: hooks.parallel(model, 0, bad + fixtures.N_LAYERS + 1 if bad < 0 else bad + 1),
+            lambda bad=bad: hooks.stochastic_depth(model, 0.5, start=bad),
+        ):
+            with pytest.raises(ValueError, match="the model has layers 0 to 3"):
+                make()
+    for make in (
+        lambda: hooks.add_noise(0.1, 0, layers=[-1]),
+        lambda: hooks.replace_update(-1, update),
+        lambda: hooks.mean_ablate({-1: update}),
+    ):
+        with pytest.raises(ValueError, match="counts from the end of a model: give the model too"):
+            make()
+    noisy = hooks.add_noise(0.5, 0, layers=[-1], model=model)
+    with model.hooks(fwd_hooks=noisy):
+        assert not torch.allclose(model(ids()), load("llama")(ids()), atol=1e-3)
