@@ -98,15 +98,11 @@ class Stack:
             )
         self.model = model = load(model)
         self.name: str = str(model.cfg.model_name)
-        self._bridge = bridge_engine(model, self.name)
-        self.n_layers = len(self._bridge.layers)
         self.d_model, self.d_vocab, self.n_ctx = (
             int(getattr(model.cfg, key)) for key in ("d_model", "d_vocab", "n_ctx")
         )
-        self._streams = [stream_width.streams(block.original_component, self.d_model) for block in model.blocks]
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.tolerance = tolerance(self.dtype, self.n_layers)
         self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
         self._settle()
 
@@ -159,7 +155,7 @@ class Stack:
             ValueError: ``tokens`` are not ids that this model knows, or the wiring is not one of this model (see
                 ``wiring``).
         """
-        wiring, engine = self.wiring(wiring), self._engine(settle=True)
+        engine, wiring = self._engine(), self.wiring(wiring)
         with torch.set_grad_enabled(grad), self._measuring(engine):
             in_parts = engine is self._plain and not self._listening[1].listening()
             if in_parts and (positions is not None or isinstance(tokens, Context)):
@@ -177,7 +173,7 @@ class Stack:
         """Embed a batch once, to run many wirings on it. A context is returned as it is. Cost: the embedding."""
         if isinstance(tokens, Context):
             return tokens
-        batch, engine = self._batch(tokens), self._engine(settle=True)
+        batch, engine = self._batch(tokens), self._engine()
         with torch.no_grad(), self._measuring(engine):
             return Context(batch, engine, engine.record(**self.inputs(batch)))
 
@@ -381,12 +377,23 @@ class Stack:
         Bridge and plain twin must agree. If they do not, one of them was edited since it was loaded, and that one is
         what the user has and what runs; if neither was, TransformerLens computes something else than the model.
         """
-        beside = twin.twin_of(self.model)
-        self._bridge = bridge_engine(self.model, self.name)
+        try:
+            self._decide(twin.twin_of(self.model))
+        except BaseException:
+            self._listening[0].outdate()  # so that the next run decides again, and fails again
+            raise
+
+    def _decide(self, beside: twin.Twin | None) -> None:
         self._plain, self._stale = None, False
+        for derived in ("parallel_sublayers", "exact_sublayers", "resized"):
+            self.__dict__.pop(derived, None)
         self._listening = [twin.Snapshot(self.model, None if beside is None else beside.bridge_at_birth)]
         if beside is not None:
             self._listening.append(twin.Snapshot(beside.module, beside.at_birth))
+        self._bridge = bridge_engine(self.model, self.name)
+        self.n_layers = len(self._bridge.layers)
+        self._streams = [stream_width.streams(block.original_component, self.d_model) for block in self.model.blocks]
+        self.tolerance = tolerance(self.dtype, self.n_layers)
         tokens = proof.probe(self)
         with self._silence(), self._measuring(self._bridge):
             streams, own = self._observe(self._bridge, tokens, "TransformerLens' wrapper of it")
@@ -464,9 +471,9 @@ class Stack:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _engine(self, settle: bool = False) -> Engine:
-        """The engine that runs now; with ``settle`` it is first seen whether parts of the model were replaced."""
-        if settle and any(snapshot.replaced() for snapshot in self._listening):
+    def _engine(self) -> Engine:
+        """The engine that runs now; if parts of the model were replaced, that is decided again."""
+        if any(snapshot.replaced() for snapshot in self._listening):
             self._settle()
         bridge, beside = self._listening[0], self._listening[1:]
         if self._plain is None or bridge.listening():

@@ -37,7 +37,7 @@ class Snapshot:
         both = [*module.modules(), *(() if wrapped is None else wrapped.modules())]
         modules = list(dict.fromkeys(both))
         self._inside = modules[1:]  # not the module itself, which must be free to go while this is kept beside it
-        self._own_dicts = [part for one in modules for part in (one._modules, one._parameters)]  # noqa: SLF001
+        self._own_dicts = [part for one in modules for part in (one._modules, one._parameters) if part]  # noqa: SLF001
         self._parts = list(chain.from_iterable(part.values() for part in self._own_dicts))
         self.weights = list(module.parameters())
         self._versions = [weight._version for weight in self.weights]  # noqa: SLF001 (no other name)
@@ -66,9 +66,17 @@ class Snapshot:
 
     def listening(self) -> bool:
         """Whether hooks were attached, removed or exchanged since."""
-        if any(self._silent) and any(not _from_library(hook) for hooks in self._silent for hook in hooks.values()):
-            return True
+        if any(self._silent):
+            new = [hooks for hooks in self._silent if hooks]
+            if any(not _from_library(hook) for hooks in new for hook in hooks.values()):
+                return True
+            self._resident += [(hooks, list(hooks.values())) for hooks in new]
+            self._silent = tuple(hooks for hooks in self._silent if not hooks)
         return any(list(hooks.values()) != expected for hooks, expected in self._resident)
+
+    def outdate(self) -> None:
+        """Make ``replaced`` true: what was decided on this snapshot does not hold."""
+        self._parts = []
 
     def root_listens(self) -> bool:
         """Whether a hook is attached to the module itself, rather than to one inside it."""
