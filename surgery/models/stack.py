@@ -28,6 +28,7 @@ from transformer_lens import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from surgery.models import proof, stream_width, twin
+from surgery.models.chain import Tap, run_chain, width_after
 from surgery.models.conditions import measuring
 from surgery.models.engine import Engine, LayerOutput, Recording, Stream, replaced_forward
 from surgery.models.errors import ModelError, first_line
@@ -37,11 +38,8 @@ from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Batch, Tokens, encode
 from surgery.models.weights_hash import weights_sha256
-from surgery.wiring import notation
 from surgery.wiring.steps import executions
-from surgery.wiring.value import Layer, Parallel, Scaled, Step, Wiring
-
-Tap = Callable[[Layer, Stream, Stream], "Tensor | None"]
+from surgery.wiring.value import Wiring
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ class Stack:
                 return self.readout(_at_positions(stream, positions), grad=grad)
 
             def finish(recording: Recording) -> Stream:
-                return self._chain(engine, recording, wiring.steps, recording.x0, tap)
+                return run_chain(engine, recording, wiring.steps, recording.x0, tap)
 
             batch = tokens.tokens if isinstance(tokens, Context) else self._batch(tokens)
             return _at_positions(engine.forward(finish, **self.inputs(batch)), positions)
@@ -195,7 +193,7 @@ class Stack:
         """
         context = self._current(context)
         with torch.set_grad_enabled(grad), self._measuring(context.engine):
-            return self._chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
+            return run_chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
 
     def update(self, layer: int, x: Stream, context: Context | None = None, *, grad: bool = False) -> Stream:
         """The update ``f_l(x)``, which one layer adds to the stream ``x``. Cost: 1 / n_layers F.
@@ -257,7 +255,7 @@ class Stack:
         context, wiring = self._current(self.context(tokens)), self.wiring(wiring)
         recorded: list[tuple[str, Stream]] = [("embed", context.x0)]
         with torch.no_grad(), self._measuring(context.engine):
-            self._chain(context.engine, context.recording, wiring.steps, context.x0, None, recorded)
+            run_chain(context.engine, context.recording, wiring.steps, context.x0, None, recorded)
         return recorded
 
     def readout(self, x: Float[Tensor, "... d_model"], *, grad: bool = False) -> Float[Tensor, "... d_vocab"]:
@@ -325,27 +323,8 @@ class Stack:
             why = f"have only {exact}" if exact else "cannot be split exactly"
             raise ValueError(f"{str(wiring)!r} runs sublayers, but the layers of {self.name} {why}")
         if self.resized:
-            self._width(wiring.steps, self.d_model if width is None else width)
+            width_after(wiring.steps, self.d_model if width is None else width, self._streams, self.name)
         return wiring
-
-    def _width(self, steps: tuple[Step, ...], width: int) -> int:
-        """The width of the stream that leaves these steps, which a stream of ``width`` enters."""
-        for step in steps:
-            match step:
-                case Layer(index):
-                    width_in, _, width_out = self._streams[index]
-                    if width_in != width:
-                        raise ValueError(
-                            f"layer {index} of {self.name} takes a stream of {width_in}, not one of {width}: layers "
-                            "with a stream of their own run as a whole, from the first that maps into it to the last"
-                        )
-                    width = width_out
-                case Parallel(branches):
-                    if any(self._width(branch, width) != width for branch in branches):
-                        raise ValueError("branches beside each other must give the width of stream that they take")
-                case Scaled(_, body) if self._width(body, width) != width:
-                    raise ValueError("what is scaled must give the width of stream that it takes")
-        return width
 
     # --- proving -----------------------------------------------------------------------------------------------------
 
@@ -546,35 +525,6 @@ class Stack:
                 for layer, parts in enumerate(engine.parts)
                 for name, module in parts.norms.items()
             }
-
-    def _chain(
-        self,
-        engine: Engine,
-        recording: Recording,
-        steps: tuple[Step, ...],
-        x: Stream,
-        tap: Tap | None,
-        recorded: list[tuple[str, Stream]] | None = None,
-    ) -> LayerOutput:
-        """Run a chain of steps on a stream; what leaves each step is added to ``recorded``."""
-        for step in steps:
-            match step:
-                case Layer(index, part):
-                    before, call = x, recording.calls[index]
-                    x = engine.layer(index, x, call) if part is None else engine.sublayer(index, part, x, call)
-                    replacement = tap(step, before, x) if tap is not None else None
-                    x = x if replacement is None else replacement
-                case Parallel(branches, mean):
-                    outputs = [self._chain(engine, recording, branch, x, tap, recorded) for branch in branches]
-                    if mean:
-                        x = sum(outputs[1:], outputs[0]) / len(outputs)
-                    else:
-                        x = x + sum(output - x for output in outputs)
-                case Scaled(factor, body):
-                    x = x + factor * (self._chain(engine, recording, body, x, tap, recorded) - x)
-            if recorded is not None:
-                recorded.append((notation.write((step,), self.n_layers), x))
-        return x
 
     @cached_property
     def resized(self) -> bool:
