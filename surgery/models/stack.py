@@ -250,7 +250,7 @@ class Stack:
         >>> import surgery
         >>> stack = Stack(surgery.load("babel"))
         >>> [name for name, _ in stack.record("p3 pf1 >other", ":2 {2|5} 4")]
-        ['embed', '0', '1', '2', '5', '{2|5}', '4']
+        ['embed', '0', '1', '2', '5', '{2 | 5}', '4']
         """
         context, wiring = self._current(self.context(tokens)), self.wiring(wiring)
         recorded: list[tuple[str, Stream]] = [("embed", context.x0)]

@@ -279,9 +279,10 @@ def _assemble(
                 raise ModelError(
                     f"{model.cfg.model_name} built anew: its bridge and its Hugging Face model give other logits"
                 )
-        except ModelError:
-            raise
-        except Exception as error:  # a shape that some line of the model's own code does not expect
+        except Exception as raised:  # a shape that some line of the model's own code does not expect
+            error = raised.__cause__ if isinstance(raised, ModelError) else raised
+            if error is None:
+                raise
             overrides = dict.fromkeys(filter(None, map(layer_sizes.overrides, new_sizes)))
             raise ModelError(
                 f"{model.cfg.model_name} cannot have layers with {', '.join(overrides) or 'places'} of their own: "

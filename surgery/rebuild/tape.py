@@ -176,7 +176,7 @@ def _with_layers(base: TransformerBridge, layers: Sequence[int]) -> TransformerB
     """The base model with ``layers`` in a row as its layers, on the same parameters."""
     source = plain(base) or base.original_model
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
-    hugging_face: Any = unwrapped(copy.deepcopy(source, dict(tensors)))
+    hugging_face: Any = unwrapped(copy.deepcopy(source, dict(tensors))).eval()
     path, _, name = base.blocks[0].name.rpartition(".")[0].rpartition(".")
     parent = hugging_face.get_submodule(path)
     old = getattr(parent, name)

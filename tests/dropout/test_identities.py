@@ -201,7 +201,7 @@ def test_a_rate_too_small_to_be_drawn_is_found_by_structure():
 
 @pytest.mark.parametrize("made", [lambda: gpt2(1, resid_pdrop=0.2), lambda: llama(0.2, 1)], ids=["gpt2", "llama"])
 def test_a_bridge_and_its_twin_are_told_apart(made):
-    model = surgery.load(made())
+    model = surgery.load(made().eval())
     dropout.require_off(model)
     model.train()
     inside = dropout.live(model)

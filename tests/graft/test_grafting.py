@@ -103,8 +103,8 @@ def test_a_new_middle_between_the_old_ends(load, name, tmp_path):
 
 
 def test_teacher_and_student_are_proved_once_each(load, tmp_path, monkeypatch):
-    proofs, prove = [], Stack._prove
-    monkeypatch.setattr(Stack, "_prove", lambda stack: proofs.append(stack.model) or prove(stack))
+    proofs, prove = [], Stack._settle
+    monkeypatch.setattr(Stack, "_settle", lambda stack: proofs.append(stack.model) or prove(stack))
     teacher = Stack(load("llama"))
     data = Split(CORPUS, HELDOUT)
     pairs = harvested(teacher, tmp_path)

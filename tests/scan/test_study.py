@@ -80,7 +80,7 @@ def test_a_model_is_proven_and_hashed_once_and_every_half_encoded_once(model_fol
     call = transformers.PreTrainedTokenizerBase.__call__
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "__call__", tokenize)
     monkeypatch.setattr(stack, "weights_sha256", counted("hashed", stack.weights_sha256))
-    monkeypatch.setattr(stack.Stack, "_prove", counted("proven", stack.Stack._prove))
+    monkeypatch.setattr(stack.Stack, "_settle", counted("proven", stack.Stack._settle))
     monkeypatch.setattr(ProbeSet, "encode", counted("encoded", ProbeSet.encode))
     study.run(str(model_folder("llama")), "repeat", str(questions), tmp_path / "results", top=2)
     assert (counts["proven"], counts["hashed"], counts["encoded"]) == (1, 1, 2)
