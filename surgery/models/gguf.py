@@ -11,8 +11,8 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def folder_of(name: str) -> Path | None:
         place = _cache() / f"{digest[:32]}-{LAYOUT}-transformers-{transformers.__version__}"
         if not (place / "config.json").is_file():
             if name in WHEELS and WHEELS[name].terms:
-                warnings.warn(WHEELS[name].terms, stacklevel=4)
+                sys.stderr.write(f"{WHEELS[name].terms}\n")
             _convert(parts, place, name)
         return place
     except OSError as error:

@@ -119,6 +119,24 @@ def test_a_wheel_that_is_not_installed_says_how_to_install_it(monkeypatch):
         surgery.load("smollm2")
 
 
+def test_a_file_in_parts_in_a_wheel_is_joined_and_its_terms_are_shown_once(tmp_path, monkeypatch, capsys):
+    original = write(tmp_path / "whole.gguf")
+    content = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "wheel").mkdir()
+    (tmp_path / "wheel" / "part0").write_bytes(content[:1000])
+    (tmp_path / "wheel" / "part1").write_bytes(content[1000:])
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = (("wheel", "part0"), ("wheel", "part1"))
+    monkeypatch.setitem(gguf.WHEELS, "mine", gguf.Wheel("pip install it", parts, "the terms of mine"))
+    ids = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        expected = original(ids).logits
+    for shown in (True, False):
+        found = Stack("mine").run(ids)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert ("the terms of mine" in capsys.readouterr().err) is shown
+
+
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     write(tmp_path / "model.gguf")
     (tmp_path / "file").write_text("")
