@@ -170,7 +170,7 @@ def _refuse_unusual(model: nn.Module, name: str) -> None:
     """Raise ModelError for what cannot be measured as it is: wrapped, not loaded, quantised or of mixed precision."""
     kind = type(model).__name__
     if isinstance(getattr(model, "module", None), nn.Module) and not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{name} is a {kind} around a model; give the model inside: load({name.lower()}.module)")
+        raise ModelError(f"{name} is a {kind} around a model; give the model inside it: load(model.module)")
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"{name} is a {kind}, not a Hugging Face model; give one of transformers' causal language models "

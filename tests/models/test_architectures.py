@@ -73,7 +73,7 @@ def quantised(model):
     ("change", "sentence"),
     [
         (lambda model: model.to("meta"), "weights that are not loaded"),
-        (nn.DataParallel, r"is a DataParallel around a model; give the model inside: .*\.module"),
+        (nn.DataParallel, r"is a DataParallel around a model; give the model inside it: load\(model\.module\)"),
         (lambda model: model.to(torch.float8_e4m3fn), "weights in float8_e4m3fn, which are not plain floats"),
         (quantised, r"weights in int8, which are not plain floats \(38 in float32, 1 in int8\)"),
         (
