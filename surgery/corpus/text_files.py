@@ -35,8 +35,7 @@ def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, s
 
     ``.jsonl`` and ``.ndjson``: a JSON object with a ``"text"`` on each line. ``.json``: a list of such objects or of
     strings, numbered from 1. Other formats (``.csv``, ``.yaml``, ...) are refused, and anything else is text, one
-    prompt per line. Suffixes may be in capitals; empty lines are
-    skipped.
+    prompt per line. Suffixes may be in capitals; empty lines are skipped.
 
     Raises:
         ValueError: the file is missing, empty or not text, or a line is not JSON or has no text; that line is named.

@@ -12,7 +12,7 @@ take the place of the whole call, hooks included, so that a hook on a layer fire
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,32 +149,27 @@ class Engine:
         return x if kind is None else kind((x, *[None] * (length - 1)))
 
 
-@contextmanager
-def replaced_call(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+def replaced_call(module: nn.Module, call: Callable[..., Any]) -> AbstractContextManager[None]:
     """Context manager: calling the module calls ``call`` alone; neither its forward nor hooks on it run."""
-    before = module.__dict__.get("_compiled_call_impl")  # what torch calls first of all; module.compile() sets it
-    module.__dict__["_compiled_call_impl"] = call
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["_compiled_call_impl"]
-        else:
-            module.__dict__["_compiled_call_impl"] = before
+    return _replaced(module, "_compiled_call_impl", call)  # what torch calls first of all; module.compile() sets it
+
+
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Context manager: call ``forward`` instead of the module's own; hooks on the module run."""
+    return _replaced(module, "forward", forward)
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context manager: call ``forward`` instead of the module's own."""
-    before = module.__dict__.get("forward")  # accelerate and others keep theirs there
-    module.__dict__["forward"] = forward
+def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get(name)  # accelerate and others keep theirs there
+    module.__dict__[name] = call
     try:
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
 
 def _stream(output: Any) -> Tensor:

@@ -369,6 +369,7 @@ class Stack:
         self._listening = [twin.Snapshot(self.model, None if beside is None else beside.bridge_at_birth)]
         if beside is not None:
             self._listening.append(twin.Snapshot(beside.module, beside.at_birth))
+        self._copies = any(self._listening[0].has_weights_besides(other) for other in self._listening[1:])
         self._bridge = bridge_engine(self.model, self.name)
         self.n_layers = len(self._bridge.layers)
         self._streams = [stream_width.streams(block.original_component, self.d_model) for block in self.model.blocks]
@@ -451,8 +452,8 @@ class Stack:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Engine:
-        """The engine that runs now; if parts of the model were replaced, that is decided again."""
-        if any(snapshot.replaced() for snapshot in self._listening):
+        """The engine that runs now; decided again if parts of the model were replaced, or one side was edited."""
+        if any(snapshot.replaced() or (self._copies and snapshot.edited()) for snapshot in self._listening):
             self._settle()
         bridge, beside = self._listening[0], self._listening[1:]
         if self._plain is None or bridge.listening():

@@ -60,9 +60,17 @@ class Snapshot:
 
         Edits through ``.data`` escape autograd's version counters, and so this.
         """
+        return self.replaced() or self.edited(besides)
+
+    def edited(self, besides: "Snapshot | None" = None) -> bool:
+        """Whether a weight was edited in place since; as for ``touched``."""
         shared = set() if besides is None else set(map(id, besides.weights))
         pairs = zip(self.weights, self._versions)
-        return self.replaced() or any(w._version != v and id(w) not in shared for w, v in pairs)  # noqa: SLF001
+        return any(w._version != v and id(w) not in shared for w, v in pairs)  # noqa: SLF001
+
+    def has_weights_besides(self, beside: "Snapshot") -> bool:
+        """Whether there are weights that ``beside`` does not share, so that an edit can reach one side only."""
+        return not set(map(id, self.weights)) <= set(map(id, beside.weights))
 
     def listening(self) -> bool:
         """Whether hooks were attached, removed or exchanged since."""

@@ -129,6 +129,33 @@ def test_weights_edited_in_place_where_the_bridge_has_copies_are_what_runs(load)
     assert close(stack.run(IDS), logits(plain(model)))
 
 
+@pytest.mark.parametrize("side", ["bridge", "twin"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_so_are_edits_after_the_stack_was_opened(load, name, side):
+    model = load(name)
+    stack, before = Stack(model), logits(model)
+    edited = model.blocks[1].attn.q.weight
+    if side == "twin":
+        joint = "attn.c_attn" if name == "gpt2" else "attention.query_key_value"
+        edited = plain(model).get_submodule(f"{model.blocks[1].name}.{joint}").weight
+    with torch.no_grad():
+        edited.mul_(3)
+    now = logits(model if side == "bridge" else plain(model))
+    assert not close(now, before)
+    assert close(stack.run(IDS), now)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_bridge_processed_after_the_stack_was_opened_is_what_runs(load, name):
+    model = load(name)
+    stack = Stack(model)
+    before = stack.run(IDS)
+    model.enable_compatibility_mode(disable_warnings=True)
+    assert close(stack.run(IDS), logits(model))
+    if name == "gpt2":  # centring the unembedding shifts the logits
+        assert not close(stack.run(IDS), before)
+
+
 def test_adapters_around_linear_maps_run_and_are_not_read_as_weights(load):
     model = load("llama")
     stack, before = Stack(model), Stack(load("llama")).run(IDS)
