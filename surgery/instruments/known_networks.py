@@ -42,6 +42,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.config import TransformerBridgeConfig
 
+from surgery.models import building
 from surgery.stats.bootstrap import rotation
 
 D_VOCAB = 256
@@ -169,7 +170,8 @@ def _boot(
         seed=seed,
         device="cpu",
     )
-    return TransformerBridge.boot_native(config, dtype=dtype)
+    with building.quickly():
+        return TransformerBridge.boot_native(config, dtype=dtype)
 
 
 def _weights(model: TransformerBridge) -> dict[str, Tensor]:

@@ -1,3 +1,4 @@
+from . import building as building
 from . import chain as chain
 from . import conditions as conditions
 from . import configs as configs

@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import configs, gguf, layer_sizes, stream_width, twin
+from surgery.models import building, configs, gguf, layer_sizes, stream_width, twin
 from surgery.models.conditions import defaults
 from surgery.models.errors import ModelError, first_line
 from surgery.models.exactness import TOLERANCES
@@ -98,7 +98,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
     It has the layers that the model has now, also where some were removed from it. The caller's random state is left as
     it is. TransformerLens' own models are supported too.
     """
-    with torch.random.fork_rng(), quiet(), defaults():
+    with torch.random.fork_rng(), quiet(), defaults(), building.quickly():
         torch.manual_seed(seed)
         if model.adapter.cfg.architecture == "TransformerLensNative":
             config = copy.deepcopy(model.cfg)
@@ -139,7 +139,7 @@ def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     with quiet(), defaults():
         try:
             structure.set_attn_implementation("eager")  # hooks on scores and patterns need it
-            with stream_width.split_by_own_width():
+            with stream_width.split_by_own_width(), building.quickly():
                 bridge = build_bridge_from_module(structure, architecture, hf_config=structure.config, model_name=name)
             bridge = stream_width.with_own_epsilons(bridge).eval()
         except Exception as error:  # adapters raise their own kinds

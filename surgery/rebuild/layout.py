@@ -36,7 +36,7 @@ from transformer_lens.model_bridge.sources.native.model import NativeModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import surgery
-from surgery.models import layer_sizes, stream_width
+from surgery.models import building, layer_sizes, stream_width
 from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError, first_line
 from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
@@ -258,7 +258,7 @@ def _assemble(
         rewrite(config.get_text_config(), [row.like for row in rows], len(base_sizes))
     if len(set(new_sizes)) == 1 and new_sizes[0].d_model is None:  # then the configuration can express it
         config, new_sizes = layer_sizes.resized(config, new_sizes[0]), [layer_sizes.CONFIGURED] * len(rows)
-    with torch.random.fork_rng(), quiet():
+    with torch.random.fork_rng(), quiet(), building.quickly():
         torch.manual_seed(seed)
         try:
             if isinstance(config, PreTrainedConfig):

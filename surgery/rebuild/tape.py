@@ -31,6 +31,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
+from surgery.models import building
 from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError
 from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference, require_same
@@ -186,7 +187,8 @@ def _with_layers(base: TransformerBridge, layers: Sequence[int]) -> TransformerB
     if base.adapter.cfg.architecture == "TransformerLensNative":
         cfg = copy.deepcopy(base.cfg)
         cfg.n_layers = len(layers)
-        taped = build_bridge_from_module(hugging_face, "TransformerLensNative", tl_config=cfg).eval()
+        with building.quickly():
+            taped = build_bridge_from_module(hugging_face, "TransformerLensNative", tl_config=cfg).eval()
     else:
         rewrite(hugging_face.config.get_text_config(), layers, len(old))
         taped = load(hugging_face, tokenizer=tokenizer(base))

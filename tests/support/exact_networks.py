@@ -6,6 +6,7 @@ from transformer_lens.config import TransformerBridgeConfig
 
 from surgery import Stack
 from surgery.instruments import known_networks
+from surgery.models import building
 from surgery.models.tokens import Tokens
 
 
@@ -32,7 +33,8 @@ def network(maps, embedding, biases=None, norm=None, d_head=8):
         seed=0,
         device="cpu",
     )
-    model = TransformerBridge.boot_native(config, dtype=torch.float64)
+    with building.quickly():
+        model = TransformerBridge.boot_native(config, dtype=torch.float64)
     weight = parameters(model)
     weight["tok_embed.weight"][:] = embedding
     for layer, linear in enumerate(maps):

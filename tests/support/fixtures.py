@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens import TransformerBridge, TransformerBridgeConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from surgery.models import building
+
 N_LAYERS, D_MODEL, N_HEADS, D_MLP, N_VOCAB, N_CONTEXT = 4, 32, 4, 64, 96, 64
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(N_VOCAB - 4))]
 
@@ -129,7 +131,8 @@ def native(name: str = "native-ln", seed: int = 0, dtype: torch.dtype = torch.fl
         dtype=dtype,
         **kind,
     )
-    model = TransformerBridge.boot_native(config)
+    with building.quickly():
+        model = TransformerBridge.boot_native(config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
