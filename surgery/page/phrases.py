@@ -7,10 +7,13 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, WITHIN, Effect, sides
+
+DECIDES = 0.5  # a token that holds more than this share of a variance decides what is measured of it
 FEW_PROMPTS = 20  # below, a bootstrap over prompts gives intervals that are too narrow
 
 
@@ -62,6 +65,49 @@ def layers(indices: Iterable[int]) -> str:
             runs.append([index])
     named = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"layer {named}" if named.isdecimal() else f"layers {named}"
+
+
+def withheld(row: "pd.Series", name: str) -> str | None:
+    """Why nothing may be claimed of a measure in a row of a table, in words; None where a claim may be made.
+
+    A claim is withheld of a measure that is undefined or has no interval, of a single prompt (``n_prompts``), of what
+    does not vary (its interval has no width), and where one token holds most of the variance (``token_share``).
+
+    >>> numbers = {"S": 0.2, "S_low": 0.1, "S_high": 0.3}
+    >>> withheld(pd.Series(numbers), "S"), withheld(pd.Series(numbers | {"n_prompts": 1}), "S")
+    (None, 'one prompt has no interval')
+    >>> withheld(pd.Series(numbers | {"token_share": 0.73}), "S"), withheld(pd.Series({"S": math.nan}), "S")
+    ('one token holds 73 % of the variance', 'undefined')
+    """
+    missing, share = Effect.of_row(row, name).missing, float(row.get("token_share", math.nan))
+    if missing == "undefined":
+        return missing
+    if row.get("n_prompts") == 1:
+        return "one prompt has no interval"
+    return missing or (f"one token holds {100 * share:.0f} % of the variance" if share > DECIDES else None)
+
+
+def claims(effects: Sequence[Effect], least: float, matters: str, above: str, below: str) -> list[str]:
+    """What may be claimed of each effect of a family, in words, corrected for their number (``stats.claims.sides``).
+
+    ``matters`` names the ``least`` effect in its unit; ``above`` and ``below`` are the words for more than that.
+
+    >>> harms, little = Effect(-0.2, -0.25, -0.15), Effect(-0.00007, -0.0001, -0.00004)
+    >>> claims([harms, little, Effect(0.1)], 0.01, "0.01 nats", "helps", "harms")
+    ['harms', 'no difference that matters (0.01 nats)', 'undecided (no interval)']
+    >>> claims([Effect(0.2, 0.02, 0.38)] * 8, 0.01, "0.01 nats", "helps", "harms")[0]
+    'undecided (as one of 8 comparisons)'
+    """
+    said, count = [], sum(effect.defined for effect in effects)
+    words = {ABOVE: above, BELOW: below, WITHIN: f"no difference that matters ({matters})"}
+    for effect, side in zip(effects, sides(effects, least), strict=True):
+        if not effect.defined:
+            said.append(f"undecided ({effect.missing})")
+        elif side == UNDECIDED and effect.side(least) != UNDECIDED:
+            said.append(f"undecided (as one of {count} comparisons)")
+        else:
+            said.append(words.get(side, "undecided"))
+    return said
 
 
 def few_prompts(frame: pd.DataFrame) -> list[str]:

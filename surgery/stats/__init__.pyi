@@ -1,5 +1,6 @@
 from . import bootstrap as bootstrap
 from . import changepoints as changepoints
+from . import claims as claims
 from . import comparisons as comparisons
 from . import drift as drift
 from . import ou as ou

@@ -3,8 +3,10 @@
 import math
 
 import pandas as pd
+import pytest
 
 from surgery.page import phrases
+from surgery.stats.claims import Effect
 
 
 def test_runs_of_layers():
@@ -40,3 +42,35 @@ def test_a_warning_about_few_prompts():
     assert warning.startswith("19 prompts only")
     (warning,) = phrases.few_prompts(pd.DataFrame({"n_prompts": [1]}))
     assert warning.startswith("1 prompt only")
+
+
+S = {"S": 0.2, "S_low": 0.1, "S_high": 0.3, "n_prompts": 32}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, None),
+        ({"S": math.nan}, "undefined"),
+        ({"S": math.nan, "n_prompts": 1}, "undefined"),
+        ({"n_prompts": 1}, "one prompt has no interval"),
+        ({"S_low": math.nan}, "no interval"),
+        ({"S_low": 0.2, "S_high": 0.2}, "nothing varies"),
+        ({"token_share": 0.73}, "one token holds 73 % of the variance"),
+        ({"token_share": 0.02}, None),
+    ],
+)
+def test_why_a_claim_is_withheld(changed, why):
+    assert phrases.withheld(pd.Series(S | changed), "S") == why
+
+
+def test_claims_name_the_least_effect_and_why_they_are_not_made():
+    effects = [Effect(0.3, 0.2, 0.4), Effect(-0.3, -0.4, -0.2), Effect(-7e-5, -9e-5, -5e-5), Effect(0.1, -0.1, 0.3)]
+    said = phrases.claims([*effects, Effect(0.3)], 0.01, "0.01 nats", "helps", "harms")
+    assert said == [
+        "helps",
+        "harms",
+        "no difference that matters (0.01 nats)",
+        "undecided",
+        "undecided (no interval)",
+    ]
