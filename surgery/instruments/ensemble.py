@@ -5,9 +5,11 @@ walks through them, batch by batch and layer by layer, and hands out the stream 
 
     x_0 = embedding,      u_l = f_l(x_l),      x_{l+1} = x_l + u_l,
 
-in the model's order of layers or in any other. Nothing is kept: a measure adds up what it needs of a visit, prompt by
-prompt (``surgery.stats``) or, where a corpus may be large, by ``units`` of prompts that are resampled together
-(``Totals``), so that a long corpus takes no more memory than a short one. Cost: 1 F a walk. Memory: one batch's stream.
+in the model's order of layers or in any other. ``Ensemble.of`` leaves out tokens of massive activations as well, unless
+``Sampling.skip_massive`` is False (``surgery.instruments.massive``). Nothing is kept: a measure adds up what it needs
+of a visit, prompt by prompt (``surgery.stats``) or, where a corpus may be large, by ``units`` of prompts that are
+resampled together (``Totals``), so that a long corpus takes no more memory than a short one. Cost: 1 F a walk. Memory:
+one batch's stream.
 
 ``partners`` pairs every token with one of another prompt at the same place. That gives a null for whatever is claimed
 of a particular token: give each its partner's vector (``exchange``), and nothing should be left of the claim. As the
@@ -29,12 +31,13 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import track
 from torch import Tensor
 
+from surgery.instruments.massive import Concentration, Spreads, Usual
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
 UNITS = 256  # of resampling: with more, intervals gain nothing and memory grows with the corpus
-MASSIVE = 1000  # times the median magnitude
+REFERENCE = 2048  # tokens, about, from whose medians massive ones are told
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Visit:
 class Ensemble:
     """The tokens to measure, and how to go through them: even batches of at most ``sampling.batch_size`` prompts.
 
-    ``left_out`` are tokens that run but are not measured, see ``without_massive``.
+    ``left_out`` are tokens that run but are not measured, ``concentration`` is what single tokens and dimensions hold
+    of the variance of those that are; ``of`` finds both.
 
     Raises ValueError if no token is left to measure, or if the batch size is not positive.
     """
@@ -62,6 +66,7 @@ class Ensemble:
     tokens: Tokens
     sampling: Sampling = Sampling()
     left_out: Bool[Tensor, "prompt pos"] | None = None
+    concentration: Concentration | None = None
 
     def __post_init__(self) -> None:
         if self.sampling.batch_size < 1:
@@ -75,9 +80,23 @@ class Ensemble:
             raise ValueError(f"no token is left to measure in {len(self.tokens)} prompts: give {hint}")
 
     @classmethod
-    def of(cls, stack: Stack, tokens: "Tokens | Tensor", sampling: Sampling = Sampling()) -> "Ensemble":
-        """Make the ensemble of prompts, or of ids without padding, on the device of ``stack``."""
-        return cls(Tokens.of(tokens).to(stack.device), sampling)
+    def of(cls, stack: Stack, tokens: "Ensemble | Tokens | Tensor", sampling: Sampling = Sampling()) -> "Ensemble":
+        """Make the ensemble of prompts, or of ids without padding, on the device of ``stack``.
+
+        Unless ``sampling.skip_massive`` is False, tokens of massive activations are left out, and the ensemble knows
+        its ``concentration``. An ensemble made of the same model by the same rules is taken as it is, with ``sampling``
+        for all else; so make one, and pass it on, where several measures look at the same prompts. Cost: 1 F, and up to
+        1 F on the first ``REFERENCE`` tokens where there is more than one batch; none for an ensemble.
+        """
+        if isinstance(tokens, Ensemble):
+            rules = ("skip_first", "skip_massive")
+            if any(getattr(tokens.sampling, rule) != getattr(sampling, rule) for rule in rules):
+                raise ValueError(
+                    f"this ensemble was made with {tokens.sampling}; it cannot be measured with {sampling}"
+                )
+            return replace(tokens, sampling=sampling)
+        ensemble = cls(Tokens.of(tokens).to(stack.device), sampling)
+        return ensemble.without_massive(stack) if sampling.skip_massive else ensemble
 
     @property
     def mask(self) -> Bool[Tensor, "prompt pos"]:
@@ -96,20 +115,43 @@ class Ensemble:
         """Number of units of resampling."""
         return min(len(self.tokens), UNITS)
 
-    def without_massive(self, stack: Stack) -> "Ensemble":
-        """Return the same ensemble without tokens of massive activations, which alone would decide every second moment.
+    @property
+    def n_massive(self) -> int:
+        """Number of tokens left out for massive activations."""
+        return 0 if self.left_out is None else int(self.left_out.sum())
 
-        A token is left out if, in the stream that enters some layer, a number exceeds ``MASSIVE`` times the median
-        magnitude of the batch there (M. Sun et al. 2024, arXiv 2402.17762, without their absolute bound, as models
-        differ in scale). Cost: 1 F.
+    def without_massive(self, stack: Stack) -> "Ensemble":
+        """Return the same ensemble without tokens of massive activations (``surgery.instruments.massive``).
+
+        What is usual is learned from about ``REFERENCE`` tokens, of prompts spread evenly over all, so that the result
+        does not depend on the size of batches. Cost: as ``of``. Memory: the streams of a batch, and of these tokens.
+
+        Raises ValueError if the stream is not finite.
         """
-        massive = torch.zeros_like(self.mask)
-        for visit in self.visits(stack, "massive activations"):
-            size = visit.x.abs().amax(-1)
-            typical = visit.x[visit.mask].float().abs().median()
-            rows = slice(visit.first, visit.first + len(visit.mask))
-            massive[rows] |= visit.mask & (size > MASSIVE * typical) & (typical > 0)
-        return replace(self, left_out=massive if self.left_out is None else massive | self.left_out)
+        batches = self.batches(stack, "massive activations")
+        parts = (_measured_streams(stack, context, mask) for _, context, mask in batches)
+        if len(self.tokens) <= self.sampling.batch_size:
+            parts = [streams := next(iter(parts))]
+            usual = Usual.of(streams)
+        else:
+            usual = Usual.of(self._reference(stack))
+        spreads, massive = Spreads(usual), []
+        for streams in parts:
+            exceeding = usual.exceeds(streams).any(0)
+            massive.append(exceeding)
+            spreads.add(streams[:, ~exceeding])
+        left_out = torch.zeros_like(self.mask)
+        left_out[self.mask] = torch.cat(massive)
+        left_out = left_out if self.left_out is None else left_out | self.left_out
+        return replace(self, left_out=left_out, concentration=spreads.concentration())
+
+    def _reference(self, stack: Stack) -> Float[Tensor, "place token d_model"]:
+        """Return the streams of some ``REFERENCE`` tokens. Cost: 1 F of their prompts."""
+        order = np.random.default_rng((self.sampling.seed, 3)).permutation(len(self.tokens))
+        lengths = self.mask.sum(1).cpu().numpy()[order]
+        rows = np.sort(order[: int(np.searchsorted(lengths.cumsum(), REFERENCE)) + 1])
+        some = Ensemble(self.tokens[torch.from_numpy(rows).to(self.mask.device)], self.sampling)
+        return torch.cat([_measured_streams(stack, *batch) for _, *batch in some.batches(stack, "what is usual")], 1)
 
     def batches(self, stack: Stack, label: str = "prompts") -> Iterable[tuple[Tensor, Context, Tensor]]:
         """Yield units of resampling, context and mask of each batch, for measures that need all layers at once."""
@@ -147,13 +189,25 @@ class Ensemble:
             x = context.x0
             for layer in order:
                 u = stack.update(layer, x, context)
-                if not (x[mask].isfinite().all() and u[mask].isfinite().all()):
-                    raise ValueError(
-                        f"the stream is not finite at layer {layer}: load the model in float32, or fix its weights"
-                    )
+                _require_finite(layer, x[mask], u[mask])
                 yield Visit(first, unit, layer, context, mask, x, u)
                 x = x + u
             first += len(unit)
+
+
+def _measured_streams(
+    stack: Stack, context: Context, mask: Bool[Tensor, "prompt pos"]
+) -> Float[Tensor, "place token d_model"]:
+    """Return the stream before every layer and after the last, of the tokens of the ensemble. Cost: 1 F."""
+    streams = stack.stream(context)[:, mask]
+    for place, x in enumerate(streams):
+        _require_finite(max(place - 1, 0), x)
+    return streams.float()
+
+
+def _require_finite(layer: int, *values: Float[Tensor, "token d_model"]) -> None:
+    if not all(x.isfinite().all() for x in values):
+        raise ValueError(f"the stream is not finite at layer {layer}: load the model in float32, or fix its weights")
 
 
 class Totals(dict[Hashable, Tensor]):

@@ -52,7 +52,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, prompts: slice) -> "Tokens":
+    def __getitem__(self, prompts: "slice | Int[Tensor, ' prompt']") -> "Tokens":
         return Tokens(self.ids[prompts], self.mask[prompts])
 
     def batches(self, size: int) -> Iterator["Tokens"]:

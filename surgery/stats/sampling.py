@@ -12,16 +12,19 @@ class Sampling:
 
     Attributes:
         skip_first: leave out every prompt's first token, whose activations are often massive.
+        skip_massive: leave out tokens of massive activations, which would decide every second moment by themselves
+            (``surgery.instruments.massive``).
         resamples: bootstrap resamples over prompts; 0 gives no intervals.
         seed: where every random draw starts from.
         batch_size: prompts run at once. Results do not depend on it, but where a docstring says so.
         progress: draw a progress bar on standard error.
 
     >>> Sampling(resamples=100).but(seed=1)
-    Sampling(skip_first=True, resamples=100, seed=1, batch_size=64, progress=False)
+    Sampling(skip_first=True, skip_massive=True, resamples=100, seed=1, batch_size=64, progress=False)
     """
 
     skip_first: bool = True
+    skip_massive: bool = True
     resamples: int = RESAMPLES
     seed: int = 0
     batch_size: int = 64
