@@ -27,7 +27,7 @@ scrubbing), Wang et al. 2022 (arXiv 2211.00593).
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -75,7 +75,7 @@ class Damages:
     def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
         """Return one row per set, with intervals over prompts: ``COLUMNS``."""
         n_prompts = self.margin.shape[1]
-        draws = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
+        draws = weights(n_prompts, resamples, seed) / n_prompts
         return pd.DataFrame(
             {"layers": " ".join(map(str, layers)), "n_layers": len(layers), "n_prompts": n_prompts}
             | columns("margin", draws @ self.margin[row])
@@ -135,14 +135,14 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
     else:
         means = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
     first, seed = 0, ensemble.sampling.seed
-    for batch in ensemble.tokens.batches(max(ensemble.sampling.batch_size, 3)):  # in less, a prompt could have no donor
-        context, mask = stack.context(batch), batch.ensemble(ensemble.sampling.skip_first)
+    silent = replace(ensemble, sampling=ensemble.sampling.but(progress=False))
+    for _, context, mask in silent.batches(stack, least=3):  # in less, a prompt could have no donor
         stream = stack.stream(context)
         if not stream[:, mask].isfinite().all():
             raise ValueError(f"the stream of {stack.name} is not finite: load the model in float32, or fix its weights")
         partner = partners(mask, np.random.default_rng((seed, 2, first))) if kind == "resample" else None
         yield CleanRun(first, context, mask, stream, amount, means, partner)
-        first += len(batch)
+        first += len(mask)
 
 
 def mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:

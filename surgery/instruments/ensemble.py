@@ -129,7 +129,7 @@ class Ensemble:
         Raises ValueError if the stream is not finite.
         """
         batches = self.batches(stack, "massive activations")
-        parts = (_measured_streams(stack, context, mask) for _, context, mask in batches)
+        parts: Iterable[Tensor] = (_measured_streams(stack, context, mask) for _, context, mask in batches)
         if len(self.tokens) <= self.sampling.batch_size:
             parts = [streams := next(iter(parts))]
             usual = Usual.of(streams)
@@ -151,11 +151,17 @@ class Ensemble:
         lengths = self.mask.sum(1).cpu().numpy()[order]
         rows = np.sort(order[: int(np.searchsorted(lengths.cumsum(), REFERENCE)) + 1])
         some = Ensemble(self.tokens[torch.from_numpy(rows).to(self.mask.device)], self.sampling)
-        return torch.cat([_measured_streams(stack, *batch) for _, *batch in some.batches(stack, "what is usual")], 1)
+        batches = some.batches(stack, "what is usual")
+        return torch.cat([_measured_streams(stack, context, mask) for _, context, mask in batches], 1)
 
-    def batches(self, stack: Stack, label: str = "prompts") -> Iterable[tuple[Tensor, Context, Tensor]]:
-        """Yield units of resampling, context and mask of each batch, for measures that need all layers at once."""
-        batches = list(self.tokens.batches(self.sampling.batch_size))
+    def batches(
+        self, stack: Stack, label: str = "prompts", least: int = 1
+    ) -> "Iterable[tuple[Tensor, Context, Tensor]]":
+        """Yield units of resampling, context and mask of each batch, for measures that need all layers at once.
+
+        ``least`` is the smallest batch that will do, where there are as many prompts.
+        """
+        batches = list(self.tokens.batches(max(self.sampling.batch_size, least)))
         return track(
             self._contexts(stack, batches), label, len(batches), disable=not self.sampling.progress, transient=True
         )
@@ -189,7 +195,7 @@ class Ensemble:
             x = context.x0
             for layer in order:
                 u = stack.update(layer, x, context)
-                _require_finite(layer, x[mask], u[mask])
+                _require_finite(stack, layer, x[mask], u[mask])
                 yield Visit(first, unit, layer, context, mask, x, u)
                 x = x + u
             first += len(unit)
@@ -201,13 +207,15 @@ def _measured_streams(
     """Return the stream before every layer and after the last, of the tokens of the ensemble. Cost: 1 F."""
     streams = stack.stream(context)[:, mask]
     for place, x in enumerate(streams):
-        _require_finite(max(place - 1, 0), x)
+        _require_finite(stack, max(place - 1, 0), x)
     return streams.float()
 
 
-def _require_finite(layer: int, *values: Float[Tensor, "token d_model"]) -> None:
+def _require_finite(stack: Stack, layer: int, *values: Float[Tensor, "token d_model"]) -> None:
     if not all(x.isfinite().all() for x in values):
-        raise ValueError(f"the stream is not finite at layer {layer}: load the model in float32, or fix its weights")
+        raise ValueError(
+            f"the stream of {stack.name} is not finite at layer {layer}: load the model in float32, or fix its weights"
+        )
 
 
 class Totals(dict[Hashable, Tensor]):

@@ -197,7 +197,7 @@ def _row(
         batch_answers = None if answers is None else answers[first : first + len(unit)]
         add_predictions(totals, unit, context.tokens, batch_answers, original, {"other": (student, final)})
         first += len(unit)
-    draws = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
+    draws = weights(ensemble.n_units, sampling.resamples, sampling.seed)
     measures = _unexplained(totals, draws) | predictions(totals, "other", draws)
     counts = {"n_prompts": len(ensemble.tokens), "n_predictions": int(totals["predictions"].sum())}
     return counts | measure_columns(measures)

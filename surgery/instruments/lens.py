@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Mapping
 import pandas as pd
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble
@@ -79,12 +78,12 @@ def layers(
     """
     tokens = Tokens.of(tokens).to(stack.device)
     measured, fitted = halves(tokens, sampling.seed) if tuned else (tokens, tokens)
-    ensemble = Ensemble(measured, sampling)
+    ensemble = Ensemble.of(stack, measured, sampling)
     lenses = logit(stack)
     if tuned:
-        lenses |= translators(stack, Ensemble(fitted, sampling), ridge)
+        lenses |= translators(stack, Ensemble.of(stack, fitted, sampling), ridge)
     sums = readings(stack, ensemble, lenses)
-    draws = weights(len(measured), sampling.resamples if len(measured) > 1 else 0, sampling.seed)
+    draws = weights(len(measured), sampling.resamples, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     return pd.DataFrame(
         {"lens": lens, "layer": layer, "n_prompts": len(measured)}
@@ -134,9 +133,8 @@ def readings(stack: Stack, ensemble: Ensemble, lenses: Mapping[tuple[str, int], 
 
 def _streams(stack: Stack, ensemble: Ensemble, label: str) -> Iterator[Float[Tensor, "layer_plus_1 token d_model"]]:
     """Yield ``x_0 .. x_L`` at the ensemble's tokens, batch by batch."""
-    batches = list(ensemble.tokens.batches(ensemble.sampling.batch_size))
-    for batch in track(batches, label, disable=not ensemble.sampling.progress, transient=True):
-        stream = stack.stream(batch)[:, batch.ensemble(ensemble.sampling.skip_first)]
+    for _, context, mask in ensemble.batches(stack, label):
+        stream = stack.stream(context)[:, mask]
         if not stream.isfinite().all():
             raise ValueError(
                 f"the stream of {stack.name} is not finite on these prompts: its numbers overflow {stack.dtype}"

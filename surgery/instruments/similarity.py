@@ -146,10 +146,10 @@ def linearity(
     """
     measured, fitted = halves(Tokens.of(tokens).to(stack.device), sampling.seed)
     fits = [LeastSquares(stack.d_model) for _ in range(stack.n_layers)]
-    for visit in Ensemble(fitted, sampling).visits(stack, "fitting"):
+    for visit in Ensemble.of(stack, fitted, sampling).visits(stack, "fitting"):
         fits[visit.layer].add(visit.x[visit.mask], visit.u[visit.mask])
     maps = [fit.solve(ridge) for fit in fits]
-    ensemble = Ensemble(measured, sampling)
+    ensemble = Ensemble.of(stack, measured, sampling)
     missed = torch.zeros(stack.n_layers, len(measured), dtype=torch.float64)
     moments: dict[tuple[str, int], list[Moments]] = defaultdict(list)
     for visit in ensemble.visits(stack, "linearity"):
@@ -177,9 +177,8 @@ def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling(
     prompt is never paired with itself. Cost: 1 F and, per pair of layers, n_prompts^2 operations a resample. Memory:
     n_prompts^2 numbers a layer. Raises ValueError for fewer than four prompts with a token to measure.
     """
-    tokens = Tokens.of(tokens).to(stack.device)
-    ensemble = Ensemble(tokens, sampling)
-    usable = ensemble.mask.any(1)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    tokens, usable = ensemble.tokens, ensemble.mask.any(1)
     if usable.sum() < 4:
         raise ValueError(f"cka takes four prompts with a token to measure, there are {int(usable.sum())}: give more")
     tokens, mask = Tokens(tokens.ids[usable], tokens.mask[usable]), ensemble.mask[usable]
@@ -219,4 +218,4 @@ def _streams(stack: Stack, tokens: Tokens, chosen: Tensor, batch_size: int) -> F
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample prompt"]:
-    return weights(len(ensemble.tokens), resamples if len(ensemble.tokens) > 1 else 0, ensemble.sampling.seed)
+    return weights(len(ensemble.tokens), resamples, ensemble.sampling.seed)

@@ -32,7 +32,6 @@ from contextlib import nullcontext
 import pandas as pd
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from surgery.instruments.ablation import mean_updates
@@ -77,9 +76,7 @@ def effects(
     ensemble = Ensemble.of(stack, tokens, sampling)
     means = mean_updates(stack, ensemble).to(stack.device, stack.dtype)
     sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of squares, [layer, prompt] for each batch
-    batches = list(ensemble.tokens.batches(sampling.batch_size))
-    for batch in track(batches, "effects", disable=not sampling.progress, transient=True):
-        context, mask = stack.context(batch), batch.ensemble(sampling.skip_first)
+    for _, context, mask in ensemble.batches(stack, "effects"):
         stream = stack.stream(context)
         totals, directs = [], []
         with stack.frozen(context) if frozen else nullcontext():
@@ -91,7 +88,7 @@ def effects(
         finals = [torch.stack([x[mask] for x in streams]) for streams in (totals, directs)]
         prompts = mask.nonzero()[:, 0]
         for name, squares in _squares(stack, stream[-1][mask], *finals).items():
-            empty = torch.zeros(stack.n_layers, len(batch), dtype=torch.float64)
+            empty = torch.zeros(stack.n_layers, len(mask), dtype=torch.float64)
             sums[name].append(empty.index_add(1, prompts.cpu(), squares))
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()

@@ -86,7 +86,7 @@ def grid(
         if outside:
             raise ValueError(f"a threshold of {name} lies between {least} and 1, got {outside[0]}")
     ensemble = Ensemble.of(stack, tokens, sampling)
-    draws = weights(len(ensemble.tokens), sampling.resamples if len(ensemble.tokens) > 1 else 0, sampling.seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     sums = lens.readings(stack, ensemble, lens.logit(stack))
     after_layers = range(1, stack.n_layers + 1)

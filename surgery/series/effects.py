@@ -218,7 +218,7 @@ class _Tally:
     """Per-prompt moments of clean and changed updates, and relative effects token by token, by pair of layers."""
 
     def __init__(self, stack: Stack, n_prompts: int, resamples: int, seed: int) -> None:
-        self.stack, self.draws = stack, weights(n_prompts, resamples if n_prompts > 1 else 0, seed)
+        self.stack, self.draws = stack, weights(n_prompts, resamples, seed)
         self.prompts: list[Int[Tensor, " row"]] = []  # the prompt of every row of the moments, again for every cut
         self.owners: list[Int[Tensor, " token"]] = []  # the prompt of every token
         self.sizes: defaultdict[int, list[Moments]] = defaultdict(list)
@@ -323,7 +323,7 @@ def _outputs(
                     sums["l2"][layer].index_add_(0, owner, l2)
                     sums["kl"][layer].index_add_(0, owner, kl)
                     largest[layer] = max(float(largest[layer]), float(l2.max()))
-    return weights(n_prompts, sampling.resamples if n_prompts > 1 else 0, sampling.seed), sums, largest
+    return weights(n_prompts, sampling.resamples, sampling.seed), sums, largest
 
 
 def _distances(

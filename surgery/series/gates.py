@@ -37,7 +37,6 @@ import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -140,9 +139,9 @@ def hessian(
     [0.0, 0.0, 0.0]
     """
     _check(stack)
-    tokens = Tokens.of(tokens).to(stack.device)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     curvatures, margins = [], []
-    for context, mask in _batches(stack, tokens, sampling=sampling):
+    for _, context, mask in ensemble.batches(stack, "gates"):
         with torch.no_grad():
             final = stack.stream(context)[-1]
         margin, slope = _margin(stack, final, mask)
@@ -157,9 +156,9 @@ def hessian(
         curvatures.append(torch.stack(second).double().cpu())
         margins.append(margin)
     curvature, margin = torch.cat(curvatures, -1), torch.cat(margins)
-    draws = weights(len(tokens), sampling.resamples, sampling.seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     return pd.DataFrame(
-        {"earlier": earlier, "later": later, "n_prompts": len(tokens)}
+        {"earlier": earlier, "later": later, "n_prompts": len(ensemble.tokens)}
         | columns("hessian", ratio(draws @ curvature[earlier, later], draws @ margin))
         for earlier, later in itertools.combinations(range(stack.n_layers), 2)
     )
@@ -191,10 +190,10 @@ def path_lengths(
     >>> frame.share[2:].round(5).tolist()
     [0.0, 0.0]
     """
-    tokens = Tokens.of(tokens).to(stack.device)
-    root = _root_covariance(stack, tokens, sampling.skip_first, sampling.batch_size)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    root = _root_covariance(stack, ensemble)
     energies = []
-    for context, mask in _batches(stack, tokens, sampling=sampling):
+    for _, context, mask in ensemble.batches(stack, "gates"):
         stream = stack.stream(context)
         gradients = [_margin(stack, stream[-1], mask)[1]]
         with _running(stack, context, frozen):
@@ -206,21 +205,15 @@ def path_lengths(
                 gradients = [past + through for past, through in zip([*gradients, none], [none, *branch], strict=True)]
         weighted = torch.stack([g.detach().double() @ root.to(g.device) for g in gradients])
         energies.append((weighted.square().sum(-1) * mask).sum(-1).cpu())
-    draws = weights(len(tokens), sampling.resamples, sampling.seed)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     sizes = (draws @ torch.cat(energies, 1).T).sqrt()
     shares = sizes / sizes.sum(1, keepdim=True)
     mean = columns("mean_branches", shares @ torch.arange(stack.n_layers + 1).double())
     rows: list[dict[str, float]] = [
-        {"branches": k, "n_prompts": len(tokens)} | columns("share", share) | mean for k, share in enumerate(shares.T)
+        {"branches": k, "n_prompts": len(ensemble.tokens)} | columns("share", share) | mean
+        for k, share in enumerate(shares.T)
     ]
     return pd.DataFrame(rows)
-
-
-def _batches(stack: Stack, tokens: Tokens, sampling: Sampling) -> Iterator[tuple[Context, Bool[Tensor, "batch pos"]]]:
-    """Yield context and tokens of the ensemble of every batch; ValueError if there is no token to measure."""
-    batches = list(Ensemble(tokens, sampling.but(progress=False)).tokens.batches(sampling.batch_size))
-    for batch in track(batches, "gates", disable=not sampling.progress, transient=True):
-        yield stack.context(batch), batch.ensemble(sampling.skip_first)
 
 
 @contextmanager
@@ -249,12 +242,10 @@ def _margin(
     return torch.zeros(len(mask), dtype=torch.float64).index_add(0, prompts, torch.cat(margins)), slope
 
 
-def _root_covariance(
-    stack: Stack, tokens: Tokens, skip_first: bool, batch_size: int
-) -> Float[Tensor, "d_model d_model"]:
+def _root_covariance(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "d_model d_model"]:
     """Return the symmetric square root of the embeddings' covariance."""
-    contexts = _batches(stack, tokens, sampling=Sampling(skip_first=skip_first, batch_size=batch_size, progress=False))
-    x = torch.cat([context.x0[mask].double().cpu() for context, mask in contexts])
+    contexts = ensemble.batches(stack, "embeddings")
+    x = torch.cat([context.x0[mask].double().cpu() for _, context, mask in contexts])
     values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 

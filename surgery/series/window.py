@@ -174,7 +174,7 @@ def windows(
                 else:
                     list(updates)
                 bar.advance(task)
-    draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
+    draws = weights(len(tokens), sampling.resamples, sampling.seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
     for start in starts:
         layers = units.after(start, longest)
@@ -280,7 +280,7 @@ def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFra
             finals["skip", layer] = x[:, :-1][predicting]
         sums.add(predicting.sum(1), "predictions")
         _record_damage(stack, batch, stream[-1], finals, sums)
-    draws = weights(len(tokens), sampling.resamples if len(tokens) > 1 else 0, sampling.seed)
+    draws = weights(len(tokens), sampling.resamples, sampling.seed)
     count = draws @ sums["predictions",]
     rows = (
         {"layer": layer}

@@ -27,16 +27,38 @@ RESAMPLES = 400
 
 
 def weights(n_prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[Tensor, "resample prompt"]:
-    """Return how often each prompt is drawn in each resample; row 0 draws every prompt once (the estimate itself).
+    """Return the weight of each prompt in each resample; row 0 weighs every prompt 1 (the estimate itself).
+
+    Rows sum to ``n_prompts``, but a resample draws fewer prompts, ``drawn(n_prompts)``, each of which then weighs more:
+    drawing all makes percentile intervals of few prompts too narrow. One prompt has no resamples, and so no interval.
 
     >>> weights(3, resamples=2)[0].tolist()
     [1.0, 1.0, 1.0]
+    >>> weights(1).shape[0]
+    1
     """
     if n_prompts < 1:
         raise ValueError("there is no prompt to resample")
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=resamples)
+    generator, count = np.random.default_rng(seed), drawn(n_prompts)
+    size = resamples if n_prompts > 1 else 0
+    draws = generator.multinomial(count, np.full(n_prompts, 1 / n_prompts), size=size) * (n_prompts / count)
     return torch.from_numpy(np.vstack([np.ones(n_prompts), draws]))
+
+
+def drawn(n_prompts: int) -> int:
+    """Return how many prompts a resample draws so that a percentile interval is as wide as Student's t makes it.
+
+    The bootstrap of a mean has variance ``s^2 (n - 1) / n / m`` for m draws of n, where a t interval takes ``s^2 / n``
+    and a quantile that is larger than the normal one. So ``m = (n - 1) (z / t)^2``: 1 for 2 or 3 prompts, 13 for 16,
+    61 for 64; the same correction as expanding the percentiles (Hesterberg 2015, arXiv 1411.5279).
+
+    >>> [drawn(n) for n in (2, 5, 16, 64, 256)]
+    [1, 2, 13, 61, 253]
+    """
+    if n_prompts < 2:
+        return 1
+    z, t = scipy.stats.norm.ppf(0.975), scipy.stats.t.ppf(0.975, n_prompts - 1)
+    return max(1, round((n_prompts - 1) * (z / t) ** 2))
 
 
 @dataclass(frozen=True)

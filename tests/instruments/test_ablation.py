@@ -119,7 +119,7 @@ def test_it_costs_what_it_says(monkeypatch):
     ):
         for kind, frozen, more in (("skip", False, 1), ("mean", False, 2), ("mean", True, 3)):
             calls.clear()
-            damage(stack, TOKENS, sets, kind, amount, frozen=frozen)
+            damage(stack, TOKENS, sets, kind, amount, frozen=frozen, sampling=Sampling(skip_massive=False))
             assert len(calls) == expected + 6 * more
 
 

@@ -125,7 +125,7 @@ def test_pairs_of_the_untrained_transformer_lie_inside_noise():
     frame = pairs(
         Stack(known_networks.random_network(n_layers=4)),
         known_networks.tokens(32, 10),
-        sampling=Sampling(resamples=100),
+        sampling=Sampling(resamples=400),
     )
     assert (frame["status"] == "inside noise").all()
     assert (frame["q"] > 0.05).all()
@@ -147,7 +147,7 @@ def test_architectures(load, name, tmp_path):
 def test_it_costs_what_it_says(monkeypatch):
     stack, run, calls = build_system(**SERIES), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    pairs(stack, TOKENS, sampling=Sampling(resamples=0))
+    pairs(stack, TOKENS, sampling=Sampling(resamples=0, skip_massive=False))
     assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3)
 
 

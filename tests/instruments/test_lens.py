@@ -104,11 +104,11 @@ def test_it_costs_what_it_says(monkeypatch):
     read = Stack.readout
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(1) or run(*arguments))
     monkeypatch.setattr(Stack, "readout", lambda self, x, **options: heads.append(1) or read(self, x, **options))
-    lens.layers(stack, TOKENS, tuned=False, sampling=Sampling(resamples=0))
+    lens.layers(stack, TOKENS, tuned=False, sampling=Sampling(resamples=0, skip_massive=False))
     assert (len(calls), len(heads)) == (3, 3 + 2)
     calls.clear()
     heads.clear()
-    lens.layers(stack, TOKENS, sampling=Sampling(resamples=0))
+    lens.layers(stack, TOKENS, sampling=Sampling(resamples=0, skip_massive=False))
     assert (len(calls), len(heads)) == (2 * 3, 2 * 3 + 4)  # each walk meets half of the prompts
 
 

@@ -1,4 +1,4 @@
-"""Which tokens are left out for massive activations, which are not, and what the remaining ones hold of the variance."""
+"""Which tokens are left out for massive activations, which are not, and what the others hold of the variance."""
 
 import pytest
 import torch

@@ -181,13 +181,13 @@ def test_cka_of_unrelated_streams_is_nought_and_of_the_same_is_one():
 def test_cost_is_what_it_says(monkeypatch):
     stack, calls, run = Stack(known_networks.random_network(n_layers=3)), [], Engine.layer
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    tokens = known_networks.tokens(6, 6)
+    tokens, sampling = known_networks.tokens(6, 6), Sampling(resamples=0, skip_massive=False)
     for measure in (similarity.layers, similarity.angles, similarity.cka):
         calls.clear()
-        measure(stack, tokens, sampling=Sampling(resamples=0))
+        measure(stack, tokens, sampling=sampling)
         assert len(calls) == 3
     calls.clear()
-    similarity.linearity(stack, tokens, sampling=Sampling(resamples=0))
+    similarity.linearity(stack, tokens, sampling=sampling)
     assert len(calls) == 2 * 3  # half of the prompts each
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.stats.bootstrap import Moments, columns, interval, ratio, rotation, weights
+from surgery.stats.bootstrap import Moments, columns, drawn, interval, ratio, rotation, weights
 from surgery.stats.permutation import p_value, sign_flips, signs
 
 
@@ -42,7 +42,7 @@ def test_every_resample_is_exact_on_the_data_it_stands_for(data):
     draws = weights(7, 20, seed=4)
     found = Moments.of(a, b, mask).covariance(draws)
     for row, value in zip(draws, found, strict=True):
-        prompts = torch.repeat_interleave(torch.arange(7), row.long())
+        prompts = torch.repeat_interleave(torch.arange(7), (row / row[row > 0].min()).round().long())
         keep = mask[prompts]
         assert value.item() == pytest.approx(covariance(a[prompts][keep].numpy(), b[prompts][keep].numpy()), rel=1e-10)
 
@@ -91,14 +91,28 @@ def test_float32_streams_are_summed_in_float64():
     assert Moments.of(a).covariance(weights(50, 0)).item() == pytest.approx(expected, rel=1e-8)
 
 
-def test_weights_draw_as_many_prompts_as_there_are():
+def test_weights_stand_for_draws_of_fewer_prompts_than_there_are():
     draws = weights(9, resamples=50, seed=1)
     assert draws.shape == (51, 9)
     assert draws[0].tolist() == [1] * 9
-    assert (draws.sum(1) == 9).all()
-    assert (draws == draws.round()).all()
+    torch.testing.assert_close(draws.sum(1), torch.full((51,), 9.0, dtype=torch.float64))
+    times = draws[1:] * drawn(9) / 9
+    torch.testing.assert_close(times, times.round())
+    assert (times.sum(1).round() == drawn(9)).all()
     assert (draws >= 0).all()
     assert len({tuple(row) for row in draws.tolist()}) > 40
+
+
+@pytest.mark.parametrize("n_prompts", [6, 16, 64])
+def test_the_interval_of_a_mean_holds_it_as_often_as_it_says(n_prompts):
+    samples = np.random.default_rng(n_prompts).normal(size=(1000, n_prompts))
+    draws = weights(n_prompts, 300).numpy()
+    low, high = np.quantile(samples @ draws[1:].T / n_prompts, [0.025, 0.975], axis=1)
+    assert 0.93 < ((low < 0) & (high > 0)).mean() < 0.98
+
+
+def test_one_prompt_has_no_interval():
+    assert weights(1, 50).shape == (1, 1)
 
 
 def test_weights_follow_the_seed():
