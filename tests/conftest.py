@@ -6,6 +6,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
 
 import functools
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--until") is None:  # else the nearest to a change go first, as they were asked for
         places = {TESTS / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the libraries made when they were imported is not searched again for what nobody needs
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -171,7 +171,7 @@ def _boot(
         device="cpu",
     )
     with building.quickly():
-        return TransformerBridge.boot_native(config, dtype=dtype)
+        return TransformerBridge.boot_native(config, dtype=dtype).eval()
 
 
 def _weights(model: TransformerBridge) -> dict[str, Tensor]:

@@ -11,14 +11,17 @@ from torch import nn
 def measuring(training: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Context manager: modules that are in ``training`` mode are in evaluation mode (no dropout, no gradient
     checkpointing), autocast is off, and torch's defaults are its own; then everything is as before."""
-    with ExitStack() as restored:
+    try:
         for module in training:
-            module.training = False
-            restored.callback(setattr, module, "training", True)
-        if torch.is_autocast_enabled(device.type):
-            restored.enter_context(torch.autocast(device.type, enabled=False))
-        restored.enter_context(defaults())
-        yield
+            vars(module)["training"] = False  # as the attribute, without torch's search for what it might be
+        with ExitStack() as restored:
+            if torch.is_autocast_enabled(device.type):
+                restored.enter_context(torch.autocast(device.type, enabled=False))
+            restored.enter_context(defaults())
+            yield
+    finally:
+        for module in training:
+            vars(module)["training"] = True
 
 
 @contextmanager

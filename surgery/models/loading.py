@@ -103,7 +103,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
         if model.adapter.cfg.architecture == "TransformerLensNative":
             config = copy.deepcopy(model.cfg)
             config.seed = seed
-            return TransformerBridge.boot_native(config)
+            return TransformerBridge.boot_native(config).eval()
         layers = [getattr(block, "original_component", block) for block in model.blocks]
         config = configs.own_layers(model.original_model.config, layers)
         fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()

@@ -34,7 +34,7 @@ def network(maps, embedding, biases=None, norm=None, d_head=8):
         device="cpu",
     )
     with building.quickly():
-        model = TransformerBridge.boot_native(config, dtype=torch.float64)
+        model = TransformerBridge.boot_native(config, dtype=torch.float64).eval()
     weight = parameters(model)
     weight["tok_embed.weight"][:] = embedding
     for layer, linear in enumerate(maps):
