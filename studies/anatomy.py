@@ -77,14 +77,19 @@ def main() -> None:
         )
         print(f"\n== {name}\n")
         for title, frame in (
-            ("Boundaries, posterior over resampled prompts", anatomy.boundaries),
+            ("Boundaries, share of resampled prompts", anatomy.boundaries),
             ("Number of breaks", anatomy.segments.drop(columns=["heldout_error_low", "heldout_error_high"])),
             ("Detectors", anatomy.detectors),
             (
                 "Content against language",
                 anatomy.convergence.frame[["layer", "same_content", "same_language", "neither"]],
             ),
-            ("Ends minus middle", anatomy.ends[["kind", "D", "D_low", "D_high", "D_over_N", "p_windows"]]),
+            (
+                "Ends minus middle",
+                anatomy.ends[
+                    ["kind", "D", "D_low", "D_high", "D_in", "D_out", "D_over_rotated", "p_windows", "p_rotated"]
+                ],
+            ),
         ):
             print(f"{title}\n{frame.round(2).to_string(index=False)}\n")
         print(*say.sentences(anatomy.tables, stack.n_layers), sep="\n")

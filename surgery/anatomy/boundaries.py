@@ -4,8 +4,8 @@ r"""Where input translation, reasoning and output translation begin and end, and
 
     features        what every layer is like, under every resample of the prompts
     functional      where repeating layers helps or harms, from a scan of every repeated span
-    detectors       the two boundaries, by every kind of evidence by itself
-    agreement       how far apart the detectors are, and how far chance would put them
+    detectors       the two boundaries, by every kind of evidence by itself, and whether it shows any
+    agreement       how far apart the detectors are, and how far smooth drift would put them
     locate          all of that, ``surgery.anatomy.convergence`` and the test of ``surgery.anatomy.ends_against_middle``
 
 The boundaries are found on one half of the prompts and the ends are compared with the middle on the other, and no
@@ -16,6 +16,7 @@ family         features of layer l (x its entry, u its update, x + u what leaves
 =============  =======================================================================================================
 lens           KL(final || logit lens) as log(1 + KL), and entropy of the logit lens, both of x + u (nats)
 growth         log n(u)/n(x), centred
+size           log n(u), centred: a loud part swells the stream, and layers behind it look small beside that
 kappa          -E<c(u), c(x)> / E|c(x)|^2, ``surgery.reversion``
 influence      1 - E cos(x, x + u): block influence (Men et al. 2024, arXiv 2403.03853)
 cka            linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of x + u with what leaves every layer,
@@ -23,12 +24,13 @@ cka            linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of x + u wit
 convergence    SC - SL of x + u (``surgery.anatomy.convergence``), if parallel sentences are given
 =============  =======================================================================================================
 
-Layer 0 gets the growth, kappa and influence of layer 1: beside a small embedding any update is huge. All families have
-the same weight. None is R or S; but a layer with a large update moves the stream more, and S grows with that, so read D
-of R/N.
+Layer 0 gets the growth, kappa and influence of layer 1: beside a small embedding any update is huge. A brain scan is
+one more family (``functional``). The boundaries are placed by the family that shows parts most clearly
+(``surgery.stats.changepoints.drift_test``); where none does, by all with the same weight. None is R or S; but a layer
+with a large update moves the stream more, and S grows with that, so D of R/R_rotated has to agree.
 
-Compare with the same architecture untrained, and read ``p_drift`` (``surgery.stats.changepoints``) before any boundary:
-a stack that drifts has none. A dozen layers resolve little.
+Compare with the same architecture untrained, and read ``p_drift`` of ``segments`` before any boundary: a stack that
+drifts has none, however stable the place is under resampling. Its ``power`` says what a miss means.
 
 >>> from surgery import Stack, load
 >>> from surgery.corpus import bundled
@@ -65,6 +67,7 @@ SAMPLING = Sampling(resamples=200)
 SPLITS = 20  # random halves of the prompts on which the number of breaks is compared
 CKA_TOKENS = 256
 BOUNDARIES = ("in", "out")
+SURE = 0.05  # p_adjusted below which evidence shows parts
 DETECTORS_COLUMNS = {
     "detector": "what the boundaries are read from",
     "boundary": "in (input part | middle) or out (middle | output part)",
@@ -73,16 +76,18 @@ DETECTORS_COLUMNS = {
     "layer_high": "upper end of its 95 % interval",
     "depth": "layer as a fraction of the model's layers",
     "gain": "share of the features' variance over layers that the two breaks explain",
-    "p_drift": "share of smooth paths that two breaks explain as well: below .05 there is something to be found",
+    "p_drift": "share of smooth paths that two breaks explain as well, of this evidence by itself",
+    "excess": "how much more breaks explain of it than of smooth paths, in SD of these (of the logit of gain)",
+    "p_adjusted": "the same, corrected for all the kinds of evidence: below .05 it shows three parts",
 }
 AGREEMENT_COLUMNS = {
     "boundary": "in or out",
-    "n_detectors": "detectors that find it",
+    "n_detectors": "kinds of evidence that place it, each by itself",
     "earliest": "the first layer that any puts it at",
     "latest": "the last",
     "sd": "standard deviation over detectors, layers",
-    "sd_random": "the same of as many detectors that place both boundaries at random",
-    "p_random": "share of random placements that agree as closely",
+    "sd_drift": "the same on smooth paths, which have no boundary to agree on",
+    "p_drift": "share of smooth paths on which the detectors agree as closely",
 }
 KINDS_COLUMNS = {
     "kind": "prompts of which kind",
@@ -90,6 +95,7 @@ KINDS_COLUMNS = {
     "D": "D on the one kind minus D on the other: does the contrast of ends and middle differ there?",
     "D_low": "lower end of its 95 % interval",
     "D_high": "upper end of its 95 % interval",
+    "p": "two-sided p of the difference, over resamples of prompts and boundaries",
 }
 
 
@@ -102,9 +108,10 @@ class Features:
     values: Float[np.ndarray, "resample layer feature"]
 
     def of(self, family: str) -> "Features":
-        """Return the features of one family alone."""
-        chosen = np.array(self.families) == family
-        return Features((family,) * int(chosen.sum()), self.values[:, :, chosen])
+        """Return the features of one family alone; all of them if it is ``changepoints.ALL``."""
+        chosen = np.array([family in (name, changepoints.ALL) for name in self.families])
+        families = tuple(name for name in self.families if family in (name, changepoints.ALL))
+        return Features(families, self.values[:, :, chosen])
 
     def rows(self, resamples: slice) -> "Features":
         """Return some of the resamples."""
@@ -181,14 +188,16 @@ def locate(
     whole, halves = every.rows(slice(sampling.resamples + 1)), every.rows(slice(sampling.resamples + 1, None)).values
     pairs = list(zip(halves[::2], halves[1::2], strict=True))
     heldout = changepoints.heldout(pairs, every.families, min_size=min_size)
-    curve = skyline = None
+    curve = None
     if utterances is not None:
         curve = convergence.curve(stack, utterances, sampling=sampling)
         whole = whole + Features(("convergence",), curve.difference[:, 1:, None].numpy())
     if scan is not None:
-        skyline = functional(scan, stack.n_layers, metric, sampling.resamples, sampling.seed)
-    placements = changepoints.places(whole.standardised, 2, min_size)
-    by_detector = detectors(whole, skyline, curve, min_size, drifts, sampling.seed)
+        whole = whole + functional(scan, stack.n_layers, metric, sampling.resamples, sampling.seed)
+    by_detector = detectors(whole, curve, min_size, drifts, sampling.seed)
+    shown = by_detector[by_detector["p_adjusted"] < SURE].sort_values("excess", kind="stable")
+    telling = changepoints.ALL if shown.empty else str(shown["detector"].iloc[-1])
+    placements = changepoints.places(whole.of(telling).standardised, 2, min_size)
     names = sorted(set(kinds)) if len(set(kinds)) > 1 else []
     groups = {"all": testing} | {kind: testing[[kinds[i] == kind for i in testing]] for kind in names}
     profiles = {
@@ -197,9 +206,9 @@ def locate(
     }
     return Anatomy(
         boundaries=changepoints.posterior(placements),
-        segments=_segments(heldout, whole, min_size, drifts, sampling.seed),
+        segments=_segments(heldout, whole, telling, min_size, drifts, sampling.seed),
         detectors=by_detector,
-        agreement=agreement(by_detector, stack.n_layers, min_size, seed=sampling.seed),
+        agreement=agreement(whole, min_size, drifts, sampling.seed),
         ends=_ends(profiles, placements, sampling.seed),
         by_kind=_by_kind(profiles, placements),
         convergence=curve,
@@ -247,7 +256,9 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
         distance = 1 - torch.cosine_similarity(visit.x.double(), (visit.x + visit.u).double(), dim=-1)
         influence[visit.layer].append(distance.masked_fill(~visit.mask, 0).sum(1).cpu())
         leaving[visit.layer].append((visit.x + visit.u)[visit.mask].double().cpu())
-    drifts = [Step.concatenate(parts).drift(draws) for parts in steps]
+    summed = [Step.concatenate(parts) for parts in steps]
+    drifts = [step.drift(draws) for step in summed]
+    spread = [step.variance(draws).sqrt() for step in summed]
     read = lens.readings(
         stack, ensemble, {key: translator for key, translator in lens.logit(stack).items() if key[1] > 0}
     )
@@ -258,6 +269,7 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
             [draws @ read["logit", layer + 1][entropy] / count for layer in range(stack.n_layers)],
         ],
         "growth": [[drift.growth.log() for drift in drifts]],
+        "size": [[(drift.growth * size).log() for drift, size in zip(drifts, spread, strict=True)]],
         "kappa": [[drift.kappa for drift in drifts]],
         "influence": [[draws @ torch.cat(parts) / count for parts in influence]],
     }
@@ -295,69 +307,59 @@ def functional(
         same = stops - starts == size
         gains[:, same] -= gains[:, same].mean(1, keepdims=True)
     skyline = [[gains[:, ends == place].mean(1) for place in range(n_layers)] for ends in (starts, stops - 1)]
-    return Features(("functional",) * 2, rearrange(np.array(skyline), "end layer resample -> resample layer end"))
+    return Features(("brain scan",) * 2, rearrange(np.array(skyline), "end layer resample -> resample layer end"))
 
 
 def detectors(
-    whole: Features,
-    skyline: Features | None = None,
-    curve: Convergence | None = None,
-    min_size: int = 2,
-    drifts: int = 200,
-    seed: int = 0,
+    whole: Features, curve: Convergence | None = None, min_size: int = 2, drifts: int = 200, seed: int = 0
 ) -> pd.DataFrame:
-    """Return two rows per detector, ``DETECTORS_COLUMNS``: all features, every family by itself, the scan, SC > SL.
+    """Return two rows per detector, ``DETECTORS_COLUMNS``: all features, every family by itself, SC > SL.
 
-    ``whole`` are the ``features``, ``skyline`` is that of ``functional``. No forward pass.
+    ``whole`` are the ``features``, with that of ``functional`` added if there is a scan. No forward pass.
     """
-    evidence = {"all features": whole} | {name: whole.of(name) for name in dict.fromkeys(whole.families)}
-    if skyline is not None:
-        evidence["brain scan"] = skyline
-    rows = []
-    for name, group in evidence.items():
-        path = group.standardised
-        p, _ = changepoints.drift_null(path[0], group.families, 2, min_size, drifts, seed)
-        rows += _rows(
-            name,
-            changepoints.places(path, 2, min_size),
-            path.shape[1],
-            gain=changepoints.gain(path[0], 2, min_size),
-            p_drift=p,
-        )
+    tests = changepoints.drift_test(whole.standardised[0], whole.families, 2, min_size, drifts, seed)
+    rows, n_layers = [], whole.values.shape[1]
+    for name, test in tests.iloc[::-1].iterrows():
+        placed = changepoints.places(whole.of(str(name)).standardised, 2, min_size).astype(float)
+        placed[:] = placed if np.isfinite(test["gain"]) else np.nan
+        rows += _rows(str(name), placed, n_layers, **test[["gain", "p_drift", "excess", "p_adjusted"]])
     if curve is not None:
-        rows += _rows("SC > SL", curve.reach(), whole.values.shape[1])
+        rows += _rows("SC > SL", curve.reach(), n_layers)
     return pd.DataFrame(rows, columns=list(DETECTORS_COLUMNS))
 
 
-def agreement(
-    by_detector: pd.DataFrame, n_layers: int, min_size: int = 2, draws: int = 2000, seed: int = 0
-) -> pd.DataFrame:
-    """Return how far apart the detectors' boundaries are, ``AGREEMENT_COLUMNS``.
+def agreement(whole: Features, min_size: int = 2, drifts: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Return how far apart the families put each boundary, ``AGREEMENT_COLUMNS``, every one by itself.
 
-    ``all features`` is left out, as it repeats the other evidence. ``p_random`` compares with detectors that place both
-    boundaries anywhere, so that every part has ``min_size`` layers or more.
+    Features of one model drift together, and two breaks cut similar drifts at similar places: so the null is how far
+    apart the families are on smooth paths (``changepoints.drift_paths``; of its two kinds the larger p). Families that
+    do not vary place nothing. No forward pass.
     """
-    generator, rows = np.random.default_rng((seed, 7)), []
-    allowed = np.array(
-        [(a, b) for a in range(min_size, n_layers) for b in range(a + min_size, n_layers - min_size + 1)]
+    path = whole.standardised[0]
+    names = [name for name in dict.fromkeys(whole.families) if whole.of(name).standardised[0].any()]
+    own = np.array([changepoints.breaks(whole.of(name).standardised[0], 2, min_size) for name in names])
+    smooth = rearrange(
+        changepoints.drift_paths(path, drifts, seed), "kind draw layer feature -> (kind draw) layer feature"
     )
-    for place, name in enumerate(BOUNDARIES):
-        own = (by_detector["boundary"] == name) & (by_detector["detector"] != "all features")
-        layers = by_detector[own]["layer"].dropna()
-        chance = allowed[generator.integers(len(allowed), size=(draws, len(layers))), place].std(1)
-        sd = float(layers.std(ddof=0))
+    simulated = Features(whole.families, smooth)
+    placed = [changepoints.places(simulated.of(name).standardised, 2, min_size) for name in names]
+    spread = rearrange(np.std(placed, axis=0), "(kind draw) boundary -> kind draw boundary", kind=2)
+    rows = []
+    for place, boundary in enumerate(BOUNDARIES):
+        layers, sd, drift = own[:, place], float(own[:, place].std()), spread[..., place]
+        p = (1 + (drift <= sd + 1e-9).sum(1)) / (drifts + 1)
         rows.append(
             {
-                "boundary": name,
-                "n_detectors": len(layers),
+                "boundary": boundary,
+                "n_detectors": len(names),
                 "earliest": layers.min(),
                 "latest": layers.max(),
                 "sd": sd,
-                "sd_random": float(chance.mean()),
-                "p_random": float((1 + (chance <= sd + 1e-9).sum()) / (draws + 1)),
+                "sd_drift": float(drift[p.argmax()].mean()),
+                "p_drift": float(p.max()),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
 
 
 def _rows(name: str, places: np.ndarray, n_layers: int, **more: float) -> list[dict]:
@@ -381,23 +383,27 @@ def _rows(name: str, places: np.ndarray, n_layers: int, **more: float) -> list[d
     return rows
 
 
-def _segments(heldout: pd.DataFrame, whole: Features, min_size: int, drifts: int, seed: int) -> pd.DataFrame:
-    """Return ``heldout`` with where the breaks are, what they explain, and what they explain of smooth drift."""
-    path, rows = whole.standardised[0], []
+def _segments(
+    heldout: pd.DataFrame, whole: Features, telling: str, min_size: int, drifts: int, seed: int
+) -> pd.DataFrame:
+    """Return ``heldout`` with where the ``telling`` evidence has its breaks, what they explain, and the p of all."""
+    path, rows = whole.standardised[0], list[dict[str, str | float]]()
+    chosen = whole.of(telling).standardised[0]
     for count in heldout["breaks"]:
-        p, gain = (np.nan, np.nan)
+        row: dict[str, str | float] = {
+            "evidence": telling,
+            "boundaries": " ".join(map(str, changepoints.breaks(chosen, count, min_size))),
+            "gain": changepoints.gain(chosen, count, min_size),
+        }
         if count:
-            p, gain = changepoints.drift_null(path, whole.families, count, min_size, drifts, seed)
-        cut = changepoints.breaks(path, count, min_size)
-        rows.append(
-            {
-                "boundaries": " ".join(map(str, cut)),
-                "gain": changepoints.gain(path, count, min_size),
-                "p_drift": p,
-                "gain_drift": gain,
-            }
-        )
-    return pd.concat([heldout, pd.DataFrame(rows)], axis=1)
+            tests = changepoints.drift_test(path, whole.families, count, min_size, drifts, seed)
+            row["p_drift"] = float(tests["p_adjusted"].min())
+            row["gain_drift"] = float(tests["gain_drift"][telling])
+        if count == 2:
+            row["power"] = changepoints.power(path, whole.families, count, min_size, seed=seed)
+        rows.append(row)
+    columns = ["evidence", "boundaries", "gain", "p_drift", "gain_drift", "power"]
+    return pd.concat([heldout, pd.DataFrame(rows, columns=columns)], axis=1)
 
 
 def _cka(

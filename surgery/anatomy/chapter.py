@@ -19,24 +19,33 @@ def _draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
 
 def _section(tables: Tables, manifests: Manifests) -> Section:
     """How the parts are found and tested, and the contrast of ends and middle."""
+    contrast = tables[files.ENDS]
     paragraphs = [
         "Boundaries are placed on one half of the prompts by features of every layer that are not the ones tested; the "
         "ends are compared with the middle on the other half. D = mean S of the windows in the ends minus that in the "
-        "middle: below 0 the ends are more parallel. It has to hold of R/N too: S grows with the size of updates.",
-        "A smooth drift always looks divided: p_drift says how often one would be divided as clearly. Where it is not "
-        "below .05, there are no parts to be found, wherever the boundaries were placed.",
+        "middle: below 0 the ends are more parallel. Both ends have to differ, and R/R rotated too: S grows with the "
+        "size of updates, whoever reads them, and so does what rotated writes do.",
+        "A smooth drift always looks divided: p_drift says how often one would be divided as clearly, corrected for "
+        "all the kinds of evidence. Where it is not below .05, it is not shown that there are parts, wherever the "
+        "boundaries were placed and however stable they are under resampling.",
     ]
+    if (contrast["length"] == 2).all():
+        paragraphs.append("In windows of two layers R and O are the same, so that S is one number, not two that agree.")
     cells = [
         [
             Cell(row["kind"]),
             cell(row, "D"),
-            cell(row, "D_over_N"),
+            cell(row, "D_in"),
+            cell(row, "D_out"),
+            cell(row, "D_over_rotated"),
             number_cell(row["p_windows"]),
+            number_cell(row["p_rotated"]),
             Cell(row["verdict"]),
         ]
-        for row in rows(tables[files.ENDS])
+        for row in rows(contrast)
     ]
-    table = Table("The ends against the middle", ["prompts", "D", "of R/N", "p, windows", "verdict"], cells)
+    names = ["prompts", "D", "first end", "last end", "of R/R rotated", "p, windows", "p, rotated", "verdict"]
+    table = Table("The ends against the middle", names, cells)
     return Section("anatomy", "Where the parts begin and end", paragraphs=paragraphs, tables=[table])
 
 

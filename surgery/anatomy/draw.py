@@ -76,17 +76,22 @@ def convergence(frame: pd.DataFrame) -> Figure:
 
 
 def ends(frame: pd.DataFrame) -> Figure:
-    """D and D of R/N with intervals, a row per kind of prompts (``surgery.anatomy.ends_against_middle.COLUMNS``)."""
-    figure = Figure(figsize=(9, 0.45 * len(frame) + 1.8), layout="constrained")
+    """D, of each end too, and D of R/R_rotated with intervals, a row per kind of prompts
+    (``surgery.anatomy.ends_against_middle.COLUMNS``)."""
+    figure = Figure(figsize=(9, 0.6 * len(frame) + 2.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, name, label in ((left, "D", "of S"), (right, "D_over_N", "of R/N")):
-        value, low, high = (frame[f"{name}{end}"].astype(float) for end in ("", "_low", "_high"))
-        axes.hlines(range(len(frame)), low, high, color=BLUE, linewidth=2)
-        axes.plot(value, range(len(frame)), "o", color=ACCENT)
+    shown = {"D": ("both ends", ACCENT), "D_in": ("first end", BLUE), "D_out": ("last end", GREY)}
+    for axes, names, label in ((left, shown, "of S"), (right, {"D_over_rotated": shown["D"]}, "of R/R rotated")):
+        for place, (name, (which, colour)) in enumerate(names.items()):
+            value, low, high = (frame[f"{name}{end}"].astype(float) for end in ("", "_low", "_high"))
+            heights = [row + 0.2 * place for row in range(len(frame))]
+            axes.hlines(heights, low, high, color=colour, linewidth=2)
+            axes.plot(value, heights, "o", color=colour, label=which)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_title(f"ends minus middle, {label}", loc="left")
         axes.set_yticks(range(len(frame)), frame["kind"])
-        axes.set_ylim(len(frame) - 0.5, -0.5)
+        axes.set_ylim(len(frame) - 0.3, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
     figure.supxlabel("below 0 the ends are more parallel, above 0 the middle is", fontsize=9, color=FAINT)
     return figure

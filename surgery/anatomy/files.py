@@ -17,10 +17,10 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 NAMES = {file: file.removeprefix("anatomy_").removesuffix(".csv") for file in COLUMNS}  # as in ``Anatomy.tables``
 CAPTIONS = {
-    "anatomy_boundaries": "Above, the probability of each boundary over resampled prompts; below, where every detector "
-    "puts them by itself.",
+    "anatomy_boundaries": "Above, the share of resampled prompts that put each boundary there: how stable it is, not "
+    "whether it exists. Below, where every detector puts them by itself.",
     "anatomy_convergence": "How alike the stream is for the same content in different languages and for different "
     "content in the same language.",
-    "anatomy_ends": "D, mean S of the ends minus mean S of the middle (below 0: the ends are more parallel), and the "
-    "same of R/N.",
+    "anatomy_ends": "D, mean S of the ends minus mean S of the middle (below 0: the ends are more parallel), for each "
+    "end too, and the same of R/R rotated.",
 }

@@ -5,7 +5,7 @@ anatomy_segments.csv       numbers of breaks compared, on held-out prompts and w
 anatomy_detectors.csv      where every kind of evidence puts the boundaries by itself
 anatomy_agreement.csv      how far the detectors are apart
 anatomy_convergence.csv    content against language by layer, where there are parallel sentences
-anatomy_ends.csv           the ends against the middle: S and R/N, by kind of prompt; the sentences are in its manifest
+anatomy_ends.csv           the ends against the middle: S and R/R_rotated, by kind of prompt; sentences in its manifest
 anatomy_by_kind.csv        whether that depends on what is asked
 """
 

@@ -34,6 +34,7 @@ The constructions are ours.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def serial_network(**sizes: Any) -> TransformerBridge:
 
 @torch.no_grad()
 def mixed_network(
-    share: float,
+    share: float | Sequence[float],
     n_layers: int = 6,
     width: int = 8,
     *,
@@ -82,14 +83,16 @@ def mixed_network(
 ) -> TransformerBridge:
     """Build the network that reads ``share`` of its input from the layer before and the rest from the embedding.
 
+    ``share`` is one number, or one for every layer: networks of parts that are wired differently.
     ``activation`` is ``"relu"`` or ``"gelu"``, ``norm`` is ``None`` or ``"RMS"``, and ``d_model = (n_layers + 1) *
     width``. With 6 layers the window of all of them reads S = .17, .38, .69 at shares .25, .5, .75 without
     normalisation and .24, .54, .82 with frozen denominators, on average over seeds; one seed may lie .1 away.
 
-    Raises ValueError for a share outside [0, 1].
+    Raises ValueError for a share outside [0, 1], and unless there is one share or one per layer.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share goes from 0 (parallel) to 1 (serial), got {share}")
+    shares = [share] * n_layers if isinstance(share, int | float) else list(share)
+    if len(shares) != n_layers or not all(0 <= one <= 1 for one in shares):
+        raise ValueError(f"share goes from 0 (parallel) to 1 (serial), one or {n_layers} of them, got {share}")
     model = _boot(n_layers, (n_layers + 1) * width, 4 * width, activation, norm, dtype, seed)
     weights, draw = _weights(model), torch.Generator().manual_seed(seed)
     embedding = written = slice(0, width)
@@ -100,8 +103,8 @@ def mixed_network(
         into, out = weights[f"layers.{layer}.mlp.fc_in.weight"], weights[f"layers.{layer}.mlp.fc_out.weight"]
         weights[f"layers.{layer}.attn.o.weight"][:], into[:], out[:] = 0, 0, 0
         reader = _normal(draw, 4 * width, width) / math.sqrt(width)
-        into[:, embedding] += (1 - share) * reader
-        into[:, read] += share * reader
+        into[:, embedding] += (1 - shares[layer]) * reader
+        into[:, read] += shares[layer] * reader
         out[written] = GAIN * _normal(draw, width, 4 * width) / math.sqrt(4 * width)
         if biases:
             weights[f"layers.{layer}.mlp.fc_in.bias"][:] = _normal(draw, 4 * width) / 2

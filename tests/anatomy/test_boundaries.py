@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks.simulations import anatomy as simulations
 from support.made_up_anatomy import three_parts
 from surgery import Stack, anatomy, wiring
 from surgery.anatomy import boundaries, draw, ends_against_middle, say
@@ -14,22 +15,19 @@ from surgery.records import tables
 from surgery.stats import changepoints
 from surgery.stats.sampling import Sampling
 
-SHARES, REVERSED = [0.0] * 4 + [1.0] * 4 + [0.0] * 4, [1.0] * 4 + [0.0] * 4 + [1.0] * 4
+SHARES = [0.0] * 4 + [1.0] * 4 + [0.0] * 4
 # Writes of the ends are .3, those of the middle 1: where a layer reads the one before, only the first sets the size.
 GAINS = [0.3] * 4 + [1 / 0.3, 1.0, 1.0, 1.0] + [0.3] * 4
-GAINS_REVERSED = [0.3, 1.0, 1.0, 1.0] + [1.0] * 4 + [0.3, 1.0, 1.0, 1.0]
 TOKENS = known_networks.tokens(32, 10)
 
 
-def located(shares, gains=None, kinds=None, resamples=20):
-    """The anatomy of a network whose parts are given."""
-    sampling = Sampling(resamples=resamples)
-    return anatomy.locate(Stack(three_parts(shares, gains)), TOKENS, kinds, drifts=19, sampling=sampling)
+def located(stack, kinds=None):
+    return anatomy.locate(stack, TOKENS, kinds, drifts=39, sampling=Sampling(resamples=20))
 
 
 @pytest.fixture(scope="module")
 def known():
-    return located(SHARES, GAINS, ["a", "b"] * 16)
+    return located(Stack(three_parts(SHARES, GAINS)), ["a", "b"] * 16)
 
 
 def test_the_boundaries_are_found_within_a_layer_and_the_ends_are_parallel(known):
@@ -42,8 +40,9 @@ def test_the_boundaries_are_found_within_a_layer_and_the_ends_are_parallel(known
 
 
 def test_the_reverse_is_contradicted_and_uniform_is_undecided():
-    assert located(REVERSED, GAINS_REVERSED).ends["verdict"][0] == "contradicted"
-    assert located([0.5] * 12).ends["verdict"][0] == "undecided"
+    thirds = simulations.thirds
+    assert located(simulations.sized(thirds(1, 0, 12), thirds(0.3, 0.9, 12), 0)).ends["verdict"][0] == "contradicted"
+    assert located(Stack(three_parts([0.5] * 12))).ends["verdict"][0] == "undecided"
 
 
 def test_everything_can_be_said_written_and_drawn(known, tmp_path):
@@ -70,7 +69,7 @@ def test_prompts_that_place_the_boundaries_are_not_those_that_test():
 def test_features_are_what_they_are_called():
     stack = Stack(three_parts(SHARES, GAINS))
     values = anatomy.features(stack, TOKENS, splits=1, sampling=Sampling(resamples=2))
-    assert values.values.shape == (5, 12, 17)
+    assert values.values.shape == (5, 12, 18)
     kappa, cka = values.of("kappa").values, values.of("cka").values
     assert np.abs(kappa[0, 1:]).max() < 0.2
     assert cka[0].diagonal() == pytest.approx(np.ones(12))
@@ -115,19 +114,30 @@ def test_the_brain_scan_shows_where_repeating_helps():
         anatomy.functional(pd.DataFrame(rows).query("wiring in (':', ':4 3:')"), 9)
 
 
-def test_detectors_that_agree_agree_more_than_chance():
-    def table(layers):
-        return pd.DataFrame(
-            [
-                {"detector": str(i), "boundary": name, "layer": float(layer + 4 * (name == "out"))}
-                for i, layer in enumerate(layers)
-                for name in anatomy.BOUNDARIES
-            ]
-        )
+def of_families(path):
+    """Features of as many families as ``path`` has columns."""
+    return anatomy.Features(tuple("abcde"[: path.shape[1]]), path[None])
 
-    close, far = (anatomy.agreement(table(layers), 12) for layers in ([4, 4, 4, 4, 5], [2, 6, 2, 6, 2]))
-    assert (close["p_random"] < 0.05).all()
-    assert (far["p_random"] > 0.2).all()
+
+def test_families_that_share_blocks_agree_and_those_that_share_a_drift_do_not():
+    generator = np.random.default_rng(0)
+    heights = generator.permuted(np.tile([-1.0, 0.0, 1.0], (5, 1)), axis=1).T
+    blocks = np.repeat(heights, 8, axis=0) + 0.05 * generator.normal(size=(24, 5))
+    drift = np.linspace(-1, 1, 24)[:, None] * np.ones(5) + 0.05 * generator.normal(size=(24, 5))
+    shared, smooth = (anatomy.agreement(of_families(path), 3, 99) for path in (blocks, drift))
+    assert (shared["sd"] == 0).all()
+    assert (shared["p_drift"] < 0.05).all()
+    assert (smooth["p_drift"] > 0.1).all()
+
+
+@pytest.mark.parametrize(("gain", "evidence"), [(1 / 40, "growth"), (40.0, "size")])
+def test_a_quiet_or_loud_middle_is_found_by_the_family_that_sees_it(gain, evidence):
+    stack = simulations.scaled(simulations.thirds(1.0, gain, 12), seed=0)
+    features = anatomy.features(stack, TOKENS, sampling=Sampling(resamples=0))
+    table = anatomy.detectors(features, min_size=3, drifts=59).set_index("detector")
+    assert table.loc[evidence, "p_adjusted"].max() < 0.05
+    assert table.loc[evidence, "layer"].tolist() == [4, 8]
+    assert table.loc[changepoints.ALL, "p_drift"].min() > 0.05  # pooled, it would be drowned
 
 
 def test_bad_input_is_refused():

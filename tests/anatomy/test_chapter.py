@@ -19,9 +19,10 @@ def test_the_section_has_the_sentences_the_figures_and_the_contrast():
     assert [picture.name for picture in section.pictures] == ["anatomy_boundaries", "anatomy_ends"]
     (table,) = section.tables
     (row,) = table.rows
-    assert [cell.value for cell in row[:4]] == ["all", "-0.20", "-0.30", "0.01"]
+    assert [cell.value for cell in row[:7]] == ["all", "-0.20", "-0.20", "-0.20", "-0.30", "0.01", "0.01"]
     assert row[1].interval == "[-0.21, -0.19]"
-    assert row[4].value == "supported: ..."
+    assert row[7].value == "supported: ..."
+    assert section.paragraphs[-1].startswith("In windows of two layers R and O are the same")
 
 
 def test_convergence_is_drawn_where_it_was_measured():

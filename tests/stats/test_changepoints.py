@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from benchmarks.simulations import anatomy as simulations
 from surgery.stats import changepoints
 
 FAMILIES = ("a", "b", "c", "d")
@@ -22,6 +23,10 @@ def ramp(seed=0):
     )
 
 
+def p_of(path, draws=99):
+    return changepoints.drift_test(path, FAMILIES, draws=draws)["p_adjusted"].min()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_breaks_are_the_best_of_all(seed):
     path = np.random.default_rng(seed).normal(size=(9, 3))
@@ -34,23 +39,48 @@ def test_blocks_are_found_and_are_no_drift():
     path = changepoints.standardise(blocks(), FAMILIES)
     assert changepoints.breaks(path) == (4, 9)
     assert changepoints.gain(path) > 0.9
-    assert changepoints.drift_null(path, FAMILIES, draws=99)[0] < 0.05
+    assert p_of(path) < 0.05
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_drift_is_no_blocks_though_breaks_explain_it(seed):
     path = changepoints.standardise(ramp(seed), FAMILIES)
     assert changepoints.gain(path) > 0.8
-    assert changepoints.drift_null(path, FAMILIES, draws=99)[0] > 0.1
+    assert p_of(path) > 0.1
 
 
 def test_a_random_walk_is_rarely_called_blocks():
     walks = np.random.default_rng(0).normal(size=(20, 12, 4)).cumsum(1)
-    called = [
-        changepoints.drift_null(changepoints.standardise(walk, FAMILIES), FAMILIES, draws=39)[0] < 0.05
-        for walk in walks
-    ]
+    called = [p_of(changepoints.standardise(walk, FAMILIES), 39) < 0.05 for walk in walks]
     assert sum(called) <= 2
+
+
+def test_blocks_of_one_family_are_not_drowned_by_the_others():
+    generator = np.random.default_rng(0)
+    path = generator.normal(size=(18, 4)).cumsum(0)
+    path[:, 0] = np.repeat([0.0, 9.0, 0.0], 6) + 0.1 * generator.normal(size=18)
+    tests = changepoints.drift_test(changepoints.standardise(path, FAMILIES), FAMILIES, 2, 3, 99)
+    assert tests["p_adjusted"].idxmin() == tests["excess"].idxmax() == "a"
+    assert tests.loc["a", "p_adjusted"] < 0.05 < tests.loc[changepoints.ALL, "p_drift"]
+    assert (tests["p_adjusted"] >= tests["p_drift"]).sum() >= 4
+
+
+def test_many_families_are_corrected_for():
+    """Of paths that drift, each family in a way of its own, fewer than 5 % are called blocks."""
+    generator, kinds = np.random.default_rng(1), ("line", "walk", "noise", "exponential")
+    called = 0
+    for seed in range(25):
+        path = changepoints.standardise(simulations.drifting(kinds, 12, generator), simulations.FAMILIES)
+        tests = changepoints.drift_test(path, simulations.FAMILIES, 2, 3, 39, seed)
+        called += tests["p_adjusted"].min() < 0.05
+    assert called <= 3
+
+
+def test_power_is_high_where_blocks_are_clear_and_low_where_they_are_not():
+    clear, faint = (
+        changepoints.power(changepoints.standardise(blocks(noise), FAMILIES), FAMILIES, paths=20) for noise in (0.03, 3)
+    )
+    assert clear > 0.8 > 0.4 > faint
 
 
 def test_the_posterior_spreads_as_the_noise_does():
@@ -82,6 +112,8 @@ def test_families_count_alike_and_what_does_not_vary_is_nothing():
     found = changepoints.standardise(path, ("a", "a", "b", "c"))
     assert (found**2).sum(0) == pytest.approx([3, 3, 0, 6])
     assert np.isnan(changepoints.gain(np.ones((6, 1))))
+    tests = changepoints.drift_test(found, ("a", "a", "b", "c"), 1, draws=9)
+    assert tests.isna().all(axis=1).to_dict() == {"a": False, "b": True, "c": False, changepoints.ALL: False}
 
 
 @pytest.mark.parametrize(("count", "min_size"), [(6, 2), (-1, 2), (1, 0)])

@@ -10,29 +10,30 @@ from surgery.instruments import known_networks
 
 @torch.no_grad()
 def three_parts(shares, gains=None, width=6, seed=0):
-    """A constructed network whose layer ``l`` reads ``shares[l]`` of its input from the layer before, ``gains[l]`` as
-    large as usual (``known_networks.mixed_network``, one share per layer)."""
-    sizes = {"n_layers": len(shares), "width": width, "seed": seed, "dtype": torch.float64}
-    model = known_networks.parallel_network(**sizes)
-    weights = parameters(model)
-    donors = {share: parameters(known_networks.mixed_network(share, **sizes)) for share in set(shares)}
-    for layer, share in enumerate(shares):
-        name = f"layers.{layer}.mlp.fc_in.weight"
-        weights[name][:] = donors[share][name]
-        weights[f"layers.{layer}.mlp.fc_out.weight"][:] *= 1.0 if gains is None else gains[layer]
+    """A mixed network of one share per layer, whose layer ``l`` writes ``gains[l]`` times what it would."""
+    model = known_networks.mixed_network(shares, len(shares), width, seed=seed, dtype=torch.float64)
+    for layer, gain in enumerate(gains or []):
+        parameters(model)[f"layers.{layer}.mlp.fc_out.weight"][:] *= gain
     return model
 
 
-def ends(D: float = -0.2, of_ratio: float = -0.3, p_windows: float = 0.01) -> pd.DataFrame:
-    """The ends against the middle on all prompts."""
+def ends(
+    D: float = -0.2,
+    of_ratio: float = -0.3,
+    p_windows: float = 0.01,
+    first: float | None = None,
+    last: float | None = None,
+) -> pd.DataFrame:
+    """The ends against the middle on all prompts; both ends differ by D if not said otherwise."""
     row = {"kind": "all", "boundary_in": 4, "boundary_out": 9, "length": 2, "n_prompts": 16, "p_windows": p_windows}
-    row |= with_interval("D", D) | with_interval("D_over_N", of_ratio)
+    row |= with_interval("D", D) | with_interval("D_over_rotated", of_ratio) | {"p_rotated": p_windows}
+    row |= with_interval("D_in", D if first is None else first) | with_interval("D_out", D if last is None else last)
     return pd.DataFrame([row | {"verdict": "supported: ..."}])
 
 
-def by_kind(D: float = 0.2) -> pd.DataFrame:
+def by_kind(D: float = 0.2, p: float = 0.01) -> pd.DataFrame:
     """D on prompts of kind b minus D on those of kind a."""
-    return pd.DataFrame([{"kind": "b", "other": "a"} | with_interval("D", D)])
+    return pd.DataFrame([{"kind": "b", "other": "a", "p": p} | with_interval("D", D)])
 
 
 def tables() -> dict[str, pd.DataFrame]:
@@ -44,14 +45,16 @@ def tables() -> dict[str, pd.DataFrame]:
         for boundary, layer in (("in", 4.0), ("out", 9.0))
     ]
     agreement = [
-        {"boundary": "in", "earliest": 4, "latest": 5, "sd": 0.4, "p_random": 0.01},
-        {"boundary": "out", "earliest": 3, "latest": 10, "sd": 3.0, "p_random": 0.9},
+        {"boundary": "in", "earliest": 4, "latest": 5, "sd": 0.4, "p_drift": 0.01},
+        {"boundary": "out", "earliest": 3, "latest": 10, "sd": 3.0, "p_drift": 0.9},
     ]
     return {
         "boundaries": pd.DataFrame(boundaries, columns=["boundary", "layer", "probability"]),
-        "segments": pd.DataFrame({"breaks": [0, 1, 2], "gain": [0.0, 0.5, 0.7], "p_drift": 0.01, "gain_drift": 0.4}),
+        "segments": pd.DataFrame(
+            {"breaks": [0, 1, 2], "evidence": "growth", "gain": [0.0, 0.5, 0.7], "p_drift": 0.01, "gain_drift": 0.4}
+        ).assign(power=0.9),
         "detectors": pd.DataFrame(detectors),
-        "agreement": pd.DataFrame(agreement).assign(n_detectors=5, sd_random=2.0),
+        "agreement": pd.DataFrame(agreement).assign(n_detectors=5, sd_drift=2.0),
         "ends": ends(),
         "by_kind": by_kind(),
     }
