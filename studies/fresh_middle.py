@@ -12,7 +12,7 @@ its mean update, the best linear map), and the graft healed with one layer more 
 
     graft_layers.csv     damage of every layer put back to random weights, and left out
     graft_methods.csv    a row per method and seed: held-out loss, exact answers, operations
-    graft_curves.csv     held-out loss against operations and tokens; drawn in graft.png
+    graft_curves.csv     loss against operations and tokens, on prompts to stop by; drawn in graft.png
     graft_ledger.csv     operations, tokens and seconds by phase, the teacher's apart
     graft_by_k.csv       exact answers by the number k of steps that a problem asks for; drawn in graft_by_k.png
     graft_wiring.csv     is the fresh middle wired like the old one: series and reversion of layers 4 to 8
@@ -146,27 +146,27 @@ def every_method(stack: Stack, pairs: Latents, data: Split, folder: Path, schedu
     """Train by every method at the operations that the graft took, the teacher's included, one after the other."""
     budget = None
     for name, (parts, objective) in METHODS.items():
-        options = {"parts": parts, "objective": objective, "answers": data.answers, "weigh": data.weigh}
+        options = {"parts": parts, "objective": objective, "answers": data.stop_answers, "weigh": data.weigh}
         place = folder / f"{name.replace(' ', '_')}_{schedule.seed}"
         spent = pairs.ledger(stack) if name != "whole from scratch" else Ledger()
         steps = schedule.steps
         if budget is not None:
             trial, span = untrained_student(stack, parts, schedule.seed)
             step = study.step_operations(
-                stack, trial, span, pairs, data, objective=objective, schedule=schedule, parts=parts
+                stack, trial, span, pairs, objective=objective, schedule=schedule, parts=parts, weigh=data.weigh
             )
             steps = max(1, round((budget - spent.operations(teacher=True)) / step))
         planned = replace(schedule, steps=steps, every=max(1, steps // 10))
         student, span = untrained_student(stack, parts, schedule.seed)
-        trained = graft.fit(stack, student, span, pairs, data.heldout, place, schedule=planned, spent=spent, **options)
+        trained = graft.fit(stack, student, span, pairs, data.stop, place, schedule=planned, spent=spent, **options)
         budget = budget or trained.ledger.operations(teacher=True)
         yield name, trained
         if name == "graft":
             steps = max(1, schedule.steps // 10)
             last = replace(schedule, steps=steps, every=steps, learning_rate=5e-4)
-            options = {"answers": data.answers, "weigh": data.weigh}
+            options = {"answers": data.stop_answers, "weigh": data.weigh}
             place = folder / f"healed_{schedule.seed}"
-            yield "graft, healed", graft.heal(stack, trained, pairs, data.heldout, place, schedule=last, **options)
+            yield "graft, healed", graft.heal(stack, trained, pairs, data.stop, place, schedule=last, **options)
 
 
 def untrained_student(stack: Stack, parts: str, seed: int) -> tuple[Stack, tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Prompts from a file, each with its line number, so that an error can name the line."""
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def read_prompts(path: str | Path, most: int | None = None) -> list[tuple[int, s
     if not prompts:
         raise ValueError(f"{path} holds no prompt: it is empty; give one prompt per line")
     return prompts
+
+
+def same(text: str) -> str:
+    """What two texts have in common that differ in spacing, case or the form of a letter only (Unicode's NFKC).
+
+    >>> same(" The  cat\tsat. ") == same("the cat sat.")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _texts(path: Path, lines: list[str], most: int | None) -> Iterator[tuple[int, str]]:

@@ -10,7 +10,8 @@ from surgery.graft.walk import LONGER, MORE, REAL
 from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREY, INK, whiskers
 
 CURVES_CAPTION = (
-    "Held-out loss against operations, those of the teacher left out and included, and tokens. Dashed: no training."
+    "Loss on the prompts that training may be stopped by, against operations, those of the teacher left out and "
+    "included, and tokens. Dashed, no training, and line, the original: on the prompts that are reported on."
 )
 SIZES_CAPTION = (
     "Held-out loss over the MLP width of the new layers, a line per depth: mean over seeds, every seed a dot. Left at "
@@ -56,7 +57,7 @@ def curves(frame: pd.DataFrame, methods: pd.DataFrame) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
-    axes_of_panels[0].set_ylabel(f"held-out loss, nats per {unit}")
+    axes_of_panels[0].set_ylabel(f"loss while training, nats per {unit}")
     handles = axes_of_panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure

@@ -1,8 +1,8 @@
 """Freeze both ends of a model and train a fresh middle on the activations between them.
 
-    pairs = graft.latents(stack, corpus, 4, 9, "latents")               # once: what enters and leaves layers 4 to 8
-    grown = graft.train(stack, pairs, heldout, "runs/graft", depth=5)   # a new middle, from random weights
-    surgery.series.windows(surgery.Stack(grown.model), heldout)         # a model like any other
+    pairs = graft.latents(stack, data.corpus, 4, 9, "latents")           # once: what enters and leaves layers 4 to 8
+    grown = graft.train(stack, pairs, data.stop, "runs/graft", depth=5)  # a new middle, from random weights
+    surgery.series.windows(surgery.Stack(grown.model), data.heldout)    # a model like any other
 
 The middle of a model maps the stream ``x_start`` that enters it to ``x_stop`` that leaves it. A fresh one of any depth
 and width learns that from stored pairs: its target is the update ``u = x_stop - x_start``, its loss
@@ -226,9 +226,11 @@ def fit(
     ``middle`` and ``junction`` (the middle and the layer behind it) start from the stored ``x_start``, ``all`` (from
     the embedding to the head) from the tokens. ``weigh`` gives the weight of every token as a prediction target for
     ``kl`` and ``cross_entropy`` (default: 1 each); ``answers`` marks the tokens of ``heldout`` that ``fidelity`` scores
-    as answers. ``watched`` is the held-out number for early stopping (default: ``unexplained_whitened`` where nothing
-    is read out, else ``cross_entropy``). Called again with the same arguments and the student in its first state, it
-    goes on where it was stopped; see ``training.fit``. A ``student`` that is a Stack is not proved again.
+    as answers. ``heldout`` are prompts to stop by, such as ``Split.stop``: the curve is of them, and ``watched`` is the
+    number that early stopping goes by (default: ``unexplained_whitened`` where nothing is read out, else
+    ``cross_entropy``). Report on others: what was chosen by prompts is better on these than it is. Called again with
+    the same arguments and the student in its first state, it goes on where it was stopped; see ``training.fit``. A
+    ``student`` that is a Stack is not proved again.
 
     Raises:
         ValueError: as ``training.fit``; activations of another model, or damaged; a model in half precision.

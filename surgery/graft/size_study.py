@@ -118,7 +118,7 @@ def trained(
     progress: bool = False,
 ) -> Iterator[tuple[Cell, Graft]]:
     """Train every cell, one after the other, seeds outermost, so that all ``sizes`` (width, depth) come first once."""
-    options: dict[str, Any] = {"objective": objective, "answers": data.answers, "weigh": data.weigh}
+    options: dict[str, Any] = {"objective": objective, "answers": data.stop_answers, "weigh": data.weigh}
     usual = operations(teacher, pairs, None, None, objective, schedule, data)
     spent = {(w, d): operations(teacher, pairs, w, d, objective, schedule, data) for w, d in sizes}
     for seed in seeds:
@@ -132,7 +132,7 @@ def trained(
                     grafting.train(
                         teacher,
                         pairs,
-                        data.heldout,
+                        data.stop,
                         folder / cell.name,
                         depth=depth,
                         d_mlp=width,
@@ -156,7 +156,9 @@ def operations(
     rows = layout.middle(teacher.n_layers, pairs.start, pairs.stop, depth, d_mlp=d_mlp)
     student, n_frozen = layout.build_stack(teacher, rows), teacher.n_layers - (pairs.stop - pairs.start)
     span = (pairs.start, pairs.start + len(rows) - n_frozen)
-    return study.step_operations(teacher, student, span, pairs, data, objective=objective, schedule=schedule)
+    return study.step_operations(
+        teacher, student, span, pairs, objective=objective, schedule=schedule, weigh=data.weigh
+    )
 
 
 def by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> pd.DataFrame:

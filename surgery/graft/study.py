@@ -4,7 +4,7 @@
     training/             curve.csv as it goes, checkpoint.safetensors, model           (surgery.graft)
     healing/              the same for a last phase with more unfrozen, if there is one
     graft_methods.csv     a row per method: how close it comes, and what it took
-    graft_curves.csv      held-out loss against steps, tokens and operations
+    graft_curves.csv      loss against steps, tokens and operations, on the prompts that may stop the training
     graft_ledger.csv      operations, tokens and seconds by phase, the teacher's apart
     graft.png             the curves
 
@@ -23,7 +23,7 @@ import torch
 from transformer_lens import TransformerBridge
 
 from surgery.corpus.babel import TRAINING_MIX
-from surgery.corpus.splits import Split, babel, texts
+from surgery.corpus.splits import Split, Weigh, babel, texts
 from surgery.graft import draw, grafting, linear_maps
 from surgery.graft import say as words
 from surgery.graft.grafting import Graft, Objective, Schedule
@@ -95,10 +95,11 @@ def run(
     """Harvest, train, heal, compare and write everything for one model and one seed.
 
     ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
-    prompts to learn from and to be judged on; ``dtype`` is that of the latents on disk, ``weights`` that of the model
-    (single or double precision: half would lose updates, and ``schedule.precision`` mixes). The other settings are
-    those of ``graft.train``. The model is proved once, and so is every graft. Raises as ``harvest.harvest``,
-    ``graft.train`` and ``graft.heal`` do, and ValueError for a model without prompts and for a device that is not here.
+    prompts to learn from and to be judged on, with at most as many others to stop by (``corpus.splits``); ``dtype`` is
+    that of the latents on disk, ``weights`` that of the model (single or double precision: half would lose updates, and
+    ``schedule.precision`` mixes). The other settings are those of ``graft.train``. The model is proved once, and so is
+    every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model
+    without prompts and for a device that is not here.
     """
     if text is None and model not in loading.BUNDLED:
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
@@ -112,13 +113,13 @@ def run(
         data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
     else:
         data = texts(stack, text, heldout, count, judged, max_tokens)
-    unseen = data.heldout.to(stack.device)
+    watched, unseen = data.stop.to(stack.device), data.heldout.to(stack.device)
     with accelerator.main_process_first():  # the other processes find the latents there
         pairs = grafting.latents(
             stack, data.corpus, *span, folder / "latents", dtype=dtype, say=speak, progress=progress and main
         )
     options: dict[str, Any] = {
-        "answers": data.answers,
+        "answers": data.stop_answers,
         "weigh": data.weigh,
         "accelerator": accelerator,
         "progress": progress,
@@ -128,7 +129,7 @@ def run(
     grown = grafting.train(
         stack,
         pairs,
-        unseen,
+        watched,
         folder / "training",
         depth=depth,
         d_mlp=d_mlp,
@@ -144,7 +145,7 @@ def run(
         speak(f"healing with {parts} unfrozen")
         last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
         grafts["healed"] = grafting.heal(
-            stack, grown, pairs, unseen, folder / "healing", parts=parts, schedule=last, **options
+            stack, grown, pairs, watched, folder / "healing", parts=parts, schedule=last, **options
         )
     methods, sentences = pd.DataFrame(), list[str]()
     if main:
@@ -220,29 +221,30 @@ def step_operations(
     student: TransformerBridge | Stack,
     span: tuple[int, int],
     pairs: Latents,
-    data: Split,
     *,
     objective: Objective,
     schedule: Schedule,
     parts: str = "middle",
+    weigh: Weigh | None = None,
 ) -> float:
     """Count the floating-point operations of a training step, the teacher's part of it included, on two steps.
 
     ``student`` is trained by them: give one that is not needed any more. Cost: two steps, and two evaluations on 16
     prompts.
     """
+    few = pairs.batch(range(min(16, pairs.n_prompts))).tokens
     with TemporaryDirectory() as folder:
         two_steps = grafting.fit(
             teacher,
             student,
             span,
             pairs,
-            data.heldout[:16],
+            few,
             folder,
             schedule=replace(schedule, steps=2, every=2),
             objective=objective,
             parts=parts,
-            weigh=data.weigh,
+            weigh=weigh,
             spent=ledger.Ledger(),
         )
     return two_steps.ledger.operations(teacher=True) / 2

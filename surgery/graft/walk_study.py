@@ -109,10 +109,7 @@ def methods(
     price = walked.ledger(teacher, schedule).operations(teacher=True) - harvest
     more = min(most, real.n_tokens + round(price * real.n_tokens / harvest))
     trial = layout.build_stack(teacher, layout.middle(teacher.n_layers, real.start, real.stop), schedule.seed)
-    few = real.batch(range(min(16, real.n_prompts))).tokens
-    step = study.step_operations(
-        teacher, trial, (real.start, real.stop), real, Split(few, few), objective=objective, schedule=schedule
-    )
+    step = study.step_operations(teacher, trial, (real.start, real.stop), real, objective=objective, schedule=schedule)
     yield REAL, real, schedule
     for name, kind in kinds.items():
         yield f"{name}, relabelled", relabelled[name], schedule
@@ -148,8 +145,8 @@ def run(
 ) -> pd.DataFrame:
     """Train by every method: a row per amount of real tokens, method and seed, ``COLUMNS[METHODS]``.
 
-    The prompts of ``data.heldout`` are held out. ``say`` gets a line after each training. Cost: training
-    ``2 len(kinds) + 3`` middles for each amount and seed, and the original's span for what is relabelled.
+    Training is watched on ``data.stop`` and reported on ``data.heldout``; ``say`` gets a line after each. Cost:
+    training ``2 len(kinds) + 3`` middles for each amount and seed, and the original's span for what is relabelled.
 
     Raises as ``methods`` and ``graft.fit`` do, and ValueError for no amount or no seed.
     """
@@ -167,11 +164,11 @@ def run(
                     student,
                     span,
                     pairs,
-                    data.heldout,
+                    data.stop,
                     Path(folder) / place(name, amount, seed),
                     schedule=planned,
                     objective=objective,
-                    answers=data.answers,
+                    answers=data.stop_answers,
                     weigh=data.weigh,
                 )
                 row = study.row(name, seed, trained, study.judge(teacher, trained, pairs, data))

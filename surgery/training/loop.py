@@ -58,7 +58,7 @@ class Schedule:
     final_share: float = 0.02  # the cosine ends at this share of the learning rate
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
-    every: int = 100  # steps between evaluations on held-out data, each with a checkpoint
+    every: int = 100  # steps between evaluations on prompts that nothing is reported on, each with a checkpoint
     patience: int | None = None  # stop after so many evaluations without a better one, and go back to the best
     precision: str = "no"  # no, bf16 or fp16: what accelerate calls mixed precision
     seed: int = 0
@@ -90,7 +90,7 @@ class Task(Protocol):
 
     matrices: list[nn.Parameter]  # trained with Muon
     others: list[nn.Parameter]  # trained with AdamW
-    watched: str  # the held-out number that early stopping wants smaller
+    watched: str  # the number of ``evaluate`` that early stopping wants smaller
 
     @property
     def student(self) -> nn.Module: ...
@@ -109,7 +109,7 @@ class Task(Protocol):
         """The batch with whatever a teacher adds to it."""
 
     def evaluate(self) -> dict[str, float]:
-        """Numbers on held-out data, by name."""
+        """Numbers by name, on prompts to stop by: not those to train on, nor those that results are reported on."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_teacher_and_student_are_proved_once_each(load, tmp_path, monkeypatch):
     proofs, prove = [], Stack._settle
     monkeypatch.setattr(Stack, "_settle", lambda stack: proofs.append(stack.model) or prove(stack))
     teacher = Stack(load("llama"))
-    data = Split(CORPUS, HELDOUT)
+    data = Split(CORPUS, HELDOUT[:1], HELDOUT[1:])
     pairs = harvested(teacher, tmp_path)
     grown = graft.train(teacher, pairs, HELDOUT, tmp_path / "run", schedule=SHORT)
     assert (tmp_path / "run" / "model").is_dir()

@@ -19,8 +19,9 @@ SCHEDULE = graft.Schedule(steps=6, batch=4, every=3)
 def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     teacher = Stack(known_networks.random_network(n_layers=4))
-    tokens = Tokens.of(known_networks.tokens(24, 8))
-    pairs, data = graft.latents(teacher, tokens[:16], 1, 3, folder / "latents"), Split(tokens[:16], tokens[16:])
+    tokens = Tokens.of(known_networks.tokens(28, 8))
+    pairs = graft.latents(teacher, tokens[:16], 1, 3, folder / "latents")
+    data = Split(tokens[:16], tokens[24:], tokens[16:24])
     wide = teacher.model.cfg.d_mlp
 
     def again() -> pd.DataFrame:
@@ -33,7 +34,7 @@ def grid(tmp_path_factory):
             depths=(2,),
             seeds=(0, 1),
             schedule=SCHEDULE,
-            parts={3: Split(tokens[:16], tokens[16:20])},
+            parts={3: Split(tokens[:16], tokens[24:], tokens[16:20])},
         )
 
     return again(), wide, folder / "sweep", again
@@ -77,7 +78,8 @@ def test_a_cross_is_the_row_and_the_column_through_the_usual_size(tmp_path, monk
     monkeypatch.setattr(size_study, "trained", lambda *arguments: asked.append(arguments[4]) or iter(()))
     teacher, tokens = Stack(known_networks.random_network(n_layers=2)), Tokens.of(known_networks.tokens(8, 8))
     pairs = graft.latents(teacher, tokens, 1, 2, tmp_path / "latents")
-    size_study.run(teacher, pairs, Split(tokens, tokens), tmp_path, widths=(1, 2, 3), depths=(4, 5), cross=(2, 5))
+    data = Split(tokens[:4], tokens[4:6], tokens[6:])
+    size_study.run(teacher, pairs, data, tmp_path, widths=(1, 2, 3), depths=(4, 5), cross=(2, 5))
     assert asked == [[(1, 5), (2, 4), (2, 5), (3, 5)]]
 
 
@@ -186,4 +188,4 @@ def test_an_empty_axis_or_unknown_budget_is_said(wrong, grid, tmp_path):
     pairs = graft.latents(teacher, tokens, 1, 3, tmp_path / "latents")
     options = {"widths": (8,), "depths": (1,)} | wrong
     with pytest.raises(ValueError, match="give at least one width, depth and seed, and budgets of tokens, operations"):
-        size_study.run(teacher, pairs, Split(tokens, tokens), tmp_path, **options)
+        size_study.run(teacher, pairs, Split(tokens[:4], tokens[4:6], tokens[6:]), tmp_path, **options)

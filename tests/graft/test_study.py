@@ -17,6 +17,7 @@ from surgery import Stack, cli, models
 from surgery.corpus import splits
 from surgery.graft import study
 from surgery.graft.grafting import Objective, Schedule
+from surgery.models.tokens import Tokens
 from surgery.records import tables as frames
 
 SCHEDULE = Schedule(steps=4, batch=8, every=2, warmup=2)
@@ -65,6 +66,8 @@ def test_it_leaves_its_tables_figure_and_model(small):
         manifest = frames.read_manifest(folder / name)
         assert manifest["settings"]["span"] == [4, 9]
         assert manifest["settings"]["found"] == found.sentences
+    watched, reported = (frames.read_manifest(folder / name) for name in ("training/curve.csv", study.METHODS))
+    assert watched["tokens"] != reported["tokens"], "training is not stopped by the prompts that are reported on"
     methods = frames.read(folder / study.METHODS)
     assert methods["method"].tolist() == ["skip", "mean update", "linear map", "graft", "healed"]
     assert methods["seed"].isna().tolist() == [True, True, True, False, False]
@@ -140,20 +143,74 @@ def words(stack, tokens):
     return [stack.model.tokenizer.decode(ids[mask][1:]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
 
 
-def test_texts_keep_their_last_tenth_or_are_judged_by_others(load, text, tmp_path):
+def test_texts_are_cut_in_three_parts_or_judged_by_others(load, text, tmp_path):
     stack = Stack(load("llama"))
     data = splits.texts(stack, text, None, 30, 512, 128)
-    assert words(stack, data.corpus) == PROMPTS[:27]
-    assert words(stack, data.heldout) == PROMPTS[27:30]
+    assert [words(stack, part) for part in (data.corpus, data.stop, data.heldout)] == [
+        PROMPTS[:24],
+        PROMPTS[24:27],
+        PROMPTS[27:30],
+    ]
     assert data.answers is None
     assert len(splits.texts(stack, text, None, 40, 2, 128).heldout) == 2
     other = tmp_path / "other.txt"
     other.write_text("w5 w6 w7\nw8 w9\nw1 w2")
-    data = splits.texts(stack, text, other, 40, 2, 4)
-    assert words(stack, data.corpus) == [" ".join(prompt.split()[:3]) for prompt in PROMPTS]  # <bos> and three words
+    data = splits.texts(stack, text, other, 40, 2, 128)
+    assert words(stack, data.corpus) == PROMPTS[:38]
+    assert words(stack, data.stop) == PROMPTS[38:]
     assert words(stack, data.heldout) == ["w5 w6 w7", "w8 w9"]
-    with pytest.raises(ValueError, match=r"has 9 prompts: give 10 or more, or prompts to judge by with --heldout"):
+    assert words(stack, splits.texts(stack, text, other, 40, 2, 4).heldout) == ["w5 w6 w7", "w8 w9"]
+    with pytest.raises(ValueError, match=r"has 9 different prompts: give 10 or more"):
         splits.texts(stack, text, None, 9, 512, 128)
+
+
+def test_equal_texts_are_in_one_part_only_and_held_out_once(load, tmp_path):
+    stack, text, other = Stack(load("llama")), tmp_path / "prompts.txt", tmp_path / "other.txt"
+    again = [PROMPTS[0].replace(" ", "   "), PROMPTS[38], f"  {PROMPTS[39]}", PROMPTS[35]]  # also from the last tenths
+    text.write_text("\n".join(PROMPTS[:20] + again + PROMPTS[20:] + PROMPTS[36:]))
+    data = splits.texts(stack, text, None, 100, 512, 128)
+    parts = [words(stack, part) for part in (data.corpus, data.stop, data.heldout)]
+    bare = [{prompt.strip() for prompt in part} for part in parts]
+    assert sum(map(len, bare)) == len(set(PROMPTS))
+    assert set().union(*bare) == set(PROMPTS)
+    assert [len(part) for part in parts[1:]] == [4, 4]
+    assert parts[0].count(PROMPTS[0]) + parts[0].count(again[0]) == 2, "the corpus keeps its repetitions"
+    other.write_text("\n".join(["w5 w6 w7", PROMPTS[3], "w5  w6 w7", "w8 w9"]))
+    assert words(stack, splits.texts(stack, text, other, 100, 512, 128).heldout) == ["w5 w6 w7", "w8 w9"]
+    other.write_text("\n".join(PROMPTS[:4]))
+    with pytest.raises(ValueError, match=r"every prompt of .*other\.txt is in .*prompts\.txt too"):
+        splits.texts(stack, text, other, 100, 512, 128)
+
+
+def test_texts_that_the_cut_makes_equal_are_the_same_and_so_is_what_links_them(load):
+    stack = Stack(load("llama"))
+    written = ["w1 w2 w3", "w1  w2 w4", "w1 w2 w5 w6", "w7 w8", "w7 w8 w9", "w7 w8 w9 w3"]
+    assert splits.same_texts(stack, written, 128) == [0, 1, 2, 3, 4, 5]
+    assert splits.same_texts(stack, written, 4) == [0, 1, 2, 3, 4, 4], "<bos> and three words"
+    assert splits.same_texts(stack, ["w1 w2", "w3", "w1  w2", "w1 w2 w5"], 3) == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("k", [5, 1])
+def test_no_problem_of_babel_is_in_two_parts(k):
+    data = splits.babel(400, 60, shares=(1 / k,) * k)
+    parts = [set(splits.contents_of(part)) for part in (data.corpus, data.stop, data.heldout)]
+    assert all(parts)
+    assert len(set().union(*parts)) == sum(map(len, parts))
+    assert len(parts[1]) == len(data.stop)
+    assert data.stop_answers.any(1).all()
+
+
+@pytest.mark.parametrize("shared", [(0, 1), (0, 2), (1, 2)])
+def test_a_split_with_a_prompt_in_two_parts_is_refused(shared):
+    parts = [Tokens.of(torch.arange(10 * i, 10 * i + 8).reshape(4, 2)) for i in range(3)]
+    splits.Split(*parts)
+    first, second = (parts[i] for i in shared)
+    padded = Tokens.of(first.ids[1:2]).pad(3, "right")
+    parts[shared[1]] = Tokens(
+        torch.cat([second.pad(3, "right").ids, padded.ids]), torch.cat([second.pad(3, "right").mask, padded.mask])
+    )
+    with pytest.raises(ValueError, match="none may be in two parts"):
+        splits.Split(*parts)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

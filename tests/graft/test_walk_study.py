@@ -24,8 +24,8 @@ MOST = 1600
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walks")
     teacher = Stack(known_networks.random_network(n_layers=4, d_model=8))
-    tokens = Tokens.of(known_networks.tokens(216, 8))
-    data = Split(tokens[:200], tokens[200:])
+    tokens = Tokens.of(known_networks.tokens(220, 8))
+    data = Split(tokens[:200], tokens[216:], tokens[200:216])
     harvested = walk_study.harvester(teacher, data.corpus, (1, 3), folder)
 
     def again() -> pd.DataFrame:
