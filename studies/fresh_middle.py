@@ -44,6 +44,7 @@ from surgery.page import drawing, phrases
 from surgery.rebuild import layout
 from surgery.records import manifest, tables
 from surgery.stats.bootstrap import t_interval
+from surgery.stats.claims import Effect, largest
 from surgery.stats.sampling import Sampling
 from surgery.training.activations import Latents
 from surgery.training.ledger import Ledger
@@ -57,6 +58,7 @@ METHODS = {  # name: what is trained, on what
     "distilled from scratch": (WHOLE, Objective(latent=0, kl=1)),
     "whole from scratch": (WHOLE, Objective(latent=0, cross_entropy=1)),
 }
+CHOSEN_BY = "chosen_by"
 BY_K = study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
 WIRING = study.RUN | {
     "S": "serialness of layers 4 to 8 as one window: 0 parallel, 1 serial",
@@ -108,7 +110,8 @@ def main() -> None:
             print(f"seed {seed}, {name}: exact answers {score['exact']:.3f}, {score['damage']:+.4f} nats a token")
     rows = study.maps(stack, pairs, data)
     rows += [
-        study.row(name, seed, grown, study.judge(stack, grown, pairs, data)) for (name, seed), grown in grafts.items()
+        study.row(name, seed, grown, study.judge(stack, grown, pairs, data)) | {CHOSEN_BY: to_choose_by(grown)}
+        for (name, seed), grown in grafts.items()
     ]
     whole = grafts["whole from scratch", 0]
     per_step = whole.ledger.operations(teacher=False) / whole.curve["step"].iloc[-1]
@@ -130,7 +133,7 @@ def main() -> None:
     )
     sentences = answers(methods, ks, wiring, per_step)
     source["settings"]["found"] = sentences
-    study.write(folder, methods, grafts, source)
+    study.write(folder, methods.drop(columns=CHOSEN_BY), grafts, source)
     tables.write(ks, folder / "graft_by_k.csv", source, BY_K)
     tables.save({folder / "graft_by_k.png": drawing.png(draw(ks))})
     tables.write(wiring, folder / "graft_wiring.csv", source, WIRING)
@@ -180,9 +183,19 @@ def snapshot(stack: Stack, file: Path, per_step: float, pairs: Latents, data: Sp
     """A snapshot of the whole model's own training as a row of the table."""
     model, step = models.untrained(stack.model), int(file.stem.removeprefix("step_"))
     models.plain(model).load_state_dict(load_file(file))
-    measured = study.judge(stack, Graft(Stack(model), SPAN, pd.DataFrame(), Ledger()), pairs, data)
+    grown = Graft(Stack(model), SPAN, pd.DataFrame(), Ledger())
+    measured, to_choose = (
+        study.judge(stack, grown, pairs, part).iloc[0].to_dict()
+        for part in (data, replace(data, stop=data.heldout, heldout=data.stop, answers=data.stop_answers))
+    )
     spent = {"steps": step, "operations": step * per_step, "operations_with_teacher": step * per_step}
-    return {"method": f"whole, step {step}", "seed": np.nan} | measured.iloc[0].to_dict() | spent
+    chosen = {CHOSEN_BY: to_choose["cross_entropy_answers"]}
+    return {"method": f"whole, step {step}", "seed": np.nan} | measured | spent | chosen
+
+
+def to_choose_by(grown: Graft) -> float:
+    """The loss of the answers at the end of training, on the prompts to stop by."""
+    return float(grown.curve["cross_entropy_answers"].iloc[-1])
 
 
 def by_k(stack: Stack, grafts: dict[tuple[str, int], Graft], pairs: Latents, data: Split) -> pd.DataFrame:
@@ -222,12 +235,18 @@ def over_seeds(values: pd.Series, digits: int = 3) -> str:
 
 
 def replaceable_layers(layers: pd.DataFrame) -> str:
-    """What it costs to put each layer back to random weights, and the worst."""
-    worst = layers.loc[layers["damage"].idxmax()]
-    damages = ", ".join(f"{int(row['layer'])}: {row['damage']:.2f}" for _, row in layers.iterrows())
+    """What it costs to put each layer back to random weights, and which is worst, if one is told from all others."""
+    damages = ", ".join(f"{int(row['layer'])}: {phrases.value(row['damage'])}" for _, row in layers.iterrows())
+    worst = largest({int(row["layer"]): Effect.of_row(row, "damage") for _, row in layers.iterrows()})
+    if len(worst) == 1:
+        ranked = f"Worst is layer {worst[0]}"
+    elif worst:
+        ranked = f"The worst are not told apart: {phrases.layers(worst)}"
+    else:
+        ranked = "Which is worst is undecided: not all have an interval"
     return (
         f"Which layers are replaceable? Put back to random weights, one at a time, they cost (nats a token): "
-        f"{damages}. Worst is layer {int(worst['layer'])}."
+        f"{damages}. {ranked}."
     )
 
 
@@ -255,7 +274,8 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wiring: pd.DataFrame, per_s
     sentences.append(
         "Is the fresh middle wired like the old one? "
         + "; ".join(
-            f"{name} {over_seeds(new[name])}, the old one {old[name]:.3f}, untrained {fresh[name]:.3f}"
+            f"{name} {over_seeds(new[name])}, the old one {phrases.value(old[name], 3)}, untrained "
+            f"{phrases.value(fresh[name], 3)}"
             for name in ("S", "R_over_N", "kappa", "kappa_excess")
         )
         + "."
@@ -264,35 +284,41 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wiring: pd.DataFrame, per_s
 
 
 def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str:
-    """The graft's part of the compute of training the whole, by the recorded training of the bundled model."""
-    recorded = pd.read_csv(models.reference_folder() / "training.csv")
+    """The graft's part of the compute of training the whole, by the recorded training of the bundled model.
+
+    Which step of the whole is as good as the graft is chosen seed by seed, so that the spread of the choice is in the
+    numbers. Among the snapshots it is chosen on the prompts to stop by (``chosen_by``), as the graft's own end is.
+    """
+    recorded = pd.read_csv(models.reference_folder() / "training.csv").sort_values("step")
     reached = recorded[[f"exact_{k}" for k in range(5)]].mean(axis=1)
-    exact, operations = grown["exact"].mean(), grown["operations_with_teacher"].mean()
-    enough = recorded.loc[reached >= exact, "step"]
-    if enough.empty:
-        return f"No recorded step of the whole model's training answers as well as the graft ({exact:.3f})."
-    whole = enough.iloc[0] * per_step
+    if not np.isfinite(grown["exact"]).all():
+        return "The graft's part of the compute of training the whole is undefined: so are its exact answers."
+    first = [recorded.loc[reached >= exact, "step"].min() for exact in grown["exact"]]
+    if np.isnan(first).any():
+        best = grown["exact"].max()
+        return f"No recorded step of the whole model's training answers as well as the graft ({best:.3f})."
+    whole = np.array(first) * per_step
+    spent = {name: over_seeds(100 * grown[name] / whole, 1) for name in ("operations_with_teacher", "operations")}
     text = (
-        f"The bundled model's own training answered {exact:.1%} of held-out problems first at step {enough.iloc[0]}, "
-        f"{whole:.3g} operations: the graft took {operations / whole:.1%} of that, the harvest included, "
-        f"{grown['operations'].mean() / whole:.1%} without"
+        f"The bundled model's own training answered {grown['exact'].mean():.1%} of held-out problems first at step "
+        f"{' to '.join(f'{step:.0f}' for step in sorted({min(first), max(first)}))}: in % of its operations the graft "
+        f"took {spent['operations_with_teacher']}, the harvest included, {spent['operations']} without"
     )
-    snapshots = methods[methods["method"].str.startswith("whole, step")]
-    as_good = snapshots[snapshots["cross_entropy_answers"] <= grown["cross_entropy_answers"].mean()]
-    if len(as_good):
-        first = as_good.iloc[0]
-        text += (
-            f"; of the snapshots {first['method'].removeprefix('whole, ')} is the first with as small a loss "
-            f"({first['cross_entropy_answers']:.4f} nats an answer token against "
-            f"{grown['cross_entropy_answers'].mean():.4f}): {operations / first['operations']:.1%} of its operations"
-        )
-    elif len(snapshots):
-        least = snapshots.loc[snapshots["cross_entropy_answers"].idxmin()]
-        text += (
-            f"; no snapshot has as small a loss, {least['method'].removeprefix('whole, ')} is nearest with "
-            f"{least['cross_entropy_answers']:.4f} nats an answer token against "
-            f"{grown['cross_entropy_answers'].mean():.4f}"
-        )
+    snapshots = methods[methods["method"].str.startswith("whole, step")].sort_values("steps")
+    if len(snapshots):
+        good = [snapshots[snapshots[CHOSEN_BY] <= loss] for loss in grown[CHOSEN_BY]]
+        if all(map(len, good)):
+            chosen = pd.DataFrame([of_seed.iloc[0] for of_seed in good])
+            named = " and ".join(dict.fromkeys(chosen["method"].str.removeprefix("whole, ")))
+            losses = [over_seeds(of["cross_entropy_answers"], 4) for of in (chosen, grown)]
+            part = 100 * grown["operations_with_teacher"].to_numpy() / chosen["operations"].to_numpy()
+            text += (
+                f"; of the snapshots, {named} is the first with as small a loss on the prompts to stop by (on the "
+                f"others {losses[0]} nats an answer token against {losses[1]}): {over_seeds(pd.Series(part), 1)} % of "
+                "its operations"
+            )
+        else:
+            text += "; no snapshot has as small a loss as every graft"
     return text + "."
 
 

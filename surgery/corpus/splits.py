@@ -136,7 +136,8 @@ def texts(stack: Stack, text: Path, heldout: Path | None, count: int, most: int,
     unseen = [first_of[group] for group in range(trained + tenth, len(first_of))]
     if not unseen:
         raise ValueError(f"every prompt of {heldout} is in {text} too: give others to report on")
-    return Split(*[stack.tokens(part, longest) for part in (corpus, stop, unseen)])
+    trained_on, stop_by, report_on = (stack.tokens(part, longest) for part in (corpus, stop, unseen))
+    return Split(trained_on, stop_by, report_on)
 
 
 def same_texts(stack: Stack, written: Sequence[str], longest: int) -> list[int]:

@@ -47,11 +47,13 @@ MEASURES = {
     "entropy": "entropy of the next-token predictions (nats per token)",
     "entropy_change": "the same minus that of the unwalked activations (nats per token)",
 }
+CHANGED = ("mahalanobis", "beyond_real", "nearest")
+CHANGES = {f"{name}_change": f"{name} minus that of the unwalked activations, paired" for name in CHANGED}
 COLUMNS = {
     "kind": "how the activations were walked; real: not at all",
     "control": "whether they were moved as far as the kind moves them, but in any direction",
     "n_prompts": "number of prompts that were walked, the unit of resampling",
-    **described(MEASURES),
+    **described(MEASURES | CHANGES),
 }
 
 
@@ -104,6 +106,7 @@ def report(
         first += len(unit)
     drawn = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
     rows, count = [], drawn @ totals["tokens"]
+    unwalked: dict[str, Tensor] = {}
     real = {name: drawn @ totals[(REAL, False), name] for name in (*SUMMED, "entropy")}
     for name, control in steps:
         sums = {measure: drawn @ totals[(name, control), measure] for measure in real}
@@ -117,6 +120,8 @@ def report(
             "entropy": sums["entropy"] / count,
             "entropy_change": (sums["entropy"] - real["entropy"]) / count,
         }
+        unwalked = unwalked or measures
+        measures |= {f"{name}_change": measures[name] - unwalked[name] for name in CHANGED}
         for measure, resampled in measures.items():
             row |= columns(measure, resampled)
         rows.append(row)

@@ -13,6 +13,7 @@ from surgery.graft import manifold, size_study, walk_study
 from surgery.graft import say as words
 from surgery.graft.size_study import SIZES
 from surgery.graft.walk_study import MANIFOLD, METHODS
+from surgery.page import phrases
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
 from surgery.page.parts import Cell, Section, Table, count_cell, number_cell, rows, tabled
 from surgery.stats.bootstrap import t_interval
@@ -46,8 +47,8 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
         notes.append("New middles of another size or other data were trained with one seed: they cannot be compared.")
     elif trained:
         notes.append(
-            "Sizes and methods are compared over few seeds, each comparison by itself: of twenty where nothing "
-            "differs, one will be said to differ."
+            "Sizes and methods are compared over few seeds, and claims are corrected for the number of comparisons: "
+            "undecided means that more seeds are needed, not that nothing differs."
         )
     if METHODS in tables:
         notes += words.short_of_real_data(tables[METHODS])
@@ -80,24 +81,27 @@ def section(tables: Tables, manifests: Manifests) -> Section:
         paragraphs.append(
             "New middles of other widths and depths: at equal tokens all make the same steps, at equal operations a "
             "smaller one makes more. Compared are ratios of held-out losses, seed by seed: above 1 is better than "
-            f"the usual size, MLP width {usual[0]} and {usual[1]} layers."
+            f"the usual size, MLP width {usual[0]} and {usual[1]} layers, and {words.TIMES} times is the least that "
+            "matters."
         )
         shown.append(_sizes(sizes))
         compared = size_study.by_k(sizes, usual)
         if len(compared):
             shown.append(_by_k(compared))
     if MANIFOLD in tables:
+        changes = ", ".join(f"{name} {least}" for name, least in words.JUDGED_BY.values())
         paragraphs.append(
-            "Walked activations are on the manifold if no measure tells them from the same prompts unwalked; a step "
-            "may be too small for these prompts to show. The distance from the mean alone is no evidence: a "
-            "stationary walk keeps it by construction."
+            f"Walked activations are on the manifold if no measure has changed by more than matters ({changes}) from "
+            "the same prompts unwalked, and undecided where these are too few to tell. The distance from the mean is "
+            "no evidence by itself: a stationary walk keeps it by construction."
         )
         shown.append(_manifold(tables[MANIFOLD]))
     if METHODS in tables:
         paragraphs.append(
             "Relabelled: a share of each batch is walked, and the original gives x_stop for it; unrelabelled: x_stop "
             "is left as it was, which is noise. The operations of relabelling could buy something else: longer spends "
-            "them on steps, more real on real data. A walk is worth its price if it helps more than these do."
+            "them on steps, more real on real data. A walk is worth its price if it helps more than these do, by "
+            f"{words.GAINED} of the update's variance or more."
         )
         shown.append(_methods(tables[METHODS]))
     return Section("middle", "Width, depth and walks", paragraphs=paragraphs, tables=shown)
@@ -136,15 +140,15 @@ def _by_k(compared: pd.DataFrame) -> Table:
     ks = list(dict.fromkeys(compared["k"]))
 
     def exact(row: pd.Series) -> Cell:
-        return Cell(f"{row['exact']:.3f}", row["verdict"] if row["verdict"] in ("better", "worse") else "")
+        return Cell(phrases.value(row["exact"], 3), row["verdict"] if row["verdict"] in ("better", "worse") else "")
 
     cells = [
         [Cell(str(value)) for value in size] + [exact(row) for k in ks for row in rows(part[part["k"] == k])]
         for size, part in compared.groupby(["budget", "d_mlp", "depth"], sort=False)
     ]
     caption = (
-        "Exact answers by the steps k that a problem takes, mean over seeds; better or worse than the usual size where "
-        "the seeds, in pairs, decide"
+        "Exact answers by the steps k that a problem takes, mean over seeds; better or worse than the usual size "
+        "where the seeds, in pairs, decide"
     )
     return Table(caption, ["equal", "width", "layers", *(f"k = {k:.0f}" for k in ks)], cells)
 

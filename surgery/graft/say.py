@@ -1,6 +1,10 @@
-"""What the tables of fresh middles say, in sentences, and what they leave open. Pure functions of the frames."""
+"""What the tables of fresh middles say, in sentences, and what they leave open. Pure functions of the frames.
 
-from collections.abc import Iterator
+Every claim is one of ``stats.claims``: beyond a least effect, within it, or undecided; those of a function are one
+family.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,13 +12,17 @@ import pandas as pd
 
 from surgery.graft.walk import LONGER, MORE, REAL
 from surgery.page import phrases
-from surgery.stats.bootstrap import t_interval, verdict
+from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, Effect, sides
 
-JUDGED_BY: dict[str, str] = {  # the measures by which a step is on the manifold or off it
-    "mahalanobis": "squared distance",
-    "beyond_real": "share beyond 95 % of real ones",
-    "nearest": "distance to the nearest real one",
-    "entropy_change": "change of entropy",
+TIMES = 1.05  # the least ratio of losses that matters
+GAINED = 0.01  # the least gain that matters, of the update's variance
+JUDGED_BY: dict[
+    str, tuple[str, float]
+] = {  # how a step is on the manifold or off it, and the least change that matters
+    "mahalanobis": ("squared distance", 0.05),
+    "beyond_real": ("share beyond 95 % of real ones", 0.01),
+    "nearest": ("distance to the nearest real one", 0.05),
+    "entropy": ("entropy", 0.02),
 }
 
 
@@ -27,7 +35,8 @@ def methods(frame: pd.DataFrame, n_layers: int) -> list[str]:
     start, stop = int(first["start"]), int(first["stop"])
     sentences = [
         f"Layers {start} to {stop - 1} of {n_layers} replaced. The loss of the original is "
-        f"{first['cross_entropy_original']:.3f} nats a token on {int(first['n_prompts'])} held-out prompts."
+        f"{phrases.value(first['cross_entropy_original'], 3)} nats a token on "
+        f"{int(first['n_prompts'])} held-out prompts."
     ]
     for _, row in frame.iterrows():
         name = str(row["method"])
@@ -35,7 +44,8 @@ def methods(frame: pd.DataFrame, n_layers: int) -> list[str]:
         if not np.isnan(row["unexplained"]):  # it is NaN for a model whose ends are others
             text += f", unexplained {phrases.number(row, 'unexplained', 3)}"
         if "exact" in frame:
-            text += f", exact answers {phrases.number(row, 'exact', 3)} (original {row['exact_original']:.3f})"
+            text += f", exact answers {phrases.number(row, 'exact', 3)}"
+            text += f" (original {phrases.value(row['exact_original'], 3)})"
         if row.get("operations", 0) > 0:
             text += f"; {row['operations']:.2g} operations, {row['operations_with_teacher']:.2g} with the teacher's"
         sentences.append(text + ".")
@@ -48,25 +58,21 @@ def methods(frame: pd.DataFrame, n_layers: int) -> list[str]:
 def sizes(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
     """For each budget and size: is it better than a middle of the ``usual`` width and depth, over seeds?
 
-    Compared are ratios of held-out losses: seeds in pairs, a t interval of their logarithms.
+    Compared are ratios of held-out losses: seeds in pairs, a t interval of their logarithms. A ratio matters from
+    ``TIMES`` on, and all sizes are one family.
     """
-    sentences = list[str]()
     loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
-    whole = frame[frame["k"].isna()]
+    whole, ratios = frame[frame["k"].isna()], dict[str, Effect]()
     for budget, of_budget in whole.groupby("budget", sort=False):
         losses = {
             size: np.log(of_size.set_index("seed")[loss])  # they span orders of magnitude
             for size, of_size in of_budget.groupby(["d_mlp", "depth"])
         }
         for size in (size for size in losses if size != usual and usual in losses):
-            mean, low, high = t_interval((losses[usual] - losses[size]).dropna().to_numpy())
-            times, ends = phrases.value(float(np.exp(mean))), phrases.bracket(float(np.exp(low)), float(np.exp(high)))
-            width, depth = size
-            sentences.append(
-                f"At equal {budget}, width {width} and {depth} layers: {times} times as small a loss"
-                f"{ends and ' ' + ends}; {verdict(low, high, 'better', 'worse')}."
-            )
-    return sentences
+            name = f"At equal {budget}, width {size[0]} and {size[1]} layers"
+            ratios[name] = Effect.of_seeds(losses[usual] - losses[size])
+    claims = phrases.claims([*ratios.values()], np.log(TIMES), f"less than {TIMES} times", "better", "worse")
+    return [f"{name}: {_times(ratio)}; {claim}." for (name, ratio), claim in zip(ratios.items(), claims, strict=True)]
 
 
 def sizes_by_k(compared: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
@@ -92,55 +98,67 @@ def sizes_by_k(compared: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
 def walked_activations(frame: pd.DataFrame) -> list[str]:
     """For each kind of step: is it on the manifold or off it, by which measures, and is its control farther off?
 
-    A step is off by a measure if its interval and that of the same prompts unwalked do not meet, on either side. It is
-    nearer than its control if its value is nearer to the unwalked one and the two intervals do not meet.
+    A step is off by a measure if that has changed from the same prompts unwalked, to either side, by more than the
+    least effect of ``JUDGED_BY``; it is on the manifold if no measure has; else it is undecided. All measures of all
+    kinds are one family. It is nearer than its control if its change is smaller, by as much, and the two intervals do
+    not meet.
     """
     sentences, real = list[str](), frame[frame["kind"] == REAL].iloc[0]
-    for kind, of_kind in frame[frame["kind"] != REAL].groupby("kind", sort=False):
-        walked, control = (of_kind[of_kind["control"] == flag].iloc[0] for flag in (False, True))
-        nearer = [
-            words
-            for name, words in JUDGED_BY.items()
-            if _apart(walked, control, name) and abs(walked[name] - real[name]) < abs(control[name] - real[name])
-        ]
-        off = ", ".join(
-            f"{words} {phrases.number(walked, name)} where real ones have {real[name]:.2f} and the control "
-            f"{control[name]:.2f}"
-            for name, words in JUDGED_BY.items()
-            if _apart(walked, real, name)
-        )
-        side = f"off the manifold: {off}" if off else "on the manifold as far as these measures show"
+    flags = frame["control"].astype(bool)
+    walked, controls = frame[(frame["kind"] != REAL) & ~flags], frame[flags].set_index("kind")
+    changes = [[Effect.of_row(row, f"{name}_change") for name in JUDGED_BY] for _, row in walked.iterrows()]
+    least = [bound for _, bound in JUDGED_BY.values()]
+    family = iter(sides([change for of_kind in changes for change in of_kind], least * len(changes)))
+    for (_, row), of_kind in zip(walked.iterrows(), changes, strict=True):
+        off, undecided, nearer = list[str](), list[str](), list[str]()
+        control = controls.loc[row["kind"]]
+        for (name, (words, bound)), change in zip(JUDGED_BY.items(), of_kind, strict=True):
+            side, other = next(family), Effect.of_row(control, f"{name}_change")
+            if side in (ABOVE, BELOW):
+                off.append(
+                    f"{words} {phrases.number(row, name)} where real ones have {phrases.value(real[name])} and the "
+                    f"control {phrases.value(control[name])}"
+                )
+            elif side == UNDECIDED:
+                undecided.append(f"{words} ({change.missing})" if change.missing else words)
+            apart = change.low > other.high or change.high < other.low
+            if change.defined and other.defined and apart and abs(other.value) - abs(change.value) > bound:
+                nearer.append(words)
+        side = f"off the manifold: {', '.join(off)}" if off else "on the manifold as far as these measures show"
+        if undecided and not off:
+            side = f"undecided by {', '.join(undecided)}"
         sentences.append(
-            f"{kind}, {walked['moved']:.2f} of the spread moved: {side}. Nearer to real activations than steps as long "
-            f"in any direction by {', '.join(nearer) or 'none of them'}."
+            f"{row['kind']}, {phrases.value(row['moved'])} of the spread moved: {side}. Nearer to real activations "
+            f"than steps as long in any direction by {', '.join(nearer) or 'none of these measures'}."
         )
     return sentences
 
 
 def walks(frame: pd.DataFrame) -> list[str]:
     """Every method of ``walk_methods.csv`` against the real pairs alone, then ``walks_for_their_price``."""
-    sentences = []
-    for amount, unexplained in _unexplained(frame):
-        for name in (name for name in unexplained.columns if name != REAL):
-            gain, side = _gain(unexplained[REAL] - unexplained[name])
-            sentences.append(
-                f"{amount:,.0f} real tokens, {name}: {gain} of the update's variance more explained; {side}."
-            )
+    gains = {
+        f"{amount:,.0f} real tokens, {name}": Effect.of_seeds(unexplained[REAL] - unexplained[name])
+        for amount, unexplained in _unexplained(frame)
+        for name in unexplained.columns
+        if name != REAL
+    }
+    claims = _claims([*gains.values()], "helps", "harms")
+    sentences = [f"{name}: {said}." for name, said in zip(gains, claims, strict=True)]
     return sentences + walks_for_their_price(frame)
 
 
 def walks_for_their_price(frame: pd.DataFrame) -> list[str]:
     """Does a relabelled walk help more than as much more real data, and more than as many more steps?"""
-    sentences = []
+    names, gains = list[str](), list[Effect]()
     for amount, unexplained in _unexplained(frame):
         for name in (name for name in unexplained.columns if name.endswith(", relabelled")):
-            sides = ("helps more", "helps less")
-            data, steps = (_gain(unexplained[control] - unexplained[name], *sides) for control in (MORE, LONGER))
-            sentences.append(
-                f"{amount:,.0f} real tokens, {name}, against as much more real data for the same price: {data[0]} of "
-                f"the update's variance more explained; {data[1]}. Against as many more steps: {steps[0]}; {steps[1]}."
-            )
-    return sentences
+            names.append(f"{amount:,.0f} real tokens, {name}")
+            gains += [Effect.of_seeds(unexplained[control] - unexplained[name]) for control in (MORE, LONGER)]
+    claims = iter(_claims(gains, "helps more", "helps less"))
+    return [
+        f"{name}, against as much more real data for the same price: {data}. Against as many more steps: {steps}."
+        for name, data, steps in zip(names, claims, claims, strict=True)
+    ]
 
 
 def short_of_real_data(frame: pd.DataFrame) -> list[str]:
@@ -158,9 +176,10 @@ def short_of_real_data(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _apart(row: pd.Series, other: pd.Series, name: str) -> bool:
-    """Whether two intervals do not meet."""
-    return bool(row[f"{name}_low"] > other[f"{name}_high"] or row[f"{name}_high"] < other[f"{name}_low"])
+def _times(ratio: Effect) -> str:
+    """A ratio of losses, from the effect on their logarithms."""
+    value, low, high = (float(np.exp(end)) for end in (ratio.value, ratio.low, ratio.high))
+    return f"{phrases.value(value)} times as small a loss {phrases.bracket(low, high)}".strip()
 
 
 def _unexplained(frame: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame]]:
@@ -170,6 +189,10 @@ def _unexplained(frame: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame]]:
         yield amount, table[list(dict.fromkeys(of_amount["method"]))]
 
 
-def _gain(differences: pd.Series, above: str = "helps", below: str = "harms") -> tuple[str, str]:
-    mean, low, high = t_interval(differences.dropna().to_numpy())
-    return phrases.interval(mean, low, high, 3, signed=True), verdict(low, high, above, below)
+def _claims(gains: Sequence[Effect], above: str, below: str) -> list[str]:
+    """Gains of the update's variance explained, each with what may be claimed of it."""
+    claims = phrases.claims(gains, GAINED, f"less than {GAINED}", above, below)
+    return [
+        f"{phrases.interval(*gain[:3], 3, signed=True)} of the update's variance more explained; {claim}"
+        for gain, claim in zip(gains, claims, strict=True)
+    ]

@@ -24,14 +24,16 @@ from surgery.graft import draw, grafting, study
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
-from surgery.page import drawing
+from surgery.page import drawing, phrases
 from surgery.rebuild import layout
 from surgery.records import tables
-from surgery.stats.bootstrap import described, t_interval, verdict
+from surgery.stats.bootstrap import described, t_interval
+from surgery.stats.claims import Effect
 from surgery.training.activations import Latents
 
 SIZES = "width_of_thought.csv"
 BUDGETS = ("tokens", "operations")
+MORE_EXACT = 0.01  # the least difference in exact answers that matters
 COLUMNS = (
     {
         "budget": "what is equal to that of the middle of the original size: tokens or operations",
@@ -46,7 +48,10 @@ COLUMNS = (
 BY_K = (
     {name: COLUMNS[name] for name in ("budget", "d_mlp", "depth", "k")}
     | described({"exact": "share of exact answers", "gain": "exact minus that of the usual size"}, "seeds")
-    | {"verdict": "better, worse or undecided, by the interval of gain over seeds; empty for the usual size"}
+    | {
+        "verdict": f"better or worse by more than {MORE_EXACT}, no difference that matters, or undecided, over seeds; "
+        "the ks of a size are one family; empty for the usual size"
+    }
 )
 
 
@@ -164,19 +169,26 @@ def operations(
 def by_k(frame: pd.DataFrame, usual: tuple[int, int]) -> pd.DataFrame:
     """Exact answers by budget, size and k, and how far they exceed the ``usual`` size's: ``BY_K``.
 
-    Means and t intervals over seeds; differences of seeds in pairs. Empty where ``frame`` was made without ``parts`` or
-    nothing is an answer.
+    Means and t intervals over seeds; differences of seeds in pairs. A verdict is a claim of ``stats.claims``. Empty
+    where ``frame`` was made without ``parts`` or nothing is an answer.
     """
-    rows, parts = [], frame.dropna(subset=["k", "exact"]) if "exact" in frame else frame[:0]
+    rows: list[dict[str, Any]] = []
+    parts = frame.dropna(subset=["k", "exact"]) if "exact" in frame else frame[:0]
+    gains: dict[tuple[Any, ...], dict[int, Effect]] = {}  # by budget and size, then by row
     for (budget, k), part in parts.groupby(["budget", "k"], sort=False):
         exact = {size: of_size.set_index("seed")["exact"] for size, of_size in part.groupby(["d_mlp", "depth"])}
         for size, values in exact.items():
             row = {"budget": budget, "d_mlp": size[0], "depth": size[1], "k": k}
             row |= _named("exact", t_interval(values.to_numpy()))
             if usual in exact and size != usual:
-                gain = t_interval((values - exact[usual]).dropna().to_numpy())
-                row |= _named("gain", gain) | {"verdict": verdict(*gain[1:], "better", "worse")}
+                gain = Effect.of_seeds(values - exact[usual])
+                row |= _named("gain", gain[:3])
+                gains.setdefault((budget, *size), {})[len(rows)] = gain
             rows.append(row)
+    for of_size in gains.values():
+        claims = phrases.claims([*of_size.values()], MORE_EXACT, f"less than {MORE_EXACT}", "better", "worse")
+        for place, claim in zip(of_size, claims, strict=True):
+            rows[place]["verdict"] = claim
     return pd.DataFrame(rows, columns=list(BY_K))
 
 

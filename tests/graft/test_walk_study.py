@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from support.made_up_walks import NAMES, on_and_off, planted
+from support.made_up_walks import NAMES, moved, on_and_off, planted
 from surgery import graft
 from surgery.corpus.splits import Split
 from surgery.graft import draw, say, walk, walk_study
@@ -92,7 +92,7 @@ def test_a_walk_that_truly_helps_is_said_to_help_and_one_that_harms_to_harm():
     assert len(said) == 2 * (4 + 1)
     assert sentence(said, "1,000 real tokens, stationary, relabelled: +0.10").endswith("helps.")
     assert sentence(said, "10,000 real tokens, stationary, unrelabelled: -0.10").endswith("harms.")
-    assert sentence(said, "1,000 real tokens, longer:").endswith("undecided.")
+    assert sentence(said, "1,000 real tokens, longer:").endswith("no difference that matters (less than 0.01).")
     worth = sentence(said, "10,000 real tokens, stationary, relabelled, against as much more real data")
     assert "price: +0.048 [+0.045, +0.052]" in worth
     assert worth.count("helps more") == 2
@@ -150,12 +150,31 @@ def test_a_step_is_on_the_manifold_by_all_measures_or_off_it_by_those_that_say_s
     near, off, shrunk = say.walked_activations(on_and_off())
     assert near.startswith("near, 0.40 of the spread moved: on the manifold as far as these measures show.")
     assert near.endswith("by squared distance, share beyond 95 % of real ones, distance to the nearest real one.")
-    assert "off the manifold: distance to the nearest real one 3.00 [2.99, 3.01] where real ones have 1.00" in off
-    assert "change of entropy 0.20 [0.19, 0.21] where real ones have 0.00 and the control 0.00." in off
+    assert "off the manifold: distance to the nearest real one 3.00 [3.00, 3.00] where real ones have 1.00" in off
+    assert "entropy 1.20 [1.20, 1.20] where real ones have 1.00 and the control 1.00." in off
     assert "squared distance 1.00" not in off
     assert off.endswith("by squared distance, share beyond 95 % of real ones.")
     assert "off the manifold: squared distance 0.50" in shrunk, "nearer to the mean than real ones is not real either"
-    assert shrunk.endswith("by none of them.")
+    assert shrunk.endswith("by none of these measures.")
+
+
+@pytest.mark.parametrize(
+    ("half", "why"),
+    [(0.5, "squared distance"), (float("nan"), "squared distance (no interval)"), (0.0, "entropy (nothing varies)")],
+)
+def test_a_step_is_not_on_the_manifold_because_nothing_is_known_of_it(half, why):
+    """Wide intervals, one prompt, what does not vary: "on the manifold" would be a claim from nothing."""
+    table = pd.DataFrame(
+        [
+            {"kind": kind, "control": control, "n_prompts": 1} | moved(half, nearest=3.0 if control else 1.0)
+            for kind, control in (("real", False), ("near", False), ("near", True))
+        ]
+    )
+    (said,) = say.walked_activations(table)
+    assert ": undecided by squared distance" in said
+    assert why in said
+    assert "on the manifold" not in said
+    assert half == 0.5 or said.endswith("by none of these measures.")
 
 
 def test_what_is_written_is_read_again_with_its_figures(tmp_path):

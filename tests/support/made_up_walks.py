@@ -37,7 +37,7 @@ def on_and_off() -> pd.DataFrame:
             {"kind": "real", "control": False, "n_prompts": 250} | moved(),
             {"kind": "near", "control": False, "n_prompts": 250} | moved(moved=0.4, nearest=1.005),
             {"kind": "near", "control": True, "n_prompts": 250} | moved(**far),
-            {"kind": "off", "control": False, "n_prompts": 250} | moved(moved=0.4, nearest=3.0, entropy_change=0.2),
+            {"kind": "off", "control": False, "n_prompts": 250} | moved(moved=0.4, nearest=3.0, entropy=1.2),
             {"kind": "off", "control": True, "n_prompts": 250} | moved(**far),
             {"kind": "shrunk", "control": False, "n_prompts": 250} | moved(moved=0.4, mahalanobis=0.5),
             {"kind": "shrunk", "control": True, "n_prompts": 250} | moved(moved=0.4),
@@ -48,7 +48,10 @@ def on_and_off() -> pd.DataFrame:
 NAMES = ["real", "stationary, relabelled", "stationary, unrelabelled", "longer", "more real"]
 
 
-def moved(**values: float) -> dict[str, float]:
+AT_REST = {"mahalanobis": 1.0, "beyond_real": 0.05, "nearest": 1.0, "entropy": 1.0}
+
+
+def moved(half: float = 0.004, **values: float) -> dict[str, float]:
     usual = {
         "moved": 0.0,
         "mahalanobis": 1.0,
@@ -56,7 +59,7 @@ def moved(**values: float) -> dict[str, float]:
         "beyond_chi_squared": 0.1,
         "nearest": 1.0,
         "entropy": 1.0,
-        "entropy_change": 0.0,
     } | values
-    ends = {"": 0.0, "_low": -0.01, "_high": 0.01}
-    return {f"{name}{end}": value + half for name, value in usual.items() for end, half in ends.items()}
+    usual |= {f"{name}_change": usual[name] - at_rest for name, at_rest in AT_REST.items()}
+    ends = {"": 0.0, "_low": -half, "_high": half}
+    return {f"{name}{end}": value + add for name, value in usual.items() for end, add in ends.items()}
