@@ -116,10 +116,10 @@ def _undecided(contrast: pd.Series) -> str:
     """Why a contrast of ends and middle is undecided, if it is."""
     first, last = (_side(contrast, name) for name in ("D_in", "D_out"))
     if first * last < 0:
-        kinds = {-1: "more parallel", 1: "more serial"}
-        return f"the ends disagree, the first is {kinds[first]} than the middle and the last {kinds[last]}"
+        size = {-1: "smaller", 1: "larger"}
+        return f"the ends disagree, S is {size[first]} in the first than in the middle and {size[last]} in the last"
     if first != last:
-        return f"only the {'first' if first else 'last'} end differs from the middle"
+        return f"S of only the {'first' if first else 'last'} end differs from that of the middle"
     if pd.isna(contrast["D_low"]):
         return "there is no interval"
     if not first:
@@ -140,8 +140,9 @@ def by_kind(frame: pd.DataFrame) -> list[str]:
     """A sentence for each kind of prompts: does the contrast depend on what is asked?"""
     sentences = []
     for row in rows(frame):
-        different = row["p"] < SURE / len(frame) and abs(row["D"]) >= LEAST
-        clear = "different from" if different else "not clearly different from"
+        clear = "not clearly different from"
+        if row["p"] < SURE / len(frame):
+            clear = "different from" if abs(row["D"]) >= LEAST else f"within {LEAST} of"
         kind, other = row["kind"], row["other"]
         sentences.append(
             f"On {kind}, D is {clear} that on {other}: the difference is {number(row, 'D')}, p = {row['p']:.3f}."

@@ -36,9 +36,9 @@ def test_the_verdict_has_a_reason(D, of_ratio, p, expected):
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
     [
-        (0.32, -0.09, "the ends disagree, the first is more serial than the middle and the last more parallel; D = "),
-        (-0.3, 0.0, "only the first end differs from the middle; "),
-        (0.0, -0.3, "only the last end differs from the middle; "),
+        (0.32, -0.09, "the ends disagree, S is larger in the first than in the middle and smaller in the last; D = "),
+        (-0.3, 0.0, "S of only the first end differs from that of the middle; "),
+        (0.0, -0.3, "S of only the last end differs from that of the middle; "),
     ],
 )
 def test_ends_that_disagree_are_not_averaged(first, last, expected):
@@ -108,7 +108,7 @@ def test_no_boundary_is_read_where_content_never_counts_for_more_than_language()
     [
         (0.2, 0.01, "is different from"),
         (0.2, 0.1, "is not clearly different from"),
-        (0.03, 0.01, "is not clearly different from"),
+        (0.03, 0.01, "is within 0.05 of"),
     ],
 )
 def test_kinds_of_prompts_are_compared(D, p, expected):
