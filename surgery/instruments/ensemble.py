@@ -238,6 +238,38 @@ class Totals(dict[Hashable, Tensor]):
         self[key].index_add_(0, unit.cpu(), values.double().cpu())
 
 
+def partner_prompts(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " prompt"]:
+    """Return another prompt for every prompt: a random permutation among those of about the same number of kept tokens.
+
+    It knows all prompts, so what is made of it does not depend on how they are batched. A prompt without tokens, or
+    alone with them, is its own partner.
+
+    >>> partner_prompts(torch.ones(2, 3, dtype=torch.bool), np.random.default_rng(0)).tolist()
+    [1, 0]
+    """
+    lengths = mask.sum(1).cpu().numpy()
+    order = np.lexsort((generator.random(len(lengths)), lengths))
+    order = order[lengths[order] > 0]
+    partner = np.arange(len(lengths))
+    partner[order] = np.roll(order, 1)
+    return torch.from_numpy(partner)
+
+
+def partner_places(
+    mask: Bool[Tensor, "prompt pos"], of_partner: Bool[Tensor, "prompt pos"]
+) -> Int[Tensor, "prompt pos"]:
+    """Return, for each kept token, where in its partner the token of the same place is, counted among kept tokens.
+
+    Where the partner has fewer, its tokens are counted through again. Elsewhere the entry is 0.
+
+    >>> partner_places(torch.tensor([[False, True, True]]), torch.tensor([[True, False, True]])).tolist()
+    [[0, 0, 2]]
+    """
+    place = (mask.cumsum(1) - 1) % of_partner.sum(1, keepdim=True).clamp(min=1)
+    where = of_partner.long().argsort(1, descending=True, stable=True)
+    return torch.where(mask, where.gather(1, place.clamp(min=0)), 0)
+
+
 def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:
     """Return a random permutation of the kept tokens (numbered prompt by prompt) in which none stays where it was.
 

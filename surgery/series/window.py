@@ -53,10 +53,20 @@ from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
-from surgery.instruments import similarity
-from surgery.instruments.ensemble import exchange, partners
+from surgery.instruments import massive, similarity
+from surgery.instruments.ensemble import Ensemble, partner_places, partner_prompts
 from surgery.instruments.readout import log_probabilities, portions, predicting_positions
-from surgery.instruments.windows import Reading, Stream, Sums, Units, record_entry_updates, record_stream
+from surgery.instruments.windows import (
+    Reading,
+    Stream,
+    Sums,
+    Turns,
+    Units,
+    record_entry_updates,
+    record_stream,
+    record_turned,
+    running_mean,
+)
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, weights
@@ -113,6 +123,7 @@ def windows(
     *,
     damage: bool = True,
     grain: str = "layer",
+    untrained: Stack | None = None,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure R, O, S, their nulls and the damage in parallel, for every window of 2 to ``max_length`` layers.
@@ -144,28 +155,30 @@ def windows(
     tokens, units = Tokens.of(tokens).to(stack.device), Units.of(stack, grain)
     longest = len(units) if max_length is None else max_length
     _check(units, tokens, longest, sampling.skip_first, sampling.batch_size)
-    starts = range(len(units) - 1)
-    sums, generator = Sums(), np.random.default_rng((sampling.seed, 1))
-    batches = list(tokens.batches(max(sampling.batch_size, 3)))  # in fewer, a prompt might have no partner
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    starts, sums, turns = range(len(units) - 1), Sums(), Turns.of(units, ensemble)
+    partner = partner_prompts(ensemble.mask, np.random.default_rng((sampling.seed, 1)))
+    batches, first = list(tokens.batches(sampling.batch_size)), 0
     with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
+            prompts = slice(first, first + len(batch))
+            mask, turn = ensemble.mask[prompts], turns.batch(first, ensemble.mask[prompts])
             context = stack.context(batch)
             stream = units.stream(context)
-            sums.open(batch.ensemble(sampling.skip_first))
+            other = _partner_stream(units, ensemble, stream, mask, partner[prompts])
+            sums.open(mask)
             sums.add(predicting_positions(batch).sum(1), "predictions")
             record_stream(stream, sums)
-            partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
                     updates = record_entry_updates(units, context, stream, start, longest, "frozen", sums)
                     for layer, entry_update in updates:
-                        written = stream[units.reads[layer]] - stream[start]
-                        entry = stream[start] + exchange(written, batch.mask, partner)
+                        record_turned(units, context, stream, start, layer, entry_update, turn, sums)
+                        entry = stream[start] + other[units.reads[layer]] - other[start]
                         shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - entry_update, "shuffled effect", start, layer)
-                        sums.square(written, "written", start, layer)
                     bar.advance(task)
             for start in starts:
                 updates = record_entry_updates(units, context, stream, start, longest, "live", sums)
@@ -174,18 +187,23 @@ def windows(
                 else:
                     list(updates)
                 bar.advance(task)
+            first += len(batch)
     draws = weights(len(tokens), sampling.resamples, sampling.seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
+    matched = None if untrained is None else _seriesness(units.matched(untrained, ensemble), ensemble, longest, draws)
     for start in starts:
         layers = units.after(start, longest)
         measures = reading.measures(start, layers, damage)
+        if matched is not None:
+            measures |= {"S_matched": matched[start], "S_excess": measures["S"] - matched[start]}
         for i, layer in enumerate(layers):
             row: dict[str, str | float] = {"start": start, "stop": layer + 1}
             if grain == "sublayer":
                 row |= {"first": units.names[start], "last": units.names[layer]}
             row["n_prompts"] = len(tokens)
             row |= measure_columns({name: values[i] for name, values in measures.items()})
-            rows.append(row)
+            row["n_massive"] = ensemble.n_massive
+            rows.append(row | _shares(ensemble, start, layer, len(units) // stack.n_layers))
     return pd.DataFrame(rows)
 
 
@@ -266,6 +284,42 @@ def profile(
     frame = frame.join(_skip_damage(stack, tokens, sampling=sampling))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
+
+
+def _partner_stream(
+    units: Units, ensemble: Ensemble, stream: Stream, mask: Tensor, partner: Int[Tensor, " batch"]
+) -> Float[Tensor, "place batch pos d_model"]:
+    """Return ``stream`` with each measured token's own replaced by that of its place in the partner. Cost: 1 F."""
+    theirs = units.stream(units.stack.context(ensemble.tokens[partner]))
+    rows, places = torch.arange(len(mask)).unsqueeze(1), partner_places(mask, ensemble.mask[partner])
+    return torch.where(mask.unsqueeze(-1), theirs[:, rows, places], stream)
+
+
+def _seriesness(
+    units: Units, ensemble: Ensemble, longest: int, draws: Float[Tensor, "resample prompt"]
+) -> list[Float[Tensor, "layer resample"]]:
+    """Return S of every window, by its start. Cost: 2 F, and 1/L F a window."""
+    sums = Sums()
+    for _, context, mask in ensemble.batches(units.stack, "update sizes matched"):
+        stream = units.stream(context)
+        sums.open(mask)
+        record_stream(stream, sums)
+        with units.stack.frozen(context):
+            for start in range(len(units) - 1):
+                list(record_entry_updates(units, context, stream, start, longest, "frozen", sums))
+    reading, values = Reading(sums, draws, units.reads, units.stack.dtype), []
+    for start in range(len(units) - 1):
+        weight, entry_read, output = reading.dependence("frozen", start, units.after(start, longest))
+        values.append((running_mean(entry_read, weight) + output) / 2)
+    return values
+
+
+def _shares(ensemble: Ensemble, first: int, last: int, units_a_layer: int) -> dict[str, float]:
+    """Return what one token and one dimension hold of the streams that enter and the updates of a window's layers."""
+    if ensemble.concentration is None:
+        return {}
+    layers = range(first // units_a_layer, last // units_a_layer + 1)
+    return ensemble.concentration.columns(streams=layers, updates=layers)
 
 
 def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
