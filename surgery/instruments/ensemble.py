@@ -120,6 +120,15 @@ class Ensemble:
         """Number of tokens left out for massive activations."""
         return 0 if self.left_out is None else int(self.left_out.sum())
 
+    def columns(self, streams: Iterable[int] = (), updates: Iterable[int] = ()) -> dict[str, float]:
+        """Return the columns of a row about these streams and updates that say what it rests on: ``massive.COLUMNS``.
+
+        Shares are undefined (NaN) where massive tokens were not looked for.
+        """
+        unknown = {"token_share": float("nan"), "dimension_share": float("nan")}
+        shares = unknown if self.concentration is None else self.concentration.columns(streams, updates)
+        return {"n_tokens": int(self.mask.sum()), "n_massive": self.n_massive, **shares}
+
     def without_massive(self, stack: Stack) -> "Ensemble":
         """Return the same ensemble without tokens of massive activations (``surgery.instruments.massive``).
 
@@ -266,7 +275,7 @@ def partner_places(
     [[0, 0, 2]]
     """
     place = (mask.cumsum(1) - 1) % of_partner.sum(1, keepdim=True).clamp(min=1)
-    where = of_partner.long().argsort(1, descending=True, stable=True)
+    where = of_partner.long().argsort(dim=1, descending=True, stable=True)
     return torch.where(mask, where.gather(1, place.clamp(min=0)), 0)
 
 

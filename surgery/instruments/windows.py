@@ -53,6 +53,11 @@ class Units:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def a_layer(self) -> int:
+        """Number of units a layer."""
+        return len(self) // self.stack.n_layers
+
     def after(self, start: int, longest: int) -> range:
         """Return the units after ``start`` in the longest window that begins there, of at most ``longest`` units."""
         return range(start + 1, min(start + longest, len(self)))
@@ -74,8 +79,8 @@ class Units:
     def mean_stream(self, ensemble: Ensemble) -> Float[Tensor, "place d_model"]:
         """Return the mean over the ensemble's tokens of what ``stream`` gives, in float64. Cost: 1 F."""
         parts = (self.stream(context)[:, mask] for _, context, mask in ensemble.batches(self.stack, "mean stream"))
-        total = sum(streams.sum(1, dtype=torch.float64) for streams in parts)
-        return total / int(ensemble.mask.sum())
+        totals = torch.stack([streams.sum(1, dtype=torch.float64) for streams in parts])
+        return totals.sum(0) / int(ensemble.mask.sum())
 
     def matched(self, fresh: Stack, ensemble: Ensemble) -> "Units":
         """Return the units of another model of this shape, with gains that give their updates the size of ours.
@@ -95,11 +100,10 @@ class Units:
 
     def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
         """Return what leaves the model if ``x`` leaves the unit before ``stop`` (``before``: without its update)."""
-        units_a_layer = len(self) // self.stack.n_layers
-        if stop % units_a_layer:
+        if stop % self.a_layer:
             read = before if self.reads[stop] < stop else x
             x, stop = x + self.update(stop, read, context), stop + 1
-        layer = stop // units_a_layer
+        layer = stop // self.a_layer
         return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
 
 

@@ -40,7 +40,7 @@ class FrozenNorm:
     def _measured_gain(
         self, probe: Float[Tensor, "n d_model"], read: Float[Tensor, "n d_model"]
     ) -> Float[Tensor, " d_model"] | None:
-        """The gain of every dimension, from what the norm reads of ``probe``; None where ``A`` also mixes dimensions."""
+        """The gain of every dimension, from what the norm reads of ``probe``; None where ``A`` mixes dimensions."""
         centred = probe - probe.mean(-1, keepdim=True)
         gain = (read * centred).sum(0) / centred.square().sum(0)
         fits = torch.allclose(gain * centred, read, rtol=1e-3, atol=1e-3 * float(read.abs().max()))

@@ -13,18 +13,25 @@ prompt's first; ``c(a) = a - E a`` and ``n(a) = sqrt(E |a|^2)``.
 All lie in [0, 1] by the triangle inequality. They are 0 if no layer of the window reads what another wrote, and 1 if
 every layer reads nothing but the one before. What to compare them with is in the same row:
 
-* ``R_live``, ``O_live``, ``S_live`` and ``layernorm_share = S_live - S``. R, O and S keep the normalisation
-  denominators of the clean run. Live denominators move with all that a window writes, and that alone reads as
-  dependence; but a live norm also rescales a small entry to full size and hides growth, so the share may be negative.
-* ``N``, the displacement null, ``N_l = n(c(x_l - x_a)) / (n(c(x_l)) + n(c(x_a)))`` averaged with the weights of R. A
-  linear layer that treats all directions alike has R = N. R/N > 1: it responds to what the window wrote more than to
-  another displacement of that size; R/N < 1: it prefers what was there before. R grows with the length of a window and
-  with the size of its updates, so compare windows of equal length, and R/N rather than R. From layer 0 of a model with
-  small embeddings both are near 1 whatever the layers do.
-* ``R_shuffled``, the content null: the window's writes ``x_l - x_a`` are replaced by those that another prompt's token
-  at the same position received, ``q_l = f_l(x_a + shuffled)``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is
-  averaged as R is. R above it: the layer responds to what was written for this very token. R equal to it: the writes
-  for any token would have done, which does not speak against series (in the serial network both are 1).
+* ``R_rotated``, the null: what varies of the window's writes ``x_l - x_a`` is turned at random, one rotation a prompt,
+  ``q_l = f_l(x_a + Q (x_l - x_a))``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is averaged as R is. A layer
+  that prefers no direction reads R = R_rotated: ``R_over_rotated`` is .96 to 1.07 in every window of random networks
+  (their mean .99 to 1.03, with any activation, norm and size of updates). Above 1: layers respond to what the window wrote
+  more than to another displacement of that size. Below 1: they prefer what was there before.
+* ``S_matched``, with ``untrained``: S of the same architecture with fresh weights whose updates are brought to the size
+  that the model's have, layer by layer, relative to the stream. S grows with that size whatever the layers do: random
+  networks read .47, .82 and .999 at update scales of .1, .3 and 1. ``S_excess = S - S_matched`` is what remains.
+* ``R_live``, ``O_live``, ``S_live`` and ``layernorm_share = S_live - S``. R, O and S keep the denominators and means of
+  the norms of the clean run. Live ones move with all that a window writes, and that alone reads as dependence; but a
+  live norm also rescales a small entry to full size and hides growth, so the share may be negative.
+* ``N``, the displacement, ``N_l = n(c(x_l - x_a)) / (n(c(x_l)) + n(c(x_a)))`` averaged with the weights of R: how far
+  the stream moved within the window. It is no null: only linear layers that treat all directions alike have R = N,
+  while random networks with a nonlinearity read R/N of 1.05 to 2.3. R grows with the length of a window and with the
+  size of its updates, so compare windows of equal length. From layer 0 of a model with small embeddings R and N are
+  near 1 whatever the layers do.
+* ``R_shuffled``, the content null: the window's writes are replaced by those that the token of the same place in
+  another prompt received. R above it: the layer responds to what was written for this very token. R equal to it: the
+  writes for any token would have done, which does not speak against series (in the serial network both are 1).
 * ``loss_parallel_*`` and ``kl_parallel_*``, the damage: the window really runs in parallel (norms live), and the rest
   of the model follows; change of the next-token cross entropy, and KL(clean || rewired), in nats a token. ``sum`` adds
   the updates, ``x_a + sum p_l``. ``mean`` averages the outputs (Sun et al. 2024, arXiv 2407.09298): a step of 1/length,
@@ -37,8 +44,10 @@ its layer, so a layer by itself reads R = O = 0 up to rounding and N = 0; R/N is
 usefulness; for that, read it beside the damage. ``profile`` is the table to look at first.
 
 ``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts; all measures of a row use the same
-resamples. Compare with ``surgery.instruments.known_networks`` and with the architecture untrained.
-R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
+resamples. Compare with ``surgery.instruments.known_networks`` and with the architecture untrained. Tokens of massive
+activations are left out, and a row says what the largest token and dimension hold of the variance of its streams and
+updates (``surgery.instruments.massive``). A window of two layers has one layer after the first, so R = O = S.
+R, O, S, N and their nulls are our definitions; running layers in parallel is Sun et al.'s.
 """
 
 import re
@@ -80,13 +89,19 @@ WINDOW_MEASURES = {
     "O_live": "O with the normalisation live",
     "S_live": "(R_live + O_live) / 2",
     "layernorm_share": "S_live - S: how much of the live value is the normalisation's doing",
-    "N": "displacement null of R: how far the stream moved inside the window, relative to its size",
-    "R_over_N": "R / N: above 1 the layers respond to what the window wrote more than to any displacement of that size",
+    "R_rotated": "null of R: R with what the window wrote turned at random",
+    "R_over_rotated": "R / R_rotated: above 1 layers respond to what the window wrote more than to any displacement",
+    "N": "displacement: how far the stream moved inside the window, relative to its size; not a null",
+    "R_over_N": "R / N",
     "R_shuffled": "content null of R: R with the written content exchanged between tokens of equal position",
     "loss_parallel_sum": "loss added by running the layers in parallel, updates summed (nats per token)",
     "loss_parallel_mean": "the same with the layers' outputs averaged (Sun et al. 2024)",
     "kl_parallel_sum": "KL(clean || parallel, updates summed) of the next-token distributions (nats per token)",
     "kl_parallel_mean": "the same with the layers' outputs averaged",
+}
+MATCHED_MEASURES = {
+    "S_matched": "S of the architecture with fresh weights and updates of the same size",
+    "S_excess": "S - S_matched",
 }
 LAYER_MEASURES = {
     "loss_skip": "loss added by leaving the layer out (nats per token)",
@@ -112,7 +127,10 @@ COLUMNS = {
     "layer": "layer, counted from 0",
     "length": "length of the windows of the columns that end in _window",
     "n_prompts": "number of prompts, the unit of resampling",
-    **described(WINDOW_MEASURES | LAYER_MEASURES | {name: _profile_meaning(name) for name in PROFILE}),
+    **massive.COLUMNS,
+    **described(
+        WINDOW_MEASURES | MATCHED_MEASURES | LAYER_MEASURES | {name: _profile_meaning(name) for name in PROFILE}
+    ),
 }
 
 
@@ -132,14 +150,16 @@ def windows(
     (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
-    ``R_over_N``, ``R_shuffled`` and, with ``damage``, ``loss_parallel_sum``, ``loss_parallel_mean``,
-    ``kl_parallel_sum``, ``kl_parallel_mean``; see the module. A window whose layers write nothing that varies is
-    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within even batches
-    of at most ``batch_size`` prompts (at least three); no other column depends on it.
+    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``R_shuffled``; with ``damage`` ``loss_parallel_sum``,
+    ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the architecture with fresh
+    weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and ``surgery.instruments.massive.COLUMNS``.
+    A window whose layers write nothing that varies is undefined (NaN); so are the intervals and ``R_shuffled`` of a
+    single prompt. No column depends on ``batch_size``.
 
-    Cost of W windows in a model of L layers: 2 + 3 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
-    more. For all windows that is (3 L + 1)/2 F and (L - 1)(L - 2)/3 F: 55 F at 12 layers. Memory: three
-    times the stream of one batch, and 3 W d_model numbers a prompt.
+    Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
+    more; with ``untrained`` 2 + W/L F, and 2 F of one batch, more; and what it costs to find massive tokens. For all
+    windows that is 2 L + 2 F and (L - 1)(L - 2)/3 F: 63 F at 12 layers. Memory: four times the stream of one batch,
+    and 4 W d_model numbers a prompt.
 
     With sublayers, read 2 L for L; each of them costs half as much as a layer.
 
@@ -175,7 +195,7 @@ def windows(
                     updates = record_entry_updates(units, context, stream, start, longest, "frozen", sums)
                     for layer, entry_update in updates:
                         record_turned(units, context, stream, start, layer, entry_update, turn, sums)
-                        entry = stream[start] + other[units.reads[layer]] - other[start]
+                        entry = stream[start] + (other[units.reads[layer]] - other[start])
                         shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - entry_update, "shuffled effect", start, layer)
@@ -202,8 +222,9 @@ def windows(
                 row |= {"first": units.names[start], "last": units.names[layer]}
             row["n_prompts"] = len(tokens)
             row |= measure_columns({name: values[i] for name, values in measures.items()})
-            row["n_massive"] = ensemble.n_massive
-            rows.append(row | _shares(ensemble, start, layer, len(units) // stack.n_layers))
+            inside = range(start // units.a_layer, layer // units.a_layer + 1)
+            row |= ensemble.columns(streams=inside, updates=inside)
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -312,14 +333,6 @@ def _seriesness(
         weight, entry_read, output = reading.dependence("frozen", start, units.after(start, longest))
         values.append((running_mean(entry_read, weight) + output) / 2)
     return values
-
-
-def _shares(ensemble: Ensemble, first: int, last: int, units_a_layer: int) -> dict[str, float]:
-    """Return what one token and one dimension hold of the streams that enter and the updates of a window's layers."""
-    if ensemble.concentration is None:
-        return {}
-    layers = range(first // units_a_layer, last // units_a_layer + 1)
-    return ensemble.concentration.columns(streams=layers, updates=layers)
 
 
 def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
