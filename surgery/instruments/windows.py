@@ -262,6 +262,7 @@ class Reading:
         measures["R_over_N"] = ratio(R, measures["N"])
         measures["R_rotated"] = running_mean(self.exchanged("rotated", start, layers), weight)
         measures["R_over_rotated"] = ratio(R, measures["R_rotated"])
+        measures["preference"] = self.preference(start, layers, weight)
         measures["R_shuffled"] = torch.full_like(output, torch.nan)
         if self.draws.shape[1] > 1:
             measures["R_shuffled"] = running_mean(self.exchanged("shuffled", start, layers), weight)
@@ -301,6 +302,20 @@ class Reading:
             read = self.reads[layer]
             nulls.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
         return torch.stack(nulls)
+
+    def preference(
+        self, start: int, layers: range, weight: Float[Tensor, "layer resample"]
+    ) -> Float[Tensor, "layer resample"]:
+        """Return how much larger the effect of what the window wrote is than that of the same turned."""
+        own, turned = [], []
+        for layer in layers:
+            entry_update = self.sums.total("frozen", start, layer)
+            update, rotated = self.x[layer + 1] - self.x[layer], self.sums.total("rotated", start, layer)
+            own.append(self.norm(update - entry_update, "frozen", "effect", start, layer) ** 2)
+            turned.append(self.norm(rotated - entry_update, "rotated effect", start, layer) ** 2)
+        alive = weight > 0  # of dead layers there is only rounding
+        own, turned = (torch.where(alive, torch.stack(squares), 0).cumsum(0) for squares in (own, turned))
+        return ratio(own, turned).sqrt()
 
     def exchanged(self, how: str, start: int, layers: range) -> Float[Tensor, "layer resample"]:
         """Return ``R_l`` of every layer with what the window wrote before it ``rotated`` or ``shuffled``."""

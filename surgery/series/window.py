@@ -14,10 +14,12 @@ All lie in [0, 1] by the triangle inequality. They are 0 if no layer of the wind
 every layer reads nothing but the one before. What to compare them with is in the same row:
 
 * ``R_rotated``, the null: what varies of the window's writes ``x_l - x_a`` is turned at random, one rotation a prompt,
-  ``q_l = f_l(x_a + Q (x_l - x_a))``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is averaged as R is. A layer
-  that prefers no direction reads R = R_rotated: ``R_over_rotated`` is .96 to 1.07 in every window of random networks
-  (their mean .99 to 1.03, with any activation, norm and size of updates). Above 1: layers respond to what the window wrote
-  more than to another displacement of that size. Below 1: they prefer what was there before.
+  ``q_l = f_l(x_a + Q (x_l - x_a))``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is averaged as R is. Layers
+  that prefer no direction read ``R_over_rotated`` 1: in random networks its mean over windows is .99 to 1.04, whatever
+  the activation, the norm and the size of updates. ``preference``, the root of ``sum n(c(u_l - p_l))^2 / sum
+  n(c(q_l - p_l))^2``, is 1 there as well, and has no ceiling: in the serial network both R are 1, preference is 1.4 to
+  3.1. Above 1: the layers respond to what the window wrote more than to another displacement of that size. Below 1:
+  they prefer what was there before.
 * ``S_matched``, with ``untrained``: S of the same architecture with fresh weights whose updates are brought to the size
   that the model's have, layer by layer, relative to the stream. S grows with that size whatever the layers do: random
   networks read .47, .82 and .999 at update scales of .1, .3 and 1. ``S_excess = S - S_matched`` is what remains.
@@ -91,6 +93,7 @@ WINDOW_MEASURES = {
     "layernorm_share": "S_live - S: how much of the live value is the normalisation's doing",
     "R_rotated": "null of R: R with what the window wrote turned at random",
     "R_over_rotated": "R / R_rotated: above 1 layers respond to what the window wrote more than to any displacement",
+    "preference": "how much larger the effect of what the window wrote is than that of the same turned at random",
     "N": "displacement: how far the stream moved inside the window, relative to its size; not a null",
     "R_over_N": "R / N",
     "R_shuffled": "content null of R: R with the written content exchanged between tokens of equal position",
@@ -136,7 +139,7 @@ COLUMNS = {
 
 def windows(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     max_length: int | None = None,
     *,
     damage: bool = True,
@@ -150,7 +153,7 @@ def windows(
     (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
-    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``R_shuffled``; with ``damage`` ``loss_parallel_sum``,
+    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage`` ``loss_parallel_sum``,
     ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the architecture with fresh
     weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and ``surgery.instruments.massive.COLUMNS``.
     A window whose layers write nothing that varies is undefined (NaN); so are the intervals and ``R_shuffled`` of a
@@ -172,10 +175,11 @@ def windows(
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
-    tokens, units = Tokens.of(tokens).to(stack.device), Units.of(stack, grain)
+    units = Units.of(stack, grain)
     longest = len(units) if max_length is None else max_length
-    _check(units, tokens, longest, sampling.skip_first, sampling.batch_size)
+    _check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
     ensemble = Ensemble.of(stack, tokens, sampling)
+    tokens = ensemble.tokens
     starts, sums, turns = range(len(units) - 1), Sums(), Turns.of(units, ensemble)
     partner = partner_prompts(ensemble.mask, np.random.default_rng((sampling.seed, 1)))
     batches, first = list(tokens.batches(sampling.batch_size)), 0
@@ -289,20 +293,20 @@ def profile(
          1     1.0       NaN     0.0
          2     NaN       NaN     0.0
     """
-    tokens = Tokens.of(tokens).to(stack.device)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     length = min(4, stack.n_layers) if length is None else length
     if length > stack.n_layers:
         raise ValueError(
             f"no window of {length} layers fits {stack.name}: length must be 2 to {stack.n_layers} or None"
         )
-    all_windows = windows(stack, tokens, length, sampling=sampling)
-    frame = similarity.layers(stack, tokens, sampling=sampling).set_index("layer")
+    all_windows = windows(stack, ensemble, length, sampling=sampling)
+    frame = similarity.layers(stack, ensemble, sampling=sampling).set_index("layer")
     frame.insert(1, "length", length)
     lengths = all_windows["stop"] - all_windows["start"]
     for span, rows in (("pair", all_windows[lengths == 2]), ("window", all_windows[lengths == length])):
         names = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in all_windows}
         frame = frame.join(rows.set_index("start").rename(columns=names))
-    frame = frame.join(_skip_damage(stack, tokens, sampling=sampling))
+    frame = frame.join(_skip_damage(stack, ensemble.tokens, sampling=sampling))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
 
@@ -406,7 +410,7 @@ def _losses(
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
-def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
+def _check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
     """Raise ValueError for what ``windows`` cannot measure."""
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")
@@ -414,10 +418,10 @@ def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_s
         raise ValueError(
             f"a window has at least two layers: max_length must be 2 to {len(units)} or None, got {longest}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if int(tokens.ensemble(skip_first).sum()) < 2:
-        first = ", each prompt's first left out" if skip_first else ""
+    if sampling.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {sampling.batch_size}")
+    if int(tokens.ensemble(sampling.skip_first).sum()) < 2:
+        first = ", each prompt's first left out" if sampling.skip_first else ""
         raise ValueError(
             f"there are fewer than two tokens to compare in these prompts{first}; give longer or more prompts"
         )
