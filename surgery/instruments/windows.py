@@ -314,8 +314,8 @@ class Reading:
             own.append(self.norm(update - entry_update, "frozen", "effect", start, layer) ** 2)
             turned.append(self.norm(rotated - entry_update, "rotated effect", start, layer) ** 2)
         alive = weight > 0  # of dead layers there is only rounding
-        own, turned = (torch.where(alive, torch.stack(squares), 0).cumsum(0) for squares in (own, turned))
-        return ratio(own, turned).sqrt()
+        sums = (torch.where(alive, torch.stack(squares), 0).cumsum(0) for squares in (own, turned))
+        return ratio(*sums).sqrt()
 
     def exchanged(self, how: str, start: int, layers: range) -> Float[Tensor, "layer resample"]:
         """Return ``R_l`` of every layer with what the window wrote before it ``rotated`` or ``shuffled``."""

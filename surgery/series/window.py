@@ -153,11 +153,11 @@ def windows(
     (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
-    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage`` ``loss_parallel_sum``,
-    ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the architecture with fresh
-    weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and ``surgery.instruments.massive.COLUMNS``.
-    A window whose layers write nothing that varies is undefined (NaN); so are the intervals and ``R_shuffled`` of a
-    single prompt. No column depends on ``batch_size``.
+    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage``
+    ``loss_parallel_sum``, ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the
+    architecture with fresh weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns of
+    ``surgery.instruments.massive``. A window whose layers write nothing that varies is undefined (NaN); so are the
+    intervals and ``R_shuffled`` of a single prompt. No column depends on ``batch_size``.
 
     Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
     more; with ``untrained`` 2 + W/L F, and 2 F of one batch, more; and what it costs to find massive tokens. For all

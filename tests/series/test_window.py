@@ -270,7 +270,7 @@ def test_a_random_network_reads_its_rotation_null(scale):
 def test_a_window_that_reads_what_it_wrote_is_above_the_rotation_null_and_one_that_does_not_below():
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     preference = [every_window("mixed", share, damage=False).query("start > 0")["preference"] for share in shares]
-    assert (pd.concat(preference, axis=1).diff(axis=1).iloc[:, 1:] > 0.02).all().all()
+    assert (np.diff([values.mean() for values in preference]) > 0.2).all()
     assert (preference[0] < 1e-6).all()
     assert (preference[-1] > 1.3).all()
     assert np.allclose(every_window("linear", damage=False, dtype=torch.float64)["preference"], 1, atol=0.02)
@@ -313,20 +313,23 @@ def test_massive_tokens_do_not_change_how_serial_a_window_is():
     """A dimension at 500 times the median in 2 % of the tokens; without the guard the writes of these alone count."""
 
     def read(planted, **sampling):
-        model = known_networks.random_network(4, seed=1)
-        if planted:
-            with torch.no_grad():
-                embedding = parameters(model)["tok_embed.weight"]
-                embedding[::50, 3] = 500 * embedding.abs().median()
+        model = known_networks.random_network(4, norm=None, seed=1)
+        weights = parameters(model)
+        with torch.no_grad():
+            for layer in range(4):  # so that massive tokens change no other
+                weights[f"layers.{layer}.attn.o.weight"].zero_()
+            if planted:
+                weights["tok_embed.weight"][::50, 3] = 500 * weights["tok_embed.weight"].abs().median()
         return series.windows(Stack(model), tokens, 2, damage=False, sampling=Sampling(resamples=0, **sampling))
 
     tokens = known_networks.tokens(48, 16)
     tokens[:, 0] = 1
     clean, guarded, unguarded = read(False), read(True), read(True, skip_massive=False)
     assert (guarded["n_massive"] == int(torch.isin(tokens[:, 1:], torch.arange(0, 256, 50)).sum())).all()
-    assert np.allclose(guarded["S"], clean["S"], atol=0.03)
-    assert np.allclose(guarded["R_over_rotated"], clean["R_over_rotated"], atol=0.05)
-    assert not np.allclose(unguarded["S"], clean["S"], atol=0.1)
+    for name in ("S", "R_over_rotated"):
+        off = [(frame[name] - clean[name]).abs().max() for frame in (guarded, unguarded)]
+        assert off[0] < 0.02
+        assert off[1] > 3 * off[0]
     assert (guarded["token_share"] < 0.05).all()
 
 
@@ -498,7 +501,7 @@ def test_a_stream_that_is_not_finite_is_refused():
 
 
 def test_a_share_outside_zero_and_one_is_refused():
-    with pytest.raises(ValueError, match=r"from 0 \(parallel\) to 1 \(serial\), got 1.5"):
+    with pytest.raises(ValueError, match=r"from 0 \(parallel\) to 1 \(serial\), one or 6 of them, got 1.5"):
         known_networks.mixed_network(1.5)
 
 
