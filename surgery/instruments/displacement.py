@@ -6,8 +6,11 @@ from a third. So the stream ``x`` is moved by a vector ``d`` at one token, and t
     slope = E<d, f(x + d) - f(x)> / E|d|^2
 
 The part of a displacement that the layer adds to it: -1 takes all of it back, 0 does not answer along it, above 0
-carries it further. The expectation runs over random tokens, one of a prompt at a time: displacing all would add what
-they send each other through attention. ``d`` has a given length and one of three directions (``KINDS``):
+carries it further. A layer that turns ``d`` answers against it too, and takes nothing back: so what is left in all is
+``remaining = sqrt(E|d + f(x + d) - f(x)|^2 / E|d|^2)``, 1 for a rotation.
+
+The expectation runs over random tokens, one of a prompt at a time: displacing all would add what they send each other
+through attention. ``d`` has a given length and one of three directions (``KINDS``):
 
     difference    towards another prompt's token at that place (``surgery.instruments.ensemble.partners``)
     random        anywhere, all directions alike
@@ -56,10 +59,15 @@ class Response:
 
     product: Float[Tensor, "layer unit"]  # <d, f(x + d) - f(x)>
     square: Float[Tensor, "layer unit"]  # |d|^2
+    left: Float[Tensor, "layer unit"]  # |d + f(x + d) - f(x)|^2
 
     def slope(self, layer: int, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, " resample"]:
         """Return ``E<d, f(x + d) - f(x)> / E|d|^2`` of a layer for every row of ``weights``; NaN if nothing moved."""
         return ratio(weights @ self.product[layer], weights @ self.square[layer])
+
+    def remaining(self, layer: int, weights: Float[Tensor, "resample unit"]) -> Float[Tensor, " resample"]:
+        """Return how long the displacement is after the layer, beside before, 1 if turned; NaN if nothing moved."""
+        return ratio(weights @ self.left[layer], weights @ self.square[layer]).sqrt()
 
 
 def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws: int) -> dict[str, Response]:
@@ -78,25 +86,60 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
             f"{len(lengths)} lengths"
         )
     bases = principal_components(stack, ensemble, draws)
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, stack.n_layers, ensemble.n_units, dtype=torch.float64))
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, stack.n_layers, ensemble.n_units, dtype=torch.float64))
     for visit in ensemble.visits(stack, "displaced streams"):
         if visit.layer == 0:
-            state = _state(stack, visit.context)
-        for frozen in (False, True)[: 1 if state is None else 2]:
-            with stack.frozen(visit.context, state) if frozen else nullcontext():
+            scales = _scales(stack, visit.context)
+        for frozen in (False, True)[: 1 if scales is None else 2]:
+            with stack.frozen(visit.context, scales) if frozen else nullcontext():
                 for draw in range(draws):
                     generator = ensemble.generator(visit, draw)  # fresh, so frozen and live are displaced alike
                     prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
                     for kind, unit in directions.items():
-                        moved = visit.x.clone()
-                        moved[prompt, place] += (lengths[visit.layer] * unit).to(moved)
-                        d = moved[prompt, place].double() - visit.x[prompt, place].double()  # what rounding left of it
-                        u = stack.update(visit.layer, moved, visit.context)[prompt, place].double()
-                        response = u - visit.u[prompt, place].double()
-                        products = torch.stack([(d * response).sum(-1), (d * d).sum(-1)]).cpu()
                         of_layer = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
-                        of_layer.index_add_(1, visit.unit[prompt.cpu()], products)
-    return {name: Response(*both) for name, both in sums.items()}
+                        _add(of_layer, stack, visit, prompt, place, lengths[visit.layer] * unit)
+    return {name: Response(*of_kind) for name, of_kind in sums.items()}
+
+
+def along(
+    stack: Stack,
+    ensemble: Ensemble,
+    axes: Sequence[Float[Tensor, "_ d_model"]],
+    lengths: Sequence[float],
+) -> list[Response]:
+    """Measure how every layer responds, with live norms, to displacements along ``axes`` of its own, either way.
+
+    One ``Response`` for each of the most axes that a layer has; a layer without that many reads NaN there. Every prompt
+    is displaced once an axis. Cost: 1 F, and the mean number of axes a layer.
+    """
+    most = max((len(of_layer) for of_layer in axes), default=0)
+    sums = torch.zeros(most, 3, stack.n_layers, ensemble.n_units, dtype=torch.float64)
+    if most:
+        for visit in ensemble.visits(stack, "streams displaced along directions"):
+            for number in range(len(axes[visit.layer])):
+                generator = ensemble.generator(visit, 4, number)
+                prompt, place, directions = displacements(visit, axes[visit.layer], number, generator)
+                vector = lengths[visit.layer] * directions["principal"]
+                _add(sums[number, :, visit.layer], stack, visit, prompt, place, vector)
+    return [Response(*of_axis) for of_axis in sums]
+
+
+def _add(
+    sums: Float[Tensor, "3 unit"],
+    stack: Stack,
+    visit: Visit,
+    prompt: Int[Tensor, " chosen"],
+    place: Int[Tensor, " chosen"],
+    vector: Float[Tensor, "chosen d_model"],
+) -> None:
+    """Displace the stream by ``vector`` at one token of each prompt, and add the products of ``Response``."""
+    moved = visit.x.clone()
+    moved[prompt, place] += vector.to(moved)
+    d = moved[prompt, place].double() - visit.x[prompt, place].double()  # what rounding left of it
+    response = stack.update(visit.layer, moved, visit.context)[prompt, place].double() - visit.u[prompt, place].double()
+    left = d + response
+    products = torch.stack([(d * response).sum(-1), (d * d).sum(-1), (left * left).sum(-1)]).cpu()
+    sums.index_add_(1, visit.unit[prompt.cpu()], products)
 
 
 def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[Float[Tensor, "component d_model"]]:
@@ -107,9 +150,9 @@ def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[F
     return [basis.T.flip(0)[:count][mask] for basis, mask in zip(vectors, varies, strict=True)]
 
 
-def _state(stack: Stack, context: Context) -> dict[str, Tensor] | None:
+def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
     try:
-        return stack.norm_state(context)
+        return stack.norm_scales(context)
     except ValueError:  # a norm whose denominator cannot be found: only the live responses are measured
         return None
 

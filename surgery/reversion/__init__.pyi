@@ -5,6 +5,7 @@ from . import draw as draw
 from . import files as files
 from . import kappa as kappa
 from . import returns as returns
+from . import rules as rules
 from . import say as say
 from . import study as study
 from . import trajectories as trajectories

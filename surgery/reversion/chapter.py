@@ -29,14 +29,16 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
         "the excess over them is a finding. psi sets it against the size of the update: at 0 the stream walks at "
         "random, at 1 its spread stays, above 1 it shrinks.",
         "A slope is not a force: the causal kappas displace the stream at one token and read what the layer does "
-        "differently.",
+        "differently. And turning is not taking back: a rotation has kappa above 0 in every direction. So a layer restores "
+        "only where a displacement of every kind is shorter afterwards (remaining below 1), by 0.05 or more and in all "
+        "layers looked at; where single directions revert, as many do under any map, of which random turns are the null.",
         "Several layers at once have a variance ratio: 1 if their updates are uncorrelated, below 1 if later ones undo "
         "earlier ones. Read as one autoregression over depth, the phi of a few layers is biased towards reversion "
         "wherever tokens have means of their own; so it is compared with a random walk whose steps have the same "
         "sizes.",
     ]
-    names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "psi", "growth", "half_life")
-    columns = [name for name in (*names, "regime", "restoring") if name in frame]
+    names = ("kappa", "kappa_excess", "kappa_excess_untrained", "kappa_causal_difference", "remaining_random", "psi")
+    columns = [name for name in (*names, "growth", "half_life", "regime", "restoring", "token_share") if name in frame]
     table = tabled("By layer", "layer", rows(frame), columns, lambda row: str(int(row["layer"])), digits=3)
     return Section("reversion", "Mean reversion", paragraphs=paragraphs, tables=[table])
 

@@ -50,9 +50,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble, Totals, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.reversion.rules import held
 from surgery.stats.bootstrap import columns, described, measure_columns, ratio, rotations, weights
 from surgery.stats.sampling import Sampling
 
@@ -89,25 +91,25 @@ COLUMNS = described(_MEASURES) | {
     "n_components": "components with spread, the fewest of all depths",
     "n_tokens": "lines: tokens measured",
     "n_prompts": "prompts measured, resampled by units of surgery.instruments.ensemble",
+    **massive.COLUMNS,
     "enough": "yes, if there are 3 d_model lines; no, and how many to give",
 }
 
 
 def noise(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     *,
     null: str | None = None,
     every_token: bool = False,
     centred: bool = True,
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure ``noise`` and ``unexplained`` of the map between every pair of depths, one row each, with intervals.
 
     Neighbouring depths also have ``excess_kurtosis`` and ``isotropy``; for the others they are NaN. ``null`` is one of
     ``NULLS``; ``every_token`` takes all tokens in place of each prompt's last. Other columns: ``COLUMNS``. Tokens of
-    massive activations are left out, unless ``skip_massive`` is False (``surgery.instruments.ensemble``).
+    massive activations are left out, unless ``sampling.skip_massive`` is False.
 
     Cost: 2 F, and 1 F to find massive activations. Memory: one batch's stream, and 3 d_model x d_model matrices per
     layer.
@@ -121,7 +123,7 @@ def noise(
     >>> frame[["start", "stop"]].values.tolist()
     [[0, 1], [0, 2], [1, 2]]
     """
-    ensemble = _ensemble(stack, tokens, every_token, skip_massive, sampling=sampling)
+    ensemble = _ensemble(stack, tokens, every_token, sampling=sampling)
     residuals = _residuals(stack, ensemble, null, centred)
     draws, components = _draws(ensemble, sampling.resamples), residuals.components
     rows = []
@@ -140,7 +142,7 @@ def noise(
 
 def fit(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     *,
     first: int = 1,
     last: int | None = None,
@@ -148,7 +150,6 @@ def fit(
     untrained: Stack | None = None,
     every_token: bool = False,
     centred: bool = True,
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Fit an exponential to the noise of all pairs of depths from ``first`` to ``last``: one row per network.
@@ -159,7 +160,7 @@ def fit(
     rounding are left out; if fewer than two end depths remain, as in a model of two layers, nothing can be fitted
     (NaN): see ``first=0``.
 
-    Tokens of massive activations in the model are left out of every row, unless ``skip_massive`` is False.
+    Tokens of massive activations in the model are left out of every row, unless ``sampling.skip_massive`` is False.
 
     The last layers of some models stand apart: look at ``noise``, and fit again up to a smaller ``last`` (the final
     depth if not given).
@@ -170,7 +171,7 @@ def fit(
     last = stack.n_layers if last is None else last
     if not 0 <= first < last <= stack.n_layers:
         raise ValueError(f"depths go from 0 to {stack.n_layers} and first before last, got {first} and {last}")
-    ensemble = _ensemble(stack, tokens, every_token, skip_massive, sampling=sampling)
+    ensemble = _ensemble(stack, tokens, every_token, sampling=sampling)
     draws, rows = _draws(ensemble, sampling.resamples), []
     networks: list[tuple[str, Stack, str | None]] = [("model", stack, None)]
     networks += [(null, stack, null) for null in NULLS if nulls]
@@ -183,17 +184,16 @@ def fit(
 
 def growth(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     *,
     first: int = 1,
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure how long the stream is that enters each layer, by what factor the layer lengthens it, and the fit.
 
     ``norm_growth_fitted`` is ``exp`` of the slope of ``ln norm`` over depths from ``first`` to the last. All tokens
-    count but those of massive activations (unless ``skip_massive`` is False); means are geometric, so that no long
-    token dominates. One row per layer. Cost: 1 F, and 1 F to find massive activations.
+    count but those of massive activations (unless ``sampling.skip_massive`` is False); means are geometric, so that no
+    long token dominates. One row per layer. Cost: 1 F, and 1 F to find massive activations.
 
     Raises ValueError if no token is left to measure, if the stream is not finite, or if two depths do not remain.
 
@@ -207,8 +207,6 @@ def growth(
     if not 0 <= first < stack.n_layers:
         raise ValueError(f"first is a depth before the last, {stack.n_layers}: 0 to {stack.n_layers - 1}, got {first}")
     ensemble = Ensemble.of(stack, tokens, sampling)
-    if skip_massive:
-        ensemble = ensemble.without_massive(stack)
     totals, draws = Totals(ensemble.n_units), _draws(ensemble, sampling.resamples)
     for unit, stream in _lines(stack, ensemble, None):
         totals.add("log", unit, stream.norm(dim=-1).log().T)
@@ -220,8 +218,13 @@ def growth(
     for layer in range(stack.n_layers):
         row: dict[str, Any] = {"layer": layer} | columns("norm", log[:, layer].exp())
         row |= columns("norm_growth", (log[:, layer + 1] - log[:, layer]).exp())
-        rows.append(row | fitted | {"n_prompts": len(ensemble.tokens)})
-    return pd.DataFrame(rows)
+        rows.append(
+            row
+            | fitted
+            | {"n_prompts": len(ensemble.tokens)}
+            | held(ensemble.concentration, [layer, layer + 1], [layer])
+        )
+    return pd.DataFrame(rows).assign(n_massive=ensemble.n_massive)
 
 
 # --- pure statistics --------------------------------------------------------------------------------------------------
@@ -369,13 +372,9 @@ def _stretch(before: Float[Tensor, " component"], after: Float[Tensor, " compone
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def _ensemble(
-    stack: Stack, tokens: Tokens | Tensor, every_token: bool, skip_massive: bool, sampling: Sampling
-) -> Ensemble:
+def _ensemble(stack: Stack, tokens: Ensemble | Tokens | Tensor, every_token: bool, sampling: Sampling) -> Ensemble:
     ensemble = Ensemble.of(stack, tokens, sampling)
     tokens = ensemble.tokens
-    if skip_massive:
-        ensemble = ensemble.without_massive(stack)
     if not every_token:
         last = tokens.positions == tokens.mask.sum(1, keepdim=True) - 1
         ensemble = replace(ensemble, left_out=~(ensemble.mask & last))
@@ -427,7 +426,7 @@ def _turns(stack: Stack, seed: int) -> list[Float[Tensor, "d_model d_model"]]:
 
 
 def _draws(ensemble: Ensemble, resamples: int) -> Float[Tensor, "resample unit"]:
-    return weights(ensemble.n_units, resamples if ensemble.n_units > 1 else 0, ensemble.sampling.seed)
+    return weights(ensemble.n_units, resamples, ensemble.sampling.seed)
 
 
 def _counts(ensemble: Ensemble, stack: Stack) -> dict[str, Any]:

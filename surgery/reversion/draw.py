@@ -39,7 +39,14 @@ KINDS = {
     "random": ("random", BLUE),
     "principal": ("principal", GREEN),
 }
-VERDICTS = {"reverts": ACCENT, "persists": GREY, "grows": BLUE, "undecided": PALE}
+VERDICTS = {
+    "reverts": ACCENT,
+    "slope": INK,
+    "turns": FAINT,
+    "persists": GREY,
+    "grows": BLUE,
+    "undecided": PALE,
+}
 TITLES = {
     "raw": "the stream itself",
     "normalised": "every token divided by its own length",
@@ -111,7 +118,7 @@ def windows(frame: pd.DataFrame) -> Figure:
     later, name = frame[frame["start"] > 0], "kappa_excess" if "kappa_excess" in frame else "kappa"
     most = max(0.01, float(later[name].abs().max()))
     triangle(figure, right, later, name, n_layers, "PuOr", TwoSlopeNorm(0, -most, most))
-    right.set_title(f"{name.replace('_', ' ')}\nabove 0 the window takes deviations back", loc="left")
+    right.set_title(f"{name.replace('_', ' ')}\nabove 0 it writes against deviations", loc="left")
     figure.supxlabel("windows from layer 1 on", fontsize=9, color=FAINT)
     return figure
 
@@ -181,7 +188,11 @@ def returns(frame: pd.DataFrame, size: float | None = None) -> Figure:
     figure.suptitle(
         f"Displacements of {size:g} of the stream's spread, followed through the later layers", x=0.01, ha="left"
     )
-    figure.supxlabel("a restoring force brings both below 1; a colour per layer of departure", fontsize=9, color=FAINT)
+    figure.supxlabel(
+        "a restoring force brings the length below 1, a rotation only what is left along itself; a colour per layer",
+        fontsize=9,
+        color=FAINT,
+    )
     return figure
 
 

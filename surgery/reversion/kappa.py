@@ -18,17 +18,22 @@ rotations. *token_shuffled*: those of another token at the same place. *order_sh
 back. So the stream is displaced by ``d`` at one token, and what the layer then does differently there decides:
 
     kappa_causal = -E<d, f(x + d) - f(x)> / E|d|^2
+    remaining    = sqrt(E|d + f(x + d) - f(x)|^2 / E|d|^2)
+
+**Turning is not taking back.** A layer that rotates the stream has kappa > 0 in every direction, by slope and by
+displacement, and psi = 1; but nothing gets shorter: remaining = 1. A restoring force shrinks the whole displacement,
+whatever its direction, and by enough to speak of (``LEAST``).
 
 ``d`` points to another prompt's token at that place (*difference*), anywhere (*random*) or along a top principal
 component (*principal*), see ``surgery.instruments.displacement``. For a layer that treats every token alone and
 linearly, differences repeat the slope by algebra; random directions distinguish a force from a correlate that is kept
 elsewhere in the same stream.
 
-Compare with ``surgery.instruments.known_networks``: writing into fresh subspaces reads 0, in parallel as in series. All
-of it is measured on the weights as loaded (folding or centring weights changes kappa). Layer 0 starts from the bare
-embedding, which is small in many models: there kappa and growth say little. Several layers at once:
-``surgery.reversion.trajectories``; single directions: ``surgery.reversion.directions``; a displacement followed through
-later layers: ``surgery.reversion.returns``.
+Compare with ``surgery.instruments.known_networks``: writing into fresh subspaces reads 0, in parallel as in series; a
+random network shrinks some directions and stretches as many. All of it is measured on the weights as loaded (folding or
+centring weights changes kappa). Layer 0 starts from the bare embedding, which is small in many models: there kappa and
+growth say little. Several layers at once: ``surgery.reversion.trajectories``; single directions:
+``surgery.reversion.directions``; a displacement followed through later layers: ``surgery.reversion.returns``.
 
 Source: our definitions, see ``surgery.stats.drift``.
 
@@ -51,13 +56,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map, mechanical
 from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchange, partners
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.reversion.rules import beyond, held, judged, weakest
 from surgery.stats.bootstrap import columns, described, measure_columns, pool, ratio, rotations, weights
-from surgery.stats.drift import Drift, Resampled, Step, half_life, regime
+from surgery.stats.drift import LEAST, Drift, Resampled, Step, half_life, regime
 from surgery.stats.sampling import Sampling
 
 _NULLS = {
@@ -66,6 +73,7 @@ _NULLS = {
     "order_shuffled": "layers in random order, updates brought to the layer's own size",
     "untrained": "the same architecture with fresh weights, updates brought to the layer's own size",
 }
+WALKS = ("rotated", "token_shuffled")  # the nulls that keep the layer's size
 _OTHER_SIZES = ("order_shuffled", "untrained")  # nulls whose updates have a size of their own
 _DISPLACEMENTS = {
     "difference": "towards another prompt's token",
@@ -96,16 +104,17 @@ _CAUSAL = {
     name: meaning
     for kind, direction in _DISPLACEMENTS.items()
     for name, meaning in (
+        (f"remaining_{kind}", f"length after the layer, beside before, of a displacement {direction}: a rotation is 1"),
         (f"kappa_causal_{kind}", f"kappa by intervention: the stream at one token displaced {direction}"),
         (f"kappa_causal_{kind}_frozen", f"kappa_causal_{kind} with the normalisation frozen at the clean run"),
     )
 }
 COLUMNS = {
     "layer": "layer, counted from 0",
-    "regime": "the interval of kappa in a word: reverting, overshooting (above 1), growing (below 0), undecided ...",
-    "restoring": "whether kappa's excess and every kind of displacement agree on a restoring force: yes, no, undecided",
+    "regime": "the interval of kappa in a word: opposing, overshooting (above 1), carrying (below 0), undecided ...",
+    "restoring": "whether slope and every kind of displacement agree on a force that shrinks it: yes, no, undecided",
     "n_prompts": "number of prompts, the unit of resampling",
-    "n_massive": "tokens left out for massive activations (and each prompt's first, always)",
+    **massive.COLUMNS,
     **described(_OF_THE_LAYER | _OF_NULLS | _CAUSAL),
 }
 ROTATIONS = 4  # each serves for hundreds of resamples, see _rotated_kappa
@@ -113,7 +122,7 @@ ROTATIONS = 4  # each serves for hundreds of resamples, see _rotated_kappa
 
 def layers(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     *,
     draws: int = 4,
     size: float = 0.1,
@@ -121,15 +130,13 @@ def layers(
     causal: bool = True,
     untrained: Stack | None = None,
     coordinates: str = "raw",
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure for every layer how far it reverts the stream to its mean, beside its nulls, and whether that is a force.
 
     ``coordinates`` are those of ``surgery.instruments.coordinates`` in which to read the stream; in others than ``raw``
-    nothing is displaced. ``skip_massive`` leaves out the tokens of massive activations
-    (``surgery.instruments.ensemble``) as ``skip_first`` does each prompt's first; ``n_massive`` says how many there
-    were. One row per layer:
+    nothing is displaced. Tokens of massive activations are left out, unless ``sampling.skip_massive`` is False. One row
+    per layer:
 
     ============================  =====================================================================================
     ``kappa psi growth``          as above
@@ -143,10 +150,12 @@ def layers(
                                   of each end of their intervals, so that above 0 is above both
     ``kappa_causal_<kind>``       ``difference``, ``random``, ``principal``, with live normalisation
     ``kappa_causal_<kind>_frozen``  with the norms' denominators kept at the clean run's; absent if they cannot be
+    ``remaining_<kind>``          how long the displacement is after the layer, beside before; 1 for a rotation
     ``restoring``                 ``yes``, ``no`` or ``undecided``, see ``restoring``
     ``kappa_mechanical``          in ``normalised`` coordinates: what an update of this size in any direction reads
     ``kappa_corrected``           there: ``1 - phi / phi_mechanical``, the rest
     ``n_prompts n_massive``       prompts, and tokens left out as massive
+    ``token_share`` ...           what the largest token and dimension hold of the variance of stream or update
     ============================  =====================================================================================
 
     Every number has ``_low`` and ``_high``, the 95 % interval over resampled prompts, pooled over random draws if there
@@ -170,16 +179,15 @@ def layers(
     """
     ensemble = Ensemble.of(stack, tokens, sampling)
     _check(stack, draws, size, untrained)
-    n_massive = 0
-    if skip_massive:
-        ensemble, n_tokens = ensemble.without_massive(stack), int(ensemble.mask.sum())
-        n_massive = n_tokens - int(ensemble.mask.sum())
-    resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
+    resampled = weights(ensemble.n_units, sampling.resamples, sampling.seed)
     rounding = torch.finfo(stack.dtype).eps
     view = coordinate_map(coordinates, stack, ensemble)
     steps = _steps(ensemble, stack, view, "reversion")
     drifts = [step.drift(resampled) for step in steps]
-    rows = [_describe(layer, drift, rounding) for layer, drift in enumerate(drifts)]
+    rows = [
+        _describe(layer, drift, rounding) | held(ensemble.concentration, [layer], [layer])
+        for layer, drift in enumerate(drifts)
+    ]
     if coordinates == "normalised":
         raw_steps = _steps(ensemble, stack, coordinate_map("raw", stack, ensemble), "sizes")
         for row, drift, raw in zip(rows, drifts, raw_steps, strict=True):
@@ -202,25 +210,30 @@ def layers(
         for layer, row in enumerate(rows):
             for kind, response in by_kind.items():
                 row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
-            row["restoring"] = restoring(row, rounding)
-    return pd.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=n_massive)
+            for kind in KINDS:
+                row |= columns(f"remaining_{kind}", by_kind[kind].remaining(layer, resampled))
+    frame = pd.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=ensemble.n_massive)
+    return frame.assign(restoring=restoring(frame)) if causal and coordinates == "raw" else frame
 
 
-def restoring(row: dict, rounding: float = 0.0) -> str:
-    """Return whether a row of ``layers`` shows a restoring force: only if the slope and every kind of intervention do.
+def restoring(frame: pd.DataFrame, least: float = LEAST) -> list[str]:
+    """Return whether each layer of ``layers`` shows a restoring force: ``yes``, ``no`` or ``undecided``.
 
-    ``yes`` if the intervals of ``kappa_excess`` (of ``kappa``, without nulls) and of the three live causal kappas lie
-    above 0: agreement in sign, the sizes are there to be read. ``no`` if kappa or a causal kappa lies at or below 0, or
-    if a causal kappa's interval reaches 0 and stays below kappa's: moving the stream does not reproduce the slope.
-    ``undecided`` otherwise.
+    ``yes`` if it takes back ``least`` of a deviation or more, by slope beyond both random walks (beyond 0, without
+    nulls), and shortens displacements of every kind by as much; corrected for the number of layers. ``no`` if one of
+    these surely falls short: kappa is smaller, or displacements of some kind stay as long, as under a rotation.
+    ``undecided`` otherwise, and where something is undefined or one token holds too much of the variance.
     """
-    slope = row.get("kappa_excess_low", row["kappa_low"])
-    causal = [(row[f"kappa_causal_{kind}_low"], row[f"kappa_causal_{kind}_high"]) for kind in KINDS]
-    if row["kappa_high"] <= rounding or any(high <= rounding for _, high in causal):
-        return "no"
-    if slope > rounding and all(low > rounding for low, _ in causal):
-        return "yes"
-    return "no" if any(low <= rounding and high < row["kappa_low"] for low, high in causal) else "undecided"
+    slopes = [name for name in ("kappa", *(f"kappa_excess_{walk}" for walk in WALKS)) if name in frame]
+    return judged(
+        [
+            weakest(
+                [beyond(row, name, least=least) for name in slopes]
+                + [beyond(row, f"remaining_{kind}", origin=1, sign=-1, least=least) for kind in KINDS]
+            )
+            for row in frame.to_dict("records")
+        ]
+    )
 
 
 def _check(stack: Stack, draws: int, size: float, untrained: Stack | None) -> None:
@@ -359,8 +372,7 @@ def _compare(drift: Drift, nulls: dict[str, list[Drift]], match: bool) -> dict[s
 
 def smaller_excess(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the columns ``kappa_excess``: the smaller excess over the two random walks, and of either end."""
-    walks = ("rotated", "token_shuffled")
     return {
-        f"kappa_excess{end}": float(np.min([row[f"kappa_excess_{walk}{end}"] for walk in walks]))
+        f"kappa_excess{end}": float(np.min([row[f"kappa_excess_{walk}{end}"] for walk in WALKS]))
         for end in ("", "_low", "_high")
     }

@@ -7,8 +7,9 @@ how far the stream is from the clean run's after ``q`` of them. With the expecta
     remaining sqrt(E|d_q|^2 / E|d_0|^2)       how far the token's stream is off, in whatever direction
     spread    the same over all tokens of the prompt: attention carries a displacement to later ones
 
-A deviation that is taken back has along < 1 *and* remaining < 1. along < 1 < remaining is a displacement that was
-turned into something else and amplified; both above 1, one that is carried further out. ``1 - along`` after one layer
+A deviation that is taken back has remaining < 1 (and so along < 1). along < 1 = remaining is one that was only turned,
+as by a rotation; along < 1 < remaining one that was turned into something else and amplified; both above 1, one that is
+carried further out. ``1 - along`` after one layer
 is the causal kappa of ``surgery.instruments.displacement``, the same number for the same displacements; the curve says
 whether later layers undo what one layer has taken back.
 
@@ -48,10 +49,12 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.displacement import KINDS, displacements, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, Visit
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.reversion.rules import held
 from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.drift import Step
 from surgery.stats.sampling import Sampling
@@ -64,6 +67,7 @@ COLUMNS = {
     "kind": "direction of the displacement: difference, random or principal",
     "size": "its length, as a fraction of the stream's distance from its mean, n(x)",
     "n_units": "number of prompts, or of groups of prompts, the unit of resampling",
+    **massive.COLUMNS,
 } | described(
     {
         "along": "what is left of the displacement along itself: 1 all, 0 none, below 0 overshot",
@@ -87,13 +91,12 @@ HALF_WAY_COLUMNS = {
 
 def curves(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     layers: Sequence[int] | None = None,
     *,
     sizes: Sequence[float] = (0.1, 1.0),
     draws: int = 2,
     frozen: bool = False,
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Follow displacements made at ``layers`` (all if not given): a row per layer, layer run since, kind and size.
@@ -102,7 +105,7 @@ def curves(
     draw ``i`` takes the ``i``-th. ``_low`` and ``_high`` are 95 % intervals over resampled prompts, NaN for one prompt.
     Where no token of any prompt differs from its partner, ``difference`` is NaN; so is everything once a moved stream
     overflows, as one may with frozen norms that started from a small embedding. Tokens of massive activations are not
-    moved, unless ``skip_massive`` is False (``surgery.instruments.ensemble``): beside them every other spread is
+    moved, unless ``sampling.skip_massive`` is False: beside them every other spread is
     nothing.
 
     Cost: ``3 + 3 draws sizes (L + 1) / 2`` F if all L layers are moved, 1 F more with ``frozen`` and
@@ -119,8 +122,6 @@ def curves(
     if draws < 1 or not sizes or min(sizes) <= 0:
         raise ValueError(f"draws and sizes must be positive, got draws={draws}, sizes={tuple(sizes)}")
     ensemble = Ensemble.of(stack, tokens, sampling)
-    if skip_massive:
-        ensemble = ensemble.without_massive(stack)
     bases, spreads = principal_components(stack, ensemble, draws), _spreads(stack, ensemble)
     totals, first = Totals(ensemble.n_units), 0
     for unit, context, mask in ensemble.batches(stack, "displacements"):
@@ -140,7 +141,7 @@ def curves(
                             totals.add((layer, kind, size), unit[prompt.cpu()], sums)
         first += len(unit)
     units = ensemble.n_units
-    resampled = weights(units, sampling.resamples if units > 1 else 0, sampling.seed)
+    resampled = weights(units, sampling.resamples, sampling.seed)
     rows = []
     for layer in moved:
         for kind in KINDS:
@@ -148,11 +149,13 @@ def curves(
                 product, square, spread = torch.tensordot(resampled, totals[layer, kind, size], 1).unbind(-1)
                 for q in range(1, stack.n_layers - layer + 1):
                     row: dict[str, Any] = {"layer": layer, "q": q, "kind": kind, "size": size, "n_units": units}
+                    row |= held(ensemble.concentration, range(layer, layer + q + 1), range(layer, layer + q))
                     row |= columns("along", ratio(product[:, q], square[:, 0]))
                     row |= columns("remaining", ratio(square[:, q], square[:, 0]).sqrt())
                     row |= columns("spread", ratio(spread[:, q], square[:, 0]).sqrt())
                     rows.append(row)
-    return pd.DataFrame(rows)[list(COLUMNS)]
+    frame = pd.DataFrame(rows).assign(n_massive=ensemble.n_massive)
+    return frame[[name for name in COLUMNS if name in frame]]
 
 
 def half_way(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,28 +1,34 @@
 """What the tables of mean reversion say, in sentences; the last one is the answer. Pure functions of the tables.
 
-As in ``surgery.page.phrases`` a sentence claims something only when an interval lies wholly on one side, by more than
-rounding, and nulls speak before numbers do: reversion is what exceeds random walks with updates of the same size.
+Every sentence is a rule. It claims an effect only if that reaches ``LEAST`` (of a deviation, or of a displacement's
+length) and the interval that holds for all layers at once excludes none; it says "no" only if the effect is surely
+less; else it leaves the matter open, and says why. Three words are kept apart: an update *runs against* a deviation
+(kappa, a slope, which a rotation has as well), a displacement *is shortened* (``remaining``), and the stream *reverts*:
+both.
 
 >>> import pandas as pd
 >>> row = {"series": "model", "span": "all", "start": 1, "stop": 9, "within": 0.5, "within_walk": 0.7}
 >>> pooled = {"pooled": 0.9, "pooled_low": 0.8, "pooled_high": 0.95}
 >>> ends = {"within_excess": -0.2, "within_excess_low": -0.3, "within_excess_high": -0.1}
 >>> panel(pd.DataFrame([row | pooled | ends]))[0].split(": ")[-1]
-'shocks are taken back faster than there.'
+'shocks are forgotten faster than there.'
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
+from surgery.instruments.massive import DECIDES, decided_by_one
 from surgery.page.chapters import Sentence, headlines
 from surgery.page.phrases import few_prompts, layers, number, value
 from surgery.reversion import files
-from surgery.reversion.directions import PERSISTS
+from surgery.reversion.kappa import WALKS
+from surgery.reversion.rules import beyond, judged, weakest
+from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, WITHIN, Effect, sides
+from surgery.stats.drift import LEAST
 
-ROUNDING = 1e-4  # no claim rests on less
-WALKS = ("rotated", "token_shuffled")
+SAME = 1e-4  # psi this close to 1 is 1: the spread stays
 SEEN = {
     "normalised": "divided by each token's own length",
     "principal": "in its fixed principal components",
@@ -46,46 +52,75 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[Sentence]:
         (files.RETURNS, returns),
         (files.NOISE, noise),
     )
-    every = headlines(by_layer(tables[files.LAYERS]))
+    raw = tables[files.LAYERS]
+    every = headlines(by_layer(raw))
+    silent = bool(nothing_to_say(raw))
     for file, say in by_file:
-        if file in tables:
+        if file in tables and not silent:
             every += map(Sentence, say(tables[file]))
-    if files.ENDS in tables:
-        every += headlines([ends(tables[files.ENDS].iloc[0])])
+    if files.ENDS in tables and not silent:
+        every += headlines([ends(tables[files.ENDS].iloc[0], raw)])
     if files.DIRECTIONS in tables:
-        every += headlines([answer(tables[files.LAYERS], tables.get(files.PANEL), tables[files.DIRECTIONS])])
+        every += headlines([answer(raw, tables[files.DIRECTIONS], tables.get(files.RETURNS))])
     return every
 
 
-def by_layer(frame: pd.DataFrame) -> list[str]:
-    """Up to four sentences about ``reversion_layers``: kappa against its nulls, displacing the stream, psi."""
+def nothing_to_say(frame: pd.DataFrame) -> str:
+    """Why ``reversion_layers`` allows no claim at all; empty if it does.
+
+    >>> nothing_to_say(pd.DataFrame({"layer": [1], "kappa": 0.3, "kappa_low": math.nan, "n_prompts": 1}))
+    'one prompt has no intervals'
+    """
     frame = _later(frame)
-    reverting = frame[frame["kappa_excess_low"] > 0]
-    below = (frame["kappa_excess_rotated_high"] < 0) & (frame["kappa_excess_token_shuffled_high"] < 0)
-    spreading = frame[below & (frame["kappa_high"] < 0)]
-    unclear = frame[~((frame["kappa_excess_low"] > 0) | below)]
+    if frame["kappa"].isna().all():
+        return "the stream does not vary, so that kappa is undefined"
+    if frame["kappa_low"].isna().all():
+        alone = "n_prompts" in frame and bool((frame["n_prompts"] == 1).all())
+        return "one prompt has no intervals" if alone else "there are no intervals"
+    if "token_share" in frame and frame["token_share"].map(decided_by_one).all():
+        return f"in every layer one token holds more than {DECIDES:.0%} of the variance, and decides what is measured"
+    return ""
+
+
+def by_layer(frame: pd.DataFrame) -> list[str]:
+    """Up to five sentences about ``reversion_layers``: kappa against its nulls, displacing the stream, psi."""
+    why = nothing_to_say(frame)
+    if why:
+        return [f"Nothing can be said of mean reversion: {why}."]
+    frame = _later(frame)
+    defined = [effect.defined for effect in _slopes(frame, 1)]
+    undefined, frame = frame[[not known for known in defined]], frame[defined]
+    against, along, unclear = (
+        _where(frame, _slopes(frame, sign), word) for sign, word in ((1, "yes"), (-1, "yes"), (1, "undecided"))
+    )
+    unclear = unclear[~unclear["layer"].isin(along["layer"])]
     texts = []
-    if reverting.empty:
+    if against.empty:
         texts.append(
-            f"In none of the {len(frame)} layers looked at does kappa exceed its rotated and token-shuffled nulls: no "
-            "mean reversion was found."
+            f"In none of the {len(frame)} layers looked at is kappa shown to reach {LEAST:g} beyond its rotated and "
+            "token-shuffled nulls: no layer as a whole was seen to write against deviations."
         )
     else:
         texts.append(
-            f"kappa exceeds its rotated and token-shuffled nulls in {len(reverting)} of {len(frame)} layers "
-            f"({layers(reverting['layer'])}), where it is {_range(reverting['kappa'])}: their updates run against the "
-            f"deviation of a token from the mean.{_chance(reverting, frame)}"
+            f"kappa reaches {LEAST:g} beyond its rotated and token-shuffled nulls in {len(against)} of {len(frame)} "
+            f"layers ({layers(against['layer'])}), where it is {_range(against['kappa'])}: their updates run against "
+            "the deviation of a token from the mean."
         )
-        texts.append(_causal(reverting) + _spread(reverting))
-    if len(spreading):
+        texts.append(_causal(against) + _spread(against))
+    if len(along):
         texts.append(
-            f"In {layers(spreading['layer'])} kappa is below 0 and below its nulls "
-            f"({_range(spreading['kappa'])}): their updates carry deviations further out."
+            f"In {layers(along['layer'])} kappa is below -{LEAST:g} and below its nulls "
+            f"({_range(along['kappa'])}): their updates carry deviations further out."
         )
     if len(unclear):
         texts.append(
-            f"In {layers(unclear['layer'])} the interval of the excess includes 0: a weak reversion is neither "
-            "shown nor ruled out."
+            f"In {layers(unclear['layer'])} this is undecided: whether kappa is {LEAST:g} or more beyond its nulls was "
+            "neither shown nor ruled out."
+        )
+    if len(undefined):
+        texts.append(
+            f"Of {layers(undefined['layer'])} nothing is said: kappa is undefined or has no interval, or one token "
+            f"holds more than {DECIDES:.0%} of the variance."
         )
     return texts
 
@@ -93,7 +128,8 @@ def by_layer(frame: pd.DataFrame) -> list[str]:
 def limits(frame: pd.DataFrame) -> list[str]:
     """What ``reversion_layers`` cannot tell."""
     notes = [
-        "kappa is a regression over tokens: it becomes a restoring force only where displacing the stream agrees. "
+        "kappa is a regression over tokens, and a rotation has it too: it becomes a restoring force only where a "
+        "displaced stream is shortened. "
         "The model is deterministic; nothing here is noise in time, and no Ornstein-Uhlenbeck process is claimed."
     ]
     if (frame["layer"] == 0).any() and len(frame) > 1:
@@ -108,7 +144,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
         )
     else:
         later = _later(frame)
-        short = later[(later["kappa_excess_low"] > 0) & ~(later["kappa_excess_untrained_low"] > 0)]
+        short = _where(later, _slopes(later, 1))
+        short = short[~(short["kappa_excess_untrained_low"] > 0)]
         if len(short):
             notes.append(f"In {layers(short['layer'])} kappa does not exceed that of the same architecture untrained.")
     return notes + few_prompts(frame)
@@ -119,15 +156,17 @@ def coordinates(frame: pd.DataFrame) -> list[str]:
     texts = []
     for name in (name for name in SEEN if name in set(frame["coordinates"])):
         part = _later(frame[frame["coordinates"] == name])
-        above = part[part["kappa_excess_low"] > 0]["layer"]
+        above = _where(part, _slopes(part, 1))["layer"]
         where = f" ({layers(above)})" if len(above) else ""
-        sentence = f"Seen {SEEN[name]}, kappa exceeds both random walks in {_of_layers(len(above), len(part))}{where}"
+        where = f"{_of_layers(len(above), len(part))}{where}"
+        sentence = f"Seen {SEEN[name]}, kappa reaches {LEAST:g} beyond both random walks in {where}"
         if name == "normalised" and part["kappa"].notna().any():
-            more = part[part["kappa_corrected_low"] > ROUNDING]
-            less = part[part["kappa_corrected_high"] < -ROUNDING]
+            more, less = (
+                _where(part, [beyond(row, "kappa_corrected", sign=sign) for row in _rows(part)]) for sign in (1, -1)
+            )
             sentence += (
                 f"; there a random update of the same size reads {part['kappa_mechanical'].mean():.2f} on average by "
-                f"arithmetic alone, the model {part['kappa'].mean():.2f}: more than that in "
+                f"arithmetic alone, the model {part['kappa'].mean():.2f}: more by {LEAST:g} in "
                 f"{_of_layers(len(more), len(part))}, less in {len(less)}"
             )
         texts.append(sentence + ".")
@@ -156,9 +195,13 @@ def panel(frame: pd.DataFrame) -> list[str]:
         if pd.isna(row["pooled"]):
             texts.append(f"As one autoregression over {span} the stream cannot be read: it does not vary.")
             continue
-        common = {-1: "deviations are taken back", 0: _LIKE_A_WALK, 1: "deviations grow"}[_pooled(row, frame)]
-        own = {-1: "shocks are taken back faster than there", 0: _LIKE_A_WALK, 1: "shocks live on longer than there"}[
-            _within(row, frame)
+        common = {
+            -1: "less of a deviation is left along itself than there, be it shortened or turned",
+            0: _LIKE_A_WALK,
+            1: "deviations grow along themselves",
+        }[_side(row, frame, "pooled", 1.0)]
+        own = {-1: "shocks are forgotten faster than there", 0: _LIKE_A_WALK, 1: "shocks live on longer than there"}[
+            _side(row, frame, "within_excess", 0.0)
         ]
         texts.append(
             f"As one autoregression over {span}, phi is {number(row, 'pooled')} about one mean for all tokens "
@@ -170,41 +213,75 @@ def panel(frame: pd.DataFrame) -> list[str]:
 
 
 def directions(frame: pd.DataFrame) -> list[str]:
-    """How many directions revert, persist and grow (``directions.layers``)."""
+    """How many directions come out shorter, longer, or turned (``directions.layers``); do more than by any map?"""
     shown = _later(frame)
-    shown = shown[shown["decay"].notna()]
+    shown = shown[shown["decay_low"].notna()]
     if shown.empty:
         return []
     count = shown["verdict"].value_counts()
-    reverting = shown[shown["verdict"] == "reverts"]
-    where = f" ({layers(set(reverting['layer']))})" if len(reverting) else ""
     predicted = shown.drop_duplicates("layer")["R2"].median()
     drift = f"; the drift predicts {predicted:.2f} of an update's variance in them on held-out prompts"
     drift = "" if math.isnan(predicted) else f"{drift} (median over layers)"
+    reverting = reverting_directions(frame)
+    if reverting:
+        beyond = f"More come out shorter than under the same map turned at random in {_along_directions(reverting)}."
+    else:
+        beyond = "In no layer do more come out shorter than under the same map turned at random."
     return [
         f"Of {len(shown)} directions looked at, the top principal ones of every layer, {count.get('reverts', 0)} "
-        f"revert{where}, {count.get('grows', 0)} grow, {count.get('persists', 0)} do neither, and "
-        f"{count.get('undecided', 0)} could not be decided{drift}."
+        f"come out shorter by {LEAST:g} or more, {count.get('grows', 0)} longer, {count.get('turns', 0)} only turned, "
+        f"{count.get('persists', 0)} stay, {count.get('slope', 0)} are shorter by regression and not when moved, and "
+        f"{count.get('undecided', 0)} could not be decided{drift}. {beyond}"
     ]
+
+
+def reverting_directions(frame: pd.DataFrame) -> dict[int, tuple[int, float]]:
+    """Return how many directions of a layer revert, and what share of its variance they hold, by layer.
+
+    Only of layers whose balance of reverting and growing exceeds that of the same map turned at random, in all layers
+    at once (``directions.layers``).
+    """
+    later = _later(frame)
+    one_each = later.drop_duplicates("layer")
+    balanced = _where(one_each, [beyond(row, "balance_excess", least=0.0) for row in _rows(one_each)])["layer"]
+    later = later[(later["verdict"] == "reverts") & later["layer"].isin(balanced)]
+    layers_found = sorted(later["layer"].unique().tolist())
+    return {
+        int(layer): (len(part), float(part["share"].sum()))
+        for layer in layers_found
+        for part in [later[later["layer"] == layer]]
+    }
+
+
+def _along_directions(found: Mapping[int, tuple[int, float]]) -> str:
+    counts, shares = zip(*found.values(), strict=True)
+    many = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    held = (
+        f"{min(shares):.0%}"
+        if f"{min(shares):.0%}" == f"{max(shares):.0%}"
+        else f"{min(shares):.0%} to {max(shares):.0%}"
+    )
+    hold = "it holds" if max(counts) == 1 else "they hold"
+    return f"{layers(found)}: along {many} direction{'s' * (max(counts) > 1)}, {hold} {held} of the variance"
 
 
 def returns(frame: pd.DataFrame) -> list[str]:
     """What is left of displacements at the end of the model (``returns.curves``)."""
     texts = []
-    small = frame[(frame["size"] == frame["size"].min()) & frame["remaining"].notna()]
-    final = small[small["layer"] + small["q"] == (small["layer"] + small["q"]).max()]
+    final = _at_the_end(frame)
+    final = final.assign(end=sides([beyond(row, "remaining", origin=1, least=0.0) for row in _rows(final)], LEAST))
+    words = {
+        BELOW: "it ends shorter",
+        ABOVE: "it ends longer",
+        WITHIN: "it ends as long as it was",
+        UNDECIDED: "this could not be decided",
+    }
     for kind, part in final.groupby("kind", sort=False):
-        first = part.loc[part["layer"].idxmin()]
-        back = (part["remaining_high"] < 1 - ROUNDING) & (part["along_high"] < 1 - ROUNDING)
-        further = (part["remaining_low"] > 1 + ROUNDING) | (part["along_low"] > 1 + ROUNDING)
+        first = part[part["layer"] == part["layer"].min()].iloc[0]
         outcomes = [
-            f"from {layers(part[which]['layer'])} {what}"
-            for what, which in (
-                ("it has gone back, in part or wholly", back),
-                ("it has grown", further),
-                ("neither could be decided", ~(back | further)),
-            )
-            if which.any()
+            f"from {layers(part[part['end'] == end]['layer'])} {what}"
+            for end, what in words.items()
+            if (part["end"] == end).any()
         ]
         texts.append(
             f"A displacement ({kind}, {first['size']:g} of the spread) made at layer {int(first['layer'])} leaves the "
@@ -214,28 +291,32 @@ def returns(frame: pd.DataFrame) -> list[str]:
     return texts
 
 
-def ends(row: pd.Series) -> str:
-    """Whether reversion is stronger in the ends (``trajectories.ends``): kappa, and kappa beyond the walks."""
+def _at_the_end(frame: pd.DataFrame) -> pd.DataFrame:
+    """The smallest displacements where they leave the model; none without an interval."""
+    small = frame[(frame["size"] == frame["size"].min()) & frame["remaining_low"].notna()]
+    return small[small["layer"] + small["q"] == (small["layer"] + small["q"]).max()]
+
+
+def ends(row: pd.Series, raw: pd.DataFrame) -> str:
+    """Whether reversion is stronger in the ends (``trajectories.ends``): kappa beyond the walks, and as a force.
+
+    ``raw`` are the layers: reversion is spoken of only where one of them restores.
+    """
     if pd.isna(row["difference"]):
         return (
             "Whether reversion is stronger in the ends could not be tested: a part has no layer, or the stream does "
             "not vary."
         )
-    middle = layers(range(max(1, int(row["boundary_in"])), int(row["boundary_out"])))
-    values = f"kappa {number(row, 'kappa_ends')} in the ends, {number(row, 'kappa_middle')} in {middle}"
+    inside = range(max(1, int(row["boundary_in"])), int(row["boundary_out"]))
+    values = f"kappa {number(row, 'kappa_ends')} in the ends, {number(row, 'kappa_middle')} in {layers(inside)}"
     both = ["difference", "excess"] if "excess" in row else ["difference"]
-    for place, other, sides in (
-        ("ends", "middle", [row[f"{name}_low"] for name in both]),
-        ("middle", "ends", [-row[f"{name}_high"] for name in both]),
-    ):
-        if min(sides) > ROUNDING and not any(map(pd.isna, sides)):
-            if row[f"kappa_{place}_low"] > 0:
-                return f"Reversion is stronger in the {place}: {values}."
+    for place, other, sign in (("ends", "middle", 1), ("middle", "ends", -1)):
+        if judged([weakest([beyond(row, name, sign=sign) for name in both])]) == ["yes"]:
             if row[f"kappa_{place}_high"] < 0:
                 return f"Deviations grow in the {place} too, though less than in the {other}: {values}."
-            return (
-                f"kappa is higher in the {place}, but whether deviations revert there could not be decided: {values}."
-            )
+            if _forces(_later(raw)) & {layer for layer in raw["layer"] if (layer in inside) == (place == "middle")}:
+                return f"Reversion is stronger in the {place}: {values}."
+            return f"kappa is higher in the {place}, but no layer there is shown to restore: {values}."
     return f"Whether reversion is stronger in the ends could not be decided: {values}."
 
 
@@ -253,9 +334,9 @@ def noise(frame: pd.DataFrame) -> list[str]:
     walks = [rows[name] for name in WALKS if name in rows]
     if not walks:
         comparison = "to be compared with random walks"
-    elif all(own["lambda_low"] > walk["lambda_high"] for walk in walks):
+    elif all(own["lambda_low"] > walk["lambda_high"] and own["lambda"] >= walk["lambda"] + LEAST for walk in walks):
         comparison = "more than in random walks of the same updates"
-    elif all(own["lambda_high"] < walk["lambda_low"] for walk in walks):
+    elif all(own["lambda_high"] < walk["lambda_low"] and own["lambda"] <= walk["lambda"] - LEAST for walk in walks):
         comparison = "less than in random walks of the same updates"
     else:
         comparison = "not shown to differ from random walks of the same updates"
@@ -267,44 +348,67 @@ def noise(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def answer(raw: pd.DataFrame, whole: pd.DataFrame | None, drift: pd.DataFrame | None) -> str:
-    """Reverts, does not, or only in these layers and directions: from layers (with causes), panel and directions.
+def answer(raw: pd.DataFrame, drift: pd.DataFrame, back: pd.DataFrame | None = None) -> str:
+    """Reverts, does not, or only in these layers and directions: from layers, directions and returns.
 
-    It reverts where every layer from 1 on restores and the panel, if there is one, agrees about one mean for all
-    tokens. It does not where nothing exceeds the walks and, in every layer, kappa lies below ``directions.PERSISTS``.
+    It reverts where every layer from 1 on restores and displacements, if they were followed, leave the model shorter.
+    It does not where in every layer kappa is surely below ``LEAST`` or a displaced stream is surely not shortened, and
+    in no layer more directions revert than a map turned at random would have.
     """
-    later = _later(raw)
-    slopes = set(later[later["kappa_excess_low"] > 0]["layer"])
-    forces = set(later[later["restoring"] == "yes"]["layer"]) if "restoring" in later else set()
-    reverting = set() if drift is None else set(_later(drift).query("verdict == 'reverts'")["layer"])
-    over = None if whole is None else next((_over_all(row, whole) for _, row in _whole(whole).iterrows()), None)
     begin = "In one sentence: on these prompts"
-    if len(forces) == len(later) and over in (None, -1):
+    why = nothing_to_say(raw)
+    if why:
+        return f"{begin} nothing can be said of reversion to a mean: {why}."
+    later = _later(raw)
+    forces, along = _forces(later), reverting_directions(drift)
+    over = None if back is None or _at_the_end(back).empty else _shortened(back)
+    if len(forces) == len(later) and over in (None, True):
         together = "" if over is None else ", and over all layers together"
         return f"{begin} the stream reverts to a mean in every layer ({layers(forces)}), as a force{together}."
-    if not slopes | forces | reverting and over != -1:
-        left = set(later[~(later["kappa_high"] < PERSISTS)]["layer"])
-        if not left:
-            return (
-                f"{begin} the stream does not revert to a mean: no layer takes back as much as {PERSISTS:g} of a "
-                "deviation, and neither a layer nor a direction looked at was seen to revert more than random walks "
-                "with updates of the same size do."
-            )
-        if len(left) == len(later):
-            return f"{begin} it could not be decided whether the stream reverts to a mean: no reversion was shown."
-        return f"{begin} no reversion to a mean was shown, but in {layers(left)} it is not ruled out either."
-    parts = [
-        f"{how} in {layers(where)}"
-        for how, where in (
-            ("as a force", forces),
-            ("as a slope that displacing the stream does not confirm", slopes - forces),
-            ("along single directions", reverting),
+    along = {layer: found for layer, found in along.items() if layer not in forces}
+    if forces or along:
+        parts = [f"as a force in {layers(forces)}"] if forces else []
+        parts += [f"in {_along_directions(along)}"] if along else []
+        more = "" if over is not False else "; that displacements leave the model shorter is not shown"
+        return f"{begin} the stream reverts to a mean only in part: {'; '.join(parts)}{more}."
+    if "restoring" in later:
+        left = set(later[later["restoring"] != "no"]["layer"])
+    else:
+        left = set(later[~(later["kappa_high"] < LEAST)]["layer"])
+    if not left:
+        return (
+            f"{begin} the stream does not revert to a mean: no layer takes back as much as {LEAST:g} of a deviation, "
+            "whatever its direction, and in none do more directions revert than under the same map turned at random."
         )
-        if where
-    ] or ["in no layer by itself"]
-    panel_words = {-1: "it does too", 0: "this could not be decided", 1: "deviations grow"}
-    more = "" if over is None else f"; over all layers together {panel_words[over]}"
-    return f"{begin} the stream reverts to a mean only in part: {', '.join(parts)}{more}."
+    if len(left) == len(later):
+        return f"{begin} it could not be decided whether the stream reverts to a mean: no reversion was shown."
+    return f"{begin} no reversion to a mean was shown, but in {layers(left)} it is not ruled out either."
+
+
+def _slopes(frame: pd.DataFrame, sign: int) -> list[Effect]:
+    """By how much kappa, times ``sign``, exceeds ``LEAST`` beyond both walks: the weakest of the three, by layer."""
+    names = ["kappa", *(f"kappa_excess_{walk}" for walk in WALKS)]
+    return [weakest([beyond(row, name, sign=sign) for name in names]) for row in _rows(frame)]
+
+
+def _where(frame: pd.DataFrame, effects: list[Effect], word: str = "yes") -> pd.DataFrame:
+    """The rows whose effect is there, is not, or is undecided; corrected for their number."""
+    return frame[[found == word for found in judged(effects)]]
+
+
+def _rows(frame: pd.DataFrame) -> list[dict]:
+    return frame.to_dict("records")
+
+
+def _forces(frame: pd.DataFrame) -> set[int]:
+    return set(frame[frame["restoring"] == "yes"]["layer"]) if "restoring" in frame else set()
+
+
+def _shortened(frame: pd.DataFrame) -> bool:
+    """Whether displacements of every kind, made at the first layer followed, leave the model shorter."""
+    final = _at_the_end(frame)
+    first = final[final["layer"] == final["layer"].min()]
+    return judged([weakest([beyond(row, "remaining", origin=1, sign=-1) for row in _rows(first)])]) == ["yes"]
 
 
 def _later(frame: pd.DataFrame) -> pd.DataFrame:
@@ -320,25 +424,12 @@ def _whole(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame["series"] == "model") & (frame["span"] == "all")]
 
 
-def _pooled(row: pd.Series, frame: pd.DataFrame) -> int:
-    return _side(row, frame, "pooled", 1.0)
-
-
-def _within(row: pd.Series, frame: pd.DataFrame) -> int:
-    return _side(row, frame, "within_excess", 0.0)
-
-
-def _over_all(row: pd.Series, frame: pd.DataFrame) -> int:
-    """-1 taken back, 1 growing: about the common mean or, where that is undecided, about a mean of each token's own."""
-    return _pooled(row, frame) or min(_within(row, frame), 0)
-
-
 def _side(row: pd.Series, frame: pd.DataFrame, name: str, walk: float) -> int:
     """-1 below what a walk reads and below the walks' own intervals, 1 above them all, 0 if undecided."""
-    walks = _of_walks(frame)
-    if row[f"{name}_high"] < min([walk, *walks.get(f"{name}_low", [])]) - ROUNDING:
+    walks, side = _of_walks(frame), beyond(row, name, origin=walk, least=0.0).side(LEAST)
+    if side == BELOW and row[f"{name}_high"] < min([walk, *walks.get(f"{name}_low", [])]):
         return -1
-    return int(row[f"{name}_low"] > max([walk, *walks.get(f"{name}_high", [])]) + ROUNDING)
+    return int(side == ABOVE and row[f"{name}_low"] > max([walk, *walks.get(f"{name}_high", [])]))
 
 
 def _of_walks(frame: pd.DataFrame) -> pd.DataFrame:
@@ -358,19 +449,16 @@ def _walks(row: pd.Series) -> str:
 
 
 def _momentum(row: pd.Series) -> str:
-    lows, highs = _excess_ends(row, "low"), _excess_ends(row, "high")
-    if not lows:
+    names = [f"variance_ratio_excess_{walk}" for walk in WALKS if f"variance_ratio_excess_{walk}" in row]
+    if not names:
         return "to be compared with random walks"
-    if max(highs) < -ROUNDING:
-        return "later layers undo what earlier ones wrote"
-    if min(lows) > ROUNDING:
-        return "later layers go on in the direction of earlier ones"
-    return "whether later layers undo or continue earlier ones could not be decided"
-
-
-def _excess_ends(row: pd.Series, end: str) -> Sequence[float]:
-    names = [f"variance_ratio_excess_{name}_{end}" for name in WALKS]
-    return [float(row[name]) for name in names if name in row]
+    for sign, words in (
+        (-1, "the updates of later layers run against those of earlier ones"),
+        (1, "later layers go on in the direction of earlier ones"),
+    ):
+        if judged([weakest([beyond(row, name, sign=sign) for name in names])]) == ["yes"]:
+            return words
+    return "whether later layers run against earlier ones or go on could not be decided"
 
 
 def _range(values: pd.Series) -> str:
@@ -378,38 +466,29 @@ def _range(values: pd.Series) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _chance(reverting: pd.DataFrame, frame: pd.DataFrame) -> str:
-    if len(reverting) > max(1.0, 0.05 * len(frame)):
-        return ""
-    return f" With {len(frame)} intervals of 95 %, so few would be no surprise where there is none."
+def _causal(against: pd.DataFrame) -> str:
+    if "restoring" not in against:
+        return "Whether they shorten a displaced stream was not measured."
+    words = {
+        "yes": "confirms a restoring pull in {}",
+        "no": f"shows no force in {{}}, where some kind is shortened by less than {LEAST:g}: a correlate, a turn, or a "
+        "pull along few directions",
+        "undecided": "leaves it open in {}",
+    }
+    found = {word: against[against["restoring"] == word]["layer"] for word in words}
+    parts = [words[word].format(layers(where)) for word, where in found.items() if len(where)]
+    return f"Displacing the stream {', and '.join(parts)}."
 
 
-def _causal(reverting: pd.DataFrame) -> str:
-    if "restoring" not in reverting:
-        return "Whether they restore a displaced stream was not measured."
-    agreed = reverting[reverting["restoring"] == "yes"]
-    refuted = reverting[reverting["restoring"] == "no"]
-    if len(agreed) == len(reverting):
-        return "Displacing the stream confirms a restoring pull there."
-    if len(refuted) == len(reverting):
-        return "Displacing the stream contradicts it there: this is correlation, not a restoring force."
-    confirmed = f"in {layers(agreed['layer'])}" if len(agreed) else "in none of them"
-    against = f" and contradicts it in {layers(refuted['layer'])}" if len(refuted) else ""
-    return f"Displacing the stream confirms a restoring pull {confirmed}{against}; the others stay correlations."
-
-
-def _spread(reverting: pd.DataFrame) -> str:
-    growing = reverting[reverting["psi_high"] < 1]
-    shrinking = reverting[reverting["psi_low"] > 1]
-    parts = []
-    if len(growing):
-        parts.append(
-            f"smaller than what the same update adds in {layers(growing['layer'])} (psi below 1, spread grows)"
-        )
-    if len(shrinking):
-        parts.append(f"larger in {layers(shrinking['layer'])} (psi above 1, spread shrinks)")
+def _spread(against: pd.DataFrame) -> str:
+    kinds = {
+        "smaller than what the same update adds in {} (psi below 1, spread grows)": against["psi_high"] < 1 - SAME,
+        "larger in {} (psi above 1, spread shrinks)": against["psi_low"] > 1 + SAME,
+        "as large in {} (psi 1, spread stays)": (against["psi_low"] >= 1 - SAME) & (against["psi_high"] <= 1 + SAME),
+    }
+    parts = [text.format(layers(against[which]["layer"])) for text, which in kinds.items() if which.any()]
     return (
-        f" The pull is {' and '.join(parts)}."
+        f" What runs against a deviation is {' and '.join(parts)}."
         if parts
         else " Whether it outweighs what the same updates add could not be decided."
     )

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.instruments.coordinates import COORDINATES
+from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page.drawing import png
@@ -55,40 +56,42 @@ def measure(
         written[name] = frame
         tables.write(frame, folder / name, about, files.COLUMNS[name])
 
-    layers = kappa.layers(stack, tokens, untrained=untrained, sampling=sampling)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    layers = kappa.layers(stack, ensemble, untrained=untrained, sampling=sampling)
     write(files.LAYERS, layers)
-    write(files.COORDINATES, _in_every_coordinate(stack, tokens, untrained, layers, sampling))
-    moments = trajectories.measure(stack, tokens, untrained=untrained, sampling=sampling)
+    write(files.COORDINATES, _in_every_coordinate(stack, ensemble, untrained, layers, sampling))
+    moments = trajectories.measure(stack, ensemble, untrained=untrained, sampling=sampling)
     write(files.WINDOWS, trajectories.windows(moments))
     panel = trajectories.panel(moments, boundaries)
     if len(panel):
         own = panel["series"] == "model"
         panel["cross_correlation"] = np.nan
         panel.loc[own, "cross_correlation"] = [
-            trajectories.cross_correlation(stack, tokens, start, stop, sampling=Sampling(seed=seed))
+            trajectories.cross_correlation(stack, ensemble, start, stop, sampling=Sampling(seed=seed))
             for start, stop in panel.loc[own, ["start", "stop"]].itertuples(index=False)
         ]
         write(files.PANEL, panel)
     write(files.ENDS, trajectories.ends(moments, boundaries))
-    write(files.DIRECTIONS, directions.layers(stack, tokens, sampling=sampling))
+    write(files.DIRECTIONS, directions.layers(stack, ensemble, sampling=sampling))
     followed = np.linspace(min(1, stack.n_layers - 1), stack.n_layers - 1, FOLLOWED).round().astype(int)
-    write(files.RETURNS, returns.curves(stack, tokens, sorted({*followed.tolist()}), draws=1, sampling=sampling))
+    write(files.RETURNS, returns.curves(stack, ensemble, sorted({*followed.tolist()}), draws=1, sampling=sampling))
     every_token = int(tokens.ensemble().any(1).sum()) < 3 * stack.d_model
-    if stack.n_layers > 2 and int(tokens.ensemble().sum() - layers["n_massive"].max()) > 2:
-        noise = cloud.fit(stack, tokens, untrained=untrained, every_token=every_token, sampling=sampling)
+    if stack.n_layers > 2 and int(ensemble.mask.sum()) > 2:
+        noise = cloud.fit(stack, ensemble, untrained=untrained, every_token=every_token, sampling=sampling)
         write(files.NOISE, noise)
     if stack.n_layers > 1:
-        write(files.NORMS, cloud.growth(stack, tokens, sampling=sampling))
+        write(files.NORMS, cloud.growth(stack, ensemble, sampling=sampling))
     if figures:
         tables.save({folder / f"{name}.png": png(figure) for name, figure in draw.figures(written).items()})
     return written
 
 
 def _in_every_coordinate(
-    stack: Stack, tokens: Tokens, untrained: Stack | None, raw: pd.DataFrame, sampling: Sampling
+    stack: Stack, tokens: Ensemble, untrained: Stack | None, raw: pd.DataFrame, sampling: Sampling
 ) -> pd.DataFrame:
     """Measure the layers in every coordinate but the raw one, and put ``raw`` first, without its displacements."""
-    slopes = [str(name) for name in raw if "causal" not in str(name) and name != "restoring"]
+    displaced = ("kappa_causal", "remaining", "restoring")
+    slopes = [str(name) for name in raw if not str(name).startswith(displaced)]
     frames = [raw[slopes].assign(coordinates="raw")]
     for name in COORDINATES[1:]:
         try:

@@ -46,6 +46,7 @@ True
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,11 +56,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map
 from surgery.instruments.ensemble import Ensemble, exchange, partners
+from surgery.instruments.massive import Concentration
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.kappa import smaller_excess
+from surgery.reversion.rules import held
 from surgery.stats import panels
 from surgery.stats.bootstrap import columns, described, measure_columns, pool, ratio, rotations, weights
 from surgery.stats.drift import NEGLIGIBLE, Resampled, half_life
@@ -93,7 +97,7 @@ WINDOWS_COLUMNS = {
     **described({"kappa_excess": "the claim: kappa in excess of both random walks, the smaller of the two"}),
     "coordinates": "in which the stream is seen",
     "n_prompts": "number of prompts",
-    "n_massive": "tokens left out for massive activations",
+    **massive.COLUMNS,
 }
 _PANEL = {
     "pooled": "phi over one layer, no token with a mean of its own; biased towards 1 if they have",
@@ -118,13 +122,13 @@ PANEL_COLUMNS = {
     "cross_correlation": "mean correlation of two tokens' shocks over layers, coordinate by coordinate",
     "coordinates": "in which the stream is seen",
     "n_prompts": "number of prompts",
-    "n_massive": "tokens left out for massive activations",
+    **massive.COLUMNS,
 }
 
 _ENDS = {
     "kappa_ends": "mean kappa of the layers before and behind the middle",
     "kappa_middle": "mean kappa of the middle layers",
-    "difference": "kappa_ends minus kappa_middle: above 0 reversion is stronger in the ends",
+    "difference": "kappa_ends minus kappa_middle",
     "excess": "the same of kappa beyond the random walk that comes closer",
 }
 ENDS_COLUMNS = {
@@ -133,6 +137,7 @@ ENDS_COLUMNS = {
     **described(_ENDS),
     "coordinates": "in which the stream is seen",
     "n_prompts": "number of prompts",
+    **massive.COLUMNS,
 }
 
 
@@ -174,6 +179,7 @@ class TrajectoryMoments:
     matrices: dict[str, list[Float[Tensor, "resample time time"]]]  # several draws of a null
     n_prompts: int
     n_massive: int
+    concentration: Concentration | None
     coordinates: str
 
     @property
@@ -181,16 +187,20 @@ class TrajectoryMoments:
         """Layers of the model."""
         return self.matrices["model"][0].shape[-1] - 1
 
+    def about(self, start: int, stop: int) -> dict[str, Any]:
+        """What a row of a table about these layers says of how it was measured."""
+        about = {"coordinates": self.coordinates, "n_prompts": self.n_prompts, "n_massive": self.n_massive}
+        return about | held(self.concentration, range(start, stop + 1), range(start, stop))
+
 
 def measure(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     *,
     draws: int = 4,
     nulls: bool = True,
     untrained: Stack | None = None,
     coordinates: str = "raw",
-    skip_massive: bool = True,
     sampling: Sampling = Sampling(),
 ) -> TrajectoryMoments:
     """Measure the second moments from which ``windows``, ``panel`` and ``ends`` are computed, in one go.
@@ -202,11 +212,7 @@ def measure(
     ensemble = Ensemble.of(stack, tokens, sampling)
     if draws < 1:
         raise ValueError(f"draws must be positive, got draws={draws}")
-    n_massive = 0
-    if skip_massive:
-        whole, ensemble = int(ensemble.mask.sum()), ensemble.without_massive(stack)
-        n_massive = whole - int(ensemble.mask.sum())
-    resampled = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
+    resampled = weights(ensemble.n_units, sampling.resamples, sampling.seed)
     view = coordinate_map(coordinates, stack, ensemble)
     sums = _sums(stack, ensemble, view, draws if nulls else 0)
     if nulls:
@@ -217,7 +223,7 @@ def measure(
             fresh = coordinate_map(coordinates, untrained, ensemble)
             sums["untrained"] = _sums(untrained, ensemble, fresh)["model"]
     matrices = {name: [draw.matrix(resampled) for draw in of_series] for name, of_series in sums.items()}
-    return TrajectoryMoments(matrices, len(ensemble.tokens), n_massive, coordinates)
+    return TrajectoryMoments(matrices, len(ensemble.tokens), ensemble.n_massive, ensemble.concentration, coordinates)
 
 
 def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.DataFrame:
@@ -239,10 +245,8 @@ def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.Dat
                     row |= _null_columns(own, [_window(matrix, start, stop) for matrix in matrices], null)
             if "rotated" in moments.matrices:
                 row |= smaller_excess(row)
-            rows.append(row)
-    return pd.DataFrame(rows).assign(
-        coordinates=moments.coordinates, n_prompts=moments.n_prompts, n_massive=moments.n_massive
-    )
+            rows.append(row | moments.about(start, stop))
+    return pd.DataFrame(rows)
 
 
 def panel(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
@@ -264,10 +268,8 @@ def panel(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None,
             excess = measures["within_excess"]
             z = float(excess[0] / excess[1:].std()) if len(excess) > 2 else math.nan
             row |= {"z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
-            rows.append(row)
-    return pd.DataFrame(rows).assign(
-        coordinates=moments.coordinates, n_prompts=moments.n_prompts, n_massive=moments.n_massive
-    )
+            rows.append(row | moments.about(start, stop))
+    return pd.DataFrame(rows)
 
 
 def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> dict[str, tuple[int, int]]:
@@ -310,12 +312,12 @@ def ends(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, 
     if "rotated" in moments.matrices:
         walks = torch.stack([kappas("rotated"), kappas("token_shuffled")])
         row |= columns("excess", contrast(own - walks.amax(0)))
-    return pd.DataFrame([row]).assign(coordinates=moments.coordinates, n_prompts=moments.n_prompts)
+    return pd.DataFrame([row | moments.about(0, moments.n_layers)])
 
 
 def cross_correlation(
     stack: Stack,
-    tokens: Tokens | Int[Tensor, "prompt pos"],
+    tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
     start: int = 1,
     stop: int | None = None,
     *,

@@ -27,6 +27,7 @@ from surgery.stats.bootstrap import Moments, ratio
 Stream = Float[Tensor, "prompt pos d_model"]
 Resampled = Float[Tensor, " resample"]
 
+LEAST = 0.05  # the least kappa that a claim is made of: less leaves half of a deviation for more than 13 layers
 NEGLIGIBLE = 1e-12  # a variance below this share of the second moment is the rounding of float64, not a variance
 
 
@@ -119,16 +120,16 @@ def half_life(kappa: float) -> float:
 def regime(kappa: float, low: float, high: float, growth: float, rounding: float = 0.0) -> str:
     """Return what the interval of kappa says, in a word; within ``rounding`` of 0 is 0.
 
-    ``reverting`` above 0, ``overshooting`` above 1 (a deviation changes sign), ``growing`` below 0 (deviations are
-    carried further out; the norm may grow in any regime), ``undecided`` otherwise, ``still`` if the update is the same
-    for all tokens, ``undefined`` if the stream is.
+    ``opposing`` above 0 (updates run against deviations, whether that shrinks or only turns them), ``overshooting``
+    above 1 (a deviation changes sign), ``carrying`` below 0 (further out; the norm may grow in any regime),
+    ``undecided`` otherwise, ``still`` if the update is the same for all tokens, ``undefined`` if the stream is.
     """
     if math.isnan(kappa):
         return "undefined"
     if growth == 0:
         return "still"
     if high < -rounding:
-        return "growing"
+        return "carrying"
     if low > 1:
         return "overshooting"
-    return "reverting" if low > rounding else "undecided"
+    return "opposing" if low > rounding else "undecided"

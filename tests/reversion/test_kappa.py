@@ -11,6 +11,7 @@ from surgery import Stack, reversion
 from surgery.instruments import coordinates, known_networks
 from surgery.instruments.displacement import KINDS
 from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.massive import DECIDES
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.reversion import kappa
@@ -36,7 +37,7 @@ def turn(d_model, seed):
 
 
 def test_kappa_and_causal_kappa_are_recovered_exactly():
-    kappas = [0.1, 0.3, 0.5, -0.1, 0.05]
+    kappas = [0.2, 0.3, 0.5, -0.1, 0.01]
     frame = layers(Stack(ou_network(kappas)), known_networks.tokens(24, 8), draws=3, sampling=Sampling(resamples=100))
     for name in ["kappa", *CAUSAL]:
         for end in ("", "_low", "_high"):
@@ -44,10 +45,10 @@ def test_kappa_and_causal_kappa_are_recovered_exactly():
     np.testing.assert_allclose(frame.growth, np.abs(kappas), atol=1e-5)
     np.testing.assert_allclose(frame.psi, 2 / np.array(kappas), rtol=1e-5)
     np.testing.assert_allclose(frame.variance_ratio_next, (1 - np.array(kappas)) ** 2, rtol=1e-5)
-    np.testing.assert_allclose(frame.half_life[[0, 1, 2, 4]], np.log(2) / -np.log(1 - np.array([0.1, 0.3, 0.5, 0.05])))
+    np.testing.assert_allclose(frame.half_life[[0, 1, 2, 4]], np.log(2) / -np.log(1 - np.array([0.2, 0.3, 0.5, 0.01])))
     assert math.isnan(frame.half_life[3])
-    assert frame.regime.tolist() == ["reverting"] * 3 + ["growing", "reverting"]
-    assert frame.restoring.tolist() == ["yes"] * 3 + ["no", "yes"]
+    assert frame.regime.tolist() == ["opposing"] * 3 + ["carrying", "opposing"]
+    assert frame.restoring.tolist() == ["yes"] * 3 + ["no", "no"]  # the last takes back less than is spoken of
     assert frame.layer.tolist() == list(range(5))
     assert (frame.n_prompts == 24).all()
 
@@ -106,7 +107,8 @@ def test_layers_that_write_into_fresh_subspaces_do_not_revert(share):
         assert frame[name].abs().max() < 1e-6, name
     assert (frame.variance_ratio_next > 1).all()
     assert (frame.regime == "undecided").all()
-    assert (frame.restoring == "no").all()
+    assert set(frame.restoring) <= {"no", "undecided"}
+    assert (frame.restoring == "no")[frame.token_share <= DECIDES].all()
     assert (frame.kappa_causal_random_low < 0).any()
     assert (frame.kappa_causal_random.abs() < 0.1).all()
 
@@ -240,7 +242,7 @@ def test_writing_against_a_copy_kept_elsewhere_is_not_restoring():
         sampling=Sampling(resamples=200),
     ).iloc[0]
     assert row.kappa == pytest.approx(kappa / 2, abs=1e-9)
-    assert row.regime == "reverting"
+    assert row.regime == "opposing"
     assert row.kappa_excess_low > 0.1
     assert abs(row.kappa_causal_random) < 0.03
     assert row.kappa_causal_random_low < 0 < row.kappa_causal_random_high
@@ -424,10 +426,10 @@ def test_half_life(kappa, expected):
 @pytest.mark.parametrize(
     ("kappa", "low", "high", "growth", "expected"),
     [
-        (0.2, 0.1, 0.3, 0.5, "reverting"),
-        (1.2, 0.9, 1.4, 1.5, "reverting"),
+        (0.2, 0.1, 0.3, 0.5, "opposing"),
+        (1.2, 0.9, 1.4, 1.5, "opposing"),
         (1.2, 1.1, 1.4, 1.5, "overshooting"),
-        (-0.2, -0.3, -0.1, 0.5, "growing"),
+        (-0.2, -0.3, -0.1, 0.5, "carrying"),
         (0.1, -0.1, 0.3, 0.5, "undecided"),
         (1e-8, 5e-9, 2e-8, 0.5, "undecided"),
         (-1e-8, -2e-8, -5e-9, 0.5, "undecided"),
@@ -441,26 +443,49 @@ def test_regime(kappa, low, high, growth, expected):
 
 
 @pytest.mark.parametrize(
-    ("slope", "excess", "random", "expected"),
+    ("slope", "excess", "left", "expected"),
     [
-        ((0.2, 0.4), (0.1, 0.3), (0.1, 0.3), "yes"),
-        ((0.2, 0.4), (0.1, 0.3), (0.01, 0.02), "yes"),  # the same sign in every direction; the sizes are in the columns
-        ((0.2, 0.4), (0.1, 0.3), (-0.1, 0.1), "no"),  # not reproduced
-        ((0.2, 0.4), (0.1, 0.3), (-0.1, 0.3), "undecided"),  # too noisy to tell
-        ((0.2, 0.4), (0.1, 0.3), (-0.3, -0.1), "no"),
-        ((0.2, 0.4), (-0.1, 0.3), (0.1, 0.3), "undecided"),  # not above the nulls
-        ((-0.4, -0.2), (-0.4, -0.2), (0.1, 0.3), "no"),
-        ((-0.2, 0.2), (-0.2, 0.2), (0.1, 0.3), "undecided"),
-        ((math.nan, math.nan), (math.nan, math.nan), (0.1, 0.3), "undecided"),
+        ((0.2, 0.4), (0.1, 0.3), (0.7, 0.9), "yes"),
+        ((0.2, 0.4), (0.1, 0.3), (0.97, 0.99), "no"),  # shortened by less than is spoken of
+        ((0.2, 0.4), (0.1, 0.3), (1.0, 1.0), "no"),  # only turned
+        ((0.2, 0.4), (0.1, 0.3), (0.7, 1.2), "undecided"),  # too noisy to tell
+        ((0.2, 0.4), (0.1, 0.3), (1.1, 1.3), "no"),
+        ((0.2, 0.4), (-0.1, 0.3), (0.7, 0.9), "undecided"),  # not above the nulls
+        ((0.0009, 0.0011), (0.0009, 0.0011), (0.7, 0.9), "no"),  # surely above 0, and nothing
+        ((-0.4, -0.2), (-0.4, -0.2), (0.7, 0.9), "no"),
+        ((-0.2, 0.2), (-0.2, 0.2), (0.7, 0.9), "undecided"),
+        ((math.nan, math.nan), (math.nan, math.nan), (0.7, 0.9), "undecided"),
+        ((math.nan, math.nan), (math.nan, math.nan), (1.1, 1.3), "no"),  # whatever the slope is
     ],
 )
-def test_restoring(slope, excess, random, expected):
-    row = dict(
-        zip(("kappa_low", "kappa_high", "kappa_excess_low", "kappa_excess_high"), (*slope, *excess), strict=True)
-    )
-    for kind, ends in (("random", random), ("difference", (0.1, 0.2)), ("principal", (0.1, 0.2))):
-        row[f"kappa_causal_{kind}_low"], row[f"kappa_causal_{kind}_high"] = ends
-    assert restoring(row, rounding=1e-7) == expected
+def test_restoring(slope, excess, left, expected):
+    assert restoring(one_layer(slope, excess, left)) == [expected]
+
+
+def one_layer(slope, excess, left, **more):
+    intervals = {"kappa": slope, "remaining_random": left, "remaining_difference": (0.7, 0.8)}
+    intervals |= {
+        "remaining_principal": (0.7, 0.8),
+        "kappa_excess_rotated": excess,
+        "kappa_excess_token_shuffled": excess,
+    }
+    row = {
+        f"{name}{end}": value
+        for name, (low, high) in intervals.items()
+        for end, value in (("", (low + high) / 2), ("_low", low), ("_high", high))
+    }
+    return pd.DataFrame([row | more])
+
+
+def test_restoring_is_corrected_for_the_number_of_layers():
+    barely = one_layer((0.06, 0.26), (0.06, 0.26), (0.7, 0.8))  # by itself just above the least effect
+    assert restoring(barely) == ["yes"]
+    assert restoring(pd.concat([barely] * 6)) == ["undecided"] * 6
+
+
+def test_nothing_is_claimed_where_one_token_holds_the_variance():
+    frame = pd.concat([one_layer((0.2, 0.4), (0.1, 0.3), (0.7, 0.9), token_share=share) for share in (0.02, 0.4)])
+    assert restoring(frame) == ["yes", "undecided"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -495,7 +520,7 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
     )
     tokens = known_networks.tokens(4, 5)
     for options, cost in (
-        ({"nulls": False, "causal": False, "skip_massive": False}, 1),
+        ({"nulls": False, "causal": False, "sampling": Sampling(resamples=5, skip_massive=False)}, 1),
         ({"nulls": False, "causal": False}, 2),
         ({"causal": False}, 7),
         ({"causal": False, "untrained": stack}, 8),
@@ -503,5 +528,5 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
         ({"draws": 2}, 20),
     ):
         seen.clear()
-        layers(stack, tokens, sampling=Sampling(resamples=5), **options)
+        layers(stack, tokens, **{"sampling": Sampling(resamples=5)} | options)
         assert [seen.count(index) for index in range(3)] == [cost] * 3

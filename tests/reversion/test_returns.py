@@ -247,7 +247,7 @@ def test_tokens_of_massive_activations_are_neither_moved_nor_a_measure_of_spread
     tokens[3, 4] = 7
     stack = Stack(network([-0.4 * torch.eye(8)], embedding, norm="RMS"))
     without, whole = (
-        of(curves(stack, tokens, sizes=[0.1], skip_massive=skip, sampling=Sampling(resamples=0)), kind="random")
+        of(curves(stack, tokens, sizes=[0.1], sampling=Sampling(resamples=0, skip_massive=skip)), kind="random")
         for skip in (True, False)
     )
     assert without.along.item() < 0.8
@@ -264,8 +264,8 @@ def test_it_costs_what_the_docstring_says(monkeypatch, draws, sizes, frozen, ski
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
-    options = {"draws": draws, "sizes": sizes, "frozen": frozen, "skip_massive": skip_massive}
-    options["sampling"] = Sampling(resamples=5)
+    options = {"draws": draws, "sizes": sizes, "frozen": frozen}
+    options["sampling"] = Sampling(resamples=5, skip_massive=skip_massive)
     fixed = 3 + frozen + skip_massive
     curves(stack, known_networks.tokens(4, 5), **options)
     assert len(seen) / n_layers == fixed + 3 * draws * len(sizes) * (n_layers + 1) / 2

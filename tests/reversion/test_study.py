@@ -28,12 +28,10 @@ def around(name, value, spread=0.01):
 
 def raw(excess, restoring, kappas=None):
     """Layers from 0 on; layer 0 would decide wrongly."""
-    kappas = kappas or excess
-    rows = [{"layer": 0, "restoring": "yes"} | around("kappa", 0.9) | around("kappa_excess", 0.9)]
-    for layer, values in enumerate(zip(kappas, excess, restoring), 1):
-        rows.append(
-            {"layer": layer, "restoring": values[2]} | around("kappa", values[0]) | around("kappa_excess", values[1])
-        )
+    rows = []
+    for layer, (kappa, over, word) in enumerate(zip([0.9, *(kappas or excess)], [0.9, *excess], ["yes", *restoring])):
+        row = {"layer": layer, "restoring": word} | around("kappa", kappa) | around("kappa_excess", over)
+        rows.append(row | around("kappa_excess_rotated", over) | around("kappa_excess_token_shuffled", over))
     return pd.DataFrame(rows)
 
 
@@ -48,87 +46,102 @@ def spans(pooled, excess, walk=1.0, walk_excess=0.0):
     )
 
 
-def drift(*verdicts):
-    """Directions of layer 0, which revert and do not count, and of layers from 1 on."""
+def drift(*verdicts, balance=0.1):
+    """Directions of layer 0, which revert and do not count, and of layers from 1 on; each holds a twentieth."""
     rows = [
         {"layer": layer, "verdict": word} for layer, words in enumerate((("reverts",), *verdicts)) for word in words
     ]
-    return pd.DataFrame(rows).assign(decay=0.1, R2=0.3)
+    return pd.DataFrame(rows).assign(decay=0.1, decay_low=0.05, R2=0.3, share=0.05, **around("balance_excess", balance))
+
+
+def left(*remaining):
+    """What is left, when it leaves the model, of displacements made at layers from 1 on."""
+    return pd.DataFrame(
+        {"layer": layer, "q": 4 - layer, "kind": kind, "size": 0.1}
+        | around("remaining", value)
+        | around("along", value)
+        for kind in ("random", "principal")
+        for layer, value in enumerate(remaining, 1)
+    )
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
-BACK, OUT, WALK = spans(0.9, -0.1), spans(1.1, 0.1), spans(1.0, 0.0)
-
 
 @pytest.mark.parametrize(
-    ("layers", "panel", "directions", "said"),
+    ("layers", "directions", "back", "said"),
     [
         (
             raw([0.2, 0.3], ["yes"] * 2),
-            BACK,
             drift(("grows",)),
+            left(0.5, 0.8),
             "the stream reverts to a mean in every layer (layers 1 to 2), as a force, and over all layers together",
         ),
-        (raw([0.2], ["yes"]), None, None, "the stream reverts to a mean in every layer (layer 1), as a force"),
+        (
+            raw([0.2], ["yes"]),
+            drift(("grows",)),
+            None,
+            "the stream reverts to a mean in every layer (layer 1), as a force",
+        ),
         (
             raw([0.2, 0.3], ["yes"] * 2),
-            WALK,
-            None,
-            "the stream reverts to a mean only in part: as a force in layers 1 to 2; over all layers together this "
-            "could not be decided",
+            drift(("reverts",)),
+            left(1.5, 0.8),
+            "the stream reverts to a mean only in part: as a force in layers 1 to 2; that displacements leave the "
+            "model shorter is not shown",
         ),
         (
             raw([0.2, 0.3, -0.2], ["yes", "no", "no"]),
-            OUT,
-            drift(("persists",), ("reverts", "grows")),
-            "the stream reverts to a mean only in part: as a force in layer 1, as a slope that displacing the stream "
-            "does not confirm in layer 2, along single directions in layer 2; over all layers together deviations grow",
+            drift(("reverts",), ("reverts", "grows", "reverts"), ("reverts",)),
+            left(0.5),
+            "the stream reverts to a mean only in part: as a force in layer 1; in layers 2 to 3: along 1 to 2 "
+            "directions, they hold 5% to 10% of the variance",
         ),
         (
             raw([-0.2, -0.1], ["no"] * 2),
-            WALK,
-            drift(("reverts",)),
-            "the stream reverts to a mean only in part: along single directions in layer 1; over all layers together "
-            "this could not be decided",
-        ),
-        (
-            raw([0.0, 0.0], ["no"] * 2),
-            BACK,
-            drift(("grows",)),
-            "the stream reverts to a mean only in part: in no layer by itself; over all layers together it does too",
-        ),
-        (
-            raw([-0.2, 0.0], ["no"] * 2),
-            OUT,
-            drift(("grows", "undecided")),
-            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, and neither a "
-            "layer nor a direction looked at was seen to revert more than random walks with updates of the same size "
-            "do",
-        ),
-        (
-            raw([-0.2, 0.0], ["no"] * 2, kappas=[-0.2, 0.3]),
+            drift(("reverts", "grows"), balance=0.0),  # as many as a map turned at random has
             None,
+            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, whatever its "
+            "direction, and in none do more directions revert than under the same map turned at random",
+        ),
+        (
+            raw([0.3, 0.3], ["no", "no"]),  # a rotation
+            drift(("turns", "turns")),
+            left(1.0, 1.0),
+            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, whatever its "
+            "direction, and in none do more directions revert than under the same map turned at random",
+        ),
+        (
+            raw([-0.2, 0.3], ["no", "undecided"]),
+            drift(("grows",)),
             None,
             "no reversion to a mean was shown, but in layer 2 it is not ruled out either",
         ),
         (
-            raw([math.nan] * 2, ["undecided"] * 2),
-            spans(math.nan, math.nan),
+            raw([0.2, 0.2], ["undecided"] * 2),
             drift(("undecided",)),
+            None,
             "it could not be decided whether the stream reverts to a mean: no reversion was shown",
+        ),
+        (
+            raw([math.nan] * 2, ["undecided"] * 2),
+            drift(("undecided",)),
+            None,
+            "nothing can be said of reversion to a mean: the stream does not vary, so that kappa is undefined",
         ),
     ],
 )
-def test_the_answer(layers, panel, directions, said):
-    assert say.answer(layers, panel, directions) == f"In one sentence: on these prompts {said}."
+def test_the_answer(layers, directions, back, said):
+    assert say.answer(layers, directions, back) == f"In one sentence: on these prompts {said}."
 
 
 def test_a_kappa_above_one_walk_only_is_no_reversion():
     frame = raw([0.3], ["undecided"])
-    frame.loc[1, ["kappa_excess", "kappa_excess_low"]] = -0.02, -0.03  # above one null, below the other
-    assert "no reversion was shown" in say.answer(frame, None, None)
+    frame.loc[1, list(around("kappa_excess_token_shuffled", 0))] = -0.02, -0.03, -0.01
+    assert "In none of the 1 layers" in say.by_layer(frame)[0]
 
+
+LESS = "less of a deviation is left along itself than there, be it shortened or turned"
 
 # --- the sentences ----------------------------------------------------------------------------------------------------
 
@@ -136,14 +149,14 @@ def test_a_kappa_above_one_walk_only_is_no_reversion():
 @pytest.mark.parametrize(
     ("panel", "common", "own"),
     [
-        (spans(0.9, -0.1), "deviations are taken back", "shocks are taken back faster than there"),
-        (spans(1.1, 0.1), "deviations grow", "shocks live on longer than there"),
+        (spans(0.9, -0.1), LESS, "shocks are forgotten faster than there"),
+        (spans(1.1, 0.1), "deviations grow along themselves", "shocks live on longer than there"),
         (spans(1.0, 0.0), *["this could not be distinguished from a random walk"] * 2),
         # beyond a random walk, and not beyond the walks of these very updates
         (spans(1.1, 0.1, walk=1.1, walk_excess=0.1), *["this could not be distinguished from a random walk"] * 2),
         (spans(0.9, -0.1, walk=0.9, walk_excess=-0.1), *["this could not be distinguished from a random walk"] * 2),
         # straight to one mean, as an OU stream without noise goes
-        (spans(0.8, 0.5), "deviations are taken back", "shocks live on longer than there"),
+        (spans(0.8, 0.5), LESS, "shocks live on longer than there"),
     ],
 )
 def test_the_panel(panel, common, own):
@@ -163,10 +176,10 @@ def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
 @pytest.mark.parametrize(
     ("excess", "said"),
     [
-        ((-0.2, -0.1), "later layers undo what earlier ones wrote"),
+        ((-0.2, -0.1), "the updates of later layers run against those of earlier ones"),
         ((0.2, 0.1), "later layers go on in the direction of earlier ones"),
-        ((0.2, -0.1), "whether later layers undo or continue earlier ones could not be decided"),
-        ((math.nan, math.nan), "whether later layers undo or continue earlier ones could not be decided"),
+        ((0.2, -0.1), "whether later layers run against earlier ones or go on could not be decided"),
+        ((math.nan, math.nan), "whether later layers run against earlier ones or go on could not be decided"),
         (None, "to be compared with random walks"),
     ],
 )
@@ -191,73 +204,79 @@ def test_coordinates():
     frame = pd.concat([part.assign(coordinates=name) for name in ("raw", "normalised", "logits")])
     normalised, logits = say.coordinates(frame)
     assert normalised == (
-        "Seen divided by each token's own length, kappa exceeds both random walks in 2 of 3 layers (layers 1 to 2); "
-        "there a random update of the same size reads 0.10 on average by arithmetic alone, the model 0.10: more than "
-        "that in 1 of 3 layers, less in 1."
+        "Seen divided by each token's own length, kappa reaches 0.05 beyond both random walks in 2 of 3 layers (layers "
+        "1 to 2); there a random update of the same size reads 0.10 on average by arithmetic alone, the model 0.10: "
+        "more by 0.05 in 1 of 3 layers, less in 1."
     )
-    assert logits == "Seen as centred logits, kappa exceeds both random walks in 2 of 3 layers (layers 1 to 2)."
+    assert (
+        logits
+        == "Seen as centred logits, kappa reaches 0.05 beyond both random walks in 2 of 3 layers (layers 1 to 2)."
+    )
     still = raw([0.0], [""]).assign(coordinates="principal")
-    assert say.coordinates(still)[0].endswith("kappa exceeds both random walks in none of 1 layer.")
+    assert say.coordinates(still)[0].endswith("beyond both random walks in none of 1 layer.")
 
 
 def test_directions():
     (sentence,) = say.directions(drift(("reverts", "grows"), ("persists", "undecided")))
     assert sentence == (
-        "Of 4 directions looked at, the top principal ones of every layer, 1 revert (layer 1), 1 grow, 1 do neither, "
-        "and 1 could not be decided; the drift predicts 0.30 of an update's variance in them on held-out prompts "
-        "(median over layers)."
+        "Of 4 directions looked at, the top principal ones of every layer, 1 come out shorter by 0.05 or more, 1 "
+        "longer, 0 only turned, 1 stay, 0 are shorter by regression and not when moved, and 1 could not be decided; "
+        "the drift predicts 0.30 of an update's variance in them on held-out prompts (median over layers). More come "
+        "out shorter than under the same map turned at random in layer 1: along 1 direction, it holds 5% of the "
+        "variance."
     )
     assert "nan" not in say.directions(drift(("grows",)).assign(R2=math.nan))[0]
-    assert say.directions(drift(("undecided",)).assign(decay=math.nan)) == []
+    (balanced,) = say.directions(drift(("reverts", "grows"), balance=0.0))
+    assert balanced.endswith("In no layer do more come out shorter than under the same map turned at random.")
+    assert say.directions(drift(("undecided",)).assign(decay_low=math.nan)) == []
 
 
 def test_returns():
-    rows = [
-        {"layer": layer, "q": 3 - layer, "kind": kind, "size": size}
-        | around("remaining", left)
-        | around("along", along)
-        for size in (0.1, 1.0)
-        for kind in ("random", "principal")
-        for layer, left, along in ((0, 0.5, 0.4), (1, 1.5, 0.4), (2, 1.0, 0.8))
-    ]
-    frame = pd.DataFrame(rows)
-    first, second = say.returns(frame)
+    first, second = say.returns(left(0.5, 1.5, 1.0, 0.945))
     assert first == (
-        "A displacement (random, 0.1 of the spread) made at layer 0 leaves the model 0.50 [0.49, 0.51] times as long, "
-        "and 0.40 [0.39, 0.41] of it is left along itself; from layer 0 it has gone back, in part or wholly, from "
-        "layer 1 it has grown, from layer 2 neither could be decided."
+        "A displacement (random, 0.1 of the spread) made at layer 1 leaves the model 0.50 [0.49, 0.51] times as long, "
+        "and 0.50 [0.49, 0.51] of it is left along itself; from layer 1 it ends shorter, from layer 2 it ends longer, "
+        "from layer 3 it ends as long as it was, from layer 4 this could not be decided."
     )
     assert "principal" in second
-    still = frame.assign(**around("remaining", 1 - 1e-8, 0), **around("along", 1 - 1e-8, 0))
-    assert "from layers 0 to 2 neither could be decided" in say.returns(still)[0]
-    frame.loc[frame["kind"] == "random", "remaining"] = math.nan
-    assert len(say.returns(frame)) == 1
+    turned = left(1.0, 1.0).assign(**around("remaining", 1 - 1e-8, 0), **around("along", 0.4, 0))
+    assert "from layers 1 to 2 it ends as long as it was" in say.returns(turned)[0]
+    some = left(0.5).assign(remaining_low=lambda frame: frame["remaining_low"].where(frame["kind"] != "random"))
+    assert len(say.returns(some)) == 1
 
 
 @pytest.mark.parametrize(
-    ("outer", "middle", "excess", "said"),
+    ("outer", "middle", "excess", "forces", "said"),
     [
-        (0.3, 0.1, 0.2, "Reversion is stronger in the ends: "),
-        (0.1, 0.3, -0.2, "Reversion is stronger in the middle: "),
-        (-0.1, -0.3, 0.2, "Deviations grow in the ends too, though less than in the middle: "),
-        (-0.3, -0.1, -0.2, "Deviations grow in the middle too, though less than in the ends: "),
-        (0.0, -0.2, 0.2, "kappa is higher in the ends, but whether deviations revert there could not be decided: "),
-        (0.3, 0.1, 0.0, "Whether reversion is stronger in the ends could not be decided: "),
-        (0.3, 0.1, None, "Reversion is stronger in the ends: "),
-        (0.3, 0.1, math.nan, "Whether reversion is stronger in the ends could not be decided: "),
+        (0.3, 0.1, 0.2, "yes", "Reversion is stronger in the ends: "),
+        (0.3, 0.1, 0.2, "no", "kappa is higher in the ends, but no layer there is shown to restore: "),  # they turn
+        (0.1, 0.3, -0.2, "yes", "Reversion is stronger in the middle: "),
+        (-0.1, -0.3, 0.2, "no", "Deviations grow in the ends too, though less than in the middle: "),
+        (-0.3, -0.1, -0.2, "no", "Deviations grow in the middle too, though less than in the ends: "),
+        (0.0, -0.2, 0.2, "no", "kappa is higher in the ends, but no layer there is shown to restore: "),
+        (0.3, 0.1, 0.0, "yes", "Whether reversion is stronger in the ends could not be decided: "),
+        (
+            0.3,
+            0.26,
+            0.04,
+            "yes",
+            "Whether reversion is stronger in the ends could not be decided: ",
+        ),  # for certain, and little
+        (0.3, 0.1, None, "yes", "Reversion is stronger in the ends: "),
+        (0.3, 0.1, math.nan, "yes", "Whether reversion is stronger in the ends could not be decided: "),
     ],
 )
-def test_ends(outer, middle, excess, said):
+def test_ends(outer, middle, excess, forces, said):
     row = {"boundary_in": 2, "boundary_out": 3} | around("kappa_ends", outer) | around("kappa_middle", middle)
     row |= around("difference", outer - middle) | ({} if excess is None else around("excess", excess))
-    sentence = say.ends(pd.Series(row))
+    sentence = say.ends(pd.Series(row), raw([0.3] * 4, [forces] * 4))
     assert sentence.startswith(said)
     assert sentence.endswith(" in layer 2.")
 
 
 def test_ends_without_a_middle():
     row = {"boundary_in": 2, "boundary_out": 2} | around("difference", math.nan)
-    assert "could not be tested" in say.ends(pd.Series(row))
+    assert "could not be tested" in say.ends(pd.Series(row), raw([0.3], ["yes"]))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +338,7 @@ def test_a_point_for_every_direction_but_those_of_layer_zero(decay):
     frame = frame.assign(**around("decay", decay), **around("decay_null", 0.0))
     figure = draw.directions(frame)
     assert len(figure.axes) == 3
-    assert sum(np.isfinite(line.get_ydata()).sum() for line in figure.axes[0].lines[:4]) == (4 if decay == 0.1 else 0)
+    assert sum(np.isfinite(line.get_ydata()).sum() for line in figure.axes[0].lines[:6]) == (4 if decay == 0.1 else 0)
     assert len(figure.axes[1].collections[0].get_offsets()) == 4
     assert drawing.png(figure)
 
@@ -372,8 +391,8 @@ def test_an_ou_stream_is_told_to_revert_in_every_layer_as_a_force(tmp_path, undr
     )
     own = tables[files.PANEL].query("series == 'model' and span == 'all'").iloc[0]
     assert own["within_excess_low"] > 0.1  # no shocks: what is taken back shows about the common mean alone
-    assert any("one mean for all tokens" in one and "): deviations are taken back." in one for one in sentences)
-    assert sum("it has gone back, in part or wholly" in one for one in sentences) == 3
+    assert any("one mean for all tokens" in one and f"): {LESS}." in one for one in sentences)
+    assert sum("it ends shorter" in one for one in sentences) == 3
 
 
 def test_two_layers_in_parallel_are_told_not_to_revert(tmp_path, undrawn):
@@ -383,14 +402,14 @@ def test_two_layers_in_parallel_are_told_not_to_revert(tmp_path, undrawn):
     assert set(files.COLUMNS) - set(tables) == {files.PANEL, files.NOISE}
     assert len(tables[files.NORMS]) == 2
     assert sentences[-1].startswith("In one sentence: on these prompts the stream does not revert to a mean: ")
-    assert not any("taken back" in one or "gone back" in one for one in sentences)
-    assert not any("undo what" in one or "go on in" in one for one in sentences)
+    assert not any("shorter." in one or "run against" in one or "go on in" in one for one in sentences)
 
 
 def test_one_prompt_and_a_head_that_caps_its_logits(tmp_path, load, undrawn):
     model = load("gemma2")
     tables, sentences = measured(model, torch.randint(4, 90, (1, 8)), tmp_path, untrained=Stack(model))
     assert set(tables[files.COORDINATES]["coordinates"]) == {"raw", "normalised", "principal"}
-    assert sentences[-1].endswith(
-        "it could not be decided whether the stream reverts to a mean: no reversion was shown."
-    )
+    assert sentences == [
+        "Nothing can be said of mean reversion: one prompt has no intervals.",
+        "In one sentence: on these prompts nothing can be said of reversion to a mean: one prompt has no intervals.",
+    ]

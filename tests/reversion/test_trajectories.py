@@ -26,8 +26,8 @@ def transformer():
     return Stack(known_networks.random_network(n_layers=4, norm="LN", dtype=torch.float64))
 
 
-def measured(stack, tokens, batch_size=64, **options):
-    sampling = Sampling(resamples=40, batch_size=batch_size)
+def measured(stack, tokens, batch_size=64, skip_massive=True, **options):
+    sampling = Sampling(resamples=40, batch_size=batch_size, skip_massive=skip_massive)
     return trajectories.measure(stack, tokens, draws=2, sampling=sampling, **options)
 
 
@@ -255,10 +255,11 @@ def test_it_costs_what_the_docstring_says(transformer, monkeypatch):
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
     for options, cost in (
-        ({"nulls": False, "skip_massive": False}, 1),
+        ({"nulls": False, "sampling": Sampling(resamples=5, skip_massive=False)}, 1),
         ({"draws": 3}, 5),
         ({"draws": 3, "untrained": stack}, 6),
     ):
         seen.clear()
-        trajectories.measure(stack, Tokens.of(known_networks.tokens(4, 5)), sampling=Sampling(resamples=5), **options)
+        options = {"sampling": Sampling(resamples=5)} | options
+        trajectories.measure(stack, Tokens.of(known_networks.tokens(4, 5)), **options)
         assert [seen.count(index) for index in range(3)] == [cost] * 3

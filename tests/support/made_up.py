@@ -68,8 +68,11 @@ def reversion(n_layers: int = 6, n_prompts: int = 32, **values: float | str) -> 
         "kappa_causal_difference": 0.2,
         "kappa_causal_random": 0.1,
         "kappa_causal_principal": 0.3,
+        "remaining_difference": 0.8,
+        "remaining_random": 0.9,
+        "remaining_principal": 0.7,
     }
-    words = {"regime": "reverting", "restoring": "yes"}
+    words = {"regime": "opposing", "restoring": "yes"}
     words |= {name: value for name, value in values.items() if isinstance(value, str)}
     numbers |= {name: value for name, value in values.items() if not isinstance(value, str)}
     numbers = {f"kappa_excess_{null}": numbers["kappa_excess"] for null in ("rotated", "token_shuffled")} | numbers
