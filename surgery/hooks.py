@@ -102,6 +102,7 @@ def damp(model: TransformerBridge, layer: int, factor: float, part: Part | None 
 def freeze_norms(scales: Mapping[str, Float[Tensor, "batch pos 1"]]) -> list[Hook]:
     """Norms use the denominators ``scales``, by hook name (``blocks.3.ln1.hook_scale``): as in ``stack.frozen``.
 
+    ``stack.frozen`` also keeps the means that LayerNorm subtracts, which no hook can replace.
     Take them from ``stack.norm_scales(tokens)``, or from a cache of these names. Raises ValueError if there are none,
     and when the hooks run on a batch of another shape.
     """

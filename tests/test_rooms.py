@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import beartype
 import jaxtyping
 import pytest
 import torch
+from jaxtyping import Float
 
 import surgery
 from support.places import REPOSITORY
@@ -124,3 +127,18 @@ def test_a_wrong_shape_or_type_is_noticed_where_a_signature_names_an_array():
         bootstrap.rotation(torch.zeros(2, 3))
     with pytest.raises(jaxtyping.TypeCheckError):
         Tokens(torch.zeros(2, 3), torch.ones(2, 3).bool())
+
+
+def half(x: Float[torch.Tensor, "batch pos"], by: int = 2, **_: Any) -> Float[torch.Tensor, "batch pos"]:
+    return x[: len(x) // by]
+
+
+def test_what_is_returned_is_checked_with_the_arguments_and_an_error_of_the_function_stays_its_own():
+    checked = jaxtyping.jaxtyped(half, typechecker=beartype.beartype)
+    assert checked(torch.ones(3, 1), by=1, other=2).shape == (3, 1)
+    with pytest.raises(jaxtyping.TypeCheckError, match="returned"):
+        checked(torch.ones(4, 1))
+    with pytest.raises(jaxtyping.TypeCheckError, match="by"):
+        checked(torch.ones(4, 1), by="2")
+    with pytest.raises(ZeroDivisionError):
+        checked(torch.ones(4, 1), by=0)

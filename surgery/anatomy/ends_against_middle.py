@@ -45,10 +45,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble
-from surgery.instruments.windows import Reading, Sums, Units, record_entry_updates, record_stream, running_mean
+from surgery.instruments.windows import (
+    Reading,
+    Sums,
+    Turns,
+    Units,
+    record_entry_updates,
+    record_stream,
+    record_turned,
+    running_mean,
+)
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import columns, described, ratio, rotations, weights
+from surgery.stats.bootstrap import columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
 PERMUTATIONS = 2000
@@ -93,27 +102,24 @@ class Profile:
 def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling: Sampling = Sampling()) -> Profile:
     """Measure S and R/R_rotated of every window of ``length`` layers, under the resamples of ``series.windows``.
 
-    Cost of W windows in L layers: 3 + 2 W (length - 1) / L F. Memory: one batch's stream, and two vectors per prompt
-    and update.
+    Cost of W windows in L layers: 3 + 2 W (length - 1) / L F, and what it costs to find massive tokens. Memory: one
+    batch's stream, and two vectors per prompt and update.
 
     Raises ValueError for a length below 2, windows that do not fit into the model, and a stream that is not finite.
     """
     if not 2 <= length <= stack.n_layers:
         raise ValueError(f"windows have 2 to {stack.n_layers} layers in {stack.name}, got length={length}")
     ensemble, units, sums = Ensemble.of(stack, tokens, sampling), Units.of(stack, "layer"), Sums()
-    starts = range(len(units) - length + 1)
-    generator = np.random.default_rng((sampling.seed, 11))
-    turns = [turn.to(stack.device, stack.dtype) for turn in rotations(len(starts), stack.d_model, generator)]
+    starts, turns, first = range(len(units) - length + 1), Turns.of(units, ensemble), 0
     for _, context, mask in ensemble.batches(stack, "ends and middle"):
-        stream = units.stream(context)
+        stream, turn = units.stream(context), turns.batch(first, mask)
         sums.open(mask)
         record_stream(stream, sums)
         with stack.frozen(context):
             for start in starts:
                 for layer, entry_update in record_entry_updates(units, context, stream, start, length, "frozen", sums):
-                    q = units.update(layer, stream[start] + (stream[layer] - stream[start]) @ turns[start], context)
-                    sums.vector(q, "rotated", start, layer)
-                    sums.square(q - entry_update, "rotated effect", start, layer)
+                    record_turned(units, context, stream, start, layer, entry_update, turn, sums)
+        first += len(mask)
     n_prompts = len(ensemble.tokens)
     draws = weights(n_prompts, sampling.resamples, sampling.seed)
     reading = Reading(sums, draws, units.reads, stack.dtype)
@@ -121,12 +127,9 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
     for start in starts:
         layers = units.after(start, length)
         weight, entry_read, output = reading.dependence("frozen", start, layers)
-        null = []
-        for layer in layers:
-            p, q = sums.total("frozen", start, layer), sums.total("rotated", start, layer)
-            scale = reading.norm(q, "rotated", start, layer) + reading.norm(p, "frozen", start, layer)
-            null.append(reading.norm(q - p, "rotated effect", start, layer) / scale)
-        R, R_rotated = running_mean(entry_read, weight)[-1], running_mean(torch.stack(null), weight)[-1]
+        R, R_rotated = (
+            running_mean(values, weight)[-1] for values in (entry_read, reading.exchanged("rotated", start, layers))
+        )
         S.append((R + output[-1]) / 2)
         R_over_rotated.append(ratio(R, R_rotated))
     return Profile(torch.stack(S, 1), torch.stack(R_over_rotated, 1), length, n_prompts)

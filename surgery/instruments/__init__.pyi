@@ -7,6 +7,7 @@ from . import fidelity as fidelity
 from . import interactions as interactions
 from . import known_networks as known_networks
 from . import lens as lens
+from . import massive as massive
 from . import readout as readout
 from . import regression as regression
 from . import similarity as similarity

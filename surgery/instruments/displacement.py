@@ -89,9 +89,9 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, stack.n_layers, ensemble.n_units, dtype=torch.float64))
     for visit in ensemble.visits(stack, "displaced streams"):
         if visit.layer == 0:
-            scales = _scales(stack, visit.context)
-        for frozen in (False, True)[: 1 if scales is None else 2]:
-            with stack.frozen(visit.context, scales) if frozen else nullcontext():
+            state = _state(stack, visit.context)
+        for frozen in (False, True)[: 1 if state is None else 2]:
+            with stack.frozen(visit.context, state) if frozen else nullcontext():
                 for draw in range(draws):
                     generator = ensemble.generator(visit, draw)  # fresh, so frozen and live are displaced alike
                     prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
@@ -150,9 +150,9 @@ def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[F
     return [basis.T.flip(0)[:count][mask] for basis, mask in zip(vectors, varies, strict=True)]
 
 
-def _scales(stack: Stack, context: Context) -> dict[str, Tensor] | None:
+def _state(stack: Stack, context: Context) -> dict[str, Tensor] | None:
     try:
-        return stack.norm_scales(context)
+        return stack.norm_state(context)
     except ValueError:  # a norm whose denominator cannot be found: only the live responses are measured
         return None
 

@@ -120,6 +120,15 @@ class Ensemble:
         """Number of tokens left out for massive activations."""
         return 0 if self.left_out is None else int(self.left_out.sum())
 
+    def columns(self, streams: Iterable[int] = (), updates: Iterable[int] = ()) -> dict[str, float]:
+        """Return the columns of a row about these streams and updates that say what it rests on: ``massive.COLUMNS``.
+
+        Shares are undefined (NaN) where massive tokens were not looked for.
+        """
+        unknown = {"token_share": float("nan"), "dimension_share": float("nan")}
+        shares = unknown if self.concentration is None else self.concentration.columns(streams, updates)
+        return {"n_tokens": int(self.mask.sum()), "n_massive": self.n_massive, **shares}
+
     def without_massive(self, stack: Stack) -> "Ensemble":
         """Return the same ensemble without tokens of massive activations (``surgery.instruments.massive``).
 
@@ -236,6 +245,38 @@ class Totals(dict[Hashable, Tensor]):
         if key not in self:
             self[key] = torch.zeros(self.n_units, *values.shape[1:], dtype=torch.float64)
         self[key].index_add_(0, unit.cpu(), values.double().cpu())
+
+
+def partner_prompts(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " prompt"]:
+    """Return another prompt for every prompt: a random permutation among those of about the same number of kept tokens.
+
+    It knows all prompts, so what is made of it does not depend on how they are batched. A prompt without tokens, or
+    alone with them, is its own partner.
+
+    >>> partner_prompts(torch.ones(2, 3, dtype=torch.bool), np.random.default_rng(0)).tolist()
+    [1, 0]
+    """
+    lengths = mask.sum(1).cpu().numpy()
+    order = np.lexsort((generator.random(len(lengths)), lengths))
+    order = order[lengths[order] > 0]
+    partner = np.arange(len(lengths))
+    partner[order] = np.roll(order, 1)
+    return torch.from_numpy(partner)
+
+
+def partner_places(
+    mask: Bool[Tensor, "prompt pos"], of_partner: Bool[Tensor, "prompt pos"]
+) -> Int[Tensor, "prompt pos"]:
+    """Return, for each kept token, where in its partner the token of the same place is, counted among kept tokens.
+
+    Where the partner has fewer, its tokens are counted through again. Elsewhere the entry is 0.
+
+    >>> partner_places(torch.tensor([[False, True, True]]), torch.tensor([[True, False, True]])).tolist()
+    [[0, 0, 2]]
+    """
+    place = (mask.cumsum(1) - 1) % of_partner.sum(1, keepdim=True).clamp(min=1)
+    where = of_partner.long().argsort(dim=1, descending=True, stable=True)
+    return torch.where(mask, where.gather(1, place.clamp(min=0)), 0)
 
 
 def partners(mask: Bool[Tensor, "prompt pos"], generator: np.random.Generator) -> Int[Tensor, " token"]:

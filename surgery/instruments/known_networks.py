@@ -20,7 +20,10 @@ network               what it must read
 In the first three, as each layer writes where nothing was, ``kappa = 0``. With ``norm="RMS"`` a layer reads the stream
 divided by its root mean square. Every layer moves that denominator and every later one reads it, so the constructed
 networks keep their values only while the denominators are frozen; what ``parallel_network(norm="RMS")`` reads live is
-the artefact of normalisation by itself. Biases change nothing: the measures are centred.
+the artefact of normalisation by itself. With ``norm="LN"`` embedding and writes have no mean, as the mean that
+LayerNorm subtracts would be one more thing that every layer writes and reads: S would stay 0 where no layer reads
+another, since means are frozen as well, but fall to .7 to .97 where each reads only the one before. Biases change
+nothing: the measures are centred.
 
 All are ordinary TransformerLens models (``TransformerBridge``), built in hundredths of a second, in float32 or float64.
 The constructions are ours.
@@ -83,10 +86,10 @@ def mixed_network(
 ) -> TransformerBridge:
     """Build the network that reads ``share`` of its input from the layer before and the rest from the embedding.
 
-    ``share`` is one number, or one for every layer: networks of parts that are wired differently.
-    ``activation`` is ``"relu"`` or ``"gelu"``, ``norm`` is ``None`` or ``"RMS"``, and ``d_model = (n_layers + 1) *
-    width``. With 6 layers the window of all of them reads S = .17, .38, .69 at shares .25, .5, .75 without
-    normalisation and .24, .54, .82 with frozen denominators, on average over seeds; one seed may lie .1 away.
+    ``share`` is one number, or one for every layer: networks of parts that are wired differently. ``activation`` is
+    ``"relu"`` or ``"gelu"``, ``norm`` is ``None``, ``"RMS"`` or ``"LN"``, and ``d_model = (n_layers + 1) * width``.
+    With 6 layers the window of all of them reads S = .17, .38, .69 at shares .25, .5, .75 without normalisation and
+    .24, .54, .82 with a frozen RMS, on average over seeds; one seed may lie .1 away.
 
     Raises ValueError for a share outside [0, 1], and unless there is one share or one per layer.
     """
@@ -98,6 +101,8 @@ def mixed_network(
     embedding = written = slice(0, width)
     weights["tok_embed.weight"][:] = 0
     weights["tok_embed.weight"][:, embedding] = _normal(draw, D_VOCAB, width)
+    if norm == "LN":
+        weights["tok_embed.weight"][:, embedding] -= weights["tok_embed.weight"][:, embedding].mean(1, keepdim=True)
     for layer in range(n_layers):
         read, written = written, slice((layer + 1) * width, (layer + 2) * width)
         into, out = weights[f"layers.{layer}.mlp.fc_in.weight"], weights[f"layers.{layer}.mlp.fc_out.weight"]
@@ -109,6 +114,11 @@ def mixed_network(
         if biases:
             weights[f"layers.{layer}.mlp.fc_in.bias"][:] = _normal(draw, 4 * width) / 2
             weights[f"layers.{layer}.mlp.fc_out.bias"][written] = _normal(draw, width)
+        if norm == "LN":
+            out[written] -= out[written].mean(0)
+            weights[f"layers.{layer}.mlp.fc_out.bias"][written] -= weights[f"layers.{layer}.mlp.fc_out.bias"][
+                written
+            ].mean()
     return model
 
 

@@ -12,10 +12,11 @@ the massive tokens read 50 to 220 in the layers where they are, all others 17 at
 dimension reads nothing. Where more than ``RARE`` of the tokens exceed, they are no outliers: none is left out there.
 
 ``Concentration`` says what remains: the share of the variance that the largest token and the largest dimension hold.
-Where one token holds more than ``DECIDES``, a resample with and one without it tell different stories, and no interval
+Where one token decides (``decided_by_one``), a resample with and one without it tell different stories, and no interval
 over prompts can be trusted: claims are withheld. The rule and its limits are ours.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ RARE = 0.25  # of the tokens
 DECIDES = 0.1  # of the variance
 FARTHEST = 16  # tokens among which the largest share is looked for: the mean is known only at the end
 COLUMNS = {
+    "n_tokens": "tokens measured",
     "n_massive": "tokens left out for massive activations",
     "token_share": "largest share of the variance of a stream or an update, among those measured, that one token holds",
     "dimension_share": "the same of one dimension",
@@ -142,9 +144,15 @@ class Spreads:
         return Concentration(token[:places], dimension[:places], token[places:], dimension[places:])
 
 
-def decided_by_one(token_share: float) -> bool:
-    """Whether one token holds so much of the variance that no claim can be made from it (more than ``DECIDES``)."""
-    return token_share > DECIDES
+def decided_by_one(token_share: float, n_tokens: float = math.inf) -> bool:
+    """Whether one of ``n_tokens`` holds so much of the variance that no claim can be made from it.
+
+    That is more than ``DECIDES``, and where tokens are few, more than twenty times its fair share.
+
+    >>> decided_by_one(0.15), decided_by_one(0.15, n_tokens=100), decided_by_one(math.nan)
+    (True, False, False)
+    """
+    return token_share > max(DECIDES, 20 / n_tokens)
 
 
 def _largest(*shares: Float[Tensor, " place"]) -> float:

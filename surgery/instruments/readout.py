@@ -84,7 +84,7 @@ def frozen_head(stack: Stack, x: Float[Tensor, "row d_model"]) -> Iterator[None]
         scale = norm.scale(x)
 
     def forward(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return norm.with_scale(y, scale.reshape(*y.shape[:-1], 1))
+        return norm.with_state(y, scale.reshape(*y.shape[:-1], 1))
 
     with replaced_forward(norm.module, forward):
         yield

@@ -70,7 +70,7 @@ COLUMNS |= described(_MEASURES)
 
 
 def layers(
-    stack: Stack, tokens: Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
     """Measure block influence, cosine and size of every layer's update; with ``sublayers`` also of attention and MLP.
 

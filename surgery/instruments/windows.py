@@ -8,15 +8,17 @@ resample of the prompts. ``surgery.series`` and ``surgery.anatomy.ends_against_m
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Context, Stack
-from surgery.stats.bootstrap import Moments
+from surgery.stats.bootstrap import Moments, ratio, rotation
 
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
@@ -28,11 +30,13 @@ class Units:
 
     ``stream`` has a place before every unit and one after the last; unit ``k`` writes between ``k`` and ``k + 1`` and
     reads at ``reads[k]``: at ``k``, but where attention and MLP stand side by side both read what enters their layer.
+    ``gains``, if there are any, multiply what the units write.
     """
 
     stack: Stack
     names: tuple[str, ...]
     reads: tuple[int, ...]
+    gains: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, stack: Stack, grain: str) -> "Units":
@@ -49,30 +53,57 @@ class Units:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def a_layer(self) -> int:
+        """Number of units a layer."""
+        return len(self) // self.stack.n_layers
+
     def after(self, start: int, longest: int) -> range:
         """Return the units after ``start`` in the longest window that begins there, of at most ``longest`` units."""
         return range(start + 1, min(start + longest, len(self)))
 
     def update(self, unit: int, x: Stream, context: Context) -> Stream:
         """Return what a unit writes if it reads ``x``. Cost: 1/L F, a sublayer half of it."""
-        return self.stack.execute(self.names[unit], x, context) - x
+        update = self.stack.execute(self.names[unit], x, context) - x
+        return self.gains[unit] * update if self.gains else update
 
     def stream(self, context: Context) -> Float[Tensor, "place batch pos d_model"]:
         """Run the model: what enters the first unit, ..., what leaves the last. Cost: 1 F."""
-        if len(self) == self.stack.n_layers:
+        if len(self) == self.stack.n_layers and not self.gains:
             return self.stack.stream(context)
         stream = [context.x0]
         for unit, read in enumerate(self.reads):
             stream.append(stream[unit] + self.update(unit, stream[read], context))
         return torch.stack(stream)
 
+    def mean_stream(self, ensemble: Ensemble) -> Float[Tensor, "place d_model"]:
+        """Return the mean over the ensemble's tokens of what ``stream`` gives, in float64. Cost: 1 F."""
+        parts = (self.stream(context)[:, mask] for _, context, mask in ensemble.batches(self.stack, "mean stream"))
+        totals = torch.stack([streams.sum(1, dtype=torch.float64) for streams in parts])
+        return totals.sum(0) / int(ensemble.mask.sum())
+
+    def matched(self, fresh: Stack, ensemble: Ensemble) -> "Units":
+        """Return the units of another model of this shape, with gains that give their updates the size of ours.
+
+        The size of an update is ``n(c(u_l)) / n(c(x_l))``, relative to the stream it reads, and unit after unit is
+        brought to it on the first batch. Cost: 2 F of one batch.
+        """
+        _, context, mask = next(iter(ensemble.batches(self.stack, "update sizes")))
+        units, theirs = replace(self, stack=fresh, gains=()), fresh.context(context.tokens)
+        ours, stream, gains = self.stream(context), [theirs.x0], []
+        for unit, read in enumerate(self.reads):
+            update = units.update(unit, stream[read], theirs)
+            size = _spread(ours[unit + 1] - ours[unit], mask) / _spread(ours[read], mask)
+            gains.append(float(torch.nan_to_num(size * _spread(stream[read], mask) / _spread(update, mask), 0, 0, 0)))
+            stream.append(stream[unit] + gains[-1] * update)
+        return replace(units, gains=tuple(gains))
+
     def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
         """Return what leaves the model if ``x`` leaves the unit before ``stop`` (``before``: without its update)."""
-        units_a_layer = len(self) // self.stack.n_layers
-        if stop % units_a_layer:
+        if stop % self.a_layer:
             read = before if self.reads[stop] < stop else x
             x, stop = x + self.update(stop, read, context), stop + 1
-        layer = stop // units_a_layer
+        layer = stop // self.a_layer
         return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
 
 
@@ -139,6 +170,64 @@ def record_entry_updates(
         yield layer, entry_update
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Random rotations of what windows write, one a prompt: the null of a reader that prefers no direction.
+
+    What varies over the ensemble is turned, and the mean is left alone, so that all directions are met at the same
+    working point: ``m + Q (w - m)``. A uniformly random rotation with random signs before it is another one, so every
+    prompt has signs of its own, drawn by its number and not by its batch.
+    """
+
+    mean: Float[Tensor, "place d_model"]  # of the stream
+    rotation: Float[Tensor, "d_model d_model"]
+    signs: Float[Tensor, "prompt d_model"]
+    mask: Bool[Tensor, "prompt pos"] | None = None
+
+    @classmethod
+    def of(cls, units: Units, ensemble: Ensemble) -> "Turns":
+        """Draw them by the ensemble's seed. Cost: 1 F, and one QR decomposition of d_model x d_model."""
+        generator, width = np.random.default_rng((ensemble.sampling.seed, 4)), units.stack.d_model
+        turn = rotation(torch.from_numpy(generator.standard_normal((width, width))))
+        signs = torch.from_numpy(generator.choice([-1.0, 1.0], (len(ensemble.tokens), width)))
+        mean, turn, signs = (
+            values.to(units.stack.device, units.stack.dtype) for values in (units.mean_stream(ensemble), turn, signs)
+        )
+        return cls(mean, turn, signs)
+
+    def batch(self, first: int, mask: Bool[Tensor, "batch pos"]) -> "Turns":
+        """Return those of the prompts from number ``first`` on, for the tokens that ``mask`` keeps."""
+        return replace(self, signs=self.signs[first : first + len(mask)], mask=mask)
+
+    def __call__(self, written: Stream, start: int, read: int) -> Stream:
+        """Turn what was written between two places at the batch's tokens; leave it where they are not measured."""
+        mean = self.mean[read] - self.mean[start]
+        turned = mean + ((written - mean) * self.signs.unsqueeze(1)) @ self.rotation.T
+        return turned if self.mask is None else torch.where(self.mask.unsqueeze(-1), turned, written)
+
+
+def record_turned(
+    units: Units,
+    context: Context,
+    stream: Tensor,
+    start: int,
+    layer: int,
+    entry_update: Stream,
+    turn: Turns,
+    sums: Sums,
+) -> None:
+    """Record what the window wrote before a layer, and what the layer writes if that is turned.
+
+    To be called with frozen norms. Cost: 1/L F.
+    """
+    read = units.reads[layer]
+    written = stream[read] - stream[start]
+    rotated = units.update(layer, stream[start] + turn(written, start, read), context)
+    sums.square(written, "written", start, layer)
+    sums.vector(rotated, "rotated", start, layer)
+    sums.square(rotated - entry_update, "rotated effect", start, layer)
+
+
 class Reading:
     """The measures of all windows from one start, under every row of ``draws``: tensors [layer, resample].
 
@@ -170,10 +259,13 @@ class Reading:
         measures = {"R": R, "O": output, "S": S, "R_live": R_live, "O_live": output_live, "S_live": S_live}
         measures["layernorm_share"] = S_live - S
         measures["N"] = running_mean(self.displacement(start, layers), weight)
-        measures["R_over_N"] = torch.where(measures["N"] > 0, R / measures["N"], torch.nan)
+        measures["R_over_N"] = ratio(R, measures["N"])
+        measures["R_rotated"] = running_mean(self.exchanged("rotated", start, layers), weight)
+        measures["R_over_rotated"] = ratio(R, measures["R_rotated"])
+        measures["preference"] = self.preference(start, layers, weight)
         measures["R_shuffled"] = torch.full_like(output, torch.nan)
         if self.draws.shape[1] > 1:
-            measures["R_shuffled"] = running_mean(self.shuffled(start, layers), weight)
+            measures["R_shuffled"] = running_mean(self.exchanged("shuffled", start, layers), weight)
         if damage:
             count = self.draws @ self.sums["predictions",]
             for kind, form in itertools.product(("loss", "kl"), ("sum", "mean")):
@@ -211,15 +303,33 @@ class Reading:
             nulls.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
         return torch.stack(nulls)
 
-    def shuffled(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
-        """Return ``R_l`` of every layer with the written content shuffled."""
-        nulls = []
+    def preference(
+        self, start: int, layers: range, weight: Float[Tensor, "layer resample"]
+    ) -> Float[Tensor, "layer resample"]:
+        """Return how much larger the effect of what the window wrote is than that of the same turned."""
+        own, turned = [], []
         for layer in layers:
             entry_update = self.sums.total("frozen", start, layer)
-            shuffled = self.sums.total("shuffled", start, layer)
-            scale = self.norm(shuffled, "shuffled", start, layer) + self.norm(entry_update, "frozen", start, layer)
-            nulls.append(self.norm(shuffled - entry_update, "shuffled effect", start, layer) / scale)
+            update, rotated = self.x[layer + 1] - self.x[layer], self.sums.total("rotated", start, layer)
+            own.append(self.norm(update - entry_update, "frozen", "effect", start, layer) ** 2)
+            turned.append(self.norm(rotated - entry_update, "rotated effect", start, layer) ** 2)
+        alive = weight > 0  # of dead layers there is only rounding
+        sums = (torch.where(alive, torch.stack(squares), 0).cumsum(0) for squares in (own, turned))
+        return ratio(*sums).sqrt()
+
+    def exchanged(self, how: str, start: int, layers: range) -> Float[Tensor, "layer resample"]:
+        """Return ``R_l`` of every layer with what the window wrote before it ``rotated`` or ``shuffled``."""
+        nulls = []
+        for layer in layers:
+            entry_update, other = self.sums.total("frozen", start, layer), self.sums.total(how, start, layer)
+            scale = self.norm(other, how, start, layer) + self.norm(entry_update, "frozen", start, layer)
+            nulls.append(self.norm(other - entry_update, f"{how} effect", start, layer) / scale)
         return torch.stack(nulls)
+
+
+def _spread(values: Stream, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Return ``n(c(.))`` over the tokens of one batch."""
+    return values[mask].double().var(0, correction=0).sum().sqrt()
 
 
 def running_mean(

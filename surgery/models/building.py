@@ -38,7 +38,7 @@ def _names(component: Any) -> list[str]:
     if kind.__dir__ is not nn.Module.__dir__:
         return builtins.dir(component)
     own = (vars(component), component._parameters, component._modules, component._buffers)  # noqa: SLF001
-    names = {name for part in own for name in part if not name[0].isdigit()}  # as torch's own __dir__ does
+    names = {name for part in own for name in part if name[0].isalpha()}  # private ones are skipped anyway
     return sorted(names.union(_of_class(kind)))
 
 

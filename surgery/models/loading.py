@@ -141,7 +141,9 @@ def wrap(hugging_face: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
             structure.set_attn_implementation("eager")  # hooks on scores and patterns need it
             with stream_width.split_by_own_width(), building.quickly():
                 bridge = build_bridge_from_module(structure, architecture, hf_config=structure.config, model_name=name)
-            bridge = stream_width.with_own_epsilons(bridge).eval()
+            bridge = stream_width.with_own_epsilons(bridge)
+            if bridge.training:
+                bridge.eval()
         except Exception as error:  # adapters raise their own kinds
             no_adapter = isinstance(error, ValueError) and "nsupported architecture" in str(error)
             what = "has no adapter for" if no_adapter else "cannot wrap"

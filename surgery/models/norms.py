@@ -1,4 +1,4 @@
-"""A norm whose denominator is given instead of computed."""
+"""A norm whose denominator, and mean, are given instead of computed."""
 
 import torch
 from jaxtyping import Float
@@ -6,12 +6,15 @@ from torch import Tensor, nn
 
 
 class FrozenNorm:
-    """A norm whose denominator is given instead of computed.
+    """A norm whose denominator, and mean, are given instead of computed.
 
     A norm is ``A(x) / s(x) + b`` with ``A`` linear and ``s`` the root of mean square (or variance) plus epsilon.
     Which of the two, and ``b``, are determined by running the module on ``probe``, so every variant of RMSNorm and
     LayerNorm is covered: ``norm(0)`` is ``b``; a norm that subtracts the mean ignores an added constant. Frozen, it is
     ``(norm(x) - b) s(x) / s_given + b``.
+
+    The mean is one more number that every layer moves and every later one reads. LayerNorm is ``g (x - mean(x)) / s(x)
+    + b`` with a gain ``g`` a dimension, so with a given mean it gains ``g (mean(x) - mean_given) / s_given``.
 
     Raises:
         ValueError: the module is not a linear map over a root mean square.
@@ -31,6 +34,17 @@ class FrozenNorm:
             raise ValueError(
                 f"{type(module).__name__} is not a linear map over a root mean square; it cannot be frozen"
             )
+
+        self._gain = self._measured_gain(probe, once) if self.centres else None
+
+    def _measured_gain(
+        self, probe: Float[Tensor, "n d_model"], read: Float[Tensor, "n d_model"]
+    ) -> Float[Tensor, " d_model"] | None:
+        """The gain of every dimension, from what the norm reads of ``probe``; None where ``A`` mixes dimensions."""
+        centred = probe - probe.mean(-1, keepdim=True)
+        gain = (read * centred).sum(0) / centred.square().sum(0)
+        fits = torch.allclose(gain * centred, read, rtol=1e-3, atol=1e-3 * float(read.abs().max()))
+        return gain.detach() if fits else None
 
     def _measured_epsilon(self, probe: Float[Tensor, "n d_model"]) -> float:
         """The epsilon of a norm that does not show it, from how it shrinks vectors of about its size.
@@ -58,8 +72,17 @@ class FrozenNorm:
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide.pow(2).mean(-1, keepdim=True) + self._eps).sqrt()
 
-    def with_scale(
-        self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "... 1"]
+    def state(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... numbers"]:
+        """What the norm computes of ``x``: the denominator and, where it subtracts it, the mean."""
+        scale = self.scale(x)
+        return scale if self._gain is None else torch.cat([scale, x.mean(-1, keepdim=True).to(scale)], -1)
+
+    def with_state(
+        self, x: Float[Tensor, "... d_model"], state: Float[Tensor, "... numbers"]
     ) -> Float[Tensor, "... d_model"]:
-        """The norm of ``x`` with ``scale`` as its denominator."""
-        return ((self._forward(x) - self._bias) * (self.scale(x) / scale) + self._bias).to(x.dtype)
+        """The norm of ``x`` with the denominator and, if ``state`` has it, the mean of another stream."""
+        scale = state[..., :1]
+        result = (self._forward(x) - self._bias) * (self.scale(x) / scale) + self._bias
+        if state.shape[-1] == 2 and self._gain is not None:
+            result = result + self._gain * ((x.mean(-1, keepdim=True) - state[..., 1:]) / scale)
+        return result.to(x.dtype)

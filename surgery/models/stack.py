@@ -272,22 +272,22 @@ class Stack:
         return logits.reshape(*x.shape[:-1], -1)
 
     @contextmanager
-    def frozen(self, context: Context, scales: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Context manager: norms that read the stream keep the denominators of the unmodified run of this batch.
+    def frozen(self, context: Context, state: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Context manager: norms that read the stream keep denominators and means of the unmodified run of this batch.
 
         Norms on a sublayer's output and inside attention stay live: they cannot pass the size of one layer's update on
         to another. Streams that run inside must have the shape of the batch. Entering costs 1 F, or nothing if
-        ``scales`` (from ``norm_scales``) are given.
+        ``state`` (from ``norm_state``) is given; of ``norm_scales``, only denominators are kept.
 
         Raises:
             ValueError: the model has a norm whose denominator cannot be determined (the message names it), or a stream
                 of another shape runs inside.
         """
         context = self._current(context)
-        scales = self.norm_scales(context) if scales is None else scales
+        state = self.norm_state(context) if state is None else state
         with ExitStack() as freezing:
             for name, norm in self._norms(context.engine).items():
-                freezing.enter_context(replaced_forward(norm.module, _with_scale(norm, scales[name])))
+                freezing.enter_context(replaced_forward(norm.module, _with_state(norm, state[name])))
             yield
 
     def norm_scales(self, tokens: "Batch | Context") -> dict[str, Float[Tensor, "batch pos 1"]]:
@@ -295,17 +295,24 @@ class Stack:
 
         Raises ValueError as ``frozen`` does. Cost: 1 F without the head.
         """
+        return {name: state[..., :1] for name, state in self.norm_state(tokens).items()}
+
+    def norm_state(self, tokens: "Batch | Context") -> dict[str, Float[Tensor, "batch pos numbers"]]:
+        """Denominator and, in LayerNorm, mean of the norms that read the stream in the unmodified run, by hook name.
+
+        Raises ValueError as ``frozen`` does. Cost: 1 F without the head.
+        """
         context = self._current(self.context(tokens))
-        scales: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
         with ExitStack() as recorders:
             for name, norm in self._norms(context.engine).items():
 
                 def record(_: Any, args: tuple, norm: FrozenNorm = norm, name: str = name) -> None:
-                    scales[name] = norm.scale(args[0])
+                    state[name] = norm.state(args[0])
 
                 recorders.callback(norm.module.register_forward_pre_hook(record).remove)
             self.execute(":", context.x0, context)
-        return scales
+        return state
 
     def wiring(self, wiring: "Wiring | str", width: int | None = None) -> Wiring:
         """Parse and check a wiring of this model, which a stream of ``width`` (by default d_model) enters.
@@ -543,13 +550,13 @@ class Stack:
         return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
 
 
-def _with_scale(norm: FrozenNorm, scale: Tensor) -> Callable[..., Tensor]:
+def _with_state(norm: FrozenNorm, state: Tensor) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[:-1] != scale.shape[:-1]:
+        if x.shape[:-1] != state.shape[:-1]:
             raise ValueError(
-                f"frozen norms belong to a batch of shape {list(scale.shape[:-1])}, the stream has {list(x.shape[:-1])}"
+                f"frozen norms belong to a batch of shape {list(state.shape[:-1])}, the stream has {list(x.shape[:-1])}"
             )
-        return norm.with_scale(x, scale)
+        return norm.with_state(x, state)
 
     return forward
 

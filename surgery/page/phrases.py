@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from surgery.instruments.massive import decided_by_one
 from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, WITHIN, Effect, sides
 
-DECIDES = 0.5  # a token that holds more than this share of a variance decides what is measured of it
 FEW_PROMPTS = 20  # below, a bootstrap over prompts gives intervals that are too narrow
 
 
@@ -71,7 +71,7 @@ def withheld(row: "pd.Series", name: str) -> str | None:
     """Why nothing may be claimed of a measure in a row of a table, in words; None where a claim may be made.
 
     A claim is withheld of a measure that is undefined or has no interval, of a single prompt (``n_prompts``), of what
-    does not vary (its interval has no width), and where one token holds most of the variance (``token_share``).
+    does not vary (its interval has no width), and where one token decides (``token_share``, ``n_tokens``).
 
     >>> numbers = {"S": 0.2, "S_low": 0.1, "S_high": 0.3}
     >>> withheld(pd.Series(numbers), "S"), withheld(pd.Series(numbers | {"n_prompts": 1}), "S")
@@ -80,11 +80,12 @@ def withheld(row: "pd.Series", name: str) -> str | None:
     ('one token holds 73 % of the variance', 'undefined')
     """
     missing, share = Effect.of_row(row, name).missing, float(row.get("token_share", math.nan))
+    decided = decided_by_one(share, float(row.get("n_tokens", math.inf)))
     if missing == "undefined":
         return missing
     if row.get("n_prompts") == 1:
         return "one prompt has no interval"
-    return missing or (f"one token holds {100 * share:.0f} % of the variance" if share > DECIDES else None)
+    return missing or (f"one token holds {100 * share:.0f} % of the variance" if decided else None)
 
 
 def claims(effects: Sequence[Effect], least: float, matters: str, above: str, below: str) -> list[str]:

@@ -90,10 +90,10 @@ def exponents(
     whole: defaultdict[tuple, list[Moments]] = defaultdict(list)
     for visit in ensemble.visits(stack, "gate exponents"):
         if visit.layer == 0:
-            scales = stack.norm_scales(visit.context) if frozen else None
+            state = stack.norm_state(visit.context) if frozen else None
             entries: list[Tensor] = []
             tangents: list[Tensor] = []  # d x / d eps of the windows from every start
-        with stack.frozen(visit.context, scales) if frozen else nullcontext():
+        with stack.frozen(visit.context, state) if frozen else nullcontext():
             along = linearise(stack, visit.layer, visit.x, visit.context)
             for start, tangent in enumerate(tangents):
                 response = along(tangent)

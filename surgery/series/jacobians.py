@@ -123,14 +123,14 @@ def pairs(
     for visit in ensemble.visits(stack, "jacobians"):
         keep, prompts = visit.mask.unsqueeze(-1), slice(visit.first, visit.first + len(visit.mask))
         if visit.layer == 0:
-            scales = stack.norm_scales(visit.context) if frozen else None
+            state = stack.norm_state(visit.context) if frozen else None
             written: dict[str, dict[tuple, Tensor]] = {"direct": {}, "total": {}}
         draw = torch.Generator().manual_seed(int(ensemble.generator(visit).integers(2**62)))
 
         def noise(like: Tensor = visit.x, keep: Tensor = keep, draw: torch.Generator = draw) -> Tensor:
             return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like) * keep
 
-        with stack.frozen(visit.context, scales) if frozen else nullcontext():
+        with stack.frozen(visit.context, state) if frozen else nullcontext():
             along = linearise(stack, visit.layer, visit.x, visit.context)
             for form, changes in written.items():
                 for (earlier, probe), change in changes.items():

@@ -13,18 +13,27 @@ prompt's first; ``c(a) = a - E a`` and ``n(a) = sqrt(E |a|^2)``.
 All lie in [0, 1] by the triangle inequality. They are 0 if no layer of the window reads what another wrote, and 1 if
 every layer reads nothing but the one before. What to compare them with is in the same row:
 
-* ``R_live``, ``O_live``, ``S_live`` and ``layernorm_share = S_live - S``. R, O and S keep the normalisation
-  denominators of the clean run. Live denominators move with all that a window writes, and that alone reads as
-  dependence; but a live norm also rescales a small entry to full size and hides growth, so the share may be negative.
-* ``N``, the displacement null, ``N_l = n(c(x_l - x_a)) / (n(c(x_l)) + n(c(x_a)))`` averaged with the weights of R. A
-  linear layer that treats all directions alike has R = N. R/N > 1: it responds to what the window wrote more than to
-  another displacement of that size; R/N < 1: it prefers what was there before. R grows with the length of a window and
-  with the size of its updates, so compare windows of equal length, and R/N rather than R. From layer 0 of a model with
-  small embeddings both are near 1 whatever the layers do.
-* ``R_shuffled``, the content null: the window's writes ``x_l - x_a`` are replaced by those that another prompt's token
-  at the same position received, ``q_l = f_l(x_a + shuffled)``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is
-  averaged as R is. R above it: the layer responds to what was written for this very token. R equal to it: the writes
-  for any token would have done, which does not speak against series (in the serial network both are 1).
+* ``R_rotated``, the null: what varies of the window's writes ``x_l - x_a`` is turned at random, one rotation a prompt,
+  ``q_l = f_l(x_a + Q (x_l - x_a))``, and ``n(c(q_l - p_l)) / (n(c(q_l)) + n(c(p_l)))`` is averaged as R is. Layers
+  that prefer no direction read ``R_over_rotated`` 1: in random networks its mean over windows is .99 to 1.04, whatever
+  the activation, the norm and the size of updates. ``preference``, the root of ``sum n(c(u_l - p_l))^2 / sum
+  n(c(q_l - p_l))^2``, is 1 there as well, and has no ceiling: in the serial network both R are 1, preference is 1.4 to
+  3.1. Above 1: the layers respond to what the window wrote more than to another displacement of that size. Below 1:
+  they prefer what was there before.
+* ``S_matched``, with ``untrained``: S of the same architecture with fresh weights whose updates are brought to the size
+  that the model's have, layer by layer, relative to the stream. S grows with that size whatever the layers do: random
+  networks read .47, .82 and .999 at update scales of .1, .3 and 1. ``S_excess = S - S_matched`` is what remains.
+* ``R_live``, ``O_live``, ``S_live`` and ``layernorm_share = S_live - S``. R, O and S keep the denominators and means of
+  the norms of the clean run. Live ones move with all that a window writes, and that alone reads as dependence; but a
+  live norm also rescales a small entry to full size and hides growth, so the share may be negative.
+* ``N``, the displacement, ``N_l = n(c(x_l - x_a)) / (n(c(x_l)) + n(c(x_a)))`` averaged with the weights of R: how far
+  the stream moved within the window. It is no null: only linear layers that treat all directions alike have R = N,
+  while random networks with a nonlinearity read R/N of 1.05 to 2.3. R grows with the length of a window and with the
+  size of its updates, so compare windows of equal length. From layer 0 of a model with small embeddings R and N are
+  near 1 whatever the layers do.
+* ``R_shuffled``, the content null: the window's writes are replaced by those that the token of the same place in
+  another prompt received. R above it: the layer responds to what was written for this very token. R equal to it: the
+  writes for any token would have done, which does not speak against series (in the serial network both are 1).
 * ``loss_parallel_*`` and ``kl_parallel_*``, the damage: the window really runs in parallel (norms live), and the rest
   of the model follows; change of the next-token cross entropy, and KL(clean || rewired), in nats a token. ``sum`` adds
   the updates, ``x_a + sum p_l``. ``mean`` averages the outputs (Sun et al. 2024, arXiv 2407.09298): a step of 1/length,
@@ -37,8 +46,10 @@ its layer, so a layer by itself reads R = O = 0 up to rounding and N = 0; R/N is
 usefulness; for that, read it beside the damage. ``profile`` is the table to look at first.
 
 ``_low`` and ``_high`` are 95 % percentile intervals over resampled prompts; all measures of a row use the same
-resamples. Compare with ``surgery.instruments.known_networks`` and with the architecture untrained.
-R, O, S and N are our definitions; running layers in parallel is Sun et al.'s.
+resamples. Compare with ``surgery.instruments.known_networks`` and with the architecture untrained. Tokens of massive
+activations are left out, and a row says what the largest token and dimension hold of the variance of its streams and
+updates (``surgery.instruments.massive``). A window of two layers has one layer after the first, so R = O = S.
+R, O, S, N and their nulls are our definitions; running layers in parallel is Sun et al.'s.
 """
 
 import re
@@ -53,10 +64,20 @@ from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
-from surgery.instruments import similarity
-from surgery.instruments.ensemble import exchange, partners
+from surgery.instruments import massive, similarity
+from surgery.instruments.ensemble import Ensemble, partner_places, partner_prompts
 from surgery.instruments.readout import log_probabilities, portions, predicting_positions
-from surgery.instruments.windows import Reading, Stream, Sums, Units, record_entry_updates, record_stream
+from surgery.instruments.windows import (
+    Reading,
+    Stream,
+    Sums,
+    Turns,
+    Units,
+    record_entry_updates,
+    record_stream,
+    record_turned,
+    running_mean,
+)
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, weights
@@ -70,13 +91,20 @@ WINDOW_MEASURES = {
     "O_live": "O with the normalisation live",
     "S_live": "(R_live + O_live) / 2",
     "layernorm_share": "S_live - S: how much of the live value is the normalisation's doing",
-    "N": "displacement null of R: how far the stream moved inside the window, relative to its size",
-    "R_over_N": "R / N: above 1 the layers respond to what the window wrote more than to any displacement of that size",
+    "R_rotated": "null of R: R with what the window wrote turned at random",
+    "R_over_rotated": "R / R_rotated: above 1 layers respond to what the window wrote more than to any displacement",
+    "preference": "how much larger the effect of what the window wrote is than that of the same turned at random",
+    "N": "displacement: how far the stream moved inside the window, relative to its size; not a null",
+    "R_over_N": "R / N",
     "R_shuffled": "content null of R: R with the written content exchanged between tokens of equal position",
     "loss_parallel_sum": "loss added by running the layers in parallel, updates summed (nats per token)",
     "loss_parallel_mean": "the same with the layers' outputs averaged (Sun et al. 2024)",
     "kl_parallel_sum": "KL(clean || parallel, updates summed) of the next-token distributions (nats per token)",
     "kl_parallel_mean": "the same with the layers' outputs averaged",
+}
+MATCHED_MEASURES = {
+    "S_matched": "S of the architecture with fresh weights and updates of the same size",
+    "S_excess": "S - S_matched",
 }
 LAYER_MEASURES = {
     "loss_skip": "loss added by leaving the layer out (nats per token)",
@@ -102,17 +130,21 @@ COLUMNS = {
     "layer": "layer, counted from 0",
     "length": "length of the windows of the columns that end in _window",
     "n_prompts": "number of prompts, the unit of resampling",
-    **described(WINDOW_MEASURES | LAYER_MEASURES | {name: _profile_meaning(name) for name in PROFILE}),
+    **massive.COLUMNS,
+    **described(
+        WINDOW_MEASURES | MATCHED_MEASURES | LAYER_MEASURES | {name: _profile_meaning(name) for name in PROFILE}
+    ),
 }
 
 
 def windows(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     max_length: int | None = None,
     *,
     damage: bool = True,
     grain: str = "layer",
+    untrained: Stack | None = None,
     sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure R, O, S, their nulls and the damage in parallel, for every window of 2 to ``max_length`` layers.
@@ -121,14 +153,16 @@ def windows(
     (``2 l`` is the attention of layer l, ``2 l + 1`` its MLP) and names both ends, ``first`` and ``last``, as in
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
-    ``R_over_N``, ``R_shuffled`` and, with ``damage``, ``loss_parallel_sum``, ``loss_parallel_mean``,
-    ``kl_parallel_sum``, ``kl_parallel_mean``; see the module. A window whose layers write nothing that varies is
-    undefined (NaN); so are the intervals and ``R_shuffled`` of a single prompt. Writes are shuffled within even batches
-    of at most ``batch_size`` prompts (at least three); no other column depends on it.
+    ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage``
+    ``loss_parallel_sum``, ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the
+    architecture with fresh weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns of
+    ``surgery.instruments.massive``. A window whose layers write nothing that varies is undefined (NaN); so are the
+    intervals and ``R_shuffled`` of a single prompt. No column depends on ``batch_size``.
 
-    Cost of W windows in a model of L layers: 2 + 3 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
-    more. For all windows that is (3 L + 1)/2 F and (L - 1)(L - 2)/3 F: 55 F at 12 layers. Memory: three
-    times the stream of one batch, and 3 W d_model numbers a prompt.
+    Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
+    more; with ``untrained`` 2 + W/L F, and 2 F of one batch, more; and what it costs to find massive tokens. For all
+    windows that is 2 L + 2 F and (L - 1)(L - 2)/3 F: 63 F at 12 layers. Memory: four times the stream of one batch,
+    and 4 W d_model numbers a prompt.
 
     With sublayers, read 2 L for L; each of them costs half as much as a layer.
 
@@ -141,31 +175,34 @@ def windows(
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
-    tokens, units = Tokens.of(tokens).to(stack.device), Units.of(stack, grain)
+    units = Units.of(stack, grain)
     longest = len(units) if max_length is None else max_length
-    _check(units, tokens, longest, sampling.skip_first, sampling.batch_size)
-    starts = range(len(units) - 1)
-    sums, generator = Sums(), np.random.default_rng((sampling.seed, 1))
-    batches = list(tokens.batches(max(sampling.batch_size, 3)))  # in fewer, a prompt might have no partner
+    _check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    tokens = ensemble.tokens
+    starts, sums, turns = range(len(units) - 1), Sums(), Turns.of(units, ensemble)
+    partner = partner_prompts(ensemble.mask, np.random.default_rng((sampling.seed, 1)))
+    batches, first = list(tokens.batches(sampling.batch_size)), 0
     with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("windows", total=2 * len(starts) * len(batches))
         for batch in batches:
+            prompts = slice(first, first + len(batch))
+            mask, turn = ensemble.mask[prompts], turns.batch(first, ensemble.mask[prompts])
             context = stack.context(batch)
             stream = units.stream(context)
-            sums.open(batch.ensemble(sampling.skip_first))
+            other = _partner_stream(units, ensemble, stream, mask, partner[prompts])
+            sums.open(mask)
             sums.add(predicting_positions(batch).sum(1), "predictions")
             record_stream(stream, sums)
-            partner = partners(batch.mask, generator)
             with stack.frozen(context):
                 for start in starts:
                     updates = record_entry_updates(units, context, stream, start, longest, "frozen", sums)
                     for layer, entry_update in updates:
-                        written = stream[units.reads[layer]] - stream[start]
-                        entry = stream[start] + exchange(written, batch.mask, partner)
+                        record_turned(units, context, stream, start, layer, entry_update, turn, sums)
+                        entry = stream[start] + (other[units.reads[layer]] - other[start])
                         shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - entry_update, "shuffled effect", start, layer)
-                        sums.square(written, "written", start, layer)
                     bar.advance(task)
             for start in starts:
                 updates = record_entry_updates(units, context, stream, start, longest, "live", sums)
@@ -174,17 +211,23 @@ def windows(
                 else:
                     list(updates)
                 bar.advance(task)
+            first += len(batch)
     draws = weights(len(tokens), sampling.resamples, sampling.seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
+    matched = None if untrained is None else _seriesness(units.matched(untrained, ensemble), ensemble, longest, draws)
     for start in starts:
         layers = units.after(start, longest)
         measures = reading.measures(start, layers, damage)
+        if matched is not None:
+            measures |= {"S_matched": matched[start], "S_excess": measures["S"] - matched[start]}
         for i, layer in enumerate(layers):
             row: dict[str, str | float] = {"start": start, "stop": layer + 1}
             if grain == "sublayer":
                 row |= {"first": units.names[start], "last": units.names[layer]}
             row["n_prompts"] = len(tokens)
             row |= measure_columns({name: values[i] for name, values in measures.items()})
+            inside = range(start // units.a_layer, layer // units.a_layer + 1)
+            row |= ensemble.columns(streams=inside, updates=inside)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -250,22 +293,50 @@ def profile(
          1     1.0       NaN     0.0
          2     NaN       NaN     0.0
     """
-    tokens = Tokens.of(tokens).to(stack.device)
+    ensemble = Ensemble.of(stack, tokens, sampling)
     length = min(4, stack.n_layers) if length is None else length
     if length > stack.n_layers:
         raise ValueError(
             f"no window of {length} layers fits {stack.name}: length must be 2 to {stack.n_layers} or None"
         )
-    all_windows = windows(stack, tokens, length, sampling=sampling)
-    frame = similarity.layers(stack, tokens, sampling=sampling).set_index("layer")
+    all_windows = windows(stack, ensemble, length, sampling=sampling)
+    frame = similarity.layers(stack, ensemble, sampling=sampling).set_index("layer")
     frame.insert(1, "length", length)
     lengths = all_windows["stop"] - all_windows["start"]
     for span, rows in (("pair", all_windows[lengths == 2]), ("window", all_windows[lengths == length])):
         names = {name: re.sub("(_low|_high)?$", rf"_{span}\1", str(name), count=1) for name in all_windows}
         frame = frame.join(rows.set_index("start").rename(columns=names))
-    frame = frame.join(_skip_damage(stack, tokens, sampling=sampling))
+    frame = frame.join(_skip_damage(stack, ensemble.tokens, sampling=sampling))
     ends = [f"{name}_{end}" for name in PROFILE for end in ("low", "high")]
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
+
+
+def _partner_stream(
+    units: Units, ensemble: Ensemble, stream: Stream, mask: Tensor, partner: Int[Tensor, " batch"]
+) -> Float[Tensor, "place batch pos d_model"]:
+    """Return ``stream`` with each measured token's own replaced by that of its place in the partner. Cost: 1 F."""
+    theirs = units.stream(units.stack.context(ensemble.tokens[partner]))
+    rows, places = torch.arange(len(mask)).unsqueeze(1), partner_places(mask, ensemble.mask[partner])
+    return torch.where(mask.unsqueeze(-1), theirs[:, rows, places], stream)
+
+
+def _seriesness(
+    units: Units, ensemble: Ensemble, longest: int, draws: Float[Tensor, "resample prompt"]
+) -> list[Float[Tensor, "layer resample"]]:
+    """Return S of every window, by its start. Cost: 2 F, and 1/L F a window."""
+    sums = Sums()
+    for _, context, mask in ensemble.batches(units.stack, "update sizes matched"):
+        stream = units.stream(context)
+        sums.open(mask)
+        record_stream(stream, sums)
+        with units.stack.frozen(context):
+            for start in range(len(units) - 1):
+                list(record_entry_updates(units, context, stream, start, longest, "frozen", sums))
+    reading, values = Reading(sums, draws, units.reads, units.stack.dtype), []
+    for start in range(len(units) - 1):
+        weight, entry_read, output = reading.dependence("frozen", start, units.after(start, longest))
+        values.append((running_mean(entry_read, weight) + output) / 2)
+    return values
 
 
 def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
@@ -339,7 +410,7 @@ def _losses(
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
-def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_size: int) -> None:
+def _check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
     """Raise ValueError for what ``windows`` cannot measure."""
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")
@@ -347,10 +418,10 @@ def _check(units: Units, tokens: Tokens, longest: int, skip_first: bool, batch_s
         raise ValueError(
             f"a window has at least two layers: max_length must be 2 to {len(units)} or None, got {longest}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if int(tokens.ensemble(skip_first).sum()) < 2:
-        first = ", each prompt's first left out" if skip_first else ""
+    if sampling.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {sampling.batch_size}")
+    if int(tokens.ensemble(sampling.skip_first).sum()) < 2:
+        first = ", each prompt's first left out" if sampling.skip_first else ""
         raise ValueError(
             f"there are fewer than two tokens to compare in these prompts{first}; give longer or more prompts"
         )

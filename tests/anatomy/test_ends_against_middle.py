@@ -88,7 +88,7 @@ def test_the_cost_is_as_stated(monkeypatch):
         return layer(*args, **kwargs)
 
     monkeypatch.setattr(engine, "layer", counted)
-    ends_against_middle.measure(stack, TOKENS, 3, sampling=Sampling(resamples=0))
+    ends_against_middle.measure(stack, TOKENS, 3, sampling=Sampling(resamples=0, skip_massive=False))
     assert count == 3 * 4 + 2 * 2 * (3 - 1)
 
 

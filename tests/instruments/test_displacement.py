@@ -84,7 +84,7 @@ def test_a_norm_that_cannot_be_frozen_leaves_the_live_ones(monkeypatch):
     def refuse(*_):
         raise ValueError("no denominator")
 
-    monkeypatch.setattr(Stack, "norm_scales", refuse)
+    monkeypatch.setattr(Stack, "norm_state", refuse)
     assert list(pulls(Stack(ou_network([0.1])), known_networks.tokens(4, 4), draws=1)) == list(KINDS)
 
 
