@@ -1,6 +1,7 @@
 """The command line: a whole study on a small model, every kind of bad input, interruption, and instant help."""
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -76,9 +77,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def studied(model, text, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A whole study: its folder, and what the command printed."""
+    """A whole study: its folder, and what the command printed; every other measure on networks of four layers."""
     out = tmp_path_factory.mktemp("study") / "results"
-    return out, run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
+    with pytest.MonkeyPatch.context() as smaller:
+        smaller.setattr(study.side_by_side, "networks", functools.partial(study.side_by_side.networks, 4))
+        return out, run("study", "--model", model, "--text", text, "--out", out, "--max-length", 3)
 
 
 @pytest.fixture
