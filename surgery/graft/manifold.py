@@ -12,8 +12,9 @@ Held-out prompts are cut in two at random (``halves``). The first half says what
   ``entropy_change`` from that of the unwalked prompt.
 
 The control of each kind moves every activation as far, in any direction (``walk.Scattered``). A step is on the manifold
-if it passes all of these, not d^2 alone: a stationary walk keeps that by construction. Position 0 is left out.
-Intervals over prompts of the second half; the usual quantiles and the bank are taken as given.
+if it passes all of these, not d^2 alone: a stationary walk keeps that by construction. Position 0 is left out, and so
+are massive activations, which would decide every mean (``Sampling.skip_massive``). Intervals over prompts of the second
+half; the usual quantiles and the bank are taken as given.
 """
 
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ def report(
     """Compare walked activations with real ones: a row for these, and two for each of ``kinds``, walked and control.
 
     The columns are ``COLUMNS``. ``walk`` was fitted to streams that enter layer ``start``, on other prompts than
-    ``heldout``. Cost for K kinds: ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts. Memory: the
+    ``heldout``. Cost for K kinds: ``start / L + (K + 1/2) (1 - start / L)`` F and K + 1/2 readouts, and
+    1 F to find massive activations. Memory: the
     distances of a batch to the bank.
 
     Raises ValueError for fewer than four prompts, a ``start`` that is no layer, a walk of another width, and a stream
@@ -84,8 +86,8 @@ def report(
         )
     walk = walk.to(stack.device)
     first_half, second_half = (half.to(stack.device) for half in halves(heldout, sampling.seed))
-    limits = _limits(stack, walk, Ensemble(first_half, sampling), start)
-    ensemble = Ensemble(second_half, sampling)
+    limits = _limits(stack, walk, Ensemble.of(stack, first_half, sampling), start)
+    ensemble = Ensemble.of(stack, second_half, sampling)
     steps: dict[tuple[str, bool], Kind | None] = {(REAL, False): None}
     for name, kind in kinds.items():
         steps |= {(name, False): kind, (name, True): Scattered(kind)}

@@ -41,6 +41,8 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from surgery.instruments.ensemble import REFERENCE
+from surgery.instruments.massive import Usual
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.training.activations import Latents, Moments, Pairs
@@ -54,6 +56,7 @@ COLUMNS: dict[str, str] = {
     "n_tokens": "activations that the moments were taken from",
     "components": "principal components that are walked: k; fewer than asked for where fewer vary",
     "variance": "share of the variance that they hold; 1 where nothing varies and nothing is walked",
+    "n_massive": "activations left out because they are massive: neither fitted nor walked",
 }
 
 Noise = Float[Tensor, "row number"]
@@ -187,12 +190,11 @@ class Walk:
 
     def to(self, device: torch.device | str) -> "Walk":
         """The walk on another device."""
-        names = ("mean", "axes", "scale", "bank")
-        return Walk(tuple(replace(r, **{n: getattr(r, n).to(device) for n in names}) for r in self.regions))
+        return Walk(tuple(region.to(device) for region in self.regions))
 
     def summary(self) -> pd.DataFrame:
         """A row per class of positions: ``COLUMNS``."""
-        rows = [(i, r.n_tokens, r.components, r.variance) for i, r in enumerate(self.regions)]
+        rows = [(i, r.n_tokens, r.components, r.variance, r.n_massive) for i, r in enumerate(self.regions)]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
     def classes(self, mask: Bool[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
@@ -224,7 +226,8 @@ class Walk:
         draws: Sequence[int] | None = None,
         last: bool = False,
     ) -> Float[Tensor, "prompt pos d_model"]:
-        """Take one step from every real token, with ``last`` from each prompt's last one alone; padding stays.
+        """Take one step from every real token, with ``last`` from each prompt's last one alone; padding stays, and so
+        do massive activations.
 
         The random numbers of a prompt depend only on ``seed`` and its number in ``draws`` (default: 0, 1, ...), not on
         the prompts beside it. Cost: no model; 2 k d_model multiplications a token, and for neighbours d_model for each
@@ -248,6 +251,8 @@ class Walk:
             if last:
                 there = there & (mask.flip(1).cumsum(1).flip(1) == 1)
             if region.components and there.any():
+                there = there.clone()
+                there[there.clone()] = ~region.massive(x[there])
                 moved[there] = kind.move(region, x[there], noise[there])
         return moved
 
@@ -263,6 +268,7 @@ def fit(
     bank: int = 2048,
     batch_size: int = 64,
     seed: int = 0,
+    skip_massive: bool = True,
 ) -> Walk:
     """Fit a walk to ``x_start`` of these ``prompts`` (default: all), or to streams with a ``mask`` of real tokens.
 
@@ -271,8 +277,13 @@ def fit(
     singular, in none where nothing varies (see ``Walk.summary``). Of each class ``bank`` activations, drawn by
     ``seed``, are kept as they are.
 
-    This is one pass over the latents, a batch in memory at a time; moments are in float64, the walk in float32. Memory:
-    ``positions`` (d_model^2 + bank d_model) numbers. Cost: d_model^2 multiplications a token, no model.
+    A few massive activations would decide the covariance by themselves, so they are left out unless ``skip_massive`` is
+    False: each activation is judged against those of its class, in the same dimension (``surgery.instruments.massive``;
+    what is usual is learned from ``REFERENCE`` of them, of prompts spread evenly).
+
+    This is one pass over the latents, and one over the reference, a batch in memory at a time; moments are in float64,
+    the walk in float32. Memory: ``positions`` (d_model^2 + (bank + REFERENCE) d_model) numbers. Cost: d_model^2
+    multiplications a token, no model.
 
     Raises ValueError for numbers out of range, an activation that is not finite, a class of positions without tokens,
     and fewer than ``regions.SAMPLES`` activations per component; the message says how many are needed.
@@ -286,11 +297,10 @@ def fit(
             f"{positions}, {bank}, {batch_size}, {components}, {variance}"
         )
     generator = np.random.default_rng(seed)
-    gathered = [Gathered(bank) for _ in range(positions)]
+    usual = _usual(source, mask, prompts, positions, batch_size) if skip_massive else [None] * positions
+    gathered = [Gathered(bank, of_class) for of_class in usual]
     for x, real in _batches(source, mask, prompts, batch_size):
-        place = real.long().cumsum(1) - 1
-        for i, of_class in enumerate(gathered):
-            there = real & (place == i if i < positions - 1 else place >= i)
+        for of_class, there in zip(gathered, _classes(real, positions), strict=True):
             of_class.add(x[there], generator)
     return Walk(tuple(of_class.region(i, components, variance) for i, of_class in enumerate(gathered)))
 
@@ -448,6 +458,32 @@ def _batches(
         else:
             x = source[part]
             yield x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask[part]
+
+
+def _classes(real: Bool[Tensor, "prompt pos"], positions: int) -> list[Bool[Tensor, "prompt pos"]]:
+    """The real tokens of every class of positions."""
+    place = (real.long().cumsum(1) - 1).clamp(max=positions - 1)
+    return [real & (place == i) for i in range(positions)]
+
+
+def _usual(
+    source: Latents | Tensor, mask: Tensor | None, prompts: Sequence[int] | None, positions: int, batch_size: int
+) -> list[Usual | None]:
+    """What is usual in every class of positions, by prompts spread evenly; None of a class without finite tokens."""
+    numbers = list(
+        range(source.n_prompts if isinstance(source, Latents) else len(source)) if prompts is None else prompts
+    )
+    some = numbers[:: max(1, len(numbers) // REFERENCE)][:REFERENCE]
+    parts: list[list[Tensor]] = [[] for _ in range(positions)]
+    for x, real in _batches(source, mask, some, batch_size):
+        for of_class, there in zip(parts, _classes(real, positions), strict=True):
+            of_class.append(x[there].float())
+    usual = list[Usual | None]()
+    for rows in map(torch.cat, parts):
+        known = rows[rows.isfinite().all(1)]
+        known = known[:: max(1, len(known) // REFERENCE)]
+        usual.append(Usual.of(known.unsqueeze(0)) if len(known) else None)
+    return usual
 
 
 def _correlated(noise: Float[np.ndarray, "pos number"], memory: float) -> Float[np.ndarray, "pos number"]:

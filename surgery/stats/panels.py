@@ -55,6 +55,8 @@ Estimator = Callable[[Tensor], Tensor]
 
 HIGHEST = 1.5  # phi is searched from here ...
 LOWEST = -0.999  # ... to here
+FEW = 64  # units up to which standard errors leave each out in turn
+DECIDES = 0.25  # a share of the second moment from which on one unit decides what is said of all
 
 
 def gram(y: Float[Tensor, "unit time *d_model"], by: Int[Tensor, " unit"] | None = None) -> Float[Tensor, "..."]:
@@ -214,24 +216,57 @@ def sandwich(
     """Return a differentiable function of ``G``, and its standard error over units, or over groups ``by`` of units.
 
     The infinitesimal jackknife: a unit's influence is what its own products add along the estimator's gradient. Nothing
-    is assumed of the shocks. One backward pass, whatever the number of units; NaN for a single unit. An error of an
-    error: with 20 units (or groups) intervals of t times it hold the truth in 90 to 94 %, with 100 in 94 to 95 %.
+    is assumed of the shocks. One backward pass, whatever the number of units; NaN for a single unit. Of few units (or
+    groups) it is too small, as the gradient forgets that a unit pulled the estimate to itself, so up to ``FEW`` each is
+    left out in turn instead (the jackknife; Quenouille 1956, Tukey 1958): with 8 units, intervals of t times the error
+    hold the truth in 94 to 96 % instead of 88 to 94 %. Units must be alike: where ``unit_share`` says that one decides,
+    no interval is right.
 
     >>> value, error = sandwich(within, simulate(0.5, 500, 12))
     >>> bool(abs(value - (0.5 + nickell(0.5, 12))) < 3 * error)
     True
     """
     rows = y.double() - y.double().mean(-2, keepdim=True)
+    n = rows.shape[-2] if by is None else int(by.max()) + 1
+    if 1 < n <= FEW:
+        return _jackknife(estimator, rows, torch.arange(n, device=rows.device) if by is None else by, n)
     with torch.enable_grad():
         G = (rows.mT @ rows).requires_grad_()
         value = estimator(G)
         (gradient,) = torch.autograd.grad(value.sum(), G)
     influence = ((rows @ gradient) * rows).sum(-1)
     if by is not None:
-        influence = influence.new_zeros(*influence.shape[:-1], int(by.max()) + 1).index_add_(-1, by, influence)
-    n = influence.shape[-1]
+        influence = influence.new_zeros(*influence.shape[:-1], n).index_add_(-1, by, influence)
     scale = n / (n - 1) if n > 1 else math.nan
     return value.detach(), (scale * influence.square().sum(-1)).sqrt()
+
+
+def _jackknife(estimator: Estimator, rows: Tensor, by: Tensor, n: int) -> tuple[Values, Values]:
+    """Return the estimate and its standard error from leaving out every group of (centred) rows in turn."""
+    G, left = rows.mT @ rows, []
+    for group in range(n):
+        own = rows[..., by == group, :]
+        total, rest = own.sum(-2), rows.shape[-2] - own.shape[-2]  # the others have a mean of their own
+        left.append(estimator(G - own.mT @ own - total.unsqueeze(-1) * total.unsqueeze(-2) / rest).detach())
+    deleted = torch.stack(left, -1)
+    spread = (deleted - deleted.mean(-1, keepdim=True)).square().sum(-1)
+    return estimator(G).detach(), ((n - 1) / n * spread).sqrt()
+
+
+def unit_share(y: Float[Tensor, "unit time *d_model"]) -> float:
+    """Return the largest share of a panel's increments, squared, that one unit has: 1 / units if all are alike.
+
+    Above ``DECIDES`` one unit decides what every estimator and test here says, and no interval and no p is right. NaN
+    where nothing moves.
+
+    >>> y = simulate(1.0, 100, 12)
+    >>> y[3] *= 500
+    >>> round(unit_share(y), 2)
+    0.99
+    """
+    rows = rearrange(y.double(), "unit time ... -> unit time (...)")
+    moved = (rows - rows.mean(0)).diff(dim=1).square().sum((1, 2))
+    return float(moved.max() / moved.sum()) if moved.sum() > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -243,9 +278,10 @@ class UnitRoot:
     phi_null: float  # its median over simulated random walks
     statistic: float  # (phi - null mean) / standard deviation, both by the table's formula
     p_table: float  # of the statistic, one-sided: normal, many units, shocks of even size
-    p: float  # share of the simulated random walks with a phi as low
+    p: float  # share of the simulated random walks with a phi as low; NaN where one unit decides
     n_units: int
     T: int
+    unit_share: float = math.nan  # of the increments, squared; NaN if the panel is not given
 
 
 def harris_tzavalis(
@@ -262,7 +298,8 @@ def harris_tzavalis(
     ``panel`` is y, or ``(phi, n_units, T)`` if that estimate is all there is. Simulated walks have this many units, the
     second moments of y's start and increments, or, if given, of ``shocks`` (in any unit; even, and begun at 0, without
     y). The table assumes even shocks; where they grow believe ``p`` only. Units have to be independent: for tokens of
-    prompts that is fewer than there are tokens.
+    prompts that is fewer than there are tokens. They have to be alike as well: where one has more than ``DECIDES`` of
+    the increments (``unit_share``) p and p_table are NaN, as such a panel is no larger than that unit.
 
     Walks are not drawn one by one: their second moments have a Wishart distribution, so a million units cost no more
     than ten. Source: Harris and Tzavalis (1999), T = transitions; with ``none`` the variance of the start is added to
@@ -276,7 +313,7 @@ def harris_tzavalis(
     if effects not in orders:
         raise ValueError(f"effects are none, unit or trend, got {effects!r}")
     order = orders[effects]
-    start = 0.0
+    start, share = 0.0, math.nan
     if isinstance(panel, tuple):
         phi, n, T = panel
         metric = _residual(T, order)
@@ -284,7 +321,7 @@ def harris_tzavalis(
     else:
         n, T = len(panel), panel.shape[1] - 1
         G, metric = gram(panel), _residual(T, order)
-        phi = float(_slope(G, metric))
+        phi, share = float(_slope(G, metric)), unit_share(panel)
         steps = increments(G)
         start = float(G[0, 0]) * (1.0 if shocks is None else float(shocks.sum() / steps.sum()))
         shocks = steps if shocks is None else shocks
@@ -307,7 +344,9 @@ def harris_tzavalis(
     }[effects]
     statistic = (phi - mean) / math.sqrt(variance / n)
     p = (1 + int((simulated <= phi).sum())) / (1 + draws) if math.isfinite(phi) else math.nan
-    return UnitRoot(effects, phi, float(simulated.median()), statistic, _below(statistic), p, n, T)
+    trusted = not share > max(DECIDES, 3 / n)  # of few units one may well have a third
+    p, p_table = (p, _below(statistic)) if trusted else (math.nan, math.nan)
+    return UnitRoot(effects, phi, float(simulated.median()), statistic, p_table, p, n, T, share)
 
 
 def pesaran_cd(residuals: Float[Tensor, "unit time"]) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 They are gathered from chunks, in float64. Memory: a few d_model x d_model matrices, and the bank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from surgery.instruments.massive import Usual
 from surgery.stats.scatter import Scatter
 
 SAMPLES = 5  # activations needed for each component
@@ -29,11 +30,25 @@ class Region:
     bank: Float[Tensor, "real d_model"]
     n_tokens: int
     variance: float
+    usual: Usual | None = None  # what tells massive activations, which are left out of all of the above
+    n_massive: int = 0
 
     @property
     def components(self) -> int:
         """The number of principal components."""
         return len(self.scale)
+
+    def to(self, device: torch.device | str) -> "Region":
+        """The same on another device."""
+        usual = self.usual and Usual(self.usual.centre.to(device), self.usual.scale.to(device))
+        tensors = {name: getattr(self, name).to(device) for name in ("mean", "axes", "scale", "bank")}
+        return replace(self, **tensors, usual=usual)
+
+    def massive(self, x: Rows) -> Bool[Tensor, " row"]:
+        """Whether these are massive activations (``surgery.instruments.massive``), which are left where they are."""
+        if self.usual is None:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return self.usual.exceeds(x.unsqueeze(0))[0]
 
     def whitened(self, x: Rows) -> Float[Tensor, "row component"]:
         """Coordinates along the principal components, in standard deviations."""
@@ -54,14 +69,19 @@ class Region:
 
 
 class Gathered:
-    """Gathers moments, and a random bank of rows, from rows that come in chunks."""
+    """Gathers moments, and a random bank of rows, from rows that come in chunks, without those that ``usual`` calls
+    massive."""
 
-    def __init__(self, bank: int) -> None:
-        self.size, self.scatter = bank, Scatter()
+    def __init__(self, bank: int, usual: Usual | None = None) -> None:
+        self.size, self.scatter, self.usual, self.n_massive = bank, Scatter(), usual, 0
         self.keys = np.zeros(0)
 
     def add(self, x: Rows, generator: np.random.Generator) -> None:
         """Add a chunk. Raises ValueError for numbers that are not finite."""
+        if self.usual is not None and len(x):
+            exceeding = self.usual.exceeds(x.float().unsqueeze(0))[0]
+            self.n_massive += int(exceeding.sum())
+            x = x[~exceeding]
         keys = generator.random(len(x))
         if not len(x):
             return
@@ -94,4 +114,6 @@ class Gathered:
             )
         variance = float(cumulative[k - 1]) if k else 1.0
         scale = values[:k].sqrt().float()
-        return Region(mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, variance))
+        return Region(
+            mean.float(), vectors[:k].float(), scale, self.bank, count, min(1.0, variance), self.usual, self.n_massive
+        )

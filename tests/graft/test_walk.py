@@ -59,6 +59,38 @@ def within_error(values, expected=0.0, errors=5.0):
     return bool(((values.mean(0) - expected).abs() <= errors * error).all())
 
 
+# --- massive activations ---------------------------------------------------------------------------------------------
+
+
+def with_massive(x, share=0.02, times=500.0):
+    """2 % of the activations at 500 times the usual in one dimension, which are these, and the rest."""
+    massive = torch.rand(len(x), generator=torch.Generator().manual_seed(9)) < share
+    x = x.clone()
+    x[massive, 2] += times * x.std()
+    return x, massive
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_massive_activations_decide_nothing_and_stay_where_they_are(law):
+    plain = LAWS[law](4000)
+    x, massive = with_massive(plain)
+    found, kept = fitted(x), fitted(plain[~massive][: 20 * ((~massive).sum() // 20)])
+    summary = found.summary().iloc[0]
+    assert (summary["n_massive"], summary["n_tokens"]) == (massive.sum(), (~massive).sum())
+    torch.testing.assert_close(found.regions[0].scale, kept.regions[0].scale, rtol=0.02, atol=0)
+    after = moved(found, x, walk.Stationary(0.5))
+    assert torch.equal(after[massive], x[massive])
+    assert not (after[~massive] == x[~massive]).all(1).any()
+    decided = fitted(x, skip_massive=False).regions[0]
+    assert decided.scale[0] > 20 * found.regions[0].scale[0], "what one would have walked by"
+
+
+def test_a_large_constant_dimension_and_massive_first_tokens_are_usual():
+    x, mask = streams(gaussian(4000) + torch.tensor([0, 0, 5000.0, 0, 0]))
+    x[:, 0] += 3000
+    assert walk.fit(x, mask, positions=2).summary()["n_massive"].tolist() == [0, 0]
+
+
 # --- identities ------------------------------------------------------------------------------------------------------
 
 
