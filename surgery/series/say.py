@@ -1,10 +1,32 @@
-"""What the tables of series say, in sentences, and what they leave open. Pure functions of the frames."""
+"""What the tables of series say, in sentences, and what they leave open. Pure functions of the frames.
+
+Each sentence is a rule, with the least effect that it calls one, its correction, and what it says instead:
+
+=============  ===========================================  ==================================  =====================
+sentence       claims that                                  only if                             else
+=============  ===========================================  ==================================  =====================
+``windows``    a window is more serial, or more parallel,   S differs from untrained layers     "as serial as ...",
+               than its nulls account for                   with updates of the same size by    "undecided", or why
+                                                            ``LEAST_S``, and its layers prefer  nothing can be told
+                                                            what it wrote by ``LEAST_PREFERENCE``,
+                                                            or the reverse; both at once (Holm)
+``ranking``    a window is the most serial, or parallel     clear of all windows of its length  how many are not told
+                                                            by ``LEAST_S``                      apart
+``price``      running it in parallel costs or gains        by ``LEAST_NATS``                   "no difference that
+                                                                                                matters", "undecided"
+=============  ===========================================  ==================================  =====================
+"""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
-from surgery.page.phrases import few_prompts, number
+from surgery.page.phrases import claims, few_prompts, number, withheld
+from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, WITHIN, Effect, largest, sides
+
+LEAST_S = 0.05
+LEAST_PREFERENCE = 0.1  # of preference - 1: random networks read up to .09 in some windows
+LEAST_NATS = 0.01
 
 
 def whole_window(frame: pd.DataFrame) -> pd.Series | None:
@@ -23,28 +45,64 @@ def thirds(frame: pd.DataFrame) -> list[pd.Series]:
     return [rows.iloc[0] for rows in matches if len(rows)]
 
 
-def windows(frame: pd.DataFrame, untrained: pd.DataFrame | None = None) -> list[str]:
-    """Summarise ``series_windows``: how serial, against the nulls, where in depth, and at what price in parallel.
-
-    ``untrained`` is the same measurement on the same architecture with fresh weights.
-    """
-    parts, main = thirds(frame), _main(frame)
+def windows(frame: pd.DataFrame) -> list[str]:
+    """Summarise ``series_windows``: how serial, against the nulls, where in depth, and at what price in parallel."""
+    main = _main(frame)
     sentences = [
-        f"Layers {_span(main)} together read S = {number(main, 'S')}, from 0 (parallel) to 1 (serial): {_side(main)}."
+        f"Layers {_span(main)} together read S = {number(main, 'S')}, from 0 (parallel) to 1 (serial): "
+        f"{_against_nulls(main)}."
     ]
-    if "R_over_N" in main:
-        sentences.append(
-            f"Against the displacement null they read R/N = {number(main, 'R_over_N')}: {_against_null(main)}."
-        )
-    fresh = None if untrained is None else _same(untrained, main)
-    if fresh is not None:
-        sentences.append(_against_untrained(main, fresh))
-    if len(parts) > 1:
-        values = "; ".join(f"{number(part, 'S')} in layers {_span(part)}" for part in parts)
-        sentences.append(f"Windows of {_length(parts[0])} layers read S = {values}: {_order(parts)}.")
+    peers = _peers(frame)
+    if len(peers) > 1:
+        sentences.append(ranking(peers))
     if "loss_parallel_sum" in main:
-        sentences.append(f"Run in parallel (updates summed), layers {_span(main)} {_price(main)}.")
+        sentences.append(price(main))
     return sentences
+
+
+def side(row: pd.Series) -> str:
+    """Whether a window is more serial (``above``), more parallel (``below``) or as serial (``within``) as its nulls.
+
+    ``undecided`` where one of them decides nothing or they do not agree. The nulls are those that the table has.
+    """
+    effects, least = _effects(row)
+    if not effects or withheld(row, "S"):
+        return UNDECIDED
+    found = set(sides(list(effects.values()), list(least.values())))
+    return found.pop() if len(found) == 1 else UNDECIDED
+
+
+def ranking(peers: pd.DataFrame) -> str:
+    """Say which of all windows of one length is the most serial and which the most parallel, if any is."""
+    length, count = int(peers.iloc[0]["stop"] - peers.iloc[0]["start"]), len(peers)
+    shown = "; ".join(f"{number(part, 'S')} in {_span(part)}" for part in thirds(peers))
+    opening = f"Windows of {length} layers read S = {shown}. Of all {count} of them from layer 1 on, "
+    effects = {_span(row): Effect.of_row(row, "S") for _, row in peers.iterrows()}
+    if any(withheld(row, "S") for _, row in peers.iterrows()):
+        return opening + "which is the most serial cannot be told: some have no interval, or rest on one token."
+    claimed = []
+    for most, signed in (
+        ("serial", effects),
+        ("parallel", {span: Effect(-e.value, -e.high, -e.low) for span, e in effects.items()}),
+    ):
+        among = [span for span in signed if signed[span].high >= max(e.low for e in signed.values()) - LEAST_S]
+        top = largest(signed)[0]
+        claimed.append(
+            f"{top} is the most {most} ({effects[top].value:.2f})"
+            if among == [top]
+            else f"{len(among)} may be the most {most}"
+        )
+    return opening + " and ".join(claimed) + "."
+
+
+def price(row: pd.Series) -> str:
+    """Say what running a window in parallel does to the loss."""
+    change = f"{number(row, 'loss_parallel_sum', signed=True)} nats per token"
+    opening = f"Run in parallel (updates summed), layers {_span(row)} change the loss by {change}"
+    if reason := withheld(row, "loss_parallel_sum"):
+        return f"{opening}; nothing is claimed: {reason}."
+    effect = Effect.of_row(row, "loss_parallel_sum")
+    return f"{opening}: {claims([effect], LEAST_NATS, '0.01 nats', 'it rises', 'it falls')[0]}."
 
 
 def limits(frame: pd.DataFrame) -> list[str]:
@@ -58,19 +116,27 @@ def limits(frame: pd.DataFrame) -> list[str]:
         )
     first, later = frame[frame["start"] == 0], frame[frame["start"] > 0]
     if later.empty:
-        notes.append("Every window starts at layer 0, with the bare embedding: read R/N, not S.")
+        notes.append("Every window starts at layer 0, with the bare embedding, beside which any update is large.")
     elif len(first):
-        nulls = f", N = {first['N'].min():.2f} to {first['N'].max():.2f}" if "N" in first else ""
+        moved = f", N = {first['N'].min():.2f} to {first['N'].max():.2f}" if "N" in first else ""
         notes.append(
-            f"Windows that start at layer 0 (S = {first['S'].min():.2f} to {first['S'].max():.2f}{nulls}) are left "
+            f"Windows that start at layer 0 (S = {first['S'].min():.2f} to {first['S'].max():.2f}{moved}) are left "
             "out of these sentences: the stream that enters them is the bare embedding, beside which any first "
             "update is large."
         )
-    if "R_over_N_low" in frame and len(later):
-        unclear = later[~((later["R_over_N_low"] > 1) | (later["R_over_N_high"] < 1))]
+    if "preference" in frame and len(later):
+        unclear = sum(side(row) == UNDECIDED for _, row in later.iterrows())
         notes.append(
-            f"In {len(unclear)} of {len(later)} windows from layer 1 on, the interval of R/N includes 1: there S is "
-            "no more than the size of what the window wrote accounts for."
+            f"In {unclear} of {len(later)} windows from layer 1 on, it is undecided whether they are more serial than "
+            "their nulls account for. Each is judged by itself."
+        )
+    if ((frame["stop"] - frame["start"]) == 2).any():
+        notes.append("In windows of two layers one layer follows another, so R = O and S is one number, not two.")
+    if "token_share" in frame and frame["token_share"].notna().any():
+        notes.append(
+            f"{int(frame['n_massive'].max())} tokens of massive activations were left out; of those measured, one token "
+            f"holds up to {frame['token_share'].max():.0%} of a variance, and one dimension up to "
+            f"{frame['dimension_share'].max():.0%}."
         )
     undefined = int(frame["S"].isna().sum())
     if undefined:
@@ -103,72 +169,57 @@ def _main(frame: pd.DataFrame) -> pd.Series:
     return parts[len(parts) // 2] if parts else frame.iloc[-1]
 
 
+def _peers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return all windows of the length of ``thirds`` from layer 1 on."""
+    parts = thirds(frame)
+    if not parts:
+        return frame.iloc[:0]
+    length = parts[0]["stop"] - parts[0]["start"]
+    return frame[(frame["stop"] - frame["start"] == length) & (frame["start"] > 0)]
+
+
+def _effects(row: pd.Series) -> tuple[dict[str, Effect], dict[str, float]]:
+    """Return how far a window lies from each null that the table has, and the least effects."""
+    effects, least = {}, {}
+    if "S_excess" in row:
+        effects["size"], least["size"] = Effect.of_row(row, "S_excess"), LEAST_S
+    if "preference" in row:
+        ratio = Effect.of_row(row, "preference")
+        effects["turned"] = Effect(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+        least["turned"] = LEAST_PREFERENCE
+    return effects, least
+
+
+def _against_nulls(row: pd.Series) -> str:
+    """Say whether a window is more serial than its nulls account for, with their numbers."""
+    if reason := withheld(row, "S"):
+        return f"nothing is claimed of it: {reason}"
+    effects, least = _effects(row)
+    if not effects:
+        return "it was measured without a null, so nothing is claimed of it"
+    numbers = []
+    if "size" in effects:
+        numbers.append(f"untrained layers with updates of the same size read {number(row, 'S_matched')}")
+    if "turned" in effects:
+        numbers.append(
+            f"what they wrote moves them {number(row, 'preference')} times as much as the same turned at random"
+        )
+    found = sides(list(effects.values()), list(least.values()))
+    return f"{_verdict(found)} ({'; '.join(numbers)})"
+
+
+def _verdict(found: Sequence[str]) -> str:
+    words = {
+        ABOVE: "more serial than the size of updates accounts for",
+        BELOW: "more parallel than the size of updates accounts for",
+        WITHIN: "as serial as the size of updates accounts for",
+        UNDECIDED: "whether that is more than the size of updates accounts for is undecided",
+    }
+    if len(set(found)) == 1:
+        return words[found[0]]
+    apart = "the two comparisons do not agree" if {ABOVE, BELOW} <= set(found) else "only one comparison decides it"
+    return f"{words[UNDECIDED]}, as {apart}"
+
+
 def _span(row: pd.Series) -> str:
     return f"{int(row['start'])} to {int(row['stop']) - 1}"
-
-
-def _length(row: pd.Series) -> int:
-    return int(row["stop"] - row["start"])
-
-
-def _side(row: pd.Series) -> str:
-    if row["S_low"] > 0.5:
-        return "closer to serial"
-    if row["S_high"] < 0.5:
-        return "closer to parallel"
-    return "which of the two it is closer to is undecided"
-
-
-def _against_null(row: pd.Series) -> str:
-    if row["R_over_N_low"] > 1:
-        return "they respond to what the window itself wrote more than a reader without preference would"
-    if row["R_over_N_high"] < 1:
-        return (
-            "they respond to what the window itself wrote less than a reader without preference would, and rather "
-            "read what was there before"
-        )
-    return (
-        "the interval includes 1, so S is no more than the size of what was written accounts for, and selective "
-        "reading was not shown"
-    )
-
-
-def _same(frame: pd.DataFrame, window: pd.Series) -> pd.Series | None:
-    """Return the row of another frame about the same window, if it has one."""
-    rows = frame[(frame["start"] == window["start"]) & (frame["stop"] == window["stop"])]
-    return rows.iloc[0] if len(rows) else None
-
-
-def _against_untrained(row: pd.Series, untrained: pd.Series) -> str:
-    return (
-        f"The same layers with fresh weights read S = {number(untrained, 'S')}, R/N = {number(untrained, 'R_over_N')}: "
-        f"training {_change(row, untrained, 'S')} S and {_change(row, untrained, 'R_over_N')} R/N."
-    )
-
-
-def _change(row: pd.Series, before: pd.Series, name: str) -> str:
-    if row[f"{name}_low"] > before[f"{name}_high"]:
-        return "raised"
-    return "lowered" if row[f"{name}_high"] < before[f"{name}_low"] else "did not clearly change"
-
-
-def _order(parts: Sequence[pd.Series]) -> str:
-    top = max(parts, key=lambda part: part["S"])
-    bottom = min(parts, key=lambda part: part["S"])
-    claims = []
-    if all(top["S_low"] > part["S_high"] for part in parts if part is not top):
-        claims.append(f"layers {_span(top)} are the most serial")
-    if all(bottom["S_high"] < part["S_low"] for part in parts if part is not bottom):
-        claims.append(
-            f"layers {_span(bottom)} the most parallel" if claims else f"layers {_span(bottom)} are the most parallel"
-        )
-    return " and ".join(claims) or "the intervals overlap, so which is the most serial is undecided"
-
-
-def _price(row: pd.Series) -> str:
-    change = f"{number(row, 'loss_parallel_sum')} nats per token"
-    if row["loss_parallel_sum_low"] > 0:
-        return f"raise the loss by {change}"
-    if row["loss_parallel_sum_high"] < 0:
-        return f"change the loss by {change}: it falls"
-    return f"change the loss by {change}, which includes no change at all"
