@@ -117,7 +117,11 @@ def run(
     if "series" in names:
         say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
         frame = window.windows(
-            stack, tokens, max_length, sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress)
+            stack,
+            tokens,
+            max_length,
+            untrained=fresh,
+            sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress),
         )
         tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
         say("calibration: the same measure on networks whose answer is known")

@@ -18,10 +18,8 @@ NETWORKS_COLUMNS = window.COLUMNS | {"network": "which network the row is about"
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """Say how serial the model is, against the nulls and untrained, and what running it in parallel costs."""
-    networks = tables.get(NETWORKS, pd.DataFrame({"network": []}))
-    untrained = networks[networks["network"] == UNTRAINED]
-    return headlines(words.windows(tables[WINDOWS], untrained if len(untrained) else None))
+    """Say how serial the model is, against its nulls, and what running it in parallel costs."""
+    return headlines(words.windows(tables[WINDOWS]))
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
@@ -30,27 +28,43 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
-    """Draw S and R/N of every window."""
-    caption = f"S and R/N of every window measured; the numbers are in {WINDOWS}."
+    """Draw S and the preference of every window."""
+    caption = f"S and the preference of every window measured; the numbers are in {WINDOWS}."
     return {"series": Drawing(figures.windows(tables[WINDOWS]), caption)}
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
-    """Explain S and R/N, and show the windows that the sentences speak of."""
+    """Explain S and its nulls, and show the windows that the sentences speak of."""
     frame = tables[WINDOWS]
     paragraphs = [
         "S = (R + O) / 2 asks whether the layers of a window depend on one another. R compares what each layer "
         "writes with what it would write given the stream that enters the window; O compares what the whole window "
         "writes with what its layers write side by side. Both are 0 if no layer reads another, 1 if each lives only "
         "on the one before. The normalisation is frozen at the clean run; S_live lets it move.",
-        "A layer also changes its output simply because the stream has moved. N is how far it moved relative to its "
-        "size: R/N above 1 is response to what the window wrote beyond that, below 1 is preference for what was "
-        "there before. Compare windows of equal length.",
+        "A layer also changes its output simply because the stream has moved, so S grows with the size of updates. Two "
+        "nulls stand beside it. S matched is S of the same architecture with fresh weights and updates of the same "
+        "size, layer by layer. Preference is how much more a layer responds to what the window wrote before it than to "
+        "the same turned at random: 1 without preference, below 1 if it rather reads what was there before. N, how far "
+        "the stream moved relative to its size, is no null. Compare windows of equal length.",
     ]
     chosen = words.thirds(frame) + [row for row in [words.whole_window(frame)] if row is not None]
     pairs = frame[frame["stop"] - frame["start"] == 2]
     columns = [
-        name for name in ("S", "R", "O", "N", "R_over_N", "R_shuffled", "S_live", "loss_parallel_sum") if name in frame
+        name
+        for name in (
+            "S",
+            "S_matched",
+            "S_excess",
+            "R",
+            "O",
+            "preference",
+            "R_over_rotated",
+            "R_shuffled",
+            "N",
+            "S_live",
+            "loss_parallel_sum",
+        )
+        if name in frame
     ]
     shown = [
         tabled("Three windows of equal length, and all layers but the first", "window", chosen, columns, _span),
@@ -83,14 +97,14 @@ def _networks_section(tables: Tables, manifests: Manifests) -> Section:
     paragraphs = [
         "Before the measure is trusted, it is tried on networks whose structure was decided when their weights were "
         "written: parallel (every layer reads the embedding alone), serial (every layer reads only the one before), "
-        "mixtures of the two, a linear network whose layers prefer nothing (R/N must be 1), and untrained random "
-        "ones."
+        "mixtures of the two, a linear network whose layers prefer nothing (preference must be 1, and R = N), and "
+        "untrained random ones (preference about 1)."
     ]
     parts = [(str(name), part) for name, part in networks.groupby("network", sort=False)]
     if WINDOWS in tables:
         model = tables[WINDOWS]
         parts.append((model_name(manifests[WINDOWS]), model[model["start"] > 0]))
-    columns = [column for column in ("S", "R", "O", "S_live", "R_over_N") if column in networks]
+    columns = [column for column in ("S", "R", "O", "S_live", "preference", "R_over_N") if column in networks]
     cells = [
         [Cell(name), Cell(str(len(part))), *(spread_cell(part[column]) for column in columns)] for name, part in parts
     ]

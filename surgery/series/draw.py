@@ -1,4 +1,4 @@
-"""The figures of series: S and R/N of every window, and S on networks whose answer is known, from their tables."""
+"""The figures of series: S and preference of every window, and S on networks whose answer is known."""
 
 import numpy as np
 import pandas as pd
@@ -10,23 +10,23 @@ from surgery.page.drawing import ACCENT, BLUE, FAINT, INK, triangle
 
 
 def windows(frame: pd.DataFrame) -> Figure:
-    """S of every window, and R/N on a logarithmic scale with its midpoint at 1; first layer across, last layer up."""
+    """S of every window, and its preference on a logarithmic scale around 1; first layer across, last layer up."""
     n_layers = int(frame["stop"].max())
     side = float(np.clip(0.42 * n_layers + 1.6, 3.6, 8.0))
     figure = Figure(figsize=(2 * side + 2.2, side + 1.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     triangle(figure, left, frame, "S", n_layers, "viridis", Normalize(0, 1))
     left.set_title("How serial each window is: S\n0 parallel, 1 serial", loc="left")
-    ratio = frame["R_over_N"][frame["R_over_N"] > 0].dropna()
+    ratio = frame["preference"][frame["preference"] > 0].dropna()
     reach = max(2.0, float(np.exp(np.abs(np.log(ratio)).max()))) if len(ratio) else 2.0
-    bar = triangle(figure, right, frame, "R_over_N", n_layers, "PuOr_r", LogNorm(1 / reach, reach))
+    bar = triangle(figure, right, frame, "preference", n_layers, "PuOr_r", LogNorm(1 / reach, reach))
     ticks = [tick for tick in (1 / 50, 1 / 20, 1 / 10, 1 / 5, 1 / 2, 1, 2, 5, 10, 20, 50) if 1 / reach <= tick <= reach]
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:.2g}"))
-    right.set_title("Against any displacement of that size: R/N\nabove 1 reads what the window wrote", loc="left")
+    right.set_title("Response to what the window wrote, over\nthat to the same turned at random", loc="left")
     figure.supxlabel(
-        "* the stream that enters layer 0 is the bare embedding: read R/N there, not S", fontsize=9, color=FAINT
+        "* what enters layer 0 is the bare embedding, beside which any update is large", fontsize=9, color=FAINT
     )
     return figure
 

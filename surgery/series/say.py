@@ -134,8 +134,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
         notes.append("In windows of two layers one layer follows another, so R = O and S is one number, not two.")
     if "token_share" in frame and frame["token_share"].notna().any():
         notes.append(
-            f"{int(frame['n_massive'].max())} tokens of massive activations were left out; of those measured, one token "
-            f"holds up to {frame['token_share'].max():.0%} of a variance, and one dimension up to "
+            f"{int(frame['n_massive'].max())} tokens of massive activations were left out. Of those measured, one "
+            f"token holds up to {frame['token_share'].max():.0%} of a variance, and one dimension up to "
             f"{frame['dimension_share'].max():.0%}."
         )
     undefined = int(frame["S"].isna().sum())
@@ -217,7 +217,7 @@ def _verdict(found: Sequence[str]) -> str:
     }
     if len(set(found)) == 1:
         return words[found[0]]
-    apart = "the two comparisons do not agree" if {ABOVE, BELOW} <= set(found) else "only one comparison decides it"
+    apart = "only one comparison decides it" if UNDECIDED in found else "the two comparisons do not agree"
     return f"{words[UNDECIDED]}, as {apart}"
 
 

@@ -94,7 +94,7 @@ def _beyond(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
 
 
 FUNCTIONS: dict[str, Function] = {
-    "series.windows": Function(partial(window.windows, damage=False), lambda n: (3 * n + 1) / 2),
+    "series.windows": Function(partial(window.windows, damage=False), lambda n: 2 * n + 2),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
     "interactions.pairs": Function(interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
     "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
@@ -183,7 +183,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     """Measure what every function costs on these tokens, in forward passes F: a row each, ``COST_COLUMNS``.
 
     ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
-    depends on the machine. A function that refuses these tokens has no row.
+    depends on the machine. Massive tokens are not looked for. A function that refuses these tokens has no row.
     """
     tokens = Tokens.of(tokens).to(stack.device)
     size = tokens.ids.numel() * stack.n_layers
@@ -193,7 +193,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
         function = FUNCTIONS[name]
         try:
             with _count_layers() as executed:
-                seconds = _seconds(partial(function.run, stack, tokens))
+                seconds = _seconds(partial(function.run, stack, tokens, sampling=Sampling(skip_massive=False)))
         except ValueError:
             continue
         row = {"function": name, "formula": function.formula(stack.n_layers), "counted": executed[0] / size}

@@ -18,7 +18,7 @@ def test_figures_are_drawn_for_any_depth(n_layers):
 
 
 def test_the_triangle_shows_each_window_in_its_place_and_nothing_else():
-    frame = pd.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "R_over_N": [0.5, 2.0]})
+    frame = pd.DataFrame({"start": [0, 1], "stop": [2, 4], "S": [0.25, 0.75], "preference": [0.5, 2.0]})
     axes = draw.windows(frame).axes[0]
     shown = axes.images[0].get_array()
     assert shown[1, 0] == 0.25
@@ -33,7 +33,7 @@ def test_numbers_are_printed_into_the_triangle_only_where_they_fit():
 
 
 def test_the_ratio_is_shown_around_one_on_a_logarithmic_scale():
-    norm = draw.windows(made_up.series(R_over_N=8.0)).axes[1].images[0].norm
+    norm = draw.windows(made_up.series(preference=8.0)).axes[1].images[0].norm
     assert norm(1.0) == pytest.approx(0.5)
     assert norm(8.0) == pytest.approx(1.0)
     assert norm(1 / 8) == pytest.approx(0.0)

@@ -11,45 +11,69 @@ def text(sentences: list[str]) -> str:
     return " ".join(sentences)
 
 
-def test_serial_windows_are_called_serial_with_value_and_interval():
-    sentences = say.windows(made_up.series(S=0.8))
-    assert sentences[0] == (
-        "Layers 1 to 5 together read S = 0.80 [0.79, 0.81], from 0 (parallel) to 1 (serial): closer to serial."
+def test_a_window_is_called_serial_against_both_of_its_nulls():
+    assert say.windows(made_up.series(S=0.8))[0] == (
+        "Layers 1 to 5 together read S = 0.80 [0.79, 0.81], from 0 (parallel) to 1 (serial): more serial than the size "
+        "of updates accounts for (untrained layers with updates of the same size read 0.40 [0.39, 0.41]; what they "
+        "wrote moves them 1.50 [1.49, 1.51] times as much as the same turned at random)."
     )
 
 
-def test_parallel_windows_are_called_parallel():
-    assert say.windows(made_up.series(S=0.2))[0].endswith("closer to parallel.")
+@pytest.mark.parametrize(
+    ("excess", "preference", "says", "side"),
+    [
+        (-0.2, 0.6, "more parallel than the size of updates accounts for", "below"),
+        (0.0, 1.0, "(serial): as serial as the size of updates accounts for", "within"),
+        (0.2, 1.0, "undecided, as the two comparisons do not agree", "undecided"),
+        (0.2, 0.6, "undecided, as the two comparisons do not agree", "undecided"),
+        (0.2, 1.1, "undecided, as only one comparison decides it", "undecided"),
+        (0.045, 1.1, "accounts for is undecided (", "undecided"),
+    ],
+)
+def test_no_more_is_claimed_than_both_nulls_allow(excess, preference, says, side):
+    frame = made_up.series(S_excess=excess, preference=preference)
+    assert says in say.windows(frame)[0]
+    assert say.side(frame.iloc[-1]) == side
 
 
-def test_an_interval_around_one_half_decides_nothing():
-    sentences = say.windows(made_up.series(S=0.5))[0]
-    assert "is undecided" in sentences
-    assert "closer to serial" not in sentences
-    assert "closer to parallel" not in sentences
+def test_high_and_low_values_alone_claim_nothing():
+    """S of .9 is what random layers with large updates read."""
+    for S in (0.1, 0.9):
+        frame = made_up.series(S=S, S_matched=S, S_excess=0.0, preference=1.0)
+        sentence = say.windows(frame)[0]
+        assert "as serial as the size of updates accounts for" in sentence
+        assert "closer" not in sentence
+    without = made_up.series(S=0.9).drop(columns=[c for c in frame if c.startswith(("S_excess", "preference"))])
+    assert "measured without a null, so nothing is claimed" in say.windows(without)[0]
 
 
-def test_without_an_interval_nothing_is_claimed():
-    frame = made_up.series(S=0.9)
+CLAIMS = ("more serial", "more parallel", "as serial", "is the most serial (", "it rises", "it falls", "no difference")
+
+
+def no_intervals(frame):
     frame[[name for name in frame if name.endswith(("_low", "_high"))]] = np.nan
-    sentences = text(say.windows(frame))
-    assert "0.90 (no interval)" in sentences
-    assert "closer to serial" not in sentences
-    assert "more than a reader" not in sentences
+    return frame
 
 
 @pytest.mark.parametrize(
-    ("ratio", "says"),
+    ("frame", "reason"),
     [
-        (1.5, "more than a reader without preference"),
-        (0.6, "less than a reader without preference"),
-        (1.0, "the interval includes 1"),
+        (no_intervals(made_up.series(S=0.9)), "no interval"),
+        (made_up.series(S=0.9, n_prompts=1), "one prompt has no interval"),
+        (made_up.series(S=np.nan, S_excess=np.nan, preference=np.nan, loss_parallel_sum=np.nan), "undefined"),
+        (
+            made_up.series(S=0.9).assign(token_share=0.73, dimension_share=0.8, n_massive=0, n_tokens=900),
+            "one token holds 73 % of the variance",
+        ),
     ],
+    ids=["no interval", "one prompt", "constant stream", "one token"],
 )
-def test_seriality_is_held_against_the_displacement_null(ratio, says):
-    sentences = say.windows(made_up.series(R_over_N=ratio))[1]
-    assert says in sentences
-    assert f"R/N = {ratio:.2f}" in sentences
+def test_where_nothing_can_be_told_nothing_is_claimed_and_the_reason_given(frame, reason):
+    sentences = text(say.windows(frame))
+    assert reason in sentences
+    assert not [claim for claim in CLAIMS if claim in sentences]
+    assert "cannot be told" in sentences
+    say.limits(frame)
 
 
 def test_the_thirds_are_windows_of_one_length_without_layer_0():
@@ -63,39 +87,40 @@ def test_the_thirds_are_windows_of_one_length_without_layer_0():
     ]
 
 
-def test_a_third_is_called_most_serial_only_if_its_interval_is_clear_of_the_others():
+def test_a_ranking_ranks_all_windows_of_its_length():
     frame = made_up.series(12)
-    assert "which is the most serial is undecided" in text(say.windows(frame))
-    middle = (frame["start"] == 5) & (frame["stop"] == 8)
-    frame.loc[middle, ["S", "S_low", "S_high"]] = 0.9, 0.89, 0.91
-    assert "layers 5 to 7 are the most serial." in text(say.windows(frame))
-    frame.loc[middle, "S_low"] = 0.655
-    assert "most serial is undecided" in text(say.windows(frame))
-    frame.loc[middle, ["S", "S_low", "S_high"]] = 0.1, 0.09, 0.11
-    assert "layers 5 to 7 are the most parallel." in text(say.windows(frame))
+    assert "Of all 9 of them from layer 1 on, 9 may be the most serial and 9 may be the most parallel." in text(
+        say.windows(frame)
+    )
+    shown, between = ((frame["start"] == start) & (frame["stop"] == start + 3) for start in (5, 7))
+    frame.loc[shown, ["S", "S_low", "S_high"]] = 0.37, 0.36, 0.38
+    assert "5 to 7 is the most parallel (0.37)" in text(say.windows(frame))
+    frame.loc[between, ["S", "S_low", "S_high"]] = 0.22, 0.21, 0.23  # not among the three that are shown
+    assert "7 to 9 is the most parallel (0.22)" in text(say.windows(frame))
+    frame.loc[between, ["S", "S_low", "S_high"]] = 0.33, 0.32, 0.34
+    assert "2 may be the most parallel" in text(say.windows(frame))  # clear of one another, by less than matters
+    frame.loc[between, ["S", "S_low", "S_high"]] = 0.9, 0.89, 0.91
+    assert "7 to 9 is the most serial (0.90) and 5 to 7 is the most parallel (0.37)." in text(say.windows(frame))
+    frame.loc[between, ["S", "S_low", "S_high"]] = np.nan
+    assert "which is the most serial cannot be told" in text(say.windows(frame))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(0.8, "raise the loss by 0.80 [0.79, 0.81]"), (0.0, "includes no change"), (-0.1, "it falls")],
+    [
+        (0.8, "change the loss by +0.80 [+0.79, +0.81] nats per token: it rises."),
+        (-0.1, "nats per token: it falls."),
+        (0.005, "nats per token: undecided."),
+    ],
 )
 def test_the_price_of_running_in_parallel(change, says):
     assert says in text(say.windows(made_up.series(loss_parallel_sum=change)))
 
 
-@pytest.mark.parametrize(
-    ("fresh", "ratio", "says"),
-    [
-        (0.4, 2.0, "training raised S and lowered R/N."),
-        (0.9, 1.0, "training lowered S and raised R/N."),
-        (0.66, 1.5, "training did not clearly change S and did not clearly change R/N."),
-    ],
-)
-def test_seriality_is_held_against_the_untrained_model(fresh, ratio, says):
-    sentences = text(say.windows(made_up.series(), made_up.series(S=fresh, R_over_N=ratio)))
-    assert f"with fresh weights read S = {fresh:.2f}" in sentences
-    assert says in sentences
-    assert "fresh weights" not in text(say.windows(made_up.series(), made_up.series(max_length=2)))
+def test_a_price_that_does_not_matter_is_said_not_to():
+    row = made_up.series().iloc[0].copy()
+    row["loss_parallel_sum_low"], row["loss_parallel_sum"], row["loss_parallel_sum_high"] = 5e-5, 7e-5, 9e-5
+    assert say.price(row).endswith("no difference that matters (0.01 nats).")
 
 
 def test_windows_too_short_for_the_whole_speak_of_the_middle():
@@ -112,8 +137,13 @@ def test_the_share_of_the_normalisation_and_layer_0_are_told():
     notes = text(say.limits(made_up.series()))
     assert "difference of +0.05 is rescaling by the normalisation" in notes
     assert "Windows that start at layer 0 (S = 0.65 to 0.65, N = 0.40 to 0.40) are left out" in notes
-    assert "In 0 of 10 windows" in notes
-    assert "In 10 of 10 windows" in text(say.limits(made_up.series(R_over_N=1.0)))
+    assert "In 0 of 10 windows from layer 1 on, it is undecided" in notes
+    assert "In 10 of 10 windows" in text(say.limits(made_up.series(preference=1.1)))
+    assert "S is one number, not two" in notes
+    shares = made_up.series().assign(token_share=0.02, dimension_share=0.4, n_massive=35, n_tokens=1504)
+    assert "35 tokens of massive activations were left out. Of those measured, one token holds up to 2%" in text(
+        say.limits(shares)
+    )
 
 
 def test_undefined_windows_and_few_prompts_are_told():
