@@ -1,7 +1,8 @@
 r"""From which layer to which does the content of a sentence count for more than its language?
 
 The same contents are put into several languages. At every layer an utterance is represented by the mean of the stream
-over its tokens (without the first), less the mean over all utterances; pairs of utterances are compared by cosine:
+over its tokens (without the first, and massive ones), less the mean over all utterances; pairs of utterances are
+compared by cosine:
 
     same_content   SC   same content, other language
     same_language  SL   other content, same language
@@ -17,7 +18,7 @@ they are problems of its own corpus, asked and answered in each of its languages
 notations (Python, LaTeX, arithmetic) are languages.
 
 Compare with the same model untrained: SC there is what tokens shared between languages, digits and names, give for
-nothing. Cost: 1 F of all utterances. Memory: one vector per utterance and layer.
+nothing. Cost: 2 F of all utterances. Memory: one vector per utterance and layer.
 
 >>> from surgery import Stack, load
 >>> result = curve(Stack(load("babel")), babel(6), sampling=Sampling(resamples=20))
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from surgery.corpus import parallel_sentences
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
+from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.stats.bootstrap import columns, described, weights
 from surgery.stats.sampling import Sampling
@@ -121,10 +123,10 @@ def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Utterance]:
 
 
 def curve(stack: Stack, utterances: Sequence[Utterance], *, sampling: Sampling = Sampling()) -> Convergence:
-    """Measure SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 1 F.
+    """Measure SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 2 F.
 
-    Raises ValueError for fewer than two contents or two languages, and for two utterances of one content in one
-    language.
+    Raises ValueError for fewer than two contents or two languages, for two utterances of one content in one language,
+    and for one of which no token is left.
     """
     contents, content = np.unique([utterance.content for utterance in utterances], return_inverse=True)
     languages, language = np.unique([utterance.language for utterance in utterances], return_inverse=True)
@@ -144,7 +146,7 @@ def curve(stack: Stack, utterances: Sequence[Utterance], *, sampling: Sampling =
         "neither": ~same_content & ~same_language,
     }
     rows, differences = [], []
-    for layer, pooled in enumerate(_pooled(stack, utterances, sampling.batch_size)):
+    for layer, pooled in enumerate(_pooled(stack, utterances, sampling)):
         measures = _mean_cosines(pooled @ pooled.T, weight, kinds)
         measures["difference"] = measures["same_content"] - measures["same_language"]
         row: dict[str, float] = {"layer": layer, "n_contents": len(contents)}
@@ -156,13 +158,17 @@ def curve(stack: Stack, utterances: Sequence[Utterance], *, sampling: Sampling =
 
 
 def _pooled(
-    stack: Stack, utterances: Sequence[Utterance], batch_size: int
+    stack: Stack, utterances: Sequence[Utterance], sampling: Sampling
 ) -> Float[Tensor, "layer_plus_1 utterance d_model"]:
-    """Return every utterance's mean over its tokens but the first, in float64."""
-    tokens, parts = stack.tokens([utterance.text for utterance in utterances]), []
-    for batch in tokens.batches(batch_size):
-        keep = batch.ensemble().unsqueeze(-1)
-        stream = stack.stream(batch).masked_fill(~keep, 0)
+    """Return every utterance's mean over its tokens of the ensemble, in float64."""
+    ensemble = Ensemble.of(stack, stack.tokens([utterance.text for utterance in utterances]), sampling)
+    if not (kept := ensemble.mask.any(1)).all():
+        nothing = utterances[int((~kept).nonzero()[0])]
+        raise ValueError(f"no token of {nothing.text!r} is left to measure: leave it out, or skip_massive=False")
+    parts = []
+    for _, context, mask in ensemble.batches(stack, "utterances"):
+        keep = mask.unsqueeze(-1)
+        stream = stack.stream(context).masked_fill(~keep, 0)
         parts.append((stream.sum(2, dtype=torch.float64) / keep.sum(1)).cpu())
     return torch.cat(parts, 1)
 
