@@ -65,6 +65,7 @@ def test_the_profile_is_that_of_series(name, length, load):
     frame = series.windows(stack, tokens, length, damage=False, sampling=Sampling(resamples=10))
     frame = frame[frame["stop"] - frame["start"] == length]
     assert profile.S[0].tolist() == pytest.approx(frame["S"].tolist(), rel=1e-4)
+    assert profile.R_over_rotated[0].tolist() == pytest.approx(frame["R_over_rotated"].tolist(), rel=1e-4)
     low = torch.quantile(profile.S[1:], 0.025, dim=0)
     assert low.tolist() == pytest.approx(frame["S_low"].tolist(), rel=1e-4)
 
