@@ -24,7 +24,8 @@ placements of the boundaries, so that it knows how unsure these are. Prompts tha
 those tested. A part that holds no window makes D undefined (NaN).
 
 ``verdict``: ``supported`` if the intervals of D_in, D_out and D_over_rotated all lie below 0, D and D_over_rotated are
-``LEAST`` away from it, and both p < .05; ``contradicted`` if all lie above; else ``undecided``
+``LEAST`` away from it, both p < .05, and no token decides a variance alone (``surgery.instruments.massive``);
+``contradicted`` if all lie above; else ``undecided``
 (``surgery.anatomy.say.verdict`` says why). As all conditions have to hold, none is corrected for the others. What it
 says of networks that are known is in ``docs/validity.md``. D is our definition.
 
@@ -35,7 +36,7 @@ says of networks that are known is in ``docs/validity.md``. D is our definition.
 'undecided'
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.windows import (
     Reading,
@@ -82,7 +84,7 @@ COLUMNS = {
     "p_rotated": "the same of D_over_rotated",
     "verdict": "are the ends more parallel than the middle: supported, contradicted or undecided",
 }
-COLUMNS |= described(_MEASURES, over="prompts and boundaries")
+COLUMNS |= described(_MEASURES, over="prompts and boundaries") | massive.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class Profile:
     R_over_rotated: Float[Tensor, "resample window"]
     length: int
     n_prompts: int
+    held: Mapping[
+        str, int | float
+    ]  # ``surgery.instruments.massive.COLUMNS``, over all streams and updates but layer 0's
 
     @property
     def n_layers(self) -> int:
@@ -132,7 +137,9 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
         )
         S.append((R + output[-1]) / 2)
         R_over_rotated.append(ratio(R, R_rotated))
-    return Profile(torch.stack(S, 1), torch.stack(R_over_rotated, 1), length, n_prompts)
+    inner = range(1, stack.n_layers)
+    held = ensemble.columns(inner, inner)
+    return Profile(torch.stack(S, 1), torch.stack(R_over_rotated, 1), length, n_prompts, held)
 
 
 def ends(
@@ -178,7 +185,7 @@ def ends(
     counted = [part[0, first_layer:] for part in parts]
     for name, values in (("p_windows", profile.S), ("p_rotated", profile.R_over_rotated)):
         row[name] = _p_windows(values[0, first_layer:], counted, permutations, seed)
-    return pd.Series(row, dtype=object)
+    return pd.Series({**row, **profile.held}, dtype=object)
 
 
 def verdict(contrast: pd.Series) -> str:
@@ -186,6 +193,8 @@ def verdict(contrast: pd.Series) -> str:
 
     ``contrast`` is what ``ends`` returns, or a row of a table of these.
     """
+    if massive.decided_by_one(contrast["token_share"], contrast["n_tokens"]):
+        return "undecided"
     sure = contrast["p_windows"] < SURE and contrast["p_rotated"] < SURE  # NaN, where a part holds no window, is not
     if sure and min(abs(contrast["D"]), abs(contrast["D_over_rotated"])) >= LEAST:
         if all(contrast[f"{name}_high"] < 0 for name in ("D_in", "D_out", "D_over_rotated")):

@@ -21,6 +21,7 @@ import pandas as pd
 
 from surgery.anatomy import ends_against_middle
 from surgery.anatomy.ends_against_middle import LEAST
+from surgery.instruments import massive
 from surgery.page.chapters import Sentence
 from surgery.page.parts import rows
 from surgery.page.phrases import number
@@ -114,6 +115,8 @@ def verdict(contrast: pd.Series) -> str:
 
 def _undecided(contrast: pd.Series) -> str:
     """Why a contrast of ends and middle is undecided, if it is."""
+    if massive.decided_by_one(contrast["token_share"], contrast["n_tokens"]):
+        return f"one token holds {contrast['token_share']:.0%} of a variance, so that no claim is made"
     first, last = (_side(contrast, name) for name in ("D_in", "D_out"))
     if first * last < 0:
         size = {-1: "smaller", 1: "larger"}

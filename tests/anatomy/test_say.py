@@ -47,6 +47,13 @@ def test_ends_that_disagree_are_not_averaged(first, last, expected):
     assert f"(first end {first:.2f} [" in say.verdict(contrast)
 
 
+def test_where_one_token_decides_nothing_is_claimed():
+    contrast = made_up_anatomy.ends().iloc[0]
+    assert say.verdict(contrast).startswith("supported: ")
+    shared = pd.Series({**contrast, "token_share": 0.4})
+    assert say.verdict(shared).startswith("undecided: one token holds 40% of a variance, so that no claim is made; ")
+
+
 def test_without_resamples_there_is_no_verdict():
     contrast = made_up_anatomy.ends().iloc[0]
     none = {f"{name}_{end}": math.nan for name in ("D", "D_in", "D_out", "D_over_rotated") for end in ("low", "high")}

@@ -26,7 +26,11 @@ def ends(
 ) -> pd.DataFrame:
     """The ends against the middle on all prompts; both ends differ by D if not said otherwise."""
     row = {"kind": "all", "boundary_in": 4, "boundary_out": 9, "length": 2, "n_prompts": 16, "p_windows": p_windows}
-    row |= with_interval("D", D) | with_interval("D_over_rotated", of_ratio) | {"p_rotated": p_windows}
+    row |= (
+        with_interval("D", D)
+        | with_interval("D_over_rotated", of_ratio)
+        | {"p_rotated": p_windows, "token_share": 0.01, "n_tokens": 500}
+    )
     row |= with_interval("D_in", D if first is None else first) | with_interval("D_out", D if last is None else last)
     return pd.DataFrame([row | {"verdict": "supported: ..."}])
 
