@@ -1,27 +1,31 @@
 r"""Is a wiring better than the unmodified model, or only the luckiest of thousands? From the table of a scan alone.
 
-The unit is the prompt. Every wiring is compared with the unmodified model on the same prompts, d = value - baseline
-(baseline - value for the metrics where less is better, so that a gain is always an improvement), and
+Every wiring is compared with the unmodified model on the same prompts, d = value - baseline (baseline - value for the
+metrics where less is better, so that a gain is always an improvement). The unit is the prompt or, with ``cluster``, a
+group of prompts that are not independent (made from one template, one passage, one k and pair of languages): such
+prompts gain and lose together, and counted one by one they make luck look certain. Then
 
-* ``gain`` is the mean of d over prompts, with the percentile interval of a bootstrap over prompts;
-* ``p`` is two-sided, from flipping the signs of d at random: if a wiring does nothing, d and -d are as likely;
-* ``p_max`` asks the same of the largest of all wirings. The statistic is z = sum(d) / sqrt(sum(d²)), each wiring in
-  units of its own spread (the denominator does not change under flips, and z orders as Student's t does), and a prompt
-  is flipped in all wirings at once, so that what wirings share stays shared. Below .05: with that many wirings tried,
-  and none with any effect, one in twenty scans would show so large a |z| anywhere (Westfall and Young 1993);
+* ``gain`` is the mean of d over prompts, with its bootstrap-t interval over units;
+* ``p`` is two-sided, the larger of two: by a studentised bootstrap (``surgery.stats.studentised``), which allows for
+  the skew that gains of log-likelihood have, and by sign flips (``surgery.stats.permutation``), which hold for counts
+  of a few exact answers, where a bootstrap does not know the outcomes that it has not seen;
+* ``p_max`` asks the same of the largest of all wirings, gains and losses apart, by step-down: a unit is drawn (or
+  flipped) in all wirings at once, so that what wirings share stays shared. Below .05: with that many wirings tried, and
+  none with any effect, one in forty scans would show so clear a gain anywhere, and one in forty so clear a loss;
 * ``q`` is the false discovery rate (Benjamini and Hochberg 1995) among the wirings that gain as much or more, or lose
   as much or more: gains and losses are two families, or else the many wirings that break a model would pay for the
   few that seem to help it. Benjamini-Hochberg and not Benjamini-Yekutieli, because the wirings of a scan share their
   baseline and most of their layers and so move together, the case in which the former is proven to hold (Benjamini and
   Yekutieli 2001), while the latter costs a factor of about ln m; what must hold under any dependence, reads ``p_max``.
 
-Signs are flipped ``resamples`` times, so no p is below 1 / (resamples + 1); if there are no more than that many ways to
-flip, each is taken once and p is exact. Intervals from fewer than some 20 prompts are too narrow, and are for one
-wiring looked at by itself: the interval of the best of a scan does not know that it was chosen. ``winners`` measures
-it again on probes that took no part in the choice.
+No p is below 2 / (resamples + 1), nor below 2 / 2^units. With skewed gains ``p_max`` is nominal or below from 32
+prompts on; with fewer than ``FEW`` prompts p of one wiring is too small where gains are very skewed, and with fewer
+than ``FEW_CLUSTERS`` clusters little can be shown. The simulation is in ``benchmarks/simulations/luck.py``.
+An interval is for one wiring looked at by itself: that of the best of a scan does not know that it was chosen.
+``winners`` measures it again on probes that took no part in the choice.
 
 Cells that were not measured (or are NaN) are left out of their wiring alone; ``n_prompts`` says how many remain. With
-one prompt there is no interval (NaN) and p is 1; a wiring that changes nothing has gain 0, interval [0, 0], p = 1.
+one unit there is no interval (NaN) and p is 1; a wiring that changes nothing has gain 0, interval [0, 0], p = 1.
 
 Control to compare with: ``expected_best``, what the best wiring would gain by luck. No model code lives here.
 
@@ -41,25 +45,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from einops import rearrange
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
-from surgery.stats.bootstrap import weights
-from surgery.stats.permutation import FLIPS, chunks, p_value, sign_flips, signs, standardised
+from surgery.stats import studentised
+from surgery.stats.permutation import FLIPS, all_of_them, signs, standardised
+from surgery.stats.studentised import Units
 
 RESAMPLES = FLIPS
+FEW, FEW_CLUSTERS = 128, 20  # prompts, clusters: with fewer, what is read is said to be uncertain
 LESS_IS_BETTER = ("loss", "kl")
 COLUMNS = {
     "wiring": "the order in which the layers ran",
     "group": "group of the probes, in a table by group",
     "gain": "mean over prompts of value - baseline (baseline - value for loss and kl): above 0 is better",
-    "gain_low": "lower end of its 95 % interval, bootstrap over prompts",
+    "gain_low": "lower end of its 95 % interval, bootstrap-t over prompts (or clusters of them)",
     "gain_high": "upper end of its 95 % interval",
-    "p": "two-sided, by sign flips, of this row by itself",
-    "p_max": "two-sided, by sign flips, against the largest of all rows: family-wise",
+    "p": "two-sided, by studentised bootstrap and sign flips, of this row by itself",
+    "p_max": "the same against the largest of all rows, gains and losses apart: family-wise",
     "q": "false discovery rate among the rows that gain (or lose) at least as clearly",
     "n_prompts": "how many prompts the row was measured on",
+    "n_units": "of how many independent units they are: as many, or the clusters that were drawn whole",
 }
 
 
@@ -112,28 +118,31 @@ def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def table(
-    frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, by_group: bool = False
+    frame: pd.DataFrame,
+    metric: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    by_group: bool = False,
+    cluster: str | None = None,
 ) -> pd.DataFrame:
     """Return a row per wiring, or per wiring and group, in the order of the scan: ``COLUMNS``.
 
-    All wirings see the same resamples and the same flips. With ``by_group`` the family of ``p_max`` and ``q`` is all
-    rows, of every group. Cost: no forward pass; some seconds for 3000 wirings on 300 prompts.
+    All rows see the same resamples and the same flips. With ``by_group`` the family of ``p_max`` and ``q`` is all rows,
+    of every group. ``cluster`` is the column of ``frame`` with what prompts have in common that are not independent.
+
+    Cost: no forward pass; some seconds for 3000 wirings on 300 prompts.
     """
     wide = differences(frame, metric)
     d, names, groups = wide.to_numpy(), wide.columns.astype(str), wide.index.get_level_values("group")
-    families = groups.unique() if by_group else ["all"]
-    flips = signs(len(d), resamples, seed)
-    parts, largest = [], np.zeros(len(flips))
-    for family in families:
-        chosen = np.asarray(groups == family) if by_group else np.full(len(d), True)
-        z, reached, highest = sign_flips(d[chosen], flips[:, chosen])
-        parts.append((*_bootstrap(d[chosen], resamples, seed), np.isfinite(d[chosen]).sum(0), z, reached))
-        largest = np.maximum(largest, highest)
-    gain, low, high, n_prompts, z, reached = (
-        rearrange(list(part), "group wiring -> (wiring group)") for part in zip(*parts, strict=True)
-    )
-    beyond = len(largest) - np.searchsorted(np.sort(largest), z - 1e-9)
-    p, p_max = (np.where(np.isfinite(z), p_value(count, flips), np.nan) for count in (reached, beyond))
+    families = groups.unique() if by_group else pd.Index(["all"])
+    if by_group:  # a wiring in one group: the wiring, not measured on the prompts of the others
+        inside = np.asarray(groups)[:, None] == np.asarray(families)
+        d = np.where(inside[:, None], d[:, :, None], np.nan).reshape(len(d), -1)
+    units = Units.of(d, _labels(frame, wide, cluster))
+    drawn = studentised.draws(len(units), resamples, seed)
+    low, high = studentised.interval(units, drawn)
+    gain, p, p_max = units.mean(), *_judged(units, drawn, seed)
     rows = {
         "wiring": names.repeat(len(families)),
         "group": np.tile(families, len(names)),
@@ -143,36 +152,40 @@ def table(
         "p": p,
         "p_max": p_max,
         "q": _discoveries(p, gain),
-        "n_prompts": n_prompts,
+        "n_prompts": np.isfinite(d).sum(0),
+        "n_units": units.present(),
     }
     return pd.DataFrame({name: rows[name] for name in COLUMNS if by_group or name != "group"})
 
 
-def expected_best(frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0) -> Luck:
+def expected_best(
+    frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, cluster: str | None = None
+) -> Luck:
     """Return the largest gain of a scan in which no wiring has an effect but each keeps its spread over prompts.
 
-    Signs are flipped as for ``p_max``, of d less its mean, and the largest mean gain (not z) is kept. Wirings that are
-    clearly worse than the unmodified model, z below -sqrt(2 ln ln n), could not have won by luck and would only bring
-    their large spread into it, so they are left out (Hansen 2005, "A test for superior predictive ability").
-    A gain in the units of the metric weighs wirings of large spread most; ``p_max`` weighs all alike.
+    Prompts (or clusters) are drawn as for ``p_max``, of d less its mean, and the largest mean gain (not t) is kept.
+    Wirings that are clearly worse than the unmodified model, t below -sqrt(2 ln ln n), could not have won by luck and
+    would only bring their large spread into it, so they are left out (Hansen 2005, "A test for superior predictive
+    ability"). A gain in the units of the metric weighs wirings of large spread most; ``p_max`` weighs all alike.
 
-    Raises ValueError if no wiring but the unmodified model was measured on two prompts or more.
+    Raises ValueError if no wiring but the unmodified model was measured on two prompts (or clusters) or more.
     """
     wide = _without_baseline(differences(frame, metric))
-    wide = wide.loc[:, wide.count() > 1]
-    if wide.shape[1] == 0:
-        raise ValueError("luck cannot be estimated: no wiring was measured on two prompts or more")
-    d = wide.to_numpy()
-    n = np.isfinite(d).sum(0)
-    worse = standardised(d).sum(0) < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
+    units = Units.of(wide.to_numpy(), _labels(frame, wide, cluster))
+    units = units.columns(np.flatnonzero(units.present() > 1))
+    n, wirings = units.present(), units.total.shape[1]
+    if wirings == 0:
+        raise ValueError(f"luck cannot be estimated: no wiring was measured on two {_unit(cluster)} or more")
+    worse = units.t() < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
     if worse.all():
-        return Luck(wide.shape[1], len(wide), int(worse.sum()), float("nan"), float("nan"))
-    d, n = d[:, ~worse], n[~worse]
-    flips = signs(len(d), resamples, seed)
-    deviation = np.nan_to_num(d - np.nanmean(d, axis=0))
-    scaled = deviation / np.sqrt(n * (n - 1))  # a mean over n, and the degree of freedom that the mean in d took
-    best = np.max([(flips @ chunk).max(1) for chunk in chunks(scaled, len(flips))], axis=0)
-    return Luck(wide.shape[1], len(wide), int(worse.sum()), float(best.mean()), float(np.quantile(best, 0.95)))
+        return Luck(wirings, len(wide), int(worse.sum()), float("nan"), float("nan"))
+    units, n = units.columns(np.flatnonzero(~worse)), n[~worse]
+    drawn = studentised.draws(len(units), resamples, seed)
+    best = np.full(resamples, -np.inf)
+    for chosen in studentised.portions(len(n), resamples):
+        change = studentised.resampled(units.columns(chosen), drawn)[0]
+        best = np.maximum(best, (change * np.sqrt(n / (n - 1))[chosen]).max(1))  # a degree of freedom went to the mean
+    return Luck(wirings, len(wide), int(worse.sum()), float(best.mean()), float(np.quantile(best, 0.95)))
 
 
 def winners(
@@ -182,13 +195,16 @@ def winners(
     top: int = 10,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    *,
+    cluster: str | None = None,
 ) -> pd.DataFrame:
     """Measure the ``top`` largest gains of the search half again, on the validation half.
 
     The largest of many gains is large partly by luck, so on fresh probes it shrinks even where a wiring helps
     (regression to the mean). ``survived`` is the gain on validation as a share of the gain that was claimed, its
     interval that of the validation gain; NaN without a gain to survive. ``p_max_validation`` is family-wise over the
-    ``top`` alone. ``verdict``, at .05 of it:
+    ``top`` alone. ``verdict``, at .05 of it, so that one scan in forty without any effect has a
+    survivor:
 
     =================  ==============================================================
     survived           better on validation, and as large a gain as claimed possible
@@ -203,13 +219,13 @@ def winners(
     """
     if search is validation:
         raise ValueError("search and validation are the same table; the winners need probes that did not choose them")
-    claimed = table(search, metric, resamples, seed)
+    claimed = table(search, metric, resamples, seed, cluster=cluster)
     claimed = claimed[(claimed["wiring"] != ":") & claimed["gain"].notna()].nlargest(top, "gain")
     names = claimed["wiring"].tolist()
     absent = [name for name in names if name not in set(validation.loc[validation["metric"] == metric, "wiring"])]
     if absent:
         raise ValueError(f"{metric} of {len(absent)} winners was not measured on validation, such as {absent[0]}")
-    fresh = table(validation[validation["wiring"].isin(names)], metric, resamples, seed)
+    fresh = table(validation[validation["wiring"].isin(names)], metric, resamples, seed, cluster=cluster)
     both = claimed.merge(fresh, on="wiring", suffixes=("_search", "_validation"), validate="one_to_one")
     gained = both["gain_search"].where(both["gain_search"] > 0)
     for end in ("", "_low", "_high"):
@@ -218,7 +234,7 @@ def winners(
     halves = [
         f"{name}_{half}"
         for half in ("search", "validation")
-        for name in ("gain", "gain_low", "gain_high", "p_max", "n_prompts")
+        for name in ("gain", "gain_low", "gain_high", "p_max", "n_prompts", "n_units")
     ]
     return both[["wiring", *halves, "survived", "survived_low", "survived_high", "verdict"]]
 
@@ -238,26 +254,37 @@ def _without_baseline(wide: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[:, wide.columns != ":"]
 
 
-def _bootstrap(
-    d: Float[np.ndarray, "prompt wiring"], resamples: int, seed: int
-) -> tuple[Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"], Float[np.ndarray, " wiring"]]:
-    """Return mean and percentile interval of every wiring, all wirings under the same resamples."""
-    draws = weights(len(d), resamples, seed).numpy()
-    parts = []
-    for chunk in chunks(d, len(draws)):
-        there = np.isfinite(chunk)
-        total = draws @ np.nan_to_num(chunk)
-        with np.errstate(invalid="ignore"):
-            means = total / (len(d) if there.all() else draws @ there)
-        ends = np.full((2, chunk.shape[1]), np.nan)
-        several = there.sum(0) > 1
-        whole = several & np.isfinite(means).all(0)  # nanquantile is slow, and needed only where a resample was empty
-        ends[:, whole] = np.quantile(means[1:, whole], [0.025, 0.975], axis=0)
-        if (several & ~whole).any():
-            ends[:, several & ~whole] = np.nanquantile(means[1:, several & ~whole], [0.025, 0.975], axis=0)
-        parts.append(np.vstack([means[:1], ends]))
-    estimate, low, high = np.hstack(parts)
-    return estimate, low, high
+def _labels(frame: pd.DataFrame, wide: pd.DataFrame, cluster: str | None) -> pd.Series | None:
+    """The cluster of every prompt of ``wide``."""
+    if cluster is None:
+        return None
+    if cluster not in frame:
+        raise ValueError(f"this table has no column {cluster!r} to cluster by")
+    of_prompt = frame[["prompt", cluster]].drop_duplicates()
+    twice = of_prompt["prompt"].duplicated()
+    if twice.any():
+        raise ValueError(f"prompt {of_prompt.loc[twice, 'prompt'].iloc[0]} is in more than one {cluster}")
+    return of_prompt.set_index("prompt")[cluster].loc[wide.index.get_level_values("prompt")]
+
+
+def _judged(
+    units: Units, drawn: Float[np.ndarray, "resample unit"], seed: int
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return p by itself and family-wise, each the larger of bootstrap and sign flips; NaN where not measured."""
+    flips = signs(len(units), len(drawn), seed)
+    scaled = standardised(units.total)
+    by_bootstrap = studentised.tails(
+        units.t(), lambda chosen: studentised.null(units.columns(chosen), drawn), len(drawn)
+    )
+    by_flips = studentised.tails(
+        scaled.sum(0), lambda chosen: flips @ scaled[:, chosen], len(flips), extra=0 if all_of_them(flips) else 1
+    )
+    p, p_max = (np.where(units.present() > 0, np.maximum(*both), np.nan) for both in zip(by_bootstrap, by_flips))
+    return p, p_max
+
+
+def _unit(cluster: str | None) -> str:
+    return "prompts" if cluster is None else "clusters"
 
 
 def _discoveries(p: Float[np.ndarray, " row"], gain: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:

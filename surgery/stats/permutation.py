@@ -45,8 +45,13 @@ def sign_flips(
 
 def p_value(reached: Int[np.ndarray, " row"], flips: Float[np.ndarray, "flip prompt"]) -> Float[np.ndarray, " row"]:
     """Return the two-sided p of what ``reached`` of the ``flips`` reach: exact if these are all the flips there are."""
-    extra = 0 if len(flips) == 2 ** flips.shape[1] else 1  # the data as they are count as one of the flips
+    extra = 0 if all_of_them(flips) else 1  # the data as they are count as one of the flips
     return (reached + extra) / (len(flips) + extra)
+
+
+def all_of_them(flips: Float[np.ndarray, "flip prompt"]) -> bool:
+    """Whether ``flips`` are all the ways to choose signs, the data as they are among them."""
+    return len(flips) == 2 ** flips.shape[1]
 
 
 def standardised(d: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "prompt column"]:
