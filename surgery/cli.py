@@ -228,12 +228,18 @@ def scan(
         ),
     ] = "repeat",
     probes: Annotated[
-        str, typer.Option(help="A built-in probe set (babel, arithmetic, recall, ...) or a .jsonl file.")
-    ] = "babel",
+        str | None,
+        typer.Option(
+            help="What to ask: a built-in set (arithmetic, recall, ...), a .jsonl file of questions, or .txt for "
+            "running text. babel brings its own."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; run again on the same one to resume.")] = Path(
         "results/scan"
     ),
-    metric: Annotated[str, typer.Option(**choice(METRICS), help="What to measure on each probe.")] = "loglik",
+    metric: Annotated[
+        str | None, typer.Option(**choice(METRICS), help="What to measure on each probe: loglik, or loss of text.")
+    ] = None,
     count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
     top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
     memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,

@@ -46,8 +46,8 @@ from surgery.corpus.text_files import read_lines, read_prompts
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
 
-FIELDS = ("prompt", "answer", "group", "choices")
-EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group" and "choices"'
+FIELDS = ("prompt", "answer", "group", "choices", "cluster")
+EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group", "choices" and "cluster"'
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Encoded:
     sha256: str  # of the probe set
     credit: Float[Tensor, "row pos"] | None = None
     name: str = ""  # of the probe set
+    clusters: tuple[str, ...] = ()  # per probe, what is drawn together; empty for none
 
     @classmethod
     def of(cls, probes: "ProbeSet | Encoded", stack: Stack) -> "Encoded":
@@ -85,6 +86,7 @@ class Encoded:
             self.sha256,
             None if self.credit is None else self.credit[rows],
             self.name,
+            self.clusters[first:stop],
         )
 
 
@@ -112,8 +114,9 @@ class ProbeSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all probes in order and of how they are joined and cut, but not of the name."""
-        content = {"probes": [asdict(probe) for probe in self.probes], "joiner": self.joiner, "max": self.max_tokens}
+        """Hash of all probes in order and of how they are joined and cut, but not of the name nor of clusters."""
+        probes = [{name: value for name, value in asdict(probe).items() if name != "cluster"} for probe in self.probes]
+        content = {"probes": probes, "joiner": self.joiner, "max": self.max_tokens}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, seed: int = 0) -> "tuple[ProbeSet, ProbeSet]":
@@ -174,6 +177,7 @@ class ProbeSet:
             sha256=self.sha256,
             credit=_credit(tokenizer, tokens.ids, scored).to(stack.device),
             name=self.name,
+            clusters=tuple(probe.cluster for probe in self.probes),
         )
 
     def _joined(self, probe: Probe, answer: str) -> str:
@@ -204,7 +208,7 @@ class ProbeSet:
 
 
 def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
-    """Read a probe set from a JSONL file: ``prompt``, ``answer``, optionally ``group`` and ``choices``.
+    """Read a probe set from a JSONL file: ``prompt``, ``answer``, optionally ``group``, ``choices``, ``cluster``.
 
     Empty lines are skipped.
 
@@ -251,13 +255,13 @@ def _probe(line: str) -> Probe:
     for name in ("prompt", "answer"):
         if name not in entry:
             raise ValueError(f'"{name}" is missing; expected {EXPECTED}')
-    for name in ("prompt", "answer", "group"):
+    for name in ("prompt", "answer", "group", "cluster"):
         if not isinstance(entry.get(name, ""), str):
             raise ValueError(f'"{name}" is not a string but {json.dumps(entry[name])}')
     choices = entry.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f'"choices" is not a list of strings but {json.dumps(choices)}')
-    return Probe(entry["prompt"], entry["answer"], entry.get("group", ""), tuple(choices))
+    return Probe(entry["prompt"], entry["answer"], entry.get("group", ""), tuple(choices), entry.get("cluster", ""))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

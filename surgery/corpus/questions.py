@@ -36,6 +36,8 @@ WORDS = tuple(_THINGS.split())
 class Probe:
     """One question. ``choices`` include the answer; an empty prompt means running text.
 
+    Questions of one ``cluster`` are not independent (one template, one passage): statistics draw them together.
+
     Raises:
         ValueError: the answer is empty or not among the choices, or a choice is empty or occurs twice.
     """
@@ -44,6 +46,7 @@ class Probe:
     answer: str
     group: str = ""
     choices: tuple[str, ...] = ()
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         if not self.answer.strip():
@@ -97,12 +100,13 @@ def babel(
             chain = tuple(generator.randrange(problems.n_functions) for _ in range(k))
             return Problem(generator.randrange(problems.n_symbols), chain, source, target)
 
-        label = {"k": f"k={k}", "pair": f"{source}>{target}", "both": f"k={k} {source}>{target}"}[group]
+        both = f"k={k} {source}>{target}"
+        label = {"k": f"k={k}", "pair": f"{source}>{target}", "both": both}[group]
         space = problems.n_symbols * problems.n_functions**k
         for problem in _distinct(draw, space, f"babel {k} {source} {target} {seed}"):
             if problems.heldout(problem) == heldout:
                 question = " ".join(problems.question(problem)[1:])  # the tokenizer prepends <bos>
-                yield Probe(question, " ".join(problems.answer(problem)), label)
+                yield Probe(question, " ".join(problems.answer(problem)), label, cluster=both)
 
     return _turns([pair(*languages) for languages in itertools.product(sources, targets)])
 

@@ -9,18 +9,20 @@ from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
 from surgery.scan import draw as figures
 from surgery.scan import say as words
 from surgery.scan import study
+from surgery.scan.worth import CONTROLS_COLUMNS, Baseline
 from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """What the scan found, then by group of probes, and the reorderings of Sun et al."""
-    metric = _settings(manifests)["metric"]
-    luck = Luck(**_settings(manifests)["luck"])
-    sentences = headlines(words.search_and_validation(tables[study.TABLE], tables[study.WINNERS], luck, metric))
-    sentences += map(Sentence, words.best_groups(tables[study.GROUPS], metric))
-    if study.PAINTERS in tables:
-        sentences += map(Sentence, words.painters(tables[study.PAINTERS], metric))
+    luck, found = Luck(**_settings(manifests)["luck"]), Baseline(**_settings(manifests)["baseline"])
+    sentences = headlines(
+        words.findings(tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS])
+    )
+    sentences += map(Sentence, words.best_groups(tables[study.GROUPS], found))
+    if study.PAINTERS in tables and found.done:
+        sentences += map(Sentence, words.painters(tables[study.PAINTERS], found.metric))
     return sentences
 
 
@@ -51,9 +53,22 @@ def section(tables: Tables, manifests: Manifests) -> Section:
         "p_max asks whether the luckiest of all wirings would reach as much if none had any effect (of all that were "
         "tried in the search, of those in the table on fresh probes). Verdicts: survived, better on fresh probes by "
         "p_max < .05; in part, by less than claimed; vanished, less than claimed and not shown to be better; "
-        "undecided, too few probes to exclude either; reversed, worse.",
+        "undecided, too few probes to exclude either; reversed, worse. Withdrawn: as a temperature, where one "
+        "temperature for the logits of the unmodified model (chosen on the search half) gains as much for all that is "
+        "shown; too small to matter; not above chance, where the model does not do the task. Beside each gain in likelihood stand "
+        "its gain in right answers and the share of it that the temperature gains.",
     ]
-    heads = ["wiring", "gain, search half", "p_max", "gain, validation half", "p_max", "survived", "verdict"]
+    heads = [
+        "wiring",
+        "gain, search half",
+        "p_max",
+        "gain, validation half",
+        "p_max",
+        "survived",
+        "right answers",
+        "by a temperature",
+        "verdict",
+    ]
     cells = [
         [
             Cell(row["wiring"]),
@@ -62,6 +77,8 @@ def section(tables: Tables, manifests: Manifests) -> Section:
             _gain_cell(row, "validation"),
             number_cell(row["p_max_validation"], digits=3),
             cell(row, "survived"),
+            number_cell(row["answers"], row["answers_low"], row["answers_high"], 3),
+            number_cell(row["by_temperature"]),
             Cell(row["verdict"]),
         ]
         for row in rows(tables[study.WINNERS])
@@ -84,11 +101,12 @@ CHAPTER = Chapter(
         study.TABLE: comparisons.COLUMNS,
         study.WINNERS: study.WINNERS_COLUMNS,
         study.GROUPS: comparisons.COLUMNS,
+        study.CONTROLS: CONTROLS_COLUMNS,
         study.PAINTERS: study.PAINTERS_COLUMNS,
     },
     section,
     say,
     untold,
     draw,
-    requires=(study.TABLE, study.WINNERS, study.GROUPS),
+    requires=(study.TABLE, study.WINNERS, study.GROUPS, study.CONTROLS),
 )

@@ -1,7 +1,9 @@
 """What a scan found and what it leaves open, in sentences. Pure functions of ``surgery.stats.comparisons``' tables.
 
-A wiring is called better or worse only if p_max < .05, which allows for how many were tried; a gain is confirmed only
-on probes that took no part in choosing it. That nothing was found is said as plainly.
+First stands what the unmodified model can do. If that is not shown to be above chance, no winner is named and nothing
+else is said of any wiring. A wiring is called better or worse only if p_max < .05, which allows for how many were
+tried, and the effect is ``worth.LEAST_GAIN`` or more; a gain is confirmed only on probes that took no part in choosing
+it, and only if no temperature gains as much. One prompt says nothing. That nothing was found is said as plainly.
 
 >>> import pandas as pd
 >>> gains = {"gain": [0.1], "gain_low": [-0.1], "gain_high": [0.3], "p": [0.3], "p_max": [0.3], "q": [0.3]}
@@ -16,11 +18,18 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from surgery.page.phrases import few_prompts, value
-from surgery.stats.comparisons import Luck
+from surgery.page.phrases import value
+from surgery.scan.worth import LEAST, LEAST_GAIN, Baseline
+from surgery.stats.comparisons import FEW, FEW_CLUSTERS, Luck
 
 SURE = 0.05
 NAMED = 5  # wirings listed by name, at most
+_CONTROLS = {
+    "random span": "random spans of its length",
+    "damped 0.5": "half of the second pass",
+    "norm-only": "the stream only resized",
+    "linearised": "the second pass linearised",
+}
 UNITS = {
     "loglik": (1, 2, "nats per answer"),
     "exact": (100, 1, "percentage points of exact answers"),
@@ -31,17 +40,106 @@ UNITS = {
 }
 
 
-def search_and_validation(table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
-    """The sentences to read first: ``search``, then ``validation``."""
-    return [*search(table, luck, metric), *validation(winners, metric)]
+def findings(
+    table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, baseline_: Baseline, controls: pd.DataFrame
+) -> list[str]:
+    """The sentences to read first: ``baseline``, ``search``, ``validation``, ``beside``; without a task the first."""
+    first, metric = baseline(baseline_), baseline_.metric
+    if not baseline_.done:
+        return [
+            first,
+            f"So no winner is named among {_wirings(len(_tried(table)))}: where the model cannot do a task, whatever "
+            "makes it less sure of what it says gains in likelihood. Ask it something that it can do.",
+        ]
+    return [
+        first,
+        *search(table, luck, metric),
+        *validation(winners, metric),
+        *beside(winners, controls, baseline_),
+    ]
 
 
-def best_groups(table: pd.DataFrame, metric: str) -> list[str]:
-    """``groups`` of the three best with an introduction, from the validation half; nothing if there are no groups."""
+def baseline(found: Baseline) -> str:
+    """What the unmodified model can do, against chance, and whether it does the task at all."""
+    scale, digits, unit = _unit(found.measure)
+    chance = value(scale * found.chance, digits)
+    against = {
+        "exact": f"{chance} % by chance (the answers of other questions)",
+        "choice": f"{chance} % by chance",
+        "loss": f"{chance} if all tokens were alike",
+    }[found.measure]
+    ends = ", ".join(value(scale * end, digits) for end in (found.low, found.high))
+    better = "less" if found.measure == "loss" else "more"
+    also = "" if found.metric == found.measure else f"; {_amount(found.scored, found.metric)}"
+    said = (
+        f"The model as it is: {_amount(found.value, found.measure)} on {_count(found.prompts, 'prompt')}, against "
+        f"{against}, {value(scale * found.above, digits)} [{ends}] {unit.split(' of ')[0]} {better}{also}."
+    )
+    if found.done:
+        return f"{said} It does this task."
+    least = f"{scale * LEAST[found.measure]:g} {unit.split(' of ')[0]}"
+    return f"{said} It is not shown to do this task: the low end of that interval must be above {least}."
+
+
+def beside(winners: pd.DataFrame, controls: pd.DataFrame, found: Baseline) -> list[str]:
+    """What stands beside the winners: right answers, a temperature, and the controls of the first confirmed repeat."""
+    sentences, metric = [], found.metric
+    claimed = winners[~winners["verdict"].isin(["no gain", "not above chance"])]
+    if len(claimed) and "beyond" in claimed and claimed["beyond"].notna().any():
+        best = claimed.nlargest(1, "gain_validation").iloc[0]
+        sentences.append(_temperature(best, found))
+    for winner, rows in list(controls.groupby("winner", sort=False))[:1]:
+        sentences.append(_controls(str(winner), rows, metric))
+    return sentences
+
+
+def _temperature(row: pd.Series, found: Baseline) -> str:
+    measure = "credit" if found.measure == "loss" else found.measure
+    answers = pd.Series({end: row[f"answers{end[4:]}"] for end in ("gain", "gain_low", "gain_high")})
+    gained = f"In right answers the best on fresh probes, {row['wiring']}, gains {_gain(answers, measure)}."
+    share = row["by_temperature"]
+    if not row["temperature"] >= LEAST_GAIN.get(found.metric, 0):
+        explained = f"{_signed(row['temperature'], found.metric)}, next to nothing"
+    else:
+        part = "" if math.isnan(share) else f", {100 * share:.0f} % of what the wiring gains"
+        explained = f"{_signed(row['temperature'], found.metric)}{part}"
+    beyond = row["p_beyond"] < SURE and row["beyond"] > 0
+    verdict = (
+        "the rest is not explained by it"
+        if beyond
+        else "the wiring is not shown to gain more than that, so its gain may be no more than a change in how sure the "
+        "model is"
+    )
+    return (
+        f"{gained} One temperature for the logits of the unmodified model, chosen on the search half, gains "
+        f"{explained}: {verdict}."
+    )
+
+
+def _controls(winner: str, rows: pd.DataFrame, metric: str) -> str:
+    others = rows[rows["control"] != "repeat"]
+    parts = []
+    for control, of_control in others.groupby("control", sort=False):
+        name = _CONTROLS.get(str(control), str(control))
+        count = f" ({len(of_control)}, on average)" if len(of_control) > 1 else ""
+        parts.append(f"{name}{count} {_signed(of_control['gain'].mean(), metric, unit=False)}")
+    own = rows.loc[rows["control"] == "repeat", "gain"].iloc[0]
+    as_good = others[~((others["p_less"] < SURE) & (others["less"] > 0))]
+    names = list(dict.fromkeys(_CONTROLS.get(str(control), str(control)) for control in as_good["control"]))
+    verdict = (
+        "it gains more than each of them"
+        if not names
+        else f"it is not shown to gain more than {_listed(names)}, so what helps need not be what these layers compute"
+    )
+    return f"Beside {winner} ({_signed(own, metric)}), on the same probes: {', '.join(parts)}; {verdict}."
+
+
+def best_groups(table: pd.DataFrame, found: Baseline) -> list[str]:
+    """``groups`` of the three best with an introduction, from the validation half; nothing without groups or a task."""
     best = list(dict.fromkeys(table["wiring"]))[:3]
-    if not best:
+    if not best or not found.done:
         return []
-    return ["By group, on the validation half (p_max over all rows of it):", *groups(table, metric, best)]
+    return ["By group, on the validation half (p_max over all rows of it):", *groups(table, found.metric, best)]
 
 
 def painters(table: pd.DataFrame, metric: str) -> list[str]:
@@ -70,17 +168,19 @@ def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
     tried = _tried(table)
     if tried.empty:
         return ["Nothing was tried: the table holds no wiring except the unmodified model."]
+    if tried["n_prompts"].max() < 2:
+        return [f"{_wirings(len(tried))} on one prompt: nothing can be told from luck."]
     best = tried.sort_values("gain", ascending=False, kind="stable").iloc[0]
     count = f"{_wirings(len(tried))} {'was' if len(tried) == 1 else 'were'} tried on {_prompts(tried)}."
     if not best["gain"] > 0:
         return [
             f"{count} None gains anything; the least harmful, {best['wiring']}, reads {_gain(best, metric)}.",
-            _beyond(tried, best),
+            _beyond(tried, best, metric),
         ]
     return [
         f"{count} The largest gain is that of {best['wiring']}, {_gain(best, metric)}.",
         _luck(best, luck, metric),
-        _beyond(tried, best),
+        _beyond(tried, best, metric),
     ]
 
 
@@ -119,7 +219,7 @@ def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> lis
     for wiring, rows in table.groupby("wiring", sort=False):
         if wiring == ":" or (len(wirings) and wiring not in wirings):
             continue
-        sure = rows[rows["p_max"] < SURE]
+        sure = _sure(rows, metric)
         parts = [
             f"{verb} {', '.join(_in_group(row, metric) for _, row in part.iterrows())}"
             for verb, part in (("helps", sure[sure["gain"] > 0]), ("harms", sure[sure["gain"] < 0]))
@@ -148,7 +248,17 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str
         verb = "is" if partial == 1 else "are"
         notes.append(f"{_wirings(partial)} could not be measured on every prompt, and {verb} compared on the rest.")
     most = int(tried["n_prompts"].max()) if len(tried) else 0
-    return notes + few_prompts(pd.DataFrame({"n_prompts": [most]}))
+    if most < FEW:
+        notes.append(
+            f"{_count(most, 'prompt')} in the search half, fewer than {FEW}: only large effects can be shown, and where "
+            "gains are very skewed p of a single wiring is too small and its interval too narrow."
+        )
+    units = int(tried["n_units"].max()) if len(tried) and "n_units" in tried else most
+    if units < most:
+        notes.append(f"Prompts of one cluster are drawn together: {most} prompts count as {units}.")
+        if units < FEW_CLUSTERS:
+            notes.append(f"{_count(units, 'cluster')} are too few to show much: fewer than {FEW_CLUSTERS}.")
+    return notes
 
 
 def _luck(best: pd.Series, luck: Luck, metric: str) -> str:
@@ -165,8 +275,8 @@ def _luck(best: pd.Series, luck: Luck, metric: str) -> str:
     )
 
 
-def _beyond(tried: pd.DataFrame, best: pd.Series) -> str:
-    sure = tried[tried["p_max"] < SURE]
+def _beyond(tried: pd.DataFrame, best: pd.Series, metric: str) -> str:
+    sure = _sure(tried, metric)
     better = sure[sure["gain"] > 0].sort_values("gain", ascending=False)
     worse = int((sure["gain"] < 0).sum())
     harm = f"{worse} {'is' if worse == 1 else 'are'} worse beyond luck"
@@ -194,6 +304,8 @@ def _verdict(row: pd.Series) -> str:
         "vanished": "less than claimed, and not shown to be any",
         "undecided": "too uncertain to say whether anything survived",
         "reversed": "it is worse than the unmodified model",
+        "as a temperature": "it gains no more, for all that is shown, than a temperature does",
+        "too small": "too small to matter",
     }[row["verdict"]]
 
 
@@ -204,6 +316,8 @@ def _tally(verdicts: pd.Series) -> str:
         "vanished": "shrank to what may be nothing",
         "undecided": "could not be decided",
         "reversed": "turned into losses",
+        "as a temperature": "gained no more, for all that is shown, than a temperature does",
+        "too small": "gained too little to matter",
     }
     counts = verdicts.value_counts()
     return ", ".join(f"{counts[verdict]} {verb}" for verdict, verb in verbs.items() if verdict in counts)
@@ -231,16 +345,35 @@ def _tried(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _wirings(count: int) -> str:
-    return f"{count} wiring{'s' * (count != 1)}"
+    return _count(count, "wiring")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _sure(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows with an effect beyond luck that is not too small to matter."""
+    return rows[(rows["p_max"] < SURE) & (rows["gain"].abs() >= LEAST_GAIN.get(metric, 0))]
 
 
 def _prompts(rows: pd.DataFrame, column: str = "n_prompts") -> str:
-    count = int(rows[column].max()) if len(rows) else 0
-    return f"{count} prompt{'s' * (count != 1)}"
+    return _count(int(rows[column].max()) if len(rows) else 0, "prompt")
 
 
 def _unit(metric: str) -> tuple[int, int, str]:
     return UNITS.get(metric, (1, 3, f"of {metric}"))
+
+
+def _amount(number: float, metric: str) -> str:
+    """``84.8 % of exact answers``, ``-1.21 nats per answer``."""
+    scale, digits, unit = _unit(metric)
+    text = value(scale * number, digits)
+    return f"{text} % {unit.split('points of ')[1]}" if scale == 100 else f"{text} {unit}"
 
 
 def _signed(gain: float, metric: str, unit: bool = True) -> str:

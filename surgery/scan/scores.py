@@ -69,7 +69,7 @@ class Scorer:
         """Indices of the portion's probes in their set."""
         return range(self.first, self.first + len(self.encoded.groups))
 
-    def rows(self, wiring: Wiring, x: Float[Tensor, "batch pos d_model"]) -> pd.DataFrame:
+    def rows(self, wiring: Wiring | str, x: Float[Tensor, "batch pos d_model"]) -> pd.DataFrame:
         """The scores of the stream ``x`` that ``wiring`` leaves: wiring, prompt, group, metric, value.
 
         Cost: the readout of the scored tokens; with ``kl`` twice that.

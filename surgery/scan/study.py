@@ -5,6 +5,7 @@
     scan_validation.csv   the winners on the other half
     scan_winners.csv      both halves side by side, and how much of the search gain survived
     scan_groups.csv       the winners in every group of the validation half, if there are several
+    scan_controls.csv     beside every confirmed repeat: random spans, a damped pass and so on  (surgery.scan.worth)
     painters.csv          the table by variant and size of the window (family ``painters``)
 
 The first and third survive a kill: the same command goes on where it was. ``surgery.report.build`` makes the page of
@@ -13,7 +14,7 @@ them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, `
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import torch
 from surgery.corpus import probes
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.corpus.text_files import LINES
-from surgery.models.loading import load
+from surgery.models.loading import BUNDLED, load
 from surgery.models.stack import Stack
 from surgery.records import tables
 from surgery.records.manifest import manifest
-from surgery.scan import controls, execution, scanning
+from surgery.scan import controls, execution, scanning, worth
 from surgery.scan import say as sentences
 from surgery.scan.cluster import Cluster, Pool, joined
 from surgery.stats import comparisons
@@ -38,12 +39,18 @@ SEARCH, VALIDATION = "scan_search.csv", "scan_validation.csv"
 TABLE: str = "scan_table.csv"
 WINNERS: str = "scan_winners.csv"
 GROUPS: str = "scan_groups.csv"
+CONTROLS: str = "scan_controls.csv"
 PAINTERS: str = "painters.csv"
 FAMILIES: dict[str, Callable[[int], Any]] = {
     **families.EVERY,
     families.PAINTERS: lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
 FEWEST = 4  # probes: two to search with, two to measure again on
+TEXT, MAX_TOKENS = ".txt", 128  # running text, and where it is cut
+BESIDE = (
+    *("answers", "answers_low", "answers_high", "temperature", "by_temperature"),
+    *("beyond", "beyond_low", "beyond_high", "p_beyond"),
+)
 WINNERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
     **{
@@ -54,7 +61,17 @@ WINNERS_COLUMNS: dict[str, str] = {
     "survived": "gain on the validation half as a share of the gain on the search half",
     "survived_low": "lower end of its 95 % interval, that of the validation gain",
     "survived_high": "upper end of its 95 % interval",
-    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain",
+    "answers": "gain on the validation half in right answers (exact, choice; credit for text)",
+    "answers_low": "lower end of its 95 % interval",
+    "answers_high": "upper end of its 95 % interval",
+    "temperature": "gain there of the best temperature of the unmodified model, chosen on the search half",
+    "by_temperature": "the same as a share of the gain of the wiring; above 1 where it gains more",
+    "beyond": "how much more the wiring gains there than the temperature",
+    "beyond_low": "lower end of its 95 % interval",
+    "beyond_high": "upper end of its 95 % interval",
+    "p_beyond": "of it, family-wise over the winners",
+    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain; withdrawn "
+    "as not above chance, as a temperature, or too small",
 }
 PAINTERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
@@ -73,6 +90,8 @@ class ScanResult:
         groups: the winners by group on the validation half; empty where the probes are of one group.
         luck: what the best would gain by luck.
         metric: in which all of these are measured.
+        baseline: how well the unmodified model does the task, against chance.
+        controls: what stands beside every confirmed repeat.
     """
 
     table: pd.DataFrame
@@ -80,13 +99,15 @@ class ScanResult:
     groups: pd.DataFrame
     luck: comparisons.Luck
     metric: str
+    baseline: worth.Baseline
+    controls: pd.DataFrame
 
     @property
     def sentences(self) -> list[str]:
         """The findings, and their limits."""
         return [
-            *sentences.search_and_validation(self.table, self.winners, self.luck, self.metric),
-            *sentences.best_groups(self.groups, self.metric),
+            *sentences.findings(self.table, self.winners, self.luck, self.baseline, self.controls),
+            *sentences.best_groups(self.groups, self.baseline),
             *self.limits,
         ]
 
@@ -99,10 +120,10 @@ class ScanResult:
 def run(
     model: str = "babel",
     family: str = "repeat",
-    questions: str = "babel",
+    questions: str | None = None,
     out: "str | Path" = "results",
     *,
-    metric: str = "loglik",
+    metric: str | None = None,
     count: int = 256,
     top: int = 10,
     seed: int = 0,
@@ -119,9 +140,10 @@ def run(
     Args:
         model: what ``surgery.load`` takes.
         family: which wirings, of ``FAMILIES``.
-        questions: a built-in probe set (``surgery.corpus.probes.named``) or a JSONL file.
+        questions: a built-in probe set (``surgery.corpus.probes.named``), a JSONL file of questions, or a ``.txt`` file
+            of running text, one text a line. The bundled models are asked ``babel`` by default; others have none.
         out: folder for the results, made if need be; the same one resumes a scan that was killed.
-        metric: of ``surgery.scan.METRICS``.
+        metric: of ``surgery.scan.METRICS``; by default ``loss`` for running text, else ``loglik``.
         count: probes of a built-in set, both halves together.
         top: how many winners to measure again.
         seed: of the built-in set, the halves and all resamples.
@@ -130,23 +152,24 @@ def run(
         say: is called with a sentence when a step begins.
 
     Raises:
-        ValueError: an unknown family, metric or probe set, or fewer than 4 different probes.
+        ValueError: an unknown family, metric or probe set, none named for a model without its own, or fewer than 4
+            different probes.
         OSError: ``out`` cannot be written to.
     """
     _check_family(family)
+    probe_set = _asked(model, questions, count, seed)
     folder = tables.folder(out)
-    probe_set = (
-        probes.load(questions) if Path(questions).suffix.lower() in LINES else probes.named(questions, count, seed)
-    )
     say(f"opening {model}")
     stack = Stack(load(model, device=device, dtype=dtype))
+    if probe_set.max_tokens is not None:
+        probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
     with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
         return measure(
             stack,
             probe_set,
             folder,
             family,
-            metric=metric,
+            metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
             top=top,
             seed=seed,
             memory=memory,
@@ -187,32 +210,53 @@ def measure(
     search, validation = (half.encode(stack) for half in probe_set.split(seed))
     wirings = _wirings(stack, family, longest)
 
-    def scan(candidates: Sequence[Wiring], half: Encoded, name: str) -> pd.DataFrame:
-        path = folder / name
-        return scanning.run(
-            stack, candidates, half, path, metrics=(metric,), memory=memory, progress=progress, cluster=cluster
+    def scan(candidates: Sequence[Wiring], half: Encoded, name: str, *metrics: str) -> pd.DataFrame:
+        path, limits = folder / name, {"memory": memory, "batch_size": batch_size}
+        rows = scanning.run(
+            stack, candidates, half, path, metrics=metrics, progress=progress, cluster=cluster, **limits
         )
+        return worth.clustered(rows, half)
 
+    baseline = worth.baseline(stack, probe_set, metric, seed)
+    say(sentences.baseline(baseline))
     say(str(execution.plan(stack, wirings, search, memory)))
-    searched = scan(wirings, search, SEARCH)
-    table = comparisons.table(searched, metric, seed=seed)
+    searched = scan(wirings, search, SEARCH, metric)
+    table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
     best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
     say(f"the {len(best)} best again, on probes that took no part in the choice")
     by_name = {str(wiring): wiring for wiring in wirings}
-    validated = scan([by_name[name] for name in best], validation, VALIDATION)
-    winners = comparisons.winners(searched, validated, metric, top=top, seed=seed)
-    luck = comparisons.expected_best(searched, metric, seed=seed)
-    groups = comparisons.table(validated, metric, seed=seed, by_group=True)
+    answers = {"loss": "credit"}.get(baseline.measure, baseline.measure)
+    beside = (answers,) if metric in worth.LIKELIHOOD else ()
+    validated = scan([by_name[name] for name in best], validation, VALIDATION, metric, *beside)
+    winners = comparisons.winners(searched, validated, metric, top=top, seed=seed, cluster="cluster")
+    if beside:
+        right = comparisons.table(validated, answers, seed=seed, cluster="cluster").set_index("wiring")
+        ends = {"answers": "gain", "answers_low": "gain_low", "answers_high": "gain_high"}
+        winners = winners.assign(**{name: winners["wiring"].map(right[column]) for name, column in ends.items()})
+        softer = worth.softened(stack, search, validation, metric, memory)[1]
+        winners = winners.merge(worth.beyond_temperature(validated, softer, metric, seed), on="wiring")
+        gained = winners["gain_validation"].where(winners["gain_validation"] > 0)
+        winners["by_temperature"] = winners["temperature"] / gained
+    winners["verdict"] = worth.judged(winners, baseline)
+    found = [name for name in winners if name not in (*BESIDE, "verdict")]
+    winners = winners.reindex(columns=[*found, *BESIDE, "verdict"])
+    confirmed = winners.loc[winners["verdict"].str.startswith("survived"), "wiring"]
+    parts = [worth.beside(stack, by_name[name], validation, metric, seed=seed, memory=memory) for name in confirmed]
+    against = pd.concat([part for part in parts if len(part)] or [pd.DataFrame(columns=list(worth.CONTROLS_COLUMNS))])
+    luck = comparisons.expected_best(searched, metric, seed=seed, cluster="cluster")
+    own = "cluster" if any(validation.clusters) else None  # else a group may be a cluster
+    groups = comparisons.table(validated, metric, seed=seed, by_group=True, cluster=own)
     groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
-    settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck)}
+    settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck), "baseline": asdict(baseline)}
     of_search, of_validation = (manifest(stack, half.tokens, seed=seed, **settings) for half in (search, validation))
     tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
     tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)
     tables.write(groups, folder / GROUPS, of_validation, comparisons.COLUMNS)
+    tables.write(against, folder / CONTROLS, of_validation, worth.CONTROLS_COLUMNS)
     if family == families.PAINTERS:
         variants = controls.painters(stack.n_layers).merge(table, on="wiring")
         tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
-    return ScanResult(table, winners, groups, luck, metric)
+    return ScanResult(table, winners, groups, luck, metric, baseline, against)
 
 
 def painters(
@@ -243,6 +287,22 @@ def painters(
     variants = controls.painters(stack.n_layers, sizes, seeds)
     rows = scanning.run(stack, variants["wiring"].unique(), probe_set, out, metrics=(metric,), progress=progress)
     return variants.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
+
+
+def _asked(model: str, questions: str | None, count: int, seed: int) -> ProbeSet:
+    """What the model is asked. Raises ValueError, in words, where nobody said so."""
+    if questions is None:
+        if model not in BUNDLED:
+            raise ValueError(
+                f"what should {model} be asked? It has no questions of its own: name a built-in set with --probes "
+                f"({', '.join(name for name in probes.NAMES if not name.startswith('babel'))}), a .jsonl file of "
+                'questions ({"prompt": "...", "answer": "..."} on each line), or a .txt file of running text'
+            )
+        return probes.named("babel", count, seed)
+    kind = Path(questions).suffix.lower()
+    if kind == TEXT:
+        return probes.text(questions, count, MAX_TOKENS)
+    return probes.load(questions) if kind in LINES else probes.named(questions, count, seed)
 
 
 def _check_family(name: str) -> None:

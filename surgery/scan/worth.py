@@ -1,0 +1,290 @@
+"""What a gain is worth: can the model do the task, does a temperature do the same, and is it this span that helps?
+
+A gain in likelihood is not yet a gain in answers. Where a model is wrong and sure of it, whatever makes it less sure
+gains nats. So three things stand beside every gain:
+
+* **The baseline and chance** (``baseline``): how often the unmodified model is right, against what the form of the
+  question alone gives: one in so many choices; else how often its answers are those of *other* questions of the same
+  cluster or group; for running text all tokens alike. A model that is not clearly above chance does not do the task,
+  and no wiring of it is a winner.
+* **A temperature** (``softened``): the logits of the unmodified model divided by the one number that is best on the
+  search half. It changes no first choice. What it gains on the other half, no wiring needs to be thanked for.
+* **Controls** (``beside``): for a repeated span those of ``surgery.scan.controls``, on the same probes.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from surgery.corpus.probes import Encoded, Probe, ProbeSet
+from surgery.instruments import readout
+from surgery.models.stack import Stack
+from surgery.scan import controls, execution, scanning
+from surgery.scan.scores import Scorer, predicting
+from surgery.stats import comparisons
+from surgery.wiring.value import Wiring
+
+LIKELIHOOD = ("loglik", "loss")  # what a temperature can raise
+TEMPERATURES = tuple(2 ** (step / 4) for step in range(-4, 17))  # 1/2 to 16
+LEAST = {"exact": 0.05, "choice": 0.05, "loss": 0.1}  # that much above chance, at least
+LEAST_GAIN = {"loglik": 0.01, "exact": 0.005, "credit": 0.005, "choice": 0.005, "loss": 0.001, "kl": 0.001}
+SURE = 0.05
+RANDOM_SPANS = 5  # beside every winner
+CONTROLS_COLUMNS: dict[str, str] = {
+    "winner": "the wiring that it stands beside",
+    "control": "repeat, random span, damped 0.5, norm-only or linearised",
+    "control_wiring": "the order in which the layers ran, or the name of the control",
+    **{name: f"{meaning}, of the control" for name, meaning in comparisons.COLUMNS.items()},
+    "less": "how much less the control gains than the winner, mean over prompts",
+    "less_low": "lower end of its 95 % interval",
+    "less_high": "upper end of its 95 % interval",
+    "p_less": "of it, family-wise over the controls of this winner",
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How well the unmodified model does what it is asked.
+
+    Attributes:
+        measure: exact, choice, or loss (running text).
+        value: its mean over prompts; ``chance``: what the form of the questions alone gives.
+        above: by how much it is better than chance, ``low`` to ``high`` its 95 % interval.
+        p: of no difference.
+        prompts: how many; ``units``: of how many independent units.
+        scored: the mean of the metric that is scanned, ``metric``.
+    """
+
+    measure: str
+    value: float
+    chance: float
+    above: float
+    low: float
+    high: float
+    p: float
+    prompts: int
+    units: int
+    metric: str
+    scored: float
+
+    @property
+    def done(self) -> bool:
+        """Whether the task is done: above chance, by more than nearly nothing, whatever the sample."""
+        return bool(self.p < SURE and self.low > LEAST[self.measure])
+
+
+def measure_of(probe_set: ProbeSet) -> str:
+    """In what right answers are counted: ``choice`` if there are choices, ``loss`` for running text, else ``exact``."""
+    if all(not probe.prompt for probe in probe_set.probes):
+        return "loss"
+    return "choice" if any(probe.choices for probe in probe_set.probes) else "exact"
+
+
+def baseline(stack: Stack, probe_set: ProbeSet, metric: str, seed: int = 0) -> Baseline:
+    """The unmodified model against chance, on all probes.
+
+    Cost: 1 F of the probes, and for free answers 1 F more with the answers of other questions.
+    """
+    measure = measure_of(probe_set)
+    encoded = probe_set.encode(stack)
+    rows = scanning.run(stack, [":"], encoded, metrics=tuple(dict.fromkeys((measure, metric))))
+    scored = float(rows.loc[rows["metric"] == metric, "value"].mean())
+    rows = rows[rows["metric"] == measure].reset_index(drop=True)
+    if measure == "loss":
+        rows["baseline"] = math.log(stack.d_vocab)
+    elif measure == "choice":
+        rows["baseline"] = [1 / len(probe.answers) for probe in probe_set.probes]
+    else:
+        other = scanning.run(stack, [":"], swapped(probe_set, seed), metrics=(measure,))
+        rows["baseline"] = other["value"].to_numpy()
+    row = comparisons.table(clustered(rows, encoded), measure, seed=seed, cluster="cluster").iloc[0]
+    return Baseline(
+        measure=measure,
+        value=float(rows["value"].mean()),
+        chance=float(rows["baseline"].mean()),
+        above=float(row["gain"]),
+        low=float(row["gain_low"]),
+        high=float(row["gain_high"]),
+        p=float(row["p"]),
+        prompts=int(row["n_prompts"]),
+        units=int(row["n_units"]),
+        metric=metric,
+        scored=scored,
+    )
+
+
+def swapped(probe_set: ProbeSet, seed: int = 0) -> ProbeSet:
+    """Every question with the answer of another one: of its cluster if there is another, else of its group, else any.
+
+    >>> two = ProbeSet("two", (Probe("1 + 1 =", "2"), Probe("1 + 2 =", "3")))
+    >>> [probe.answer for probe in swapped(two).probes]
+    ['3', '2']
+    """
+    generator = random.Random(f"swapped {seed}")
+    kinds = [
+        [(probe.cluster, probe.group) for probe in probe_set.probes],
+        [probe.group for probe in probe_set.probes],
+        [""] * len(probe_set),
+    ]
+    partner: dict[int, int] = {}
+    for kind in kinds:
+        members = defaultdict(list)
+        for place, label in enumerate(kind):
+            if place not in partner:
+                members[label].append(place)
+        for places in members.values():
+            if len(places) > 1:
+                turned = generator.sample(places, len(places))
+                partner |= dict(zip(turned, turned[1:] + turned[:1], strict=True))
+    probes = [
+        Probe(probe.prompt, probe_set.probes[partner.get(place, place)].answer, probe.group)
+        for place, probe in enumerate(probe_set.probes)
+    ]
+    return replace(probe_set, name=f"{probe_set.name}, answers of other questions", probes=tuple(probes))
+
+
+def clustered(rows: pd.DataFrame, encoded: Encoded) -> pd.DataFrame:
+    """The rows of a scan with a column ``cluster``: what is drawn together when luck is judged.
+
+    Probes that name clusters are drawn by these; probes of many groups by their groups; else each by itself.
+    """
+    labels = [label or f"probe {place}" for place, label in enumerate(encoded.clusters)]
+    if not any(encoded.clusters) and comparisons.FEW_CLUSTERS <= len(set(encoded.groups)) < len(encoded.groups):
+        labels = list(encoded.groups)
+    return rows.assign(cluster=np.array(labels)[rows["prompt"]])
+
+
+def softened(
+    stack: Stack, search: Encoded, validation: Encoded, metric: str, memory: int | None = None
+) -> tuple[float, Float[np.ndarray, " probe"]]:
+    """The best temperature of the search half, and the value of the metric at it for every validation probe.
+
+    The logits of the unmodified model are divided by it. Cost: 1 F of both halves.
+
+    Raises ValueError for a metric that a temperature does not raise.
+    """
+    if metric not in LIKELIHOOD:
+        raise ValueError(f"a temperature changes {' and '.join(LIKELIHOOD)}, not {metric}")
+    chosen, measured = (_by_temperature(stack, half, metric, memory) for half in (search, validation))
+    means = chosen.mean(1)
+    best = int(means.argmin() if metric in comparisons.LESS_IS_BETTER else means.argmax())
+    return TEMPERATURES[best], measured[best]
+
+
+def _by_temperature(
+    stack: Stack, encoded: Encoded, metric: str, memory: int | None
+) -> Float[np.ndarray, "temperature probe"]:
+    parts = []
+    for portion in execution.portions(stack, encoded, memory):
+        rows = [row for row, choice in enumerate(portion.choice) if choice == 0]
+        context = stack.context(portion.tokens.to(stack.device))
+        final = stack.execute(":", context.x0, context)[rows]
+        scored = portion.scored[rows].to(stack.device)
+        targets, row = portion.tokens.ids[rows].to(stack.device)[scored], scored.nonzero()[:, 0].cpu()
+        final, total = final[predicting(scored)], torch.zeros(len(TEMPERATURES), len(rows), dtype=torch.float64)
+        for chunk in readout.portions(stack, final):
+            logits = readout.logits(stack, final[chunk])
+            for place, temperature in enumerate(TEMPERATURES):
+                log_p = (logits / temperature).log_softmax(-1).gather(1, targets[chunk].unsqueeze(1)).squeeze(1)
+                total[place].index_add_(0, row[chunk.cpu()], log_p.double().cpu())
+        parts.append((-total / torch.bincount(row, minlength=len(rows)) if metric == "loss" else total).numpy())
+    return np.concatenate(parts, axis=1)
+
+
+def beyond_temperature(
+    validated: pd.DataFrame, softer: Float[np.ndarray, " probe"], metric: str, seed: int = 0
+) -> pd.DataFrame:
+    """For every wiring: what the temperature gains, and how much more the wiring does; p_max over them.
+
+    ``validated`` is ``clustered``. Columns: wiring, temperature, beyond, beyond_low, beyond_high, p_beyond.
+    """
+    rows = validated[validated["metric"] == metric]
+    against = rows.assign(baseline=softer[rows["prompt"]])
+    gained = comparisons.differences(rows.assign(value=against["baseline"]), metric).mean()
+    more = comparisons.table(against, metric, seed=seed, cluster="cluster")
+    return pd.DataFrame(
+        {
+            "wiring": more["wiring"],
+            "temperature": more["wiring"].map(gained),
+            "beyond": more["gain"],
+            "beyond_low": more["gain_low"],
+            "beyond_high": more["gain_high"],
+            "p_beyond": more["p_max"],
+        }
+    )
+
+
+def judged(winners: pd.DataFrame, baseline: Baseline) -> pd.Series:
+    """The verdicts of ``comparisons.winners``, withdrawn where a gain is none of the wiring's.
+
+    ======================  =========================================================================================
+    not above chance        the model does not do the task: what gains is not the task
+    as a temperature        confirmed, but not shown to gain more than the best temperature of the unmodified model
+    too small               confirmed, and less than ``LEAST_GAIN``
+    ======================  =========================================================================================
+    """
+    verdict = winners["verdict"].copy()
+    survived = verdict.str.startswith("survived")
+    if "p_beyond" in winners:
+        verdict[survived & ~((winners["p_beyond"] < SURE) & (winners["beyond"] > 0))] = "as a temperature"
+    verdict[survived & (winners["gain_validation"] < LEAST_GAIN.get(baseline.metric, 0))] = "too small"
+    if not baseline.done:
+        verdict[verdict != "no gain"] = "not above chance"
+    return verdict
+
+
+def beside(
+    stack: Stack, winner: Wiring, encoded: Encoded, metric: str, *, seed: int = 0, memory: int | None = None
+) -> pd.DataFrame:
+    """The controls of a repeated span on the probes that confirm it: ``CONTROLS_COLUMNS``; no row for another wiring.
+
+    Random spans of that length, half of the second pass, the stream resized, the second pass linearised. Cost: some
+    ten wirings; less where a model cannot be linearised, which is then left out.
+    """
+    span = winner.repeated_span()
+    if span is None:
+        return pd.DataFrame(columns=list(CONTROLS_COLUMNS))
+    listed = controls.repeats(stack.n_layers, *span, count=RANDOM_SPANS, factors=(0.5,), seed=seed)
+    rows = scanning.run(stack, listed["wiring"].unique(), encoded, metrics=(metric,), memory=memory)
+    streams = by_streams(stack, encoded, *span, (metric,), memory)
+    names = streams["wiring"].unique()
+    listed = pd.concat([listed, pd.DataFrame({"control": names, "wiring": names})], ignore_index=True)
+    unmodified = rows[rows["wiring"] == rows["wiring"].iloc[0]].set_index("prompt")["baseline"]
+    rows = pd.concat([rows, streams.assign(baseline=streams["prompt"].map(unmodified))], ignore_index=True)
+    rows = clustered(rows, encoded)
+    own = rows[rows["wiring"] == str(winner)].set_index("prompt")["value"]
+    other = rows[rows["wiring"] != str(winner)]
+    against = other.assign(value=other["prompt"].map(own), baseline=other["value"])  # so that less is above 0
+    less = comparisons.table(against, metric, seed=seed, cluster="cluster").set_index("wiring")
+    table = listed.merge(comparisons.table(rows, metric, seed=seed, cluster="cluster"), on="wiring")
+    table.insert(0, "winner", str(winner))
+    for name, column in (("less", "gain"), ("less_low", "gain_low"), ("less_high", "gain_high"), ("p_less", "p_max")):
+        table[name] = table["wiring"].map(less[column])
+    return table.rename(columns={"wiring": "control_wiring"})[
+        [name for name in CONTROLS_COLUMNS if name not in ("wiring", "group")]
+    ]
+
+
+def by_streams(
+    stack: Stack, encoded: Encoded, start: int, stop: int, metrics: Sequence[str], memory: int | None = None
+) -> pd.DataFrame:
+    """The controls that no wiring expresses, ``norm-only`` and ``linearised``, as rows of a scan without a baseline."""
+    kinds = {"norm-only": controls.norm_only, "linearised": controls.linearised}
+    parts, first = [], 0
+    for portion in execution.portions(stack, encoded, memory):
+        scorer = Scorer(stack, portion, metrics, first)
+        first = scorer.prompts.stop
+        for name, control in kinds.items():
+            try:
+                x = control(stack, start, stop, scorer.context)
+            except ValueError:  # no derivative for these layers
+                continue
+            parts.append(scorer.rows(name, x))
+    return pd.concat(parts, ignore_index=True)
