@@ -250,8 +250,8 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str
     most = int(tried["n_prompts"].max()) if len(tried) else 0
     if most < FEW:
         notes.append(
-            f"{_count(most, 'prompt')} in the search half, fewer than {FEW}: only large effects can be shown, and where "
-            "gains are very skewed p of a single wiring is too small and its interval too narrow."
+            f"{_count(most, 'prompt')} in the search half, fewer than {FEW}: only large effects can be shown, and "
+            "where gains are very skewed p of a single wiring is too small and its interval too narrow."
         )
     units = int(tried["n_units"].max()) if len(tried) and "n_units" in tried else most
     if units < most:

@@ -70,8 +70,8 @@ WINNERS_COLUMNS: dict[str, str] = {
     "beyond_low": "lower end of its 95 % interval",
     "beyond_high": "upper end of its 95 % interval",
     "p_beyond": "of it, family-wise over the winners",
-    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain; withdrawn "
-    "as not above chance, as a temperature, or too small",
+    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain; or "
+    "withdrawn: not above chance, as a temperature, too small",
 }
 PAINTERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
@@ -114,7 +114,7 @@ class ScanResult:
     @property
     def limits(self) -> list[str]:
         """What the scan leaves open."""
-        return sentences.limits(self.table, self.winners)
+        return sentences.limits(self.table, self.winners) if self.baseline.done else []
 
 
 def run(

@@ -1,10 +1,13 @@
 """The sentences about a scan: what was found, what luck gives, what was confirmed, nothing beyond the numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from surgery.scan import say
+from surgery.scan import say, worth
+from surgery.scan.worth import Baseline
 from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
 
@@ -30,7 +33,11 @@ def winners(*rows):
     return frame
 
 
+BASELINE = Baseline("exact", 0.85, 0.086, 0.76, 0.68, 0.83, 256, 112, "loglik", -1.21)
+GUESSING = replace(BASELINE, value=0.004, chance=0.0, above=0.004, low=-0.01, high=0.02, scored=-22.45)
 LUCK = Luck(wirings=3, prompts=40, worse=0, mean=0.2, high=0.4)
+
+NO_CONTROLS = pd.DataFrame(columns=list(worth.CONTROLS_COLUMNS))
 
 
 def text(sentences):
@@ -183,8 +190,10 @@ def test_what_remains_open_is_said():
     assert "none is more than a candidate" in notes
     assert "For 1 wiring of 2 a small effect is neither shown nor ruled out" in notes
     assert "1 wiring could not be measured on every prompt" in notes
-    assert "12 prompts only" in notes
-    quiet = text(say.limits(table([0.5], p_max=0.01), winners((0.5, 0.4, "survived"))))
+    assert "12 prompts in the search half, fewer than 128: only large effects can be shown" in notes
+    clustered = text(say.limits(table([0.5], n_prompts=128).assign(n_units=12)))
+    assert "128 prompts count as 12. 12 clusters are too few to show much" in clustered
+    quiet = text(say.limits(table([0.5], p_max=0.01, n_prompts=128), winners((0.5, 0.4, "survived"))))
     assert (
         quiet == "Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."
     )
@@ -231,15 +240,119 @@ def test_painters_are_ordered_by_what_they_cost_at_the_middle_size():
     assert say.painters(painted({"skip": -1.0}), "loss")[1] == "Every variant harms at every size, beyond luck."
 
 
-def test_an_effect_that_rounds_to_nothing_is_not_written_as_nothing():
+def test_an_effect_that_is_next_to_nothing_is_none():
     row = {"wiring": ":3 1:", "group": "k=1", "gain": -0.0004, "p_max": 0.01}
     sentences = say.groups(pd.DataFrame([row]), "loglik")
-    assert sentences == [":3 1: harms k=1 (-4e-04) (nats per answer)."]
+    assert sentences == ["In none of 1 groups was an effect of :3 1: shown."], "less than a hundredth of a nat"
+    assert say.groups(pd.DataFrame([row | {"gain": -0.0012}]), "loss") == [":3 1: harms k=1 (-0.001) (nats per token)."]
 
 
 def test_the_three_best_are_described_by_group_and_without_groups_nothing_is_said():
     rows = [{"wiring": f":{n} 1:", "group": "k=1", "gain": 0.5, "p_max": 0.01} for n in (5, 4, 3, 2)]
-    sentences = say.best_groups(pd.DataFrame(rows), "loglik")
+    sentences = say.best_groups(pd.DataFrame(rows), BASELINE)
     assert len(sentences) == 4
     assert sentences[1].startswith(":5 1: helps")
-    assert say.best_groups(pd.DataFrame(rows).iloc[:0], "loglik") == []
+    assert say.best_groups(pd.DataFrame(rows).iloc[:0], BASELINE) == []
+    assert say.best_groups(pd.DataFrame(rows), GUESSING) == []
+
+
+def test_what_the_model_can_do_stands_first_with_chance():
+    assert say.baseline(BASELINE) == (
+        "The model as it is: 85.0 % exact answers on 256 prompts, against 8.6 % by chance (the answers of other "
+        "questions), 76.0 [68.0, 83.0] percentage points more; -1.21 nats per answer. It does this task."
+    )
+    choice = say.baseline(replace(GUESSING, measure="choice", value=0.34, chance=1 / 3))
+    assert "34.0 % right choices on 256 prompts, against 33.3 % by chance, 0.4 [-1.0, 2.0] percentage points" in choice
+    assert choice.endswith(
+        "It is not shown to do this task: the low end of that interval must be above 5 percentage points."
+    )
+    words = say.baseline(Baseline("loss", 1.3, 6.24, 4.94, 4.8, 5.0, 40, 40, "loss", 1.3))
+    assert "1.300 nats per token on 40 prompts, against 6.240 if all tokens were alike, 4.940 [4.800, 5.000]" in words
+    found = say.findings(table([0.5]), winners((0.5, 0.4, "survived")), LUCK, BASELINE, NO_CONTROLS)
+    assert found[0] == say.baseline(BASELINE)
+    assert "The largest gain is that of :2 1:" in found[1]
+
+
+def test_without_a_task_nothing_else_is_said():
+    frame, found = table([3.06, 2.5], p_max=0.001), winners((3.06, 2.9, "not above chance"))
+    sentences = say.findings(frame, found, LUCK, GUESSING, NO_CONTROLS)
+    assert len(sentences) == 2
+    assert sentences[1].startswith("So no winner is named among 2 wirings")
+    assert ":2 1:" not in text(sentences)
+    assert "3.06" not in text(sentences)
+
+
+@pytest.mark.parametrize(("low", "done"), [(0.06, True), (0.04, False), (np.nan, False)])
+def test_a_task_is_done_above_chance_by_a_least_effect(low, done):
+    assert replace(BASELINE, low=low).done == done
+
+
+def softer(found, **columns):
+    defaults = {"answers": 0.02, "answers_low": -0.01, "answers_high": 0.05, "temperature": 0.3, "by_temperature": 0.75}
+    beyond = {"beyond": 0.1, "beyond_low": 0.02, "beyond_high": 0.2, "p_beyond": 0.01}
+    return found.assign(**(defaults | beyond | columns))
+
+
+def test_right_answers_and_a_temperature_stand_beside_the_best():
+    found = softer(winners((0.5, 0.4, "survived")))
+    assert say.beside(found, NO_CONTROLS, BASELINE) == [
+        "In right answers the best on fresh probes, :2 1:, gains +2.0 [-1.0, +5.0] percentage points of exact answers. "
+        "One temperature for the logits of the unmodified model, chosen on the search half, gains +0.30 nats per "
+        "answer, 75 % of what the wiring gains: the rest is not explained by it."
+    ]
+    explained = softer(winners((0.5, 0.4, "as a temperature")), beyond=-0.1, by_temperature=1.25)
+    assert "125 % of what the wiring gains: the wiring is not shown to gain more" in text(
+        say.beside(explained, NO_CONTROLS, BASELINE)
+    )
+    assert "1 gained no more, for all that is shown, than a temperature does" in text(
+        say.validation(explained, "loglik")
+    )
+    assert "No gain was confirmed" in text(say.validation(explained, "loglik"))
+    nothing = softer(winners((0.5, 0.4, "survived")), temperature=0.0, by_temperature=0.0)
+    assert "gains +0.00 nats per answer, next to nothing" in text(say.beside(nothing, NO_CONTROLS, BASELINE))
+    assert say.beside(winners((0.5, 0.4, "survived")), NO_CONTROLS, BASELINE) == []
+    assert say.beside(softer(winners((0.5, 0.4, "no gain"))), NO_CONTROLS, BASELINE) == []
+
+
+@pytest.mark.parametrize(
+    ("p_less", "says"),
+    [
+        (0.01, "it gains more than each of them"),
+        (0.4, "it is not shown to gain more than random spans of its length or half of the second pass, so what helps"),
+    ],
+)
+def test_controls_stand_beside_a_confirmed_repeat(p_less, says):
+    names = ["repeat", "random span", "random span", "damped 0.5"]
+    rows = pd.DataFrame({"winner": ":4 2:", "control": names, "gain": [0.5, 0.1, 0.3, 0.4], "less": 0.2})
+    sentence = text(say.beside(winners((0.5, 0.4, "survived")), rows.assign(p_less=p_less), BASELINE))
+    assert sentence.startswith(
+        "Beside :4 2: (+0.50 nats per answer), on the same probes: random spans of its length (2, on average) +0.20, "
+        "half of the second pass +0.40; "
+    )
+    assert says in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "done", "verdict"),
+    [
+        ({}, True, "survived"),
+        ({"p_beyond": 0.2}, True, "as a temperature"),
+        ({"beyond": -0.1}, True, "as a temperature"),
+        ({"gain_validation": 0.005}, True, "too small"),
+        ({}, False, "not above chance"),
+    ],
+)
+def test_a_verdict_is_withdrawn_where_the_gain_is_none_of_the_wirings(change, done, verdict):
+    found = softer(winners((0.5, 0.4, "survived"))).assign(**change)
+    assert worth.judged(found, BASELINE if done else GUESSING).tolist() == [verdict]
+
+
+def test_one_prompt_tells_nothing():
+    assert say.search(table([0.5], n_prompts=1), LUCK, "loglik") == [
+        "1 wiring on one prompt: nothing can be told from luck."
+    ]
+
+
+def test_an_effect_beyond_luck_that_is_too_small_to_matter_is_not_named():
+    sentences = text(say.search(table([0.004, -0.003], p_max=0.001), LUCK, "loglik"))
+    assert "no improvement was found; 0 are worse beyond luck" in sentences

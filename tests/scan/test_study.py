@@ -11,6 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 import surgery
+from support.places import SHARED
 from surgery import report, scan
 from surgery.cli import app
 from surgery.corpus import bundled, probes
@@ -19,7 +20,7 @@ from surgery.models import stack
 from surgery.records import tables
 from surgery.scan import controls, study
 
-FILES = ("scan_groups.csv", "scan_search.csv", "scan_table.csv", "scan_validation.csv", "scan_winners.csv")
+FILES = tuple(f"scan_{name}.csv" for name in ("controls", "groups", "search", "table", "validation", "winners"))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,9 @@ def scanned(tmp_path_factory):
 def test_what_a_scan_leaves_behind(scanned):
     folder, result = scanned
     assert sorted(path.name for path in folder.glob("*.csv")) == sorted(FILES)
-    for name in FILES:
+    for name in FILES[1:]:
         assert len(tables.read(folder / name))
+    assert tables.read(folder / FILES[0]).empty, "none of another family"
     assert {path.name for path in folder.glob("*.png")} == {"pareto.png", "group_bars.png"}
     assert len(result.table) == 66
     assert len(result.winners) == 3
@@ -54,7 +56,8 @@ def test_the_halves_share_no_probe_and_the_winners_are_the_best_of_the_first(sca
     search, validation = (tables.read(folder / name) for name in ("scan_search.csv", "scan_validation.csv"))
     assert search["prompt"].nunique() + validation["prompt"].nunique() == 28
     assert winners["wiring"].tolist() == table.nlargest(3, "gain")["wiring"].tolist()
-    again = validation[validation["wiring"] == winners["wiring"][0]]
+    assert set(validation["metric"]) == {"loglik", "exact"}
+    again = validation[(validation["wiring"] == winners["wiring"][0]) & (validation["metric"] == "loglik")]
     assert winners["gain_validation"][0] == pytest.approx((again["value"] - again["baseline"]).mean())
 
 
@@ -83,11 +86,10 @@ def test_a_model_is_proven_and_hashed_once_and_every_half_encoded_once(model_fol
     monkeypatch.setattr(stack.Stack, "_settle", counted("proven", stack.Stack._settle))
     monkeypatch.setattr(ProbeSet, "encode", counted("encoded", ProbeSet.encode))
     study.run(str(model_folder("llama")), "repeat", str(questions), tmp_path / "results", top=2)
-    assert (counts["proven"], counts["hashed"], counts["encoded"]) == (1, 1, 2)
+    assert (counts["proven"], counts["hashed"], counts["encoded"]) == (1, 1, 4)  # the halves, all, other answers
     for half in probe_set.split(0):
         assert texts[tuple(probe.prompt for probe in half.probes)] == 1
         assert texts[tuple(f"{probe.prompt} {probe.answer}" for probe in half.probes)] == 1
-    assert set(texts.values()) == {1}
 
 
 def test_the_same_command_changes_nothing(scanned):
@@ -106,7 +108,8 @@ def test_on_the_command_line(tmp_path):
         "66 wirings were tried on 7 prompts. ",
         "measured again on 7 prompts that took no part in the choice",
         "By group, on the validation half",
-        "7 prompts only: intervals from fewer than",
+        "The model as it is: ",
+        "7 prompts in the search half, fewer than 128: only large effects can be shown",
         str(tmp_path / "report.html"),
     ):
         assert said in done.output, said
@@ -195,3 +198,32 @@ def test_tape_on_the_command_line(tmp_path):
     refused = CliRunner().invoke(app, ["tape", ":3 {3|4} 5:", "--out", str(tmp_path / "group")])
     assert refused.exit_code == 1
     assert "a plain checkpoint cannot express" in refused.output.replace("\n", " ")
+
+
+def test_a_model_without_questions_of_its_own_is_asked_what_it_should_be_asked(tmp_path):
+    done = CliRunner().invoke(app, ["scan", "--model", "somewhere/stories", "--out", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    said = " ".join(done.output.split())
+    assert "what should somewhere/stories be asked? It has no questions of its own: name a built-in set with" in said
+    assert "(arithmetic, tracking, recall, copying, induction), a .jsonl file of questions" in said
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("questions", ["babel", "arithmetic", "tracking", "recall", "copying", "induction"])
+def test_a_story_model_wins_at_nothing_that_it_cannot_do(stories, questions, tmp_path):
+    stack = surgery.Stack(surgery.load(stories))
+    result = study.measure(stack, probes.named(questions, 64), tmp_path, longest=2, top=3)
+    assert not result.baseline.done
+    assert set(result.winners["verdict"]) <= {"not above chance", "no gain"}
+    assert len(result.sentences) == 2
+    assert "It is not shown to do this task" in result.sentences[0]
+    assert "So no winner is named" in result.sentences[1]
+
+
+def test_a_story_model_reads_stories_and_no_repeat_reads_them_better(stories, tmp_path):
+    lines = [json.loads(line)["text"] for line in (SHARED / "text" / "tinystories_100.jsonl").read_text().splitlines()]
+    (tmp_path / "stories.txt").write_text("\n".join(" ".join(line.split()) for line in lines))
+    result = study.run(str(stories), questions=str(tmp_path / "stories.txt"), out=tmp_path, count=40, top=3)
+    assert (result.metric, result.baseline.measure, result.baseline.done) == ("loss", "loss", True)
+    assert "nats per token" in result.sentences[0]
+    assert not result.winners["verdict"].str.startswith("survived").any()
