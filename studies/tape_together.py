@@ -14,24 +14,21 @@ it resumes.
 """
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 import surgery
 from surgery import scan
 from surgery.corpus import probes
-from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.corpus.probes import ProbeSet
 from surgery.page import drawing
 from surgery.page.drawing import BLUE, PALE
 from surgery.records import tables
 from surgery.records.manifest import manifest
-from surgery.scan import controls, draw, say, search
-from surgery.scan.scores import predicting
+from surgery.scan import controls, draw, say, search, worth
 from surgery.scan.study import WINNERS_COLUMNS
 from surgery.stats import comparisons
 from surgery.wiring.families import every_repeat
@@ -65,9 +62,11 @@ def main() -> None:
         for start, stop in combinations(range(n_layers + 1), 2)
     }
 
+    together = {"cluster": "cluster"}  # problems of one k and pair of languages are drawn together
     searched = scan.run(stack, passes, on_search, folder / "search.csv", metrics=METRICS)
-    by_k = comparisons.table(searched, "exact", by_group=True)
-    table = comparisons.table(far(searched), "exact")
+    searched = worth.clustered(searched, on_search)
+    by_k = comparisons.table(searched, "exact", by_group=True, **together)
+    table = comparisons.table(far(searched), "exact", **together)
     best = table.nlargest(10, "gain")["wiring"].tolist()
     start, stop, factor = passes[best[0]]
 
@@ -87,17 +86,23 @@ def main() -> None:
     listed = pd.DataFrame(rows, columns=["control", "wiring"])
     wirings = [*best, *listed["wiring"][:-2]]
     validated = scan.run(stack, wirings, on_validation, folder / "validation.csv", metrics=METRICS)
-    winners = comparisons.winners(far(searched), far(validated), "exact", top=10)
-    streams = pd.concat([validated, *by_streams(stack, on_validation, validated, start, stop)], ignore_index=True)
-    measured = listed.merge(comparisons.table(far(streams), "exact"), on="wiring")
-    by_loglik = comparisons.table(far(streams), "loglik").set_index("wiring")
+    validated = worth.clustered(validated, on_validation)
+    winners = comparisons.winners(far(searched), far(validated), "exact", top=10, **together)
+    unmodified = validated[validated["wiring"] == best[0]].set_index(["prompt", "metric"])["baseline"]
+    streams = worth.by_streams(stack, on_validation, start, stop, METRICS)
+    streams["baseline"] = unmodified.loc[pd.MultiIndex.from_frame(streams[["prompt", "metric"]])].to_numpy()
+    streams = pd.concat([validated, worth.clustered(streams, on_validation)], ignore_index=True)
+    measured = listed.merge(comparisons.table(far(streams), "exact", **together), on="wiring")
+    by_loglik = comparisons.table(far(streams), "loglik", **together).set_index("wiring")
     measured["gain_loglik"] = by_loglik.loc[measured["wiring"], "gain"].to_numpy()
-    softened = gain_of_temperature(stack, far_search, far_validation)
+    softer = worth.softened(stack, far_search.encode(stack), far_validation.encode(stack), "loglik")[1]
+    softened = softer.mean() - far(validated).query("wiring == @best[0] and metric == 'loglik'")["baseline"].mean()
 
     print_spans(by_k, searched)
     print("\nSecond passes, whole or half, k >= 5:")
-    luck = comparisons.expected_best(far(searched), "exact")
-    print("\n".join(say.search_and_validation(table, winners, luck, "exact")))
+    print(say.baseline(worth.baseline(stack, ProbeSet("far", far_search.probes + far_validation.probes), "exact")))
+    luck = comparisons.expected_best(far(searched), "exact", **together)
+    print("\n".join([*say.search(table, luck, "exact"), *say.validation(winners, "exact")]))
     print_reach(winners.iloc[0], validated)
     shown = measured.assign(**{name: 100 * measured[name] for name in ("gain", "gain_low", "gain_high")})
     columns = ["control", "wiring", "gain", "gain_low", "gain_high", "gain_loglik"]
@@ -135,38 +140,6 @@ def far(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["group"].isin(FAR)]
 
 
-def scores(stack: surgery.Stack, encoded: Encoded, x: torch.Tensor, temperature: float = 1.0) -> tuple:
-    """Exact answers and log-likelihoods (nats) of every probe if ``x`` leaves the last layer."""
-    logits, row = stack.readout(x[predicting(encoded.scored)]) / temperature, encoded.scored.nonzero()[:, 0]
-    target = encoded.tokens.ids[encoded.scored]
-    log_p = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
-    wrong = torch.zeros(len(x)).index_add(0, row, (logits.argmax(-1) != target).float())
-    return (wrong == 0).float().numpy(), torch.zeros(len(x)).index_add(0, row, log_p).numpy()
-
-
-def by_streams(
-    stack: surgery.Stack, encoded: Encoded, validated: pd.DataFrame, start: int, stop: int
-) -> Iterator[pd.DataFrame]:
-    """Yield the controls that no wiring expresses, as rows of a scan."""
-    context = stack.context(encoded.tokens)
-    like = validated[validated["wiring"] == validated["wiring"].iloc[0]]
-    for name, control in (("norm-only", controls.norm_only), ("linearised", controls.linearised)):
-        values = dict(zip(METRICS, scores(stack, encoded, control(stack, start, stop, context)), strict=True))
-        for metric, rows in like.groupby("metric"):
-            yield rows.assign(wiring=name, value=values[metric][rows["prompt"]].astype(float))
-
-
-def gain_of_temperature(stack: surgery.Stack, search_half: ProbeSet, validation_half: ProbeSet) -> float:
-    """Gain in nats per answer of a temperature that is chosen on one half and measured on the other."""
-    gains = []
-    for half in (search_half, validation_half):
-        encoded = half.encode(stack)
-        x = stack.stream(stack.context(encoded.tokens))[-1]
-        by_temperature = [scores(stack, encoded, x, 1 + step / 4)[1].mean() for step in range(37)]
-        gains.append(pd.Series(by_temperature) - by_temperature[0])
-    return gains[1][gains[0].idxmax()]
-
-
 def print_spans(by_k: pd.DataFrame, searched: pd.DataFrame) -> None:
     print(
         "Which second passes, whole or half, help which k (search half, exact answers, p_max over all of them and k):"
@@ -193,7 +166,7 @@ def print_reach(row: pd.Series, validated: pd.DataFrame) -> None:
         f"on {row['n_prompts_validation']} fresh problems of k = 5 to 7, where it had claimed "
         f"{100 * row['gain_search']:+.1f}. (Not extended: the interval excludes {100 * SMALL:.0f} points.)"
     )
-    rows = comparisons.table(validated, "exact", by_group=True)
+    rows = comparisons.table(validated, "exact", by_group=True, cluster="cluster")
     share = validated[validated["metric"] == "exact"].groupby("group")["baseline"].mean()
     for _, own in rows[rows["wiring"] == row["wiring"]].sort_values("group").iterrows():
         ends = ", ".join(f"{100 * own[end]:+.1f}" for end in ("gain_low", "gain_high"))
@@ -207,10 +180,12 @@ def reach_and_controls(validated: pd.DataFrame, measured: pd.DataFrame, winner: 
     lines = [(":", "the model as it is"), (winner, f"chosen: {winner}")]
     more = measured[measured["control"].str.endswith("passes") | (measured["control"] == "second pass x 1")]
     lines += [(row.wiring, row.control) for row in more.itertuples() if row.wiring != winner]
-    shares = comparisons.table(validated.assign(baseline=0.0), "exact", by_group=True).set_index("wiring")
+    shares = comparisons.table(validated.assign(baseline=0.0), "exact", by_group=True, cluster="cluster")
+    shares = shares.set_index("wiring")
     own = validated[validated["wiring"] == winner]
     clean = own.assign(wiring=":", value=own["baseline"], baseline=0.0)
-    shares = pd.concat([shares, comparisons.table(clean, "exact", by_group=True).set_index("wiring")])
+    clean = comparisons.table(clean, "exact", by_group=True, cluster="cluster")
+    shares = pd.concat([shares, clean.set_index("wiring")])
     for place, (wiring, label) in enumerate(lines):
         rows = shares.loc[wiring].sort_values("group")
         k = rows["group"].str.removeprefix("k=").astype(int) + 0.06 * (place - 2)
