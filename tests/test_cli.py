@@ -235,7 +235,7 @@ def test_an_unknown_measurement_lists_what_there_is(tmp_path):
     ("command", "option", "choices", "default"),
     [
         ("scan", "--family", tuple(scan_study.FAMILIES), "repeat"),
-        ("scan", "--metric", scan.METRICS, "loglik"),
+        ("scan", "--metric", scan.METRICS, None),
         ("graft", "--precision", MIXED, "no"),
         ("graft", "--stored", STORED, "float16"),
         ("graft", "--unfrozen", graft.PARTS[1:], "junction"),

@@ -12,6 +12,7 @@ from . import schedule as schedule
 from . import scores as scores
 from . import search as search
 from . import study as study
+from . import worth as worth
 from .execution import Plan as Plan
 from .execution import execute as execute
 from .execution import free_memory as free_memory

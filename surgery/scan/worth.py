@@ -42,7 +42,11 @@ CONTROLS_COLUMNS: dict[str, str] = {
     "winner": "the wiring that it stands beside",
     "control": "repeat, random span, damped 0.5, norm-only or linearised",
     "control_wiring": "the order in which the layers ran, or the name of the control",
-    **{name: f"{meaning}, of the control" for name, meaning in comparisons.COLUMNS.items()},
+    **{
+        name: f"{meaning}, of the control"
+        for name, meaning in comparisons.COLUMNS.items()
+        if name not in ("wiring", "group")
+    },
     "less": "how much less the control gains than the winner, mean over prompts",
     "less_low": "lower end of its 95 % interval",
     "less_high": "upper end of its 95 % interval",
@@ -141,8 +145,8 @@ def swapped(probe_set: ProbeSet, seed: int = 0) -> ProbeSet:
     generator = random.Random(f"swapped {seed}")
     kinds = [
         [(probe.cluster, probe.group) for probe in probe_set.probes],
-        [probe.group for probe in probe_set.probes],
-        [""] * len(probe_set),
+        [("", probe.group) for probe in probe_set.probes],
+        [("", "")] * len(probe_set),
     ]
     partner: dict[int, int] = {}
     for kind in kinds:
@@ -278,9 +282,7 @@ def beside(
     table.insert(0, "winner", str(winner))
     for name, column in (("less", "gain"), ("less_low", "gain_low"), ("less_high", "gain_high"), ("p_less", "p_max")):
         table[name] = table["wiring"].map(less[column])
-    return table.rename(columns={"wiring": "control_wiring"})[
-        [name for name in CONTROLS_COLUMNS if name not in ("wiring", "group")]
-    ]
+    return table.rename(columns={"wiring": "control_wiring"})[list(CONTROLS_COLUMNS)]
 
 
 def by_streams(

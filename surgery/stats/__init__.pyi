@@ -8,6 +8,7 @@ from . import panels as panels
 from . import permutation as permutation
 from . import sampling as sampling
 from . import scatter as scatter
+from . import studentised as studentised
 from .bootstrap import RESAMPLES as RESAMPLES
 from .bootstrap import Moments as Moments
 from .bootstrap import columns as columns
