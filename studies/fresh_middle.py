@@ -313,8 +313,8 @@ def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str
             losses = [over_seeds(of["cross_entropy_answers"], 4) for of in (chosen, grown)]
             part = 100 * grown["operations_with_teacher"].to_numpy() / chosen["operations"].to_numpy()
             text += (
-                f"; of the snapshots it is {named} that is first with as small a loss on the prompts to stop by (on the "
-                f"others {losses[0]} nats an answer token against {losses[1]}): {over_seeds(pd.Series(part), 1)} % of "
+                f"; of the snapshots it is {named} that is first with as small a loss on the prompts to stop by (on "
+                f"the others {losses[0]} nats an answer token against {losses[1]}): {over_seeds(pd.Series(part), 1)} % of "
                 "its operations"
             )
         else:
