@@ -2,22 +2,23 @@
 
 Each sentence is a rule, with the least effect that it calls one, its correction, and what it says instead:
 
-=============  ===========================================  ==================================  =====================
-sentence       claims that                                  only if                             else
-=============  ===========================================  ==================================  =====================
-``windows``    a window is more serial, or more parallel,   S differs from untrained layers     "as serial as ...",
-               than its nulls account for                   with updates of the same size by    "undecided", or why
-                                                            ``LEAST_S``, and its layers prefer  nothing can be told
-                                                            what it wrote by ``LEAST_PREFERENCE``,
-                                                            or the reverse; both at once (Holm)
-``ranking``    a window is the most serial, or parallel     clear of all windows of its length  how many are not told
-                                                            by ``LEAST_S``                      apart
-``price``      running it in parallel costs or gains        by ``LEAST_NATS``                   "no difference that
-                                                                                                matters", "undecided"
-=============  ===========================================  ==================================  =====================
-"""
+===============  =========================================  ===================================  ======================
+sentence         claims that                                only if                              else
+===============  =========================================  ===================================  ======================
+``dependence``   a window is closer to serial, or to        S differs by ``LEAST_S``             "as serial as they",
+                 parallel, than untrained layers with                                            "undecided", or why
+                 updates of the same size                                                        nothing can be told
+``preference``   its layers respond more, or less, to what  the ratio differs from 1 by          the same
+                 it wrote than to the same turned at random ``LEAST_PREFERENCE``
+``ranking``      a window is the most serial, or parallel   clear of all windows of its length   how many are not told
+                                                            by ``LEAST_S``                       apart
+``price``        running it in parallel costs or gains      ``LEAST_NATS``                       "no difference that
+                                                                                                 matters", "undecided"
+===============  =========================================  ===================================  ======================
 
-from collections.abc import Sequence
+The first two are corrected for each other (Holm). They answer different questions and may go different ways: a layer
+that attends to few directions depends little on others, and may yet prefer what they wrote among all it might read.
+"""
 
 import pandas as pd
 
@@ -48,10 +49,9 @@ def thirds(frame: pd.DataFrame) -> list[pd.Series]:
 def windows(frame: pd.DataFrame) -> list[str]:
     """Summarise ``series_windows``: how serial, against the nulls, where in depth, and at what price in parallel."""
     main = _main(frame)
-    sentences = [
-        f"Layers {_span(main)} together read S = {number(main, 'S')}, from 0 (parallel) to 1 (serial): "
-        f"{_against_nulls(main)}."
-    ]
+    sentences = [dependence(main)]
+    if "preference" in main and not withheld(main, "S"):
+        sentences.append(preference(main))
     peers = _peers(frame)
     if len(peers) > 1:
         sentences.append(ranking(peers))
@@ -60,16 +60,55 @@ def windows(frame: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def side(row: pd.Series) -> str:
-    """Whether a window is more serial (``above``), more parallel (``below``) or as serial (``within``) as its nulls.
+def sides_of(row: pd.Series) -> dict[str, str]:
+    """Return on which side of its nulls a window lies: ``S`` of the matched sizes, ``preference`` of the rotation.
 
-    ``undecided`` where one of them decides nothing or they do not agree. The nulls are those that the table has.
+    ``above``, ``below``, ``within`` the least effect, or ``undecided``, corrected for each other; without the columns
+    of a null it has no entry, and all are undecided where nothing may be claimed.
     """
-    effects, least = _effects(row)
-    if not effects or withheld(row, "S"):
-        return UNDECIDED
-    found = set(sides(list(effects.values()), list(least.values())))
-    return found.pop() if len(found) == 1 else UNDECIDED
+    effects, least = {}, {}
+    if "S_excess" in row:
+        effects["S"], least["S"] = Effect.of_row(row, "S_excess"), LEAST_S
+    if "preference" in row:
+        ratio = Effect.of_row(row, "preference")
+        effects["preference"] = Effect(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+        least["preference"] = LEAST_PREFERENCE
+    if withheld(row, "S"):
+        return dict.fromkeys(effects, UNDECIDED)
+    return dict(zip(effects, sides(list(effects.values()), list(least.values())), strict=True))
+
+
+def dependence(row: pd.Series) -> str:
+    """Say how much the layers of a window depend on one another, beside untrained ones with updates of their size."""
+    opening = f"Layers {_span(row)} together read S = {number(row, 'S')}, from 0 (parallel) to 1 (serial)"
+    if reason := withheld(row, "S"):
+        return f"{opening}; nothing is claimed: {reason}."
+    found = sides_of(row)
+    if "S" not in found:
+        return f"{opening}; S grows with the size of updates, and untrained layers were not measured beside it."
+    verdict = {
+        ABOVE: "closer to serial than these",
+        BELOW: "closer to parallel than these",
+        WITHIN: f"as serial as these, within {LEAST_S}",
+        UNDECIDED: "whether they differ is undecided",
+    }[found["S"]]
+    return (
+        f"{opening}, where untrained layers with updates of the same size read {number(row, 'S_matched')}: {verdict}."
+    )
+
+
+def preference(row: pd.Series) -> str:
+    """Say whether the layers of a window prefer what it wrote to what was there before."""
+    verdict = {
+        ABOVE: "they prefer what the window wrote",
+        BELOW: "they prefer what was there before",
+        WITHIN: f"they prefer neither, within {LEAST_PREFERENCE:.0%}",
+        UNDECIDED: "whether they prefer it is undecided",
+    }[sides_of(row)["preference"]]
+    return (
+        f"What the window wrote moves them {number(row, 'preference')} times as much as the same turned at random: "
+        f"{verdict}."
+    )
 
 
 def ranking(peers: pd.DataFrame) -> str:
@@ -125,10 +164,15 @@ def limits(frame: pd.DataFrame) -> list[str]:
             "update is large."
         )
     if "preference" in frame and len(later):
-        unclear = sum(side(row) == UNDECIDED for _, row in later.iterrows())
+        found = pd.DataFrame([sides_of(row) for _, row in later.iterrows()])
+        unclear = " and ".join(
+            f"{int((found[name] == UNDECIDED).sum())} {words}"
+            for name, words in (("S", "in S"), ("preference", "in preference"))
+            if name in found
+        )
         notes.append(
-            f"In {unclear} of {len(later)} windows from layer 1 on, it is undecided whether they are more serial than "
-            "their nulls account for. Each is judged by itself."
+            f"Of {len(later)} windows from layer 1 on, each judged by itself, it is undecided whether they differ from "
+            f"their nulls: {unclear}."
         )
     if ((frame["stop"] - frame["start"]) == 2).any():
         notes.append("In windows of two layers one layer follows another, so R = O and S is one number, not two.")
@@ -176,49 +220,6 @@ def _peers(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.iloc[:0]
     length = parts[0]["stop"] - parts[0]["start"]
     return frame[(frame["stop"] - frame["start"] == length) & (frame["start"] > 0)]
-
-
-def _effects(row: pd.Series) -> tuple[dict[str, Effect], dict[str, float]]:
-    """Return how far a window lies from each null that the table has, and the least effects."""
-    effects, least = {}, {}
-    if "S_excess" in row:
-        effects["size"], least["size"] = Effect.of_row(row, "S_excess"), LEAST_S
-    if "preference" in row:
-        ratio = Effect.of_row(row, "preference")
-        effects["turned"] = Effect(ratio.value - 1, ratio.low - 1, ratio.high - 1)
-        least["turned"] = LEAST_PREFERENCE
-    return effects, least
-
-
-def _against_nulls(row: pd.Series) -> str:
-    """Say whether a window is more serial than its nulls account for, with their numbers."""
-    if reason := withheld(row, "S"):
-        return f"nothing is claimed of it: {reason}"
-    effects, least = _effects(row)
-    if not effects:
-        return "it was measured without a null, so nothing is claimed of it"
-    numbers = []
-    if "size" in effects:
-        numbers.append(f"untrained layers with updates of the same size read {number(row, 'S_matched')}")
-    if "turned" in effects:
-        numbers.append(
-            f"what they wrote moves them {number(row, 'preference')} times as much as the same turned at random"
-        )
-    found = sides(list(effects.values()), list(least.values()))
-    return f"{_verdict(found)} ({'; '.join(numbers)})"
-
-
-def _verdict(found: Sequence[str]) -> str:
-    words = {
-        ABOVE: "more serial than the size of updates accounts for",
-        BELOW: "more parallel than the size of updates accounts for",
-        WITHIN: "as serial as the size of updates accounts for",
-        UNDECIDED: "whether that is more than the size of updates accounts for is undecided",
-    }
-    if len(set(found)) == 1:
-        return words[found[0]]
-    apart = "only one comparison decides it" if UNDECIDED in found else "the two comparisons do not agree"
-    return f"{words[UNDECIDED]}, as {apart}"
 
 
 def _span(row: pd.Series) -> str:
