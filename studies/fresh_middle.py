@@ -314,8 +314,8 @@ def fraction(grown: pd.DataFrame, methods: pd.DataFrame, per_step: float) -> str
             part = 100 * grown["operations_with_teacher"].to_numpy() / chosen["operations"].to_numpy()
             text += (
                 f"; of the snapshots it is {named} that is first with as small a loss on the prompts to stop by (on "
-                f"the others {losses[0]} nats an answer token against {losses[1]}): {over_seeds(pd.Series(part), 1)} % of "
-                "its operations"
+                f"the others {losses[0]} nats an answer token against {losses[1]}): {over_seeds(pd.Series(part), 1)} % "
+                "of its operations"
             )
         else:
             text += "; no snapshot has as small a loss as every graft"
