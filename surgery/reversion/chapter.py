@@ -29,9 +29,10 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
         "the excess over them is a finding. psi sets it against the size of the update: at 0 the stream walks at "
         "random, at 1 its spread stays, above 1 it shrinks.",
         "A slope is not a force: the causal kappas displace the stream at one token and read what the layer does "
-        "differently. And turning is not taking back: a rotation has kappa above 0 in every direction. So a layer restores "
-        "only where a displacement of every kind is shorter afterwards (remaining below 1), by 0.05 or more and in all "
-        "layers looked at; where single directions revert, as many do under any map, of which random turns are the null.",
+        "differently. And turning is not taking back: a rotation has kappa above 0 in every direction. So a layer "
+        "restores only where displacements of every kind are shorter afterwards (remaining below 1) by 0.05 or more, "
+        "corrected for the number of layers. Single directions are shortened by any map; more of them than by the same "
+        "map turned at random are not.",
         "Several layers at once have a variance ratio: 1 if their updates are uncorrelated, below 1 if later ones undo "
         "earlier ones. Read as one autoregression over depth, the phi of a few layers is biased towards reversion "
         "wherever tokens have means of their own; so it is compared with a random walk whose steps have the same "
