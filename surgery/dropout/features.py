@@ -203,7 +203,7 @@ def sparsity(activations: Float[Tensor, "token neuron"], draws: Draws | None = N
     [0.25]
     """
     drawn, size = _draws(activations, draws), activations.abs()
-    silent = (size <= SILENT * size.amax(0)).double().mean(1)
+    silent = (size <= SILENT * size.amax(0)).double().masked_fill(~size.isfinite(), torch.nan).mean(1)
     return drawn @ silent / drawn.sum(1)
 
 
@@ -214,7 +214,7 @@ def activations(
 
     An expert's neurons are multiplied by the router's weight, and 0 at tokens routed elsewhere. Cost: 1 F.
 
-    Raises ValueError for a layer that the model does not have, ModelError for one without an MLP.
+    Raises ValueError for a layer that the model does not have or whose activations are not finite, ModelError for one without an MLP.
 
     >>> from surgery.instruments import known_networks
     >>> [x.shape for x in activations(Stack(known_networks.random_network(2)), known_networks.tokens(3, 5))]
@@ -233,7 +233,10 @@ def activations(
 
     if mlps:
         listen(stack, mlps, Tokens.of(tokens), record, batch_size)
-    return [torch.cat(parts) for parts in batches]
+    recorded = [torch.cat(parts) for parts in batches]
+    if bad := [layer for layer, x in zip(places, recorded) if not x.isfinite().all()]:
+        raise ValueError(f"activations of layer {bad[0]} of {stack.name} are not finite: load it in float32")
+    return recorded
 
 
 def within(

@@ -6,7 +6,7 @@ of that, and the value that each must have:
 ==================  ===================================================  ========  ===========  =====================
 measure             of                                                   chain     independent  each other's backup
 ==================  ===================================================  ========  ===========  =====================
-redundancy_mass     damages of pairs (``instruments.interactions``)      0         none         1
+additivity          damages of pairs (``instruments.interactions``)      0         1            above 1
 mean_rho            the same                                             1         0            -1
 curvature           damage of k random layers over k (``subsets``)       -1        0            above 0, 1 for two
 self_repair         share of a lost direct effect that later layers      below 0   0            1
@@ -15,12 +15,15 @@ predictability      R^2 of a later layer's output on a layer's own       none   
                     input, from that layer's update
 ==================  ===================================================  ========  ===========  =====================
 
-"None" is NaN: there is nothing to measure. Mass and curvature are of the margin with all norms frozen, including the
-last; self-repair is that of the model as it runs. They need not agree: two layers that do the same and both write it
-are predictable from each other, and damages still add up. ``across`` gives all of them in one row, for comparing
-models: only those that reach the same loss, on the same prompts, and with the same ``seed``, which draws the subsets.
+"None" is NaN: there is nothing to measure. Additivity, A, is also measured with MLPs and with heads as units
+(``additivity``). A and curvature are of the margin with all norms frozen, including the last; self-repair is that of
+the model as it runs. They need not agree: two layers that do the same and both write it are predictable from each
+other, and damages still add up. Redundancy mass (``mass``) is 0 in any model whose pairs all lose less together than
+apart, so it cannot compare models that are mostly chains; A moves. ``across`` gives all of them in one row, for
+comparing models: only those that reach the same loss, on the same prompts, and with the same ``seed``, which draws the
+subsets.
 
-Controls: the architecture untrained (damages inside noise, mass about .5), and ``predictability_shuffled``.
+Controls: the architecture untrained (damages inside noise, no A), and ``predictability_shuffled``.
 """
 
 import random
@@ -41,6 +44,7 @@ from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage
 from surgery.instruments.ensemble import Ensemble, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
 from surgery.instruments.regression import LeastSquares, halves
+from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
@@ -53,9 +57,13 @@ _LEAST = 1e-4  # share of an update's variance: a smaller residual comes from ro
 Resampled = Float[Tensor, " resample"]
 Squares = Float[Tensor, "kind 2 prompt"]  # of targets and of residuals, by kind of predictability
 
+_A = "additivity A of pairs of {}, mean ablation, margin: 0 chain, 1 independent, above 1 backup"
 _MEASURES = {
-    "redundancy_mass": "sum of positive delta over sum of |delta| of all pairs: 0 all series, 1 all redundant",
-    "mean_rho": "mean rho of the pairs that have one: 1 series, 0 independent, -1 mutual backup",
+    "additivity": _A.format("layers"),
+    "additivity_mlps": _A.format("MLPs"),
+    "additivity_heads": _A.format("heads"),
+    "redundancy_mass": "sum of positive delta over sum of |delta|: 0 where no pair is redundant on balance, 1 all",
+    "mean_rho": "mean rho of the pairs that have one: 1 needed together, 0 independent, -1 mutual backup",
     "curvature": "how far the damage of k layers lies below its chord, as a share: -1 chain, 0 additive, 1 backup",
     "second_difference": "damage of k + 1 layers less twice that of k plus that of k - 1 (logits); of a model the mean",
     "damage": "damage without k random layers (logits)",
@@ -67,12 +75,14 @@ _MEASURES = {
     "predictability_shuffled": "predictability from another token's update: the null",
 }
 COLUMNS: dict[str, str] = {
+    "units": "what was taken out: layers, mlps or heads",
     "layer": "layer, counted from 0; of a pair the earlier",
     "later": "the later layer of the pair",
     "size": "number of layers taken out together",
     "n_subsets": "number of sets of that many layers",
-    "n_pairs": "number of pairs of layers",
+    "n_pairs": "number of pairs of layers, or of other units",
     "n_measured": "number of pairs with a rho",
+    "n_undefined": "number of pairs with a damage that is not finite, which are left out",
     "n_prompts": "number of prompts, the unit of resampling",
 } | described(_MEASURES)
 
@@ -89,8 +99,8 @@ def across(
     """Measure all redundancy of a model as one row, with intervals over prompts: those of ``COLUMNS`` that apply.
 
     Self-repair is pooled over all layers but the last, predictability is the mean of all pairs. Cost in a model of L
-    layers: ``mass`` and ``subsets`` together, ``self_repair`` and ``predictability``; for 6 layers about 20 F and 60
-    readouts.
+    layers: ``mass`` and ``subsets`` together, ``additivity`` of MLPs and of heads (NaN where a model has none that can
+    be told apart), ``self_repair`` and ``predictability``; for 6 layers about 120 F and 200 readouts.
 
     Raises ValueError as these do.
 
@@ -107,6 +117,7 @@ def across(
     curve = _curve(full, chosen, sampling)
     row: dict[str, float] = {
         **pairs.iloc[0],
+        **_additivity(stack, tokens, kind, sampling),
         **columns("curvature", _curvature(curve)),
         **columns("second_difference", curve.diff(2, dim=0).mean(0)),
     }
@@ -125,6 +136,46 @@ def mass(stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling:
     """
     full = damage(stack, tokens, interactions.sets(stack.n_layers), kind, frozen=True, sampling=sampling)
     return interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
+
+
+def additivity(
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    units: str = "layers",
+    kind: str = "mean",
+    *,
+    draws: int = 100,
+    sampling: Sampling = Sampling(),
+) -> pd.DataFrame:
+    """Measure A of pairs of layers, MLPs or heads, ``sum (D_ij - max(D_i, D_j)) / sum min(D_i, D_j)``: one row.
+
+    0 where each pair is needed together, 1 where damages add up, above 1 where one does the other's work when it is
+    gone; NaN where nothing is lost with one alone (perfect backups, and noise). In margin units, norms frozen. Of more
+    than ``draws`` pairs as many are drawn by the seed, the same in every model of that shape. Intervals are over
+    prompts; over models, use their spread. Ours.
+
+    Cost: a run from the first unit on, and a readout, for every unit and pair, at most, and 3 F.
+
+    Raises ValueError for fewer than two units and an unknown kind of unit, and as ``ablation.damage`` does.
+
+    >>> from surgery.instruments import known_networks
+    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(24, 8)
+    >>> for units in ("layers", "mlps"):
+    ...     print(round(additivity(stack, tokens, units, sampling=Sampling(resamples=0))["additivity"][0], 3))
+    1.0
+    1.0
+    """
+    tokens = Tokens.of(tokens)
+    count = stack.n_layers * (int(stack.model.cfg.n_heads) if units == "heads" else 1)
+    if count < 2:
+        raise ValueError(f"{stack.name} has one of these units; a pair needs two")
+    pairs = list(combinations(range(count), 2))
+    chosen = sorted(random.Random(sampling.seed).sample(pairs, min(draws, len(pairs))))
+    alone = sorted({(unit,) for pair in chosen for unit in pair})
+    full = damage(stack, tokens, [*alone, *chosen], kind, frozen=True, units=units, sampling=sampling)
+    frame = interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
+    frame.insert(0, "units", units)
+    return frame
 
 
 def subsets(
@@ -254,6 +305,18 @@ def predictability(
     return pd.DataFrame(rows)
 
 
+def _additivity(stack: Stack, tokens: Tokens, kind: str, sampling: Sampling) -> dict[str, float]:
+    """A of MLPs and of heads."""
+    row: dict[str, float] = {}
+    for units in ("mlps", "heads"):
+        try:
+            measured = additivity(stack, tokens, units, kind, sampling=sampling).iloc[0]
+        except ModelError:
+            measured = dict.fromkeys(("additivity", "additivity_low", "additivity_high"), float("nan"))
+        row |= {f"additivity_{units}{end}": measured[f"additivity{end}"] for end in ("", "_low", "_high")}
+    return row
+
+
 def _draws(n_prompts: int, sampling: Sampling) -> Float[Tensor, "resample prompt"]:
     """How often each resample counts each prompt; a single prompt is not resampled."""
     return weights(n_prompts, sampling.resamples if n_prompts > 1 else 0, sampling.seed)
@@ -273,12 +336,7 @@ def _curve(full: Damages, sets: Iterable[tuple[int, ...]], sampling: Sampling) -
 
 def _curvature(curve: Float[Tensor, "size resample"]) -> Resampled:
     values = 1 - 2 * ratio(curve[:-1].sum(0), (len(curve) - 2) * curve[-1])
-    return values if _is_above_0(curve[-1]) else torch.full_like(values, torch.nan)
-
-
-def _is_above_0(values: Resampled) -> bool:
-    """Whether the interval lies above 0; for one prompt, or without resamples, whether the estimate does."""
-    return bool((values[0] if len(values) == 1 else values.quantile(0.025)) > 0)
+    return values if interactions.is_above_0(curve[-1]) else torch.full_like(values, torch.nan)
 
 
 # --- self-repair ---
@@ -336,7 +394,9 @@ def _slopes(layers: Sequence[dict[str, Moments]], draws: Float[Tensor, "resample
         for name in ("self_repair", "norm_repair")
     }
     share = ratio(slopes["norm_repair"], slopes["self_repair"])
-    slopes["norm_share"] = share if _is_above_0(slopes["self_repair"]) else torch.full_like(share, torch.nan)
+    slopes["norm_share"] = (
+        share if interactions.is_above_0(slopes["self_repair"]) else torch.full_like(share, torch.nan)
+    )
     return {key: value for name, values in slopes.items() for key, value in columns(name, values).items()}
 
 

@@ -268,6 +268,8 @@ def _about_line(values: pd.DataFrame) -> float:
 
 def _converged(run: pd.DataFrame) -> float:
     by_step = run.groupby("step")["heldout"].mean()
+    if not np.isfinite(by_step).all():  # diverged: it has no best
+        return float("nan")
     return float((by_step <= 1.05 * by_step.min()).idxmax())
 
 

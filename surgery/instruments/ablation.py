@@ -20,15 +20,20 @@ how much the centred logit of the right next token falls (its logit minus the me
 does not saturate: it goes on falling when the token is long lost; and ``loss``, the rise of the cross entropy in nats.
 With ``frozen`` all norms keep the denominators of the clean run, the last one too, so that the margin is linear in the
 last stream (but for soft-capped logits). A live norm makes up for part of what is gone, about 30 % of the direct effect
-in published models (Rushing and Nanda 2024, arXiv 2402.15390). Controls to compare with: the same with a smaller
-``amount``, another kind, and the architecture untrained. Mean and resample ablation: Chan et al. 2022 (causal
-scrubbing), Wang et al. 2022 (arXiv 2211.00593).
+in published models (Rushing and Nanda 2024, arXiv 2402.15390). Frozen damages add up, which is what interactions need;
+what the model itself loses is the live one. A layer that makes the stream much longer or shorter reads otherwise
+frozen than live, even with another sign, because freezing keeps the length that this layer made: ``freezing`` measures
+both and says where they part. The units may also be MLPs or heads (``surgery.instruments.components``). A damage that
+is not finite stays so, and is counted in ``undefined``. Controls to compare with: the same with a smaller ``amount``,
+another kind, and the architecture untrained. Mean and resample ablation: Chan et al. 2022 (causal scrubbing), Wang et
+al. 2022 (arXiv 2211.00593).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,25 +42,40 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
+from surgery.instruments.components import Sites
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, columns, weights
+from surgery.stats.bootstrap import RESAMPLES, columns, described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
 KINDS = ("skip", "mean", "resample")
+PART = 0.5  # of the larger damage: frozen and live damages that differ by more are said to part
 COLUMNS = {
-    "layers": "the layers taken out together, counted from 0, separated by spaces",
+    "layers": "the layers (or other units) taken out together, counted from 0, separated by spaces",
     "n_layers": "how many they are",
     "n_prompts": "number of prompts, the unit of resampling",
+    "undefined": "number of prompts whose damage is not finite: where there are any, the set has no damage",
     "margin": "by how much the centred logit of the right next token falls (logits)",
     "margin_low": "lower end of the 95 % interval of margin (bootstrap over prompts)",
     "margin_high": "upper end of the 95 % interval of margin",
     "loss": "by how much the loss rises (nats per token)",
     "loss_low": "lower end of the 95 % interval of loss",
     "loss_high": "upper end of the 95 % interval of loss",
+}
+FREEZING = {
+    "layers": COLUMNS["layers"],
+    "n_prompts": COLUMNS["n_prompts"],
+    **described(
+        {
+            "frozen": "fall of the margin with the norms' denominators kept from the clean run (logits)",
+            "live": "fall of the margin as the model runs (logits)",
+            "difference": "frozen minus live",
+        }
+    ),
+    "freezing": "agrees, or parts (in sign, in size: believe live of what the model loses), undefined, undecided",
 }
 
 
@@ -72,12 +92,18 @@ class Damages:
         """The row of ``margin`` and ``loss`` that is about a set."""
         return {layers: row for row, layers in enumerate(self.sets)}
 
+    @cached_property
+    def undefined(self) -> Bool[Tensor, "set prompt"]:
+        """Where a damage is not finite: nothing may be said of that set."""
+        return ~(self.margin.isfinite() & self.loss.isfinite())
+
     def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
         """Return one row per set, with intervals over prompts: ``COLUMNS``."""
         n_prompts = self.margin.shape[1]
         draws = weights(n_prompts, resamples, seed) / n_prompts
         return pd.DataFrame(
             {"layers": " ".join(map(str, layers)), "n_layers": len(layers), "n_prompts": n_prompts}
+            | {"undefined": int(self.undefined[row].sum())}
             | columns("margin", draws @ self.margin[row])
             | columns("loss", draws @ self.loss[row])
             for layers, row in self.row.items()
@@ -86,37 +112,62 @@ class Damages:
 
 @dataclass(frozen=True)
 class CleanRun:
-    """One batch, run as it is, and what its layers write when they are taken out."""
+    """One batch, run as it is, and what its layers, MLPs or heads write when they are taken out."""
 
     first: int  # index of the batch's first prompt among all
     context: Context
     mask: Bool[Tensor, "prompt pos"]  # the tokens of the ensemble
     stream: Float[Tensor, "layer_plus_1 prompt pos d_model"]
     amount: float
-    means: Float[Tensor, "layer d_model"]
+    means: Float[Tensor, "layer width"]  # of updates, or of what is written at ``sites``
     partner: Int[Tensor, " token"] | None  # for kind="resample"
+    sites: Sites
+    written: dict[int, Tensor] = field(default_factory=dict)  # at the sites, in the clean run
 
     def update(self, layer: int) -> Stream:
         """Return ``u_l`` of the clean run."""
         return self.stream[layer + 1] - self.stream[layer]
 
     def replacement(self, layer: int) -> Stream:
-        """Return v, what the layer writes in the ensemble when it is taken out wholly."""
+        """Return v, what the layer (its MLP, its heads) writes in the ensemble when it is taken out wholly."""
+        clean = self.written[layer] if self.sites.modules else self.update(layer)
         if self.partner is not None:
-            return exchange(self.update(layer), self.mask, self.partner)
-        return self.means[layer].to(self.stream).expand_as(self.stream[layer])
+            return exchange(clean, self.mask, self.partner)
+        return self.means[layer].to(clean).expand_as(clean)
 
     def ablate(self, layer: int, u: Stream, where: Bool[Tensor, "prompt pos"] | None = None) -> Stream:
         """Return ``(1 - amount) u + amount v`` at the tokens ``where`` (default: the ensemble), and u at the others."""
         ablated = (1 - self.amount) * u + self.amount * self.replacement(layer)
         return torch.where((self.mask if where is None else where).unsqueeze(-1), ablated, u)
 
+    def update_without(
+        self, stack: Stack, layer: int, units: Sequence[int], x: Stream, u: Stream | None = None
+    ) -> Stream:
+        """Return the update of ``layer`` on ``x`` without these of its units; ``u`` is its whole update, if it ran.
 
-def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: float = 1.0) -> Iterator[CleanRun]:
-    """Yield every batch of the ensemble, ready for layers to be taken out of it. Cost: 1 F, with ``mean`` 2 F.
+        Taken out wholly, a layer need not run: tokens outside the ensemble see none in it, so they are as they were.
+        """
+        if not self.sites.modules:
+            return self.ablate(layer, self.update(layer) if u is None else u)
+
+        def without(written: Tensor) -> Tensor:
+            ablated, left = self.ablate(layer, written), written.clone()
+            for unit in units:
+                part = self.sites.part(unit, written.shape[-1])
+                left[..., part] = ablated[..., part]
+            return left
+
+        with self.sites.replaced(layer, without):
+            return stack.update(layer, x, self.context)
+
+
+def clean_runs(
+    stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: float = 1.0, units: str = "layers"
+) -> Iterator[CleanRun]:
+    """Yield every batch of the ensemble, ready for ``units`` to be taken out of it. Cost: 1 F, with ``mean`` 2 F.
 
     Raises ValueError for an unknown kind, an amount outside (0, 1], one prompt to resample from, and a stream that is
-    not finite.
+    not finite, and as ``components.Sites`` does.
 
     >>> from surgery.instruments import known_networks
     >>> ensemble = Ensemble(Tokens.of(known_networks.tokens(4)))
@@ -130,27 +181,33 @@ def clean_runs(stack: Stack, ensemble: Ensemble, kind: str = "mean", amount: flo
         raise ValueError(f"amount is the share of an update to take out, above 0 and up to 1, got {amount}")
     if kind == "resample" and len(ensemble.tokens) < 2:
         raise ValueError("resample takes the updates of another prompt: give two or more, or kind='mean'")
-    if kind == "mean":
-        means = mean_updates(stack, ensemble)
-    else:
-        means = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
+    means = mean_updates(stack, ensemble, units) if kind == "mean" else None
     first, seed = 0, ensemble.sampling.seed
-    silent = replace(ensemble, sampling=ensemble.sampling.but(progress=False))
-    for _, context, mask in silent.batches(stack, least=3):  # in less, a prompt could have no donor
-        stream = stack.stream(context)
+    quiet = replace(ensemble, sampling=ensemble.sampling.but(progress=False))
+    for _, context, mask in quiet.batches(stack, least=3):  # in less, a prompt could have no donor
+        sites = Sites.of(stack, context, units)
+        with sites.recorded() as written:
+            stream = stack.stream(context)
         if not stream[:, mask].isfinite().all():
             raise ValueError(f"the stream of {stack.name} is not finite: load the model in float32, or fix its weights")
         partner = partners(mask, np.random.default_rng((seed, 2, first))) if kind == "resample" else None
-        yield CleanRun(first, context, mask, stream, amount, means, partner)
+        v = torch.zeros(stack.n_layers, 1, dtype=torch.float64) if means is None else means
+        yield CleanRun(first, context, mask, stream, amount, v, partner, sites, dict(written))
         first += len(mask)
 
 
-def mean_updates(stack: Stack, ensemble: Ensemble) -> Float[Tensor, "layer d_model"]:
-    """Return the mean update of every layer over the ensemble, in float64 on the CPU. Cost: 1 F."""
-    totals = torch.zeros(stack.n_layers, stack.d_model, dtype=torch.float64)
-    for visit in ensemble.visits(stack, "mean updates"):
-        totals[visit.layer] += visit.u[visit.mask].sum(0, dtype=torch.float64).cpu()
-    return totals / int(ensemble.mask.sum())
+def mean_updates(stack: Stack, ensemble: Ensemble, units: str = "layers") -> Float[Tensor, "layer width"]:
+    """Return the mean update of every layer over the ensemble, in float64 on the CPU. Cost: 1 F.
+
+    Of other ``units`` it is the mean of what they write at their sites.
+    """
+    totals: dict[int, Tensor] = {}
+    sites = Sites.of(stack, stack.context(ensemble.tokens[:1]), units)
+    with sites.recorded() as written:
+        for visit in ensemble.visits(stack, "mean updates"):
+            values = (written[visit.layer] if sites.modules else visit.u)[visit.mask]
+            totals[visit.layer] = totals.get(visit.layer, 0) + values.sum(0, dtype=torch.float64).cpu()
+    return torch.stack([totals[layer] for layer in range(stack.n_layers)]) / int(ensemble.mask.sum())
 
 
 def damage(
@@ -161,9 +218,10 @@ def damage(
     amount: float = 1.0,
     *,
     frozen: bool = False,
+    units: str = "layers",
     sampling: Sampling = Sampling(),
 ) -> Damages:
-    """Measure what it costs each prompt to do without each of ``sets`` of layers.
+    """Measure what it costs each prompt to do without each of ``sets`` of layers (or of other ``units``).
 
     The sets are the leaves of a tree: what two have in common before they part is run once, and what comes before the
     first layer taken out is not run again. Cost: 1 F for the clean run, 1 F for the mean, 1 F for the denominators of
@@ -180,10 +238,12 @@ def damage(
     True
     """
     distinct = list(dict.fromkeys(tuple(sorted(set(layers))) for layers in sets))
-    absent = sorted({layer for layers in distinct for layer in layers if not 0 <= layer < stack.n_layers})
-    if absent:
-        raise ValueError(f"there is no layer {absent[0]} to take out: {stack.name} has 0 to {stack.n_layers - 1}")
     ensemble = Ensemble.of(stack, tokens, sampling)
+    count = Sites.of(stack, stack.context(ensemble.tokens[:1]), units).count
+    absent = sorted({unit for chosen in distinct for unit in chosen if not 0 <= unit < count})
+    if absent:
+        name = {"layers": "layer", "mlps": "MLP", "heads": "head"}[units]
+        raise ValueError(f"there is no {name} {absent[0]} to take out: {stack.name} has 0 to {count - 1}")
     silent = ~predicting_positions(ensemble.tokens, ensemble.mask).any(1)
     if silent.any():
         raise ValueError(
@@ -194,7 +254,7 @@ def damage(
     damages = Damages(tuple(distinct), *measures)
     with Progress(disable=not sampling.progress, transient=True) as bar:
         task = bar.add_task("ablations", total=len(distinct) * len(ensemble.tokens))
-        for run in clean_runs(stack, ensemble, kind, amount):
+        for run in clean_runs(stack, ensemble, kind, amount, units):
             with stack.frozen(run.context) if frozen else nullcontext():
                 clean = _scores(stack, run, run.stream[-1], frozen)
                 prompts = slice(run.first, run.first + len(run.mask))
@@ -204,6 +264,46 @@ def damage(
     return damages
 
 
+def freezing(frozen: Damages, live: Damages, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """Compare damages of the margin under frozen and live norms: a row per set, ``FREEZING``. Cost: no forward pass.
+
+    They part in sign where both intervals exclude 0, on opposite sides; in size where the interval of their difference
+    excludes 0 and the difference is more than ``PART`` of the larger. What the model loses is then the live one, and a
+    frozen damage is a direct effect at the length that the stream had, no more. Raises ValueError for different sets.
+
+    >>> less, more = (torch.tensor([[sign * 1.0, sign * 1.2]]).double() for sign in (-1, 1))
+    >>> freezing(Damages(((5,),), more, more), Damages(((5,),), less, less))["freezing"].tolist()
+    ['parts in sign']
+    """
+    if frozen.sets != live.sets or frozen.margin.shape != live.margin.shape:
+        raise ValueError("frozen and live damages are of different sets or prompts")
+    n_prompts = frozen.margin.shape[1]
+    draws = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
+    rows = []
+    for i, chosen in enumerate(frozen.sets):
+        values = {"frozen": draws @ frozen.margin[i], "live": draws @ live.margin[i]}
+        values["difference"] = values["frozen"] - values["live"]
+        row: dict[str, Any] = {"layers": " ".join(map(str, chosen)), "n_prompts": n_prompts}
+        row |= measure_columns(values)
+        rows.append(row | {"freezing": _parting(row)})
+    return pd.DataFrame(rows)
+
+
+def _parting(row: Mapping[str, Any]) -> str:
+    if not all(np.isfinite(row[name]) for name in ("frozen", "live")):
+        return "undefined"
+    if np.isnan(row["difference_low"]):
+        return "undecided"
+
+    def side(name: str) -> int:
+        return int(row[f"{name}_low"] > 0) - int(row[f"{name}_high"] < 0)
+
+    if side("frozen") * side("live") < 0:
+        return "parts in sign"
+    larger = max(abs(row["frozen"]), abs(row["live"]))
+    return "parts in size" if side("difference") and abs(row["difference"]) > PART * larger else "agrees"
+
+
 def _final_streams(
     stack: Stack, run: CleanRun, sets: list[tuple[int, ...]], layer: int = 0, x: Stream | None = None
 ) -> Iterator[tuple[tuple[int, ...], Stream]]:
@@ -211,16 +311,20 @@ def _final_streams(
     if layer == stack.n_layers:
         yield from ((layers, run.stream[-1] if x is None else x) for layers in sets)
         return
-    removing = [layers for layers in sets if layer in layers]
-    keeping = [layers for layers in sets if layer not in layers]
     before = run.stream[layer] if x is None else x
-    # Taken out wholly, a layer need not run: the tokens outside the ensemble see none in it, so they are as they were.
-    runs = x is not None and (keeping or run.amount < 1)
-    u = stack.update(layer, before, run.context) if runs else run.update(layer)
-    if keeping:
-        yield from _final_streams(stack, run, keeping, layer + 1, None if x is None else x + u)
-    if removing:
-        yield from _final_streams(stack, run, removing, layer + 1, before + run.ablate(layer, u))
+    by_removed: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for units in sets:
+        removed = tuple(unit for unit in units if run.sites.layer(unit) == layer)
+        by_removed.setdefault(removed, []).append(units)
+    u = None
+    if x is not None and (() in by_removed or (run.amount < 1 and not run.sites.modules)):
+        u = stack.update(layer, x, run.context)
+    for removed, group in by_removed.items():
+        if removed:
+            after = before + run.update_without(stack, layer, removed, before, u)
+        else:
+            after = None if u is None else before + u
+        yield from _final_streams(stack, run, group, layer + 1, after)
 
 
 def _scores(stack: Stack, run: CleanRun, final: Stream, frozen: bool) -> Float[Tensor, "measure prompt"]:

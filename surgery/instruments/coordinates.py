@@ -171,7 +171,7 @@ def _root(stack: Stack, norm: FrozenNorm | None) -> Float[Tensor, "d_model k"]:
     noise = torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(units)
     noise = noise * (LOUD / (read(noise) - constant).abs().max().clamp(min=1e-3)).to(noise)
     once, twice = read(noise) - constant, read(2 * noise) - constant
-    if (twice - 2 * once).abs().max() > 0.1 * once.abs().max():
+    if not (twice - 2 * once).abs().max() <= 0.1 * once.abs().max():  # nor NaN
         raise ValueError(
             f"the head of {stack.name} is not linear (it caps its logits), so no map of streams keeps their inner "
             f"products: use {', '.join(COORDINATES[:-1])}"

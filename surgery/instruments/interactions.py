@@ -1,4 +1,4 @@
-r"""Are two layers in series, independent, or backups of each other? From the damage of taking out each and both.
+r"""Are two layers needed together, independent, or backups of each other? From the damage of taking out each and both.
 
 ``D_i``, ``D_j``, ``D_ij`` are the damages (``surgery.instruments.ablation``) without layer i, without j, and without
 both.
@@ -8,31 +8,47 @@ both.
 
 Where damage is monotone, 0 <= max(D_i, D_j) <= D_ij, rho lies in [-1, 1], and reads as in the theory of reliability:
 
-====  ==================  ===================================================================================
- rho  system              damages
-====  ==================  ===================================================================================
-  +1  series (AND)        without either everything is lost, there is nothing left to lose: D_ij = max(D_i, D_j)
-   0  independent         damages add up: D_ij = D_i + D_j (and the readout is linear)
-  -1  mutual backup (OR)  each does the other's work when it is gone: D_i = D_j = 0 < D_ij
-====  ==================  ===================================================================================
+====  ======================  ===============================================================================
+ rho  system                  damages
+====  ======================  ===============================================================================
+  +1  needed together (AND)   without either everything is lost, nothing is left to lose: D_ij = max(D_i, D_j)
+   0  independent             damages add up: D_ij = D_i + D_j (and the readout is linear)
+  -1  mutual backup (OR)      each does the other's work when it is gone: D_i = D_j = 0 < D_ij
+====  ======================  ===============================================================================
 
-"Parallel" means either of the last two; running layers in parallel cannot tell them apart, rho can. Three things can
-fake it:
+Needed together is not "in series": two layers that never read each other, joined by an AND in a third, read +1 too.
+That one reads the other is what T or a local effect above 0 says (``surgery.series.effects``). "Parallel" means either
+of the last two; running layers in parallel cannot tell them apart, rho can. Five things can fake it:
 
 * noise: rho is a ratio. Where its divisor (the smaller damage if delta <= 0, the common one if delta > 0: a backup's
   single damages are 0, that is what it is) is not above two standard errors, ``status`` says ``inside noise`` and rho
   is NaN; where a layer's removal helps, by two standard errors, ``ablation helps``: the damage is not monotone.
-* many pairs: ``q`` is the false discovery rate (Benjamini and Hochberg 1995) of delta over all pairs, each pair's p by
-  flipping the signs of its delta prompt by prompt.
-* saturation: a damage that has an upper bound makes everything look serial. So the layers are taken out again in part
-  (``amount`` = .5). Then rho reads ``amount`` for a linear chain, as what is left of it is a product; -1 for backups,
-  0 for independent layers. ``saturating`` is yes where the interval of rho excludes 0 and ``rho_partial`` has
-  another sign, or less than half of ``amount |rho|``.
+* damages that are not finite, as when layers that erase massive activations are taken out under frozen norms: the pair
+  is ``undefined``, and ``status`` names the ablation. Nothing of it enters a mean, a maximum or another pair.
+* many pairs: ``q`` is the false discovery rate (Benjamini and Hochberg 1995) of delta over all defined pairs, each
+  pair's p by flipping the signs of its delta prompt by prompt.
+* saturation: a damage that has an upper bound makes everything look needed together. So the layers are taken out again
+  in part (``amount`` = .5). Then rho reads ``amount`` for a linear chain, as what is left of it is a product, more for
+  a hard AND, 0 for independent layers. ``saturating`` is yes where the interval of rho lies above 0 and
+  ``rho_partial`` is less than half of ``amount rho``. A bound can only lower delta, so it never fakes a backup, and
+  no objection is made where rho is below 0: a hard OR (D_ij = 0 until both are gone) loses nothing in part. What fakes
+  a backup is a convex damage, such as the loss in nats of a sure token; the margin is linear in the last stream.
+* freezing: ``freezing`` says where a single damage parts from that of the model as it runs (``ablation.freezing``).
+  There rho is of direct effects at the length that the clean stream had; believe the live damages of what is lost.
+
+``summary`` gives, over all pairs, mean rho and two indices of redundancy. Redundancy mass ``sum max(delta, 0) / sum
+|delta|`` is 0 as soon as no pair has a positive delta, however many nearly have: it cannot compare models that are
+mostly chains. Additivity moves between all of them:
+
+    A = sum (D_ij - max(D_i, D_j)) / sum min(D_i, D_j),      0 chain, 1 independent, above 1 backup,
+
+in margin units (in nats, convex, everything reads 1). Where the single damages are 0, as in perfect backups, A has no
+bound and is NaN; A = 1 + sum delta / sum min(D_i, D_j).
 
 Damage is the margin (logits), with all norms frozen, the last one too; with ``frozen=False`` rho also contains what
-live norms make up for. Control: the architecture untrained, whose pairs lie inside noise. rho is ours; delta is minus
-the second-order Moebius term of the model's worth at the full model, a pairwise interaction index (Grabisch and Roubens
-1999).
+live norms make up for. Control: the architecture untrained, whose pairs lie inside noise. rho and A are ours; delta is
+minus the second-order Moebius term of the model's worth at the full model, a pairwise interaction index (Grabisch and
+Roubens 1999).
 
 >>> import torch
 >>> full = Damages(((0,), (1,), (0, 1)), *torch.tensor([[2.0, 3, 2], [2, 3, 2], [2, 3, 2]]).double().expand(2, 3, 3))
@@ -50,10 +66,10 @@ from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
-from surgery.instruments.ablation import Damages, damage
+from surgery.instruments.ablation import Damages, damage, freezing
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.stats.bootstrap import RESAMPLES, described, measure_columns, weights
+from surgery.stats.bootstrap import RESAMPLES, described, measure_columns, ratio, weights
 from surgery.stats.permutation import p_value, sign_flips, signs
 from surgery.stats.sampling import Sampling
 
@@ -63,21 +79,25 @@ COLUMNS = {
     "layer": "the earlier layer of the pair, counted from 0",
     "later": "the later layer of the pair",
     "n_prompts": "number of prompts, the unit of resampling",
-    "status": "measured, inside noise (rho's divisor below two standard errors), or ablation helps (not monotone)",
-    "q": "false discovery rate of delta over all pairs (Benjamini-Hochberg, sign flips over prompts)",
-    "saturating": "whether partial ablation fails to confirm rho: yes, no, undecided (no rho to confirm)",
+    "status": "measured, inside noise (rho's divisor below two standard errors), ablation helps (not monotone), or "
+    "undefined and which damage is not finite",
+    "q": "false discovery rate of delta over all defined pairs (Benjamini-Hochberg, sign flips over prompts)",
+    "saturating": "whether partial ablation fails to confirm a rho above 0: yes, no, undecided (no rho to confirm)",
+    "freezing": "whether frozen and live norms agree on the layers alone: agrees, or which layer parts, and how",
     "n_pairs": "number of pairs",
     "n_measured": "number of pairs with a rho",
+    "n_undefined": "number of pairs with a damage that is not finite, which are left out",
 }
 _INTERVALS = {
     "damage": "damage without the earlier layer (logits, or nats for the loss)",
     "damage_later": "damage without the later layer",
     "damage_both": "damage without both",
-    "delta": "damage_both - damage - damage_later: below 0 series, above 0 redundancy",
-    "rho": "interaction: 1 series, 0 independent, -1 mutual backup",
-    "rho_partial": "rho where the layers are taken out in part: amount for a series, 0, -1",
+    "delta": "damage_both - damage - damage_later: below 0 needed together, above 0 redundancy",
+    "rho": "interaction: 1 needed together, 0 independent, -1 mutual backup",
+    "rho_partial": "rho where the layers are taken out in part: amount for a chain, 0 for independent ones",
     "mean_rho": "mean rho of the pairs that have one",
-    "redundancy_mass": "sum of positive delta over sum of |delta|, over all pairs: 0 all series, 1 all redundant",
+    "additivity": "A, sum of D_ij - max(D_i, D_j) over sum of min(D_i, D_j): 0 chain, 1 independent, above 1 backup",
+    "redundancy_mass": "sum of positive delta over sum of |delta|: 0 where no pair is redundant on balance, 1 all",
 }
 COLUMNS |= described(_INTERVALS)
 
@@ -104,7 +124,8 @@ def pairs(
     """Measure every pair of layers, taken out wholly and in part (``amount``): a row per pair, ``COLUMNS``.
 
     Cost in a model of L layers, twice: ``(L - 1)/2 + (L - 1)(L - 2)/6`` F, 1 F each for the
-    clean run, the mean and the denominators, and ``L (L + 1)/2 + 1`` readouts.
+    clean run, the mean and the denominators, and ``L (L + 1)/2 + 1`` readouts; and for the live damages, with
+    ``frozen``, ``(L - 1)/2 + 2`` F.
 
     Raises ValueError for a model of one layer, an amount not between 0 and 1, and what ``ablation.damage`` refuses.
 
@@ -123,7 +144,10 @@ def pairs(
         damage(stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
         for share in (1.0, amount)
     )
-    return table(full, partial, measure, amount, sampling.resamples, sampling.seed, tolerance=stack.tolerance)
+    alone = [(layer,) for layer in range(stack.n_layers)]
+    live = damage(stack, tokens, alone, kind, sampling=sampling) if frozen else None
+    options = (sampling.resamples, sampling.seed)
+    return table(full, partial, measure, amount, *options, live=live, tolerance=stack.tolerance)
 
 
 def table(
@@ -134,25 +158,30 @@ def table(
     resamples: int = RESAMPLES,
     seed: int = 0,
     *,
+    live: Damages | None = None,
     tolerance: float = 1e-9,
 ) -> pd.DataFrame:
     """Return rho, delta and what speaks against them, for every pair whose damages are given. Cost: no forward pass.
 
-    Deltas within ``tolerance`` of the largest damage are rounding and count as 0.
+    ``live`` are damages of single layers with live norms; without them ``freezing`` is "not measured". Deltas within
+    ``tolerance`` of the largest damage of the median prompt are rounding and count as 0.
     """
     value, part = _values(full, measure), _values(partial, measure)
     draws, rows, deltas = _draws(value, resamples, seed), [], []
+    parting = {} if live is None else _freezing(full, live, resamples, seed)
     for pair in _pairs(full):
         d, d_partial = _damages(full, value, pair, tolerance), _damages(partial, part, pair, tolerance)
         deltas.append(_delta(d))
         measures = dict(zip(("damage", "damage_later", "damage_both"), d @ draws.T, strict=True))
         status, rho = _rho(d @ draws.T)
+        status = _undefined(full, value, pair) or status
         partial_status, rho_partial = _rho(d_partial @ draws.T)
         measures |= {"delta": draws @ deltas[-1], "rho": rho, "rho_partial": rho_partial}
         row: dict[str, Any] = {"layer": pair[0], "later": pair[1], "n_prompts": value.shape[1], "status": status}
         row |= measure_columns(measures)
-        decided = status == partial_status == "measured" and not np.isnan(row["rho_low"])
-        row["saturating"] = _saturating(row, amount) if decided else "undecided"
+        row["saturating"] = _saturating(row, amount, confirms=partial_status == "measured")
+        parts = [f"layer {layer} {parting[layer]}" for layer in pair if parting.get(layer, "agrees") != "agrees"]
+        row["freezing"] = ("; ".join(parts) or "agrees") if parting else "not measured"
         rows.append(row)
     frame = pd.DataFrame(rows)
     frame["q"] = _discoveries(torch.stack(deltas, 1).numpy(), seed)
@@ -162,25 +191,40 @@ def table(
 def summary(
     full: Damages, measure: str = "margin", resamples: int = RESAMPLES, seed: int = 0, *, tolerance: float = 1e-9
 ) -> pd.DataFrame:
-    """Return mean rho and redundancy mass ``sum max(delta, 0) / sum |delta|`` of all pairs, with intervals: one row.
+    """Return mean rho, additivity A and redundancy mass of all pairs, with intervals over prompts: one row.
 
-    Which pairs have a rho is decided once, on the estimates. The mass weighs every pair by its size, including those
-    inside noise: noise alone reads about .5, so compare models on the same prompts. Cost: no forward pass.
+    Which pairs have a rho is decided once, on the estimates. A and the mass weigh every pair by its size, including
+    those inside noise, but for undefined ones. A is NaN where the sum of the smaller damages has no interval above 0.
+    Of noise alone the mass reads about .5. Compare models on the same prompts. Cost: no forward pass.
 
-    >>> series = torch.ones(3, 4).double()
-    >>> summary(Damages(((0,), (1,), (0, 1)), series, series))[["mean_rho", "redundancy_mass"]].values.tolist()
-    [[1.0, 0.0]]
+    >>> chain = torch.ones(3, 4).double()
+    >>> row = summary(Damages(((0,), (1,), (0, 1)), chain, chain))
+    >>> row[["mean_rho", "additivity", "redundancy_mass"]].values.tolist()
+    [[1.0, 0.0, 0.0]]
     """
     value = _values(full, measure)
     draws, all_pairs = _draws(value, resamples, seed), _pairs(full)
-    damages = [_damages(full, value, pair, tolerance) for pair in all_pairs]
+    defined = [pair for pair in all_pairs if not _undefined(full, value, pair)]
+    damages = [_damages(full, value, pair, tolerance) for pair in defined]
     rhos = [rho for status, rho in (_rho(d @ draws.T) for d in damages) if status == "measured"]
-    deltas = torch.stack([draws @ _delta(d) for d in damages])
-    mean = torch.stack(rhos).nanmean(0) if rhos else torch.full((len(draws),), torch.nan, dtype=torch.float64)
-    size = deltas.abs().sum(0)
-    mass = torch.where(size > 0, deltas.clamp(min=0).sum(0) / size, torch.nan)
+    nothing = torch.full((len(draws),), torch.nan, dtype=torch.float64)
+    measures = dict.fromkeys(("mean_rho", "additivity", "redundancy_mass"), nothing)
+    if damages:
+        deltas = torch.stack([draws @ _delta(d) for d in damages])
+        least = torch.stack([(d[:2] @ draws.T).amin(0) for d in damages]).sum(0)
+        measures["redundancy_mass"] = ratio(deltas.clamp(min=0).sum(0), deltas.abs().sum(0))
+        if is_above_0(least):
+            measures["additivity"] = 1 + ratio(deltas.sum(0), least)
+    if rhos:
+        measures["mean_rho"] = torch.stack(rhos).nanmean(0)
     counts = {"n_prompts": value.shape[1], "n_pairs": len(all_pairs), "n_measured": len(rhos)}
-    return pd.DataFrame([counts | measure_columns({"mean_rho": mean, "redundancy_mass": mass})])
+    counts["n_undefined"] = len(all_pairs) - len(defined)
+    return pd.DataFrame([counts | measure_columns(measures)])
+
+
+def is_above_0(values: Resampled) -> bool:
+    """Whether the interval lies above 0; for one prompt, or without resamples, whether the estimate does."""
+    return bool((values[0] if len(values) == 1 else values[1:].quantile(0.025)) > 0)
 
 
 def _pairs(damages: Damages) -> list[tuple[int, int]]:
@@ -208,8 +252,32 @@ def _damages(
 ) -> Float[Tensor, "3 prompt"]:
     """Return the damages without the earlier layer, the later, and both; sums equal but for rounding are made equal."""
     first, later, both = (value[damages.row[layers]] for layers in (pair[:1], pair[1:], pair))
-    rounding = tolerance * float(value.abs().max())
-    return torch.stack([first, later, torch.where((both - first - later).abs() > rounding, both, first + later)])
+    finite = value.where(value.isfinite(), 0).abs()
+    rounding = tolerance * float(finite.amax(0).median())  # of the median prompt: one that is huge decides nothing
+    equal = (both - first - later).abs() <= rounding  # not so where any is undefined
+    return torch.stack([first, later, torch.where(equal, first + later, both)])
+
+
+def _undefined(damages: Damages, value: Float[Tensor, "set prompt"], pair: tuple[int, int]) -> str:
+    """Return which damages of a pair are not finite, in words; nothing if all are."""
+    names = []
+    for chosen in (pair[:1], pair[1:], pair):
+        bad = (~value[damages.row[chosen]].isfinite()).nonzero()[:, 0]
+        if len(bad):
+            more = f" and {len(bad) - 1} more" * (len(bad) > 1)
+            names.append(f"without {' and '.join(map(str, chosen))} (prompt {int(bad[0]) + 1}{more})")
+    return f"undefined: not finite {', '.join(names)}" if names else ""
+
+
+def _freezing(full: Damages, live: Damages, resamples: int, seed: int) -> dict[int, str]:
+    """Return whether frozen and live damages of every single layer agree."""
+    alone = [layers for layers in full.sets if len(layers) == 1]
+    rows = [full.row[layers] for layers in alone]
+    singles = Damages(tuple(alone), full.margin[rows], full.loss[rows])
+    same = [live.row[layers] for layers in alone]
+    live = Damages(tuple(alone), live.margin[same], live.loss[same])
+    words = freezing(singles, live, resamples, seed)["freezing"]
+    return {layer: word for (layer,), word in zip(alone, words, strict=True)}
 
 
 def _delta(d: Float[Tensor, "3 column"]) -> Float[Tensor, " column"]:
@@ -219,25 +287,31 @@ def _delta(d: Float[Tensor, "3 column"]) -> Float[Tensor, " column"]:
 def _rho(d: Float[Tensor, "3 resample"]) -> tuple[str, Resampled]:
     """Return whether the index stands out from noise, and its value under every resample (NaN if it does not)."""
     delta, least = _delta(d), d[:2].amin(0)
+    nothing = torch.full_like(delta, torch.nan)
+    if not d.isfinite().all():
+        return "undefined", nothing
     redundant = bool(delta[0] > 0)
     error = d[:, 1:].std(1) if d.shape[1] > 2 else torch.zeros(3, dtype=d.dtype)
     divisor = 2 if redundant else int(d[:2, 0].argmin())
     if (d[:2, 0] < -2 * error[:2]).any():
-        return "ablation helps", torch.full_like(delta, torch.nan)
+        return "ablation helps", nothing
     if not d[divisor, 0] > 2 * error[divisor]:
-        return "inside noise", torch.full_like(delta, torch.nan)
+        return "inside noise", nothing
     return "measured", torch.where(delta > 0, -delta / d[2], -delta / least)
 
 
-def _saturating(row: dict, amount: float) -> str:
-    if row["rho_low"] <= 0 <= row["rho_high"]:
-        return "no"  # nothing is claimed
-    confirmed = np.sign(row["rho"]) * row["rho_partial"] >= amount * abs(row["rho"]) / 2
-    return "no" if confirmed else "yes"
+def _saturating(row: dict, amount: float, *, confirms: bool) -> str:
+    """Whether a rho above 0 may be the work of a bounded damage; a bound cannot make one below 0."""
+    if np.isnan(row["rho_low"]) or (row["rho_low"] > 0 and not confirms):
+        return "undecided"
+    return "yes" if row["rho_low"] > 0 and row["rho_partial"] < amount * row["rho"] / 2 else "no"
 
 
 def _discoveries(deltas: Float[np.ndarray, "prompt pair"], seed: int) -> Float[np.ndarray, " pair"]:
-    """Return the Benjamini-Hochberg q of every pair; p comes from flipping the signs of its deltas."""
-    flips = signs(len(deltas), seed=seed)
-    _, reached, _ = sign_flips(deltas, flips)
-    return multipletests(p_value(reached, flips), method="fdr_bh")[1]
+    """Return the Benjamini-Hochberg q of every defined pair; p comes from flipping the signs of its deltas."""
+    q, defined = np.full(deltas.shape[1], np.nan), np.isfinite(deltas).all(0)
+    if defined.any():
+        flips = signs(len(deltas), seed=seed)
+        _, reached, _ = sign_flips(deltas[:, defined], flips)
+        q[defined] = multipletests(p_value(reached, flips), method="fdr_bh")[1]
+    return q

@@ -96,7 +96,9 @@ def _beyond(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
 FUNCTIONS: dict[str, Function] = {
     "series.windows": Function(partial(window.windows, damage=False), lambda n: 2 * n + 2),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
-    "interactions.pairs": Function(interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3)),
+    "interactions.pairs": Function(
+        interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3) + (n - 1) / 2 + 2
+    ),
     "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
     "gates.exponents": Function(gates.exponents, lambda n: 3),
     "gates.hessian": Function(gates.hessian, lambda n: 3 + 4 * n),

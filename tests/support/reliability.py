@@ -42,3 +42,6 @@ INDEPENDENT = dict(reads=[{0: 1}] * 3, writes=[1, 2, 3], scored=[1, 2, 3])
 
 
 BACKUP = dict(reads=[{0: 1}, {0: 1, 1: -1}], writes=[1, 1], scored=[1], rectified=[0, 1])  # writes what is missing
+
+
+HALF_BACKUP = BACKUP | {"reads": [{0: 1}, {0: 1, 1: -0.5}]}  # writes all of its own, less half of what is there
