@@ -9,6 +9,7 @@ subnetworks holds, variance and gradients over training (perceptrons of several 
 the toy model of superposition over sparsity and dropout.
 
     dropout_models.csv      superposition and redundancy of every model: both halves of the prediction; .png
+    dropout_confirmation.csv  redundancy of fresh seeds, predicted before they were measured; .png
     dropout_probes.csv      layers and neurons dropped at test time; .png
     dropout_ensemble.csv    averages of 1 to 64 masks beside scaling; .png
     dropout_perceptrons.csv variance of activations and norm of gradients over training; .png
@@ -19,6 +20,7 @@ Training resumes where it was interrupted (--work), and existing tables are not 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ import pandas as pd
 
 import surgery
 from surgery.dropout import mask_ensemble, perceptrons, study, toy_model, trained
-from surgery.dropout.files import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.files import CONFIRMATION, ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
 from surgery.dropout.say import SENTENCES
 from surgery.dropout.trained import Recipe, TrainedModel
+from surgery.dropout.verdicts import FRESH_RATES, FRESH_SEEDS
 from surgery.records import manifest, tables
 
 
@@ -68,11 +71,13 @@ def main() -> None:
         print(f"\n{sentence}")
 
 
-def train_models(args: argparse.Namespace) -> list[TrainedModel]:
+def train_models(
+    args: argparse.Namespace, rates: Sequence[float] = trained.RATES, seeds: Sequence[int] | None = None
+) -> list[TrainedModel]:
     """Train a model of every rate and seed, or load those that are finished."""
     models = []
-    for seed in range(args.seeds):
-        for rate in trained.RATES:
+    for seed in range(args.seeds) if seeds is None else seeds:
+        for rate in rates:
             recipe = Recipe(rate=rate, seed=seed, steps=args.steps)
             models.append(trained.train(recipe, Path(args.work) / recipe.name))
             print(f"{recipe.name}: held-out loss {models[-1].curve['loss'].iloc[-1]:.3f}", flush=True)
@@ -87,6 +92,9 @@ TABLES = {
         layers=None if args.full else (1, 3, 5),
         coder_steps=400 if args.full else 200,
         say=print,
+    ),
+    CONFIRMATION: lambda models, args: (
+        study.confirm(train_models(args, FRESH_RATES, FRESH_SEEDS), say=print) if args.full else trained.confirmation()
     ),
     PROBES: lambda models, args: study.probe(models, draws=8 if args.full else 4),
     ENSEMBLE: lambda models, args: study.ensemble(

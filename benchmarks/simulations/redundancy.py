@@ -8,9 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from surgery.dropout.features import effective, matched, sae
 from surgery.instruments.ablation import Damages
 from surgery.instruments.interactions import sets, summary, table
 
@@ -46,3 +50,80 @@ def damages_of(worth: Callable[[float, float], float], amount: float = 1.0, n_pr
     value = torch.tensor(lost).double().unsqueeze(1) * size
     value = value + 0.001 * torch.randn(3, n_prompts, generator=draw).double()
     return Damages(PAIR, value, value)
+
+
+def planted(
+    n_features: int, n_neurons: int, tokens: int = 1800, active: float = 2.0, seed: int = 1
+) -> tuple[Float[Tensor, "token neuron"], Float[Tensor, "token feature"]]:
+    """Sparse features, ``active`` a token on average, each along a direction of its own; orthogonal if they fit."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(max(n_features, n_neurons), n_neurons, generator=draw)
+    directions = torch.linalg.qr(noise.T)[0].T if n_features <= n_neurons else normalize(noise, dim=1)
+    chosen = torch.rand(tokens, n_features, generator=draw) < active / n_features
+    size = torch.rand(tokens, n_features, generator=draw) * chosen
+    return size @ directions[:n_features], size
+
+
+def psi(active: float, *, steps: int = 200) -> tuple[float, float]:
+    """Effective features per neuron of 24 planted ones in 32 neurons: at k = 8, and at matched explained variance."""
+    x, _ = planted(24, 32, active=active)
+    trained_on, held_out = x[:1200], x[1200:]
+    fixed = effective(sae(trained_on, 64, 8, steps=steps).encode(held_out))
+    found = matched(trained_on, held_out, 64, ks=(2, 4, 8, 16, 24), steps=steps)
+    return float(fixed) / 32, float(found.F) / 32
+
+
+def one_undefined(n_layers: int = 6, n_prompts: int = 40) -> pd.DataFrame:
+    """Damages of chains, one of them NaN in one prompt: the table of pairs."""
+    value = 1 + torch.rand(len(sets(n_layers)), n_prompts, generator=torch.Generator().manual_seed(0)).double()
+    made = Damages(tuple(sets(n_layers)), value, value)
+    spoilt = value.clone()
+    spoilt[made.row[2,], 6] = torch.nan
+    return table(Damages(made.sets, spoilt, spoilt), made, resamples=100, tolerance=1e-5)
+
+
+# What the code read before: rho, its word, and the answer of partial ablation.
+BEFORE = {
+    "chain": "+1.00, series",
+    "AND of two that never read each other": "+1.00, series",
+    "independent": "0.00, independent",
+    "saturating readout": "+1.00, saturating",
+    "half a backup": "-0.33, backup",
+    "hard OR": "-1.00, backup",
+    "hard OR with a threshold": "-0.90, saturating",
+}
+MASS_BEFORE = {"chain": 0.0, "independent": 0.5, "half a backup": 1.0}  # redundancy mass, of independence that of noise
+PSI_BEFORE = {2: 1.39, 4: 1.02, 8: 0.84, 16: 1.59}  # at k = 8
+
+
+def _word(row: pd.Series) -> str:
+    if row["saturating"] == "yes":
+        return "saturating"
+    return "needed together" if row["rho_low"] > 0.02 else "backup" if row["rho_high"] < -0.02 else "independent"
+
+
+def rows(quick: bool = False) -> list[dict]:
+    """The table of simulations: point, case, what is nominal, what was read before and after."""
+    found: list[dict] = []
+    for name, system in SYSTEMS.items():
+        full, partial = damages_of(system.worth), damages_of(system.worth, 0.5)
+        row = table(full, partial, resamples=100).iloc[0]
+        after = f"{row['rho']:+.2f}, {_word(row)}"
+        case = {"point": 3, "case": f"rho of {name}", "nominal": f"{system.rho:+.2f}, {system.word}"}
+        found.append(case | {"before": BEFORE[name], "after": after})
+    for name, mass in MASS_BEFORE.items():
+        A = summary(damages_of(SYSTEMS[name].worth), resamples=100)["additivity"][0]
+        case = {"point": 8, "case": f"redundancy of {name}", "nominal": f"A {SYSTEMS[name].additivity:g}"}
+        found.append(case | {"before": f"mass {mass:g}", "after": f"A {A:.2f}"})
+    frame = one_undefined()
+    wrong = int((frame["status"].str.startswith("undefined") != frame[["layer", "later"]].eq(2).any(axis=1)).sum())
+    zeros = int((frame["rho"] == 0).sum())
+    case = {"point": 3, "case": "one NaN in one of 6 layers, 15 pairs", "nominal": "5 undefined, none reads 0"}
+    undefined = int(frame["status"].str.startswith("undefined").sum())
+    found.append(
+        case | {"before": "15 read 0, measured", "after": f"{undefined} undefined, {zeros} read 0, {wrong} wrong"}
+    )
+    for active, before in ({2: 1.39} if quick else PSI_BEFORE).items():
+        case = {"point": 8, "case": f"psi of 24 features in 32 neurons, {active} active", "nominal": 0.75}
+        found.append(case | {"before": before, "after": round(psi(active)[1], 2)})
+    return found

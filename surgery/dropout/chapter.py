@@ -36,7 +36,7 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
     seeds = tables[MODELS]["seed"].nunique()
     return [
         f"What dropout does was measured on small models of {seeds} seeds and one corpus; effective features depend on "
-        "the width and the number of active features of the autoencoder, which are the same for all."
+        "the width of the autoencoder and on how much it explains, which are the same for all."
     ]
 
 

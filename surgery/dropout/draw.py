@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from surgery.dropout.files import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.files import CONFIRMATION, ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
 from surgery.dropout.mask_ensemble import ARITHMETIC, GEOMETRIC, SCALING
 from surgery.dropout.say import dropout_rate, layer_count
 from surgery.dropout.stability import EFFECTS, SPREADS, effects, run_statistics
-from surgery.dropout.verdicts import ACROSS, LOSS, MEASURES, WITHIN, measures_of
+from surgery.dropout.verdicts import ACROSS, CONFIRMED, LOSS, MEASURES, WITHIN, measures_of
 from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREEN, INK, ORANGE, PINK
 from surgery.stats import bootstrap
 
@@ -64,6 +64,21 @@ def models(frame: pd.DataFrame) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("dropout in training", fontsize=8)
     grid[0][0].legend(fontsize=7)
+    return figure
+
+
+def confirmation(frame: pd.DataFrame) -> Figure:
+    """Additivity of every fresh model over the rate of dropout, a panel per unit, the models of a seed joined."""
+    figure = Figure(figsize=(3.4 * len(CONFIRMED), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(CONFIRMED)), CONFIRMED, strict=True):
+        for (matched, part), colour in zip(frame.groupby("matched", sort=False), COLOURS):
+            for number, (_, run) in enumerate(part.groupby("seed")):
+                label = f"matched {matched}" if number == 0 else None
+                axes.plot(run["rate"], run[name], "o-", color=colour, markersize=3, linewidth=0.8, label=label)
+        axes.set_title("\n".join(textwrap.wrap(MEASURES[name][2], 34)), fontsize=8, loc="left")
+        axes.set_xlabel("dropout in training", fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=7)
     return figure
 
 
@@ -274,6 +289,7 @@ def toy_model(frame: pd.DataFrame) -> Figure:
 
 FIGURES: Mapping[str, Callable[[pd.DataFrame], Figure]] = {
     MODELS: models,
+    CONFIRMATION: confirmation,
     PROBES: probes,
     ENSEMBLE: ensembles,
     PERCEPTRONS: stability,
@@ -284,6 +300,8 @@ CAPTIONS = {
     MODELS: "Each measure over the rate of dropout in training, at matched steps and at matched held-out loss: mean "
     "over seeds, every seed a dot. The first of each row decides its half; an arrow shows the direction that was "
     "predicted.",
+    CONFIRMATION: "Additivity (0 chain, 1 independent, above 1 backup) of pairs of layers, MLPs and heads in models "
+    "trained afresh to confirm it, without and with dropout; the two of a seed joined.",
     PROBES: "Loss above nothing dropped when layers or neurons are dropped at test time, over the rate of dropout in "
     "training, at matched held-out loss: mean over seeds, every seed a dot.",
     ENSEMBLE: "Averages of 1 to 64 subnetworks of the models with the most dropout, beside the same model with nothing "

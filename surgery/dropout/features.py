@@ -10,11 +10,13 @@ We record the activation that enters the output weights of a layer's MLP, ``a_t`
 * ``kurtosis``: excess of the neurons, mean: 0 Gaussian, high where a neuron is mostly silent;
 * ``sparsity``: the share of activations below 5 % of the largest of their neuron.
 
-F depends on the autoencoder's width and on the number of features active at once. So both are fixed: of the encoder's
-ReLU outputs the largest are kept, ``k`` per token on average over a batch (batch top-k, Bussmann et al. 2024, arXiv
-2412.06410), so that L0 is k in every model; the decoder's rows have unit length. Compare models only at equal
-``n_features`` and ``k``, and look at ``explained`` first: where it differs, F does not count the same. A ``k`` above
-the true number of active features splits them and inflates F.
+F depends on the autoencoder's width and on the number of features active at once. The encoder's ReLU outputs are cut
+to the largest, ``k`` per token on average over a batch (batch top-k, Bussmann et al. 2024, arXiv 2412.06410); the
+decoder's rows have unit length. At one k for all, F follows density: more than the true number active splits features,
+fewer blurs them (24 planted features in 32 neurons, 2 to 16 active, k = 8: psi from .84 to 1.59, where .75 is true). So
+k is swept upwards until held-out activations are explained to ``LEVEL``, and F is read there, between the two k that
+enclose it (``matched``): psi .77 to .85. Where no k explains as much, F is NaN. Compare models only at equal
+``n_features`` and level.
 
 Controls: ``F_shuffled`` and ``participation_shuffled``, where each neuron's activations are permuted over tokens
 independently, which keeps their distribution and removes what neurons share; and the model untrained
@@ -26,7 +28,7 @@ independently, which keeps their distribution and removes what neurons share; an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -42,11 +44,12 @@ from surgery.stats.bootstrap import columns, described, weights
 from surgery.stats.sampling import Sampling
 
 SILENT = 0.05  # of the largest activation of a neuron
+KS, LEVEL = (1, 2, 4, 8, 16, 32), 0.95  # features a token that are tried; variance that they must explain
 Draws = Float[Tensor, "resample token"]
 Resampled = Float[Tensor, " resample"]
 
 _MEASURES = {
-    "F": "effective number of features on held-out prompts, mean over the autoencoders' seeds",
+    "F": "effective number of features on held-out prompts, at matched explained variance, mean over the seeds",
     "psi": "F over the number of neurons: above 1 superposition",
     "participation": "number of directions that share the neurons' variance, (tr C)^2 / tr C^2",
     "kurtosis": "excess kurtosis of a neuron, mean over those that vary: 0 Gaussian",
@@ -59,11 +62,12 @@ COLUMNS: dict[str, str] = {
     "n_features": "width of the autoencoder",
     "steps": "steps that the autoencoder was trained for",
     "seeds": "number of autoencoders",
-    "explained": "share of the variance of held-out activations that the autoencoder explains, mean over the seeds",
-    "L0": "features active at a held-out token, mean",
-    "dead": "share of features active at no held-out token, mean over the seeds",
+    "explained": "share of held-out variance explained where F is read: the level; more where the least k explains "
+    "more, less where no k reaches it (F is NaN), mean over the seeds",
+    "L0": "features active at a held-out token where F is read, mean over the seeds",
+    "dead": "share of features active at no held-out token, at the largest k tried, mean over the seeds",
     "F_spread": "standard deviation of F over the seeds",
-    "F_shuffled": "F of neurons shuffled one by one, first seed",
+    "F_shuffled": "F of neurons shuffled one by one, at the largest k tried, first seed",
     "participation_shuffled": "participation of neurons shuffled one by one",
 } | described(_MEASURES)
 
@@ -164,6 +168,57 @@ def effective(activations: Float[Tensor, "token feature"], draws: Draws | None =
     return torch.special.entr(sums / sums.sum(1, keepdim=True)).sum(1).exp()
 
 
+@dataclass(frozen=True)
+class Matched:
+    """F where autoencoders explain a given share of the variance, between two of them."""
+
+    F: Resampled
+    explained: float
+    L0: float
+    dead: float
+    k: int  # the largest that was tried
+
+
+def matched(
+    trained_on: Float[Tensor, "token neuron"],
+    held_out: Float[Tensor, "token neuron"],
+    n_features: int,
+    draws: Draws | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    level: float = LEVEL,
+    steps: int = 400,
+    seed: int = 0,
+) -> Matched:
+    """Train autoencoders with more and more active features until ``level`` of ``held_out`` is explained; read F there.
+
+    F and L0 are interpolated along the explained variance between the last k below the level and the first above it.
+    Where the least k is above it, F is of that k; where none is, F is NaN. Cost: an autoencoder for each k up to there.
+
+    Raises ValueError for ``ks`` that do not rise or a level outside (0, 1), and as ``sae`` does.
+
+    >>> axes = torch.eye(4)[torch.arange(400) % 4]
+    >>> found = matched(axes[:200], axes[200:], 16, ks=(1, 2), steps=100)
+    >>> found.k, found.L0, bool(abs(found.F - 4) < 0.1)
+    (1, 1.0, True)
+    """
+    if not ks or list(ks) != sorted(set(ks)) or not 0 < level < 1:
+        raise ValueError(f"give rising ks and a level between 0 and 1, got ks={list(ks)} and level={level}")
+    below: Matched | None = None
+    for k in ks:
+        coder = sae(trained_on, n_features, k, steps=steps, seed=seed)
+        here = Matched(effective(coder.encode(held_out), draws), **coder.report(held_out), k=k)
+        if not here.explained >= level:
+            below = here
+            continue
+        if below is None:
+            return here
+        share = (level - below.explained) / (here.explained - below.explained)
+        F, L0 = (a + share * (b - a) for a, b in ((below.F, here.F), (below.L0, here.L0)))
+        return Matched(F, level, L0, here.dead, k)
+    return replace(here, F=torch.full_like(here.F, torch.nan), L0=float("nan"))
+
+
 def participation(activations: Float[Tensor, "token neuron"], draws: Draws | None = None) -> Resampled:
     """Participation ratio ``(tr C)^2 / tr C^2`` of the covariance over neurons: 1 along a line, n in all directions.
 
@@ -214,7 +269,8 @@ def activations(
 
     An expert's neurons are multiplied by the router's weight, and 0 at tokens routed elsewhere. Cost: 1 F.
 
-    Raises ValueError for a layer that the model does not have or whose activations are not finite, ModelError for one without an MLP.
+    Raises ValueError for a layer that the model does not have or whose activations are not finite, ModelError for one
+    without an MLP.
 
     >>> from surgery.instruments import known_networks
     >>> [x.shape for x in activations(Stack(known_networks.random_network(2)), known_networks.tokens(3, 5))]
@@ -245,7 +301,8 @@ def within(
     layers: Sequence[int] | None = None,
     *,
     n_features: int | None = None,
-    k: int = 8,
+    ks: Sequence[int] = KS,
+    level: float = LEVEL,
     steps: int = 400,
     seeds: int = 2,
     sampling: Sampling = Sampling(),
@@ -253,16 +310,18 @@ def within(
     """Measure features, directions and sparsity of the MLP's neurons: a row per layer (all if not given), ``COLUMNS``.
 
     The autoencoders have ``n_features`` (twice the neurons if not given); they are trained on a random half of the
-    prompts and evaluated, as is F, on the other. Intervals resample prompts, not autoencoders: ``F_spread`` says how
-    much these differ. Cost: 2 F and ``seeds + 1`` autoencoders a layer, of 256 neurons about 5 s each on one core.
+    prompts and evaluated, as is F, on the other, where they explain ``level`` of the variance (``matched``). Intervals
+    resample prompts, not autoencoders: ``F_spread`` says how much these differ. Cost: 2 F and, a layer, at most
+    ``seeds * len(ks) + 1`` autoencoders, of 256 neurons about 5 s each on one core.
 
-    Raises ValueError for a single prompt, for no seed, and as ``sae`` and ``activations`` do.
+    Raises ValueError for a single prompt, for no seed, and as ``matched`` and ``activations`` do.
 
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.random_network(1, 8))
-    >>> frame = within(stack, known_networks.tokens(8, 6), steps=5, seeds=1, sampling=Sampling(resamples=0))
-    >>> frame[["n_neurons", "n_features", "L0"]].values.tolist()
-    [[32.0, 64.0, 8.0]]
+    >>> options = dict(ks=(2, 16), level=0.5, steps=50, seeds=1, sampling=Sampling(resamples=0))
+    >>> frame = within(stack, known_networks.tokens(8, 6), **options)
+    >>> frame[["n_neurons", "n_features"]].values.tolist(), bool(frame["L0"].between(2, 16).all())
+    ([[32, 64]], True)
     """
     if seeds < 1:
         raise ValueError(f"give at least one seed of autoencoders, got seeds={seeds}")
@@ -275,12 +334,14 @@ def within(
     for layer, held_out, trained_on in zip(places, *recorded):
         both, size = torch.cat([held_out, trained_on]), held_out.shape[1]
         width = 2 * size if n_features is None else n_features
-        coders = [sae(trained_on, width, k, steps=steps, seed=sampling.seed + i) for i in range(seeds)]
-        F = torch.stack([effective(coder.encode(held_out), draws) for coder in coders])
-        reports = pd.DataFrame([coder.report(held_out) for coder in coders]).mean()
+        options = {"ks": ks, "level": level, "steps": steps}
+        found = [matched(trained_on, held_out, width, draws, **options, seed=sampling.seed + i) for i in range(seeds)]
+        F = torch.stack([each.F for each in found])
+        names = ("explained", "L0", "dead")
+        reports = pd.DataFrame([{name: getattr(each, name) for name in names} for each in found]).mean(skipna=False)
         shuffled = _shuffle(both, generator)
         test, train = shuffled[: len(held_out)], shuffled[len(held_out) :]
-        null = sae(train, width, k, steps=steps, seed=sampling.seed).encode(test)
+        null = sae(train, width, found[0].k, steps=steps, seed=sampling.seed).encode(test)
         row: dict[str, float] = {
             "layer": layer,
             "n_neurons": size,

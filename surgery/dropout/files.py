@@ -1,9 +1,10 @@
 """The tables that a study of dropout leaves in a folder: their file names and the meaning of their columns."""
 
 from surgery.dropout import features, mask_ensemble, perceptrons, redundancy, toy_model, trained
-from surgery.dropout.verdicts import ACROSS, WITHIN, measures_of
+from surgery.dropout.verdicts import ACROSS, CONFIRMED, WITHIN, measures_of
 
 MODELS, PROBES, ENSEMBLE = "dropout_models.csv", "dropout_probes.csv", "dropout_ensemble.csv"
+CONFIRMATION = "dropout_confirmation.csv"
 PERCEPTRONS, STREAM, TOY = "dropout_perceptrons.csv", "dropout_stream.csv", "dropout_toy.csv"
 
 RUN = {
@@ -16,6 +17,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     | trained.COLUMNS
     | {name: features.COLUMNS[name] for name in (*measures_of(WITHIN), "explained", "dead")}
     | {name: redundancy.COLUMNS[name] for name in measures_of(ACROSS)},
+    CONFIRMATION: RUN | {"loss": trained.COLUMNS["loss"]} | {name: redundancy.COLUMNS[name] for name in CONFIRMED},
     PROBES: RUN
     | {
         "probe": "what is dropped at test time: layers (stochastic depth) or neurons",

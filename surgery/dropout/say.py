@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from surgery.dropout import mask_ensemble, trained
-from surgery.dropout.files import ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
+from surgery.dropout.files import CONFIRMATION, ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
 from surgery.dropout.stability import (
     EFFECTS,
     HARDLY,
@@ -28,7 +28,17 @@ from surgery.dropout.stability import (
     share_of_effect,
 )
 from surgery.dropout.toy_model import differences
-from surgery.dropout.verdicts import ACROSS, LOSS, STEPS, WITHIN, changes, verdicts
+from surgery.dropout.verdicts import (
+    ACROSS,
+    CONFIRMED,
+    LOSS,
+    MEASURES,
+    STEPS,
+    WITHIN,
+    changes,
+    confirmed,
+    verdicts,
+)
 from surgery.page import parts
 from surgery.page.phrases import interval, number
 from surgery.stats import bootstrap
@@ -63,6 +73,7 @@ def models(frame: pd.DataFrame) -> list[str]:
         sentences.append(
             f"Dropout {claim}: {word}. {main['phrase'].iloc[0].capitalize()}, from p = 0 to {largest:g}: {values}."
             + _constant(frame, str(main["measure"].iloc[0]))
+            + _exploratory(frame, str(main["measure"].iloc[0]))
             + _other_measures(judged, half)
         )
     for row in parts.rows(judged):
@@ -83,6 +94,32 @@ def models(frame: pd.DataFrame) -> list[str]:
 def _constant(frame: pd.DataFrame, name: str) -> str:
     values = frame[name]
     return f" It is {values.iloc[0]:.3f} in every model, so it says nothing." if np.ptp(values) < 1e-6 else ""
+
+
+def _exploratory(frame: pd.DataFrame, name: str) -> str:
+    seen = name in CONFIRMED and confirmed(frame, name) == "exploratory"
+    return " Exploratory: this measure was chosen after models of these seeds had been seen." * seen
+
+
+def confirmation(frame: pd.DataFrame) -> list[str]:
+    """What was predicted of fresh models, and whether it is so: a sentence per unit, the primary one first.
+
+    A frame with models on which the measure was chosen, or without all that was predicted about, confirms nothing.
+    """
+    sentences, most = [], frame["rate"].max()
+    for name in CONFIRMED:
+        word, kind = confirmed(frame, name), "Primary" if name == CONFIRMED[0] else "Secondary"
+        values = []
+        for matched in (STEPS, LOSS):
+            part = frame[frame["matched"] == matched]
+            levels = part.groupby("rate")[name].mean()
+            change = interval(*bootstrap.t_interval(changes(frame, name, matched)), 3, signed=True)
+            values.append(f"{change} at matched {matched} (from {levels.loc[0]:.2f} to {levels.loc[most]:.2f})")
+        sentences.append(
+            f"{kind} prediction, written down before these {frame['seed'].nunique()} fresh seeds were measured: "
+            f"dropout raises {MEASURES[name][2]}, from p = 0 to {most:g}: {word}; {', '.join(values)}."
+        )
+    return sentences
 
 
 def _other_measures(judged: pd.DataFrame, half: str) -> str:
@@ -333,6 +370,7 @@ def _superposition(table: pd.DataFrame, axis: str) -> str:
 
 SENTENCES: Mapping[str, Callable[[pd.DataFrame], list[str]]] = {
     MODELS: models,
+    CONFIRMATION: confirmation,
     PROBES: probes,
     ENSEMBLE: ensembles,
     PERCEPTRONS: stability,

@@ -28,7 +28,7 @@ from surgery.dropout import features, mask_ensemble, redundancy, trained
 from surgery.dropout.draw import FIGURES
 from surgery.dropout.files import COLUMNS, ENSEMBLE
 from surgery.dropout.trained import TrainedModel
-from surgery.dropout.verdicts import ACROSS, LOSS, STEPS, WITHIN, measures_of
+from surgery.dropout.verdicts import ACROSS, CONFIRMED, LOSS, STEPS, WITHIN, measures_of
 from surgery.models.loading import plain
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -50,8 +50,8 @@ def measure(
     """Measure superposition and redundancy on ``count`` held-out problems: a row per rate, seed and way of matching.
 
     The columns are those of ``files.COLUMNS[MODELS]``. ``layers`` are those whose neurons are measured (all but the
-    first if not given), ``coders`` the number of autoencoders for each, trained for ``coder_steps``. Cost: three
-    seconds and, for 200 steps, four a layer, on one core, for a model and way of matching.
+    first if not given), ``coders`` the number of autoencoders for each k, trained for ``coder_steps``. Cost: half a
+    minute and, for 200 steps, fifteen seconds a layer, on one core, for a model and way of matching.
 
     Raises ValueError where no loss was reached by all models.
     """
@@ -62,7 +62,7 @@ def measure(
         by_layer = features.within(
             stack, tokens, places, seeds=coders, steps=coder_steps, sampling=Sampling(resamples=0)
         )
-        within = by_layer.mean(numeric_only=True)
+        within = by_layer.mean(numeric_only=True, skipna=False)  # over all layers or none
         across = redundancy.across(stack, tokens, sampling=Sampling(resamples=resamples)).iloc[0]
         row = _run(model, matched) | trained.scores(_module(stack), trained.data())
         row |= {name: float(within[name]) for name in (*measures_of(WITHIN), "explained", "dead")}
@@ -70,8 +70,29 @@ def measure(
         rows.append(row)
         say(
             f"dropout {model.recipe.rate:g}, seed {model.recipe.seed}, matched {matched}: features per neuron "
-            f"{row['psi']:.3f}, redundancy mass {row['redundancy_mass']:.3f}"
+            f"{row['psi']:.3f}, additivity {row['additivity']:.3f}"
         )
+    return pd.DataFrame(rows)
+
+
+def confirm(
+    models: Iterable[TrainedModel], *, count: int = 360, say: Callable[[str], Any] = lambda _: None
+) -> pd.DataFrame:
+    """Measure additivity of layers, MLPs and heads on fresh models: a row per model and way of matching.
+
+    The columns are those of ``files.COLUMNS[CONFIRMATION]``; the prediction is that of ``surgery.dropout.verdicts``,
+    which is about ``FRESH_RATES`` and ``FRESH_SEEDS``. Cost: half a minute on a core for each row.
+    """
+    rows = []
+    for model, matched, stack in stacks(models):
+        tokens, row = _heldout(count), _run(model, matched)
+        row["loss"] = trained.scores(_module(stack), trained.data())["loss"]
+        for name in CONFIRMED:
+            units = name.removeprefix("additivity").removeprefix("_") or "layers"
+            measured = redundancy.additivity(stack, tokens, units, sampling=Sampling(resamples=0))
+            row[name] = float(measured["additivity"].iloc[0])
+        rows.append(row)
+        say(", ".join(f"{name} {value if isinstance(value, str) else round(value, 3)}" for name, value in row.items()))
     return pd.DataFrame(rows)
 
 

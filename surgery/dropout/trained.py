@@ -43,7 +43,7 @@ from surgery.training.loop import Schedule
 RATES, SEEDS = (0.0, 0.1, 0.2, 0.4), (0, 1, 2)
 SHARES = (0.3, 0.4, 0.3)  # of problems with k = 0, 1, 2 steps
 LADDER = tuple(round(float(rung), 3) for rung in np.geomspace(1.6, 0.1, 25))
-SHIPPED = "dropout/models.safetensors"
+SHIPPED, CONFIRMATION = "dropout/models.safetensors", "dropout/confirmation.csv"
 COLUMNS: dict[str, str] = {
     "loss": "held-out loss: nats per token, answers weighing 1, questions a tenth",
     "answers": "held-out cross entropy of answer tokens (nats)",
@@ -197,6 +197,11 @@ def load_shipped(file: str | Path | None = None) -> list[TrainedModel]:
         )
         for recipe, curve in zip(recipes, header["curves"], strict=True)
     ]
+
+
+def confirmation() -> pd.DataFrame:
+    """The bundled measurements of fresh models, ``study.confirm`` of seeds that were not shipped."""
+    return tables.read(loading.bundled_file(CONFIRMATION))
 
 
 def curves(models: Iterable[TrainedModel]) -> pd.DataFrame:

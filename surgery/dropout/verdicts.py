@@ -20,6 +20,7 @@ import pandas as pd
 from surgery.stats import bootstrap
 
 STEPS, LOSS = "steps", "loss"
+FRESH_RATES, FRESH_SEEDS = (0.0, 0.4), (3, 4, 5, 6, 7)  # of the confirmation
 WITHIN, ACROSS = "within", "across"
 MEASURES = {  # half, predicted sign of its change, in words; of each half the first decides
     "psi": (WITHIN, -1, "effective features per neuron"),
@@ -37,6 +38,32 @@ MEASURES = {  # half, predicted sign of its change, in words; of each half the f
 _WORDS = {1: ("confirmed", "refuted"), -1: ("refuted", "confirmed"), 0: ("rises", "falls")}  # by the predicted sign
 
 
+CONFIRMED = [name for name in MEASURES if name.startswith("additivity")]  # primary first; what fresh models are asked
+
+
+def confirmed(frame: pd.DataFrame, name: str) -> str:
+    """``confirmed`` where the change of a measure lies above 0 at matched steps and at matched loss, else ``not ...``.
+
+    ``exploratory`` where models are among those on which the measure was chosen, ``incomplete`` where a seed or a rate
+    of the prediction is missing.
+
+    >>> rows = [
+    ...     {"rate": p, "seed": seed, "matched": matched, "additivity": p + seed * p / 100}
+    ...     for p in FRESH_RATES
+    ...     for seed in FRESH_SEEDS
+    ...     for matched in (STEPS, LOSS)
+    ... ]
+    >>> confirmed(pd.DataFrame(rows), "additivity"), confirmed(pd.DataFrame(rows[:-2]), "additivity")
+    ('confirmed', 'incomplete')
+    """
+    if not set(frame["seed"]) <= set(FRESH_SEEDS):
+        return "exploratory"
+    if any(len(changes(frame, name, matched)) < len(FRESH_SEEDS) for matched in (STEPS, LOSS)):
+        return "incomplete"
+    lows = [bootstrap.t_interval(changes(frame, name, matched))[1] for matched in (STEPS, LOSS)]
+    return "confirmed" if min(lows) > 0 else "not confirmed"
+
+
 def measures_of(half: str) -> list[str]:
     """The measures of a half of the prediction, the one that decides first.
 
@@ -49,7 +76,7 @@ def measures_of(half: str) -> list[str]:
 def changes(frame: pd.DataFrame, name: str, matched: str) -> list[float]:
     """The change of a measure from no dropout to the largest rate, along a line through all rates, of every seed.
 
-    Raises ValueError for fewer than two rates.
+    A seed that lacks the measure at one of the rates is left out. Raises ValueError for fewer than two rates.
 
     >>> rows = [{"rate": p, "seed": 0, "matched": "steps", "psi": 1 - p} for p in (0.0, 0.1, 0.4)]
     >>> [round(change, 6) for change in changes(pd.DataFrame(rows), "psi", "steps")]
@@ -58,8 +85,8 @@ def changes(frame: pd.DataFrame, name: str, matched: str) -> list[float]:
     models = frame[frame["matched"] == matched]
     if models["rate"].nunique() < 2:
         raise ValueError(f"models of {models['rate'].nunique()} rates of dropout: a change needs two or more")
-    by_seed = models.dropna(subset=[name]).groupby("seed")
-    return [float(np.polyfit(run["rate"], run[name], 1)[0] * models["rate"].max()) for _, run in by_seed]
+    whole = [run for _, run in models.groupby("seed") if np.isfinite(run[name]).all()]
+    return [float(np.polyfit(run["rate"], run[name], 1)[0] * models["rate"].max()) for run in whole]
 
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:

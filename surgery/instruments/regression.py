@@ -35,10 +35,12 @@ class LeastSquares:
         self.products = torch.zeros(2, d_model, d_model, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"]) -> None:
-        """Add tokens to fit on. Raises ValueError for numbers that are not finite: the fit would be a map to nothing."""
+        """Add tokens to fit on. Raises ValueError for numbers that are not finite: they would give a map to nothing."""
         x, y = x.double(), y.double()
         if not (x.isfinite().all() and y.isfinite().all()):
-            raise ValueError("numbers that are not finite cannot be fitted: load the model in float32, or fix its weights")
+            raise ValueError(
+                "numbers that are not finite cannot be fitted: load the model in float32, or fix its weights"
+            )
         self.count += len(x)
         self.sums = self.sums.to(x) + torch.stack([x.sum(0), y.sum(0)])
         self.products = self.products.to(x) + torch.stack([x.T @ x, x.T @ y])
