@@ -3,7 +3,7 @@
 import pandas as pd
 
 from surgery.dropout.draw import CAPTIONS, FIGURES
-from surgery.dropout.files import COLUMNS, MODELS
+from surgery.dropout.files import COLUMNS, CONFIRMATION, MODELS
 from surgery.dropout.say import SENTENCES
 from surgery.dropout.verdicts import verdicts
 from surgery.page import parts
@@ -11,6 +11,7 @@ from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables,
 from surgery.page.parts import Cell, Section, Table, number_cell
 from surgery.stats import bootstrap
 
+_HEADLINES = {MODELS: 2, CONFIRMATION: 1}  # how many of a table's sentences stand at the top of the page
 PARAGRAPHS = [
     "Models that differ in their dropout alone: the same first weights, the same batches. Within is about the neurons "
     "of one component, across about layers; the change is that of a line over the rates, from no dropout to the "
@@ -21,11 +22,16 @@ PARAGRAPHS = [
 
 
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
-    """Both halves of the prediction (headlines), then what the other tables say; single measures are in the table."""
+    """Both halves of the prediction and what fresh models confirm (headlines), then what the other tables say.
+
+    Of the models' own table only the halves are said: single measures are in the table.
+    """
     sentences = list[Sentence]()
     for name in _present(tables):
         texts = SENTENCES[name](tables[name])
-        sentences += headlines(texts[:2]) if name == MODELS else map(Sentence, texts)
+        first = _HEADLINES.get(name, 0)
+        sentences += headlines(texts[:first])
+        sentences += map(Sentence, texts[first:] if name != MODELS else [])
     return sentences
 
 

@@ -376,7 +376,7 @@ def _token_draws(owners: Sequence[Tensor], resamples: int, seed: int) -> Draws:
     first = [0, *(int(owner.max()) + 1 for owner in owners)]
     prompts = torch.cat([owner + before for owner, before in zip(owners, first)])
     n_prompts = int(prompts.max()) + 1
-    return weights(n_prompts, resamples if n_prompts > 1 else 0, seed)[:, prompts]
+    return weights(n_prompts, resamples, seed)[:, prompts]
 
 
 def _shuffle(x: Float[Tensor, "token neuron"], generator: torch.Generator) -> Float[Tensor, "token neuron"]:

@@ -288,7 +288,8 @@ def predictability(
     Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers per token
     and pair of the same i.
 
-    Raises ValueError for a single prompt, and where the tokens to fit on are no more than twice d_model.
+    Raises ValueError for a single prompt, where the tokens to fit on are no more than twice d_model, and for outputs
+    that are not finite.
 
     >>> from surgery.instruments import known_networks
     >>> tokens = known_networks.tokens(60, 8)
@@ -319,7 +320,7 @@ def _additivity(stack: Stack, tokens: Tokens, kind: str, sampling: Sampling) -> 
 
 def _draws(n_prompts: int, sampling: Sampling) -> Float[Tensor, "resample prompt"]:
     """How often each resample counts each prompt; a single prompt is not resampled."""
-    return weights(n_prompts, sampling.resamples if n_prompts > 1 else 0, sampling.seed)
+    return weights(n_prompts, sampling.resamples, sampling.seed)
 
 
 # --- damage of subsets ---
@@ -442,19 +443,19 @@ def _updates(
     def stacked(values: Iterable[Tensor]) -> Float[Tensor, "token d_model"]:
         return torch.cat([value[mask].double() for value, mask in zip(values, masks, strict=True)]).cpu()
 
+    def outputs(layer: int, later: int) -> Float[Tensor, "token d_model"]:
+        found = stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts))
+        if not found.isfinite().all():
+            raise ValueError(f"what layer {later} writes on the stream that enters layer {layer} is not finite")
+        return found
+
     written = [stacked(stream[layer + 1] - stream[layer] for stream in streams) for layer in range(stack.n_layers)]
     for layer in range(stack.n_layers - 1):
         yield (
             layer,
             stacked(stream[layer] for stream in streams),
             written[layer],
-            {
-                later: (
-                    stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts)),
-                    written[later],
-                )
-                for later in range(layer + 1, stack.n_layers)
-            },
+            {later: (outputs(layer, later), written[later]) for later in range(layer + 1, stack.n_layers)},
         )
 
 

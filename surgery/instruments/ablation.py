@@ -278,7 +278,7 @@ def freezing(frozen: Damages, live: Damages, resamples: int = RESAMPLES, seed: i
     if frozen.sets != live.sets or frozen.margin.shape != live.margin.shape:
         raise ValueError("frozen and live damages are of different sets or prompts")
     n_prompts = frozen.margin.shape[1]
-    draws = weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
+    draws = weights(n_prompts, resamples, seed) / n_prompts
     rows = []
     for i, chosen in enumerate(frozen.sets):
         values = {"frozen": draws @ frozen.margin[i], "live": draws @ live.margin[i]}

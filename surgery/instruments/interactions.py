@@ -244,7 +244,7 @@ def _values(damages: Damages, measure: str) -> Float[Tensor, "set prompt"]:
 
 def _draws(value: Float[Tensor, "set prompt"], resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
     n_prompts = value.shape[1]
-    return weights(n_prompts, resamples if n_prompts > 1 else 0, seed) / n_prompts
+    return weights(n_prompts, resamples, seed) / n_prompts
 
 
 def _damages(

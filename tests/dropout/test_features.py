@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import normalize
 
+from benchmarks.simulations import redundancy as simulations
 from surgery import Stack
 from surgery.dropout import features
 from surgery.dropout.features import activations, effective, kurtosis, participation, sae, sparsity, within
@@ -17,14 +17,7 @@ TOKENS = torch.randint(4, 90, (12, 8), generator=torch.Generator().manual_seed(0
 
 
 def planted(n_features, n_neurons, tokens=3000, active=2.0, seed=1):
-    """Sparse features, ``active`` a token, each along a direction of its own: an axis, or random if too many."""
-    draw = torch.Generator().manual_seed(seed)
-    directions = torch.eye(n_neurons)
-    if n_features > n_neurons:
-        directions = normalize(torch.randn(n_features, n_neurons, generator=draw), dim=1)
-    share = active / n_features
-    size = torch.rand(tokens, n_features, generator=draw) * (torch.rand(tokens, n_features, generator=draw) < share)
-    return size @ directions
+    return simulations.planted(n_features, n_neurons, tokens, active, seed)[0]
 
 
 def fitted(x, n_features, **options):
@@ -46,6 +39,22 @@ def test_planted_features_are_counted(n_features, n_neurons):
     assert found == pytest.approx(n_features, rel=0.12)
     assert explained > 0.85
     assert (found / n_neurons > 1.5) == (n_features > n_neurons)
+
+
+def test_matched_variance_does_not_follow_density_and_a_fixed_k_does():
+    fixed, read = zip(*(simulations.psi(active, steps=150) for active in (2, 8)))
+    assert abs(fixed[0] - fixed[1]) > 0.4
+    assert read == pytest.approx([0.75, 0.75], abs=0.13)
+    assert abs(read[0] - read[1]) < 0.1
+
+
+def test_a_level_that_no_autoencoder_reaches_has_no_number():
+    x = planted(24, 16, tokens=600)
+    found = features.matched(x[:400], x[400:], 40, ks=(1, 2), level=0.999, steps=30)
+    assert (found.k, bool(found.F.isnan().all())) == (2, True)
+    assert found.explained < 0.999
+    with pytest.raises(ValueError, match="give rising ks"):
+        features.matched(x, x, 40, ks=(4, 2))
 
 
 def test_shuffled_neurons_are_features_each():
@@ -104,6 +113,7 @@ def test_sparsity_counts_what_is_small_for_its_neuron():
     x = torch.tensor([[10.0, 1.0], [0.4, -0.04], [-0.6, 0.5], [0.0, 0.06]])
     assert float(sparsity(x)) == pytest.approx(3 / 8)
     assert float(sparsity(x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]).double())) == pytest.approx(3 / 4)
+    assert sparsity(x.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan))).isnan()
 
 
 @pytest.mark.parametrize("measure", [effective, participation, kurtosis])
@@ -157,11 +167,11 @@ def test_padding_and_batches_change_nothing(load):
 
 def test_within_a_model_and_the_same_untrained(load, tmp_path):
     model = load("gpt2")
-    options = dict(layers=[1, 3], steps=15, k=4, n_features=64, sampling=Sampling(resamples=30))
+    options = dict(layers=[1, 3], steps=15, ks=(2, 40), level=0.1, n_features=64, sampling=Sampling(resamples=30))
     frame = within(Stack(model), TOKENS, **options)
     assert frame["layer"].tolist() == [1, 3]
     assert set(frame) == set(features.COLUMNS)
-    assert frame["L0"].tolist() == pytest.approx([4, 4])
+    assert frame["L0"].between(2, 40).all()
     assert (frame["psi"] == frame["F"] / frame["n_neurons"]).all()
     for name in ("F", "kurtosis", "sparsity"):
         assert (frame[f"{name}_low"] <= frame[f"{name}_high"]).all()

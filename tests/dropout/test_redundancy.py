@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from support.exact_networks import parameters
-from support.reliability import BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
+from support.reliability import BACKUP, HALF_BACKUP, INDEPENDENT, SERIES, TOKENS, build_system
 from surgery import Stack
 from surgery.dropout import redundancy
-from surgery.dropout.redundancy import across, mass, predictability, random_subsets, self_repair, subsets
+from surgery.dropout.redundancy import across, additivity, mass, predictability, random_subsets, self_repair, subsets
 from surgery.instruments import known_networks
 from surgery.instruments.ablation import damage
 from surgery.models.engine import Engine
@@ -22,19 +22,47 @@ STANDBY = BACKUP | {"rectified": []}  # writes what is missing, and takes away w
 
 
 @pytest.mark.parametrize(
-    ("system", "rho", "share", "curvature"),
-    [(SERIES, 1, 0, -1), (INDEPENDENT, 0, np.nan, 0), (BACKUP, -1, 1, 1)],
-    ids=["series", "independent", "backup"],
+    ("system", "A", "curvature"),
+    [(SERIES, 0, -1), (INDEPENDENT, 1, 0), (BACKUP, np.nan, 1), (HALF_BACKUP, 2, 1 / 3)],
+    ids=["series", "independent", "backup", "half a backup"],
 )
-def test_systems_of_known_reliability(system, rho, share, curvature):
+def test_systems_of_known_reliability(system, A, curvature):
     stack = build_system(**system)
-    row = mass(stack, TOKENS, "skip", sampling=Sampling(resamples=50)).iloc[0]
-    assert row["mean_rho"] == pytest.approx(rho, abs=1e-9)
-    assert row["redundancy_mass"] == pytest.approx(share, nan_ok=True)
+    for units in ("layers", "mlps"):
+        row = additivity(stack, TOKENS, units, "skip", sampling=Sampling(resamples=50)).iloc[0]
+        for end in ("", "_low", "_high"):
+            assert row[f"additivity{end}"] == pytest.approx(A, nan_ok=True, abs=1e-9)
     frame = subsets(stack, TOKENS, (1, 2), kind="skip", sampling=Sampling(resamples=50))
     assert np.allclose(frame[["curvature", "curvature_low", "curvature_high"]], curvature, atol=1e-9)
-    difference = {-1: -7 / 8, 0: 0, 1: 7 / 8}[curvature]
+    difference = {-1: -7 / 8, 0: 0, 1: 7 / 8, 1 / 3: 7 / 16}[curvature]
     assert frame["second_difference"].tolist() == pytest.approx([np.nan, difference, np.nan], nan_ok=True, abs=1e-9)
+
+
+def test_heads_of_one_layer_add_up_and_a_layer_is_its_parts():
+    """Heads side by side do not read each other; with them all and the MLP gone, the layer is."""
+    model = known_networks.random_network(1, dtype=torch.float64)
+    with torch.no_grad():
+        for name, weight in parameters(model).items():
+            if name.startswith("layers.0.mlp.fc_out"):
+                weight.zero_()
+    stack, tokens = Stack(model), known_networks.tokens(8, 6)
+    heads = tuple(range(int(model.cfg.n_heads)))
+    options = {"frozen": True, "sampling": Sampling(resamples=0)}
+    found = damage(stack, tokens, [*((head,) for head in heads), (0, 1), heads], units="heads", **options)
+    torch.testing.assert_close(found.margin[found.row[0, 1]], found.margin[0] + found.margin[1])
+    torch.testing.assert_close(found.margin[found.row[heads]], damage(stack, tokens, [(0,)], **options).margin[0])
+    with pytest.raises(ValueError, match=r"no head 9 to take out: .* has 0 to 3"):
+        damage(stack, tokens, [(9,)], units="heads")
+    with pytest.raises(ValueError, match="units are layers, mlps, heads, not 'neurons'"):
+        damage(stack, tokens, [(0,)], units="neurons")
+
+
+def test_an_update_that_is_not_finite_has_no_predictability(monkeypatch):
+    stack = Stack(known_networks.random_network(3, 16))
+    update = stack.update
+    monkeypatch.setattr(stack, "update", lambda layer, *rest: update(layer, *rest) * (np.nan if layer == 2 else 1))
+    with pytest.raises(ValueError, match="not finite"):
+        predictability(stack, known_networks.tokens(24, 8))
 
 
 def test_curvature_rises_from_a_chain_to_a_backup():
@@ -152,8 +180,10 @@ def test_predictability_of_known_layers(kind, low, high, actual_low, actual_high
 def test_across_is_what_its_parts_are(tmp_path):
     stack, tokens = Stack(known_networks.random_network(3, 16)), known_networks.tokens(24, 8)
     row = across(stack, tokens, sampling=Sampling(resamples=30)).iloc[0]
-    parts = mass(stack, tokens, sampling=Sampling(resamples=30)).iloc[0]
-    assert row["redundancy_mass_high"] == parts["redundancy_mass_high"]
+    parts = additivity(stack, tokens, sampling=Sampling(resamples=30)).iloc[0]
+    assert row["mean_rho_high"] == pytest.approx(parts["mean_rho_high"], nan_ok=True)
+    parts = additivity(stack, tokens, "heads", sampling=Sampling(resamples=30)).iloc[0]
+    assert row["additivity_heads_high"] == pytest.approx(parts["additivity_high"], nan_ok=True)
     curve = subsets(stack, tokens, sampling=Sampling(resamples=30))
     assert row["curvature"] == pytest.approx(curve["curvature"][0], nan_ok=True)
     assert row["second_difference_low"] == pytest.approx(curve["second_difference_low"][1])
@@ -175,7 +205,7 @@ def test_across_is_what_its_parts_are(tmp_path):
 def test_architectures(load, name):
     tokens = torch.randint(4, 90, (30, 8), generator=torch.Generator().manual_seed(0))
     row = across(Stack(load(name)), tokens, sampling=Sampling(resamples=20)).iloc[0]
-    for measure in ("redundancy_mass", "self_repair", "norm_repair", "predictability"):
+    for measure in ("self_repair", "norm_repair", "predictability"):
         assert row[f"{measure}_low"] <= row[measure] <= row[f"{measure}_high"]
 
 
