@@ -29,6 +29,7 @@ independently, which keeps their distribution and removes what neurons share; an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -207,14 +208,14 @@ def matched(
     below: Matched | None = None
     for k in ks:
         coder = sae(trained_on, n_features, k, steps=steps, seed=seed)
-        here = Matched(effective(coder.encode(held_out), draws), **coder.report(held_out), k=k)
+        here = Matched(F=effective(coder.encode(held_out), draws), k=k, **coder.report(held_out))
         if not here.explained >= level:
             below = here
             continue
         if below is None:
             return here
         share = (level - below.explained) / (here.explained - below.explained)
-        F, L0 = (a + share * (b - a) for a, b in ((below.F, here.F), (below.L0, here.L0)))
+        F, L0 = below.F + share * (here.F - below.F), below.L0 + share * (here.L0 - below.L0)
         return Matched(F, level, L0, here.dead, k)
     return replace(here, F=torch.full_like(here.F, torch.nan), L0=float("nan"))
 
@@ -334,8 +335,8 @@ def within(
     for layer, held_out, trained_on in zip(places, *recorded):
         both, size = torch.cat([held_out, trained_on]), held_out.shape[1]
         width = 2 * size if n_features is None else n_features
-        options = {"ks": ks, "level": level, "steps": steps}
-        found = [matched(trained_on, held_out, width, draws, **options, seed=sampling.seed + i) for i in range(seeds)]
+        fit = partial(matched, trained_on, held_out, width, draws, ks=ks, level=level, steps=steps)
+        found = [fit(seed=sampling.seed + i) for i in range(seeds)]
         F = torch.stack([each.F for each in found])
         names = ("explained", "L0", "dead")
         reports = pd.DataFrame([{name: getattr(each, name) for name in names} for each in found]).mean(skipna=False)

@@ -29,7 +29,7 @@ Controls: the architecture untrained (damages inside noise, no A), and ``predict
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import combinations
 from math import comb
 
@@ -310,11 +310,10 @@ def _additivity(stack: Stack, tokens: Tokens, kind: str, sampling: Sampling) -> 
     """A of MLPs and of heads."""
     row: dict[str, float] = {}
     for units in ("mlps", "heads"):
-        try:
+        row |= columns(f"additivity_{units}", torch.full((1,), torch.nan))
+        with suppress(ModelError):
             measured = additivity(stack, tokens, units, kind, sampling=sampling).iloc[0]
-        except ModelError:
-            measured = dict.fromkeys(("additivity", "additivity_low", "additivity_high"), float("nan"))
-        row |= {f"additivity_{units}{end}": measured[f"additivity{end}"] for end in ("", "_low", "_high")}
+            row |= {f"additivity_{units}{end}": float(measured[f"additivity{end}"]) for end in ("", "_low", "_high")}
     return row
 
 

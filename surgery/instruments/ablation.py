@@ -320,10 +320,8 @@ def _final_streams(
     if x is not None and (() in by_removed or (run.amount < 1 and not run.sites.modules)):
         u = stack.update(layer, x, run.context)
     for removed, group in by_removed.items():
-        if removed:
-            after = before + run.update_without(stack, layer, removed, before, u)
-        else:
-            after = None if u is None else before + u
+        written = run.update_without(stack, layer, removed, before, u) if removed else u
+        after = None if written is None else before + written
         yield from _final_streams(stack, run, group, layer + 1, after)
 
 

@@ -49,6 +49,7 @@ class Sites:
         if units == "layers":
             return cls(units, stack.n_layers, 1, ())
         parts = context.engine.parts
+        found: list[Any]
         if units == "mlps":
             found = [part.mlp for part in parts]
         else:
