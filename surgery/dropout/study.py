@@ -44,13 +44,15 @@ def measure(
     count: int = 240,
     coders: int = 1,
     coder_steps: int = 400,
+    level: float = 0.8,
     resamples: int = 100,
     say: Callable[[str], Any] = lambda _: None,
 ) -> pd.DataFrame:
     """Measure superposition and redundancy on ``count`` held-out problems: a row per rate, seed and way of matching.
 
     The columns are those of ``files.COLUMNS[MODELS]``. ``layers`` are those whose neurons are measured (all but the
-    first if not given), ``coders`` the number of autoencoders for each k, trained for ``coder_steps``. Cost: half a
+    first if not given), ``coders`` the number of autoencoders for each k, trained for ``coder_steps``, and F is read
+    where they explain ``level`` of the variance: these models' are too dense for more. Cost: half a
     minute and, for 200 steps, fifteen seconds a layer, on one core, for a model and way of matching.
 
     Raises ValueError where no loss was reached by all models.
@@ -60,7 +62,7 @@ def measure(
         tokens = _heldout(count)
         places = list(range(1, stack.n_layers)) if layers is None else list(layers)
         by_layer = features.within(
-            stack, tokens, places, seeds=coders, steps=coder_steps, sampling=Sampling(resamples=0)
+            stack, tokens, places, level=level, seeds=coders, steps=coder_steps, sampling=Sampling(resamples=0)
         )
         within = by_layer.mean(numeric_only=True, skipna=False)  # over all layers or none
         across = redundancy.across(stack, tokens, sampling=Sampling(resamples=resamples)).iloc[0]
