@@ -64,7 +64,7 @@ def planted(
     return size @ directions[:n_features], size
 
 
-def psi(active: float, *, steps: int = 200) -> tuple[float, float]:
+def psi(active: float, *, steps: int = 250) -> tuple[float, float]:
     """Effective features per neuron of 24 planted ones in 32 neurons: at k = 8, and at matched explained variance."""
     x, _ = planted(24, 32, active=active)
     trained_on, held_out = x[:1200], x[1200:]

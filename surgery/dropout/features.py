@@ -182,9 +182,9 @@ class Matched:
 
 def matched(
     trained_on: Float[Tensor, "token neuron"],
-    held_out: Float[Tensor, "token neuron"],
+    held_out: Float[Tensor, "tested neuron"],
     n_features: int,
-    draws: Draws | None = None,
+    draws: Float[Tensor, "resample tested"] | None = None,
     *,
     ks: Sequence[int] = KS,
     level: float = LEVEL,

@@ -169,7 +169,7 @@ def test_small_models_are_measured_from_end_to_end(tmp_path, monkeypatch):
     frame = study.measure(made, layers=[1], count=30, coder_steps=20, resamples=10)
     assert list(frame) == list(COLUMNS[MODELS])
     assert frame[["rate", "matched"]].values.tolist() == [[r, m] for r in (0.0, 0.4) for m in ("steps", "loss")]
-    assert frame["psi"].isna().all()  # twenty steps of an autoencoder explain too little, and no number is made of that
+    assert frame["psi"].between(0, 2).all()
     confirmed = study.confirm(made, count=30)
     assert list(confirmed) == list(COLUMNS[CONFIRMATION])
     assert confirmed["additivity_heads"].notna().any()
