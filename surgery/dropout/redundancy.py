@@ -159,11 +159,10 @@ def additivity(
     Raises ValueError for fewer than two units and an unknown kind of unit, and as ``ablation.damage`` does.
 
     >>> from surgery.instruments import known_networks
-    >>> stack, tokens = Stack(known_networks.parallel_network(n_layers=3)), known_networks.tokens(24, 8)
-    >>> for units in ("layers", "mlps"):
-    ...     print(round(additivity(stack, tokens, units, sampling=Sampling(resamples=0))["additivity"][0], 3))
-    1.0
-    1.0
+    >>> stack, tokens = Stack(known_networks.random_network(n_layers=3)), known_networks.tokens(24, 8)
+    >>> frame = additivity(stack, tokens, "heads", draws=5, sampling=Sampling(resamples=0))
+    >>> frame[["units", "n_pairs", "n_undefined"]].values.tolist()
+    [['heads', 5, 0]]
     """
     tokens = Tokens.of(tokens)
     count = stack.n_layers * (int(stack.model.cfg.n_heads) if units == "heads" else 1)

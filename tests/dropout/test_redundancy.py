@@ -215,7 +215,7 @@ def test_it_costs_what_it_says(monkeypatch):
     tokens = known_networks.tokens(24, 8)
     for measure, cost in ((mass, 1 + 1 / 3 + 3), (self_repair, 2), (predictability, 2)):
         calls.clear()
-        measure(stack, tokens, sampling=Sampling(resamples=0))
+        measure(stack, tokens, sampling=Sampling(resamples=0, skip_massive=False))
         assert len(calls) == pytest.approx(3 * cost), measure
 
 
