@@ -76,6 +76,15 @@ class Units:
             stream.append(stream[unit] + self.update(unit, stream[read], context))
         return torch.stack(stream)
 
+    def norm_state(self, context: Context) -> dict[str, Tensor]:
+        """Return the state of the norms in the run that ``stream`` gives, for ``stack.frozen``. Cost: 1 F."""
+        if not self.gains:
+            return self.stack.norm_state(context)
+        scaled = [f"{gain!r}*({name})" for name, gain in zip(self.names, self.gains, strict=True)]
+        if self.a_layer == 2 and self.stack.parallel_sublayers:
+            scaled = [f"{{{attn}|{mlp}}}" for attn, mlp in zip(scaled[::2], scaled[1::2], strict=True)]
+        return self.stack.norm_state(context, " ".join(scaled))
+
     def mean_stream(self, ensemble: Ensemble) -> Float[Tensor, "place d_model"]:
         """Return the mean over the ensemble's tokens of what ``stream`` gives, in float64. Cost: 1 F."""
         parts = (self.stream(context)[:, mask] for _, context, mask in ensemble.batches(self.stack, "mean stream"))

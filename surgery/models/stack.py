@@ -297,10 +297,13 @@ class Stack:
         """
         return {name: state[..., :1] for name, state in self.norm_state(tokens).items()}
 
-    def norm_state(self, tokens: "Batch | Context") -> dict[str, Float[Tensor, "batch pos numbers"]]:
-        """Denominator and, in LayerNorm, mean of the norms that read the stream in the unmodified run, by hook name.
+    def norm_state(
+        self, tokens: "Batch | Context", wiring: "Wiring | str" = ":"
+    ) -> dict[str, Float[Tensor, "batch pos numbers"]]:
+        """Denominator and, in LayerNorm, mean of the norms that read the stream, by hook name.
 
-        Raises ValueError as ``frozen`` does. Cost: 1 F without the head.
+        Of a run of ``wiring``, by default the unmodified one; of a norm that runs several times, the last. Raises
+        ValueError as ``frozen`` does. Cost: 1 F without the head.
         """
         context = self._current(self.context(tokens))
         state: dict[str, Tensor] = {}
@@ -311,7 +314,7 @@ class Stack:
                     state[name] = norm.state(args[0])
 
                 recorders.callback(norm.module.register_forward_pre_hook(record).remove)
-            self.execute(":", context.x0, context)
+            self.execute(wiring, context.x0, context)
         return state
 
     def wiring(self, wiring: "Wiring | str", width: int | None = None) -> Wiring:

@@ -329,7 +329,7 @@ def _seriesness(
         stream = units.stream(context)
         sums.open(mask)
         record_stream(stream, sums)
-        with units.stack.frozen(context):
+        with units.stack.frozen(context, units.norm_state(context)):
             for start in range(len(units) - 1):
                 list(record_entry_updates(units, context, stream, start, longest, "frozen", sums))
     reading, values = Reading(sums, draws, units.reads, units.stack.dtype), []
