@@ -299,7 +299,7 @@ class Reading:
             rounding = torch.finfo(self.dtype).eps * self.size("stream", layer + 1)
             rounding = rounding + 1e-7 * (self.size("update", layer) + self.size(norms, start, layer))
             energy = n_update**2 + n_entry**2
-            weight.append(torch.where(energy > rounding**2, energy, 0))
+            weight.append(torch.where(energy <= rounding**2, 0, energy))  # what is not finite stays so
         weights = torch.stack(weight)
         return weights, torch.stack(entry_read), torch.where(weights.cumsum(0) > 0, torch.stack(output), torch.nan)
 
@@ -322,8 +322,8 @@ class Reading:
             update, rotated = self.x[layer + 1] - self.x[layer], self.sums.total("rotated", start, layer)
             own.append(self.norm(update - entry_update, "frozen", "effect", start, layer) ** 2)
             turned.append(self.norm(rotated - entry_update, "rotated effect", start, layer) ** 2)
-        alive = weight > 0  # of dead layers there is only rounding
-        sums = (torch.where(alive, torch.stack(squares), 0).cumsum(0) for squares in (own, turned))
+        dead = weight == 0  # only rounding
+        sums = (torch.where(dead, 0, torch.stack(squares)).cumsum(0) for squares in (own, turned))
         return ratio(*sums).sqrt()
 
     def exchanged(self, how: str, start: int, layers: range) -> Float[Tensor, "layer resample"]:
@@ -344,5 +344,8 @@ def _spread(values: Stream, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""
 def running_mean(
     values: Float[Tensor, "layer resample"], weights: Float[Tensor, "layer resample"]
 ) -> Float[Tensor, "layer resample"]:
-    """Average over the layers so far, for the window that ends with each; NaN while all of them are dead."""
-    return torch.where(weights > 0, values * weights, 0).cumsum(0) / weights.cumsum(0)
+    """Average over the layers so far, for the window that ends with each; NaN while all of them are dead.
+
+    A layer without weight does not count, and one that is undefined makes every window that holds it undefined.
+    """
+    return torch.where(weights == 0, 0, values * weights).cumsum(0) / weights.cumsum(0)

@@ -366,7 +366,7 @@ def line(x: Float[Tensor, " point"], y: Float[Tensor, "resample point"]) -> tupl
 
 def _stretch(before: Float[Tensor, " component"], after: Float[Tensor, " component"]) -> Float[Tensor, " component"]:
     """Return the ratio of two spreads, given variances; 0 for a component without spread before."""
-    return torch.where(before > 0, after / before, 0).sqrt()
+    return torch.where(before == 0, 0, after / before).sqrt()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -100,11 +100,12 @@ def grid(
         for threshold in thresholds:
             match name:
                 case "cosine":
-                    depth = _last((cosines[:-1] < threshold) & (cosines[1:] >= threshold)) + 1
+                    values, depth = cosines, _last((cosines[:-1] < threshold) & (cosines[1:] >= threshold)) + 1
                 case "kl":
-                    depth = _first(kls < threshold * kls.amax(0))
+                    values, depth = kls, _first(kls < threshold * kls.amax(0))
                 case _:
-                    depth = _first(overlaps > threshold)
+                    values, depth = overlaps, _first(overlaps > threshold)
+            depth = torch.where(values.isnan().any(0), torch.nan, depth)
             row = {"criterion": name, "threshold": threshold, "n_prompts": len(ensemble.tokens)}
             rows.append(row | measure_columns({"depth": depth, "ratio": depth / stack.n_layers}))
     return pd.DataFrame(rows)

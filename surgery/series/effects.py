@@ -284,7 +284,12 @@ def _rounding(stack: Stack, stream: Moments) -> float:
 def _quantiles(
     values: Float[Tensor, " token"], owners: Float[Tensor, "resample token"], levels: Sequence[float]
 ) -> list[Resampled]:
-    """Return, for each level, the smallest value that a share ``level`` of the resampled tokens does not exceed."""
+    """Return, for each level, the smallest value that a share ``level`` of the resampled tokens does not exceed.
+
+    NaN if any value is undefined: it might be the largest or the smallest.
+    """
+    if values.isnan().any():
+        return [owners.new_full((len(owners),), torch.nan) for _ in levels]
     order = values.argsort()
     mass = owners[:, order].cumsum(1)
     return [values[order][(mass >= level * mass[:, -1:]).float().argmax(1)] for level in levels]
@@ -322,7 +327,7 @@ def _outputs(
                     l2, kl = _distances(stack, run.stream[-1][after], final[after])
                     sums["l2"][layer].index_add_(0, owner, l2)
                     sums["kl"][layer].index_add_(0, owner, kl)
-                    largest[layer] = max(float(largest[layer]), float(l2.max()))
+                    largest[layer] = torch.maximum(largest[layer], l2.max())  # which keeps what is undefined
     return weights(n_prompts, sampling.resamples, sampling.seed), sums, largest
 
 

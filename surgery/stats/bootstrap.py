@@ -132,15 +132,20 @@ def pool(draws: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "pooled ..."]
 
 
 def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[float, float, float]:
-    """Return the estimate (row 0) and the percentile interval of the other rows, without undefined resamples (NaN).
+    """Return the estimate (row 0) and the percentile interval of the other rows.
+
+    Where more than one resample of ten is undefined, so is the interval (NaN): the others are not a fair sample.
 
     >>> interval(torch.tensor([2.0, 1.0, 2.0, 3.0]), level=0.5)
     (2.0, 1.5, 2.5)
+    >>> interval(torch.tensor([2.0, 1.0, torch.nan, 3.0]))
+    (2.0, nan, nan)
     """
     estimate, rest = float(values[0]), values[1:].double().cpu().numpy()
-    rest = rest[np.isfinite(rest)]
-    if not len(rest):
+    defined = np.isfinite(rest)
+    if not defined.any() or defined.mean() < 0.9:
         return estimate, float("nan"), float("nan")
+    rest = rest[defined]
     low, high = np.quantile(rest, [(1 - level) / 2, (1 + level) / 2])
     return estimate, float(low), float(high)
 

@@ -98,7 +98,7 @@ def test_it_costs_what_it_says(monkeypatch):
     read = Stack.readout
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(1) or run(*arguments))
     monkeypatch.setattr(Stack, "readout", lambda self, x, **options: heads.append(1) or read(self, x, **options))
-    effective_depth.grid(stack, TOKENS, sampling=Sampling(resamples=0))
+    effective_depth.grid(stack, TOKENS, sampling=Sampling(resamples=0, skip_massive=False))
     assert (len(calls), len(heads)) == (2 * 3, 3 + 2)
 
 

@@ -233,10 +233,10 @@ def test_columns_are_explained_and_the_ends_of_intervals_in_order():
 def test_it_costs_what_it_says(monkeypatch):
     opened, run, calls = stack("random"), Engine.layer, []
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    effects.matrix(opened, TOKENS, sampling=Sampling(resamples=0))
+    effects.matrix(opened, TOKENS, sampling=(sampling := Sampling(resamples=0, skip_massive=False)))
     assert len(calls) == 4 * ((4 - 1) + 3)
     calls.clear()
-    effects.future(opened, TOKENS, [3, 5], sampling=Sampling(resamples=0))
+    effects.future(opened, TOKENS, [3, 5], sampling=sampling)
     assert len(calls) == 4 * (2 * (4 - 1) / 2 + 2)
 
 
@@ -258,3 +258,10 @@ def test_bad_input_is_refused_in_a_sentence(measure, arguments, message):
 def test_one_layer_has_nothing_after_it():
     with pytest.raises(ValueError, match="has one layer"):
         effects.matrix(stack("parallel", n_layers=1), TOKENS)
+
+
+def test_what_is_undefined_is_no_quantile_and_no_maximum(monkeypatch):
+    opened, distances = stack("random"), effects._distances
+    monkeypatch.setattr(effects, "_distances", lambda *args: distances(*args) * torch.nan)
+    frame = effects.future_output(opened, TOKENS, [3], sampling=Sampling(resamples=0))
+    assert frame["l2_max"].iloc[:-1].isna().all()

@@ -130,8 +130,11 @@ def test_interval_is_row_zero_and_percentiles_of_the_rest():
     assert interval(values, level=0.9) == pytest.approx((7, 5, 95))
 
 
-def test_interval_leaves_undefined_resamples_out():
-    assert interval(torch.tensor([2.0, 1.0, float("nan"), float("inf"), 3.0]), level=1.0) == (2, 1, 3)
+def test_interval_leaves_a_few_undefined_resamples_out_and_is_undefined_with_many():
+    values = torch.cat([torch.tensor([2.0]), torch.arange(1.0, 20.0), torch.tensor([torch.nan])])
+    assert interval(values, level=1.0) == (2, 1, 19)
+    values[2:5] = torch.inf
+    assert str(interval(values, level=1.0)) == "(2.0, nan, nan)"
 
 
 def test_interval_without_resamples_is_unknown_not_narrow():
