@@ -26,6 +26,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import track
@@ -128,6 +129,22 @@ class Ensemble:
         unknown = {"token_share": float("nan"), "dimension_share": float("nan")}
         shares = unknown if self.concentration is None else self.concentration.columns(streams, updates)
         return {"n_tokens": int(self.mask.sum()), "n_massive": self.n_massive, **shares}
+
+    def annotate(self, frame: pd.DataFrame, first: str | None = None, last: str | None = None) -> pd.DataFrame:
+        """Return a frame with the ``columns`` of the streams that enter, and the updates of, each row's layers.
+
+        ``first`` and ``last`` are the columns that name these layers: one alone a single layer, none all of them;
+        ``stop`` is one past the last.
+        """
+        if self.concentration is None:
+            return frame.assign(**self.columns())
+        whole = len(self.concentration.update_token)
+        shares = []
+        for _, row in frame.iterrows():
+            begin = int(row[first]) if first else 0
+            end = whole if first is None else begin + 1 if last is None else int(row[last]) + (last != "stop")
+            shares.append(self.columns(streams=range(begin, end), updates=range(begin, end)))
+        return pd.concat([frame, pd.DataFrame(shares, index=frame.index)], axis=1)
 
     def without_massive(self, stack: Stack) -> "Ensemble":
         """Return the same ensemble without tokens of massive activations (``surgery.instruments.massive``).

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import LeastSquares, halves
 from surgery.models.stack import Stack
@@ -65,6 +66,7 @@ COLUMNS = {
     "layer_a": "the layer that the first stream enters; the number of layers for the stream that leaves the last",
     "layer_b": "the same of the second stream",
     "n_prompts": "number of prompts measured, the unit of resampling",
+    **massive.COLUMNS,
 }
 COLUMNS |= described(_MEASURES)
 
@@ -82,11 +84,12 @@ def layers(
     draws = _draws(ensemble, sampling.resamples)
     count = draws @ ensemble.mask.sum(1).double().cpu()
     sums = readings(stack, ensemble, sublayers)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {"layer": layer, "n_prompts": len(ensemble.tokens)}
         | measure_columns({name: draws @ values[layer] / count for name, values in sums.items()})
         for layer in range(stack.n_layers)
     )
+    return ensemble.annotate(frame, "layer")
 
 
 def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[str, Float[Tensor, "layer prompt"]]:
@@ -167,7 +170,7 @@ def linearity(
             variance = Moments.concatenate(moments[name, layer]).covariance(draws)
             row |= columns(name, 1 - ratio(draws @ missed[layer] / count, variance))
         rows.append(row)
-    return pd.DataFrame(rows)
+    return ensemble.annotate(pd.DataFrame(rows), "layer")
 
 
 def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:

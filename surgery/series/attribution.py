@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.ablation import mean_updates
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
@@ -45,6 +46,7 @@ from surgery.stats.sampling import Sampling
 COLUMNS = {
     "layer": "layer, counted from 0",
     "n_prompts": "number of prompts, the unit of resampling",
+    **massive.COLUMNS,
 }
 _MEASURES = {
     "TE": "total effect of the layer's update on the logits: length of the change (nats), mean over tokens in squares",
@@ -97,7 +99,7 @@ def effects(
         measures = {name: (draws @ torch.cat(parts, 1)[layer] / count).sqrt() for name, parts in sums.items()}
         measures["M"] = ratio(measures["IE"], measures["IE"] + measures["DE"])
         rows.append({"layer": layer, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
-    return pd.DataFrame(rows)
+    return ensemble.annotate(pd.DataFrame(rows), "layer")
 
 
 def _squares(

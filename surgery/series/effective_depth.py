@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from surgery.instruments import lens, similarity
+from surgery.instruments import lens, massive, similarity
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -42,7 +42,7 @@ COLUMNS = {
     "threshold": "the value that the criterion's curve has to cross; of kl, as a part of its largest value",
     "n_prompts": "number of prompts, the unit of resampling",
 }
-COLUMNS |= described(_MEASURES)
+COLUMNS |= described(_MEASURES) | massive.COLUMNS
 
 
 def effective(
@@ -108,7 +108,7 @@ def grid(
             depth = torch.where(values.isnan().any(0), torch.nan, depth)
             row = {"criterion": name, "threshold": threshold, "n_prompts": len(ensemble.tokens)}
             rows.append(row | measure_columns({"depth": depth, "ratio": depth / stack.n_layers}))
-    return pd.DataFrame(rows)
+    return ensemble.annotate(pd.DataFrame(rows))
 
 
 def _first(met: Bool[Tensor, "layer resample"]) -> Float[Tensor, " resample"]:

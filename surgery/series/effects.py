@@ -42,6 +42,7 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.ablation import CleanRun, clean_runs
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import portions
@@ -57,6 +58,7 @@ COLUMNS = {
     "layer": "the layer taken out, counted from 0",
     "later": "the later layer whose update is looked at",
     "n_prompts": "number of prompts, the unit of resampling",
+    **massive.COLUMNS,
 }
 _INTERVALS = {
     "T": "total effect on the later layer's update: 0 none, 1 it depends on nothing else",
@@ -114,7 +116,7 @@ def matrix(
                 lost = run.update(layer) - run.ablate(layer, run.update(layer))
                 for later in range(layer + 1, stack.n_layers):
                     tally.add("local", layer, later, stack.update(later, run.stream[later] - lost, run.context))
-    return tally.frame("T", "local")
+    return ensemble.annotate(tally.frame("T", "local"), "layer", "later")
 
 
 def future(
@@ -151,7 +153,7 @@ def future(
                 for layer in range(stack.n_layers - 1):
                     for later, _, u in _without(stack, run, layer, before):
                         tally.add("T", layer, later, u)
-    return tally.frame("T")
+    return ensemble.annotate(tally.frame("T"), "layer", "later")
 
 
 def future_output(
@@ -176,14 +178,15 @@ def future_output(
     >>> frame["l2"].gt(0).tolist()
     [True, False]
     """
-    draws, sums, largest = _outputs(**locals())
+    ensemble, draws, sums, largest = _outputs(**locals())
     count = draws @ sums["count"]
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {"layer": layer, "n_prompts": draws.shape[1]}
         | measure_columns({name: ratio(draws @ sums[name][layer], count) for name in ("l2", "kl")})
         | {"l2_max": float(largest[layer])}
         for layer in range(stack.n_layers)
     )
+    return ensemble.annotate(frame, "layer")
 
 
 def depth_score(
@@ -207,11 +210,11 @@ def depth_score(
     >>> depth_score(stack, known_networks.tokens(), sampling=Sampling(resamples=0))["depth_score"].tolist()
     [0.0]
     """
-    draws, sums, _ = _outputs(**locals())
+    ensemble, draws, sums, _ = _outputs(**locals())
     depth = torch.arange(stack.n_layers, dtype=torch.float64)
     by_distance = {"depth_score": sums["l2"] @ draws.T, "depth_score_kl": sums["kl"] @ draws.T}
     measures = {name: ratio(depth @ effect, effect.sum(0)) for name, effect in by_distance.items()}
-    return pd.DataFrame([{"n_prompts": draws.shape[1]} | measure_columns(measures)])
+    return ensemble.annotate(pd.DataFrame([{"n_prompts": draws.shape[1]} | measure_columns(measures)]))
 
 
 class _Tally:
@@ -308,8 +311,8 @@ def _without(
 
 def _outputs(
     stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, sampling: Sampling
-) -> tuple[Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:
-    """Return weights of the prompts, sums of l2, kl [layer, prompt] and count [prompt], and the largest l2."""
+) -> tuple[Ensemble, Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:
+    """Return the ensemble, weights of its prompts, sums of l2, kl [layer, prompt], count [prompt], the largest l2."""
     ensemble = _ensemble(stack, tokens, sampling=sampling)
     n_prompts, cuts = len(ensemble.tokens), _cuts(ensemble, cuts)
     sums = {name: torch.zeros(stack.n_layers, n_prompts, dtype=torch.float64) for name in ("l2", "kl")}
@@ -328,7 +331,7 @@ def _outputs(
                     sums["l2"][layer].index_add_(0, owner, l2)
                     sums["kl"][layer].index_add_(0, owner, kl)
                     largest[layer] = torch.maximum(largest[layer], l2.max())  # which keeps what is undefined
-    return weights(n_prompts, sampling.resamples, sampling.seed), sums, largest
+    return ensemble, weights(n_prompts, sampling.resamples, sampling.seed), sums, largest
 
 
 def _distances(

@@ -40,6 +40,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, portions
 from surgery.models.stack import Context, Stack
@@ -55,6 +56,7 @@ COLUMNS = {
     "later": "the later layer of the pair",
     "branches": "number of layers through whose branch the gradient passes",
     "n_prompts": "number of prompts, the unit of resampling",
+    **massive.COLUMNS,
 }
 _MEASURES = {
     "kappa_g": "power of a common factor on the window's updates with which its last layer's write grows: 1 parallel",
@@ -116,7 +118,7 @@ def exponents(
         measures = {"kappa_g": kappa, "gate_series": (kappa - 1) / (stop - start - 1)}
         measures["kappa_g_stream"] = slope(whole[window])
         rows.append({"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
-    return pd.DataFrame(rows)
+    return ensemble.annotate(pd.DataFrame(rows), "start", "stop")
 
 
 def hessian(
@@ -157,11 +159,12 @@ def hessian(
         margins.append(margin)
     curvature, margin = torch.cat(curvatures, -1), torch.cat(margins)
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {"earlier": earlier, "later": later, "n_prompts": len(ensemble.tokens)}
         | columns("hessian", ratio(draws @ curvature[earlier, later], draws @ margin))
         for earlier, later in itertools.combinations(range(stack.n_layers), 2)
     )
+    return ensemble.annotate(frame, "earlier", "later")
 
 
 def path_lengths(
@@ -213,7 +216,7 @@ def path_lengths(
         {"branches": k, "n_prompts": len(ensemble.tokens)} | columns("share", share) | mean
         for k, share in enumerate(shares.T)
     ]
-    return pd.DataFrame(rows)
+    return ensemble.annotate(pd.DataFrame(rows))
 
 
 @contextmanager

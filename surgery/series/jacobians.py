@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -59,6 +60,7 @@ COLUMNS = {
     "later": "the layer that reads",
     "n_prompts": "number of prompts, the unit of resampling",
     "baseline": "what random directions would read: 1 / sqrt(d_model)",
+    **massive.COLUMNS,
 }
 _MEASURES = {
     "direct": "|J_j J_i| / (|J_j| |J_i|), token by token: how much of what i writes j reads, 0 none",
@@ -154,7 +156,8 @@ def pairs(
                 composition = ratio(draws @ read, draws @ null).sqrt() * baseline
                 row |= measure_columns({form: composition, f"{form}_excess": composition - baseline})
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
+    frame = pd.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
+    return ensemble.annotate(frame, "earlier", "later")
 
 
 def _check(stack: Stack, probes: int) -> None:
