@@ -62,7 +62,7 @@ CHOSEN_BY = "chosen_by"
 BY_K = study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
 WIRING = study.RUN | {
     "S": "serialness of layers 4 to 8 as one window: 0 parallel, 1 serial",
-    "R_over_N": "what these layers read of what they write, over what any displacement of that size explains",
+    "R_over_N": "R of these layers over N, how far the stream moves within them: a description, no null",
     "kappa": "mean over them of the part of a deviation that one layer takes back",
     "kappa_excess": "the same beyond random walks with updates of the same size",
 }

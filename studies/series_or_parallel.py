@@ -2,12 +2,13 @@
 
     python studies/series_or_parallel.py --out results/series_or_parallel          # half a minute on 2 cores
 
-S and R/N of every window of three layers, on problems with k = 0 (pure translation) to 4 (four functions in a row), for
-the bundled model, the same architecture untrained, and a twin of the same size trained on translation alone. Two
-questions: does S grow with k (its slope, with an interval over prompts), and is it larger in the middle, layers 4 to 8,
-than before and after it? (``surgery.anatomy`` divides the bundled model before layers 4 and 9.) Writes
-``series_by_k.csv`` (a row per model, k and window) and ``slopes.csv``. R/N above 1 is response to what the window
-itself wrote; S also grows with the size of updates. Copy this file and put in your own model and prompts.
+S and R/R rotated of every window of three layers, on problems with k = 0 (pure translation) to 4 (four functions in a
+row), for the bundled model, the same architecture untrained, and a twin of the same size trained on translation alone.
+Two questions: does S grow with k (its slope, with an interval over prompts), and is it larger in the middle, layers 4
+to 8, than before and after it? (``surgery.anatomy`` divides the bundled model before layers 4 and 9.) Writes
+``series_by_k.csv`` (a row per model, k and window) and ``slopes.csv``. R/R rotated above 1 is response to what the
+window itself wrote, beyond the same turned at random; S also grows with the size of updates. Copy this file and put in
+your own model and prompts.
 """
 
 import argparse
@@ -29,7 +30,11 @@ from surgery.stats.sampling import Sampling
 
 STEPS = range(5)
 PARTS = {"before layer 4": (1, 4), "4 to 8": (4, 9), "from 9 on": (9, 12)}  # windows that lie wholly in them
-SLOPES = {"model": "which model", "windows": "first layers of the windows averaged", "measure": "S or R_over_N"} | {
+SLOPES = {
+    "model": "which model",
+    "windows": "first layers of the windows averaged",
+    "measure": "S or R_over_rotated",
+} | {
     f"slope{end}": f"change of the measure with each step more, k = 0 to 4{what}"
     for end, what in {"": "", "_low": ": lower end of its 95 % interval", "_high": ": upper end"}.items()
 }
@@ -77,7 +82,8 @@ def main() -> None:
             sampling = Sampling(seed=k)  # so that the prompts of two k are resampled independently
             profiles.append(ends_against_middle.measure(stack, tokens, args.length, sampling=sampling))
         measured = {
-            measure: torch.stack([getattr(profile, measure).T for profile in profiles]) for measure in ("S", "R_over_N")
+            measure: torch.stack([getattr(profile, measure).T for profile in profiles])
+            for measure in ("S", "R_over_rotated")
         }
         for k in STEPS:
             for start in range(measured["S"].shape[1]):
@@ -105,7 +111,7 @@ def main() -> None:
             level = S[:, starts].mean((0, 1))
             print(
                 f"Windows {part}: S = {level[0]:.2f} on average; with each step more, S changes by {number(change)} "
-                f"({direction(change, 'more', 'less')} serial), R/N by {number(relative)}."
+                f"({direction(change, 'more', 'less')} serial), R/R rotated by {number(relative)}."
             )
         first, middle, last = (S[:, starts].mean(1) for starts in within.values())
         for k in (0, 4):
