@@ -32,10 +32,10 @@ def draw(networks: pd.DataFrame, model: pd.Series) -> Figure:
         axes.plot(model[name], place, "D", color=drawing.ACCENT, markersize=8)
     axes.axvline(1, color=drawing.INK, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks([0.5, 1, 2, 3, 4], ["0.5", "1", "2", "3", "4"])
+    axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
     axes.minorticks_off()
     axes.set_yticks(range(len(READINGS)), list(READINGS.values()))
-    axes.set(xlabel="mean over windows of two and three layers from layer 1 on", ylim=(2.5, -0.5))
+    axes.set(xlabel="mean over windows of two and three layers from layer 1 on", xlim=(0.9, 3.5), ylim=(2.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
