@@ -91,7 +91,7 @@ def coverage(
     tokens: Tokens,
     starts: tuple[int, ...],
     sizes: tuple[int, ...] = (16, 64, 256),
-    trials: int = 200,
+    trials: int = 100,
     *,
     guarded: bool = True,
     draw: Callable[[int, int, int], Float[Tensor, "resample prompt"]] = weights,
@@ -116,6 +116,9 @@ def coverage(
                 product = ((stream[start + 1] - stream[start]) * stream[start]).sum(-1).masked_fill(~mask, 0)
                 products[start].append(product.sum(1).double())
         kept.append(mask.sum(1))
+    for parts in (sums.squares, sums.vectors):
+        for key in parts:
+            parts[key] = [torch.cat(parts[key])]  # once, for all samples
     inner = {start: torch.cat(parts) for start, parts in products.items()}
     count = torch.cat(kept).double()
 
