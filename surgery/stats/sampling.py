@@ -13,7 +13,8 @@ class Sampling:
     Attributes:
         skip_first: leave out every prompt's first token, whose activations are often massive.
         skip_massive: leave out tokens of massive activations, which would decide every second moment by themselves
-            (``surgery.instruments.massive``).
+            (``surgery.instruments.massive``). Finding them costs 1 F, and up to 1 F more where there are several
+            batches, which the costs of measures leave out.
         resamples: bootstrap resamples over prompts; 0 gives no intervals.
         seed: where every random draw starts from.
         batch_size: prompts run at once. Results do not depend on it, but where a docstring says so.
