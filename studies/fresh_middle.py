@@ -62,7 +62,7 @@ CHOSEN_BY = "chosen_by"
 BY_K = study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
 WIRING = study.RUN | {
     "S": "serialness of layers 4 to 8 as one window: 0 parallel, 1 serial",
-    "R_over_N": "R of these layers over N, how far the stream moves within them: a description, no null",
+    "preference": "how much larger the effect of what they wrote is than that of the same turned at random",
     "kappa": "mean over them of the part of a deviation that one layer takes back",
     "kappa_excess": "the same beyond random walks with updates of the same size",
 }
@@ -225,7 +225,7 @@ def wiring_of(stack: Stack, span: tuple[int, int], tokens: Tokens) -> dict[str, 
     )
     return {
         name: float(source[name])
-        for source, name in ((window, "S"), (window, "R_over_N"), (drift, "kappa"), (drift, "kappa_excess"))
+        for source, name in ((window, "S"), (window, "preference"), (drift, "kappa"), (drift, "kappa_excess"))
     }
 
 
@@ -276,7 +276,7 @@ def answers(methods: pd.DataFrame, ks: pd.DataFrame, wiring: pd.DataFrame, per_s
         + "; ".join(
             f"{name} {over_seeds(new[name])}, the old one {phrases.value(old[name], 3)}, untrained "
             f"{phrases.value(fresh[name], 3)}"
-            for name in ("S", "R_over_N", "kappa", "kappa_excess")
+            for name in ("S", "preference", "kappa", "kappa_excess")
         )
         + "."
     )

@@ -62,7 +62,7 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     if BY_K in tables:
         shown.append(_by_k(tables[BY_K]))
     if WIRING in tables:
-        names = [name for name in ("S", "R_over_N", "kappa", "kappa_excess") if name in tables[WIRING]]
+        names = [name for name in ("S", "preference", "kappa", "kappa_excess") if name in tables[WIRING]]
         shown.append(
             tabled("Is the fresh middle wired like the old one?", "middle", rows(tables[WIRING]), names, _method, 3)
         )

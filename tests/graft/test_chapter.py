@@ -81,7 +81,7 @@ def test_what_the_study_of_fresh_middles_adds_is_shown(tmp_path):
             for k in (0, 2)
         ]
     )
-    wiring = pd.DataFrame([{"method": "the old middle", "seed": np.nan, "S": 0.543, "R_over_N": 1.665}])
+    wiring = pd.DataFrame([{"method": "the old middle", "seed": np.nan, "S": 0.543, "preference": 1.665}])
     layers = pd.DataFrame(
         [
             {
