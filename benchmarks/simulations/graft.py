@@ -87,7 +87,9 @@ def rows(quick: bool = False) -> list[dict]:
     table = []
 
     def add(case: str, nominal: object, before: object, after: object) -> None:
-        table.append({"point": "small print", "case": case, "nominal": nominal, "before": before, "after": after})
+        table.append(
+            {"point": "claims, panels and walks", "case": case, "nominal": nominal, "before": before, "after": after}
+        )
 
     for truth, n in ((0.0, 8), (0.0, 3), (0.3, 8)):
         alone, corrected = wrong_claims(truth, truth, n, families)
@@ -97,7 +99,9 @@ def rows(quick: bool = False) -> list[dict]:
             round(alone, 3),
             round(corrected, 3),
         )
-    add("an effect of -7e-05 is said to harm, 3 seeds", 0, harm(0.0, families), harm(0.01, families))
+    add(
+        "an effect of -7e-05 is said to harm, 3 seeds", 0, round(harm(0.0, families), 3), round(harm(0.01, families), 3)
+    )
     own, others = stopped(families)
     add("bias of the loss at the best of 10 equal evaluations, in standard errors", 0, round(own, 2), round(others, 2))
     for (estimator, n, T, phi), before in OLD.items():

@@ -108,22 +108,30 @@ def rows(quick: bool = False) -> list[dict]:
     for name, system in SYSTEMS.items():
         full, partial = damages_of(system.worth), damages_of(system.worth, 0.5)
         row = table(full, partial, resamples=100).iloc[0]
-        after = f"{row['rho']:+.2f}, {_word(row)}"
-        case = {"point": 3, "case": f"rho of {name}", "nominal": f"{system.rho:+.2f}, {system.word}"}
+        after = f"{round(row['rho'], 2) + 0:+.2f}, {_word(row)}"
+        case = {"point": "pairs of layers", "case": f"rho of {name}", "nominal": f"{system.rho:+.2f}, {system.word}"}
         found.append(case | {"before": BEFORE[name], "after": after})
     for name, mass in MASS_BEFORE.items():
         A = summary(damages_of(SYSTEMS[name].worth), resamples=100)["additivity"][0]
-        case = {"point": 8, "case": f"redundancy of {name}", "nominal": f"A {SYSTEMS[name].additivity:g}"}
-        found.append(case | {"before": f"mass {mass:g}", "after": f"A {A:.2f}"})
+        case = {"point": "redundancy", "case": f"redundancy of {name}", "nominal": f"A {SYSTEMS[name].additivity:g}"}
+        found.append(case | {"before": f"mass {mass:g}", "after": f"A {round(A, 2) + 0:.2f}"})
     frame = one_undefined()
     wrong = int((frame["status"].str.startswith("undefined") != frame[["layer", "later"]].eq(2).any(axis=1)).sum())
     zeros = int((frame["rho"] == 0).sum())
-    case = {"point": 3, "case": "one NaN in one of 6 layers, 15 pairs", "nominal": "5 undefined, none reads 0"}
+    case = {
+        "point": "pairs of layers",
+        "case": "one NaN in one of 6 layers, 15 pairs",
+        "nominal": "5 undefined, none reads 0",
+    }
     undefined = int(frame["status"].str.startswith("undefined").sum())
     found.append(
         case | {"before": "15 read 0, measured", "after": f"{undefined} undefined, {zeros} read 0, {wrong} wrong"}
     )
     for active, before in ({2: 1.39} if quick else PSI_BEFORE).items():
-        case = {"point": 8, "case": f"psi of 24 features in 32 neurons, {active} active", "nominal": 0.75}
+        case = {
+            "point": "features in superposition",
+            "case": f"psi of 24 features in 32 neurons, {active} active",
+            "nominal": 0.75,
+        }
         found.append(case | {"before": before, "after": round(psi(active)[1], 2)})
     return found

@@ -21,11 +21,21 @@ from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.windows import Reading, Sums, Units, record_entry_updates, record_stream, running_mean
 from surgery.models.tokens import Tokens
+from surgery.reversion import kappa
 from surgery.series import say, window
 from surgery.stats.bootstrap import interval, ratio, weights
 from surgery.stats.sampling import Sampling
 
 ESTIMATE = Sampling(resamples=0)
+
+# Read before on the same networks: S while the mean that a LayerNorm subtracts was not frozen, by constructed network,
+# and the change of R_shuffled with the size of batches when prompts were exchanged within a batch only.
+LAYERNORM_BEFORE = {"parallel": ".02 to .15", "serial": ".65 to .99"}
+BATCHES_BEFORE = 0.14
+ROGUE_BEFORE = "89 % (Gemma 3)"  # tokens left out when whole dimensions are large and each token is judged by itself
+
+# Coverage on pretrained models, filled from runs of this file by hand: rows as in ``rows``.
+REAL_TEXT: list[dict] = []
 
 
 def scaled(model: TransformerBridge, factor: float, attention: bool = True) -> TransformerBridge:
@@ -165,6 +175,165 @@ def chunks(stack: Stack, text: str, length: int, count: int) -> Tokens:
     ids = torch.tensor(stack.tokenizer(text)["input_ids"])
     rows = len(ids) // length
     return Tokens.of(ids[: min(rows, count) * length].reshape(-1, length))
+
+
+def rows(quick: bool = False) -> list[dict]:
+    """Every simulation of networks, and what runs on real text have read; a few minutes in full."""
+    networks = itertools.islice(random_networks(), 2 if quick else None)
+    read = null_readings(networks)
+    return [
+        *_guard(),
+        *_rotation(read),
+        *_sizes(read),
+        *_layernorm(2 if quick else 8),
+        *_intervals(200 if quick else 2000),
+        *_batches(),
+        *REAL_TEXT,
+    ]
+
+
+def _row(point: str, case: str, nominal: object, before: object, after: object) -> dict:
+    return {"point": point, "case": case, "nominal": nominal, "before": before, "after": after}
+
+
+def _range(values: pd.Series) -> str:
+    low, high = (f"{end:.2f}" for end in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def massive_network(times: float, share: float = 0.02) -> Stack:
+    """Build a random network without attention in which some tokens carry a number ``times`` the median magnitude."""
+    model = scaled(known_networks.random_network(4, norm=None, seed=1), 1, attention=False)
+    if times:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "tok_embed" in name:
+                    weight[:: round(1 / share), 3] = times * weight.abs().median()
+    return Stack(model)
+
+
+def _guard() -> list[dict]:
+    """S and kappa with massive tokens, against those without; tokens left out for a dimension that is always large."""
+    tokens, found = known_networks.tokens(48, 16), {}
+    tokens[:, 0] = 1
+    for name, times, guarded in (("clean", 0, True), ("after", 500, True), ("before", 500, False)):
+        stack, sampling = massive_network(times), Sampling(resamples=0, skip_massive=guarded)
+        windows = window.windows(stack, tokens, 2, damage=False, sampling=sampling)
+        layers = kappa.layers(stack, tokens, nulls=False, causal=False, sampling=sampling)
+        found[name] = {"S": windows["S"], "kappa": layers["kappa"], "n": int(windows["n_massive"][0])}
+    point = "massive activations"
+    planted = int(torch.isin(tokens[:, 1:], torch.arange(0, known_networks.D_VOCAB, 50)).sum())
+    table = [
+        _row(
+            point,
+            f"{name} of some {place} moves by, 2 % of tokens at 500 times the median",
+            0,
+            *(f"{(found[when][name] - found['clean'][name]).abs().max():.3f}" for when in ("before", "after")),
+        )
+        for name, place in (("S", "window"), ("kappa", "layer"))
+    ]
+    table.append(_row(point, "tokens of these left out", planted, 0, found["after"]["n"]))
+    rogue = massive_network(500, share=1)
+    dropped = Ensemble.of(rogue, tokens).n_massive
+    table.append(_row(point, "tokens left out, one dimension large in all", 0, ROGUE_BEFORE, dropped))
+    return table
+
+
+def _rotation(read: pd.DataFrame) -> list[dict]:
+    """What the displacement and the rotation say of random networks, and of ones that were built to prefer."""
+    point, n = "serial or displaced", len(read)
+    claims = (int(read[name].sum()) for name in ("displaced", "preferred"))
+    table = [
+        _row(
+            point, f"R over its null, {n} random networks", 1, _range(read["R_over_N"]), _range(read["R_over_rotated"])
+        ),
+        _row(point, f"preference, {n} random networks", 1, "not measured", _range(read["preference"])),
+        _row(point, f"random networks of {n} said to prefer", 0, *claims),
+    ]
+    tokens = known_networks.tokens(24, 10)
+    for name, nominal in (("parallel", 0), ("linear", 1), ("serial", "above 1")):
+        stack = Stack(getattr(known_networks, f"{name}_network")())
+        frame = window.windows(stack, tokens, damage=False, sampling=ESTIMATE).query("start > 0")
+        before, after = _range(frame["R_over_N"]), _range(frame["preference"])
+        table.append(_row(point, f"preference of constructed {name} layers", nominal, f"R/N {before}", after))
+    return table
+
+
+def _sizes(read: pd.DataFrame) -> list[dict]:
+    """S of random networks by the size of their updates, and against others with updates of that size."""
+    scale = read["network"].str.split().str[2]
+    table = [
+        _row(
+            "size of updates",
+            f"S of random networks, updates scaled by {size}",
+            "excess 0",
+            f"S {_range(of['S'])}",
+            f"{of['S_excess'].min():+.2f} to {of['S_excess'].max():+.2f}",
+        )
+        for size, of in read.groupby(scale)
+    ]
+    case = f"random networks of {len(read)} in which a window is said to be more or less serial"
+    before = "not asked"
+    return [*table, _row("size of updates", case, 0, before, int((read["excess"] > 0).sum()))]
+
+
+def _layernorm(seeds: int) -> list[dict]:
+    """S of constructed networks with LayerNorm: with writes that have no mean, and with any writes."""
+    tokens, table = known_networks.tokens(24, 10), []
+    for name, nominal in (("parallel", 0), ("serial", 1)):
+        build, readings = getattr(known_networks, f"{name}_network"), {"no": [], "a": []}
+        for seed in range(seeds):
+            for mean, values in readings.items():
+                model = build(norm="LN", seed=seed)
+                if mean == "a":
+                    plain = dict(build(seed=seed).named_parameters())
+                    with torch.no_grad():
+                        for key, weight in model.named_parameters():
+                            if key in plain:
+                                weight.copy_(plain[key])
+                frame = window.windows(Stack(model), tokens, damage=False, sampling=ESTIMATE)
+                values += frame["S"].tolist()
+        before = LAYERNORM_BEFORE[name]
+        for mean, values in readings.items():
+            case = f"S of {name} layers behind a LayerNorm, writes with {mean} mean"
+            right = "up to 1" if name == "serial" and mean == "a" else nominal
+            table.append(_row("LayerNorm", case, right, before, _range(pd.Series(values).abs())))
+    return table
+
+
+def _intervals(trials: int) -> list[dict]:
+    """How often the interval of a mean over few prompts holds the truth."""
+    table = []
+    for name, draw_prompts in (
+        ("normal", lambda generator, n: generator.normal(size=n)),
+        ("skewed (exponential)", lambda generator, n: generator.exponential(size=n) - 1),
+    ):
+        for n in (8, 16, 64):
+            covered = []
+            for draw in (drawing_all, weights):
+                hits = []
+                for trial in range(trials):
+                    values = torch.from_numpy(draw_prompts(np.random.default_rng((n, trial)), n))
+                    _, low, high = interval(draw(n, 200, trial) @ values / n)
+                    hits.append(low <= 0 <= high)
+                covered.append(f"{np.mean(hits):.3f}")
+            table.append(
+                _row("few prompts", f"coverage of the interval of a mean, {name}, {n} prompts", 0.95, *covered)
+            )
+    return table
+
+
+def _batches() -> list[dict]:
+    """By how much R_shuffled moves with the size of batches."""
+    stack, tokens = Stack(known_networks.random_network(4)), known_networks.tokens(24, 10)
+    readings = [
+        window.windows(stack, tokens, damage=False, sampling=Sampling(resamples=0, batch_size=size))["R_shuffled"]
+        for size in (1, 5, 24)
+    ]
+    moved = max(float((reading - readings[-1]).abs().max()) for reading in readings)
+    return [
+        _row("batches", "R_shuffled moves with the size of batches by", 0, f"up to {BATCHES_BEFORE}", f"{moved:.2f}")
+    ]
 
 
 if __name__ == "__main__":

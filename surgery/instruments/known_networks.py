@@ -22,7 +22,7 @@ divided by its root mean square. Every layer moves that denominator and every la
 networks keep their values only while the denominators are frozen; what ``parallel_network(norm="RMS")`` reads live is
 the artefact of normalisation by itself. With ``norm="LN"`` embedding and writes have no mean, as the mean that
 LayerNorm subtracts would be one more thing that every layer writes and reads: S would stay 0 where no layer reads
-another, since means are frozen as well, but fall to .7 to .97 where each reads only the one before. Biases change
+another, since means are frozen as well, but fall to .5 to .97 where each reads only the one before. Biases change
 nothing: the measures are centred.
 
 All are ordinary TransformerLens models (``TransformerBridge``), built in hundredths of a second, in float32 or float64.
