@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from surgery.dropout.features import effective, matched, sae
-from surgery.instruments.ablation import Damages
+from surgery.instruments import known_networks
+from surgery.instruments.ablation import Damages, damage
 from surgery.instruments.interactions import sets, summary, table
+from surgery.models.stack import Stack
 
 PAIR = ((0,), (1,), (0, 1))
 
@@ -82,6 +84,32 @@ def one_undefined(n_layers: int = 6, n_prompts: int = 40) -> pd.DataFrame:
     return table(Damages(made.sets, spoilt, spoilt), made, resamples=100, tolerance=1e-5)
 
 
+def of_nothing(shape: str, seed: int, n_layers: int = 6, n_prompts: int = 40) -> Damages:
+    """Damages whose true mean is 0: of a random network on random tokens, or made up, shared in part between sets."""
+    if shape == "random network":
+        stack = Stack(known_networks.random_network(n_layers=n_layers, seed=seed))
+        return damage(stack, known_networks.tokens(n_prompts, 10, seed), sets(n_layers), frozen=True)
+    draw = torch.Generator().manual_seed(seed)
+    value = sum(torch.randn(count, n_prompts, generator=draw).double() for count in (len(sets(n_layers)), 1))
+    if shape != "normal":
+        value = torch.exp(value / 2**0.5) - np.exp(0.5)
+    value = -value if shape == "skewed, rare gains" else value
+    return Damages(tuple(sets(n_layers)), value, value)
+
+
+def found_in(made: Damages) -> tuple[bool, bool]:
+    """Whether any pair is not called inside noise, and whether any delta is discovered."""
+    frame = table(made, made, resamples=20)
+    return bool((frame["status"] != "inside noise").any()), bool((frame["q"] < 0.05).any())
+
+
+# Share of networks in which the code found a pair outside noise by two standard errors a damage, and a delta by flips.
+NOTHING_BEFORE = {
+    "normal": (0, 0),
+    "skewed": (0, 0),
+    "skewed, rare gains": (0, 0),
+    "random network": (0, 0),
+}
 # What the code read before: rho, its word, and the answer of partial ablation.
 BEFORE = {
     "chain": "+1.00, series",
@@ -127,6 +155,12 @@ def rows(quick: bool = False) -> list[dict]:
     found.append(
         case | {"before": "15 read 0, measured", "after": f"{undefined} undefined, {zeros} read 0, {wrong} wrong"}
     )
+    for shape, before in NOTHING_BEFORE.items():
+        count = 10 if quick else 200
+        rates = np.mean([found_in(of_nothing(shape, seed)) for seed in range(count)], axis=0)
+        case = {"point": 5, "case": f"damages of nothing ({shape}), 15 pairs: any outside noise, any delta"}
+        after = ", ".join(f"{rate:.3f}" for rate in rates)
+        found.append(case | {"nominal": ".05 each", "before": ", ".join(map("{:.3f}".format, before)), "after": after})
     for active, before in ({2: 1.39} if quick else PSI_BEFORE).items():
         case = {
             "point": "features in superposition",

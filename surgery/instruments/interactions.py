@@ -21,12 +21,14 @@ That one reads the other is what T or a local effect above 0 says (``surgery.ser
 of the last two; running layers in parallel cannot tell them apart, rho can. Five things can fake it:
 
 * noise: rho is a ratio. Where its divisor (the smaller damage if delta <= 0, the common one if delta > 0: a backup's
-  single damages are 0, that is what it is) is not above two standard errors, ``status`` says ``inside noise`` and rho
-  is NaN; where a layer's removal helps, by two standard errors, ``ablation helps``: the damage is not monotone.
+  single damages are 0, that is what it is) is not shown to be above 0, ``status`` says ``inside noise`` and rho is NaN;
+  where a layer's removal is shown to help, ``ablation helps``: the damage is not monotone. Both at p < .05 over all
+  damages together (``stats.comparisons.judged``: the larger p of studentised bootstrap and sign flips, step-down), so
+  that of twenty models that compute nothing one has a pair with a rho. Fewer than 6 prompts show nothing.
 * damages that are not finite, as when layers that erase massive activations are taken out under frozen norms: the pair
   is ``undefined``, and ``status`` names the ablation. Nothing of it enters a mean, a maximum or another pair.
-* many pairs: ``q`` is the false discovery rate (Benjamini and Hochberg 1995) of delta over all defined pairs, each
-  pair's p by flipping the signs of its delta prompt by prompt.
+* many pairs: ``q`` is p of delta over all defined pairs together, judged in the same way, and so a bound on the false
+  discovery rate. Damages are skewed: by sign flips, or pair by pair, three times too many networks show a delta.
 * saturation: a damage that has an upper bound makes everything look needed together. So the layers are taken out again
   in part (``amount`` = .5). Then rho reads ``amount`` for a linear chain, as what is left of it is a product, more for
   a hard AND, 0 for independent layers. ``saturating`` is yes where the interval of rho lies above 0 and
@@ -51,7 +53,7 @@ minus the second-order Moebius term of the model's worth at the full model, a pa
 Roubens 1999).
 
 >>> import torch
->>> full = Damages(((0,), (1,), (0, 1)), *torch.tensor([[2.0, 3, 2], [2, 3, 2], [2, 3, 2]]).double().expand(2, 3, 3))
+>>> full = Damages(((0,), (1,), (0, 1)), *torch.tensor([2.0, 3, 2, 2, 3, 2]).double().expand(2, 3, 6))
 >>> table(full, full)[["layer", "later", "delta", "rho"]].round(3).values.tolist()
 [[0.0, 1.0, -2.333, 1.0]]
 """
@@ -62,26 +64,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from statsmodels.stats.multitest import multipletests
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from surgery.instruments.ablation import Damages, damage, freezing
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.stats import comparisons, studentised
 from surgery.stats.bootstrap import RESAMPLES, described, measure_columns, ratio, weights
-from surgery.stats.permutation import p_value, sign_flips, signs
 from surgery.stats.sampling import Sampling
 
 Resampled = Float[Tensor, " resample"]
+SURE = 0.05
 
 COLUMNS = {
     "layer": "the earlier layer of the pair, counted from 0",
     "later": "the later layer of the pair",
     "n_prompts": "number of prompts, the unit of resampling",
-    "status": "measured, inside noise (rho's divisor below two standard errors), ablation helps (not monotone), or "
-    "undefined and which damage is not finite",
-    "q": "false discovery rate of delta over all defined pairs (Benjamini-Hochberg, sign flips over prompts)",
+    "status": "measured, inside noise (rho's divisor is not shown to be above 0, over all damages), ablation helps "
+    "(not monotone), or undefined and which damage is not finite",
+    "q": "p of delta over all defined pairs together (studentised bootstrap and sign flips, step-down); bounds the "
+    "false discovery rate",
     "saturating": "whether partial ablation fails to confirm a rho above 0: yes, no, undecided (no rho to confirm)",
     "freezing": "whether frozen and live norms agree on the layers alone: agrees, or which layer parts, and how",
     "n_pairs": "number of pairs",
@@ -168,14 +171,15 @@ def table(
     """
     value, part = _values(full, measure), _values(partial, measure)
     draws, rows, deltas = _draws(value, resamples, seed), [], []
+    shown, shown_partial = _shown(value, seed), _shown(part, seed)
     parting = {} if live is None else _freezing(full, live, resamples, seed)
     for pair in _pairs(full):
         d, d_partial = _damages(full, value, pair, tolerance), _damages(partial, part, pair, tolerance)
         deltas.append(_delta(d))
         measures = dict(zip(("damage", "damage_later", "damage_both"), d @ draws.T, strict=True))
-        status, rho = _rho(d @ draws.T)
+        status, rho = _rho(d @ draws.T, shown[_rows(full, pair)])
         status = _undefined(full, value, pair) or status
-        partial_status, rho_partial = _rho(d_partial @ draws.T)
+        partial_status, rho_partial = _rho(d_partial @ draws.T, shown_partial[_rows(partial, pair)])
         measures |= {"delta": draws @ deltas[-1], "rho": rho, "rho_partial": rho_partial}
         row: dict[str, Any] = {"layer": pair[0], "later": pair[1], "n_prompts": value.shape[1], "status": status}
         row |= measure_columns(measures)
@@ -184,7 +188,7 @@ def table(
         row["freezing"] = ("; ".join(parts) or "agrees") if parting else "not measured"
         rows.append(row)
     frame = pd.DataFrame(rows)
-    frame["q"] = _discoveries(torch.stack(deltas, 1).numpy(), seed)
+    frame["q"] = _family(torch.stack(deltas), seed)
     return frame
 
 
@@ -197,7 +201,7 @@ def summary(
     those inside noise, but for undefined ones. A is NaN where the sum of the smaller damages has no interval above 0.
     Of noise alone the mass reads about .5. Compare models on the same prompts. Cost: no forward pass.
 
-    >>> chain = torch.ones(3, 4).double()
+    >>> chain = torch.ones(3, 8).double()
     >>> row = summary(Damages(((0,), (1,), (0, 1)), chain, chain))
     >>> row[["mean_rho", "additivity", "redundancy_mass"]].values.tolist()
     [[1.0, 0.0, 0.0]]
@@ -205,8 +209,9 @@ def summary(
     value = _values(full, measure)
     draws, all_pairs = _draws(value, resamples, seed), _pairs(full)
     defined = [pair for pair in all_pairs if not _undefined(full, value, pair)]
-    damages = [_damages(full, value, pair, tolerance) for pair in defined]
-    rhos = [rho for status, rho in (_rho(d @ draws.T) for d in damages) if status == "measured"]
+    damages, shown = [_damages(full, value, pair, tolerance) for pair in defined], _shown(value, seed)
+    judged = (_rho(d @ draws.T, shown[_rows(full, pair)]) for d, pair in zip(damages, defined, strict=True))
+    rhos = [rho for status, rho in judged if status == "measured"]
     nothing = torch.full((len(draws),), torch.nan, dtype=torch.float64)
     measures = dict.fromkeys(("mean_rho", "additivity", "redundancy_mass"), nothing)
     if damages:
@@ -247,11 +252,16 @@ def _draws(value: Float[Tensor, "set prompt"], resamples: int, seed: int) -> Flo
     return weights(n_prompts, resamples, seed) / n_prompts
 
 
+def _rows(damages: Damages, pair: tuple[int, int]) -> list[int]:
+    """Where the damages without the earlier layer, the later, and both are."""
+    return [damages.row[layers] for layers in (pair[:1], pair[1:], pair)]
+
+
 def _damages(
     damages: Damages, value: Float[Tensor, "set prompt"], pair: tuple[int, int], tolerance: float
 ) -> Float[Tensor, "3 prompt"]:
     """Return the damages without the earlier layer, the later, and both; sums equal but for rounding are made equal."""
-    first, later, both = (value[damages.row[layers]] for layers in (pair[:1], pair[1:], pair))
+    first, later, both = value[_rows(damages, pair)]
     finite = value.where(value.isfinite(), 0).abs()
     rounding = tolerance * float(finite.amax(0).median())  # of the median prompt: one that is huge decides nothing
     equal = (both - first - later).abs() <= rounding  # not so where any is undefined
@@ -284,18 +294,15 @@ def _delta(d: Float[Tensor, "3 column"]) -> Float[Tensor, " column"]:
     return d[2] - (d[0] + d[1])
 
 
-def _rho(d: Float[Tensor, "3 resample"]) -> tuple[str, Resampled]:
+def _rho(d: Float[Tensor, "3 resample"], shown: Int[np.ndarray, " 3"]) -> tuple[str, Resampled]:
     """Return whether the index stands out from noise, and its value under every resample (NaN if it does not)."""
     delta, least = _delta(d), d[:2].amin(0)
     nothing = torch.full_like(delta, torch.nan)
     if not d.isfinite().all():
         return "undefined", nothing
-    redundant = bool(delta[0] > 0)
-    error = d[:, 1:].std(1) if d.shape[1] > 2 else torch.zeros(3, dtype=d.dtype)
-    divisor = 2 if redundant else int(d[:2, 0].argmin())
-    if (d[:2, 0] < -2 * error[:2]).any():
+    if (shown[:2] < 0).any():
         return "ablation helps", nothing
-    if not d[divisor, 0] > 2 * error[divisor]:
+    if shown[2 if delta[0] > 0 else int(d[:2, 0].argmin())] <= 0:
         return "inside noise", nothing
     return "measured", torch.where(delta > 0, -delta / d[2], -delta / least)
 
@@ -307,11 +314,16 @@ def _saturating(row: dict, amount: float, *, confirms: bool) -> str:
     return "yes" if row["rho_low"] > 0 and row["rho_partial"] < amount * row["rho"] / 2 else "no"
 
 
-def _discoveries(deltas: Float[np.ndarray, "prompt pair"], seed: int) -> Float[np.ndarray, " pair"]:
-    """Return the Benjamini-Hochberg q of every defined pair; p comes from flipping the signs of its deltas."""
-    q, defined = np.full(deltas.shape[1], np.nan), np.isfinite(deltas).all(0)
-    if defined.any():
-        flips = signs(len(deltas), seed=seed)
-        _, reached, _ = sign_flips(deltas[:, defined], flips)
-        q[defined] = multipletests(p_value(reached, flips), method="fdr_bh")[1]
-    return q
+def _shown(value: Float[Tensor, "set prompt"], seed: int) -> Int[np.ndarray, " set"]:
+    """Return the sign of every mean damage that is not 0 by luck, corrected for all of them; 0 for the others."""
+    return np.where(_family(value, seed) < SURE, np.sign(value.mean(1).numpy()), 0).astype(int)
+
+
+def _family(values: Float[Tensor, "row prompt"], seed: int) -> Float[np.ndarray, " row"]:
+    """Return p of the mean of every row, all of them together; NaN where a prompt is not finite."""
+    d, finite = values.T.numpy(), values.isfinite().all(1).numpy()
+    p = np.full(len(values), np.nan)
+    if finite.any():
+        drawn = studentised.draws(len(d), comparisons.RESAMPLES, seed)
+        p[finite] = comparisons.judged(studentised.Units.of(d[:, finite]), drawn, seed)[1]
+    return p

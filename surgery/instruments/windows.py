@@ -78,7 +78,7 @@ class Units:
 
     def norm_state(self, context: Context) -> dict[str, Tensor]:
         """Return the state of the norms in the run that ``stream`` gives, for ``stack.frozen``. Cost: 1 F."""
-        if not self.gains:
+        if not any(self.gains):  # none, or all 0: nothing is written whatever the norms do
             return self.stack.norm_state(context)
         scaled = [f"{gain!r}*({name})" for name, gain in zip(self.names, self.gains, strict=True)]
         if self.a_layer == 2 and self.stack.parallel_sublayers:

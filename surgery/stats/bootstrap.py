@@ -8,10 +8,10 @@ and the independent unit is the prompt, never the token: tokens of one prompt sh
 moment only through its count, two sum vectors and one sum of products, so a resampled data set is a vector of prompt
 weights, and the moment is exact under any weights (the mean is re-estimated in every resample). ``Moments`` keeps those
 sums; ``weights`` draws the resamples; row 0 of every result is the estimate itself, the other rows are the bootstrap.
-``rotation`` is for nulls and for networks that prefer no direction; ``sign_flips`` is the null of paired differences.
+``rotation`` is for nulls and for networks that prefer no direction.
 
 No model code lives here. Source of the scheme: the cluster bootstrap (Cameron, Gelbach and Miller 2008), with prompts
-as clusters; percentile intervals (Efron 1981); the sign-flip test (Fisher 1935).
+as clusters; percentile intervals (Efron 1981).
 """
 
 from collections.abc import Mapping, Sequence

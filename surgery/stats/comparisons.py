@@ -142,7 +142,7 @@ def table(
     units = Units.of(d, _labels(frame, wide, cluster))
     drawn = studentised.draws(len(units), resamples, seed)
     low, high = studentised.interval(units, drawn)
-    gain, p, p_max = units.mean(), *_judged(units, drawn, seed)
+    gain, p, p_max = units.mean(), *judged(units, drawn, seed)
     rows = {
         "wiring": names.repeat(len(families)),
         "group": np.tile(families, len(names)),
@@ -156,6 +156,26 @@ def table(
         "n_units": units.present(),
     }
     return pd.DataFrame({name: rows[name] for name in COLUMNS if by_group or name != "group"})
+
+
+def judged(
+    units: Units, drawn: Float[np.ndarray, "resample unit"], seed: int
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return p of every mean by itself and family-wise, each the larger of bootstrap and sign flips.
+
+    NaN where nothing was measured. Two-sided; none is below 2 / (resamples + 1), nor below 2 / 2^units. ``drawn`` come
+    from ``studentised.draws``.
+    """
+    flips = signs(len(units), len(drawn), seed)
+    scaled = standardised(units.total)
+    by_bootstrap = studentised.tails(
+        units.t(), lambda chosen: studentised.null(units.columns(chosen), drawn), len(drawn)
+    )
+    by_flips = studentised.tails(
+        scaled.sum(0), lambda chosen: flips @ scaled[:, chosen], len(flips), extra=0 if all_of_them(flips) else 1
+    )
+    p, p_max = (np.where(units.present() > 0, np.maximum(*both), np.nan) for both in zip(by_bootstrap, by_flips))
+    return p, p_max
 
 
 def expected_best(
@@ -265,22 +285,6 @@ def _labels(frame: pd.DataFrame, wide: pd.DataFrame, cluster: str | None) -> pd.
     if twice.any():
         raise ValueError(f"prompt {of_prompt.loc[twice, 'prompt'].iloc[0]} is in more than one {cluster}")
     return of_prompt.set_index("prompt")[cluster].loc[wide.index.get_level_values("prompt")]
-
-
-def _judged(
-    units: Units, drawn: Float[np.ndarray, "resample unit"], seed: int
-) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """Return p by itself and family-wise, each the larger of bootstrap and sign flips; NaN where not measured."""
-    flips = signs(len(units), len(drawn), seed)
-    scaled = standardised(units.total)
-    by_bootstrap = studentised.tails(
-        units.t(), lambda chosen: studentised.null(units.columns(chosen), drawn), len(drawn)
-    )
-    by_flips = studentised.tails(
-        scaled.sum(0), lambda chosen: flips @ scaled[:, chosen], len(flips), extra=0 if all_of_them(flips) else 1
-    )
-    p, p_max = (np.where(units.present() > 0, np.maximum(*both), np.nan) for both in zip(by_bootstrap, by_flips))
-    return p, p_max
 
 
 def _unit(cluster: str | None) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from surgery.stats.bootstrap import Moments, columns, drawn, interval, ratio, rotation, weights
-from surgery.stats.permutation import p_value, sign_flips, signs
+from surgery.stats.permutation import signs
 
 
 def clustered(n_prompts: int, length: int = 5, d_model: int = 4, seed: int = 0) -> torch.Tensor:
@@ -182,27 +182,13 @@ def test_prompt_bootstrap_covers_the_truth_where_a_token_bootstrap_would_not():
     assert covered_by_tokens / runs < 0.8
 
 
-def test_few_prompts_are_flipped_in_every_way_once_and_p_is_exact():
+def test_few_prompts_are_flipped_in_every_way_once():
     flips = signs(6, 2**6)
     assert len(np.unique(flips, axis=0)) == len(flips) == 2**6
-    _, reached, largest = sign_flips(np.arange(1.0, 7).reshape(6, 1), flips)
-    assert p_value(reached, flips).tolist() == [2 / 2**6]  # as it is, and all turned
-    assert largest.max() == pytest.approx(21 / np.sqrt(91))
 
 
-def test_many_prompts_are_flipped_at_random_and_p_is_never_zero():
+def test_many_prompts_are_flipped_at_random():
     flips = signs(40, 50, seed=1)
     assert set(flips.ravel()) == {-1, 1}
-    _, reached, _ = sign_flips(np.ones((40, 1)), flips)
-    assert p_value(reached, flips).tolist() == [1 / 51]
     assert np.array_equal(signs(40, 50, seed=1), flips)
     assert not np.array_equal(signs(40, 50, seed=2), flips)
-
-
-def test_sign_flips_leave_out_what_was_not_measured():
-    d = np.array([[1.0, np.nan, 0.0], [2.0, np.nan, 0.0], [np.nan, np.nan, 0.0]])
-    z, reached, _ = sign_flips(d, signs(3))
-    assert z[0] == pytest.approx(3 / np.sqrt(5))
-    assert np.isnan(z[1])
-    assert z[2] == 0
-    assert p_value(reached, signs(3)).tolist() == [0.5, 1, 1]
