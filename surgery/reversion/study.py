@@ -93,7 +93,7 @@ def _in_every_coordinate(
     displaced = ("kappa_causal", "remaining", "restoring")
     slopes = [str(name) for name in raw if not str(name).startswith(displaced)]
     frames = [raw[slopes].assign(coordinates="raw")]
-    for name in COORDINATES[1:]:
+    for name in COORDINATES[1:] if raw["kappa"].notna().any() else ():  # what does not vary has no other coordinates
         try:
             frame = kappa.layers(stack, tokens, untrained=untrained, coordinates=name, causal=False, sampling=sampling)
         except ValueError:  # a head that caps its logits has no such coordinates
