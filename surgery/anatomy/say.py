@@ -73,10 +73,11 @@ def agreement(frame: pd.DataFrame) -> list[str]:
             continue
         close = row["p_drift"] < SURE / len(frame)
         together = "closer together than on smooth drift" if close else "no closer together than on smooth drift"
+        where = f"between layers {row['earliest']:g} and {row['latest']:g}"
+        where = f"before layer {row['earliest']:g} in all" if row["earliest"] == row["latest"] else where
         sentences.append(
-            f"The boundary '{row['boundary']}' of {row['n_detectors']} detectors lies between layers "
-            f"{row['earliest']:g} and {row['latest']:g}: {together} (SD {row['sd']:.1f}, there {row['sd_drift']:.1f}, "
-            f"p = {row['p_drift']:.3f})."
+            f"The boundary '{row['boundary']}' of {row['n_detectors']} detectors lies {where}: {together} "
+            f"(SD {row['sd']:.1f}, there {row['sd_drift']:.1f}, p = {row['p_drift']:.3f})."
         )
     return sentences
 

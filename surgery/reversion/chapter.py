@@ -24,7 +24,7 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
     """What kappa, psi and phi are, and kappa by layer."""
     frame = tables[files.LAYERS]
     paragraphs = [
-        "kappa is the part of a token's deviation from the mean that a layer takes back, by regression of what the "
+        "kappa is the part of a token's deviation from the mean that a layer writes against, by regression of what the "
         "layer writes on what enters it. Its nulls keep the size of the updates and destroy their direction; only "
         "the excess over them is a finding. psi sets it against the size of the update: at 0 the stream walks at "
         "random, at 1 its spread stays, above 1 it shrinks.",

@@ -34,6 +34,7 @@ SEEN = {
     "principal": "in its fixed principal components",
     "logits": "as centred logits",
 }
+_ONE = "one token"
 _LIKE_A_WALK = "this could not be distinguished from a random walk"
 _NETWORK = {
     "token_shuffled": "with updates of other tokens",
@@ -132,11 +133,13 @@ def limits(frame: pd.DataFrame) -> list[str]:
         "displaced stream is shortened. "
         "The model is deterministic; nothing here is noise in time, and no Ornstein-Uhlenbeck process is claimed."
     ]
+    if frame["kappa"].isna().all():
+        return notes + few_prompts(frame)
     if (frame["layer"] == 0).any() and len(frame) > 1:
         row = frame[frame["layer"] == 0].iloc[0]
         notes.append(
             f"Layer 0 (kappa = {number(row, 'kappa')}) is left out: the stream that enters it is the bare embedding, "
-            "and kappa and growth beside so small a stream mean nothing."
+            "often so short that kappa and growth beside it say nothing of later layers."
         )
     if "kappa_untrained" not in frame or frame["kappa_untrained"].isna().all():
         notes.append(
@@ -195,14 +198,25 @@ def panel(frame: pd.DataFrame) -> list[str]:
         if pd.isna(row["pooled"]):
             texts.append(f"As one autoregression over {span} the stream cannot be read: it does not vary.")
             continue
+        if reason := _decided(row):
+            texts.append(
+                f"As one autoregression over {span}, phi is {number(row, 'pooled')} about one mean for all tokens, and "
+                f"{row['within']:.2f} with a mean for every token: {reason}."
+            )
+            continue
         common = {
             -1: "less of a deviation is left along itself than there, be it shortened or turned",
             0: _LIKE_A_WALK,
             1: "deviations grow along themselves",
         }[_side(row, frame, "pooled", 1.0)]
-        own = {-1: "shocks are forgotten faster than there", 0: _LIKE_A_WALK, 1: "shocks live on longer than there"}[
-            _side(row, frame, "within_excess", 0.0)
-        ]
+        straight = " (as where the stream runs straight to one mean)" * (_side(row, frame, "pooled", 1.0) < 0)
+        own = {
+            -1: "shocks are forgotten faster than there",
+            0: _LIKE_A_WALK,
+            1: f"shocks live on longer than there{straight}",
+        }[_side(row, frame, "within_excess", 0.0)]
+        common += _no_more(row, frame, "pooled", _side(row, frame, "pooled", 1.0))
+        own += _no_more(row, frame, "within_excess", _side(row, frame, "within_excess", 0.0))
         texts.append(
             f"As one autoregression over {span}, phi is {number(row, 'pooled')} about one mean for all tokens "
             f"(a random walk: 1{_beside(frame, 'pooled')}): {common}. With a mean for every token it is "
@@ -269,12 +283,14 @@ def returns(frame: pd.DataFrame) -> list[str]:
     """What is left of displacements at the end of the model (``returns.curves``)."""
     texts = []
     final = _at_the_end(frame)
-    final = final.assign(end=sides([beyond(row, "remaining", origin=1, least=0.0) for row in _rows(final)], LEAST))
+    ends_found = sides([beyond(row, "remaining", origin=1, least=0.0) for row in _rows(final)], LEAST)
+    final = final.assign(end=[_ONE if _decided(row) else end for end, (_, row) in zip(ends_found, final.iterrows())])
     words = {
         BELOW: "it ends shorter",
         ABOVE: "it ends longer",
         WITHIN: "it ends as long as it was",
         UNDECIDED: "this could not be decided",
+        _ONE: f"nothing is claimed, as one token holds more than {DECIDES:.0%} of the variance",
     }
     for kind, part in final.groupby("kind", sort=False):
         first = part[part["layer"] == part["layer"].min()].iloc[0]
@@ -304,11 +320,13 @@ def ends(row: pd.Series, raw: pd.DataFrame) -> str:
     """
     if pd.isna(row["difference"]):
         return (
-            "Whether reversion is stronger in the ends could not be tested: a part has no layer, or the stream does "
-            "not vary."
+            "Whether kappa is higher in the ends or in the middle could not be tested: a part has no layer, or the "
+            "stream does not vary."
         )
     inside = range(max(1, int(row["boundary_in"])), int(row["boundary_out"]))
     values = f"kappa {number(row, 'kappa_ends')} in the ends, {number(row, 'kappa_middle')} in {layers(inside)}"
+    if reason := _decided(row):
+        return f"Whether kappa differs between the ends and the middle is not told, {values}: {reason}."
     both = ["difference", "excess"] if "excess" in row else ["difference"]
     for place, other, sign in (("ends", "middle", 1), ("middle", "ends", -1)):
         if judged([weakest([beyond(row, name, sign=sign) for name in both])]) == ["yes"]:
@@ -317,7 +335,9 @@ def ends(row: pd.Series, raw: pd.DataFrame) -> str:
             if _forces(_later(raw)) & {layer for layer in raw["layer"] if (layer in inside) == (place == "middle")}:
                 return f"Reversion is stronger in the {place}: {values}."
             return f"kappa is higher in the {place}, but no layer there is shown to restore: {values}."
-    return f"Whether reversion is stronger in the ends could not be decided: {values}."
+    if judged([beyond(row, "difference", sign=sign) for sign in (1, -1)]) == ["no", "no"]:
+        return f"kappa is as high in the ends as in the middle, within {LEAST:g}: {values}."
+    return f"Whether kappa is higher in the ends or in the middle could not be decided: {values}."
 
 
 def noise(frame: pd.DataFrame) -> list[str]:
@@ -335,9 +355,9 @@ def noise(frame: pd.DataFrame) -> list[str]:
     if not walks:
         comparison = "to be compared with random walks"
     elif all(own["lambda_low"] > walk["lambda_high"] and own["lambda"] >= walk["lambda"] + LEAST for walk in walks):
-        comparison = "more than in random walks of the same updates"
+        comparison = "more than in random walks of the same updates" + _no_more(own, frame, "lambda", 1, "network")
     elif all(own["lambda_high"] < walk["lambda_low"] and own["lambda"] <= walk["lambda"] - LEAST for walk in walks):
-        comparison = "less than in random walks of the same updates"
+        comparison = "less than in random walks of the same updates" + _no_more(own, frame, "lambda", -1, "network")
     else:
         comparison = "not shown to differ from random walks of the same updates"
     enough = "" if own["enough"] == "yes" else f" Too few lines to rely on: {own['enough'].removeprefix('no: ')}."
@@ -377,8 +397,9 @@ def answer(raw: pd.DataFrame, drift: pd.DataFrame, back: pd.DataFrame | None = N
         left = set(later[~(later["kappa_high"] < LEAST)]["layer"])
     if not left:
         return (
-            f"{begin} the stream does not revert to a mean: no layer takes back as much as {LEAST:g} of a deviation, "
-            "whatever its direction, and in none do more directions revert than under the same map turned at random."
+            f"{begin} the stream does not revert to a mean: in no layer does kappa reach {LEAST:g} while displacements "
+            "of every kind get shorter by as much, and in none do more directions revert than under the same map "
+            "turned at random."
         )
     if len(left) == len(later):
         return f"{begin} it could not be decided whether the stream reverts to a mean: no reversion was shown."
@@ -432,6 +453,22 @@ def _side(row: pd.Series, frame: pd.DataFrame, name: str, walk: float) -> int:
     return int(side == ABOVE and row[f"{name}_low"] > max([walk, *walks.get(f"{name}_high", [])]))
 
 
+def _no_more(row: pd.Series, frame: pd.DataFrame, name: str, side: int, networks: str = "series") -> str:
+    """What must be added to a claim that the architecture untrained earns as well; nothing if it does not."""
+    for _, fresh in frame[frame[networks] == "untrained"].iterrows() if side else ():
+        if "span" in fresh and fresh["span"] != row["span"]:
+            continue
+        if not (row[f"{name}_high"] < fresh[f"{name}_low"] if side < 0 else row[f"{name}_low"] > fresh[f"{name}_high"]):
+            return ", but not shown to be more so than in the same architecture untrained"
+    return ""
+
+
+def _decided(row: pd.Series) -> str:
+    """Why nothing is claimed of a row in which one token holds too much of the variance; nothing if none does."""
+    share = float(row.get("token_share", math.nan))
+    return f"nothing is claimed, as one token holds {share:.0%} of the variance" if decided_by_one(share) else ""
+
+
 def _of_walks(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["series"].isin(WALKS) & (frame["span"] == "all")]
 
@@ -449,12 +486,15 @@ def _walks(row: pd.Series) -> str:
 
 
 def _momentum(row: pd.Series) -> str:
+    if reason := _decided(row):
+        return reason
     names = [f"variance_ratio_excess_{walk}" for walk in WALKS if f"variance_ratio_excess_{walk}" in row]
     if not names:
         return "to be compared with random walks"
+    back = " (and both run against deviations)" if row.get("kappa_low", math.nan) > LEAST else ""
     for sign, words in (
         (-1, "the updates of later layers run against those of earlier ones"),
-        (1, "later layers go on in the direction of earlier ones"),
+        (1, f"later layers go on in the direction of earlier ones{back}"),
     ):
         if judged([weakest([beyond(row, name, sign=sign) for name in names])]) == ["yes"]:
             return words

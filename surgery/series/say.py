@@ -99,15 +99,17 @@ def dependence(row: pd.Series) -> str:
 
 def preference(row: pd.Series) -> str:
     """Say whether the layers of a window prefer what it wrote to what was there before."""
+    found = sides_of(row)
     verdict = {
         ABOVE: "they prefer what the window wrote",
         BELOW: "they prefer what was there before",
         WITHIN: f"they prefer neither, within {LEAST_PREFERENCE:.0%}",
         UNDECIDED: "whether they prefer it is undecided",
-    }[sides_of(row)["preference"]]
+    }[found["preference"]]
+    apart = found.get("S") == ABOVE != found["preference"]
     return (
-        f"What the window wrote moves them {number(row, 'preference')} times as much as the same turned at random: "
-        f"{verdict}."
+        f"{'To depend on a window is not to prefer it: what' if apart else 'What'} the window wrote moves them "
+        f"{number(row, 'preference')} times as much as the same turned at random: {verdict}."
     )
 
 
@@ -118,7 +120,10 @@ def ranking(peers: pd.DataFrame) -> str:
     opening = f"Windows of {length} layers read S = {shown}. Of all {count} of them from layer 1 on, "
     effects = {_span(row): Effect.of_row(row, "S") for _, row in peers.iterrows()}
     if any(withheld(row, "S") for _, row in peers.iterrows()):
-        return opening + "which is the most serial cannot be told: some have no interval, or rest on one token."
+        return (
+            opening
+            + "which is the most serial cannot be told: some are undefined, have no interval, or rest on one token."
+        )
     claimed = []
     for most, signed in (
         ("serial", effects),
@@ -157,11 +162,14 @@ def limits(frame: pd.DataFrame) -> list[str]:
     if later.empty:
         notes.append("Every window starts at layer 0, with the bare embedding, beside which any update is large.")
     elif len(first):
-        moved = f", N = {first['N'].min():.2f} to {first['N'].max():.2f}" if "N" in first else ""
+        found = ", ".join(
+            f"{name} = {first[name].min():.2f} to {first[name].max():.2f}"
+            for name in ("S", "N")
+            if name in first and first[name].notna().any()
+        )
         notes.append(
-            f"Windows that start at layer 0 (S = {first['S'].min():.2f} to {first['S'].max():.2f}{moved}) are left "
-            "out of these sentences: the stream that enters them is the bare embedding, beside which any first "
-            "update is large."
+            f"Windows that start at layer 0{f' ({found})' if found else ''} are left out of these sentences: the "
+            "stream that enters them is the bare embedding, often so short that any first update is large beside it."
         )
     if "preference" in frame and len(later):
         found = pd.DataFrame([sides_of(row) for _, row in later.iterrows()])
@@ -171,7 +179,7 @@ def limits(frame: pd.DataFrame) -> list[str]:
             if name in found
         )
         notes.append(
-            f"Of {len(later)} windows from layer 1 on, each judged by itself, it is undecided whether they differ from "
+            f"Of {len(later)} window{'s' * (len(later) > 1)} from layer 1 on, each judged by itself, it is undecided whether they differ from "
             f"their nulls: {unclear}."
         )
     if ((frame["stop"] - frame["start"]) == 2).any():
@@ -184,7 +192,9 @@ def limits(frame: pd.DataFrame) -> list[str]:
         )
     undefined = int(frame["S"].isna().sum())
     if undefined:
-        notes.append(f"S is undefined in {undefined} windows, where no layer after the first writes anything.")
+        notes.append(
+            f"S is undefined in {undefined} windows, where no layer after the first writes anything that varies."
+        )
     return notes + few_prompts(frame)
 
 

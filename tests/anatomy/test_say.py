@@ -101,6 +101,7 @@ def test_detectors_that_agree_are_told_from_those_that_do_not():
     assert close.startswith("The boundary 'in' of 5 detectors lies between layers 4 and 5: closer together than on")
     assert "between layers 3 and 10: no closer together than on smooth drift (SD 3.0, there 2.0, p = 0.900)" in far
     assert "no closer" in say.agreement(frame.assign(p_drift=0.03))[0]  # two boundaries are looked at
+    assert "of 5 detectors lies before layer 4 in all: " in say.agreement(frame.assign(latest=frame["earliest"]))[0]
     assert say.agreement(frame.assign(n_detectors=1)) == []
 
 

@@ -101,15 +101,17 @@ def left(*remaining):
             raw([-0.2, -0.1], ["no"] * 2),
             drift(("reverts", "grows"), balance=0.0),  # as many as a map turned at random has
             None,
-            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, whatever its "
-            "direction, and in none do more directions revert than under the same map turned at random",
+            "the stream does not revert to a mean: in no layer does kappa reach 0.05 while displacements of every "
+            "kind get shorter by as much, and in none do more directions revert than under the same map turned at "
+            "random",
         ),
         (
             raw([0.3, 0.3], ["no", "no"]),  # a rotation
             drift(("turns", "turns")),
             left(1.0, 1.0),
-            "the stream does not revert to a mean: no layer takes back as much as 0.05 of a deviation, whatever its "
-            "direction, and in none do more directions revert than under the same map turned at random",
+            "the stream does not revert to a mean: in no layer does kappa reach 0.05 while displacements of every "
+            "kind get shorter by as much, and in none do more directions revert than under the same map turned at "
+            "random",
         ),
         (
             raw([-0.2, 0.3], ["no", "undecided"]),
@@ -156,7 +158,7 @@ LESS = "less of a deviation is left along itself than there, be it shortened or 
         (spans(1.1, 0.1, walk=1.1, walk_excess=0.1), *["this could not be distinguished from a random walk"] * 2),
         (spans(0.9, -0.1, walk=0.9, walk_excess=-0.1), *["this could not be distinguished from a random walk"] * 2),
         # straight to one mean, as an OU stream without noise goes
-        (spans(0.8, 0.5), LESS, "shocks live on longer than there"),
+        (spans(0.8, 0.5), LESS, "shocks live on longer than there (as where the stream runs straight to one mean)"),
     ],
 )
 def test_the_panel(panel, common, own):
@@ -173,11 +175,40 @@ def test_the_panel_claims_nothing_within_rounding_nor_of_what_does_not_vary():
     assert say.panel(spans(math.nan, math.nan))[0].endswith("the stream cannot be read: it does not vary.")
 
 
+def test_what_the_architecture_does_untrained_is_no_feature_of_the_model():
+    frame, no_more = spans(0.9, -0.1), "not shown to be more so than in the same architecture untrained"
+    fresh = frame[frame["series"] == "model"].assign(series="untrained")
+    assert say.panel(pd.concat([frame, fresh]))[0].count(no_more) == 2
+    fresh = fresh.assign(**around("pooled", 1.0), **around("within_excess", 0.0))
+    assert no_more not in say.panel(pd.concat([frame, fresh]))[0]
+    rates = {"model": 0.5, **dict.fromkeys(say.WALKS, 0.1), "untrained": 0.5}
+    frame = pd.DataFrame([{"network": name, "enough": "yes"} | around("lambda", rate) for name, rate in rates.items()])
+    assert no_more in say.noise(frame)[0]
+    frame.loc[frame["network"] == "untrained", list(around("lambda", 0))] = 0.2, 0.19, 0.21
+    assert no_more not in say.noise(frame)[0]
+
+
+def test_where_one_token_decides_nothing_is_claimed_and_it_is_said_why():
+    row = around("kappa", 0.1) | around("variance_ratio", 1.2) | {"token_share": 0.13}
+    row |= {f"variance_ratio_excess_{name}": 0.2 for name in say.WALKS}
+    ends = {"boundary_in": 2, "boundary_out": 3} | around("kappa_ends", 0.3) | around("kappa_middle", 0.1)
+    ends |= around("difference", 0.2) | {"token_share": 0.13}
+    for said in (
+        say.windows(pd.DataFrame([{"start": 1, "stop": 4} | row])),
+        say.panel(spans(0.9, -0.1).assign(token_share=0.13)),
+        say.returns(left(0.5).assign(token_share=0.13)),
+        [say.ends(pd.Series(ends), raw([0.3] * 4, ["yes"] * 4))],
+    ):
+        assert said
+        assert all("nothing is claimed, as one token holds" in sentence for sentence in said)
+        assert not any("decided" in sentence or "distinguished" in sentence for sentence in said)
+
+
 @pytest.mark.parametrize(
     ("excess", "said"),
     [
         ((-0.2, -0.1), "the updates of later layers run against those of earlier ones"),
-        ((0.2, 0.1), "later layers go on in the direction of earlier ones"),
+        ((0.2, 0.1), "later layers go on in the direction of earlier ones (and both run against deviations)"),
         ((0.2, -0.1), "whether later layers run against earlier ones or go on could not be decided"),
         ((math.nan, math.nan), "whether later layers run against earlier ones or go on could not be decided"),
         (None, "to be compared with random walks"),
@@ -254,16 +285,17 @@ def test_returns():
         (-0.1, -0.3, 0.2, "no", "Deviations grow in the ends too, though less than in the middle: "),
         (-0.3, -0.1, -0.2, "no", "Deviations grow in the middle too, though less than in the ends: "),
         (0.0, -0.2, 0.2, "no", "kappa is higher in the ends, but no layer there is shown to restore: "),
-        (0.3, 0.1, 0.0, "yes", "Whether reversion is stronger in the ends could not be decided: "),
+        (0.3, 0.1, 0.0, "yes", "Whether kappa is higher in the ends or in the middle could not be decided: "),
         (
             0.3,
             0.26,
             0.04,
             "yes",
-            "Whether reversion is stronger in the ends could not be decided: ",
+            "Whether kappa is higher in the ends or in the middle could not be decided: ",
         ),  # for certain, and little
+        (0.3, 0.3, 0.0, "yes", "kappa is as high in the ends as in the middle, within 0.05: "),
         (0.3, 0.1, None, "yes", "Reversion is stronger in the ends: "),
-        (0.3, 0.1, math.nan, "yes", "Whether reversion is stronger in the ends could not be decided: "),
+        (0.3, 0.1, math.nan, "yes", "Whether kappa is higher in the ends or in the middle could not be decided: "),
     ],
 )
 def test_ends(outer, middle, excess, forces, said):

@@ -51,6 +51,19 @@ def test_a_preference_is_one_beyond_what_random_networks_read(ratio, says, side)
     assert say.sides_of(frame.iloc[-1])["preference"] == side
 
 
+def test_serial_layers_that_prefer_nothing_are_no_contradiction():
+    apart = "To depend on a window is not to prefer it"
+    assert apart in say.windows(made_up.series(S_excess=0.25, preference=1.0))[1]
+    for values in ({"S_excess": 0.25, "preference": 1.5}, {"S_excess": 0.0, "preference": 1.0}):
+        assert apart not in say.windows(made_up.series(**values))[1]
+
+
+def test_where_nothing_varies_no_number_is_made_up():
+    frame = made_up.series(**dict.fromkeys(("S", "R", "O", "N", "S_excess", "preference", "S_live"), np.nan))
+    assert "nan" not in text(say.windows(frame) + say.limits(frame))
+    assert "Windows that start at layer 0 are left out of these sentences" in text(say.limits(frame))
+
+
 def test_high_and_low_values_alone_claim_nothing():
     """S of .9 is what random layers with large updates read."""
     frame = made_up.series()
