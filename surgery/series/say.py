@@ -82,7 +82,8 @@ def dependence(row: pd.Series) -> str:
     """Say how much the layers of a window depend on one another, beside untrained ones with updates of their size."""
     opening = f"Layers {_span(row)} together read S = {number(row, 'S')}, from 0 (parallel) to 1 (serial)"
     if reason := withheld(row, "S"):
-        return f"{opening}; nothing is claimed: {reason}."
+        undefined = "no layer after the first writes anything that varies"
+        return f"{opening}; nothing is claimed: {undefined if pd.isna(row['S']) else reason}."
     found = sides_of(row)
     if "S" not in found:
         return f"{opening}; S grows with the size of updates, and untrained layers were not measured beside it."
@@ -162,13 +163,14 @@ def limits(frame: pd.DataFrame) -> list[str]:
     if later.empty:
         notes.append("Every window starts at layer 0, with the bare embedding, beside which any update is large.")
     elif len(first):
-        found = ", ".join(
-            f"{name} = {first[name].min():.2f} to {first[name].max():.2f}"
+        numbers = first[[not withheld(row, "S") for _, row in first.iterrows()]]
+        read = ", ".join(
+            f"{name} = {numbers[name].min():.2f} to {numbers[name].max():.2f}"
             for name in ("S", "N")
-            if name in first and first[name].notna().any()
+            if name in first and numbers[name].notna().any()
         )
         notes.append(
-            f"Windows that start at layer 0{f' ({found})' if found else ''} are left out of these sentences: the "
+            f"Windows that start at layer 0{f' ({read})' if read else ''} are left out of these sentences: the "
             "stream that enters them is the bare embedding, often so short that any first update is large beside it."
         )
     if "preference" in frame and len(later):
@@ -179,8 +181,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
             if name in found
         )
         notes.append(
-            f"Of {len(later)} window{'s' * (len(later) > 1)} from layer 1 on, each judged by itself, it is undecided whether they differ from "
-            f"their nulls: {unclear}."
+            f"Of {_windows(len(later))} from layer 1 on, each judged by itself, it is undecided whether they differ "
+            f"from their nulls: {unclear}."
         )
     if ((frame["stop"] - frame["start"]) == 2).any():
         notes.append("In windows of two layers one layer follows another, so R = O and S is one number, not two.")
@@ -193,7 +195,7 @@ def limits(frame: pd.DataFrame) -> list[str]:
     undefined = int(frame["S"].isna().sum())
     if undefined:
         notes.append(
-            f"S is undefined in {undefined} windows, where no layer after the first writes anything that varies."
+            f"S is undefined in {_windows(undefined)}, where no layer after the first writes anything that varies."
         )
     return notes + few_prompts(frame)
 
@@ -230,6 +232,10 @@ def _peers(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.iloc[:0]
     length = parts[0]["stop"] - parts[0]["start"]
     return frame[(frame["stop"] - frame["start"] == length) & (frame["start"] > 0)]
+
+
+def _windows(count: int) -> str:
+    return f"{count} window{'s' * (count != 1)}"
 
 
 def _span(row: pd.Series) -> str:

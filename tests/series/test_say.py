@@ -177,7 +177,7 @@ def test_undefined_windows_and_few_prompts_are_told():
     frame = made_up.series(n_prompts=5)
     frame.loc[0, "S"] = np.nan
     notes = text(say.limits(frame))
-    assert "undefined in 1 windows" in notes
+    assert "undefined in 1 window," in notes
     assert "5 prompts only" in notes
     assert "prompts only" not in text(say.limits(made_up.series(n_prompts=20)))
 
