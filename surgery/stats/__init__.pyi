@@ -19,8 +19,6 @@ from .bootstrap import rotation as rotation
 from .bootstrap import t_interval as t_interval
 from .bootstrap import verdict as verdict
 from .bootstrap import weights as weights
-from .permutation import p_value as p_value
-from .permutation import sign_flips as sign_flips
 from .permutation import signs as signs
 from .sampling import Sampling as Sampling
 from .scatter import Scatter as Scatter
