@@ -212,7 +212,7 @@ def mean_updates(stack: Stack, ensemble: Ensemble, units: str = "layers") -> Flo
 
 def damage(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     sets: Iterable[Sequence[int]],
     kind: str = "mean",
     amount: float = 1.0,

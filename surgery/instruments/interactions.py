@@ -67,7 +67,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from surgery.instruments import massive
 from surgery.instruments.ablation import Damages, damage, freezing
+from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats import comparisons, studentised
@@ -102,7 +104,7 @@ _INTERVALS = {
     "additivity": "A, sum of D_ij - max(D_i, D_j) over sum of min(D_i, D_j): 0 chain, 1 independent, above 1 backup",
     "redundancy_mass": "sum of positive delta over sum of |delta|: 0 where no pair is redundant on balance, 1 all",
 }
-COLUMNS |= described(_INTERVALS)
+COLUMNS |= described(_INTERVALS) | massive.COLUMNS
 
 
 def sets(n_layers: int) -> list[tuple[int, ...]]:
@@ -143,14 +145,16 @@ def pairs(
         raise ValueError(f"{stack.name} has one layer; an interaction needs two")
     if not 0 < amount < 1:
         raise ValueError(f"amount is what partial ablation takes out, between 0 and 1, got {amount}")
+    ensemble = Ensemble.of(stack, tokens, sampling)
     full, partial = (
-        damage(stack, tokens, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
+        damage(stack, ensemble, sets(stack.n_layers), kind, share, frozen=frozen, sampling=sampling)
         for share in (1.0, amount)
     )
     alone = [(layer,) for layer in range(stack.n_layers)]
-    live = damage(stack, tokens, alone, kind, sampling=sampling) if frozen else None
+    live = damage(stack, ensemble, alone, kind, sampling=sampling) if frozen else None
     options = (sampling.resamples, sampling.seed)
-    return table(full, partial, measure, amount, *options, live=live, tolerance=stack.tolerance)
+    frame = table(full, partial, measure, amount, *options, live=live, tolerance=stack.tolerance)
+    return ensemble.annotate(frame, "layer", "later")
 
 
 def table(
