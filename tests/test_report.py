@@ -67,7 +67,7 @@ def test_the_page_says_what_was_found_and_measured(built):
         "Layers 1 to 5 together read S = 0.65 [0.64, 0.66]",
         "the measure reads what it must",
         "confirms a restoring pull",
-        "with fresh weights read S = 0.35 [0.34, 0.36]",
+        "untrained layers with updates of the same size read 0.40 [0.39, 0.41]",
         "rescaling by the normalisation",
         "32 prompts, 320 tokens",
         "abababababab",

@@ -1,4 +1,5 @@
 from . import ablation as ablation
+from . import components as components
 from . import coordinates as coordinates
 from . import covariance as covariance
 from . import displacement as displacement
