@@ -158,7 +158,10 @@ def rows(quick: bool = False) -> list[dict]:
     for shape, before in NOTHING_BEFORE.items():
         count = 10 if quick else 200
         rates = np.mean([found_in(of_nothing(shape, seed)) for seed in range(count)], axis=0)
-        case = {"point": 5, "case": f"damages of nothing ({shape}), 15 pairs: any outside noise, any delta"}
+        case = {
+            "point": "pairs of layers",
+            "case": f"damages of nothing ({shape}), 15 pairs: any outside noise, any delta",
+        }
         after = ", ".join(f"{rate:.3f}" for rate in rates)
         found.append(case | {"nominal": ".05 each", "before": ", ".join(map("{:.3f}".format, before)), "after": after})
     for active, before in ({2: 1.39} if quick else PSI_BEFORE).items():
