@@ -17,9 +17,11 @@ over prompts can be trusted: claims are withheld. The rule and its limits are ou
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -87,14 +89,16 @@ class Concentration:
     stream_dimension: Float[Tensor, " place"]
     update_token: Float[Tensor, " layer"]
     update_dimension: Float[Tensor, " layer"]
+    n_tokens: int
 
     def columns(self, streams: Iterable[int] = (), updates: Iterable[int] = ()) -> dict[str, float]:
-        """Return ``token_share`` and ``dimension_share`` of a row about these streams and updates: the largest of each.
+        """Return ``n_tokens``, ``token_share`` and ``dimension_share`` of a row about these streams and updates.
 
-        A row about nothing that varies has NaN.
+        The shares are the largest of each; a row about nothing that varies has NaN.
         """
         places, layers = list(streams), list(updates)
         return {
+            "n_tokens": self.n_tokens,
             "token_share": _largest(self.stream_token[places], self.update_token[layers]),
             "dimension_share": _largest(self.stream_dimension[places], self.update_dimension[layers]),
         }
@@ -141,7 +145,7 @@ class Spreads:
         token = ratio(torch.stack(largest), whole).clamp(max=1).cpu()
         dimension = ratio(variance.amax(1), whole).cpu()
         places = (len(self.centre) + 1) // 2
-        return Concentration(token[:places], dimension[:places], token[places:], dimension[places:])
+        return Concentration(token[:places], dimension[:places], token[places:], dimension[places:], self.count)
 
 
 def decided_by_one(token_share: float, n_tokens: float = math.inf) -> bool:
@@ -153,6 +157,11 @@ def decided_by_one(token_share: float, n_tokens: float = math.inf) -> bool:
     (True, False, False)
     """
     return token_share > max(DECIDES, 20 / n_tokens)
+
+
+def decides(row: Mapping[Any, Any] | pd.Series) -> bool:
+    """Whether one token decides what a row of a table says (``decided_by_one``); not where its columns are missing."""
+    return decided_by_one(float(row.get("token_share", math.nan)), float(row.get("n_tokens", math.inf)))
 
 
 def _largest(*shares: Float[Tensor, " place"]) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from surgery.instruments.massive import decided_by_one
+from surgery.instruments import massive
 from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, WITHIN, Effect, sides
 
 FEW_PROMPTS = 20  # below, a bootstrap over prompts gives intervals that are too narrow
@@ -80,7 +80,7 @@ def withheld(row: "pd.Series", name: str) -> str | None:
     ('one token holds 73 % of the variance', 'undefined')
     """
     missing, share = Effect.of_row(row, name).missing, float(row.get("token_share", math.nan))
-    decided = decided_by_one(share, float(row.get("n_tokens", math.inf)))
+    decided = massive.decides(row)
     if missing == "undefined":
         return missing
     if row.get("n_prompts") == 1:

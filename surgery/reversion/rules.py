@@ -18,7 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from surgery.instruments.massive import Concentration, decided_by_one
+from surgery.instruments import massive
+from surgery.instruments.massive import Concentration
 from surgery.stats.claims import ABOVE, BELOW, UNDECIDED, Effect, sides
 from surgery.stats.drift import LEAST
 
@@ -33,7 +34,7 @@ def beyond(row: Row, name: str, *, origin: float = 0.0, sign: int = 1, least: fl
     Undefined where ``a`` is, where it has no interval, and where one token holds too much of the variance
     (``token_share``, ``surgery.instruments.massive``).
     """
-    if decided_by_one(float(row.get("token_share", math.nan))):
+    if massive.decides(row):
         return Effect(math.nan)
     value, *ends = (sign * (float(row[key]) - origin) - least for key in (name, f"{name}_low", f"{name}_high"))
     return Effect(value, min(ends) - ROUNDING, max(ends) + ROUNDING)
@@ -52,7 +53,7 @@ def judged(effects: Sequence[Effect]) -> list[str]:
 
 
 def held(known: Concentration | None, streams: Iterable[int] = (), updates: Iterable[int] = ()) -> dict[str, float]:
-    """Return ``token_share`` and ``dimension_share`` of a row of a table; nothing if they are not known."""
+    """Return ``n_tokens``, ``token_share`` and ``dimension_share`` of a row; nothing if they are not known."""
     return {} if known is None else known.columns(streams, updates)
 
 

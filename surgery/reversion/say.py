@@ -19,7 +19,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from surgery.instruments.massive import DECIDES, decided_by_one
+from surgery.instruments import massive
+from surgery.instruments.massive import DECIDES
 from surgery.page.chapters import Sentence, headlines
 from surgery.page.phrases import few_prompts, layers, number, value
 from surgery.reversion import files
@@ -78,7 +79,7 @@ def nothing_to_say(frame: pd.DataFrame) -> str:
     if frame["kappa_low"].isna().all():
         alone = "n_prompts" in frame and bool((frame["n_prompts"] == 1).all())
         return "one prompt has no intervals" if alone else "there are no intervals"
-    if "token_share" in frame and frame["token_share"].map(decided_by_one).all():
+    if all(massive.decides(row) for _, row in frame.iterrows()):
         return f"in every layer one token holds more than {DECIDES:.0%} of the variance, and decides what is measured"
     return ""
 
@@ -466,7 +467,7 @@ def _no_more(row: pd.Series, frame: pd.DataFrame, name: str, side: int, networks
 def _decided(row: pd.Series) -> str:
     """Why nothing is claimed of a row in which one token holds too much of the variance; nothing if none does."""
     share = float(row.get("token_share", math.nan))
-    return f"nothing is claimed, as one token holds {share:.0%} of the variance" if decided_by_one(share) else ""
+    return f"nothing is claimed, as one token holds {share:.0%} of the variance" if massive.decides(row) else ""
 
 
 def _of_walks(frame: pd.DataFrame) -> pd.DataFrame:

@@ -150,4 +150,4 @@ def test_a_token_just_below_the_bound_is_kept_and_said_to_decide():
 def test_what_does_not_vary_has_no_shares():
     silent = Stack(network([torch.zeros(8, 8)], torch.randn(256, 8, generator=rng(), dtype=torch.float64)))
     row = Ensemble.of(silent, known_networks.tokens(4, 6)).concentration.columns(updates=[0])
-    assert str(row) == "{'token_share': nan, 'dimension_share': nan}"
+    assert str(row) == "{'n_tokens': 20, 'token_share': nan, 'dimension_share': nan}"
