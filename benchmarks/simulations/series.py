@@ -34,8 +34,35 @@ LAYERNORM_BEFORE = {"parallel": ".02 to .15", "serial": ".65 to .99"}
 BATCHES_BEFORE = 0.14
 ROGUE_BEFORE = "89 % (Gemma 3)"  # tokens left out when whole dimensions are large and each token is judged by itself
 
-# Coverage on pretrained models, from runs of this file by hand: rows as in ``rows``, of the point "few prompts".
-REAL_TEXT: list[dict] = []
+# On SmolLM2-135M-Instruct (Q4_1, float32), by hand. Coverage: this file on 480 chunks of 24 tokens of Python's manual,
+# layers 3, 9 and 20, 100 samples each, so that the mean over layers has a standard error of about .02. The others: 24
+# stories of 200 letters, 1,178 tokens, with ``skip_massive=False`` and as it is; S and R/N are of a layer and the next.
+SMOLLM2 = "SmolLM2-135M"
+MANUAL = {"S": (0.940, 0.950, 0.953), "R/N": (0.940, 0.923, 0.917), "kappa": (0.937, 0.943, 0.913)}
+STORIES = {
+    "kappa of layer 9": (0.224, 0.015),
+    "S of layers 10 and 11": (0.738, 0.419),
+    "R/N of layers 3 and 4": (4.17, 2.16),
+}
+REAL_TEXT = [
+    {
+        "point": "massive activations",
+        "case": f"{case}, {SMOLLM2}",
+        "nominal": "not of 29 tokens",
+        "before": old,
+        "after": new,
+    }
+    for case, (old, new) in STORIES.items()
+] + [
+    {
+        "point": "few prompts",
+        "case": f"coverage of {name}, {SMOLLM2}, 16, 64 and 256 prompts",
+        "nominal": "0.90 to 0.98",
+        "before": "0.09 to 0.27 with one massive token" if name == "R/N" else "not measured",
+        "after": ", ".join(f"{share:.2f}" for share in covered),
+    }
+    for name, covered in MANUAL.items()
+]
 
 
 def scaled(model: TransformerBridge, factor: float, attention: bool = True) -> TransformerBridge:
