@@ -155,17 +155,22 @@ def run(
         else:
             say("anatomy: where the parts begin and end, and the ends against the middle")
             own, repeats = text is None, folder / scan_study.SEARCH
-            anatomy_study.measure(
-                stack,
-                tokens,
-                folder,
-                _kinds(len(tokens), seed) if own else None,
-                utterances=convergence.babel() if own else convergence.parallel(),
-                scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
-                metric="loglik" if own else "loss",
-                sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
-                figures=False,
-            )
+            try:
+                anatomy_study.measure(
+                    stack,
+                    tokens,
+                    folder,
+                    _kinds(len(tokens), seed) if own else None,
+                    utterances=convergence.babel() if own else convergence.parallel(),
+                    scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
+                    metric="loglik" if own else "loss",
+                    sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
+                    figures=False,
+                )
+            except boundaries.UndefinedError as error:
+                if len(names) == 1:
+                    raise
+                say(f"anatomy: left out, {error}")
     say("report")
     return report.build(folder)
 

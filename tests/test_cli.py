@@ -182,6 +182,18 @@ def test_too_few_prompts_for_an_anatomy_are_said(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stream_without_anatomy_ends_no_study(monkeypatch, tmp_path):
+    def undefined(*_: object, **__: object) -> None:
+        raise study.boundaries.UndefinedError("a feature of babel is not finite: a layer writes nothing")
+
+    monkeypatch.setattr(study.anatomy_study, "measure", undefined)
+    monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
+    result = run("study", "reversion", "anatomy", "--prompts", 16, "--out", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert "anatomy: left out, a feature of babel is not finite" in result.stderr
+    refused(run("study", "anatomy", "--prompts", 16, "--out", tmp_path), "a feature of babel is not finite")
+
+
 def test_too_few_prompts_for_a_scan_leave_it_out(quick, model, tmp_path):
     (tmp_path / "two.txt").write_text("\n".join(PROMPTS[:2]))
     options = ["--model", model, "--text", tmp_path / "two.txt", "--out", tmp_path / "r"]

@@ -99,6 +99,10 @@ KINDS_COLUMNS = {
 }
 
 
+class UndefinedError(ValueError):
+    """Layers cannot be told apart on these prompts: some feature of them is undefined."""
+
+
 @dataclass(frozen=True)
 class Features:
     """What every layer is like: raw ``values[resample, layer, feature]``, row 0 the estimate, and the family of every
@@ -282,7 +286,9 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
     families = tuple(family for family, members in columns.items() for _ in members)
     values = torch.stack([torch.stack(feature, 1) for members in columns.values() for feature in members], 2)
     if not values.isfinite().all():
-        raise ValueError(f"a feature of {stack.name} is not finite: a layer writes nothing, or the prompts are too few")
+        raise UndefinedError(
+            f"a feature of {stack.name} is not finite: a layer writes nothing, or the prompts are too few"
+        )
     return Features(families, values.numpy())
 
 
