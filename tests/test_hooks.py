@@ -113,9 +113,10 @@ def test_the_same_list_serves_many_runs(opened, name):
 def test_freeze_norms_is_the_frozen_stack(opened, name):
     stack = opened(name)
     context = stack.context(ids())
-    with stack.frozen(context):
+    scales = stack.norm_scales(ids())  # hooks keep denominators; ``frozen`` by itself keeps means as well
+    with stack.frozen(context, scales):
         expected = stack.execute(":1 3:", context.x0, context)
-    fwd_hooks = hooks.skip(stack.model, 1, 3) + hooks.freeze_norms(stack.norm_scales(ids()))
+    fwd_hooks = hooks.skip(stack.model, 1, 3) + hooks.freeze_norms(scales)
     store: dict[int, torch.Tensor] = {}
     stack.model.run_with_hooks(ids(), fwd_hooks=fwd_hooks + hooks.record_stream(store))
     assert close(store[4], expected, 2e-5)

@@ -88,7 +88,10 @@ def changes(frame: pd.DataFrame, name: str, matched: str) -> list[float]:
     models = frame[frame["matched"] == matched]
     if models["rate"].nunique() < 2:
         raise ValueError(f"models of {models['rate'].nunique()} rates of dropout: a change needs two or more")
-    whole = [run for _, run in models.groupby("seed") if np.isfinite(run[name]).all()]
+    rates = models["rate"].nunique()
+    whole = [
+        run for _, run in models.groupby("seed") if run["rate"].nunique() == rates and np.isfinite(run[name]).all()
+    ]
     return [float(np.polyfit(run["rate"], run[name], 1)[0] * models["rate"].max()) for run in whole]
 
 

@@ -100,7 +100,8 @@ def test_gaussian_and_uniform_neurons():
     assert float(kurtosis(torch.rand(20000, 4, generator=torch.Generator().manual_seed(0)))) == pytest.approx(
         -1.2, 0.03
     )
-    assert float(kurtosis(planted(16, 16))) > 10
+    sparse = gaussian() * (torch.rand(20000, 8, generator=torch.Generator().manual_seed(1)) < 0.1)
+    assert float(kurtosis(sparse)) == pytest.approx(3 / 0.1 - 3, rel=0.1)
     assert float(participation(gaussian(4000))) == pytest.approx(8, rel=0.01)
     assert float(participation(gaussian(4000) @ torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0])))) == pytest.approx(
         3, rel=0.01

@@ -150,7 +150,7 @@ def test_it_costs_what_it_says(monkeypatch):
     opened = Stack(FRESH)
     monkeypatch.setattr(reinitialise, "Stack", lambda model: opened)
     monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    layers(stack, TOKENS, initial=FRESH)
+    layers(stack, TOKENS, initial=FRESH, sampling=Sampling(skip_massive=False))
     assert len(calls) == 4 * (5 / 2 + 1) + 4 * (3 / 2 + 1)
 
 
