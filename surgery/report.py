@@ -119,8 +119,9 @@ def _measurements(measured: Measured) -> Section:
         for manifest in measured.of_model
     ]
     paragraphs = [
-        "Every expectation is over all prompts and all their positions but the first. Intervals are 95 % "
-        "percentile intervals of a bootstrap over prompts: the prompt is the independent unit, the token is not."
+        "Every expectation is over all prompts and all their positions but the first and tokens of massive "
+        "activations. Intervals are 95 % percentile intervals of a bootstrap over prompts: the prompt is the "
+        "independent unit, the token is not."
     ]
     heads = ["file", "model", "size", "input", "weights (sha256)", "tokens (sha256)"]
     return Section("what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)])

@@ -36,7 +36,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from surgery.instruments import interactions
@@ -343,7 +343,7 @@ def _curvature(curve: Float[Tensor, "size resample"]) -> Resampled:
 
 def _repair_moments(stack: Stack, tokens: Tokens, sampling: Sampling) -> dict[int, dict[str, Moments]]:
     """The moments of DE with itself, with DE - TE and with the repair by the norm, for every layer."""
-    ensemble = Ensemble(tokens.to(stack.device), Sampling(batch_size=sampling.batch_size, seed=sampling.seed))
+    ensemble = Ensemble.of(stack, tokens, sampling.but(progress=False))
     if not predicting_positions(ensemble.tokens, ensemble.mask).any():
         raise ValueError("no token of the ensemble predicts another: give prompts of 3 tokens or more")
     parts: defaultdict[int, defaultdict[str, list[Moments]]] = defaultdict(lambda: defaultdict(list))
@@ -409,17 +409,18 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 def _squares_of_pairs(stack: Stack, tokens: Tokens, ridge: float, sampling: Sampling) -> dict[tuple[int, int], Squares]:
     """Squares of the targets and of the residuals in every held-out prompt, by pair of layers."""
     measured, fitted = (half.to(stack.device) for half in halves(tokens, sampling.seed))
-    if (count := int(fitted.ensemble().sum())) <= 2 * stack.d_model:
+    chosen = [Ensemble.of(stack, half, sampling.but(progress=False)).mask for half in (fitted, measured)]
+    if (count := int(chosen[0].sum())) <= 2 * stack.d_model:
         raise ValueError(
             f"half of the prompts give {count} tokens to fit on, and {stack.name} has a stream of {stack.d_model}: "
             f"give prompts with more than {4 * stack.d_model} tokens beyond the first of each"
         )
     both = Tokens(torch.cat([fitted.ids, measured.ids]), torch.cat([fitted.mask, measured.mask]))
-    owner = measured.ensemble().nonzero()[:, 0].cpu()
+    owner = chosen[1].nonzero()[:, 0].cpu()
     generator = np.random.default_rng((sampling.seed, 3))
-    partner = torch.cat([partners(fitted.ensemble(), generator), count + partners(measured.ensemble(), generator)])
+    partner = torch.cat([partners(chosen[0], generator), count + partners(chosen[1], generator)])
     pairs = {}
-    for layer, x, u, outputs in _updates(stack, both, sampling.batch_size):
+    for layer, x, u, outputs in _updates(stack, both, torch.cat(chosen), sampling.batch_size):
         u = _residual(x, u, count)
         for later, (same_input, actual) in outputs.items():
             target, actual = _nonlinear(x, same_input, count), _nonlinear(x, actual, count)
@@ -431,11 +432,14 @@ def _squares_of_pairs(stack: Stack, tokens: Tokens, ridge: float, sampling: Samp
 
 
 def _updates(
-    stack: Stack, tokens: Tokens, batch_size: int
+    stack: Stack, tokens: Tokens, chosen: Bool[Tensor, "prompt pos"], batch_size: int
 ) -> Iterator[tuple[int, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]]:
-    """Yield every layer but the last with x, u and the outputs of each later layer on x and on its own input."""
+    """Yield every layer but the last with x, u and the outputs of each later layer on x and on its own input.
+
+    At the ``chosen`` tokens.
+    """
     contexts = [stack.context(batch) for batch in tokens.batches(batch_size)]
-    masks = [context.tokens.ensemble() for context in contexts]
+    masks = chosen.split([len(context.tokens) for context in contexts])
     streams = [stack.stream(context) for context in contexts]
 
     def stacked(values: Iterable[Tensor]) -> Float[Tensor, "token d_model"]:
