@@ -156,11 +156,13 @@ class Ensemble:
         """
         batches = self.batches(stack, "massive activations")
         parts: Iterable[Tensor] = (_measured_streams(stack, context, mask) for _, context, mask in batches)
+        reference = self._reference_prompts()
         if len(self.tokens) <= self.sampling.batch_size:
             parts = [streams := next(iter(parts))]
-            usual = Usual.of(streams)
+            usual = Usual.of(streams[:, torch.isin(self.mask.nonzero()[:, 0], reference)])
         else:
-            usual = Usual.of(self._reference(stack))
+            some = Ensemble(self.tokens[reference], self.sampling).batches(stack, "what is usual")
+            usual = Usual.of(torch.cat([_measured_streams(stack, context, mask) for _, context, mask in some], 1))
         spreads, massive = Spreads(usual), []
         for streams in parts:
             exceeding = usual.exceeds(streams).any(0)
@@ -171,14 +173,12 @@ class Ensemble:
         left_out = left_out if self.left_out is None else left_out | self.left_out
         return replace(self, left_out=left_out, concentration=spreads.concentration())
 
-    def _reference(self, stack: Stack) -> Float[Tensor, "place token d_model"]:
-        """Return the streams of some ``REFERENCE`` tokens. Cost: 1 F of their prompts."""
+    def _reference_prompts(self) -> Int[Tensor, " prompt"]:
+        """Return prompts from all over with ``REFERENCE`` tokens or just more; all prompts if they are few."""
         order = np.random.default_rng((self.sampling.seed, 3)).permutation(len(self.tokens))
         lengths = self.mask.sum(1).cpu().numpy()[order]
-        rows = np.sort(order[: int(np.searchsorted(lengths.cumsum(), REFERENCE)) + 1])
-        some = Ensemble(self.tokens[torch.from_numpy(rows).to(self.mask.device)], self.sampling)
-        batches = some.batches(stack, "what is usual")
-        return torch.cat([_measured_streams(stack, context, mask) for _, context, mask in batches], 1)
+        count = int(np.searchsorted(lengths.cumsum(), REFERENCE)) + 1
+        return torch.from_numpy(np.sort(order[:count])).to(self.mask.device)
 
     def batches(
         self, stack: Stack, label: str = "prompts", least: int = 1

@@ -22,6 +22,7 @@ from surgery.stats.bootstrap import Moments, ratio, rotation
 
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
+MATCHED = 16  # prompts on which update sizes are matched
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class Units:
         """Return the units of another model of this shape, with gains that give their updates the size of ours.
 
         The size of an update is ``n(c(u_l)) / n(c(x_l))``, relative to the stream it reads, and unit after unit is
-        brought to it on the first batch. Cost: 2 F of one batch.
+        brought to it on the first ``MATCHED`` prompts, however they are batched. Cost: 2 F of these.
         """
-        _, context, mask = next(iter(ensemble.batches(self.stack, "update sizes")))
+        context, mask = self.stack.context(ensemble.tokens[:MATCHED]), ensemble.mask[:MATCHED]
         units, theirs = replace(self, stack=fresh, gains=()), fresh.context(context.tokens)
         ours, stream, gains = self.stream(context), [theirs.x0], []
         for unit, read in enumerate(self.reads):

@@ -85,13 +85,17 @@ def norm_only(stack: Stack, start: int, stop: int, context: Context) -> Float[Te
     return _run(stack, stop, stack.n_layers, x * ratio, context)
 
 
+class NoDerivativeError(ValueError):
+    """A model with layers that torch has no forward-mode derivative for."""
+
+
 def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[Tensor, "batch pos d_model"]:
     """The final stream if the second pass were linear about the first: ``F(x_i) + J (x_j - x_i) = x_j + J u``.
 
     ``F`` are the layers ``start`` to ``stop - 1``, ``J`` their Jacobian at ``x_i``, ``u = x_j - x_i`` what the first
     pass wrote, at all tokens. For affine layers this is the repeat. Cost: the repeat, and the span twice more.
 
-    Raises ValueError for layers that torch has no forward-mode derivative for (some mixtures of experts).
+    Raises NoDerivativeError for layers that torch has no forward-mode derivative for (some mixtures of experts).
     """
     x = _run(stack, 0, start, context.x0, context)
 
@@ -103,7 +107,7 @@ def linearised(stack: Stack, start: int, stop: int, context: Context) -> Float[T
         with sdpa_kernel(SDPBackend.MATH):  # the other backends have no forward-mode derivative
             change = torch.func.jvp(span, (x,), (after - x,))[1]
     except NotImplementedError as error:
-        raise ValueError(
+        raise NoDerivativeError(
             f"{stack.name} cannot be linearised, torch has no derivative for its layers: {error}"
         ) from error
     return _run(stack, stop, stack.n_layers, (after + change).detach(), context)

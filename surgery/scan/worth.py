@@ -297,7 +297,7 @@ def by_streams(
         for name, control in kinds.items():
             try:
                 x = control(stack, start, stop, scorer.context)
-            except ValueError:  # no derivative for these layers
+            except controls.NoDerivativeError:
                 continue
             parts.append(scorer.rows(name, x))
     return pd.concat(parts, ignore_index=True)

@@ -392,8 +392,9 @@ def test_results_are_reproducible():
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 100])
 def test_batches_do_not_matter(batch_size):
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven_prompts()
-    whole = series.windows(opened, tokens, sampling=Sampling(resamples=20))
-    parts = series.windows(opened, tokens, sampling=Sampling(resamples=20, batch_size=batch_size))
+    fresh = stack("random", n_layers=4, dtype=torch.float64, seed=1)
+    whole = series.windows(opened, tokens, untrained=fresh, sampling=Sampling(resamples=20))
+    parts = series.windows(opened, tokens, untrained=fresh, sampling=Sampling(resamples=20, batch_size=batch_size))
     pd.testing.assert_frame_equal(parts, whole, rtol=1e-6)
 
 
