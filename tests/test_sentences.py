@@ -158,7 +158,7 @@ MUST_SAY = {
     "one prompt": ("nothing is claimed: one prompt has no interval", "nothing can be said of reversion"),
     "constant tokens": ("nothing is claimed: nothing varies", "the stream does not vary"),
     "constant stream": ("nothing is claimed: no layer after the first writes", "the stream does not vary"),
-    "stories260K": ("closer to serial", "does not revert"),
+    "stories260K": ("prefer what the window wrote", "does not revert"),
     "babel": ("closer to serial", "prefer what the window wrote"),
 }
 
