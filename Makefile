@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
-.PHONY: setup real study test test-quick lint bench clean
+.PHONY: setup real study test test-quick lint harden bench clean
 
 setup: .venv/.ready
 
@@ -34,6 +34,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# Every attack at its full size, some forty minutes; make test runs them at quick sizes
+harden: setup
+	$(BIN)/python tests/hardening/harden.py --write
 
 bench: setup
 	$(BIN)/python benchmarks/identity.py

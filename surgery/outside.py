@@ -1,0 +1,101 @@
+"""Text from outside the program: JSON and YAML read within bounds, and any text shown on one line of a message.
+
+Whatever a user, a file or a model brings comes in here, so that it costs little memory, little time and no traceback:
+``read_json`` and ``read_yaml`` return a value or raise ``OutsideError`` with a sentence that completes "... is not ...".
+"""
+
+import itertools
+import json
+import unicodedata
+from typing import Any
+
+import yaml
+
+LONGEST_YAML = 200_000  # characters: PyYAML reads about as many in a second
+DEEPEST_YAML = 100  # brackets within brackets: PyYAML's time grows with the square of it
+MOST_NODES = 20_000  # of a YAML text with all its aliases written out
+SHOWN = 60  # characters of foreign text in a message
+
+
+class OutsideError(ValueError):
+    """Text from outside that cannot be read; the message says what is wrong with it, without its whole content."""
+
+
+def shown(value: Any, most: int = SHOWN) -> str:
+    r"""``value`` for a message: its text, or ``repr`` of anything else, on one printable line and not too long.
+
+    >>> shown("a\n\x1b[31mb\ud800"), shown("x" * 100, 5), shown([1, 2])
+    ('a\\n\\x1b[31mb\\ud800', 'xxxxx...', '[1, 2]')
+    """
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except Exception:  # a foreign object's repr, or one nested too deeply
+        text = f"a {type(value).__name__}"
+    line = "".join(map(_printable, text[: most + 1]))
+    return line if len(text) <= most else f"{line[:most]}..."
+
+
+def _printable(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return character.encode("unicode_escape").decode() if hidden else character
+
+
+def require_text(text: str) -> str:
+    """``text`` if it can be encoded. Raises OutsideError for half of a surrogate pair, which JSON lets through."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OutsideError(
+            f"has half of a surrogate pair ({shown(text[error.start])}) at character {error.start + 1}: this is no text"
+        ) from None
+    return text
+
+
+def read_json(text: "str | bytes") -> Any:
+    """Parse JSON. Raises OutsideError for what is not JSON, is nested too deeply, or holds too long a number."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise OutsideError("is nested too deeply to be JSON that anybody wrote") from None
+    except ValueError as error:  # malformed, a number of thousands of digits, or bytes in no known encoding
+        raise OutsideError(f"is not JSON: {shown(str(error), 200)}") from None
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML of plain values. Aliases count as what they stand for, so that a short text stays small.
+
+    Raises OutsideError for what is not YAML, is too long, is nested too deeply, or grows beyond ``MOST_NODES`` values.
+    """
+    if len(text) > LONGEST_YAML:
+        raise OutsideError(f"is too long for YAML: {len(text):,} characters, {LONGEST_YAML:,} are read")
+    opened = itertools.accumulate((character in "[{") - (character in "]}") for character in text)
+    if max(opened, default=0) > DEEPEST_YAML:
+        raise OutsideError("is nested too deeply to be YAML that anybody wrote")
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if (count := _size(node, {})) > MOST_NODES:
+                raise OutsideError(f"holds more than {MOST_NODES:,} values, aliases written out ({count:.0e})")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise OutsideError("is nested too deeply to be YAML that anybody wrote") from None
+    except OutsideError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, KeyError, IndexError) as error:
+        # the parser; and dates, numbers and keys that look like some and are none
+        raise OutsideError(f"is not YAML: {shown(' '.join(str(error).split()), 200)}") from None
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for, every alias counted again; infinite if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while it is being counted
+        inside = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1.0 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
