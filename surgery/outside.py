@@ -1,7 +1,7 @@
 """Text from outside the program: JSON and YAML read within bounds, and any text shown on one line of a message.
 
 Whatever a user, a file or a model brings comes in here, so that it costs little memory, little time and no traceback:
-``read_json`` and ``read_yaml`` return a value or raise ``OutsideError`` with a sentence that completes "... is not ...".
+``read_json`` and ``read_yaml`` return a value or raise ``OutsideError``, whose message follows the name of the file.
 """
 
 import itertools

@@ -11,12 +11,11 @@ class Attack:
 
     Attributes:
         name: what is tried, in words: "Two threads run one model".
-        trials: ``trials(count, folder)`` tries it about ``count`` times, in an empty folder of its own, and yields after
+        trials: ``trials(count, folder)`` tries it about ``count`` times, in an empty folder of its own. It yields after
             every trial: None where the code held, otherwise what went wrong.
         quick: ``count`` as a test.
         full: ``count`` by ``make harden``.
         before: what failed before it was mended, for example "102 of 300"; empty where it always held.
-        held: what holding means, in words.
     """
 
     name: str
@@ -24,7 +23,6 @@ class Attack:
     quick: int
     full: int
     before: str = ""
-    held: str = ""
 
     def run(self, count: int, folder: Path) -> "Outcome":
         """Try it; an exception that stops the attack itself counts as a failure."""
