@@ -13,12 +13,11 @@ import argparse
 from pathlib import Path
 
 import surgery
-from surgery import models, scan, wiring
+from surgery import disk, models, scan, wiring
 from surgery.anatomy import boundaries, convergence, say, study
 from surgery.corpus import probes
 from surgery.corpus.babel import Babel
 from surgery.corpus.text_files import read_prompts
-from surgery.records import tables
 from surgery.stats.sampling import Sampling
 
 
@@ -39,7 +38,7 @@ def main() -> None:
     if args.model and not args.text:
         parser.error("--model needs prompts: give --text KIND=FILE, once for every kind")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     if args.model:
         opened = {Path(args.model).name: surgery.load(args.model)}
         files = dict(option.split("=", 1) for option in args.text)
@@ -67,7 +66,7 @@ def main() -> None:
         anatomy = study.measure(
             stack,
             tokens,
-            tables.folder(folder / name),
+            disk.folder(folder / name),
             [kind for _, kind in prompts],
             utterances=utterances,
             scan=rows,

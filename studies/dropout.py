@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 
 import surgery
+from surgery import disk
 from surgery.dropout import mask_ensemble, perceptrons, study, toy_model, trained
 from surgery.dropout.files import CONFIRMATION, ENSEMBLE, MODELS, PERCEPTRONS, PROBES, STREAM, TOY
 from surgery.dropout.say import SENTENCES
@@ -50,7 +51,7 @@ def main() -> None:
     if min(args.seeds, args.steps) < 1 or args.problems < 30:
         parser.error("--seeds and --steps are 1 or more, --problems 30 or more: ten of each k")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     models = train_models(args) if args.full else trained.load_shipped(args.models)
     if args.ship:
         trained.ship(models, args.ship)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import surgery
-from surgery import graft, models, report, reversion, series
+from surgery import disk, graft, models, report, reversion, series
 from surgery.corpus import splits
 from surgery.corpus.splits import Split
 from surgery.graft import reinitialise, say, study
@@ -91,7 +91,7 @@ def main() -> None:
     if min(seeds, steps) < 1 or judged < 10:
         parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = splits.babel(prompts, heldout=judged)
     source = manifest.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
@@ -135,7 +135,7 @@ def main() -> None:
     source["settings"]["found"] = sentences
     study.write(folder, methods.drop(columns=CHOSEN_BY), grafts, source)
     tables.write(ks, folder / "graft_by_k.csv", source, BY_K)
-    tables.save({folder / "graft_by_k.png": drawing.png(draw(ks))})
+    disk.save({folder / "graft_by_k.png": drawing.png(draw(ks))})
     tables.write(wiring, folder / "graft_wiring.csv", source, WIRING)
     page = report.build(folder)
 

@@ -25,11 +25,12 @@ methods seed by seed.
 import argparse
 
 import surgery
+from surgery import disk
 from surgery.corpus import splits
 from surgery.graft import manifold, say, walk, walk_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
-from surgery.records import manifest, tables
+from surgery.records import manifest
 
 SPAN, MOST = (4, 9), 160_000
 
@@ -51,7 +52,7 @@ def main() -> None:
     if min(seeds, steps, args.batch) < 1 or args.judged < 20 or min(amounts) < 600:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 20 or more, --tokens 600 or more (a batch)")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = splits.babel(MOST // 4, heldout=args.judged)
     harvested = walk_study.harvester(stack, data.corpus, SPAN, folder)

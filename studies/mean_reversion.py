@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import surgery
-from surgery import models, reversion
+from surgery import disk, models, reversion
 from surgery.corpus import bundled
 from surgery.corpus.text_files import read_prompts
 from surgery.models.tokens import Tokens
@@ -114,7 +114,7 @@ def main() -> None:
     if count < 1:
         parser.error(f"--prompts {count}: give at least 1, and 2 for intervals")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     model = surgery.load(args.model)
     stack, untrained = surgery.Stack(model), surgery.Stack(models.untrained(model))
     if stack.n_layers < 4:
@@ -143,7 +143,7 @@ def main() -> None:
     trained, kappas = training(stack, untrained, snapshots, tokens)
     about["settings"]["checkpoints"] = [str(file) for file in snapshots]
     tables.write(trained, folder / "mean_reversion_training.csv", about, TRAINING)
-    tables.save({folder / "mean_reversion_training.png": drawing.png(draw(trained))})
+    disk.save({folder / "mean_reversion_training.png": drawing.png(draw(trained))})
 
     print_sizes(sized)
     for wiring, kappa in zip(wirings, passes[1:], strict=True):

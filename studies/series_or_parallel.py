@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import surgery
-from surgery import models
+from surgery import disk, models
 from surgery.anatomy import ends_against_middle
 from surgery.corpus.babel import Babel
 from surgery.page import phrases
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=3, choices=(2, 3), help="layers in a window")
     args = parser.parse_args()
 
-    folder, corpus, bundled = tables.folder(args.out), Babel(), surgery.load("babel")
+    folder, corpus, bundled = disk.folder(args.out), Babel(), surgery.load("babel")
     opened = {
         "babel": bundled,
         "untrained": models.untrained(bundled),

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import surgery
-from surgery import scan
+from surgery import disk, scan
 from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
 from surgery.page import drawing
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     stack = surgery.Stack(surgery.load("babel"))
     n_layers, spans = stack.n_layers, list(every_repeat(stack.n_layers))
     count = args.count or (1280 if args.full else 320)
@@ -127,7 +127,7 @@ def main() -> None:
     for name, frame in (("spans_by_k", by_k), ("winners", winners), ("controls", measured)):
         tables.write(frame, folder / f"{name}.csv", provenance, meaning)
     brain_scan = draw.brain_scan(table, n_layers, unit="share of exact answers, k = 5 to 7")
-    tables.save(
+    disk.save(
         {
             folder / "brain_scan.png": drawing.png(brain_scan),
             folder / "tape_together.png": drawing.png(reach_and_controls(validated, measured, best[0])),

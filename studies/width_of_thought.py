@@ -18,12 +18,12 @@ sentences compare sizes seed by seed.
 import argparse
 
 import surgery
-from surgery import graft
+from surgery import disk, graft
 from surgery.corpus import splits
 from surgery.graft import say, size_study
 from surgery.graft.grafting import Schedule
 from surgery.models.stack import Stack
-from surgery.records import manifest, tables
+from surgery.records import manifest
 
 SPAN, WIDTH, DEPTH = (4, 9), 384, 5
 
@@ -45,7 +45,7 @@ def main() -> None:
     if min(seeds, steps, args.batch) < 1 or args.judged < 10:
         parser.error("--seeds, --steps and --batch are 1 or more, --judged 10 or more: two problems of each k")
 
-    folder = tables.folder(args.out)
+    folder = disk.folder(args.out)
     stack = Stack(surgery.load("babel"))
     data = splits.babel(args.prompts, heldout=args.judged)
     pairs = graft.latents(stack, data.corpus, *SPAN, folder / "latents", say=print)

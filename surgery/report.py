@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from surgery import disk
 from surgery.chapters import CHAPTERS as CHAPTERS
 from surgery.chapters import every_chapter
 from surgery.page.chapters import Chapter
@@ -77,7 +78,7 @@ def build(folder: str | Path) -> Path:
         _columns(measured),
         _provenance(measured),
     ]
-    tables.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
+    disk.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.of_model[0]
     subtitle = f"{first['tokens']['prompts']} prompts, {first['time'][:10]}, surgery {first['versions']['surgery']}"
     return write_page(folder / PAGE, f"Layer surgery on {model_name(first)}", subtitle, sections)

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from surgery import report
+from surgery import disk, report
 from surgery.anatomy import boundaries, convergence
 from surgery.anatomy import study as anatomy_study
 from surgery.chapters import MEASURED
@@ -84,7 +84,7 @@ def run(
     for name in names:
         if name not in MEASURED:
             raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
-    folder = tables.folder(out)
+    folder = disk.folder(out)
     numbered = _prompts(model, text, prompts, seed)
     say(f"opening {model}")
     stack = Stack(load(model, device=device, dtype=dtype))

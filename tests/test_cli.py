@@ -396,7 +396,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_only(quick, model, text, tmp_pa
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(tables.os, "fsync", fill)
+    monkeypatch.setattr(os, "fsync", fill)
     out = tmp_path / "results"
     refused(
         run("study", "--model", model, "--text", text, "--out", out), "no space left on the disk", "reversion_layers"
@@ -456,10 +456,9 @@ def test_a_mistake_of_a_script_itself_keeps_its_traceback():
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 from support import made_up
 from surgery import cli, study
-from surgery.records import tables
 
 def slowly(*_, **__):
     print("now", flush=True)
@@ -472,11 +471,11 @@ study.compare = lambda *_: made_up.measures()
 study.scan_study.measure = lambda *_, **__: None
 study.reversion_study.measure = slowly if moment == "measuring" else made_up.measure_reversion
 if moment == "writing":
-    real, count = tables.os.fsync, [0]
+    real, count = os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
         slowly() if count[0] == 10 else real(descriptor)
-    tables.os.fsync = fsync
+    os.fsync = fsync
 cli.main()
 """
 

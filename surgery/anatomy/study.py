@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from surgery import disk
 from surgery.anatomy import draw, say
 from surgery.anatomy.boundaries import SAMPLING, Anatomy, locate
 from surgery.anatomy.convergence import Utterance
@@ -59,5 +60,5 @@ def measure(
         tables.write(frame, folder / file, about, COLUMNS[file])
     if figures:
         drawn = draw.figures(by_file, stack.n_layers)
-        tables.save({folder / f"{name}.png": png(figure) for name, figure in drawn.items()})
+        disk.save({folder / f"{name}.png": png(figure) for name, figure in drawn.items()})
     return anatomy

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from surgery.records import tables
+from surgery import disk
 
 LINES, WHOLE = (".jsonl", ".ndjson"), ".json"  # a JSON object a line; one JSON list
 OTHERS = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html", ".ipynb")  # text, but not one prompt a line
@@ -23,7 +23,7 @@ def read_lines(path: Path, kinds: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {tables.reason(error)}") from error
+        raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8; give {kinds}") from error
     if "\0" in text:

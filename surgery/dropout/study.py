@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from surgery import hooks
+from surgery import disk, hooks
 from surgery.dropout import features, mask_ensemble, redundancy, trained
 from surgery.dropout.draw import FIGURES
 from surgery.dropout.files import COLUMNS, ENSEMBLE
@@ -145,11 +145,11 @@ def stacks(models: Iterable[TrainedModel]) -> Iterator[tuple[TrainedModel, str, 
 
 def write(folder: str | Path, frames: Mapping[str, pd.DataFrame], manifest: Mapping[str, Any]) -> list[Path]:
     """Write tables, by file name, each with its figure; return their paths. Raises OSError."""
-    folder, paths = tables.folder(folder), []
+    folder, paths = disk.folder(folder), []
     for name, frame in frames.items():
         tables.write(frame, folder / name, dict(manifest), COLUMNS[name])
         picture = (folder / name).with_suffix(".png")
-        tables.save({picture: png(FIGURES[name](frame))})
+        disk.save({picture: png(FIGURES[name](frame))})
         paths += [folder / name, picture]
     return paths
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from surgery import disk
 from surgery.corpus import babel, bundled, splits
 from surgery.corpus.babel import Babel
 from surgery.corpus.splits import Split
@@ -133,7 +134,7 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trai
 
     Raises as ``training.fit`` does.
     """
-    folder, module = tables.folder(folder), build(recipe)
+    folder, module = disk.folder(folder), build(recipe)
     schedule = Schedule(steps=recipe.steps, every=recipe.every, warmup=100, seed=recipe.seed)
     task = _Task(module, recipe, data(), folder)
     fit = training.fit(
@@ -168,8 +169,8 @@ def ship(models: Iterable[TrainedModel], file: str | Path) -> None:
         "recipes": [asdict(model.recipe) for model in models],
         "curves": [model.curve.drop(columns="seconds").round(5).to_dict("list") for model in models],
     }
-    tables.folder(Path(file).parent)
-    tables.save({Path(file): save(tensors, {"models": json.dumps(header)})})
+    disk.folder(Path(file).parent)
+    disk.save({Path(file): save(tensors, {"models": json.dumps(header)})})
 
 
 def load_shipped(file: str | Path | None = None) -> list[TrainedModel]:
@@ -312,7 +313,7 @@ class _Task:
         for path in (self.folder / f"loss_{rung:g}.safetensors" for rung in reached):
             if not path.exists():
                 half = {name: tensor.detach().half().contiguous() for name, tensor in self.module.state_dict().items()}
-                tables.save({path: save(half)})
+                disk.save({path: save(half)})
         return values
 
     def stability(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from surgery import disk
 from surgery.corpus.splits import Split
 from surgery.graft import draw, grafting, study
 from surgery.graft.grafting import Graft, Objective, Schedule
@@ -196,7 +197,7 @@ def write(folder: Path, frame: pd.DataFrame, manifest: Mapping[str, Any]) -> Non
     """Write the table and its figure. The page compares sizes with ``usual``, a width and depth, which it takes from
     the settings of ``manifest``. Raises OSError where they cannot be written."""
     tables.write(frame, folder / SIZES, manifest, COLUMNS)
-    tables.save({(folder / SIZES).with_suffix(".png"): drawing.png(draw.sizes(frame))})
+    disk.save({(folder / SIZES).with_suffix(".png"): drawing.png(draw.sizes(frame))})
 
 
 def _named(name: str, interval: tuple[float, float, float]) -> dict[str, float]:

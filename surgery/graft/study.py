@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from transformer_lens import TransformerBridge
 
+from surgery import disk
 from surgery.corpus.babel import TRAINING_MIX
 from surgery.corpus.splits import Split, Weigh, babel, texts
 from surgery.graft import draw, grafting, linear_maps
@@ -105,7 +106,7 @@ def run(
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
     where = loading.available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     accelerator = accelerator_for(where, schedule.precision)
-    main, folder = accelerator.is_main_process, tables.folder(out)
+    main, folder = accelerator.is_main_process, disk.folder(out)
     speak = say if main else lambda _: None
     speak(f"opening {model}")
     stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
@@ -182,7 +183,7 @@ def write(
     }
     for name, frame in frames.items():
         tables.write(frame[sorted(frame, key=lambda column: column not in RUN)], folder / name, manifest, COLUMNS[name])
-    tables.save({folder / "graft.png": drawing.png(draw.curves(frames[CURVES], methods))})
+    disk.save({folder / "graft.png": drawing.png(draw.curves(frames[CURVES], methods))})
 
 
 def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:

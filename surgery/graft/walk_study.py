@@ -25,6 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from surgery import disk
 from surgery.corpus.splits import Split
 from surgery.graft import draw, grafting, manifold, study, walk
 from surgery.graft.grafting import Objective, Schedule
@@ -185,4 +186,4 @@ def write(folder: Path, frames: Mapping[str, pd.DataFrame], manifest: Mapping[st
     figures = {METHODS: draw.walks, MANIFOLD: draw.walked_activations}
     for name, frame in frames.items():
         tables.write(frame, folder / name, manifest, COLUMNS[name])
-        tables.save({(folder / name).with_suffix(".png"): drawing.png(figures[name](frame))})
+        disk.save({(folder / name).with_suffix(".png"): drawing.png(figures[name](frame))})

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from surgery import disk
 from surgery.models.errors import ModelError, first_line
 
 LAYOUT = 1  # of what is kept; a new number converts every file again
@@ -122,11 +122,10 @@ def _sha256(parts: Sequence[Path]) -> str:
 
 def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
     """Write the model in a GGUF file as the Hugging Face folder ``place``, which appears whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as work:
+    with disk.workshop(place) as work:
         file = parts[0]
         if len(parts) > 1:
-            file = Path(work, "joined.gguf")
+            file = work / "joined.gguf"
             with open(file, "wb") as joined:
                 for part in parts:
                     with open(part, "rb") as source:
@@ -139,7 +138,7 @@ def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
             raise
         except Exception as error:  # the parser, the model class and the tokenizer all raise their own kinds
             raise ModelError(f"cannot read {name} as a GGUF file: {first_line(error)}") from error
-        whole = Path(work, "whole")
+        whole = work / "model"
         unquantised(model).save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         try:

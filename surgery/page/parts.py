@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from surgery import disk
 from surgery.page import phrases
-from surgery.records import tables
 
 PAGE = "report.html"
 
@@ -77,7 +77,7 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
         loader=jinja2.PackageLoader("surgery.page", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html").render(title=title, subtitle=subtitle, sections=sections)
-    tables.save({path: page.encode()})
+    disk.save({path: page.encode()})
     return path
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import surgery
+from surgery import disk
 from surgery.models.errors import ModelError
 from surgery.models.loading import load, plain, quiet
-from surgery.records.tables import reason
 from surgery.wiring.value import Wiring
 
 
@@ -44,32 +43,29 @@ def write(
         ModelError: the checkpoint cannot be loaded again.
     """
     _refuse_full(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with quiet():
-            _untied(hugging_face, layers).save_pretrained(partial, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        if check is not None:
-            check(_reopened(partial, hugging_face))
-        for path in filter(Path.is_file, partial.rglob("*")):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        _refuse_full(folder)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
+        with disk.workshop(folder) as whole:
+            with quiet():
+                _untied(hugging_face, layers).save_pretrained(whole, max_shard_size=max_shard_size)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(whole)
+            for name, text in texts.items():
+                (whole / name).write_text(text, encoding="utf-8")
+            if check is not None:
+                check(_reopened(whole, hugging_face))
+            for path in filter(Path.is_file, whole.rglob("*")):
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            _refuse_full(folder)
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(whole, folder)
     except FileExistsError:
         raise
     except OSError as error:
-        raise OSError(f"cannot write {folder}: {reason(error)}") from error
+        raise OSError(f"cannot write {folder}: {disk.reason(error)}") from error
     except SafetensorError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

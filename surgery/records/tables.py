@@ -3,9 +3,9 @@ r"""Write and read the two files of a measurement: a CSV file with documented co
     series_windows.csv            one row per window; floats with enough digits to read back exactly
     series_windows.manifest.json  where the numbers come from (``surgery.records.manifest``), columns, sha256 of the CSV
 
-A file appears under its final name whole or not at all: it is written under a temporary name in the same folder,
-flushed to disk, and renamed. The manifest is renamed first, so a CSV file never exists without one, and ``read``
-compares the hash, so it notices a CSV file that was edited or replaced afterwards.
+A file appears under its final name whole or not at all (``surgery.disk``). The manifest is renamed first, so a CSV file
+never exists without one, and ``read`` compares the hash, so it notices a CSV file that was edited or replaced
+afterwards.
 
 >>> import pandas as pd, tempfile
 >>> folder = tempfile.mkdtemp()
@@ -16,81 +16,16 @@ compares the hash, so it notices a CSV file that was edited or replaced afterwar
 [0.1]
 """
 
-import contextlib
-import errno
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-_REASONS = {
-    errno.ENOSPC: "there is no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "there is no permission",
-    errno.EPERM: "there is no permission",
-    errno.EROFS: "the disk is read-only",
-    errno.ENOENT: "it does not exist",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EEXIST: "it is a file, not a folder",
-    errno.EISDIR: "it is a folder, not a file",
-}
-
-
-def reason(error: OSError) -> str:
-    """Why the operating system refused, in words for a message.
-
-    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
-    'there is no space left on the disk'
-    """
-    return _REASONS.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__).lower()
-
-
-def save(files: Mapping[Path, bytes]) -> None:
-    """Write all files completely or, if anything fails or interrupts, leave what was there before.
-
-    Raises ``OSError`` with one sentence that names the file and the reason: a full disk, no permission, a folder in the
-    way.
-    """
-    partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
-    try:
-        for path, content in files.items():
-            try:
-                with open(partial[path], "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise OSError(f"cannot write {path}: {reason(error)}") from error
-        for path in files:
-            try:
-                os.replace(partial[path], path)
-            except OSError as error:
-                raise OSError(f"cannot write {path}: {reason(error)}") from error
-    finally:
-        for leftover in partial.values():
-            with contextlib.suppress(OSError):
-                leftover.unlink()
-
-
-def folder(path: str | Path) -> Path:
-    """Make the folder if it is missing and check that it can be written to, before anything long is started.
-
-    Raises ``OSError`` with one sentence if it cannot.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        trial = path / f".trial.{os.getpid()}.partial"
-        trial.write_bytes(b"surgery")
-        trial.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {path}: {reason(error)}; choose another one") from error
-    return path
+from surgery import disk
 
 
 def write(
@@ -121,7 +56,7 @@ def write(
         "types": {column: _type(frame[column]) for column in frame.columns},
         "columns": {column: columns[column] for column in frame.columns},
     }
-    save({manifest_path(path): (json.dumps(entries, indent=2) + "\n").encode(), path: text})
+    disk.save({manifest_path(path): (json.dumps(entries, indent=2) + "\n").encode(), path: text})
     return path
 
 
@@ -171,4 +106,4 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {reason(error)}") from error
+        raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from surgery import disk
 from surgery.instruments.coordinates import COORDINATES
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.stack import Stack
@@ -82,7 +83,7 @@ def measure(
     if stack.n_layers > 1:
         write(files.NORMS, cloud.growth(stack, ensemble, sampling=sampling))
     if figures:
-        tables.save({folder / f"{name}.png": png(figure) for name, figure in draw.figures(written).items()})
+        disk.save({folder / f"{name}.png": png(figure) for name, figure in draw.figures(written).items()})
     return written
 
 

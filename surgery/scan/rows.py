@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from surgery import disk
 from surgery.corpus.probes import Encoded
 from surgery.models.stack import Stack
 from surgery.records import tables
@@ -52,7 +53,7 @@ class ResumableTable:
         self.prompts: dict[str, set[int]] = {}
         if self.path is None:
             return
-        tables.folder(self.path.parent)
+        disk.folder(self.path.parent)
         self.part = self.path.with_name(self.path.name + ".part")
         if self.path.exists():
             self._take_over(tables.read(self.path), tables.read_manifest(self.path))
@@ -108,7 +109,7 @@ class ResumableTable:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(f"cannot write {self.part}: {tables.reason(error)}; rows before this one are kept") from error
+            raise OSError(f"cannot write {self.part}: {disk.reason(error)}; rows before this one are kept") from error
 
     def _resume(self) -> None:
         """Take over the whole blocks of the part, and cut off what a kill left of another."""

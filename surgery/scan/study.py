@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from surgery import disk
 from surgery.corpus import probes
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.corpus.text_files import LINES
@@ -158,7 +159,7 @@ def run(
     """
     _check_family(family)
     probe_set = _asked(model, questions, count, seed)
-    folder = tables.folder(out)
+    folder = disk.folder(out)
     say(f"opening {model}")
     stack = Stack(load(model, device=device, dtype=dtype))
     if probe_set.max_tokens is not None:
@@ -206,7 +207,7 @@ def measure(
             f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {probe_set.name} has "
             f"{len(set(probe_set.probes))}; give more"
         )
-    folder = tables.folder(out)
+    folder = disk.folder(out)
     search, validation = (half.encode(stack) for half in probe_set.split(seed))
     wirings = _wirings(stack, family, longest)
 

@@ -36,9 +36,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from surgery import disk
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import tables
 from surgery.stats.scatter import Scatter
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
@@ -186,7 +186,7 @@ class Latents:
                 with safe_open(path, "pt") as file:
                     self._mapped[shard] = {name: file.get_tensor(name) for name in ("tokens", "x_start", "x_stop")}
             except OSError as error:
-                raise ValueError(f"cannot read {path}: {tables.reason(error)}; call harvest again as before") from error
+                raise ValueError(f"cannot read {path}: {disk.reason(error)}; call harvest again as before") from error
         return self._mapped[shard]
 
 
@@ -238,7 +238,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"there are no latents in {folder} ({tables.reason(error)}); make them by harvest") from error
+        raise ValueError(f"there are no latents in {folder} ({disk.reason(error)}); make them by harvest") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a manifest of latents ({error}); harvest into another folder") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -259,7 +259,7 @@ def shard_damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *
             if file.read(len(header)) != header or (thorough and sha256_of(file) != shard.sha256):
                 return "was changed since it was written"
     except OSError as error:
-        return f"cannot be read: {tables.reason(error)}"
+        return f"cannot be read: {disk.reason(error)}"
     return None
 
 

@@ -12,21 +12,18 @@ as the layers behind the span and the head do not run here.
 (48, 3, True)
 """
 
-import contextlib
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import Bool, Int, UInt8
 from rich.progress import Progress
@@ -34,10 +31,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import surgery
+from surgery import disk
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import tables
 from surgery.records.manifest import PACKAGES, tokens_hash
 from surgery.training.activations import (
     DTYPES,
@@ -116,8 +113,7 @@ def harvest(
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
     }
-    folder = tables.folder(out)
-    _sweep(folder)
+    folder = disk.folder(out)
     shards = _standing(folder, head)
     missing = {file: prompts for file, prompts in plan.items() if file not in shards}
     _announce(folder, head, sum(int(lengths[prompts].sum()) for prompts in missing.values()), len(plan), missing, say)
@@ -138,7 +134,7 @@ def harvest(
             )
             shards[file] = replace(shard, seconds=time.perf_counter() - began)
             entries = [asdict(shards[name]) for name in plan if name in shards]
-            tables.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})
+            disk.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})
     return open_latents(folder)
 
 
@@ -157,7 +153,7 @@ def _make_shard(
     prompts, before = ids.split(lengths.tolist()), (lengths.cumsum(0) - lengths).tolist()
     header = shard_header(n_prompts, n_tokens, stack.d_model, dtype)
     first = len(header) + 4 * (n_prompts + n_tokens)
-    with _whole(path) as file:
+    with disk.writing(path) as file:
         file.write(header + lengths.numpy().astype("<i4").tobytes() + ids.numpy().astype("<i4").tobytes())
         order = lengths.argsort(descending=True, stable=True)
         for numbers in order.tensor_split(-(-n_prompts // batch_size)):
@@ -170,7 +166,6 @@ def _make_shard(
                     file.seek(place + before[i] * row)
                     file.write(rows[:length])
             advance(int(lengths[numbers].sum()))
-        file.flush()
         sha256 = sha256_of(file)
     return Shard(path.name, n_prompts, n_tokens, first + 2 * n_tokens * row, sha256)
 
@@ -200,22 +195,6 @@ def _stored(
             "model's own doing; load it with dtype=torch.float32"
         )
     return rounded.cpu().contiguous().view(torch.uint8).numpy()
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name when all of it is on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w+b") as file:
-            yield file
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {tables.reason(error)}; what was whole before it stays") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def _planned(lengths: Sequence[int], shard_tokens: int) -> dict[str, slice]:
@@ -249,14 +228,6 @@ def _standing(folder: Path, head: Mapping[str, Any]) -> dict[str, Shard]:
         for shard in shards
         if shard_damage(folder, shard, manifest["d_model"], dtype, thorough=True) is None
     }
-
-
-def _sweep(folder: Path) -> None:
-    """Remove half-written files of processes that were killed."""
-    for partial in folder.glob(".latents*.partial"):
-        process = int(partial.name.split(".")[-2])
-        if process == os.getpid() or not psutil.pid_exists(process):
-            partial.unlink(missing_ok=True)
 
 
 def _announce(

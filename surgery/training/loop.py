@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from surgery import disk
 from surgery.records import tables
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.muon import Muon
@@ -165,7 +166,7 @@ def fit(
         )
     if schedule.batch % world:
         raise ValueError(f"a batch of {schedule.batch} prompts does not divide among {world} processes")
-    folder = tables.folder(folder)
+    folder = disk.folder(folder)
     run = {"schedule": asdict(schedule), "phase": phase, **(identity or {})}
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
     with ExitStack() as restoring, state.proved_frozen():
@@ -296,7 +297,7 @@ class _State:
             "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
         }
         whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        tables.save({self.path: save(whole, {"state": json.dumps(metadata)})})
+        disk.save({self.path: save(whole, {"state": json.dumps(metadata)})})
 
     def collect(self, since_last: Ledger, accelerator: "Accelerator") -> None:
         """Add what all processes spent since the last time."""

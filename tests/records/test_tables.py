@@ -33,7 +33,7 @@ def broken_disk(monkeypatch):
                 raise error
             return real(*args)
 
-        monkeypatch.setattr(tables.os, call, failing)
+        monkeypatch.setattr(os, call, failing)
 
     return install
 
@@ -175,26 +175,6 @@ def test_a_folder_in_the_way_is_said(path):
     path.mkdir()
     with pytest.raises(OSError, match=r"series_windows\.csv: it is a folder"):
         tables.write(made_up.series(), path, {}, made_up.COLUMNS[made_up.SERIES])
-
-
-def test_a_folder_is_made_and_left_empty(tmp_path):
-    assert list(tables.folder(tmp_path / "a" / "b").iterdir()) == []
-
-
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_file_where_a_folder_is_wanted_is_said(tmp_path, place):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="a file, not a folder"):
-        tables.folder(tmp_path / place)
-
-
-def test_a_folder_without_permission_is_said_before_anything_is_measured(tmp_path, monkeypatch):
-    def refuse(self, content):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr(tables.Path, "write_bytes", refuse)
-    with pytest.raises(OSError, match=r"cannot write to the folder .* there is no permission; choose another one"):
-        tables.folder(tmp_path)
 
 
 @pytest.mark.parametrize("columns", made_up.COLUMNS.values(), ids=made_up.COLUMNS)

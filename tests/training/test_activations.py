@@ -17,7 +17,6 @@ from support.processes import Script
 from support.ragged_tokens import KILLED, LENGTHS, corpus
 from surgery.instruments import known_networks
 from surgery.models.engine import Engine
-from surgery.records import tables
 from surgery.training import activations
 from surgery.training import harvest as harvesting
 from surgery.training.activations import open_latents, size_in_bytes
@@ -352,10 +351,10 @@ def test_a_disk_too_small_is_said_before_anything_is_written(stack, tmp_path, mo
 
 
 def test_no_permission_is_said(stack, tmp_path, monkeypatch):
-    def refuse(self, content):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(tables.Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(OSError, match=r"cannot write to the folder .* there is no permission; choose another one"):
         harvest(stack, corpus(), 1, 3, tmp_path)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import training
+from surgery import disk, training
 from surgery.records import tables
 from surgery.training.ledger import Ledger
 from surgery.training.loop import Schedule
@@ -187,15 +187,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    write, asked = tables.save, []
+    write, asked = disk.save, []
 
     def full(files):
         asked.append(files)
         if len(asked) == 3:  # the checkpoint of step 4
-            raise OSError(f"cannot write {next(iter(files))}: {tables.reason(OSError(errno.ENOSPC, ''))}")
+            raise OSError(f"cannot write {next(iter(files))}: {disk.reason(OSError(errno.ENOSPC, ''))}")
         write(files)
 
-    monkeypatch.setattr(tables, "save", full)
+    monkeypatch.setattr(disk, "save", full)
     with pytest.raises(OSError, match=r"cannot write .*checkpoint.safetensors: there is no space left on the disk"):
         fit(Regression(), tmp_path)
     monkeypatch.undo()
