@@ -7,6 +7,7 @@ Whatever a user, a file or a model brings comes in here, so that it costs little
 import itertools
 import json
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 LONGEST_YAML = 200_000  # characters: PyYAML reads about as many in a second
 DEEPEST_YAML = 100  # brackets within brackets: PyYAML's time grows with the square of it
 MOST_NODES = 20_000  # of a YAML text with all its aliases written out
+_KINDS = {dict: "object", list: "list", str: "text", int: "number", float: "number"}
 SHOWN = 60  # characters of foreign text in a message
 
 
@@ -31,8 +33,13 @@ def shown(value: Any, most: int = SHOWN) -> str:
         text = value if isinstance(value, str) else repr(value)
     except Exception:  # a foreign object's repr, or one nested too deeply
         text = f"a {type(value).__name__}"
-    line = "".join(map(_printable, text[: most + 1]))
+    line = printable(text[: most + 1])
     return line if len(text) <= most else f"{line[:most]}..."
+
+
+def printable(text: str) -> str:
+    r"""``text`` with ``\n``, ``\u202e`` and so on in the place of what is no visible character or changes others."""
+    return "".join(map(_printable, text))
 
 
 def _printable(character: str) -> str:
@@ -59,6 +66,21 @@ def read_json(text: "str | bytes") -> Any:
         raise OutsideError("is nested too deeply to be JSON that anybody wrote") from None
     except ValueError as error:  # malformed, a number of thousands of digits, or bytes in no known encoding
         raise OutsideError(f"is not JSON: {shown(str(error), 200)}") from None
+
+
+def lacks(value: Any, shape: Any, name: str = "it") -> Iterator[str]:
+    """What ``value`` lacks of a shape: a type, or a dictionary of the shapes of what it must hold by these names.
+
+    >>> list(lacks({"a": {"b": "x"}, "c": True}, {"a": {"b": str, "d": str}, "c": int}))
+    ['a.d is missing', 'c is true, which is no number']
+    """
+    kind = dict if isinstance(shape, dict) else shape
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        yield f"{name} is {shown(json.dumps(value))}, which is no {_KINDS[kind]}"
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            path = key if name == "it" else f"{name}.{key}"
+            yield from lacks(value[key], inner, path) if key in value else [f"{path} is missing"]
 
 
 def read_yaml(text: str) -> Any:

@@ -7,7 +7,7 @@ came from.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,18 @@ import pandas as pd
 from surgery import disk
 from surgery.chapters import CHAPTERS as CHAPTERS
 from surgery.chapters import every_chapter
-from surgery.page.chapters import Chapter
+from surgery.outside import lacks, shown
+from surgery.page.chapters import Chapter, Manifests, Tables
 from surgery.page.parts import PAGE, Cell, Section, Table, model_name, write_page
 from surgery.records import tables
+
+SHAPE: dict[str, Any] = {  # of the manifest of a measurement: what the page says of each
+    "model": {"name": str, "n_layers": int, "d_model": int, "weights_sha256": str},
+    "tokens": {"prompts": int, "tokens": int, "sha256": str},
+    "settings": dict,
+    "versions": {"surgery": str},
+    "time": str,
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,38 @@ class Measured:
                 f"{folder} holds no measurement ({', '.join(known)}); make one with: surgery study --out {folder}"
             )
         listed = [name for files in present.values() for name in files]
+        manifests = {name: tables.read_manifest(folder / name) for name in listed}
+        for name in (name for chapter in every if chapter.of_model for name in present[chapter.name]):
+            if lacking := next(lacks(manifests[name], SHAPE), None):
+                raise ValueError(f"the manifest of {folder / name} is of no measurement: {lacking}; measure it again")
         return cls(
             {name: tables.read(folder / name) for name in listed},
-            {name: tables.read_manifest(folder / name) for name in listed},
+            manifests,
             [chapter for chapter in every if present[chapter.name]],
         )
+
+    def of(self, chapter: Chapter, part: Callable[[Tables, Manifests], Any]) -> Any:
+        """What a ``part`` of a chapter makes of these tables.
+
+        Raises ValueError, naming the files, if it cannot be made of them: their columns or values are not those that
+        this version of surgery writes.
+        """
+        try:
+            return part(self.tables, self.manifests)
+        except OSError:
+            raise
+        except Exception as error:  # files from outside can hold anything, and their hash says nothing about that
+            names, why = chapter.present([*self.tables]), shown(f"{type(error).__name__}: {error}", 200)
+            for name in names:
+                lacking = [column for column in chapter.files[name] if column not in self.tables[name]]
+                if absent := [column for column in lacking if f"'{column}'" in str(error)]:
+                    why = f"{name} has no column {absent[0]}"
+                elif self.tables[name].empty:
+                    why += f" ({name} has no row)"
+            raise ValueError(
+                f"the files of {chapter.name} ({', '.join(names)}) are not as this version of surgery writes them: "
+                f"{why}; measure again, or take them out of the folder"
+            ) from error
 
 
 def build(folder: str | Path) -> Path:
@@ -73,7 +109,7 @@ def build(folder: str | Path) -> Path:
     sections = [
         _findings(measured),
         _measurements(measured),
-        *(chapter.on_page(measured.tables, measured.manifests) for chapter in measured.chapters),
+        *(measured.of(chapter, chapter.on_page) for chapter in measured.chapters),
         _limits(measured),
         _columns(measured),
         _provenance(measured),
@@ -102,7 +138,7 @@ def _findings(measured: Measured) -> Section:
             "These files were not measured on the same model and the same prompts: do not read them together."
         )
     for chapter in measured.chapters:
-        chapter_sentences = chapter.say(measured.tables, measured.manifests)
+        chapter_sentences = measured.of(chapter, chapter.say)
         sentences += [sentence.text for sentence in chapter_sentences if sentence.headline]
     return Section("found", "What was found", findings=sentences)
 
@@ -129,7 +165,7 @@ def _measurements(measured: Measured) -> Section:
 
 
 def _limits(measured: Measured) -> Section:
-    notes = [note for chapter in measured.chapters for note in chapter.untold(measured.tables, measured.manifests)]
+    notes = [note for chapter in measured.chapters for note in measured.of(chapter, chapter.untold)]
     notes.append(
         "All of this holds for these prompts and for whole layers; attention and MLP inside a layer are not "
         "distinguished."

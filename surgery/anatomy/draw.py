@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from surgery.anatomy.files import BOUNDARIES, CONVERGENCE, DETECTORS, ENDS
-from surgery.page.drawing import ACCENT, BLUE, FAINT, GREY, INK
+from surgery.page.drawing import ACCENT, BLUE, FAINT, GREY, INK, plain
 
 KINDS = {
     "same_content": ("same content, other language", ACCENT),
@@ -49,7 +49,7 @@ def boundaries(posterior: pd.DataFrame, detectors: pd.DataFrame, n_layers: int) 
     above.set(ylim=(0, 1), ylabel="share of resamples")
     above.set_title("Where input, middle and output part meet", loc="left")
     above.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
-    below.set_yticks(range(len(names)), names)
+    below.set_yticks(range(len(names)), [plain(name) for name in names])
     below.set(ylim=(len(names) - 0.5, -0.5), xlim=(-0.5, n_layers + 0.5), xlabel="first layer behind the boundary")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
@@ -89,7 +89,7 @@ def ends(frame: pd.DataFrame) -> Figure:
             axes.plot(value, heights, "o", color=colour, label=which)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_title(f"ends minus middle, {label}", loc="left")
-        axes.set_yticks(range(len(frame)), frame["kind"])
+        axes.set_yticks(range(len(frame)), [plain(kind) for kind in frame["kind"]])
         axes.set_ylim(len(frame) - 0.3, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)

@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from surgery import outside
 from surgery.corpus import questions
 from surgery.corpus.babel import LANGUAGES
 from surgery.corpus.questions import Probe as Probe
@@ -48,6 +49,7 @@ from surgery.models.tokens import Tokens, has_unknown_words, padded, require_kno
 
 FIELDS = ("prompt", "answer", "group", "choices", "cluster")
 EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group", "choices" and "cluster"'
+LONGEST_NAME = 200  # characters of a group or cluster in a file
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,8 @@ def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
             an unknown field or one of the wrong type, an empty answer, or an answer that is not among its choices.
     """
     path = Path(path)
-    lines = read_lines(path, "a .jsonl file")
     probes = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_lines(path, "a .jsonl file"):
         if line.strip():
             try:
                 probes.append(_probe(line))
@@ -244,24 +245,36 @@ def text(source: "str | Path | Sequence[str]", most: int | None = None, max_toke
 
 def _probe(line: str) -> Probe:
     try:
-        entry = json.loads(line)
+        entry = outside.read_json(line)
     except ValueError as error:
-        raise ValueError(f"this is not JSON ({error}); expected {EXPECTED}") from error
+        raise ValueError(f"this {error}; expected {EXPECTED}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"this is not a JSON object; expected {EXPECTED}")
     for name in entry:
         if name not in FIELDS:
-            raise ValueError(f'there is no field "{name}"; there are {", ".join(FIELDS)}')
+            raise ValueError(f'there is no field "{outside.shown(name)}"; there are {", ".join(FIELDS)}')
     for name in ("prompt", "answer"):
         if name not in entry:
             raise ValueError(f'"{name}" is missing; expected {EXPECTED}')
     for name in ("prompt", "answer", "group", "cluster"):
         if not isinstance(entry.get(name, ""), str):
-            raise ValueError(f'"{name}" is not a string but {json.dumps(entry[name])}')
+            raise ValueError(f'"{name}" is not a string but {_json(entry[name])}')
     choices = entry.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f'"choices" is not a list of strings but {json.dumps(choices)}')
+        raise ValueError(f'"choices" is not a list of strings but {_json(choices)}')
+    for name, words in {**entry, "choices": "".join(choices)}.items():
+        try:
+            outside.require_text(words)
+        except ValueError as error:
+            raise ValueError(f'"{name}" {error}') from error
+    for name in ("group", "cluster"):
+        if len(entry.get(name, "")) > LONGEST_NAME or "\0" in entry.get(name, ""):
+            raise ValueError(f'"{name}" is no name: it has at most {LONGEST_NAME} characters, and none of them is null')
     return Probe(entry["prompt"], entry["answer"], entry.get("group", ""), tuple(choices), entry.get("cluster", ""))
+
+
+def _json(value: Any) -> str:
+    return outside.shown(json.dumps(value, ensure_ascii=False))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

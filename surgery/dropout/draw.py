@@ -25,7 +25,7 @@ from surgery.dropout.mask_ensemble import ARITHMETIC, GEOMETRIC, SCALING
 from surgery.dropout.say import dropout_rate, layer_count
 from surgery.dropout.stability import EFFECTS, SPREADS, effects, run_statistics
 from surgery.dropout.verdicts import ACROSS, CONFIRMED, LOSS, MEASURES, WITHIN, measures_of
-from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREEN, INK, ORANGE, PINK
+from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREEN, INK, ORANGE, PINK, plain
 from surgery.stats import bootstrap
 
 WAYS = {ARITHMETIC: ACCENT, GEOMETRIC: BLUE, SCALING: INK}  # colours of the ways to average
@@ -54,7 +54,7 @@ def models(frame: pd.DataFrame) -> Figure:
         for axes, name in zip(row, names):
             _, sign, phrase = MEASURES[name]
             for (matched, part), colour in zip(frame.groupby("matched", sort=False), COLOURS):
-                axes.plot(part.groupby("rate")[name].mean(), color=colour, label=f"matched {matched}")
+                axes.plot(part.groupby("rate")[name].mean(), color=colour, label=plain(f"matched {matched}"))
                 axes.plot(part["rate"], part[name], ".", color=colour, markersize=4)
             title = phrase + {1: " \u2191", -1: " \u2193", 0: ""}[sign]
             axes.set_title("\n".join(textwrap.wrap(title, 26)), fontsize=8, loc="left")
@@ -73,7 +73,7 @@ def confirmation(frame: pd.DataFrame) -> Figure:
     for axes, name in zip(figure.subplots(1, len(CONFIRMED)), CONFIRMED, strict=True):
         for (matched, part), colour in zip(frame.groupby("matched", sort=False), COLOURS):
             for number, (_, run) in enumerate(part.groupby("seed")):
-                label = f"matched {matched}" if number == 0 else None
+                label = plain(f"matched {matched}") if number == 0 else None
                 axes.plot(run["rate"], run[name], "o-", color=colour, markersize=3, linewidth=0.8, label=label)
         axes.set_title("\n".join(textwrap.wrap(MEASURES[name][2], 34)), fontsize=8, loc="left")
         axes.set_xlabel("dropout in training", fontsize=8)
@@ -89,9 +89,9 @@ def probes(frame: pd.DataFrame) -> Figure:
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
         shown = frame[(frame["probe"] == name) & (frame["matched"] == LOSS)]
         for (p, part), colour in zip(shown.groupby("p"), COLOURS):
-            axes.plot(part.groupby("rate")["excess"].mean(), color=colour, label=f"{p:.0%} of the {name}")
+            axes.plot(part.groupby("rate")["excess"].mean(), color=colour, label=plain(f"{p:.0%} of the {name}"))
             axes.plot(part["rate"], part["excess"], ".", color=colour, markersize=4)
-        axes.set_title(f"{name} dropped at test time", loc="left", fontsize=10)
+        axes.set_title(plain(f"{name} dropped at test time"), loc="left", fontsize=10)
         axes.set_xlabel("dropout in training")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)

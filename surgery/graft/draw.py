@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from surgery.graft.walk import LONGER, MORE, REAL
-from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREY, INK, whiskers
+from surgery.page.drawing import ACCENT, BLUE, COLOURS, FAINT, GREY, INK, plain, whiskers
 
 CURVES_CAPTION = (
     "Loss on the prompts that training may be stopped by, against operations, those of the teacher left out and "
@@ -47,7 +47,9 @@ def curves(frame: pd.DataFrame, methods: pd.DataFrame) -> Figure:
         for (method, seed), run in frame.groupby(["method", "seed"], sort=False):
             shown = run[run[x] > 0]
             first = seed == frame.loc[frame["method"] == method, "seed"].iloc[0]
-            axes.plot(shown[x], shown[loss], color=colours[method], linewidth=1.4, label=method if first else None)
+            axes.plot(
+                shown[x], shown[loss], color=colours[method], linewidth=1.4, label=plain(method) if first else None
+            )
         _levels(axes, untrained, loss)
         if x in snapshots:
             axes.plot(snapshots[x], snapshots[loss], "x", color=INK, label="the whole model's own training")
@@ -81,7 +83,7 @@ def sizes(frame: pd.DataFrame) -> Figure:
         axes.set_xticks(widths, [f"{width:g}" for width in widths])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("MLP width of the new layers")
-        axes.set_title(f"equal {budget}", loc="left")
+        axes.set_title(plain(f"equal {budget}"), loc="left")
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel(f"held-out loss, nats per {unit}")
     figure.axes[-1].legend(fontsize=8)
@@ -107,7 +109,7 @@ def walked_activations(frame: pd.DataFrame) -> Figure:
             x = np.array([kinds.index(kind) for kind in rows["kind"]]) + (0.15 if control else -0.15)
             whiskers(axes, x, rows, name, 5, fmt="s" if control else "o", color=colour, label=label)
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
+        axes.set_xticks(range(len(kinds)), [plain(kind) for kind in kinds], rotation=40, ha="right", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.supxlabel("line: the same prompts, not walked; 95 % intervals over prompts", fontsize=9, color=FAINT)
@@ -126,7 +128,7 @@ def walks(frame: pd.DataFrame) -> Figure:
             of_method, aside = frame[frame["method"] == name], 1.03 ** (place - (len(names) - 1) / 2)
             mean = of_method.groupby("real_tokens")[column].mean()
             style = {"linestyle": styles.get(name, "-"), "linewidth": 1.4, "marker": "_", "markersize": 9}
-            axes.plot(mean.index * aside, mean, color=colour, label=name, **style)
+            axes.plot(mean.index * aside, mean, color=colour, label=plain(name), **style)
             axes.plot(of_method["real_tokens"] * aside, of_method[column], ".", color=colour)
         axes.set_xscale("log")
         axes.set_xticks(amounts, [f"{amount:,.0f}" for amount in amounts])
@@ -155,7 +157,7 @@ def _levels(axes: Axes, methods: pd.DataFrame, loss: str) -> None:
     for place, (_, row) in enumerate(methods.iterrows()):
         axes.axhline(row[loss], color=FAINT, linestyle="--", linewidth=0.8)
         axes.annotate(
-            row["method"],
+            plain(row["method"]),
             (0.99 - 0.33 * place, row[loss]),
             xycoords=("axes fraction", "data"),
             ha="right",

@@ -16,7 +16,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from surgery.outside import shown
 
 PRINTED_UP_TO = 16  # layers; in deeper models a number no longer fits into its cell
 # The one palette: Okabe and Ito's (2008), which the colour-blind can tell apart, and greys.
@@ -24,6 +27,21 @@ INK, FAINT, GREY, PALE = "#222222", "#555555", "#999999", "#CCCCCC"
 ACCENT, BLUE, GREEN, PINK, ORANGE, SKY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 VIOLET = "#7B6BB0"
 COLOURS = (ACCENT, BLUE, GREEN, PINK, ORANGE, SKY, INK)  # of lines that are told apart by colour alone
+
+
+def plain(text: object, most: int = 40) -> str:
+    r"""Text from outside (a group, a folder, a wiring) as a figure shows it, whatever it holds.
+
+    It is one line of at most ``most`` characters, no mathematics, and a character that the font lacks is written as its
+    number: two groups in a script without glyphs stay apart. Every label that is not our own goes through this.
+
+    >>> plain("$a$_1"), plain("_a\n\u4e2d")
+    ('\\$a\\$_1', ' _a\\n\\u4e2d')
+    """
+    font = get_font(findfont(FontProperties()))
+    there = (c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in shown(str(text), most))
+    label = "".join(there).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label  # or a legend leaves it out
 
 
 def png(figure: Figure) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from surgery import disk
+from surgery import disk, outside
 from surgery.page import phrases
 
 PAGE = "report.html"
@@ -74,7 +74,10 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     """
     path = Path(path)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("surgery.page", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("surgery.page", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if value.isprintable() else outside.printable(value),
     )
     page = environment.get_template("page.html").render(title=title, subtitle=subtitle, sections=sections)
     disk.save({path: page.encode()})

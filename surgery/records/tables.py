@@ -16,16 +16,28 @@ afterwards.
 [0.1]
 """
 
+import bisect
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from surgery import disk
+from surgery.outside import OutsideError, lacks, read_json, shown
+
+SHAPE: dict[str, Any] = {"sha256": str, "file": str, "rows": int, "types": {}, "columns": {}}  # of a manifest
+_READ: dict[str, Callable[[pd.Series], pd.Series]] = {  # a column of a CSV file, by the type in the manifest
+    "flag": lambda column: column.map({"True": True, "False": False}).astype("boolean").astype("bool"),
+    "int": lambda column: column.astype("int"),
+    "float": lambda column: column.astype("float"),
+    "text": lambda column: column,
+}
+_UNREADABLE = (ValueError, TypeError, OverflowError)
+_LONGEST_MANIFEST = 2**22  # bytes
 
 
 def write(
@@ -71,10 +83,47 @@ def read(path: str | Path) -> pd.DataFrame:
         raise ValueError(
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
-    strings = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""])
-    types = manifest["types"]
-    flags = {name: strings[name] == "True" for name, kind in types.items() if kind == "flag"}
-    return strings.assign(**flags).astype({name: kind for name, kind in types.items() if kind in ("int", "float")})
+    try:
+        return _typed(_cells(text, manifest), manifest["types"])
+    except ValueError as error:
+        raise ValueError(f"{path} is not a table that surgery wrote: {shown(str(error), 300)}") from error
+
+
+def _cells(text: bytes, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The cells of a CSV file as text, NaN for an empty one. Raises ValueError for what ``write`` does not write."""
+    cells = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""], lineterminator="\n")
+    if not isinstance(cells.index, pd.RangeIndex):
+        raise ValueError("its rows have more cells than its header")
+    if [*cells] != [*manifest["types"]]:
+        raise ValueError(f"its columns are {[*cells]}, those of its manifest {[*manifest['types']]}")
+    if len(cells) != manifest["rows"]:
+        raise ValueError(f"it has {len(cells)} rows, its manifest says {manifest['rows']}")
+    if cells.iloc[:, -1].isna().any():  # perhaps because a row is short
+        lines = zip(text.split(b"\n"), cells.to_csv(index=False, lineterminator="\n").encode().split(b"\n"))
+        for number, (line, whole) in enumerate(lines, start=1):
+            if line != whole:
+                raise ValueError(f"line {number} has too few cells")
+    return cells
+
+
+def _typed(cells: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
+    """The cells as what the manifest says they are. Raises ValueError, naming column and row, for one that is not."""
+    for name, kind in types.items():
+        column, read = cells[name], _READ[kind]
+        try:
+            cells[name] = read(column)
+        except _UNREADABLE:
+            row = bisect.bisect_left(range(len(column)), True, key=lambda row: not _can(read, column[: row + 1]))
+            raise ValueError(f"row {row + 1} has {shown(column[row])!r} under {name}, which is no {kind}") from None
+    return cells
+
+
+def _can(read: Callable[[pd.Series], pd.Series], column: pd.Series) -> bool:
+    try:
+        read(column)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _type(values: pd.Series) -> str:
@@ -88,13 +137,23 @@ def _type(values: pd.Series) -> str:
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read the manifest of the CSV file at ``path``. Raises ``ValueError`` if it is missing or damaged."""
     path = Path(path)
+    place = manifest_path(path)
     try:
-        manifest = json.loads(_bytes(manifest_path(path)))
+        manifest = read_json(_bytes(place, _LONGEST_MANIFEST))
+    except OutsideError as error:
+        raise ValueError(f"{path} cannot be trusted without its manifest: {place} {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be trusted without its manifest: {error}") from error
-    if not isinstance(manifest, dict) or "sha256" not in manifest:
-        raise ValueError(f"{manifest_path(path)} is not a manifest: it names no sha256; measure {path.name} again")
-    return manifest
+    if lacking := next(lacks(manifest, SHAPE), None):
+        raise ValueError(f"{place} is not a manifest: {lacking}; measure {path.name} again")
+    types, columns = manifest["types"], manifest["columns"]
+    if [*types] != [*columns] or not all(isinstance(text, str) for text in (*types.values(), *columns.values())):
+        raise ValueError(
+            f"{place} is not a manifest: its types are not those of its columns; measure {path.name} again"
+        )
+    if unknown := [kind for kind in types.values() if kind not in _READ]:
+        raise ValueError(f"{place} is not a manifest: {shown(unknown[0])!r} is no type; measure {path.name} again")
+    return dict(manifest)
 
 
 def manifest_path(path: Path) -> Path:
@@ -102,8 +161,13 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.manifest.json")
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int | None = None) -> bytes:
+    """What a file holds; ValueError for one that cannot be read, that is longer than ``most``, or that never ends."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"cannot read {path}: it is not a file")
+        if most is not None and path.stat().st_size > most:
+            raise ValueError(f"cannot read {path}: it is longer than {most / 2**20:.0f} MiB")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error

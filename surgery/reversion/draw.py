@@ -29,6 +29,7 @@ from surgery.page.drawing import (
     SKY,
     band,
     line,
+    plain,
     triangle,
     whiskers,
 )
@@ -97,7 +98,7 @@ def coordinates(frame: pd.DataFrame) -> Figure:
                 layers, part["kappa_mechanical"], "--", color=INK, linewidth=1, label="mechanical: 1 - 1/√(1 + r²)"
             )
         line(axes, layers, part, "kappa", ACCENT, "kappa of the model")
-        axes.set_title(f"{name}: {TITLES.get(name, '')}", loc="left", fontsize=10)
+        axes.set_title(plain(f"{name}: {TITLES.get(name, '')}", 80), loc="left", fontsize=10)
         axes.set_ylabel("kappa")
         _finish(axes)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)

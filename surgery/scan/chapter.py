@@ -20,7 +20,8 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     sentences = headlines(
         words.findings(tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS])
     )
-    sentences += map(Sentence, words.best_groups(tables[study.GROUPS], found))
+    groups = tables[study.GROUPS].fillna({"group": ""})  # a CSV file has no empty text
+    sentences += map(Sentence, words.best_groups(groups, found))
     if study.PAINTERS in tables and found.done:
         sentences += map(Sentence, words.painters(tables[study.PAINTERS], found.metric))
     return sentences

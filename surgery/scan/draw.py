@@ -27,7 +27,21 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from surgery.page.chapters import Drawing
-from surgery.page.drawing import ACCENT, BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALE, PINK, PRINTED_UP_TO, SKY, VIOLET
+from surgery.page.drawing import (
+    ACCENT,
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PINK,
+    PRINTED_UP_TO,
+    SKY,
+    VIOLET,
+    plain,
+)
 from surgery.wiring.value import Wiring
 
 SURE = 0.05  # p_max below which a gain is marked
@@ -35,6 +49,7 @@ MOST_WIRINGS = 8  # side by side: one colour each
 PALETTE = (BLUE, ACCENT, GREEN, PINK, ORANGE, SKY, GREY, INK)
 MARKERS = "os^DvPX*"
 UNCHANGED = "the unmodified model"
+MOST_GROUPS = 100  # beside each other
 MOST_BARS = 4  # wirings in every group of probes, of the winners of a scan
 UNITS = {
     "loglik": "nats per answer",
@@ -144,12 +159,12 @@ def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") 
         np.append(x, reach), np.append(y, y[-1]), where="post", color=ACCENT, linewidth=1.8, label="front", zorder=1
     )
     names = np.append(points["wiring"].to_numpy(str), ":")[front]
-    best = [place for place in np.argsort(-y)[:labels] if names[place] != ":"]
+    best = {place: plain(names[place]) for place in np.argsort(-y)[:labels] if names[place] != ":"}
     left = extra[gain >= floor].min(initial=0) - 0.5
-    for place in best:
-        beyond = (x[place] - left) / (reach - left) + 0.011 * len(names[place]) > 1  # the label would leave the figure
+    for place, name in best.items():
+        beyond = (x[place] - left) / (reach - left) + 0.011 * len(name) > 1  # the label would leave the figure
         axes.annotate(
-            names[place],
+            name,
             (x[place], y[place]),
             xytext=(-4 if beyond else 4, 4),
             textcoords="offset points",
@@ -185,8 +200,9 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
         raise ValueError(f"the wiring {absent[0]} is not in the table")
     if len(names) > MOST_WIRINGS:
         raise ValueError(f"{len(names)} wirings are too many beside each other, choose at most {MOST_WIRINGS}")
-    groups = sorted(set(table["group"]), key=_naturally)
-    rows = table.set_index(["wiring", "group"])
+    table = table.assign(group=table["group"].fillna("").astype(str))  # a CSV file has no empty text
+    every = sorted(set(table["group"]), key=_naturally)
+    groups, rows = every[:MOST_GROUPS], table.set_index(["wiring", "group"])
     across = float(np.clip(0.28 * len(groups) * (len(names) + 1) + 3.5, 7, 16))
     figure = Figure(figsize=(across, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -194,7 +210,7 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
     for place, name in enumerate(names):
         own = rows.loc[name].reindex(groups)
         x = np.arange(len(groups)) + width * (place - (len(names) - 1) / 2)
-        axes.bar(x, own["gain"], width * 0.92, color=PALETTE[place], label=name, alpha=0.85)
+        axes.bar(x, own["gain"], width * 0.92, color=PALETTE[place], label=plain(name), alpha=0.85)
         ends = [(own["gain"] - own["gain_low"]).abs(), (own["gain_high"] - own["gain"]).abs()]
         axes.errorbar(x, own["gain"], yerr=ends, linestyle="none", ecolor=INK, elinewidth=1)
         for at, (_, row) in zip(x, own.iterrows()):
@@ -203,8 +219,9 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
                 axes.annotate("*", (at, end), xytext=(0, 0), textcoords="offset points", ha="center", fontsize=13)
     axes.axhline(0, color=INK, linewidth=0.8)
     counts = rows.groupby("group")["n_prompts"].max()
-    axes.set_xticks(range(len(groups)), [f"{group or 'all'}\n({counts[group]})" for group in groups])
-    axes.set(xlabel="group of probes (how many)", ylabel=_gain_label(unit))
+    axes.set_xticks(range(len(groups)), [f"{plain(group or 'all')}\n({counts[group]})" for group in groups])
+    more = f"; {len(every) - len(groups)} more are not shown" if len(every) > len(groups) else ""
+    axes.set(xlabel=f"group of probes (how many){more}", ylabel=_gain_label(unit))
     axes.set_title("Where it helps: gain by group", loc="left")
     axes.margins(y=0.12)
     figure.supxlabel(
@@ -231,7 +248,7 @@ def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model"
         own = table[table["variant"] == variant].groupby("size")[["gain", "gain_low", "gain_high"]].mean().reset_index()
         style: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
         axes.fill_between(own["size"], own["gain_low"], own["gain_high"], color=style["color"], alpha=0.15, linewidth=0)
-        axes.plot(own["size"], own["gain"], markersize=5, linewidth=1.6, label=variant, **style)
+        axes.plot(own["size"], own["gain"], markersize=5, linewidth=1.6, label=plain(variant), **style)
     axes.axhline(0, color=INK, linewidth=0.8, linestyle="--", label=UNCHANGED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers in the window", ylabel=ylabel)
@@ -242,8 +259,9 @@ def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model"
 
 
 def _naturally(name: str) -> list[Any]:
-    """Sort key that puts k=10 after k=9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    """Sort key that puts k=10 after k=9, however long a number is."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _gain_label(unit: str) -> str:

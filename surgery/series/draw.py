@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from surgery.page.drawing import ACCENT, BLUE, FAINT, INK, triangle
+from surgery.page.drawing import ACCENT, BLUE, FAINT, INK, plain, triangle
 
 
 def windows(frame: pd.DataFrame) -> Figure:
@@ -47,7 +47,7 @@ def known_networks(networks: pd.DataFrame, frame: pd.DataFrame, name: str = "thi
         axes.plot(values, place + spread, "o", markersize=4, alpha=0.55, color=colour, markeredgewidth=0)
         if len(values):
             axes.plot([np.median(values)] * 2, [place - 0.34, place + 0.34], color=INK, linewidth=1.8)
-    axes.set_yticks(range(len(rows)), [f"{label}  ({column.count()})" for label, column in rows])
+    axes.set_yticks(range(len(rows)), [f"{plain(label)}  ({column.count()})" for label, column in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.axhline(len(rows) - 1.5, color=INK, linewidth=0.8)

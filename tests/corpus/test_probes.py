@@ -118,7 +118,7 @@ def test_a_bad_file(tmp_path):
     (tmp_path / "binary.jsonl").write_bytes(b"\x80\x81")
     for name, message in [
         ("empty.jsonl", "holds no probe"),
-        ("binary.jsonl", "byte 0 is not UTF-8"),
+        ("binary.jsonl", "line 1 is not text: byte 1 is not UTF-8"),
         ("none.jsonl", "cannot read .*does not exist"),
         (".", "cannot read .*is a folder"),
     ]:

@@ -33,7 +33,9 @@ def test_a_list_in_one_json_file(tmp_path):
     for content, message in (
         ('{"text": "one"}', "is not a JSON list"),
         ('[{"words": 1}]', r"entry 1 has no text"),
-        ("[1,", "is not JSON"),
+        ('["a",', "entry 2 is not JSON"),
+        ('["a" "b"]', "entry 2 is not JSON: there is no comma"),
+        ("[" * 100_000, "entry 1 is not JSON: it is nested too deeply"),
         ("", "holds no prompt"),
         ("[]", "holds no prompt"),
     ):

@@ -114,7 +114,7 @@ def test_a_file_without_manifest_is_refused(path):
 def test_a_manifest_without_hash_is_refused(path):
     tables.write(made_up.series(), path, {}, made_up.COLUMNS[made_up.SERIES])
     (path.parent / "series_windows.manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no sha256"):
+    with pytest.raises(ValueError, match="sha256 is missing"):
         tables.read(path)
 
 
