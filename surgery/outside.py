@@ -4,17 +4,21 @@ Whatever a user, a file or a model brings comes in here, so that it costs little
 ``read_json`` and ``read_yaml`` return a value or raise ``OutsideError``, whose message follows the name of the file.
 """
 
-import itertools
+import functools
 import json
+import reprlib
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:
+    import yaml  # imported where it is used: the wirings show text from outside and need no YAML
 
-LONGEST_YAML = 200_000  # characters: PyYAML reads about as many in a second
-DEEPEST_YAML = 100  # brackets within brackets: PyYAML's time grows with the square of it
-MOST_NODES = 20_000  # of a YAML text with all its aliases written out
+LONGEST_YAML = 200_000  # characters
+DEEPEST_YAML = 100  # lists and mappings within each other
+MOST_NODES = 10_000  # values of a YAML text with all its aliases written out: half a second of PyYAML
+LONGEST_NUMBER = 100  # characters: YAML's numbers to the base 60 take time with the square of it
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _KINDS = {dict: "object", list: "list", str: "text", int: "number", float: "number"}
 SHOWN = 60  # characters of foreign text in a message
 
@@ -30,11 +34,18 @@ def shown(value: Any, most: int = SHOWN) -> str:
     ('a\\n\\x1b[31mb\\ud800', 'xxxxx...', '[1, 2]')
     """
     try:
-        text = value if isinstance(value, str) else repr(value)
-    except Exception:  # a foreign object's repr, or one nested too deeply
-        text = f"a {type(value).__name__}"
+        text = value if isinstance(value, str) else _short(most).repr(value)
+    except Exception:  # a foreign object's repr, or a number of thousands of digits
+        text = f"a value of type {type(value).__name__}"
     line = printable(text[: most + 1])
     return line if len(text) <= most else f"{line[:most]}..."
+
+
+def _short(most: int) -> reprlib.Repr:
+    """A ``repr`` that takes no more time or memory than it shows, whatever a list repeats or how deep it goes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most + 10
+    return short
 
 
 def printable(text: str) -> str:
@@ -90,11 +101,10 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > LONGEST_YAML:
         raise OutsideError(f"is too long for YAML: {len(text):,} characters, {LONGEST_YAML:,} are read")
-    opened = itertools.accumulate((character in "[{") - (character in "]}") for character in text)
-    if max(opened, default=0) > DEEPEST_YAML:
-        raise OutsideError("is nested too deeply to be YAML that anybody wrote")
+    import yaml
+
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _bounded_loader()(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -113,7 +123,30 @@ def read_yaml(text: str) -> Any:
         raise OutsideError(f"is not YAML: {shown(' '.join(str(error).split()), 200)}") from None
 
 
-def _size(node: yaml.Node, known: dict[int, float]) -> float:
+@functools.cache
+def _bounded_loader() -> type:
+    """PyYAML's safe loader, which stops as soon as a text is too much; aliases are not followed yet."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        nodes = depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.nodes, self.depth = self.nodes + 1, self.depth + 1
+            if self.nodes > MOST_NODES:
+                raise OutsideError(f"holds more than {MOST_NODES:,} values")
+            if self.depth > DEEPEST_YAML:
+                raise RecursionError
+            node = super().compose_node(parent, index)
+            if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+                raise OutsideError(f"has a number of {len(node.value):,} characters: {shown(node.value, 20)}")
+            self.depth -= 1
+            return node
+
+    return Loader
+
+
+def _size(node: "yaml.Node", known: dict[int, float]) -> float:
     """How many values a node stands for, every alias counted again; infinite if it contains itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")  # while it is being counted

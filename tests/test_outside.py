@@ -9,13 +9,38 @@ LAUGHS = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}' if i else '1'] * 9)}]\n
 
 @pytest.mark.parametrize(
     "text",
-    [LAUGHS, "[" * 150_000, "&a [*a]", "? [a]\n: b", "x: 2020-13-45", "x: " + "9" * 6000, "x: !!float a", "a: b: c"],
+    [
+        LAUGHS,
+        "[" * 150_000,
+        "- " * 90_000,
+        "[1," * 60_000,
+        "-\n" * 60_000,
+        "1" + ":1" * 90_000,
+        "0x" + "f" * 900,
+        "&a [*a]",
+        "? [a]\n: b",
+        "x: 2020-13-45",
+        "x: " + "9" * 6000,
+        "x: !!float a",
+        "a: b: c",
+    ],
 )
 def test_yaml_that_cannot_be_read_ends_in_one_short_sentence(text):
     with pytest.raises(OutsideError) as error:
         read_yaml(text)
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
+
+
+def test_brackets_inside_quotes_are_text():
+    assert read_yaml("a: '" + "[" * 1000 + "'") == {"a": "[" * 1000}
+
+
+def test_what_is_shown_costs_no_more_than_it_shows():
+    long = "x" * 10**6
+    assert len(shown([long] * 10**6)) < 100
+    assert len(shown({long: long})) < 100
+    assert shown(10**5000) == "a value of type int"
 
 
 def test_aliases_of_little_are_read_and_count_as_what_they_stand_for():
@@ -47,4 +72,4 @@ def test_what_is_shown_is_one_printable_line():
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
-    assert shown(deep) == "a list"
+    assert shown(deep) == "[[[[[[[...]]]]]]]"

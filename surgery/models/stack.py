@@ -38,6 +38,7 @@ from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Batch, Tokens, encode
 from surgery.models.weights_hash import weights_sha256
+from surgery.outside import shown
 from surgery.wiring.steps import executions
 from surgery.wiring.value import Wiring
 
@@ -326,12 +327,12 @@ class Stack:
         """
         wiring = Wiring.parse(wiring, self.n_layers) if isinstance(wiring, str) else wiring
         if wiring.n_layers != self.n_layers:
-            raise ValueError(f"{wiring!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
+            raise ValueError(f"{shown(str(wiring))!r} is for {wiring.n_layers} layers, {self.name} has {self.n_layers}")
         parts = {layer.part for layer in executions(wiring.steps) if layer.part is not None}
         if parts and not parts <= self.exact_sublayers:
             exact = ", ".join(self.exact_sublayers)
             why = f"have only {exact}" if exact else "cannot be split exactly"
-            raise ValueError(f"{str(wiring)!r} runs sublayers, but the layers of {self.name} {why}")
+            raise ValueError(f"{shown(str(wiring))!r} runs sublayers, but the layers of {self.name} {why}")
         if self.resized:
             width_after(wiring.steps, self.d_model if width is None else width, self._streams, self.name)
         return wiring

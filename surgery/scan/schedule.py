@@ -14,18 +14,21 @@ streams.
 There is no torch in here: a stream is whatever ``run`` starts from.
 """
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from surgery.wiring.steps import Chain, Layer, Parallel, Scaled, Step, executions
+from surgery.wiring.steps import Chain, Layer, Parallel, Scaled, Step, WiringError, executions
 from surgery.wiring.value import Wiring
+
+MOST_STREAMS = 10_000_000  # of a graph: two gigabytes, and three times what a full scan of 200 layers takes
 
 Order = Literal["up", "alternating", "deep"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """A stream: what a chain of steps makes of the embedding."""
 
@@ -58,9 +61,10 @@ class Cost:
 
 
 class Graph:
-    """All streams that the wirings pass through, each once."""
+    """All streams that the wirings pass through, each once. Raises WiringError for more than ``MOST_STREAMS``."""
 
     def __init__(self, wirings: Sequence[Wiring]) -> None:
+        self.size = 0
         self.root = Node()
         for index, wiring in enumerate(wirings):
             end = self._follow(self.root, wiring.steps)
@@ -80,6 +84,9 @@ class Graph:
                 ends = tuple(self._follow(node, branch) for branch in branches)
             case Scaled(_, body):
                 ends = (self._follow(node, body),)
+        self.size += 1
+        if self.size > MOST_STREAMS:
+            raise WiringError(f"these wirings pass through more than {MOST_STREAMS:,} streams: run fewer at once")
         child = Node(node, step, ends)
         node.children[step] = child
         for source in {id(source): source for source in (node, *ends)}.values():
@@ -191,20 +198,36 @@ def _one_by_one(ready: list[Node]) -> Iterator[list[Node]]:
 
 
 def _sweeps(ready: list[Node], steps: Iterable[Layer], group: int, alternating: bool) -> Iterator[list[Node]]:
-    """Yield the streams that wait for a layer, layer after layer, up and up again or up and down."""
-    waiting: dict[Layer, list[Node]] = {}
+    """Yield the streams that wait for a layer, layer after layer, up and up again or up and down.
+
+    Layers for which nothing waits cost nothing, however many sweeps a wiring takes.
+    """
     upwards = sorted(steps, key=lambda step: (step.index, step.part or ""))
-    for sweep in itertools.count():
-        for step in upwards[::-1] if alternating and sweep % 2 else upwards:
-            for node in ready:
-                assert isinstance(node.step, Layer)
-                waiting.setdefault(node.step, []).append(node)
-            ready.clear()
-            nodes = waiting.pop(step, [])
-            for first in range(0, len(nodes), group):
-                yield nodes[first : first + group]
-        if not waiting and not ready:
-            return
+    places = {step: place for place, step in enumerate(upwards)}
+    waiting: dict[Layer, list[Node]] = {}
+    ahead: list[int] = []  # places, times the direction, at which this sweep will stop: a heap
+    behind: list[int] = []  # those that wait for the next sweep
+    direction, here = 1, -1
+    while True:
+        for node in ready:
+            assert isinstance(node.step, Layer)
+            if node.step not in waiting:
+                place = direction * places[node.step]
+                if place > here:
+                    heapq.heappush(ahead, place)
+                else:
+                    behind.append(direction * place)
+            waiting.setdefault(node.step, []).append(node)
+        ready.clear()
+        if not ahead:
+            if not behind:
+                return
+            direction = -direction if alternating else direction
+            ahead, behind = sorted(direction * place for place in behind), []
+        here = heapq.heappop(ahead)
+        nodes = waiting.pop(upwards[direction * here])
+        for first in range(0, len(nodes), group):
+            yield nodes[first : first + group]
 
 
 def simulate(wirings: Sequence[Wiring], group: int = 2**31, order: Order = "up") -> Cost:

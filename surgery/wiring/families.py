@@ -1,8 +1,12 @@
-"""Families of wirings for scans: every span of a model repeated, skipped, run in parallel, swapped or reversed."""
+"""Families of wirings for scans: every span of a model repeated, skipped, run in parallel, swapped or reversed.
+
+Each yields its wirings one by one, and raises WiringError at once for a number of layers that no model has.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
+from surgery.wiring.steps import require_layers
 from surgery.wiring.value import Wiring
 
 
@@ -12,28 +16,32 @@ def every_repeat(n_layers: int, times: int = 2) -> Iterator[Wiring]:
     >>> [str(wiring) for wiring in every_repeat(2)]
     ['0 :', ': :', ': 1']
     """
-    return (Wiring.of(n_layers).repeat(i, j, times) for i, j in combinations(range(n_layers + 1), 2))
+    return (Wiring.of(n_layers).repeat(i, j, times) for i, j in _pairs(n_layers, ends=1))
 
 
 def every_skip(n_layers: int) -> Iterator[Wiring]:
     """Leave out every span but the whole model: n (n + 1) / 2 - 1 wirings ``:i j:``."""
-    spans = combinations(range(n_layers + 1), 2)
+    spans = _pairs(n_layers, ends=1)
     return (Wiring.of(n_layers).skip(i, j) for i, j in spans if j - i < n_layers)
 
 
 def every_parallel(n_layers: int, mean: bool = False) -> Iterator[Wiring]:
     """Run every span of at least two layers in parallel: n (n - 1) / 2 wirings ``:i {*i:j} j:``."""
-    return (Wiring.of(n_layers).parallel(i, j + 1, mean) for i, j in combinations(range(n_layers), 2))
+    return (Wiring.of(n_layers).parallel(i, j + 1, mean) for i, j in _pairs(n_layers))
 
 
 def every_swap(n_layers: int) -> Iterator[Wiring]:
     """Swap every two layers: n (n - 1) / 2 wirings."""
-    return (Wiring.of(n_layers).swap(i, j) for i, j in combinations(range(n_layers), 2))
+    return (Wiring.of(n_layers).swap(i, j) for i, j in _pairs(n_layers))
 
 
 def every_reverse(n_layers: int) -> Iterator[Wiring]:
     """Run every span of at least two layers backwards: n (n - 1) / 2 wirings ``:i j-1:i-1:-1 j:``."""
-    return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in combinations(range(n_layers), 2))
+    return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in _pairs(n_layers))
+
+
+def _pairs(n_layers: int, ends: int = 0) -> Iterator[tuple[int, int]]:
+    return combinations(range(require_layers(n_layers) + ends), 2)
 
 
 # By the name on the command line. ``painters`` is no family of single spans: ``surgery.scan.controls`` makes it.

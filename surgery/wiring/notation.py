@@ -10,17 +10,22 @@ r"""Notation: read the text of a wiring into steps, and write steps as text. ``s
 ``read`` accepts every spelling, ``write`` produces one: runs of layers are slices, left open where they touch an end of
 the model. A slice that is open on one side and empty, ``:0``, is allowed and means nothing, so that ``f":{j} {i}:"``
 works for all i and j. A text with two readings is refused rather than guessed: ``7*3``, ``0.5*(3:6)*2``.
+
+Steps are counted before they are made, so that a short text cannot stand for more than a wiring may have; reading and
+writing take time in proportion to the length of the text and to the number of steps.
 """
 
 import math
 import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from typing import cast
 
+from surgery.outside import shown
 from surgery.wiring.steps import (
     DEEPEST,
     HALF_OPEN,
+    LONGEST,
     Chain,
     Layer,
     Parallel,
@@ -29,12 +34,18 @@ from surgery.wiring.steps import (
     Step,
     WiringError,
     executions,
+    layer,
     no_layer,
-    repeat,
+    quoted,
+    require_layers,
+    require_text,
+    require_times,
     runs,
     too_deep,
+    too_long,
 )
 
+MOST_WORDS = 3 * LONGEST  # words and signs: ``write`` never needs more
 _TOKEN = re.compile(r"[(){}|*]|[^\s(){}|*]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]+)?|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
@@ -47,10 +58,13 @@ _SLICE = re.compile(
 def read(text: str, n_layers: int) -> Chain:
     """Parse a text into steps, not yet in normal form; a ``WiringError`` shows the place where it goes wrong.
 
+    Raises TypeError if ``text`` is none. Cost: linear in the length of the text and the number of steps.
+
     >>> read("(3)*2 7.attn", 12)
     (Layer(index=3, part=None), Layer(index=3, part=None), Layer(index=7, part='attn'))
     """
-    return _Reader(text, n_layers).everything() if text.strip() else ()
+    reader = _Reader(require_text(text, "a wiring's notation"), require_layers(n_layers))
+    return tuple(reader.everything()) if reader.word else ()
 
 
 class _Reader:
@@ -58,27 +72,37 @@ class _Reader:
 
     def __init__(self, text: str, n_layers: int) -> None:
         self.text, self.n_layers = text, n_layers
-        self.tokens = [(match[0], match.start()) for match in _TOKEN.finditer(text)] + [("", len(text.rstrip()))]
-        self.at = self.nested = 0
-
-    @property
-    def word(self) -> str:
-        return self.tokens[self.at][0]
+        words = ((match[0], match.start()) for match in _TOKEN.finditer(text))
+        self.words = chain(words, repeat(("", len(text.rstrip()))))
+        (self.word, self.place), self.next = next(self.words), next(self.words)
+        self.taken = self.nested = self.size = 0
+        self.spans: dict[str, tuple[range, Part | None]] = {}  # that were read, by their words
 
     def take(self) -> tuple[str, int]:
-        self.at += 1
-        return self.tokens[self.at - 1]
+        """Return the present word and its place, and go on to the next word."""
+        self.taken += 1
+        if self.taken > MOST_WORDS:
+            raise self.error(f"a wiring is written in at most {MOST_WORDS} words and signs")
+        taken = self.word, self.place
+        (self.word, self.place), self.next = self.next, next(self.words)
+        return taken
+
+    def grow(self, count: int, place: int) -> None:
+        """Count steps before they are made."""
+        self.size += count
+        if self.size > LONGEST:
+            raise self.error(too_long(), place)
 
     def error(self, sentence: str, place: int | None = None) -> WiringError:
-        return WiringError(sentence, self.n_layers, self.text, self.tokens[self.at][1] if place is None else place)
+        return WiringError(sentence, self.n_layers, self.text, self.place if place is None else place)
 
-    def everything(self) -> Chain:
+    def everything(self) -> list[Step]:
         steps = self.chain()
         if self.word:
-            raise self.error(f"'{self.word}' has no opening bracket before it")
+            raise self.error(f"{quoted(self.word)} has no opening bracket before it")
         return steps
 
-    def chain(self) -> Chain:
+    def chain(self) -> list[Step]:
         self.nested += 1
         if self.nested > DEEPEST + 1:
             raise self.error(too_deep())
@@ -88,25 +112,29 @@ class _Reader:
         self.nested -= 1
         return steps
 
-    def element(self) -> Chain:
+    def element(self) -> list[Step]:
         first = self.word
-        if _NUMBER.fullmatch(first) and self.tokens[self.at + 1][0] == "*":
+        if self.next[0] == "*" and _NUMBER.fullmatch(first):
             return self.scaled()
+        before = self.size
         steps = self.operand()
         if self.word != "*":
             return steps
         if first not in ("(", "{", "mean"):
-            raise self.error(f"only a group can be repeated, write ({first})*3")
+            raise self.error(f"only a group can be repeated, write ({shown(first)})*3")
         self.take()
         times, place = self.take()
         if not _INTEGER.fullmatch(times):
             raise self.error("a group is followed by how many times it runs, a factor stands before it", place)
+        size = self.size - before
         try:
-            return repeat(steps, int(times))
+            count = require_times(size, int(times))
         except WiringError as error:
             raise self.error(error.sentence, place) from None
+        self.grow(size * (count - 1), place)
+        return steps * count
 
-    def operand(self) -> Chain:
+    def operand(self) -> list[Step]:
         word, place = self.take()
         if word == "(":
             steps = self.chain()
@@ -120,32 +148,34 @@ class _Reader:
             return self.branches(self.take()[1], mean=True)
         return self.slice(word, place)
 
-    def scaled(self) -> Chain:
+    def scaled(self) -> list[Step]:
         (factor, place), _ = self.take(), self.take()
         if _INTEGER.fullmatch(factor) and _SLICE.fullmatch(self.word):
             repeats, scales = f"({factor})*{self.word}", f"{factor}*({self.word})"
             raise self.error(f"this has two readings, write {repeats} to repeat or {scales} to scale", place)
         if not math.isfinite(float(factor)):
-            raise self.error(f"a factor must be a finite number, not {factor}", place)
+            raise self.error(f"a factor must be a finite number, not {shown(factor)}", place)
+        self.grow(1, place)
         body = self.operand()
         if self.word == "*":
-            repeats, scales = f"({factor}*(...))*3", f"{factor}*((...)*3)"
+            repeats, scales = f"({shown(factor)}*(...))*3", f"{shown(factor)}*((...)*3)"
             raise self.error(f"this has two readings, write {repeats} or {scales}")
-        return (Scaled(float(factor), body),)
+        return [Scaled(float(factor), tuple(body))]
 
-    def branches(self, opening: int, mean: bool) -> Chain:
+    def branches(self, opening: int, mean: bool) -> list[Step]:
+        self.grow(1, opening)
         branches = self.branch()
         while self.word == "|":
             self.take()
             branches += self.branch()
         self.close("}", opening)
-        return (Parallel(tuple(branches), mean),)
+        return [Parallel(tuple(branches), mean)]
 
     def branch(self) -> list[Chain]:
         if self.word != "*":
-            return [self.chain()]
+            return [tuple(self.chain())]
         self.take()
-        return [(layer,) for layer in self.slice(*self.take())]
+        return [(step,) for step in self.slice(*self.take())]
 
     def close(self, bracket: str, opening: int) -> None:
         if not self.word:
@@ -154,7 +184,14 @@ class _Reader:
             raise self.error(f"'{bracket}' is missing here")
         self.take()
 
-    def slice(self, word: str, place: int) -> Chain:
+    def slice(self, word: str, place: int) -> list[Step]:
+        if word not in self.spans:
+            self.spans[word] = self.span(word, place)
+        indices, part = self.spans[word]
+        self.grow(max(1, len(indices)), place)
+        return [layer(index, part) for index in indices]
+
+    def span(self, word: str, place: int) -> tuple[range, Part | None]:
         match = _SLICE.fullmatch(word)
         if not match:
             raise self.error(_no_slice(word), place)
@@ -171,16 +208,15 @@ class _Reader:
         if not indices and start is not None and stop is not None:
             down = ", add :-1 to count down" if step is None else ""
             raise self.error(f"{word} has no layer in it, {HALF_OPEN}{down}", place)
-        part = cast(Part | None, match["part"])
-        return tuple(Layer(index, part) for index in indices)
+        return indices, cast("Part | None", match["part"])
 
 
 def _no_slice(word: str) -> str:
     if word in ("", "(", ")", "{", "}", "|", "*"):
         return "a layer or a slice of layers is missing here"
     if "," in word or ".." in word:
-        return f"'{word}' is no layer or slice such as 7, 7.attn or 3:6; Wiring.from_paths reads inclusive paths"
-    return f"'{word}' is no layer or slice such as 7, 7.attn or 3:6"
+        return f"'{shown(word)}' is no layer or slice such as 7, 7.attn or 3:6; Wiring.from_paths reads inclusive paths"
+    return f"'{shown(word)}' is no layer or slice such as 7, 7.attn or 3:6"
 
 
 def write(chain: Chain, n_layers: int) -> str:

@@ -40,6 +40,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from surgery.outside import shown
 from surgery.wiring import formats, notation
 from surgery.wiring.steps import (
     HALF_OPEN,
@@ -53,6 +54,7 @@ from surgery.wiring.steps import (
     in_parallel,
     normal_form,
     repeat,
+    require_layers,
 )
 
 __all__ = [
@@ -73,7 +75,9 @@ class Wiring:
     Methods that take positions count the top-level steps of this wiring, negative positions from the end as in Python;
     in the untouched model they are the layers. So they compose from left to right: in ``Wiring.of(32).repeat(10, 14)``
     position 14 is the second pass of layer 10. A parallel or scaled group is one step, a sublayer too. Every method
-    returns a new wiring, and raises ``WiringError`` for a span that is empty or leaves the wiring.
+    returns a new wiring, and raises ``WiringError`` for a span that is empty or leaves the wiring, and for more than
+    ``LONGEST`` steps (``surgery.wiring.steps``), those inside groups counted; what is no number, step or text is a
+    TypeError.
 
     Cost of one run: ``depth / n_layers`` forward passes. Control to compare with: ``Wiring.of(n_layers)``.
     """
@@ -82,7 +86,7 @@ class Wiring:
     steps: Chain
 
     def __post_init__(self) -> None:
-        _check(self.n_layers)
+        object.__setattr__(self, "n_layers", require_layers(self.n_layers))
         steps = normal_form(self.steps, self.n_layers)
         if not steps:
             raise WiringError("this wiring is empty, no layer runs", self.n_layers)
@@ -91,12 +95,11 @@ class Wiring:
     @classmethod
     def of(cls, n_layers: int) -> "Wiring":
         """Return the model as it is: every layer once, in order."""
-        return cls._of_layers(range(_check(n_layers)), n_layers)
+        return cls._of_layers(range(require_layers(n_layers)), n_layers)
 
     @classmethod
     def parse(cls, text: str, n_layers: int) -> "Wiring":
         """Read the notation (see the module); a ``WiringError`` shows the place where it goes wrong."""
-        _check(n_layers)
         steps = notation.read(text, n_layers)
         try:
             return cls(n_layers, steps)
@@ -163,7 +166,8 @@ class Wiring:
 
         def shuffled(span: Chain) -> Chain:
             if len(set(span)) < 2:
-                raise WiringError(f"there is no other order of {notation.write(span, self.n_layers)}", self.n_layers)
+                text = notation.write(span, self.n_layers)
+                raise WiringError(f"there is no other order of {shown(text)}", self.n_layers)
             generator, order = random.Random(seed), list(span)
             while tuple(order) == span:
                 generator.shuffle(order)
@@ -184,23 +188,25 @@ class Wiring:
         return self._rewire(start, stop, lambda span: (Scaled(factor, span),))
 
     def _rewire(self, start: int, stop: int, rewrite: Callable[[Chain], Chain]) -> "Wiring":
-        size = len(self.steps)
+        size, start, stop = len(self.steps), operator.index(start), operator.index(stop)
         if not (-size <= start <= size and -size <= stop <= size):
-            raise WiringError(f"the span {start}:{stop} leaves this wiring of {size} steps", self.n_layers)
+            span = f"{shown(start)}:{shown(stop)}"
+            raise WiringError(f"the span {span} leaves this wiring of {size} steps", self.n_layers)
         first, last, _ = slice(start, stop).indices(size)
         if first >= last:
             raise WiringError(f"the span {start}:{stop} is empty, {HALF_OPEN}", self.n_layers)
         return Wiring(self.n_layers, self.steps[:first] + rewrite(self.steps[first:last]) + self.steps[last:])
 
     def _position(self, at: int) -> int:
-        size = len(self.steps)
-        if not -size <= operator.index(at) < size:
-            raise WiringError(f"there is no position {at} in this wiring of {size} steps", self.n_layers)
+        size, at = len(self.steps), operator.index(at)
+        if not -size <= at < size:
+            raise WiringError(f"there is no position {shown(at)} in this wiring of {size} steps", self.n_layers)
         return at % size
 
     def _serial(self, form: str) -> tuple[int, ...]:
         if not self.is_serial:
-            raise WiringError(f"{form} can only say whole layers one after another, and this wiring is {self}")
+            this = shown(str(self))
+            raise WiringError(f"{form} can only say whole layers one after another, and this wiring is {this}")
         return self.layers
 
     def repeated_span(self, times: int = 2) -> tuple[int, int] | None:
@@ -213,12 +219,13 @@ class Wiring:
             return None
         blocks = self.to_rys()
         start, stop = blocks[0]
-        return (start, stop) if start < stop and blocks == [(start, stop)] * (times - 1) else None
+        repeats = len(blocks) == operator.index(times) - 1 and len(set(blocks)) == 1
+        return (start, stop) if start < stop and repeats else None
 
     @classmethod
     def from_rys(cls, spec: "str | Sequence[int] | Sequence[Sequence[int]]", n_layers: int) -> "Wiring":
         """Read RYS blocks: ``(45, 52)``, ``[(3, 6), (4, 6)]`` or ``"3,6;4,6"``; see ``surgery.wiring.formats``."""
-        return cls._of_layers(formats.read_rys(spec, _check(n_layers)), n_layers)
+        return cls._of_layers(formats.read_rys(spec, n_layers), n_layers)
 
     def to_rys(self) -> list[tuple[int, int]]:
         """Return the RYS blocks that run the same layers; ``WiringError`` if this wiring is not serial."""
@@ -227,7 +234,7 @@ class Wiring:
     @classmethod
     def from_paths(cls, text: str, n_layers: int) -> "Wiring":
         """Read inclusive paths: ``"0..14,12,13,14,15..39"`` or ``"..15,11.."``; see ``surgery.wiring.formats``."""
-        return cls._of_layers(formats.read_paths(text, _check(n_layers)), n_layers)
+        return cls._of_layers(formats.read_paths(text, n_layers), n_layers)
 
     def to_paths(self) -> str:
         """Return the inclusive paths that run the same layers; ``WiringError`` if this wiring is not serial."""
@@ -236,7 +243,7 @@ class Wiring:
     @classmethod
     def from_mergekit(cls, text: str, n_layers: int) -> "Wiring":
         """Read a mergekit passthrough configuration of one model; see ``surgery.wiring.formats``."""
-        return cls._of_layers(formats.read_mergekit(text, _check(n_layers)), n_layers)
+        return cls._of_layers(formats.read_mergekit(text, n_layers), n_layers)
 
     def to_mergekit(self, model_name: str) -> str:
         """Return the mergekit configuration that builds this wiring; ``WiringError`` if it is not serial."""
@@ -245,9 +252,3 @@ class Wiring:
     @classmethod
     def _of_layers(cls, indices: Iterable[int], n_layers: int) -> "Wiring":
         return cls(n_layers, tuple(map(Layer, indices)))
-
-
-def _check(n_layers: int) -> int:
-    if operator.index(n_layers) < 1:
-        raise WiringError(f"a model has at least one layer, not {n_layers}")
-    return n_layers

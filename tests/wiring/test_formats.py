@@ -1,10 +1,14 @@
 """The forms of other tools: by example, there and back, and what they cannot say."""
 
+import time
+
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 
 from support.random_wirings import serial
+from surgery.wiring import formats
 from surgery.wiring.families import every_repeat
 from surgery.wiring.value import Wiring, WiringError
 
@@ -73,10 +77,69 @@ def test_a_bad_path_is_shown(text: str, place: int, sentence: str) -> None:
     assert str(caught.value).split("\n") == [sentence, f"    {text}", "    " + " " * place + "^", example]
 
 
-@pytest.mark.parametrize("spec", ["3;4", "3,4,5", "a,b", "", "3,6;", [(1, 2, 3)], [1], [()]])
+BAD_RYS = [
+    *("3;4", "3,4,5", "a,b", "", "3,6;", [(1, 2, 3)], [1], [()], None, 3, 3.5, (3.0, 6.0), ["36", "47"], "x" * 10**6),
+    *(
+        "1_0,11",
+        "+3,6",
+        "٣,٦",
+        "9" * 5000 + ",3",
+        "," * 10**6,
+        ";" * 10**6,
+        b"\x03\x06",
+        (True, 6),
+        [[[]]],
+        [b"\x03\x06"],
+    ),
+    *({3: 6}, {0: 4, 1: 6}, {(3, 6): 1}, {3, 6}, {(3, 6)}, [{3: 1, 6: 1}], [{3, 6}], iter([3, 6]), range(10**9)),
+    *(np.zeros((3, 3)), np.array([0.0, 3.0]), np.array(3), [(4, 4)] * 200_000),
+]
+
+
+@pytest.mark.parametrize("spec", BAD_RYS, ids=[f"spec{i}" for i in range(len(BAD_RYS))])
 def test_a_bad_rys_spec_is_refused(spec) -> None:
-    with pytest.raises(WiringError, match="RYS blocks are written"):
+    with pytest.raises(WiringError, match="RYS blocks are written") as error:
         Wiring.from_rys(spec, 8)
+    assert len(str(error.value)) < 200
+
+
+def test_rys_blocks_may_be_arrays() -> None:
+    blocks = Wiring.from_rys([(3, 6), (4, 6)], 8)
+    for spec in (
+        np.array([[3, 6], [4, 6]]),
+        [np.array([3, 6]), np.array([4, 6])],
+        ((np.int64(3), 6), (4, np.uint8(6))),
+    ):
+        assert Wiring.from_rys(spec, 8) == blocks
+    assert Wiring.from_rys(np.array([3, 6]), 8) == Wiring.from_rys((3, 6), 8)
+
+
+def test_no_form_is_longer_than_a_wiring_may_be() -> None:
+    for read, text, n_layers in (
+        (Wiring.from_paths, "0..99999,0", 100_000),
+        (Wiring.from_paths, "," * 100_000, 12),
+        (Wiring.from_rys, [(0, 12)] * 9000, 12),
+        (Wiring.from_mergekit, MERGEKIT.replace("6]", "60000]").replace("12]", "60000]"), 60_000),
+    ):
+        with pytest.raises(WiringError, match="a wiring has at most 100000 steps"):
+            read(text, n_layers)
+    for form in (Wiring.parse, Wiring.from_paths, Wiring.from_rys, Wiring.from_mergekit):
+        with pytest.raises(WiringError, match="a model has at most 100000 layers, not 1000000000"):
+            form("0..,", 10**9)
+    for form in (Wiring.parse, Wiring.from_paths, Wiring.from_mergekit):
+        with pytest.raises(TypeError, match="is a text, not b'0'"):
+            form(b"0", 12)
+
+
+def test_a_path_may_stand_between_spaces_and_the_caret_finds_it() -> None:
+    assert Wiring.from_paths(" 0..2 ,  5", 12).layers == (0, 1, 2, 5)
+    with pytest.raises(WiringError) as caught:
+        Wiring.from_paths("0,  12", 12)
+    assert str(caught.value).split("\n")[2] == "        ^"
+    began = time.process_time()
+    with pytest.raises(WiringError):
+        Wiring.from_paths(" " * 10**5 + "x", 12)
+    assert time.process_time() - began < 2
 
 
 def test_rys_blocks_outside_the_model_or_out_of_reach_are_refused() -> None:
@@ -121,6 +184,23 @@ MERGEKIT_ERRORS = [
     (("[4, 12]", "[4, 12]\n    parameters: {scale: 0.5}"), "slice 2 should have one source"),
     (("[4, 12]", "[4, 12]\n  parameters: {scale: 0.5}"), "slice 2 should have one source"),
     (("[4, 12]", "[4, 12]\n  - {model: some/model, layer_range: [4, 12]}"), "slice 2 should have one source"),
+    (("[4, 12]", "[0x4, 1_3]"), r"slice 2 has no layers \[4, 13\]"),
+    (("[4, 12]", "[true, 12]"), r"slice 2 should have one source with a layer_range .*, not \[True, 12\]"),
+    (("[4, 12]", "[.nan, 12]"), r"a layer_range such as \[0, 6\], not \[nan, 12\]"),
+    (("[4, 12]", "[4, 2020-01-01]"), "slice 2 should have one source with a layer_range"),
+    (("[4, 12]", "[4.0, 12]"), "slice 2 should have one source with a layer_range"),
+    (("[4, 12]", "{4: 1, 12: 1}"), "slice 2 should have one source with a layer_range"),
+    (("[4, 12]", "'4'"), "slice 2 should have one source with a layer_range"),
+    (("[4, 12]", "[4, 1:30]"), r"slice 2 has no layers \[4, 90\]"),
+    (("[4, 12]", "[4, " + "9" * 9000 + "]"), "this has a number of 9,000 characters"),
+    (("[4, 12]", "[" * 50_000), "this is nested too deeply to be YAML"),
+    (
+        ("model: some/model\n    layer_range: [4", "model: 7\n    layer_range: [4"),
+        "slice 2 should name its model, not 7",
+    ),
+    (("model: some/model\n    layer_range: [4", "model: [a]\n    layer_range: [4"), "name its model, not .'a'.: put"),
+    (("model: some/model\n    layer_range: [4", "model: ~\n    layer_range: [4"), "name its model, not None"),
+    (("model: some/model\n    layer_range: [4", f"model: {'m' * 10**5}\n    layer_range: [4"), "another model, mmm"),
     (("some/model\n    layer_range: [4", "other\n    layer_range: [4"), "slice 2 is from another model, other"),
 ]
 
@@ -128,8 +208,35 @@ MERGEKIT_ERRORS = [
 @pytest.mark.parametrize(("change", "sentence"), MERGEKIT_ERRORS)
 def test_a_mergekit_configuration_that_is_no_wiring_is_refused(change: tuple[str, str], sentence: str) -> None:
     assert change[0] in MERGEKIT
-    with pytest.raises(WiringError, match=sentence):
+    with pytest.raises(WiringError, match=sentence) as error:
         Wiring.from_mergekit(MERGEKIT.replace(*change), 12)
+    assert len(str(error.value)) < 300
+
+
+def test_numbers_of_layers_are_what_yaml_makes_of_them() -> None:
+    assert Wiring.from_mergekit(MERGEKIT.replace("[4, 12]", "[0x4, 1_2]"), 12) == Wiring.from_mergekit(MERGEKIT, 12)
+
+
+@pytest.mark.parametrize("name", ["yes", "7", "~", "a: b", "#", "a\n b ", "日本", "\x85\u2028", "'", "m" * 9000])
+def test_a_models_name_is_text_whatever_yaml_might_make_of_it(name: str) -> None:
+    w = Wiring.parse(":6 4:", 12)
+    assert yaml.safe_load(w.to_mergekit(name))["slices"][0]["sources"][0]["model"] == name
+    assert Wiring.from_mergekit(w.to_mergekit(name), 12) == w
+
+
+@pytest.mark.parametrize("name", [None, 7, ["m"], b"m", "m" * 10**7])
+def test_other_names_of_a_model_are_refused(name) -> None:
+    with pytest.raises(WiringError, match="a model is named by a text of reasonable length, not by"):
+        Wiring.parse(":6 4:", 12).to_mergekit(name)
+
+
+def test_a_mergekit_configuration_is_written_only_as_long_as_it_can_be_read() -> None:
+    long = Wiring.parse(f"(0)*{formats.MOST_SLICES}", 12)
+    assert Wiring.from_mergekit(long.to_mergekit("some/model"), 12) == long
+    with pytest.raises(WiringError, match="takes 801 slices, a mergekit configuration has at most 800"):
+        (long + Wiring.parse("0", 12)).to_mergekit("m")
+    with pytest.raises(WiringError, match="are longer than a mergekit configuration is"):
+        long.to_mergekit("\U0001f600" * 50)
 
 
 @given(serial)

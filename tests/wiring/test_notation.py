@@ -149,7 +149,13 @@ ERRORS = [
     ("(3)*0", 4, "a group runs at least once, not 0 times"),
     ("(3)*-2", 4, "a group runs at least once, not -2 times"),
     ("(:)*9999", 4, "9999 times 12 steps are more than the 100000 that a wiring may have"),
-    ("(" * 2000, 33, "groups can be nested 32 deep at most"),
+    ("(" * 34, 33, "groups can be nested 32 deep at most"),
+    ("(2*((0)*50000))*50000", 16, "50000 times 50001 steps are more than the 100000 that a wiring may have"),
+    ("(0)*60000 (1)*60000", 14, "a wiring has at most 100000 steps, those inside groups and the groups counted"),
+    ("2*((0)*99999) 3", 14, "a wiring has at most 100000 steps, those inside groups and the groups counted"),
+    ("(0)*1_0", 4, "a group is followed by how many times it runs, a factor stands before it"),
+    ("+3", 0, "'+3' is no layer or slice such as 7, 7.attn or 3:6"),
+    ("٣", 0, "'٣' is no layer or slice such as 7, 7.attn or 3:6"),
 ]
 
 
@@ -167,6 +173,47 @@ def test_the_caret_stands_under_the_place_also_after_tabs_and_newlines() -> None
     with pytest.raises(WiringError) as caught:
         Wiring.parse(":3\n\t(4", 12)
     assert str(caught.value).split("\n")[1:3] == ["    :3  (4", "        ^"]
+
+
+def test_an_error_shows_the_text_around_its_place_and_no_more() -> None:
+    for text, place in (("3 " * 10**5 + "x " + "4 " * 10**5, 2 * 10**5), ("y" * 10**6, 0), (" " * 10**6 + "z", 10**6)):
+        with pytest.raises(WiringError) as caught:
+            Wiring.parse(text, 12)
+        sentence, line, caret, _ = str(caught.value).split("\n")
+        assert max(len(sentence), len(line), len(caret)) < 130
+        assert line[caret.index("^")] == text[place]
+        assert line.startswith("    ...") == (place > 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "column"),
+    [
+        ("3 \x1b[31m 4", "3 \\x1b[31m 4", 2),
+        ("\0 x", "\\x00 x", 0),
+        ("3\u3000日本", "3 日本", 2),
+        ("{日本|", "{日本|", 1),
+    ],
+)
+def test_what_a_terminal_obeys_is_shown_as_its_escape(text: str, shown: str, column: int) -> None:
+    with pytest.raises(WiringError) as caught:
+        Wiring.parse(text, 12)
+    assert str(caught.value).split("\n")[1:3] == [f"    {shown}", "    " + " " * column + "^"]
+
+
+def test_the_caret_stands_under_its_place_after_escapes_wide_letters_and_accents() -> None:
+    for before, columns in (("\x1b", 4), ("日本", 4), ("e\u0301", 1), ("\ud800", 6)):
+        message = str(WiringError("no", None, f"{before}x", len(before)))
+        assert message.split("\n")[2] == "    " + " " * columns + "^"
+
+
+def test_the_longest_wirings_are_read_as_they_are_written() -> None:
+    for text in ("(0)*100000", "(0.5*7 {0|1})*20000", "mean{" + ":0|" * 49_999 + "(0)*50000}"):
+        w = Wiring.parse(text, 12)
+        assert steps.size_of(w.steps) == steps.LONGEST
+        assert Wiring.parse(str(w), 12) == w
+    for text in ("(0)*100001", "(0)*100000 1", ":0 " * 100_001, "mean{" + ":0|" * 49_999 + "(0)*50001}"):
+        with pytest.raises(WiringError, match="100000"):
+            Wiring.parse(text, 12)
 
 
 @pytest.mark.parametrize("n_layers", range(1, 40))

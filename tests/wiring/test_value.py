@@ -1,12 +1,14 @@
 """The laws of wirings, checked against an independent interpreter, and tables of all that is promised."""
 
 import doctest
+import itertools
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +126,17 @@ def test_a_wiring_is_a_value() -> None:
     assert Wiring(2, (Layer(0), Scaled(1, (Layer(1),)))) == Wiring.of(2)
 
 
+TOO_LONG = "a wiring has at most 100000 steps, those inside groups and the groups counted"
+
+
+def doubled(deep: int) -> Chain:
+    """Groups within groups, each holding the same chain twice: little memory that stands for 2 to the power of it."""
+    chain: Chain = (Layer(0),)
+    for _ in range(deep):
+        chain = (Scaled(0.5, chain + chain),)
+    return chain
+
+
 IMPOSSIBLE: list[tuple[Callable[[], Wiring], str]] = [
     (lambda: Wiring.of(0), "a model has at least one layer, not 0"),
     (lambda: Wiring.parse(":", -1), "a model has at least one layer, not -1"),
@@ -144,6 +157,26 @@ IMPOSSIBLE: list[tuple[Callable[[], Wiring], str]] = [
     (lambda: Wiring.of(4).repeat(1, 3, times=0), "a group runs at least once, not 0 times"),
     (lambda: Wiring.of(4).loop(1, 3, times=-1), "a group runs at least once, not -1 times"),
     (lambda: Wiring.of(4).repeat(0, 4, 10**6), "1000000 times 4 steps are more than the 100000 that a wiring may have"),
+    (
+        lambda: Wiring.of(4).repeat(0, 4, 10**5000),
+        "a value of type int times 4 steps are more than the 100000 that a wiring may have",
+    ),
+    (
+        lambda: Wiring.parse("2*(0 1)", 4).repeat(0, 1, 40_000),
+        "40000 times 3 steps are more than the 100000 that a wiring may have",
+    ),
+    (lambda: Wiring.of(4).loop(0, 4, 20_001), "20001 times 5 steps are more than the 100000 that a wiring may have"),
+    (lambda: Wiring.of(4).skip(10**5000), "there is no position a value of type int in this wiring of 4 steps"),
+    (lambda: Wiring.of(4).repeat(1, 10**5000), "the span 1:a value of type int leaves this wiring of 4 steps"),
+    (lambda: Wiring.of(10**9), "a model has at most 100000 layers, not 1000000000"),
+    (lambda: Wiring(4, (Parallel(itertools.repeat(())),)), TOO_LONG),  # type: ignore[arg-type]
+    (lambda: Wiring(4, doubled(30)), TOO_LONG),
+    (lambda: Wiring(4, doubled(10_000)), "groups can be nested 32 deep at most"),
+    (lambda: Wiring(4, (Scaled(10**400, (Layer(0),)),)), "a factor must be a finite number, not inf"),
+    (
+        lambda: Wiring(4, (Layer(10**5000),)),
+        "there is no layer a value of type int in a model of 4 layers, they are 0 to 3",
+    ),
     (lambda: Wiring.of(4).shuffle(2, 3, seed=0), "there is no other order of 2"),
     (lambda: Wiring.parse("2 2", 4).shuffle(seed=0), "there is no other order of 2 2"),
 ]
@@ -169,9 +202,39 @@ def test_slips_of_type_are_type_errors() -> None:
         lambda: Wiring(4, (Layer(1.5),)),  # type: ignore[arg-type]
         lambda: Wiring.of(4).repeat(1, 2, times=1.5),  # type: ignore[arg-type]
         lambda: Wiring.of(2.5),  # type: ignore[arg-type]
+        lambda: Wiring.of(4).scale(0, 2, "0.5"),  # type: ignore[arg-type]
+        lambda: Wiring.of(4).repeat(0.0, 2),  # type: ignore[arg-type]
+        lambda: Wiring.of(4).repeated_span(np.array([1, 2])),
+        lambda: Wiring(4, (Parallel(((Layer(0),), (Layer(1),)), np.array([1, 2])),)),
+        lambda: Wiring(4, ("x" * 10**6,)),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError) as error:
             attempt()
+        assert len(str(error.value)) < 200
+
+
+def test_whole_numbers_of_any_type_become_plain_ones() -> None:
+    w = Wiring(np.uint8(200), (Layer(np.int8(3)), Layer(True)))
+    assert repr(w) == 'Wiring.parse("3 1", 200)'
+    assert type(w.n_layers) is int
+    assert str(Wiring.parse("-1 -200", np.uint8(200))) == "199 0"
+    assert Wiring.of(200).skip(np.uint8(3)) == Wiring.of(200).skip(3)
+
+
+def test_chains_may_be_lists_and_generators() -> None:
+    chain = (Scaled(0.5, [Layer(0), Layer(1)]), Parallel(([Layer(2)], iter([Layer(3)]))))  # type: ignore[arg-type]
+    assert Wiring(4, iter(chain)) == Wiring.parse("0.5*(0 1) {2|3}", 4)  # type: ignore[arg-type]
+
+
+def test_the_size_counts_groups_what_is_inside_and_empty_branches() -> None:
+    for text, size in ((":", 12), ("2*(0 1)", 3), ("mean{:0|0}", 3), ("{0 1|2*(3)}", 5)):
+        assert steps.size_of(Wiring.parse(text, 12).steps) == size
+
+
+def test_no_model_has_so_many_layers() -> None:
+    for family in (every_repeat, every_skip, every_parallel, every_swap, every_reverse):
+        with pytest.raises(WiringError, match="a model has at most 100000 layers"):
+            family(10**9)
 
 
 METHODS: list[tuple[Callable[[Wiring], Wiring], str]] = [
@@ -289,3 +352,4 @@ def test_every_repeated_span_is_read_from_its_wiring(times):
 )
 def test_other_wirings_are_no_repeated_span(text):
     assert Wiring.parse(text, 12).repeated_span() is None
+    assert Wiring.parse(text, 12).repeated_span(10**12) is None
