@@ -56,11 +56,11 @@ def main() -> None:
     if args.ship:
         trained.ship(models, args.ship)
     stack, tokens = models[0].stack(), trained.data().heldout
-    recipes = {model.recipe.name: model.recipe.steps for model in models}
-    run = manifest.manifest(stack, tokens, seed=0, models=recipes, full=args.full, problems=args.problems)
+    weights = {model.recipe.name: model.sha256 for model in models}
+    run = manifest.manifest(stack, tokens, seed=0, models=weights, full=args.full, problems=args.problems)
     sentences: list[str] = []
     for name in args.only:
-        if (folder / name).exists() and tables.read_manifest(folder / name)["settings"].get("models") == recipes:
+        if (folder / name).exists() and same(tables.read_manifest(folder / name), run):
             frame = tables.read(folder / name)
         else:
             print(f"making {name}", flush=True)
@@ -70,6 +70,11 @@ def main() -> None:
     surgery.report.build(folder)
     for sentence in sentences:
         print(f"\n{sentence}")
+
+
+def same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a table was made from the same models and problems, with the same settings and versions."""
+    return all(before.get(key) == now[key] for key in ("model", "tokens", "settings", "versions"))
 
 
 def train_models(

@@ -18,6 +18,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery import training
 from surgery.corpus.babel import BOS, EOS, LANGUAGES, PAD, TRAINING_MIX, Babel, Problem, exact
+from surgery.models.identity import differences, versions
 
 
 @dataclass(frozen=True)
@@ -151,24 +153,29 @@ def heldout(corpus: Babel, k: int, most: int) -> list[Problem]:
     return corpus.sample(k, most, seed=1)
 
 
-def save_checkpoint(path: Path, step: int, recipe: Recipe, model: LlamaForCausalLM, opts: list) -> None:
+def identity(recipe: Recipe, corpus: Babel) -> dict[str, Any]:
+    """What must be the same for a training to go on from a checkpoint."""
+    return {"recipe": asdict(recipe), "corpus": asdict(corpus), "versions": versions()}
+
+
+def save_checkpoint(path: Path, step: int, run: dict[str, Any], model: LlamaForCausalLM, opts: list) -> None:
     """Everything the rest of the run depends on, in one safetensors file that replaces the last one in one move."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= training.states(opts)
     unfinished = path.with_suffix(".unfinished")
-    metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
+    metadata = {"step": str(step), "run": json.dumps(run)}
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished, metadata)
     os.replace(unfinished, path)
 
 
-def load_checkpoint(path: Path, recipe: Recipe, model: LlamaForCausalLM, opts: list) -> int:
+def load_checkpoint(path: Path, run: dict[str, Any], model: LlamaForCausalLM, opts: list) -> int:
     """Put a checkpoint back; return the steps already made, 0 if there is none."""
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(recipe))):
-            raise SystemExit(f"{path} belongs to another recipe; choose another --work folder or remove it")
+        if others := differences(json.loads(metadata.get("run", "{}")), run):
+            raise SystemExit(f"{path} is of another run, with {', '.join(others)}: choose another --work, or remove it")
         model.load_state_dict({name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
         training.restore(opts, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return int(metadata["step"])
@@ -179,8 +186,8 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
     model = build(recipe, corpus).to(device).train()
     opts = optimizers(model, recipe)
     pools = Pools(corpus, recipe)
-    checkpoint, log = work / "checkpoint.safetensors", work / "training.csv"
-    done = load_checkpoint(checkpoint, recipe, model, opts)
+    checkpoint, log, run = work / "checkpoint.safetensors", work / "training.csv", identity(recipe, corpus)
+    done = load_checkpoint(checkpoint, run, model, opts)
     history = pd.read_csv(log).query("step <= @done").to_dict("records") if done and log.exists() else []
     probes = [problem for k in range(6) for problem in heldout(corpus, k, 160)]
     # torch's AdamW has its step count on the CPU and everything else beside the parameter; loading has put it there
@@ -205,7 +212,7 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
                 history.append(
                     {"step": step + 1, "loss": answer.item(), **{f"exact_{k}": v for k, v in scores.items()}}
                 )
-                save_checkpoint(checkpoint, step + 1, recipe, model, opts)
+                save_checkpoint(checkpoint, step + 1, run, model, opts)
                 pd.DataFrame(history).to_csv(log, index=False)
                 bar.console.print(f"{step + 1:6d}  loss {answer.item():.3f}  exact by k: {scores.round(3).to_dict()}")
             if step + 1 in snapshots:

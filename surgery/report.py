@@ -127,13 +127,13 @@ def summary(folder: str | Path) -> list[str]:
 
 def _findings(measured: Measured) -> Section:
     sentences = []
-    weights = {manifest["model"]["weights_sha256"] for manifest in measured.of_model}
+    models = {manifest["model"].get("identity", manifest["model"]["weights_sha256"]) for manifest in measured.of_model}
     prompts = {
         measured.manifests[chapter.requires[0]]["tokens"]["sha256"]
         for chapter in measured.chapters
         if chapter.same_prompts
     }
-    if len(weights) > 1 or len(prompts) > 1:
+    if len(models) > 1 or len(prompts) > 1:
         sentences.append(
             "These files were not measured on the same model and the same prompts: do not read them together."
         )

@@ -35,14 +35,17 @@ from surgery.corpus.babel import Babel
 from surgery.corpus.splits import Split
 from surgery.dropout.stability import Recorder
 from surgery.models import loading
+from surgery.models.identity import of_module
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.models.weights_hash import tensors_sha256
 from surgery.records import tables
+from surgery.records.manifest import tokens_hash
 from surgery.training import loop as training
 from surgery.training.loop import Schedule
 
 RATES, SEEDS = (0.0, 0.1, 0.2, 0.4), (0, 1, 2)
-SHARES = (0.3, 0.4, 0.3)  # of problems with k = 0, 1, 2 steps
+SHARES: tuple[float, ...] = (0.3, 0.4, 0.3)  # of problems with k = 0, 1, 2 steps
 LADDER = tuple(round(float(rung), 3) for rung in np.geomspace(1.6, 0.1, 25))
 SHIPPED, CONFIRMATION = "dropout/models.safetensors", "dropout/confirmation.csv"
 COLUMNS: dict[str, str] = {
@@ -84,6 +87,12 @@ class TrainedModel:
     weights: Mapping[str, Tensor]
     rungs: Mapping[float, Mapping[str, Tensor]]
     curve: pd.DataFrame
+
+    @property
+    def sha256(self) -> str:
+        """One hash for its weights after all steps and at every rung."""
+        rungs = {f"{rung}/{name}": tensor for rung, weights in self.rungs.items() for name, tensor in weights.items()}
+        return tensors_sha256({**self.weights, **rungs})
 
     def stack(self, loss: float | None = None) -> Stack:
         """The model after all its steps, or at the rung ``loss``. Raises ValueError for a rung that was not reached."""
@@ -134,13 +143,17 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trai
 
     Raises as ``training.fit`` does.
     """
-    folder, module = disk.folder(folder), build(recipe)
+    folder, module, problems = disk.folder(folder), build(recipe), data()
     schedule = Schedule(steps=recipe.steps, every=recipe.every, warmup=100, seed=recipe.seed)
-    task = _Task(module, recipe, data(), folder)
-    fit = training.fit(
-        task, schedule, folder, identity={"recipe": asdict(recipe)}, columns=_columns(recipe), progress=progress
-    )
-    rungs = {float(path.stem.split("_")[1]): load_file(path) for path in folder.glob("loss_*.safetensors")}
+    identity = {
+        "recipe": asdict(recipe),
+        "corpus": tokens_hash(problems.corpus),
+        "heldout": tokens_hash(problems.heldout),
+        "model": of_module(module),
+    }
+    task = _Task(module, recipe, problems, folder, json.dumps(identity))
+    fit = training.fit(task, schedule, folder, identity=identity, columns=_columns(recipe), progress=progress)
+    rungs = {rung: load_file(path) for rung in LADDER if task.is_mine(path := task.rung(rung))}
     return TrainedModel(recipe, module.state_dict(), rungs, fit.curve)
 
 
@@ -284,8 +297,8 @@ class _Task:
 
     watched, factors = "loss", (1.0,)
 
-    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, problems: Split, folder: Path) -> None:
-        self.module, self.recipe, self.data, self.folder = module, recipe, problems, folder
+    def __init__(self, module: LlamaForCausalLM, recipe: Recipe, problems: Split, folder: Path, identity: str) -> None:
+        self.module, self.recipe, self.data, self.folder, self.identity = module, recipe, problems, folder, identity
         self.student = _Student(module, recipe.rate)
         named = list(module.named_parameters())
         inside = [p.ndim == 2 and ".layers." in name for name, p in named]
@@ -310,11 +323,22 @@ class _Task:
     def evaluate(self) -> dict[str, float]:
         values = scores(self.module, self.data) | self.stability()
         reached = [rung for rung in LADDER if values["loss"] <= rung]
-        for path in (self.folder / f"loss_{rung:g}.safetensors" for rung in reached):
-            if not path.exists():
+        for path in map(self.rung, reached):
+            if not self.is_mine(path):
                 half = {name: tensor.detach().half().contiguous() for name, tensor in self.module.state_dict().items()}
-                disk.save({path: save(half)})
+                disk.save({path: save(half, {"run": self.identity})})
         return values
+
+    def rung(self, loss: float) -> Path:
+        """The file of the weights at a rung."""
+        return self.folder / f"loss_{loss:g}.safetensors"
+
+    def is_mine(self, path: Path) -> bool:
+        """Whether a rung was written by this training, not by an earlier one in the same folder."""
+        if not path.exists():
+            return False
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("run") == self.identity
 
     def stability(self) -> dict[str, float]:
         """Variance of the stream that leaves each layer, and norm of its gradient, with dropout off."""

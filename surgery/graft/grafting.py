@@ -20,6 +20,7 @@ Controls: the same run on cross entropy alone (``Objective(latent=0.0, cross_ent
 random weights (``fit(..., parts="all")``), and the maps of ``surgery.graft.linear_maps``, at equal operations.
 """
 
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,11 @@ from transformer_lens import TransformerBridge
 from surgery.corpus.splits import Weigh
 from surgery.graft.parts import PARTS as PARTS
 from surgery.instruments import fidelity
+from surgery.models.identity import refuse_hooks
 from surgery.models.loading import plain, wrap
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.models.weights_hash import weights_sha256
+from surgery.models.weights_hash import tensors_sha256
 from surgery.rebuild import layout
 from surgery.records import manifest
 from surgery.stats.drift import NEGLIGIBLE
@@ -161,12 +163,20 @@ def train(
     student = layout.build_stack(teacher, rows, schedule.seed)
     span = (pairs.start, pairs.start + len(rows) - (teacher.n_layers - pairs.stop + pairs.start))
     graft = fit(teacher, student, span, pairs, heldout, folder, objective=objective, schedule=schedule, **options)
-    place = Path(folder) / "model"
     accelerator = options.get("accelerator")
-    main = accelerator is None or accelerator.is_main_process
-    if main and not place.exists() and plain(graft.model) is not None:
-        layout.save(graft.stack, place)
+    if (accelerator is None or accelerator.is_main_process) and plain(graft.model) is not None:
+        _keep(graft.stack, Path(folder) / "model")
     return graft
+
+
+def _keep(stack: Stack, place: Path) -> None:
+    """Save a trained model, unless it lies there already; one of an earlier training gives way to it."""
+    card = place / "README.md"
+    if card.is_file() and stack.sha256 in card.read_text(encoding="utf-8"):
+        return
+    if place.exists():
+        shutil.rmtree(place)
+    layout.save(stack, place)
 
 
 def heal(
@@ -247,13 +257,11 @@ def fit(
             f"{teacher.name} is in {teacher.dtype}, which training would round away: open it with "
             "dtype=torch.float32; Schedule(precision='bf16') computes in half precision"
         )
-    if pairs.source["weights_sha256"] != teacher.sha256:
-        raise ValueError(
-            f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
-            f"{teacher.name}: harvest them again"
-        )
-    pairs.verify()
     stack = student if isinstance(student, Stack) else Stack(student)
+    for model in (teacher, stack):
+        refuse_hooks(model, "a training that can be resumed")
+    pairs.require(teacher)
+    pairs.verify()
     reads = objective.reads_out or parts == "all"
     if parts == "all" and objective.latent:
         objective = replace(objective, latent=0.0)
@@ -269,13 +277,16 @@ def fit(
         answers,
         watched or ("cross_entropy" if reads else "unexplained_whitened"),
     )
+    weights = (weigh or _equal_weights)(heldout)  # what a function does is told by what it gives
+    marked = torch.empty(0) if answers is None else answers
     identity = {
         "parts": parts,
         "span": list(span),
         "objective": asdict(objective),
         "latents": pairs.source,
-        "student": weights_sha256(stack.model),
         "heldout": manifest.tokens_hash(heldout),
+        "watched": task.watched,
+        "weigh and answers": tensors_sha256({"weigh": weights, "answers": marked}),
     }
     uses_activations = parts != "all" or objective.kl > 0  # else only the tokens
     before = pairs.ledger(teacher, schedule) if spent is None and uses_activations else spent

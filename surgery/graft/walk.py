@@ -396,11 +396,7 @@ def relabelled(
 
     Raises ValueError for a share outside 0 to 1, less than one copy, and a teacher that did not make the pairs.
     """
-    if pairs.source["weights_sha256"] != teacher.sha256:
-        raise ValueError(
-            f"the activations in {pairs.folder} are of {pairs.source['model']} with other weights than "
-            f"{teacher.name}: it cannot relabel them; harvest them from it"
-        )
+    pairs.require(teacher)
     return _augmented(pairs, teacher, walk, kind, share, copies, last, seed)
 
 

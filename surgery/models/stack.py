@@ -37,7 +37,7 @@ from surgery.models.loading import load
 from surgery.models.norms import FrozenNorm
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.tokens import Batch, Tokens, encode
-from surgery.models.weights_hash import weights_sha256
+from surgery.models.weights_hash import edition, weights_sha256
 from surgery.outside import shown
 from surgery.wiring.steps import executions
 from surgery.wiring.value import Wiring
@@ -102,7 +102,7 @@ class Stack:
         )
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._hashed: tuple[bytes, str] | None = None
         self._settle()
 
     @property
@@ -452,12 +452,12 @@ class Stack:
     def sha256(self) -> str:
         """``weights_sha256`` of the weights that run, which the card of an exported model also names.
 
-        Computed once, and again after an edit that autograd's version counters notice (one through ``.data`` is not).
+        Computed once, and again after any edit of the weights. Cost: reading them, in a tenth of the time of the hash.
         """
         module = self.model if self._plain is None else self._plain.module
-        edition = tuple((id(weight), weight._version) for weight in module.parameters())  # noqa: SLF001 (no other name)
-        if self._hashed is None or self._hashed[0] != edition:
-            self._hashed = edition, weights_sha256(module)
+        now = edition(module.parameters())
+        if self._hashed is None or self._hashed[0] != now:
+            self._hashed = now, weights_sha256(module)
         return self._hashed[1]
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -516,8 +516,8 @@ class Stack:
         return context if context.engine is self._engine() else self.context(context.tokens)
 
     def hooks_listen(self) -> bool:
-        """Whether the user's hooks are attached to the bridge (some adapters have permanent hooks of their own)."""
-        return self._listening[0].listening()
+        """Whether the user's hooks are attached to the bridge or its twin (some adapters have hooks of their own)."""
+        return any(snapshot.listening() for snapshot in self._listening)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """The arguments to call the model with: ids, and for prompts padded on the left the mask and positions."""

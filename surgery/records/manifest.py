@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 import surgery
+from surgery.models import identity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 
@@ -26,8 +27,8 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "pandas", "numpy")
 def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **settings: Any) -> dict[str, Any]:
     """Model, weights, tokens, wiring, seed, settings, versions, command and time of a measurement, ready for JSON.
 
-    Hashing the weights reads all of them, once per ``Stack``: make one manifest per study and pass it to every
-    ``tables.write``.
+    Hashing the weights reads all of them, once per ``Stack``, and 1 F runs on two short prompts: make one manifest per
+    study and pass it to every ``tables.write``.
     """
     config = getattr(stack.model.original_model, "config", None)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -41,6 +42,7 @@ def manifest(stack: Stack, tokens: Tokens, *, seed: int, wiring: str = ":", **se
             "d_vocab": stack.d_vocab,
             "dtype": str(stack.dtype).removeprefix("torch."),
             "weights_sha256": stack.sha256,
+            "identity": identity.digest(stack),
         },
         "tokens": {"prompts": len(tokens), "tokens": int(tokens.mask.sum()), "sha256": tokens_hash(tokens)},
         "wiring": wiring,

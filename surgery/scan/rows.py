@@ -5,19 +5,22 @@ there. Killed at any moment, the same scan goes on; rows of another model, probe
 not mixed in.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from surgery import disk
 from surgery.corpus.probes import Encoded
+from surgery.models import identity as models
 from surgery.models.stack import Stack
 from surgery.records import tables
-from surgery.records.manifest import manifest
+from surgery.records.manifest import manifest, tokens_hash
 from surgery.wiring.value import Wiring
 
 KEY = ["wiring", "prompt", "metric"]
@@ -31,12 +34,16 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> dict[str, str]:
-    """What must be the same for a scan to go on in a file that is there."""
+def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for a scan to go on in a file that is there. Raises ValueError while hooks listen."""
+    models.refuse_hooks(stack, "a scan that can be resumed")
+    scored = [row.nonzero().flatten().tolist() for row in encoded.scored.cpu()]
     return {
-        "model": stack.sha256[:16],
+        "model": models.identity(stack),
         "probe set": f"{encoded.name} {encoded.sha256[:16]}",
-        "choice of metrics": " ".join(metrics),
+        "tokens": tokens_hash(encoded.tokens),  # the tokenizer may be another
+        "scored": hashlib.sha256(json.dumps([scored, encoded.probe, encoded.choice]).encode()).hexdigest(),
+        "metrics": " ".join(metrics),
     }
 
 
@@ -46,7 +53,7 @@ class ResumableTable:
     Raises ValueError if ``out`` holds a scan of another ``identity``, OSError where it cannot be written.
     """
 
-    def __init__(self, out: "str | Path | None", identity: dict[str, str]) -> None:
+    def __init__(self, out: "str | Path | None", identity: dict[str, Any]) -> None:
         self.path = None if out is None else Path(out)
         self.identity = identity
         self.blocks: dict[str, list[pd.DataFrame]] = {}  # by wiring
@@ -138,13 +145,12 @@ class ResumableTable:
         first = next(rows for _, rows in frame.groupby("wiring", sort=False))
         self._keep(first.assign(wiring=":", value=first["baseline"]).drop(columns="baseline").reset_index(drop=True))
 
-    def _compare(self, identity: dict[str, str], path: Path) -> None:
-        for key, value in self.identity.items():
-            if identity.get(key) != value:
-                raise ValueError(
-                    f"{path} holds a scan with another {key} ({identity.get(key)}, now {value}); "
-                    "choose another file or remove it"
-                )
+    def _compare(self, identity: dict[str, Any], path: Path) -> None:
+        if others := models.differences(identity, self.identity):
+            raise ValueError(
+                f"{path} holds another scan, with {', '.join(others[:3])}{' and more' * (len(others) > 3)}; choose "
+                "another file, or remove it to begin again"
+            )
 
 
 def _in_order(blocks: list[pd.DataFrame], metrics: Sequence[str]) -> pd.DataFrame:

@@ -66,7 +66,7 @@ def run(
     encoded = Encoded.of(probes, stack)
     check_metrics(metrics, encoded)
     to_scan, unmodified = execution.distinct(stack, wirings), Wiring.of(stack.n_layers)
-    table = rows.ResumableTable(out, rows.identity(stack, encoded, metrics))
+    table = rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics))
     portions = execution.portions(stack, encoded, memory, batch_size)
     with Progress(disable=not progress, transient=True) as bar, ExitStack() as workers:
         task = bar.add_task("wirings", total=len(portions) * len(to_scan))

@@ -5,7 +5,7 @@ layer ``stop`` of the original model. The layers before and behind never change,
 are computed only once, for ``stop / L`` F, rather than in every epoch (the teacher's cost belongs in any account of
 what the training saved). Whole prompts are stored, real tokens only:
 
-    latents.json               format, model and sha256 of its weights, sha256 of the corpus, span, sizes, versions;
+    latents.json               format, model and its identity, sha256 of the corpus, span, sizes, versions;
                                file, prompts, tokens, bytes and sha256 of every shard
     latents-00000.safetensors  lengths int32 [prompt], tokens int32 [token], x_start and x_stop [token, d_model]
     latents-00001.safetensors  the prompts that follow; the corpus's order throughout
@@ -37,13 +37,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from surgery import disk
+from surgery.models.identity import differences, identity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.scatter import Scatter
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
 
-MANIFEST, FORMAT = "latents.json", "surgery latents 1"
+MANIFEST, FORMAT = "latents.json", "surgery latents 2"
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
 _ROWS = 4096  # tokens that moments hold in float64 at a time
 _PIECE = 1 << 20  # bytes hashed at a time
@@ -93,7 +94,7 @@ class Latents:
     d_model: int
     lengths: Int[Tensor, " prompt"]
     shards: tuple[Shard, ...]
-    source: Mapping[str, str]  # model, weights_sha256, corpus_sha256
+    source: Mapping[str, Any]  # model, identity, corpus_sha256
     _mapped: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -153,6 +154,14 @@ class Latents:
             raise ValueError(f"moments need at least two tokens, these prompts have {scatter.count}; take more prompts")
         mean, both = scatter.mean, scatter.covariance
         return Moments(scatter.count, mean[:d], mean[d:], both[:d, :d], both[:d, d:], both[d:, d:])
+
+    def require(self, teacher: Stack) -> None:
+        """Raise ValueError unless these are activations of ``teacher`` as it is now. Cost: that of its identity."""
+        if others := differences(self.source["identity"], identity(teacher)):
+            raise ValueError(
+                f"the activations in {self.folder} are not of {teacher.name} as it is now, but with "
+                f"{', '.join(others)}: harvest them again"
+            )
 
     def verify(self) -> None:
         """Read every shard and compare its sha256. Raises ``ValueError`` that names the first changed one."""
@@ -219,7 +228,7 @@ def open_latents(folder: str | Path) -> Latents:
         refuse_damaged(folder, shard, shard_damage(folder, shard, d_model, dtype))
         offset = len(shard_header(shard.prompts, shard.tokens, d_model, dtype))
         lengths.append(np.fromfile(folder / shard.file, "<i4", shard.prompts, offset=offset))
-    source = {key: manifest[key] for key in ("model", "weights_sha256", "corpus_sha256")}
+    source = {key: manifest[key] for key in ("model", "identity", "corpus_sha256")}
     return Latents(
         folder,
         manifest["start"],

@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 import surgery
 from surgery import disk
 from surgery.models.engine import Stream
+from surgery.models.identity import differences, identity, refuse_hooks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.records.manifest import PACKAGES, tokens_hash
@@ -53,7 +54,7 @@ from surgery.training.activations import (
 
 # Entries of the manifest that must be the same for a harvest to go on in a folder, and their names in messages
 _FIXED = {
-    "weights_sha256": "weights",
+    "identity": "model",
     "corpus_sha256": "corpus",
     "start": "start",
     "stop": "stop",
@@ -88,17 +89,18 @@ def harvest(
     Raises:
         ValueError: an empty span, one outside the model or all of it; prompts without tokens or too long for the
             model; a folder with latents of something else; activations that are not finite or too large for ``dtype``
-            (float16 ends at 65504: take ``dtype=torch.bfloat16``).
+            (float16 ends at 65504: take ``dtype=torch.bfloat16``); hooks on the model.
         OSError: the folder cannot be written to, or the disk has no room for it all.
     """
     corpus = Tokens.of(corpus)
     lengths = corpus.mask.sum(1).cpu()
     _check(stack, lengths, start, stop, dtype, batch_size, shard_tokens)
+    refuse_hooks(stack, "a harvest")
     plan = _planned(lengths.tolist(), shard_tokens)
     head: dict[str, Any] = {
         "format": FORMAT,
         "model": stack.name,
-        "weights_sha256": stack.sha256,
+        "identity": identity(stack),
         "corpus_sha256": tokens_hash(corpus),
         "start": start,
         "stop": stop,
@@ -214,13 +216,8 @@ def _standing(folder: Path, head: Mapping[str, Any]) -> dict[str, Shard]:
     if not (folder / MANIFEST).exists():
         return {}
     manifest = read_manifest(folder)
-    differences = [
-        f"{word} {str(manifest[key])[:16]} instead of {str(head[key])[:16]}"
-        for key, word in _FIXED.items()
-        if manifest[key] != head[key]
-    ]
-    if differences:
-        raise ValueError(f"{folder} holds latents with {', '.join(differences)}; harvest into another folder")
+    if others := [other for key, word in _FIXED.items() for other in differences(manifest[key], head[key], word)]:
+        raise ValueError(f"{folder} holds latents with {', '.join(others)}; harvest into another folder")
     shards = [Shard(**entry) for entry in manifest["shards"]]
     dtype = getattr(torch, manifest["dtype"])
     return {

@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from surgery import disk
+from surgery.models.identity import differences, of_module
 from surgery.records import tables
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.muon import Muon
@@ -167,7 +168,7 @@ def fit(
     if schedule.batch % world:
         raise ValueError(f"a batch of {schedule.batch} prompts does not divide among {world} processes")
     folder = disk.folder(folder)
-    run = {"schedule": asdict(schedule), "phase": phase, **(identity or {})}
+    run = {"schedule": asdict(schedule), "phase": phase, "student": of_module(task.student), **(identity or {})}
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
     with ExitStack() as restoring, state.proved_frozen():
         restoring.enter_context(only_trained(task))
@@ -263,14 +264,11 @@ class _State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} is not a whole checkpoint ({error}): remove it to begin again") from None
-        if metadata["run"] != self.run:
-            keys = [key for key in {**self.run, **metadata["run"]} if metadata["run"].get(key) != self.run.get(key)]
+        if others := differences(metadata["run"], self.run):
             raise ValueError(
-                f"{self.path} belongs to another run (other {', '.join(sorted(keys))}): choose another "
-                "folder, or remove it to begin again"
+                f"{self.path} belongs to another run, with {', '.join(others)}: choose another folder, or remove it to "
+                "begin again"
             )
-        if metadata["frozen"] != _digest(self.frozen):
-            raise ValueError(f"{self.path} was made with other frozen weights: choose another folder")
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"model/{name}"])
@@ -292,7 +290,6 @@ class _State:
             "waited": self.waited,
             "rows": self.rows,
             "best": self.best_value if np.isfinite(self.best_value) else None,
-            "frozen": _digest(self.frozen),
             "ledger": self.ledger.frame().to_dict("records"),
             "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
         }

@@ -452,7 +452,7 @@ def test_pairs_that_cannot_be_walked(made):
     _, pairs, found = made
     kind, other = walk.Stationary(0.5), Stack(known_networks.random_network(n_layers=4, d_model=8, seed=1))
     for call, words in (
-        (lambda: walk.relabelled(pairs, other, found, kind), "other weights"),
+        (lambda: walk.relabelled(pairs, other, found, kind), "not of native as it is now, but with weights"),
         (lambda: walk.unrelabelled(pairs, found, kind, share=1.5), "share is 0 to 1"),
         (lambda: walk.unrelabelled(pairs, found, kind, copies=0), "copies is 1 or more"),
         (lambda: walk.unrelabelled(pairs, found, kind, copies=2).batch([96]), "there are 0 to 95"),

@@ -26,9 +26,9 @@ def test_a_file_is_filled_finished_and_read_again(stack_of, tmp_path, monkeypatc
     assert same(tables.read(out), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.csv", "scan.manifest.json"]
     manifest = tables.read_manifest(out)
-    assert manifest["scan"]["choice of metrics"] == "loglik exact"
+    assert manifest["scan"]["metrics"] == "loglik exact"
     assert set(manifest["columns"]) == set(frame.columns)
-    monkeypatch.setattr(stack, "execute", lambda *args: pytest.fail("ran a wiring that was there already"))
+    monkeypatch.setattr(rows.ResumableTable, "append", lambda *args: pytest.fail("ran a wiring that was there already"))
     assert same(scan.run(stack, wirings, PROBES, out), expected)
 
 
@@ -69,15 +69,15 @@ def finished(stack_of, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("change", ["model", "probes", "metrics"])
+@pytest.mark.parametrize("change", ["model", "probe set", "metrics"])
 def test_another_model_probe_set_or_metric_is_refused(stack_of, finished, tmp_path, change):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     stack, out = stack_of("llama"), tmp_path / "scan.csv"
     before = out.read_bytes()
     other = Stack(surgery.models.untrained(stack.model)) if change == "model" else stack
-    probes = ProbeSet("words", PROBES.probes[:4]) if change == "probes" else PROBES
+    probes = ProbeSet("words", PROBES.probes[:4]) if change == "probe set" else PROBES
     metrics = ("loss",) if change == "metrics" else ("loglik", "exact")
-    with pytest.raises(ValueError, match="holds a scan with another"):
+    with pytest.raises(ValueError, match=f"holds another scan, with {change}"):
         scan.run(other, [":", ":1 2:"], probes, out, metrics=metrics)
     assert out.read_bytes() == before
 

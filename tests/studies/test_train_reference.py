@@ -56,7 +56,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     script.train(RECIPE, CORPUS, tmp_path, "cpu", every=6, snapshots=[])
     other = script.Recipe(**{**RECIPE.__dict__, "seed": 1})
-    with pytest.raises(SystemExit, match="belongs to another recipe"):
+    with pytest.raises(SystemExit, match=r"of another run, with recipe.seed 0 \(now 1\)"):
         script.train(other, CORPUS, tmp_path, "cpu", every=6, snapshots=[])
 
 

@@ -85,7 +85,7 @@ def test_only_the_layers_before_stop_run_and_each_once(stack, tmp_path, monkeypa
     run, own = [], Engine.layer
     monkeypatch.setattr(Engine, "layer", lambda self, index, *rest: (run.append(index), own(self, index, *rest))[1])
     harvest(stack, corpus(), 1, 3, tmp_path, batch_size=5)
-    assert run == [0, 1, 2] * 2
+    assert run == [*range(stack.n_layers), *[0, 1, 2] * 2]  # first, for its identity, all of it on two short prompts
 
 
 def test_prompts_of_similar_length_share_a_batch(stack, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_files_are_plain_safetensors_in_the_order_of_the_corpus(stack, made):
         assert kept.dtype == torch.float16
         torch.testing.assert_close(kept.float(), stack.stream(tokens)[layer][tokens.mask], rtol=1e-3, atol=1e-3)
     manifest = json.loads((folder / "latents.json").read_text())
-    assert {key: manifest[key] for key in ("model", "weights_sha256", "corpus_sha256")} == made.source
+    assert {key: manifest[key] for key in ("model", "identity", "corpus_sha256")} == made.source
     assert (manifest["start"], manifest["stop"], manifest["n_prompts"], manifest["n_tokens"]) == (1, 3, 10, N)
     assert manifest["versions"]["surgery"] == surgery.__version__
 
@@ -251,7 +251,7 @@ def test_only_a_damaged_shard_is_made_anew(stack, made, damage):
 
 
 def test_a_finished_harvest_runs_nothing_again(stack, made, monkeypatch):
-    monkeypatch.setattr(Engine, "layer", lambda *_: pytest.fail("a layer ran"))
+    monkeypatch.setattr("surgery.training.harvest._make_shard", lambda *_: pytest.fail("something was harvested"))
     said = []
     again = harvest(stack, corpus("left"), 1, 3, made.folder, shard_tokens=20, say=said.append)
     assert torch.equal(again.batch([3]).x_stop, made.batch([3]).x_stop)
@@ -271,12 +271,12 @@ def test_what_a_living_process_writes_is_left_alone(stack, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (dict(start=2), "start 1 instead of 2"),
-        (dict(stop=4), "stop 3 instead of 4"),
-        (dict(dtype=torch.bfloat16), "dtype float16 instead of bfloat16"),
-        (dict(shard_tokens=21), "shard_tokens 20 instead of 21"),
-        (dict(corpus=corpus(seed=1)), "corpus [0-9a-f]{16} instead of [0-9a-f]{16}"),
-        (dict(stack=1), "weights [0-9a-f]{16} instead of [0-9a-f]{16}"),
+        (dict(start=2), r"start 1 \(now 2\)"),
+        (dict(stop=4), r"stop 3 \(now 4\)"),
+        (dict(dtype=torch.bfloat16), r"dtype float16 \(now bfloat16\)"),
+        (dict(shard_tokens=21), r"shard_tokens 20 \(now 21\)"),
+        (dict(corpus=corpus(seed=1)), r"corpus [0-9a-f]{8} \(now [0-9a-f]{8}\)"),
+        (dict(stack=1), r"model.weights [0-9a-f]{8} \(now [0-9a-f]{8}\), model.logits"),
     ],
 )
 def test_another_harvest_in_the_same_folder_is_refused(stack, made, asked, words):
@@ -334,8 +334,9 @@ def test_activations_that_do_not_fit_are_said(stack, tmp_path, monkeypatch, fact
 
 def test_the_size_is_said_before_anything_runs(stack, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(Engine, "layer", lambda *_: (_ for _ in ()).throw(RuntimeError("a layer ran")))
-    with pytest.raises(RuntimeError, match="a layer ran"):
+    making = lambda *_: (_ for _ in ()).throw(RuntimeError("a shard is made"))  # noqa: E731
+    monkeypatch.setattr("surgery.training.harvest._make_shard", making)
+    with pytest.raises(RuntimeError, match="a shard is made"):
         harvest(stack, corpus(), 1, 3, tmp_path, say=said.append)
     (sentence,) = said
     assert sentence.startswith(f"{N} tokens of 10 prompts, ")
@@ -372,7 +373,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said(stack, tmp_path, monkeypatch):
 def test_folders_without_latents_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no latents in .* \(it does not exist\); make them by harvest"):
         open_latents(tmp_path / "nowhere")
-    for content, words in (("{", "is not a manifest of latents"), ("{}", "does not say 'surgery latents 1'")):
+    for content, words in (("{", "is not a manifest of latents"), ("{}", "does not say 'surgery latents 2'")):
         (tmp_path / "latents.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             open_latents(tmp_path)

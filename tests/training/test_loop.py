@@ -209,9 +209,12 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"schedule": replace(SCHEDULE, learning_rate=0.1)}, r"belongs to another run \(other schedule\)"),
-        ({"identity": {"data": "other"}}, r"belongs to another run \(other data\)"),
-        ({"task": Regression(seed=1)}, "made with other frozen weights"),
+        (
+            {"schedule": replace(SCHEDULE, learning_rate=0.1)},
+            r"another run, with schedule.learning_rate .* \(now 0.1\)",
+        ),
+        ({"identity": {"data": "other"}}, r"another run, with data .* \(now other\)"),
+        ({"task": Regression(seed=1)}, "another run, with student.weights"),
     ],
 )
 def test_a_folder_belongs_to_one_run(changed, said, tmp_path):
