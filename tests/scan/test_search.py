@@ -8,7 +8,7 @@ import torch
 import surgery
 from surgery import Stack, Wiring, scan, wiring
 from surgery.corpus.probes import Probe, ProbeSet
-from surgery.scan import search
+from surgery.scan import rows, search
 
 PROBES = ProbeSet(
     "words",
@@ -108,7 +108,7 @@ def test_a_screen_measures_a_share_and_predicts_the_rest(stack_of, tmp_path, mon
     assert screened.estimate.is_monotonic_decreasing
     measured = screened[screened["round"] > 0]
     np.testing.assert_allclose(measured.estimate, expected.loc[measured.wiring], atol=1e-5)
-    monkeypatch.setattr(rows.ResumableTable, "append", lambda *args: pytest.fail("ran a wiring that was there already"))
+    monkeypatch.setattr(rows.ResumableTable, "append", lambda *_: pytest.fail("a wiring ran that was there"))
     pd.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
 
 
@@ -193,7 +193,7 @@ def test_a_beam_grows_from_the_best_and_stops_when_nothing_is_left(stack_of, tmp
         assert set(frame[frame.level == level].wiring) <= grown
     assert not frame.wiring.duplicated().any()
     assert search.beam(stack, PROBES, spans=[(0, 4)], depth=1).wiring.tolist() == [": :"]
-    monkeypatch.setattr(rows.ResumableTable, "append", lambda *args: pytest.fail("ran a wiring that was there already"))
+    monkeypatch.setattr(rows.ResumableTable, "append", lambda *_: pytest.fail("a wiring ran that was there"))
     pd.testing.assert_frame_equal(search.beam(stack, PROBES, width=1, depth=3, out=tmp_path), frame)
 
 
