@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import surgery
 from surgery.chapters import MEASURED
@@ -185,7 +186,7 @@ def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32
 
     Example: surgery check --model babel
     """
-    with errors.status(f"opening {model}"):
+    with errors.status(f"opening {escape(model)}"):
         import torch
 
         from surgery.models.loading import load
@@ -305,7 +306,7 @@ def tape(
 
     Example: surgery tape ":8 4:" --model babel --out taped
     """
-    with errors.status(f"opening {model}"):
+    with errors.status(f"opening {escape(model)}"):
         import torch
 
         from surgery.models.loading import load

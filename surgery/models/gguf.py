@@ -11,20 +11,25 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from surgery import disk
-from surgery.models.errors import ModelError, first_line
+from surgery.models import foreign
+from surgery.models.errors import ModelError, as_model_error
 
+FEWEST_BITS = 1.5  # of a weight, in any of the formats
+_HEADER = struct.Struct("<4sIQ")  # magic, version, number of tensors
 LAYOUT = 1  # of what is kept; a new number converts every file again
 
 
@@ -96,6 +101,8 @@ def _parts(name: str) -> list[Path]:
         return [path]
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        for file in files:
+            foreign.inside(path, file.name, name)
         if len(files) > 1:
             raise ModelError(f"{name} holds {len(files)} GGUF files; name one, for example {files[0]}")
         return files
@@ -123,21 +130,19 @@ def _sha256(parts: Sequence[Path]) -> str:
 def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
     """Write the model in a GGUF file as the Hugging Face folder ``place``, which appears whole or not at all."""
     with disk.workshop(place) as work:
-        file = parts[0]
+        file = work / "joined.gguf"  # nothing else lies beside it that would be read too
         if len(parts) > 1:
-            file = work / "joined.gguf"
             with open(file, "wb") as joined:
                 for part in parts:
                     with open(part, "rb") as source:
                         shutil.copyfileobj(source, joined, 2**22)
-        try:
-            options = {"gguf_file": file.name, "local_files_only": True}
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        except OSError:
-            raise
-        except Exception as error:  # the parser, the model class and the tokenizer all raise their own kinds
-            raise ModelError(f"cannot read {name} as a GGUF file: {first_line(error)}") from error
+        else:
+            foreign.link(parts[0].resolve(), file)
+        with as_model_error(f"cannot read {name} as a GGUF file"):
+            options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+            config = _config(file, options, name)
+            model = AutoModelForCausalLM.from_pretrained(work, config=config, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(work, **options)
         whole = work / "model"
         unquantised(model).save_pretrained(whole)
         tokenizer.save_pretrained(whole)
@@ -146,6 +151,21 @@ def _convert(parts: Sequence[Path], place: Path, name: str) -> None:
         except OSError:  # another process was faster
             if not (place / "config.json").is_file():
                 raise
+
+
+def _config(file: Path, options: dict[str, Any], name: str) -> PreTrainedConfig:
+    """The configuration in a GGUF file. Raises ModelError if it describes a larger model than the file can hold."""
+    with open(file, "rb") as source:
+        magic, _, tensors = _HEADER.unpack(source.read(_HEADER.size))
+    if magic != b"GGUF":
+        raise ModelError(f"{name} is not a GGUF file")
+    settings, _ = PreTrainedConfig.get_config_dict(file.parent, **options)
+    foreign.require_counts(settings, tensors, name, where="the file")
+    config = AutoConfig.from_pretrained(file.parent, **options)
+    build = partial(AutoModelForCausalLM.from_config, config, trust_remote_code=False)
+    weights = int(file.stat().st_size * 8 / FEWEST_BITS)
+    foreign.require_sizes(build, weights, torch.float32, name, where="the file")
+    return config
 
 
 def unquantised(model: PreTrainedModel) -> PreTrainedModel:

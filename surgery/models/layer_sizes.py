@@ -1,9 +1,7 @@
 """The sizes of a layer (MLP width, attention heads, width of the stream), and configurations that express them."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from surgery.models import stream_width
 from surgery.models.errors import ModelError
+from surgery.outside import shown
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 FORMAT = 1  # of ``surgery.json``
@@ -106,26 +105,34 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
-def model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class whose ``from_pretrained`` opens a folder with ``surgery.json``.
+def model_class(entries: Any, config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """The class whose ``from_pretrained`` opens a folder with ``surgery.json``, which holds ``entries``.
 
-    Raises ModelError for a ``surgery.json`` that is damaged, of another format, or not of this many layers.
+    Raises ModelError for entries that are damaged, of another format, or not of this many layers; ``name`` is the
+    model's.
     """
     try:
-        entries = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
         file_format, rows = entries["format"], [Size(**row) for row in entries["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/surgery.json does not say the sizes of the layers: save the model again") from error
+    except (LookupError, TypeError) as error:
+        raise ModelError(f"{name}: surgery.json does not say the sizes of the layers: save the model again") from error
     if file_format != FORMAT:
-        raise ModelError(f"{folder}/surgery.json has format {file_format!r}, this surgery reads {FORMAT}: update it")
-    if len(rows) != config.get_text_config().num_hidden_layers or not all(
-        size is None or (isinstance(size, int) and size > 0) for row in rows for size in row[:3]
-    ):
         raise ModelError(
-            f"{folder}/surgery.json must give every one of the {config.get_text_config().num_hidden_layers} layers of "
-            "config.json a d_mlp, n_heads and d_model, each null or 1 and more: save the model again"
+            f"{name}: surgery.json has format {shown(file_format)}, this surgery reads {FORMAT}: update it"
         )
-    return sized_class(AutoModelForCausalLM._model_mapping[type(config)], rows)  # noqa: SLF001
+    layers = text_config(config).num_hidden_layers
+    if len(rows) != layers or not all(map(_is_size, rows)):
+        raise ModelError(
+            f"{name}: surgery.json must give every one of the {layers} layers of config.json a d_mlp, n_heads and "
+            "d_model, each null or 1 and more: save the model again"
+        )
+    base = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001
+    return sized_class(base, rows)
+
+
+def _is_size(size: Size) -> bool:
+    """Whether the fields have the types that they are declared with."""
+    numbers = (value is None or (type(value) is int and value > 0) for value in size[:3])
+    return all(numbers) and all(type(value) is bool for value in size[3:])
 
 
 def sized_class(base: type[PreTrainedModel], sizes: Sequence[Size]) -> type[PreTrainedModel]:

@@ -14,28 +14,43 @@ front of every text, which changes what models trained without one compute.
 
 import copy
 import importlib.resources
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module, detect_tokenizer_bos_eos
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import building, configs, gguf, layer_sizes, stream_width, twin
+from surgery.models import building, configs, finite, foreign, gguf, layer_sizes, stream_width, twin
 from surgery.models.conditions import defaults
-from surgery.models.errors import ModelError, first_line
+from surgery.models.errors import ModelError, as_model_error, first_line, is_failure
 from surgery.models.exactness import TOLERANCES
 from surgery.models.twin import plain as plain
+from surgery.outside import shown
 
 REFERENCE = "babel"
+# Buffers that older versions saved beside the weights, and what a model that also sees or hears has besides text.
+_NOT_WEIGHTS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|position_ids$"
+)
+_NOT_TEXT = re.compile(r"(^|\.)(\w*(vision|visual|image|audio|speech|video)\w*|multi_modal_projector|mm_projector)\.")
 BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
 
 
@@ -68,15 +83,29 @@ def load(
         return model
     if isinstance(model, nn.Module):
         return wrap(model, tokenizer, _name_of(model))
-    name = str(model)
+    name = _readable(str(model))
     put = None if device is None else available(device)
     with quiet(), defaults():
-        converted = gguf.folder_of(name)
-        place = str(converted or (reference_folder(name) if name in BUNDLED else name))
-        hugging_face = _from_pretrained(place, name, dtype)
-        if tokenizer is None:
-            tokenizer = tokenizer_of(place, name)
-    return wrap(hugging_face if put is None else hugging_face.to(put), tokenizer, name)
+        with as_model_error(f"cannot open {shown(name)}"):  # for example a name too long for the file system
+            place = place_of(name)
+        opened = from_folder(place, name, dtype)
+    hugging_face = opened.model if put is None else opened.model.to(put)
+    if tokenizer is None and opened.complaint:
+        warnings.warn(opened.complaint, stacklevel=2)
+    return wrap(hugging_face, opened.tokenizer if tokenizer is None else tokenizer, name)
+
+
+def place_of(name: str) -> str:
+    """Where the model called ``name`` lies: a folder, or a name on the hub. Converts a GGUF file, see ``gguf``."""
+    converted = gguf.folder_of(name)
+    return str(converted or (reference_folder(name) if name in BUNDLED else name))
+
+
+def _readable(name: str) -> str:
+    """``name`` if tables and messages can show it. Raises ModelError for a newline or half of a surrogate pair."""
+    if shown(name, len(name)) != name:
+        raise ModelError(f"the name of a model must be printable, not {shown(name, 200)}; rename the folder")
+    return name
 
 
 def available(device: "str | torch.device") -> torch.device:
@@ -106,7 +135,7 @@ def untrained(model: TransformerBridge, seed: int = 0) -> TransformerBridge:
             return TransformerBridge.boot_native(config).eval()
         layers = [getattr(block, "original_component", block) for block in model.blocks]
         config = configs.own_layers(model.original_model.config, layers)
-        fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
+        fresh = AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype, trust_remote_code=False).eval()
     return wrap(fresh.to(model.cfg.device), twin.tokenizer(model), f"{model.cfg.model_name} (untrained, seed {seed})")
 
 
@@ -188,63 +217,151 @@ def _refuse_unusual(model: nn.Module, name: str) -> None:
             f"{name} has weights in {unusual[0]}, which are not plain floats ({counts}); load it unquantised, in "
             "float32, float16, bfloat16 or float64"
         )
+    if broken := finite.not_finite(model):
+        raise ModelError(f"{name} has weights that are not finite: {broken}")
     if len(kinds) > 1:
         usual = kinds.most_common(1)[0][0]
         raise ModelError(f"{name} has weights of several types ({counts}); make them one: model.to(torch.{usual})")
 
 
-def _from_pretrained(place: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    folder = Path(place)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+class Opened(NamedTuple):
+    """A Hugging Face model, its tokenizer (None without one that can be used), and what is wrong with the tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    complaint: str
+
+
+def from_folder(place: str, name: str, dtype: torch.dtype, **options: Any) -> Opened:
+    """The model in a folder or on the hub, and its tokenizer: weights, sizes and words are read, no code runs.
+
+    Args:
+        options: for ``from_pretrained``, for example ``device_map``.
+
+    Raises ModelError for whatever is wrong with the model, see ``load``.
+    """
+    _require_folder(place, name)
+    with as_model_error(_cannot(place, name)), foreign.reduced(place, name) as folder:
+        if folder.settings() is None:
             raise ModelError(f"{name} is a folder without config.json; give a folder that save_pretrained has written")
-        if not list(folder.glob("*.safetensors")):
-            raise ModelError(f"{name} has no weights: no *.safetensors file (pickled .bin weights are not opened)")
-    elif folder.is_file():
-        raise ModelError(f"{name} is a file; give the folder that holds config.json and *.safetensors, or a .gguf file")
-    elif place.startswith(("/", ".", "~")) or place.count("/") > 1:
-        raise ModelError(f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}")
-    try:
-        config = AutoConfig.from_pretrained(place)
+        held = foreign.held(folder, name)
+        if not held.tensors:
+            raise ModelError(f"{name} has no weights: no model.safetensors (pickled .bin weights are not opened)")
+        foreign.require_counts(folder.settings(), held.tensors, name)
+        config = _config(folder, place)
         _refuse_encoder_decoder(config, name)
         model_class = AutoModelForCausalLM
-        if (folder / "surgery.json").is_file():
-            model_class = layer_sizes.model_class(folder, config)
+        if folder.settings(foreign.SIZES) is not None:
+            model_class = layer_sizes.model_class(folder.settings(foreign.SIZES), config, name)
+            foreign.require_sizes(lambda: model_class._from_config(config), held.weights, dtype, name)  # noqa: SLF001
+        else:
+            build = partial(AutoModelForCausalLM.from_config, config, trust_remote_code=False)
+            foreign.require_sizes(build, held.weights, dtype, name)
         loaded, report = model_class.from_pretrained(
-            place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder.path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+            **options,
         )
-    except ModelError:
-        raise
-    except Exception as error:  # the hub, the file system, the parser and the model class all raise their own kinds
-        raise ModelError(_explain(place, name, error)) from error
-    missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if missing:
+        _require_all_keys(report, composite=config.get_text_config() is not config, name=name)
+        for own in (loaded.config, loaded.config.get_text_config(), loaded):
+            own.name_or_path = place
+        if getattr(config, "attn_logit_softcapping", None):
+            # torch's fast attention cannot soft-cap; older transformers try it all the same
+            loaded.set_attn_implementation("eager")
+        if dtype == torch.float64 and getattr(config, "num_experts", None):
+            loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
+        return Opened(loaded, *_tokenizer(folder, config, place, name))
+
+
+def _require_folder(place: str, name: str) -> None:
+    """Raise ModelError for what is neither a folder with a model nor a name that the hub may have."""
+    folder = Path(place)
+    with as_model_error(_cannot(place, name)):
+        if folder.is_file():
+            raise ModelError(
+                f"{name} is a file; give the folder that holds config.json and *.safetensors, or a .gguf file"
+            )
+        if not folder.is_dir() and (place.startswith(("/", ".", "~")) or place.count("/") > 1):
+            raise ModelError(
+                f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}"
+            )
+
+
+def _config(folder: foreign.Folder, place: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    config.name_or_path = place  # transformers knows some tokenizers by it
+    return config
+
+
+def _require_all_keys(report: dict[str, Any], *, composite: bool, name: str) -> None:
+    """Raise ModelError unless the files held every weight that the model has, of its shape, and no other."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, stored, described = mismatched[0]
+        raise ModelError(
+            f"{name}: {len(mismatched)} weights are missing or of the wrong shape, the first is {key} "
+            f"({_shape(stored)} in the file, {_shape(described)} by config.json)"
+        )
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
-    if getattr(config, "attn_logit_softcapping", None):
-        # torch's fast attention cannot soft-cap; older transformers try it all the same
-        loaded.set_attn_implementation("eager")
-    if dtype == torch.float64 and getattr(config, "num_experts", None):
-        loaded.set_experts_implementation("eager")  # torch's grouped matrix product has no double precision
-    return loaded
+    spare = [key for key in report["unexpected_keys"] if not _NOT_WEIGHTS.search(key)]
+    if composite:
+        spare = [key for key in spare if not _NOT_TEXT.search(key)]
+    if spare := sorted(spare):
+        raise ModelError(
+            f"{name}: its files hold {len(spare)} weights that the model of config.json does not have, the first is "
+            f"{shown(spare[0], 200)}: they do not belong together"
+        )
 
 
-def _explain(place: str, name: str, error: Exception) -> str:
-    if Path(place).is_dir():
-        return f"cannot open the model in {name}: {first_line(error)}"
+def _shape(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size)) or "a number"
+
+
+def _cannot(place: str, name: str) -> str:
+    if foreign.is_folder(place):
+        return f"cannot open the model in {name}"
     return (
-        f"no model {name!r}: there is no such folder here, and the Hugging Face hub did not give one "
-        f"({first_line(error)}). Give a folder with config.json and *.safetensors, a name on the hub that this "
-        f"machine can reach, or {REFERENCE!r} for the bundled model"
+        f"no model {name!r}: give a folder with config.json and *.safetensors, a name on the Hugging Face hub that "
+        f"this machine can reach, or {REFERENCE!r} for the bundled model; there is no such folder, and not on the hub"
     )
 
 
 def tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer stored in the folder or hub repository ``place``; None, with a warning, if there is none."""
+    """The tokenizer in the folder or hub repository ``place``, None if it has none; a warning if it cannot be used."""
+    with as_model_error(_cannot(place, name)), foreign.reduced(place, name) as folder:
+        tokenizer, complaint = _tokenizer(folder, _config(folder, place), place, name)
+    if complaint:
+        warnings.warn(complaint, stacklevel=2)
+    return tokenizer
+
+
+def _tokenizer(
+    folder: foreign.Folder, config: PreTrainedConfig, place: str, name: str
+) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer in a folder, None if there is none; and why it cannot be used, empty if it can."""
+    if not any((folder.path / file).exists() for file in (*foreign.TOKENIZER, foreign.TOKENIZER_CONFIG)):
+        return None, ""
     try:
-        return AutoTokenizer.from_pretrained(place)
-    except Exception as error:
-        warnings.warn(f"{name} has no usable tokenizer ({first_line(error)}): pass token ids", stacklevel=3)
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder.path, config=config, trust_remote_code=False, local_files_only=True
+        )
+        detect_tokenizer_bos_eos(tokenizer)  # encodes something
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        return None, f"{name} has no usable tokenizer ({first_line(error)}): pass token ids"
+    for values in (vars(tokenizer), tokenizer.init_kwargs):  # paths that it keeps lead to the folder that stays
+        for key, value in values.items():
+            if isinstance(value, str) and value.startswith(str(folder.path)):
+                values[key] = str(folder.origin) + value.removeprefix(str(folder.path))
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = place
+    return tokenizer, ""
 
 
 def _refuse_encoder_decoder(config: Any, name: str) -> None:

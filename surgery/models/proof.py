@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from surgery.models import finite
 from surgery.models.errors import ModelError
 from surgery.models.exactness import probe_ids, relative_difference
 from surgery.models.tokens import Tokens
@@ -94,10 +95,7 @@ def require(stack: Any, check: str, actual: Tensor, expected: Tensor) -> None:
 
 
 def not_finite(model: Any, name: str) -> str:
-    """Which weights are not finite, in a sentence."""
-    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if broken:
-        first, rest = broken[0].replace("._original_component", ""), len(broken) - 1
-        more = f" and {rest} more" if rest else ""
-        return f"{name} has weights that are not finite (NaN or infinity): {first}{more}"
+    """Why a model's logits are not finite, in a sentence."""
+    if broken := finite.not_finite(model):
+        return f"{name} has weights that are not finite: {broken}"
     return f"{name} gives logits that are not finite on random tokens though all its weights are"

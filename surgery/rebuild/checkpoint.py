@@ -46,9 +46,12 @@ def write(
     try:
         with disk.workshop(folder) as whole:
             with quiet():
-                _untied(hugging_face, layers).save_pretrained(whole, max_shard_size=max_shard_size)
+                untied = _untied(hugging_face, layers)
+                _without_code(untied, untied.config, untied.config.get_text_config()).save_pretrained(
+                    whole, max_shard_size=max_shard_size
+                )
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(whole)
+                    _without_code(copy.deepcopy(tokenizer)).save_pretrained(whole)
             for name, text in texts.items():
                 (whole / name).write_text(text, encoding="utf-8")
             if check is not None:
@@ -148,6 +151,14 @@ def _refuse_full(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} exists and is not an empty folder: nothing was overwritten; choose another one"
         )
+
+
+def _without_code(saved: Any, *configs: Any) -> Any:
+    """``saved`` (a copy) without what would save the code of its class along, or name code to run when opened."""
+    saved._auto_class = None  # noqa: SLF001 (transformers has no other name)
+    for settings in (*map(vars, configs), vars(saved).get("init_kwargs", {})):
+        settings.pop("auto_map", None)
+    return saved
 
 
 def _untied(hugging_face: PreTrainedModel, layers: str) -> PreTrainedModel:

@@ -35,7 +35,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.models import loading
 from surgery.models.errors import ModelError
@@ -362,9 +361,8 @@ class Pool:
 
 def _spread(name: str, dtype: torch.dtype, device_map: "str | dict[str, Any]") -> Any:
     """A model spread over several devices by accelerate."""
-    place = str(loading.reference_folder(name)) if name in loading.BUNDLED else name
-    plain = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, device_map=device_map)
-    return loading.load(plain, tokenizer=AutoTokenizer.from_pretrained(place))
+    opened = loading.from_folder(loading.place_of(name), name, dtype, device_map=device_map)
+    return loading.wrap(opened.model, opened.tokenizer, name)
 
 
 def _pack(value: Any) -> bytes:

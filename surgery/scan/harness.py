@@ -16,7 +16,8 @@ Without network, and for questions of your own, a task is a YAML file beside its
     doc_to_choice: "{{choices}}"
     doc_to_target: "{{answer}}"                                         the index of the right choice
 
-and ``harness.tasks(model, ["capitals"], include="mine")``. The standard errors are those of one model; the difference
+and ``harness.tasks(model, ["capitals"], include="mine")``. Task files can name Python functions, which then run: take
+only those that you trust. The standard errors are those of one model; the difference
 of two models on the same questions is usually known better than they suggest. Control: the unmodified model.
 """
 
@@ -105,7 +106,9 @@ def tasks(
                 task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=seed)
         # a copy: the harness gives a tokenizer without padding one of its own
-        wrapped = models.HFLM(pretrained=inside, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        wrapped = models.HFLM(
+            pretrained=inside, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, trust_remote_code=False
+        )
         evaluation = harness.evaluate(wrapped, loaded, limit=limit, log_samples=False)
     return pd.DataFrame(_rows(evaluation["results"]), columns=["task", "metric", "value", "stderr"])
 

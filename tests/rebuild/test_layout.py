@@ -224,7 +224,7 @@ def test_broken_folders(opened, tmp_path):
     text = (folder / "surgery.json").read_text()
     said = json.loads(text)
     for broken, message in (
-        ("{", "does not say the sizes"),
+        ("{", "is not JSON"),
         (json.dumps({"format": 1}), "does not say the sizes"),
         (json.dumps(said | {"format": 2}), "has format 2, this surgery reads 1"),
         (json.dumps(said | {"rows": said["rows"][1:]}), "every one of the 4 layers"),
