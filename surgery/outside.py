@@ -9,6 +9,7 @@ import json
 import reprlib
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,6 +70,16 @@ def require_text(text: str) -> str:
     return text
 
 
+def content(path: Path, most: int | None = None) -> bytes:
+    """All bytes of a file. Raises OSError if it cannot be read, OutsideError for a pipe, a device, or more than
+    ``most`` bytes."""
+    if path.exists() and not path.is_file():
+        raise OutsideError("is not a file")
+    if most is not None and path.stat().st_size > most:
+        raise OutsideError(f"is longer than {most / 2**20:.0f} MiB")
+    return path.read_bytes()
+
+
 def read_json(text: "str | bytes") -> Any:
     """Parse JSON. Raises OutsideError for what is not JSON, is nested too deeply, or holds too long a number."""
     try:
@@ -86,7 +97,7 @@ def lacks(value: Any, shape: Any, name: str = "it") -> Iterator[str]:
     ['a.d is missing', 'c is true, which is no number']
     """
     kind = dict if isinstance(shape, dict) else shape
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         yield f"{name} is {shown(json.dumps(value))}, which is no {_KINDS[kind]}"
     elif isinstance(shape, dict):
         for key, inner in shape.items():

@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 
 from surgery import disk
-from surgery.outside import OutsideError, lacks, read_json, shown
+from surgery.outside import OutsideError, content, lacks, read_json, shown
 
 SHAPE: dict[str, Any] = {"sha256": str, "file": str, "rows": int, "types": {}, "columns": {}}  # of a manifest
 _READ: dict[str, Callable[[pd.Series], pd.Series]] = {  # a column of a CSV file, by the type in the manifest
@@ -162,12 +162,9 @@ def manifest_path(path: Path) -> Path:
 
 
 def _bytes(path: Path, most: int | None = None) -> bytes:
-    """What a file holds; ValueError for one that cannot be read, that is longer than ``most``, or that never ends."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"cannot read {path}: it is not a file")
-        if most is not None and path.stat().st_size > most:
-            raise ValueError(f"cannot read {path}: it is longer than {most / 2**20:.0f} MiB")
-        return path.read_bytes()
+        return content(path, most)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error
+    except OutsideError as error:
+        raise ValueError(f"{path} {error}") from error

@@ -40,12 +40,21 @@ from surgery import disk
 from surgery.models.identity import differences, identity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.outside import content, lacks, read_json, shown
 from surgery.stats.scatter import Scatter
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
 
 MANIFEST, FORMAT = "latents.json", "surgery latents 2"
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_LONGEST_MANIFEST = 2**24  # bytes: as many as 70,000 shards take
+SHAPE: dict[str, Any] = {  # of a manifest
+    **dict.fromkeys(("model", "weights_sha256", "corpus_sha256", "dtype"), str),
+    **dict.fromkeys(("start", "stop", "d_model", "n_prompts"), int),
+    "shards": list,
+}
+SHARD = {"file": str, "prompts": int, "tokens": int, "bytes": int, "sha256": str, "seconds": float}
 _ROWS = 4096  # tokens that moments hold in float64 at a time
 _PIECE = 1 << 20  # bytes hashed at a time
 
@@ -216,8 +225,12 @@ def open_latents(folder: str | Path) -> Latents:
     folder = Path(folder)
     manifest = read_manifest(folder)
     shards = tuple(Shard(**entry) for entry in manifest["shards"])
-    d_model, dtype = manifest["d_model"], getattr(torch, manifest["dtype"])
+    d_model, dtype = manifest["d_model"], _BY_NAME[manifest["dtype"]]
     finished = sum(shard.prompts for shard in shards)
+    if finished > manifest["n_prompts"]:
+        raise ValueError(
+            f"{folder / MANIFEST} has {finished} of {manifest['n_prompts']} prompts; harvest into another folder"
+        )
     if finished < manifest["n_prompts"]:
         raise ValueError(
             f"the harvest in {folder} is not finished: it has {finished} of {manifest['n_prompts']} prompts; "
@@ -228,6 +241,8 @@ def open_latents(folder: str | Path) -> Latents:
         refuse_damaged(folder, shard, shard_damage(folder, shard, d_model, dtype))
         offset = len(shard_header(shard.prompts, shard.tokens, d_model, dtype))
         lengths.append(np.fromfile(folder / shard.file, "<i4", shard.prompts, offset=offset))
+        if lengths[-1].min(initial=1) < 1 or lengths[-1].sum(dtype="int64") != shard.tokens:
+            refuse_damaged(folder, shard, "has prompts of other lengths than its tokens")
     source = {key: manifest[key] for key in ("model", "identity", "corpus_sha256")}
     return Latents(
         folder,
@@ -242,19 +257,37 @@ def open_latents(folder: str | Path) -> Latents:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the latents in a folder. Raises ``ValueError`` if there is none."""
+    """The manifest of the latents in a folder. Raises ``ValueError`` if there is none, or it is damaged."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(content(path, _LONGEST_MANIFEST))
+        problem = _misdescribed(manifest)
     except OSError as error:
         raise ValueError(f"there are no latents in {folder} ({disk.reason(error)}); make them by harvest") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not a manifest of latents ({error}); harvest into another folder") from error
+        problem = f"it {error}"
+    if problem:
+        raise ValueError(f"{path} is not a manifest of latents: {problem}; harvest into another folder")
+    return dict(manifest)
+
+
+def _misdescribed(manifest: Any) -> str | None:
+    """What is wrong with a manifest of latents, if anything."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a manifest of latents: it does not say {FORMAT!r}; harvest into another folder"
-        )
-    return manifest
+        return f"it does not say {FORMAT!r}"
+    if problem := next(lacks(manifest, SHAPE), None):
+        return problem
+    least = min(manifest["d_model"], manifest["n_prompts"], manifest["start"] + 1, manifest["stop"] - manifest["start"])
+    if least < 1 or manifest["dtype"] not in _BY_NAME:
+        return "its dtype, span or sizes are none that are stored"
+    for entry in manifest["shards"]:
+        if problem := next(lacks(entry, SHARD, "shard"), None):
+            return problem
+        if set(entry) - set(SHARD) or Path(entry["file"]).name != entry["file"] or "\0" in entry["file"]:
+            return f"{shown(entry['file'])} is described in another way than a shard is"
+        if min(entry["prompts"], entry["tokens"], entry["bytes"]) < 1:
+            return f"{shown(entry['file'])} holds nothing"
+    return None
 
 
 def shard_damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *, thorough: bool = False) -> str | None:
@@ -263,8 +296,9 @@ def shard_damage(folder: Path, shard: Shard, d_model: int, dtype: torch.dtype, *
     try:
         with open(folder / shard.file, "rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
-            if n_bytes != shard.bytes:
-                return f"has {n_bytes} bytes instead of {shard.bytes}"
+            expected = len(header) + 4 * shard.prompts + size_in_bytes(shard.tokens, d_model, dtype)
+            if not n_bytes == shard.bytes == expected:
+                return f"has {n_bytes} bytes instead of {expected}"
             if file.read(len(header)) != header or (thorough and sha256_of(file) != shard.sha256):
                 return "was changed since it was written"
     except OSError as error:
