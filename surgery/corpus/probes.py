@@ -221,11 +221,10 @@ def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
     path = Path(path)
     probes = []
     for number, line in read_lines(path, "a .jsonl file"):
-        if line.strip():
-            try:
-                probes.append(_probe(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+        try:
+            probes.append(_probe(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     if not probes:
         raise ValueError(f"{path} holds no probe: it is empty; give one {EXPECTED} per line")
     return ProbeSet(path.stem, tuple(probes), joiner)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
+from surgery.outside import shown
 
 T = TypeVar("T")
 _THINGS = (
@@ -54,7 +55,8 @@ class Probe:
         if not self.choices:
             return
         if self.answer not in self.choices:
-            raise ValueError(f"the answer {self.answer!r} is not among the choices {list(self.choices)}")
+            choices = shown(list(self.choices), 200)
+            raise ValueError(f"the answer {shown(self.answer)!r} is not among the choices {choices}")
         if len(set(self.choices)) < len(self.choices):
             raise ValueError(f"a choice occurs twice in {list(self.choices)}")
         if not all(choice.strip() for choice in self.choices):

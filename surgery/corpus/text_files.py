@@ -4,6 +4,7 @@ A file is read as a stream: its first prompts cost the same whatever comes after
 """
 
 import codecs
+import functools
 import json
 import re
 import unicodedata
@@ -26,26 +27,16 @@ def read_lines(path: Path, kinds: str) -> Iterator[tuple[int, str]]:
     """The lines of a text file in UTF-8, with or without a byte order mark, each with its number, counted from 1.
 
     A line ends at a newline, after which a carriage return is dropped, and nowhere else: U+2028, form feeds and the
-    like are part of the text. Memory: one line.
+    like are part of the text. Blank lines count and are left out. Memory: one line.
 
     Raises ValueError if the file is missing, or at a line that is not text or too long; ``kinds`` says what to give
     instead.
     """
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
-                where = f"{path}, line {number}"
-                if len(line) > LONGEST:
-                    raise ValueError(f"{where} is longer than {LONGEST / 2**20:.0f} MiB; cut it into several")
-                if b"\0" in line:
-                    raise ValueError(f"{where} is not text: it contains null bytes; give {kinds} in UTF-8")
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{where} is not text: byte {error.start + 1} is not UTF-8; give {kinds} in UTF-8"
-                    ) from error
-                yield number, text.removesuffix("\n").removesuffix("\r")
+            for number, line in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), start=1):
+                if not line.isspace() and (text := _line(f"{path}, line {number}", line, number == 1, kinds)).strip():
+                    yield number, text
     except OSError as error:
         raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error
 
@@ -86,9 +77,20 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
             yield number, _text(f"{path}, entry {number}", {"text": entry} if isinstance(entry, str) else entry)
         return
     for number, line in read_lines(path, "a text or .jsonl file"):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield number, _text(where, _json(where, line)) if kind in LINES else line
+        where = f"{path}, line {number}"
+        yield number, _text(where, _json(where, line)) if kind in LINES else line
+
+
+def _line(where: str, line: bytes, first: bool, kinds: str) -> str:
+    if len(line) > LONGEST:
+        raise ValueError(f"{where} is longer than {LONGEST / 2**20:.0f} MiB; cut it into several")
+    if b"\0" in line:
+        raise ValueError(f"{where} is not text: it contains null bytes; give {kinds} in UTF-8")
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not text: byte {error.start + 1} is not UTF-8; give {kinds} in UTF-8") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _entries(path: Path) -> Iterator[Any]:

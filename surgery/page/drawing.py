@@ -41,7 +41,7 @@ def plain(text: object, most: int = 40) -> str:
     font = get_font(findfont(FontProperties()))
     there = (c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in shown(str(text), most))
     label = "".join(there).replace("$", r"\$")
-    return f" {label}" if label.startswith("_") else label  # or a legend leaves it out
+    return f" {label}" if not label or label.startswith("_") else label  # or a legend leaves it out
 
 
 def png(figure: Figure) -> bytes:

@@ -20,7 +20,7 @@ import bisect
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,7 @@ from surgery import disk
 from surgery.outside import OutsideError, content, lacks, read_json, shown
 
 SHAPE: dict[str, Any] = {"sha256": str, "file": str, "rows": int, "types": {}, "columns": {}}  # of a manifest
-_READ: dict[str, Callable[[pd.Series], pd.Series]] = {  # a column of a CSV file, by the type in the manifest
-    "flag": lambda column: column.map({"True": True, "False": False}).astype("boolean").astype("bool"),
-    "int": lambda column: column.astype("int"),
-    "float": lambda column: column.astype("float"),
-    "text": lambda column: column,
-}
+_KINDS = ("flag", "int", "float", "text")
 _UNREADABLE = (ValueError, TypeError, OverflowError)
 _LONGEST_MANIFEST = 2**22  # bytes
 
@@ -108,19 +103,26 @@ def _cells(text: bytes, manifest: Mapping[str, Any]) -> pd.DataFrame:
 
 def _typed(cells: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
     """The cells as what the manifest says they are. Raises ValueError, naming column and row, for one that is not."""
-    for name, kind in types.items():
-        column, read = cells[name], _READ[kind]
-        try:
-            cells[name] = read(column)
-        except _UNREADABLE:
-            row = bisect.bisect_left(range(len(column)), True, key=lambda row: not _can(read, column[: row + 1]))
-            raise ValueError(f"row {row + 1} has {shown(column[row])!r} under {name}, which is no {kind}") from None
-    return cells
-
-
-def _can(read: Callable[[pd.Series], pd.Series], column: pd.Series) -> bool:
     try:
-        read(column)
+        flags = {name: _flags(cells[name]) for name, kind in types.items() if kind == "flag"}
+        return cells.assign(**flags).astype({name: kind for name, kind in types.items() if kind in ("int", "float")})
+    except _UNREADABLE:
+        name, kind = next((name, kind) for name, kind in types.items() if not _readable(cells[name], kind))
+        column = cells[name]
+        row = bisect.bisect_left(range(len(column)), True, key=lambda row: not _readable(column[: row + 1], kind))
+        raise ValueError(f"row {row + 1} has {shown(column[row])!r} under {name}, which is no {kind}") from None
+
+
+def _flags(column: pd.Series) -> pd.Series:
+    return column.map({"True": True, "False": False}).astype("boolean").astype("bool")
+
+
+def _readable(column: pd.Series, kind: str) -> bool:
+    try:
+        if kind == "flag":
+            _flags(column)
+        elif kind != "text":
+            column.astype(float if kind == "float" else int)
     except _UNREADABLE:
         return False
     return True
@@ -151,7 +153,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{place} is not a manifest: its types are not those of its columns; measure {path.name} again"
         )
-    if unknown := [kind for kind in types.values() if kind not in _READ]:
+    if unknown := [kind for kind in types.values() if kind not in _KINDS]:
         raise ValueError(f"{place} is not a manifest: {shown(unknown[0])!r} is no type; measure {path.name} again")
     return dict(manifest)
 

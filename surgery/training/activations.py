@@ -23,6 +23,7 @@ import itertools
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -283,7 +284,7 @@ def _misdescribed(manifest: Any) -> str | None:
     for entry in manifest["shards"]:
         if problem := next(lacks(entry, SHARD, "shard"), None):
             return problem
-        if set(entry) - set(SHARD) or Path(entry["file"]).name != entry["file"] or "\0" in entry["file"]:
+        if set(entry) - set(SHARD) or not re.fullmatch(r"[\w-]+\.safetensors", entry["file"], re.ASCII):
             return f"{shown(entry['file'])} is described in another way than a shard is"
         if min(entry["prompts"], entry["tokens"], entry["bytes"]) < 1:
             return f"{shown(entry['file'])} holds nothing"
