@@ -96,7 +96,7 @@ def lacks(value: Any, shape: Any, name: str = "it") -> Iterator[str]:
     >>> list(lacks({"a": {"b": "x"}, "c": True}, {"a": {"b": str, "d": str}, "c": int}))
     ['a.d is missing', 'c is true, which is no number']
     """
-    kinds = (int, float) if shape is float else (dict if isinstance(shape, dict) else shape,)
+    kinds: Any = (int, float) if shape is float else (dict if isinstance(shape, dict) else shape,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and shape is not bool):
         yield f"{name} is {shown(json.dumps(value))}, which is no {_KINDS[kinds[-1]]}"
     elif isinstance(shape, dict):

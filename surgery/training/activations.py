@@ -51,8 +51,9 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  #
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _LONGEST_MANIFEST = 2**24  # bytes: as many as 70,000 shards take
 SHAPE: dict[str, Any] = {  # of a manifest
-    **dict.fromkeys(("model", "weights_sha256", "corpus_sha256", "dtype"), str),
+    **dict.fromkeys(("model", "corpus_sha256", "dtype"), str),
     **dict.fromkeys(("start", "stop", "d_model", "n_prompts"), int),
+    "identity": dict,
     "shards": list,
 }
 SHARD = {"file": str, "prompts": int, "tokens": int, "bytes": int, "sha256": str, "seconds": float}
