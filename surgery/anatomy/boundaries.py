@@ -298,7 +298,9 @@ def functional(
     """Return the skyline of a brain scan: mean gain of the repeated spans that start, and that end, with each layer.
 
     The mean over all spans of the same length is subtracted first, or long spans, which only middle layers can be part
-    of, would look like boundaries. No forward pass. Raises ValueError unless a span starts at every layer.
+    of, would look like boundaries. Prompts on which the unmodified model is not finite are left out. No forward pass.
+
+    Raises ValueError unless a span starts at every layer; UndefinedError where a span is not finite on some prompt.
     """
     wide = comparisons.differences(scan, metric)
     spans = {
@@ -306,6 +308,12 @@ def functional(
     }
     if {start for start, _ in spans.values()} != set(range(n_layers)):
         raise ValueError(f"the scan does not repeat a span from every one of {n_layers} layers; scan every_repeat")
+    undefined = [name for name in spans if not np.isfinite(wide[name]).all()]
+    if undefined:
+        raise UndefinedError(
+            f"the mean gain by layer is not defined: {len(undefined)} spans give no finite {metric} on some prompt, "
+            f"such as {undefined[0]}"
+        )
     draws = weights(len(wide), resamples, seed).numpy()
     gains = draws @ wide[list(spans)].to_numpy() / len(wide)
     starts, stops = np.array(list(spans.values())).T

@@ -55,7 +55,7 @@ def section(tables: Tables, manifests: Manifests) -> Section:
         "p_max asks whether the luckiest of all wirings would reach as much if none had any effect (of all that were "
         "tried in the search, of those in the table on fresh probes). Verdicts: survived, better on fresh probes by "
         "p_max < .05; in part, by less than claimed; vanished, less than claimed and not shown to be better; "
-        "undecided, too few probes to exclude either; reversed, worse.",
+        "undecided, too few probes to exclude either; reversed, worse; not finite, no finite number on some probe.",
         "Withdrawn: as a temperature, where one temperature for the logits of the unmodified model (chosen on the "
         "search half) gains as much for all that is shown; too small to matter; not above chance, where the model does "
         "not do the task. Beside each gain in likelihood stand its gain in right answers and the share of it that the "

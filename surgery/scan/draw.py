@@ -94,8 +94,9 @@ def of_scan(
 def brain_scan(table: pd.DataFrame, n_layers: int, times: int = 2, unit: str = "") -> Figure:
     """Draw the gain of every span run ``times`` times; p_max < .05 outlined, means along both edges.
 
-    Spans that were not measured stay grey. The colours are symmetric about 0; where the losses dwarf the gains they are
-    logarithmic beyond the largest gain.
+    Spans that were not measured stay grey; a cross marks those that are not finite on some prompt, and their row and
+    column have no mean. The colours are symmetric about 0; where the losses dwarf the gains they are logarithmic beyond
+    the largest gain.
 
     Raises ValueError if the table has no such span, or several rows of one (a table by group: choose a group).
     """
@@ -129,6 +130,8 @@ def brain_scan(table: pd.DataFrame, n_layers: int, times: int = 2, unit: str = "
     note = (
         f"outlined: p_max < {SURE:g}, {better} better, {worse} worse of {np.isfinite(grid).sum()}; grey: not measured"
     )
+    if np.isneginf(grid).any():
+        note += f"; ×: not finite on some prompt, {np.isneginf(grid).sum()}"
     figure.supxlabel(note, fontsize=9, color=FAINT)
     return figure
 
@@ -143,7 +146,7 @@ def pareto(table: pd.DataFrame, n_layers: int, labels: int = 6, unit: str = "") 
     extra = np.array([Wiring.parse(text, n_layers).depth - n_layers for text in points["wiring"]], dtype=float)
     gain = points["gain"].to_numpy(float)
     sure = (points["p_max"] < SURE).to_numpy() & (gain > 0)
-    top, least = max(float(gain.max(initial=0)), 0.0), float(gain.min(initial=0))
+    top, least = max(float(gain.max(initial=0)), 0.0), float(gain.min(initial=0, where=np.isfinite(gain)))
     floor = max(least, -3 * top) if top > 0 else least
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -209,10 +212,13 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         own = rows.loc[name].reindex(groups)
+        broken, own["gain"] = np.isneginf(own["gain"]).to_numpy(), own["gain"].replace(-np.inf, np.nan)
         x = np.arange(len(groups)) + width * (place - (len(names) - 1) / 2)
         axes.bar(x, own["gain"], width * 0.92, color=PALETTE[place], label=plain(name), alpha=0.85)
         ends = [(own["gain"] - own["gain_low"]).abs(), (own["gain_high"] - own["gain"]).abs()]
         axes.errorbar(x, own["gain"], yerr=ends, linestyle="none", ecolor=INK, elinewidth=1)
+        for at in x[broken]:
+            axes.annotate("×", (at, 0), ha="center", va="center")
         for at, (_, row) in zip(x, own.iterrows()):
             if row["p_max"] < SURE:
                 end = np.nanmax([row["gain_high"], row["gain"], 0])
@@ -225,7 +231,10 @@ def group_bars(table: pd.DataFrame, wirings: Sequence[str] = (), unit: str = "")
     axes.set_title("Where it helps: gain by group", loc="left")
     axes.margins(y=0.12)
     figure.supxlabel(
-        f"lines: 95 % interval of each bar by itself; *: p_max < {SURE:g} over all rows", fontsize=9, color=FAINT
+        f"lines: 95 % interval of each bar by itself; *: p_max < {SURE:g} over all rows"
+        + "; ×: not finite on some prompt" * bool(np.isneginf(table["gain"]).any()),
+        fontsize=9,
+        color=FAINT,
     )
     _finish(axes)
     return figure
@@ -246,6 +255,7 @@ def painters(table: pd.DataFrame, ylabel: str = "gain over the unmodified model"
     axes = figure.subplots()
     for place, variant in enumerate(variants):
         own = table[table["variant"] == variant].groupby("size")[["gain", "gain_low", "gain_high"]].mean().reset_index()
+        own = own.where(np.isfinite(own["gain"]))  # a gap where a wiring is not finite on some prompt
         style: dict[str, Any] = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
         axes.fill_between(own["size"], own["gain_low"], own["gain_high"], color=style["color"], alpha=0.15, linewidth=0)
         axes.plot(own["size"], own["gain"], markersize=5, linewidth=1.6, label=plain(variant), **style)
@@ -290,6 +300,8 @@ def _heat(axes: Axes, grid: np.ndarray, n_layers: int) -> AxesImage:
     absent = np.where(np.isnan(grid) & (np.arange(n_layers)[:, None] >= np.arange(n_layers)), 1.0, np.nan)
     axes.imshow(absent, origin="lower", cmap=ListedColormap([PALE]), interpolation="nearest", aspect="auto")
     image = axes.imshow(grid, origin="lower", cmap="PuOr_r", norm=_norm(grid), interpolation="nearest", aspect="auto")
+    for stop, start in np.argwhere(np.isneginf(grid)):
+        axes.text(start, stop, "×", ha="center", va="center")
     if n_layers <= PRINTED_UP_TO:
         for stop, start in np.argwhere(np.isfinite(grid)):
             red, green, blue, _ = image.to_rgba(grid[stop, start])
@@ -339,7 +351,8 @@ def _short(value: float) -> str:
 
 def _mean(grid: np.ndarray, axis: int) -> np.ndarray:
     count = np.isfinite(grid).sum(axis)
-    return np.where(count > 0, np.nansum(grid, axis=axis) / np.maximum(count, 1), np.nan)
+    mean = np.sum(grid, axis=axis, where=np.isfinite(grid)) / np.maximum(count, 1)
+    return np.where((count > 0) & ~np.isneginf(grid).any(axis), mean, np.nan)
 
 
 def _signs(values: np.ndarray) -> list[str]:

@@ -3,7 +3,8 @@
 First stands what the unmodified model can do. If that is not shown to be above chance, no winner is named and nothing
 else is said of any wiring. A wiring is called better or worse only if p_max < .05, which allows for how many were
 tried, and the effect is ``worth.LEAST_GAIN`` or more; a gain is confirmed only on probes that took no part in choosing
-it, and only if no temperature gains as much. One prompt says nothing. That nothing was found is said as plainly.
+it, and only if no temperature gains as much. One prompt says nothing. That nothing was found is said as plainly, and so
+is on how many prompts the model, or a wiring, gives no finite number.
 
 >>> import pandas as pd
 >>> gains = {"gain": [0.1], "gain_low": [-0.1], "gain_high": [0.3], "p": [0.3], "p_max": [0.3], "q": [0.3]}
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.page.phrases import value
-from surgery.scan.worth import LEAST, LEAST_GAIN, Baseline
+from surgery.scan.worth import LEAST, LEAST_GAIN, MOST_NOT_FINITE, Baseline
 from surgery.stats.comparisons import FEW, FEW_CLUSTERS, Luck
 
 SURE = 0.05
@@ -45,6 +46,12 @@ def findings(
 ) -> list[str]:
     """The sentences to read first: ``baseline``, ``search``, ``validation``, ``beside``; without a task the first."""
     first, metric = baseline(baseline_), baseline_.metric
+    if not baseline_.sound:
+        return [
+            first,
+            f"So no winner is named among {_wirings(len(_tried(table)))}: the prompts that are left are not a fair "
+            "sample. A model that gives no finite number may have a broken weight, or overflow in its dtype.",
+        ]
     if not baseline_.done:
         return [
             first,
@@ -75,6 +82,13 @@ def baseline(found: Baseline) -> str:
         f"The model as it is: {_amount(found.value, found.measure)} on {_count(found.prompts, 'prompt')}, against "
         f"{against}, {value(scale * found.above, digits)} [{ends}] {unit.split(' of ')[0]} {better}{also}."
     )
+    if found.not_finite:
+        said += (
+            f" On {found.not_finite} of {found.prompts + found.not_finite} prompts it gives no finite number; these "
+            "are left out for every wiring."
+        )
+    if not found.sound:
+        return f"{said} That is more than one in {1 / MOST_NOT_FINITE:.0f}."
     if found.done:
         return f"{said} It does this task."
     least = f"{scale * LEAST[found.measure]:g} {unit.split(' of ')[0]}"
@@ -121,8 +135,12 @@ def _controls(winner: str, rows: pd.DataFrame, metric: str) -> str:
     parts = []
     for control, of_control in others.groupby("control", sort=False):
         name = _CONTROLS.get(str(control), str(control))
-        count = f" ({len(of_control)}, on average)" if len(of_control) > 1 else ""
-        parts.append(f"{name}{count} {_signed(of_control['gain'].mean(), metric, unit=False)}")
+        gains = of_control["gain"][np.isfinite(of_control["gain"])]
+        count = f" ({len(gains)}, on average)" if len(gains) > 1 else ""
+        broken = len(of_control) - len(gains)
+        no_number = f"{', ' if len(gains) else ' '}{broken} not finite" if broken else ""
+        average = f"{count} {_signed(gains.mean(), metric, unit=False)}" if len(gains) else ""
+        parts.append(f"{name}{average}{no_number}")
     own = rows.loc[rows["control"] == "repeat", "gain"].iloc[0]
     as_good = others[~((others["p_less"] < SURE) & (others["less"] > 0))]
     names = list(dict.fromkeys(_CONTROLS.get(str(control), str(control)) for control in as_good["control"]))
@@ -152,7 +170,7 @@ def painters(table: pd.DataFrame, metric: str) -> list[str]:
     size = sizes[len(sizes) // 2]
     middle = table[table["size"] == size].groupby("variant")["gain"].mean().sort_values(ascending=False)
     order = ", ".join(f"{variant} {_signed(gain, metric, unit=False)}" for variant, gain in middle.items())
-    harmless = table[~((table["p_max"] < SURE) & (table["gain"] < 0))]
+    harmless = table[np.isfinite(table["gain"]) & ~((table["p_max"] < SURE) & (table["gain"] < 0))]
     largest = harmless.groupby("variant")["size"].max()
     sentences = [f"A centred window of {size} layers, from the least harmful change on: {order} ({_unit(metric)[2]})."]
     if len(largest):
@@ -160,7 +178,7 @@ def painters(table: pd.DataFrame, metric: str) -> list[str]:
         sentences.append(f"The largest window at which a change is not shown to harm: {named}.")
     else:
         sentences.append("Every variant harms at every size, beyond luck.")
-    return sentences
+    return sentences + _not_finite(table)
 
 
 def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
@@ -172,15 +190,19 @@ def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
         return [f"{_wirings(len(tried))} on one prompt: nothing can be told from luck."]
     best = tried.sort_values("gain", ascending=False, kind="stable").iloc[0]
     count = f"{_wirings(len(tried))} {'was' if len(tried) == 1 else 'were'} tried on {_prompts(tried)}."
+    if np.isneginf(best["gain"]):
+        return [count, *_not_finite(tried)]
     if not best["gain"] > 0:
         return [
             f"{count} None gains anything; the least harmful, {best['wiring']}, reads {_gain(best, metric)}.",
             _beyond(tried, best, metric),
+            *_not_finite(tried),
         ]
     return [
         f"{count} The largest gain is that of {best['wiring']}, {_gain(best, metric)}.",
         _luck(best, luck, metric),
         _beyond(tried, best, metric),
+        *_not_finite(tried),
     ]
 
 
@@ -200,7 +222,7 @@ def validation(winners: pd.DataFrame, metric: str) -> list[str]:
         f"The best of the search, {first['wiring']}, had claimed {_signed(first['gain_search'], metric)} and reads "
         f"{_gain(validated, metric)} there: {_verdict(first)}.",
     ]
-    if len(claimed) > 1:
+    if len(claimed) > 1 and math.isfinite(after):
         claim, worth = (value(gain, digits, signed=True) for gain in (before, after))
         sentences.append(
             f"Averaged over them, {claim} {unit} was claimed and {worth} found: {_share(before, after)}. Gains chosen "
@@ -216,7 +238,8 @@ def validation(winners: pd.DataFrame, metric: str) -> list[str]:
 def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> list[str]:
     """A sentence per wiring (of ``wirings``, by default all): the groups of probes that it helps, and that it harms."""
     sentences = []
-    for wiring, rows in table.groupby("wiring", sort=False):
+    for wiring, every in table.groupby("wiring", sort=False):
+        rows = every[every["gain"] != -math.inf]
         if wiring == ":" or (len(wirings) and wiring not in wirings):
             continue
         sure = _sure(rows, metric)
@@ -226,11 +249,13 @@ def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> lis
             if len(part)
         ]
         rest = len(rows) - len(sure)
+        without = every.loc[every["gain"] == -math.inf, "group"]
+        broken = f"; it is not finite on some probes of {_names(without)}" if len(without) else ""
         if not parts:
-            sentences.append(f"In none of {len(rows)} groups was an effect of {wiring} shown.")
+            sentences.append(f"In none of {len(rows)} groups was an effect of {wiring} shown{broken}.")
         else:
             elsewhere = f"; in the other {rest} no effect was shown" if rest else ""
-            sentences.append(f"{wiring} {' and '.join(parts)}{elsewhere} ({_unit(metric)[2]}).")
+            sentences.append(f"{wiring} {' and '.join(parts)}{elsewhere}{broken} ({_unit(metric)[2]}).")
     return sentences
 
 
@@ -240,7 +265,7 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str
     notes = ["Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."]
     if winners is None:
         notes.append("No gain was measured again on fresh probes, so none is more than a candidate.")
-    unclear = int((tried["p_max"] >= SURE).sum())
+    unclear = int(((tried["p_max"] >= SURE) & np.isfinite(tried["gain"])).sum())
     if unclear:
         notes.append(f"For {_wirings(unclear)} of {len(tried)} a small effect is neither shown nor ruled out.")
     partial = int((tried["n_prompts"] < tried["n_prompts"].max()).sum())
@@ -259,6 +284,23 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str
         if units < FEW_CLUSTERS:
             notes.append(f"{_count(units, 'cluster')} are too few to show much: fewer than {FEW_CLUSTERS}.")
     return notes
+
+
+def _not_finite(tried: pd.DataFrame) -> list[str]:
+    """Which wirings give no finite number on how many prompts, if any do."""
+    if "n_not_finite" not in tried or not tried["n_not_finite"].any():
+        return []
+    broken = tried[tried["n_not_finite"] > 0].sort_values("n_not_finite", ascending=False, kind="stable")
+    named = pd.Series(
+        [f"{row.wiring} on {row.n_not_finite} of {row.n_prompts}" for row in broken.head(NAMED).itertuples()]
+    )
+    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    verbs, each = ("gives", "that counts") if len(broken) == 1 else ("give", "each counts")
+    return [
+        f"{_wirings(len(broken))} of {len(tried)} {verbs} no finite number on some of the prompts, though the "
+        f"unmodified model does ({', '.join(named)}{more}): {each} as a loss without bound, whatever it gains "
+        "on the others."
+    ]
 
 
 def _luck(best: pd.Series, luck: Luck, metric: str) -> str:
@@ -304,6 +346,7 @@ def _verdict(row: pd.Series) -> str:
         "vanished": "less than claimed, and not shown to be any",
         "undecided": "too uncertain to say whether anything survived",
         "reversed": "it is worse than the unmodified model",
+        "not finite": "on some prompts it gives no finite number, though the unmodified model does",
         "as a temperature": "it gains no more, for all that is shown, than a temperature does",
         "too small": "too small to matter",
     }[row["verdict"]]
@@ -316,6 +359,7 @@ def _tally(verdicts: pd.Series) -> str:
         "vanished": "shrank to what may be nothing",
         "undecided": "could not be decided",
         "reversed": "turned into losses",
+        "not finite": "gave no finite number on some prompt",
         "as a temperature": "gained no more, for all that is shown, than a temperature does",
         "too small": "gained too little to matter",
     }

@@ -7,11 +7,13 @@ Compare with the unmodified model (column ``baseline``) by ``surgery.stats.compa
 thousands is lucky. Prior art runs the whole model per configuration: D. Ng (RYS), alainnothere (llm-circuit-finder).
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
@@ -23,6 +25,10 @@ from surgery.wiring.value import Wiring
 
 if TYPE_CHECKING:
     from surgery.scan.cluster import Cluster, Pool
+
+
+class NotFiniteWarning(UserWarning):
+    """Some values of a scan are not finite numbers."""
 
 
 def run(
@@ -40,6 +46,8 @@ def run(
     """One row per wiring, probe and metric: wiring, prompt, group, metric, value, baseline.
 
     Equal wirings are run once. Values equal those of each wiring run alone within 1e-5 relative. Cost: see ``plan``.
+    Values that are not finite are kept as they are and warned of (``NotFiniteWarning``): ``comparisons.table`` counts
+    them against a wiring, where a mean of pandas would leave NaN out.
 
     Args:
         stack: the model.
@@ -94,4 +102,24 @@ def run(
             pool.measure(scorer, missing, memory, accept)
     frame = table.frame(to_scan, unmodified, metrics)
     table.close(frame, stack, encoded)
+    for metric, values in frame.groupby("metric", sort=False):
+        if said := _not_finite(values):
+            warnings.warn(f"{metric} {said}", NotFiniteWarning, stacklevel=2)
     return frame
+
+
+def _not_finite(rows: pd.DataFrame) -> str:
+    """On how many prompts the unmodified model, and how many wirings, give no finite number; empty if all do."""
+    there = np.isfinite(rows["baseline"])
+    broken = rows[there & ~np.isfinite(rows["value"])]
+    parts = []
+    if not there.all():
+        left_out, prompts = rows.loc[~there, "prompt"].nunique(), rows["prompt"].nunique()
+        parts.append(f"of the unmodified model is not finite on {left_out} of {prompts} prompts")
+    if len(broken):
+        worst = broken["wiring"].value_counts()
+        parts.append(
+            f"of {len(worst)} of {rows['wiring'].nunique()} wirings is not finite on some prompts on which that of the "
+            f"unmodified model is, of {worst.index[0]} on {worst.iloc[0]}"
+        )
+    return ", and ".join(parts)

@@ -10,8 +10,12 @@ loss      mean over the scored tokens of -log p, nats                           
 kl        mean over the scored tokens of KL(unmodified || wiring), nats               0 is the unmodified model
 choice    1 if the right choice has the highest loglik (probes with choices), else 0  higher
 ========  ==========================================================================  ========================
+
+Where the logits of a probe are not finite numbers (a stream that overflowed, a broken weight), every metric of it is
+NaN, also those that only count first choices: the first choice among NaN is whatever comes first.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,17 +98,20 @@ class Scorer:
             places, targets = chunk.cpu(), self._targets[chunk]
             row = self._row[places]
             loglik.index_add_(0, row, log_p.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu())
-            missed = (log_p.argmax(1) != targets).double().cpu()
+            undefined = log_p.isnan().any(1)
+            missed = (log_p.argmax(1) != targets).double().masked_fill(undefined, math.nan).cpu()
             wrong.index_add_(0, row, missed)
             credit.index_add_(0, row, (1 - missed) * self._credit[places])
             if self._unmodified is not None:
                 unmodified = readout.log_probabilities(self.stack, self._unmodified[chunk])
-                divergence.index_add_(0, row, (unmodified.exp() * (unmodified - log_p)).sum(1).double().cpu())
+                p = unmodified.exp()  # what has probability 0 adds nothing, however unlikely it is otherwise
+                terms = (p * (unmodified - log_p)).masked_fill(p == 0, 0)
+                divergence.index_add_(0, row, terms.sum(1).double().masked_fill(undefined, math.nan).cpu())
         count = torch.bincount(self._row, minlength=len(loglik))
         right = np.array(self.encoded.choice) == 0
         values = {
             "loglik": loglik.numpy()[right],
-            "exact": (wrong == 0).double().numpy()[right],
+            "exact": (wrong == 0).double().masked_fill(wrong.isnan(), math.nan).numpy()[right],
             "credit": credit.numpy()[right],
             "loss": (-loglik / count).numpy()[right],
             "kl": (divergence / count).numpy()[right],
@@ -114,7 +121,9 @@ class Scorer:
         return values
 
     def _right_choices(self, loglik: np.ndarray) -> np.ndarray:
-        """1 for every probe whose right choice is the likeliest, else 0; a tie counts as wrong."""
+        """1 for every probe whose right choice is the likeliest, else 0; a tie is wrong, NaN among them is NaN."""
         rows = pd.DataFrame({"probe": self.encoded.probe, "choice": self.encoded.choice, "loglik": loglik})
         rows = rows.sort_values(["probe", "loglik", "choice"], ascending=[True, False, False])
-        return (rows.groupby("probe")["choice"].first() == 0).to_numpy(dtype=float)
+        by_probe = rows.groupby("probe")
+        right = (by_probe["choice"].first() == 0).astype(float)
+        return right.where(by_probe["loglik"].count() == by_probe["loglik"].size()).to_numpy()

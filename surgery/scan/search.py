@@ -57,6 +57,7 @@ from surgery.models.tokens import Tokens
 from surgery.scan import scanning, schedule
 from surgery.scan.execution import distinct
 from surgery.scan.scores import predicting
+from surgery.stats import comparisons
 from surgery.wiring.families import every_repeat
 from surgery.wiring.value import Wiring
 
@@ -67,7 +68,8 @@ _NOISE = 1e-3  # of a gain, beside the variance over the plane: how much neighbo
 def first_order(stack: Stack, probes: "ProbeSet | Encoded") -> Float[np.ndarray, "left entered"]:
     """Estimate the gain of leaving the stack before layer ``left`` and going on at ``entered``: mean over probes, nats.
 
-    Exact in the limit of ``x_left - x_entered -> 0``. Zero on the diagonal (the unmodified model).
+    Exact in the limit of ``x_left - x_entered -> 0``. Zero on the diagonal (the unmodified model). Probes on which the
+    unmodified model is not finite are left out; an estimate that is not finite on another is -inf.
     Cost: 3 F (a forward and a backward pass).
 
     >>> from surgery import models
@@ -76,15 +78,19 @@ def first_order(stack: Stack, probes: "ProbeSet | Encoded") -> Float[np.ndarray,
     (13, 13)
     """
     encoded = Encoded.of(probes, stack)
-    total = np.zeros((stack.n_layers + 1, stack.n_layers + 1))
+    total, count = np.zeros((stack.n_layers + 1, stack.n_layers + 1)), 0
     for batch in _batches(encoded):
         streams, gradients = _gradients(stack, batch)
-        real = batch.tokens.mask.unsqueeze(-1)
+        finite = loglik(stack, batch, streams[-1]).isfinite()
+        real = batch.tokens.mask.unsqueeze(-1) & finite[:, None, None]
+        count += int(finite.sum())
         for entered, (x, gradient) in enumerate(zip(streams, gradients, strict=True)):
             for left, x_left in enumerate(streams):
                 product = torch.where(real, gradient * (x_left - x), 0)
                 total[left, entered] += float(product.sum(dtype=torch.float64))
-    return total / len(encoded.groups)
+    if not count:
+        raise ValueError(f"{stack.name} gives no finite number on any of {len(encoded.groups)} probes")
+    return np.where(np.isfinite(total), total / count, -np.inf)
 
 
 def screen(
@@ -99,8 +105,9 @@ def screen(
     """Gains of repeated or skipped spans, most of them estimated: wiring, estimate, round; best first.
 
     A ``share`` of the wirings is measured: half of it spread out (``round`` 1), then twice a quarter where the gain is
-    predicted to be highest (2 and 3). Their estimate is the gain itself, mean over probes of log-likelihood in nats;
-    where ``round`` is 0 it is predicted. With a folder ``out`` an interrupted screen resumes.
+    predicted to be highest (2 and 3). Their estimate is the gain itself, mean over probes of log-likelihood in nats,
+    -inf where that is not finite on some probe; where ``round`` is 0 it is predicted. With a folder ``out`` an
+    interrupted screen resumes.
 
     Cost: ``cost(frame, n_layers)``; 3 F for ``share=0``, the first-order estimate alone.
 
@@ -170,8 +177,9 @@ def beam(
     within each other, or again. ``spans`` are those to choose from, ``(start, stop)``; by default all, else for example
     the best of a ``screen``. With a folder ``out`` an interrupted search resumes.
 
-    Returns everything measured: level, wiring, layers (how many run), gain (mean over probes of log-likelihood, nats),
-    best first within a level. The gains are of the best of many: measure the winners again on other probes.
+    Returns everything measured: level, wiring, layers (how many run), gain (mean over probes of log-likelihood, nats;
+    -inf where that is not finite on some probe: nothing is built on such a wiring), best first within a level. The
+    gains are of the best of many: measure the winners again on other probes.
 
     Raises ValueError for a width or depth below 1. Cost: ``scan.plan`` of the wirings of every level.
     """
@@ -190,7 +198,7 @@ def beam(
         path = None if out is None else Path(out) / f"level_{level}.csv"
         gains = _gains(stack, candidates, encoded, path, progress)
         order = np.argsort(-gains, kind="stable")
-        best = [candidates[i] for i in order[:width]]
+        best = [candidates[i] for i in order[:width] if np.isfinite(gains[i])]
         rows = [(level, str(candidates[i]), int(candidates[i].depth), gains[i]) for i in order]
         levels.append(pd.DataFrame(rows, columns=["level", "wiring", "layers", "gain"]))
     return pd.concat(levels, ignore_index=True)
@@ -263,8 +271,7 @@ def _gains(
 
 
 def _mean_gain(frame: pd.DataFrame) -> pd.Series:
-    rows = frame[frame["metric"] == "loglik"]
-    return (rows["value"] - rows["baseline"]).groupby(rows["wiring"], sort=False).mean()
+    return comparisons.differences(frame, "loglik").mean()
 
 
 def _rounds(count: int) -> list[int]:
@@ -293,6 +300,8 @@ def _spread(spans: np.ndarray, count: int) -> np.ndarray:
 
 def _predicted(spans: np.ndarray, gains: np.ndarray, new_spans: np.ndarray, reach: float) -> np.ndarray:
     """Gains of new spans from a Gaussian process with a constant mean (kriging); ``reach`` in layers."""
+    known = gains[np.isfinite(gains)]
+    gains = np.where(np.isfinite(gains), gains, known.min(initial=0.0))  # as bad as the worst, for their neighbours
     inverse = np.linalg.inv(_kernel(spans, spans, reach) + _NOISE * np.eye(len(spans)))
     mean = (inverse @ gains).sum() / inverse.sum()
     return mean + _kernel(new_spans, spans, reach) @ inverse @ (gains - mean)

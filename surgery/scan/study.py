@@ -12,8 +12,9 @@ The first and third survive a kill: the same command goes on where it was. ``sur
 them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``, ``painters.png``.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ WINNERS_COLUMNS: dict[str, str] = {
     "beyond_low": "lower end of its 95 % interval",
     "beyond_high": "upper end of its 95 % interval",
     "p_beyond": "of it, family-wise over the winners",
-    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed or no gain; or "
-    "withdrawn: not above chance, as a temperature, too small",
+    "verdict": "what became of the gain: survived, survived in part, vanished, undecided, reversed, not finite or no "
+    "gain; or withdrawn: not above chance, as a temperature, too small",
 }
 PAINTERS_COLUMNS: dict[str, str] = {
     **comparisons.COLUMNS,
@@ -181,6 +182,15 @@ def run(
         )
 
 
+@contextmanager
+def _told_in_sentences() -> Iterator[None]:
+    """No warnings of what is not finite, as the findings say it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scanning.NotFiniteWarning)
+        yield
+
+
+@_told_in_sentences()
 def measure(
     stack: Stack,
     probe_set: ProbeSet,

@@ -37,6 +37,7 @@ TEMPERATURES = tuple(2 ** (step / 4) for step in range(-4, 17))  # 1/2 to 16
 LEAST = {"exact": 0.05, "choice": 0.05, "loss": 0.1}  # that much above chance, at least
 LEAST_GAIN = {"loglik": 0.01, "exact": 0.005, "credit": 0.005, "choice": 0.005, "loss": 0.001, "kl": 0.001}
 SURE = 0.05
+MOST_NOT_FINITE = 0.1  # of the prompts: beyond that the others are no fair sample
 RANDOM_SPANS = 5  # beside every winner
 CONTROLS_COLUMNS: dict[str, str] = {
     "winner": "the wiring that it stands beside",
@@ -64,6 +65,7 @@ class Baseline:
         above: by how much it is better than chance, ``low`` to ``high`` its 95 % interval.
         prompts: how many; ``units``: of how many independent units.
         scored: the mean of the metric that is scanned, ``metric``.
+        not_finite: on how many more prompts the model gives no finite number; they are left out of all of these.
     """
 
     measure: str
@@ -76,11 +78,17 @@ class Baseline:
     units: int
     metric: str
     scored: float
+    not_finite: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether the model gives finite numbers on all but ``MOST_NOT_FINITE`` of the prompts."""
+        return self.not_finite <= MOST_NOT_FINITE * (self.prompts + self.not_finite)
 
     @property
     def done(self) -> bool:
-        """Whether the task is done: above chance by more than ``LEAST``, as far as the sample shows."""
-        return self.low > LEAST[self.measure]
+        """Whether the task is done: above chance by more than ``LEAST``, as far as a fair sample shows."""
+        return self.sound and self.low > LEAST[self.measure]
 
 
 def measure_of(probe_set: ProbeSet) -> str:
@@ -94,11 +102,16 @@ def baseline(stack: Stack, probe_set: ProbeSet, metric: str, seed: int = 0) -> B
     """The unmodified model against chance, on all probes.
 
     Cost: 1 F of the probes, and for free answers 1 F more with the answers of other questions.
+
+    Raises ValueError if the model gives no finite number on any of them.
     """
     measure = measure_of(probe_set)
     encoded = probe_set.encode(stack)
     rows = scanning.run(stack, [":"], encoded, metrics=tuple(dict.fromkeys((measure, metric))))
-    scored = float(rows.loc[rows["metric"] == metric, "value"].mean())
+    broken = rows.loc[~np.isfinite(rows["value"]), "prompt"].unique()
+    if len(broken) == len(probe_set):
+        raise ValueError(f"{stack.name} gives no finite number on any of {len(broken)} probes: look at its weights")
+    scored = float(rows.loc[(rows["metric"] == metric) & ~rows["prompt"].isin(broken), "value"].mean())
     rows = rows[rows["metric"] == measure].reset_index(drop=True)
     if measure == "loss":
         rows["baseline"] = math.log(stack.d_vocab)
@@ -106,8 +119,8 @@ def baseline(stack: Stack, probe_set: ProbeSet, metric: str, seed: int = 0) -> B
         rows["baseline"] = [1 / len(probe.answers) for probe in probe_set.probes]
     else:
         other = scanning.run(stack, [":"], swapped(probe_set, seed), metrics=(measure,))
-        rows["baseline"] = other["value"].to_numpy()
-    rows = clustered(rows, encoded)
+        rows["baseline"] = other["value"].fillna(0).to_numpy()  # no finite number is no right answer
+    rows = clustered(rows[~rows["prompt"].isin(broken)], encoded)
     above, low, high, units = _above(rows, measure, seed)
     return Baseline(
         measure=measure,
@@ -120,6 +133,7 @@ def baseline(stack: Stack, probe_set: ProbeSet, metric: str, seed: int = 0) -> B
         units=units,
         metric=metric,
         scored=scored,
+        not_finite=len(broken),
     )
 
 
@@ -181,15 +195,17 @@ def softened(
 ) -> tuple[float, Float[np.ndarray, " probe"]]:
     """The best temperature of the search half, and the value of the metric at it for every validation probe.
 
-    The logits of the unmodified model are divided by it. Cost: 1 F of both halves.
+    The logits of the unmodified model are divided by it. Probes on which that is not finite take no part in the choice.
+    Cost: 1 F of both halves.
 
     Raises ValueError for a metric that a temperature does not raise.
     """
     if metric not in LIKELIHOOD:
         raise ValueError(f"a temperature changes {' and '.join(LIKELIHOOD)}, not {metric}")
     chosen, measured = (_by_temperature(stack, half, metric, memory) for half in (search, validation))
-    means = chosen.mean(1)
-    best = int(means.argmin() if metric in comparisons.LESS_IS_BETTER else means.argmax())
+    means = chosen[:, np.isfinite(chosen[TEMPERATURES.index(1)])].mean(1)
+    means = -means if metric in comparisons.LESS_IS_BETTER else means
+    best = int(np.where(np.isfinite(means), means, -np.inf).argmax())
     return TEMPERATURES[best], measured[best]
 
 
@@ -241,6 +257,7 @@ def judged(winners: pd.DataFrame, baseline: Baseline) -> pd.Series:
 
     ======================  =========================================================================================
     not above chance        the model does not do the task: what gains is not the task
+    not finite              the model gives no finite number on too many prompts (``MOST_NOT_FINITE``)
     as a temperature        confirmed, but not shown to gain more than the best temperature of the unmodified model
     too small               confirmed, and less than ``LEAST_GAIN``
     ======================  =========================================================================================
@@ -251,7 +268,7 @@ def judged(winners: pd.DataFrame, baseline: Baseline) -> pd.Series:
         verdict[survived & ~((winners["p_beyond"] < SURE) & (winners["beyond"] > 0))] = "as a temperature"
     verdict[survived & (winners["gain_validation"] < LEAST_GAIN.get(baseline.metric, 0))] = "too small"
     if not baseline.done:
-        verdict[verdict != "no gain"] = "not above chance"
+        verdict[verdict != "no gain"] = "not above chance" if baseline.sound else "not finite"
     return verdict
 
 
@@ -271,12 +288,13 @@ def beside(
     streams = by_streams(stack, encoded, *span, (metric,), memory)
     names = streams["wiring"].unique()
     listed = pd.concat([listed, pd.DataFrame({"control": names, "wiring": names})], ignore_index=True)
-    unmodified = rows[rows["wiring"] == rows["wiring"].iloc[0]].set_index("prompt")["baseline"]
+    unmodified = rows[rows["wiring"] == rows["wiring"].iloc[0]].set_index("prompt")["baseline"]  # NaN: left out below
     rows = pd.concat([rows, streams.assign(baseline=streams["prompt"].map(unmodified))], ignore_index=True)
     rows = clustered(rows, encoded)
     own = rows[rows["wiring"] == str(winner)].set_index("prompt")["value"]
     other = rows[rows["wiring"] != str(winner)]
-    against = other.assign(value=other["prompt"].map(own), baseline=other["value"])  # so that less is above 0
+    theirs = other["value"].where(np.isfinite(other["baseline"]))
+    against = other.assign(value=other["prompt"].map(own), baseline=theirs)  # so that less is above 0
     less = comparisons.table(against, metric, seed=seed, cluster="cluster").set_index("wiring")
     table = listed.merge(comparisons.table(rows, metric, seed=seed, cluster="cluster"), on="wiring")
     table.insert(0, "winner", str(winner))

@@ -24,8 +24,13 @@ than ``FEW_CLUSTERS`` clusters little can be shown. The simulation is in ``bench
 An interval is for one wiring looked at by itself: that of the best of a scan does not know that it was chosen.
 ``winners`` measures it again on probes that took no part in the choice.
 
-Cells that were not measured (or are NaN) are left out of their wiring alone; ``n_prompts`` says how many remain. With
-one unit there is no interval (NaN) and p is 1; a wiring that changes nothing has gain 0, interval [0, 0], p = 1.
+**What is not finite** (NaN or infinite: a stream that overflows, an answer of probability 0). A prompt on which the
+unmodified model gives no finite number is left out for every wiring alike. Where only the wiring gives none, that is a
+loss without bound, whatever it gains elsewhere: its ``gain`` is -inf, below every finite gain, it has no interval, p is
+1, and ``n_not_finite`` says on how many prompts. Nor does it enter the luck of the others, as it could not have won.
+
+Cells that were not measured are left out of their wiring alone; ``n_prompts`` says how many remain. With one unit there
+is no interval (NaN) and p is 1; a wiring that changes nothing has gain 0, interval [0, 0], p = 1.
 
 Control to compare with: ``expected_best``, what the best wiring would gain by luck. No model code lives here.
 
@@ -58,13 +63,15 @@ LESS_IS_BETTER = ("loss", "kl")
 COLUMNS = {
     "wiring": "the order in which the layers ran",
     "group": "group of the probes, in a table by group",
-    "gain": "mean over prompts of value - baseline (baseline - value for loss and kl): above 0 is better",
+    "gain": "mean over prompts of value - baseline (baseline - value for loss and kl): above 0 is better; -inf where a "
+    "value is not finite",
     "gain_low": "lower end of its 95 % interval, bootstrap-t over prompts (or clusters of them)",
     "gain_high": "upper end of its 95 % interval",
     "p": "two-sided, by studentised bootstrap and sign flips, of this row by itself",
     "p_max": "the same against the largest of all rows, gains and losses apart: family-wise",
     "q": "false discovery rate among the rows that gain (or lose) at least as clearly",
-    "n_prompts": "how many prompts the row was measured on",
+    "n_prompts": "how many prompts the row was measured on, those left out on which the unmodified model is not finite",
+    "n_not_finite": "on how many of them the wiring gives no finite number",
     "n_units": "of how many independent units they are: as many, or the clusters that were drawn whole",
 }
 
@@ -73,8 +80,8 @@ COLUMNS = {
 class Luck:
     """What the best of ``wirings`` wirings would gain on ``prompts`` prompts if none had any effect, in units of gain.
 
-    ``mean`` on average, ``high`` in all but the luckiest 5 % of scans. The ``worse`` wirings, clearly harmful, are left
-    out of it; both are NaN where that is all of them.
+    ``mean`` on average, ``high`` in all but the luckiest 5 % of scans. The ``worse`` wirings, clearly harmful or not
+    finite on some prompt, are left out of it; both are NaN where that is all of them.
     """
 
     wirings: int
@@ -87,8 +94,11 @@ class Luck:
 def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the improvement over the unmodified model: a row per prompt (``group``, ``prompt``), a column per wiring.
 
+    -inf where the wiring gives no finite number though the unmodified model does, so that a mean over prompts puts it
+    last; NaN where nothing was measured. Prompts on which the unmodified model gives none are left out.
+
     Raises ValueError for a metric that the table does not hold, a cell measured twice, a prompt in two groups, and if
-    nothing was measured.
+    nothing can be compared.
     """
     missing = [name for name in ("wiring", "prompt", "group", "metric", "value", "baseline") if name not in frame]
     if missing:
@@ -108,13 +118,16 @@ def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     if other.any():
         raise ValueError(f"prompt {prompts[place[other].min()]} is in more than one group")
     better = rows["baseline"] - rows["value"] if metric in LESS_IS_BETTER else rows["value"] - rows["baseline"]
+    better = better.where(np.isfinite(better), -np.inf).where(np.isfinite(rows["baseline"]))
     d = np.full((len(prompts), len(wirings)), np.nan)
     d[place, column] = better
-    d[~np.isfinite(d)] = np.nan
     if np.isnan(d).all():
-        raise ValueError(f"no value of {metric} can be compared with its baseline, all are missing")
+        raise ValueError(
+            f"no value of {metric} can be compared: the unmodified model gives no finite number on any of "
+            f"{len(prompts)} prompts"
+        )
     index = pd.MultiIndex.from_arrays([group_of, prompts], names=["group", "prompt"])
-    return pd.DataFrame(d, index=index, columns=pd.Index(wirings, name="wiring"))
+    return pd.DataFrame(d, index=index, columns=pd.Index(wirings, name="wiring")).dropna(how="all")
 
 
 def table(
@@ -139,20 +152,25 @@ def table(
     if by_group:  # a wiring in one group: the wiring, not measured on the prompts of the others
         inside = np.asarray(groups)[:, None] == np.asarray(families)
         d = np.where(inside[:, None], d[:, :, None], np.nan).reshape(len(d), -1)
+    n_prompts, n_not_finite = (~np.isnan(d)).sum(0), np.isneginf(d).sum(0)
+    broken = np.greater(n_not_finite, 0)
+    d = np.where(broken & ~np.isnan(d), 0.0, d)  # judged as if they changed nothing: no p, and no part in the others'
     units = Units.of(d, _labels(frame, wide, cluster))
     drawn = studentised.draws(len(units), resamples, seed)
     low, high = studentised.interval(units, drawn)
     gain, p, p_max = units.mean(), *judged(units, drawn, seed)
+    q = _discoveries(p, gain)
     rows = {
         "wiring": names.repeat(len(families)),
         "group": np.tile(families, len(names)),
-        "gain": gain,
-        "gain_low": low,
-        "gain_high": high,
+        "gain": np.where(broken, -np.inf, gain),
+        "gain_low": np.where(broken, np.nan, low),
+        "gain_high": np.where(broken, np.nan, high),
         "p": p,
         "p_max": p_max,
-        "q": _discoveries(p, gain),
-        "n_prompts": np.isfinite(d).sum(0),
+        "q": q,
+        "n_prompts": n_prompts,
+        "n_not_finite": n_not_finite,
         "n_units": units.present(),
     }
     return pd.DataFrame({name: rows[name] for name in COLUMNS if by_group or name != "group"})
@@ -186,17 +204,20 @@ def expected_best(
     Prompts (or clusters) are drawn as for ``p_max``, of d less its mean, and the largest mean gain (not t) is kept.
     Wirings that are clearly worse than the unmodified model, t below -sqrt(2 ln ln n), could not have won by luck and
     would only bring their large spread into it, so they are left out (Hansen 2005, "A test for superior predictive
-    ability"). A gain in the units of the metric weighs wirings of large spread most; ``p_max`` weighs all alike.
+    ability"), as are those that are not finite on some prompt. A gain in the units of the metric weighs wirings of
+    large spread most; ``p_max`` weighs all alike.
 
     Raises ValueError if no wiring but the unmodified model was measured on two prompts (or clusters) or more.
     """
     wide = _without_baseline(differences(frame, metric))
-    units = Units.of(wide.to_numpy(), _labels(frame, wide, cluster))
-    units = units.columns(np.flatnonzero(units.present() > 1))
+    broken = (wide == -np.inf).any().to_numpy()
+    units = Units.of(wide.replace(-np.inf, 0.0).to_numpy(), _labels(frame, wide, cluster))
+    enough = units.present() > 1
+    units, broken = units.columns(np.flatnonzero(enough)), broken[enough]
     n, wirings = units.present(), units.total.shape[1]
     if wirings == 0:
         raise ValueError(f"luck cannot be estimated: no wiring was measured on two {_unit(cluster)} or more")
-    worse = units.t() < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1)))
+    worse = broken | (units.t() < -np.sqrt(2 * np.log(np.maximum(np.log(n), 1))))
     if worse.all():
         return Luck(wirings, len(wide), int(worse.sum()), float("nan"), float("nan"))
     units, n = units.columns(np.flatnonzero(~worse)), n[~worse]
@@ -232,6 +253,7 @@ def winners(
     vanished           not shown to be better, and less than claimed
     undecided          too few probes: neither no gain nor the whole of it is excluded
     reversed           worse on validation
+    not finite         no finite number on some validation prompt on which the unmodified model gives one
     no gain            the search half itself claimed none
     =================  ==============================================================
 
@@ -249,12 +271,12 @@ def winners(
     both = claimed.merge(fresh, on="wiring", suffixes=("_search", "_validation"), validate="one_to_one")
     gained = both["gain_search"].where(both["gain_search"] > 0)
     for end in ("", "_low", "_high"):
-        both[f"survived{end}"] = both[f"gain{end}_validation"] / gained
+        both[f"survived{end}"] = both[f"gain{end}_validation"].replace(-np.inf, np.nan) / gained
     both["verdict"] = [_verdict(row) for _, row in both.iterrows()]
     halves = [
         f"{name}_{half}"
         for half in ("search", "validation")
-        for name in ("gain", "gain_low", "gain_high", "p_max", "n_prompts", "n_units")
+        for name in ("gain", "gain_low", "gain_high", "p_max", "n_prompts", "n_not_finite", "n_units")
     ]
     return both[["wiring", *halves, "survived", "survived_low", "survived_high", "verdict"]]
 
@@ -262,6 +284,8 @@ def winners(
 def _verdict(row: pd.Series) -> str:
     if not row["gain_search"] > 0:
         return "no gain"
+    if row["n_not_finite_validation"]:
+        return "not finite"
     less = row["gain_high_validation"] < row["gain_search"]
     if row["p_max_validation"] < 0.05:
         if row["gain_validation"] < 0:

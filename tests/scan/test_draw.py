@@ -45,6 +45,27 @@ def test_the_brain_scan_shows_every_gain_in_its_cell_and_nothing_else():
                 assert np.isnan(shown[last, start])
 
 
+def test_what_is_not_finite_is_marked_and_gives_no_mean():
+    frame = table(6).assign(n_not_finite=0)
+    frame.loc[frame["wiring"] == ":4 2:", "gain"] = -np.inf
+    figure = draw.brain_scan(frame, 6)
+    assert [part.get_position() for part in figure.axes[0].texts if part.get_text() == "×"] == [(2, 3)]
+    assert "×: not finite on some prompt, 1" in figure.get_supxlabel()
+    by_start = [bar.get_height() for bar in figure.axes[1].patches]
+    assert np.isnan(by_start).tolist() == [place == 2 for place in range(6)]
+    assert png(figure)
+    scatter = draw.pareto(frame, 6)
+    assert "1 of 21 wirings lose more than is shown" in scatter.get_supxlabel()
+    assert png(scatter)
+    groups = pd.concat([frame.head(4).assign(group="a"), frame.head(4).assign(group="b", gain=-np.inf)])
+    bars = draw.group_bars(groups)
+    assert sum(part.get_text() == "×" for part in bars.axes[0].texts) == 4
+    assert png(bars)
+    windows = frame.head(4).assign(variant="skip", size=[1, 2, 3, 4], gain=[-0.1, -np.inf, -0.3, -0.4])
+    (line, _) = draw.painters(windows).axes[0].lines
+    assert np.isnan(line.get_ydata()).tolist() == [False, True, False, False]
+
+
 def test_spans_not_measured_stay_blank_and_do_not_enter_the_means():
     whole = table()
     figure = draw.brain_scan(whole[whole["wiring"] != ":4 2:"], 12)

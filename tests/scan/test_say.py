@@ -347,6 +347,55 @@ def test_a_verdict_is_withdrawn_where_the_gain_is_none_of_the_wirings(change, do
     assert worth.judged(found, BASELINE if done else GUESSING).tolist() == [verdict]
 
 
+def test_wirings_that_are_not_finite_are_told_and_named_by_how_often():
+    frame = table([0.5, -np.inf, -np.inf]).assign(n_not_finite=[0, 2, 15])
+    sentences = say.search(frame, LUCK, "loglik")
+    assert sentences[-1] == (
+        "2 wirings of 3 give no finite number on some of the prompts, though the unmodified model does (:4 1: on 15 of "
+        "40, :3 1: on 2 of 40): each counts as a loss without bound, whatever it gains on the others."
+    )
+    assert "worse beyond luck" in text(sentences)
+    assert "finite" not in text(say.search(table([0.5]).assign(n_not_finite=0), LUCK, "loglik"))
+    none = say.search(table([-np.inf]).assign(n_not_finite=3), LUCK, "loglik")
+    assert none[1].startswith("1 wiring of 1 gives no finite number on some of the prompts")
+    assert "For 1 wiring of 3 a small effect is neither shown nor ruled out." in say.limits(frame)
+
+
+def test_a_winner_that_is_not_finite_on_fresh_probes_is_no_winner():
+    found = winners((0.5, -np.inf, "not finite"), (0.4, 0.3, "survived"))
+    sentences = text(say.validation(found, "loglik"))
+    assert "1 survived, 1 gave no finite number on some prompt" in sentences
+    assert "there: on some prompts it gives no finite number, though the unmodified model does." in sentences
+    assert "Averaged" not in sentences
+    assert "Confirmed on fresh probes: :3 1:." in sentences
+
+
+def test_a_model_that_is_not_finite_on_too_many_prompts_has_no_winner():
+    few, many = replace(BASELINE, not_finite=3), replace(BASELINE, not_finite=60)
+    assert "On 3 of 259 prompts it gives no finite number; these are left out for every wiring." in say.baseline(few)
+    assert say.baseline(few).endswith("It does this task.")
+    assert say.baseline(many).endswith("That is more than one in 10.")
+    sentences = say.findings(table([0.5, 0.1]), winners((0.5, 0.4, "survived")), LUCK, many, NO_CONTROLS)
+    assert len(sentences) == 2
+    assert sentences[1].startswith("So no winner is named among 2 wirings: the prompts that are left are not a fair")
+    assert worth.judged(softer(winners((0.5, 0.4, "survived"))), many).tolist() == ["not finite"]
+
+
+def test_controls_groups_and_windows_that_are_not_finite_are_told():
+    names = ["repeat", "random span", "random span", "damped 0.5"]
+    rows = pd.DataFrame({"winner": ":4 2:", "control": names, "gain": [0.5, 0.1, -np.inf, -np.inf], "less": np.nan})
+    sentence = text(say.beside(winners((0.5, 0.4, "survived")), rows.assign(p_less=1.0), BASELINE))
+    assert "random spans of its length +0.10, 1 not finite, half of the second pass 1 not finite; it is not" in sentence
+    frame = pd.concat([table([0.5], 0.01, group="a"), table([-np.inf], 1.0, group="b"), table([0.0], 0.9, group="c")])
+    assert say.groups(frame, "loglik") == [
+        ":2 1: helps a (+0.50); in the other 1 no effect was shown; it is not finite on some probes of b "
+        "(nats per answer)."
+    ]
+    windows = table([-1.0, -np.inf], p_max=[0.01, 1.0]).assign(variant=["skip", "reverse"], size=2, n_not_finite=[0, 4])
+    assert text(say.painters(windows, "loglik")).count("Every variant harms at every size") == 1
+    assert "1 wiring of 2 gives no finite number" in say.painters(windows, "loglik")[-1]
+
+
 def test_one_prompt_tells_nothing():
     assert say.search(table([0.5], n_prompts=1), LUCK, "loglik") == [
         "1 wiring on one prompt: nothing can be told from luck."

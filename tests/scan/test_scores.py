@@ -7,6 +7,7 @@ import torch
 from support.scans import PROBES
 from surgery import Stack, Wiring, scan
 from surgery.corpus.probes import Probe, ProbeSet
+from surgery.scan import scores
 
 
 def by_hand(stack: Stack, wiring: Wiring, probe: Probe) -> dict[str, float]:
@@ -42,6 +43,38 @@ def test_metrics_by_hand(stack_of):
             for metric, value in expected.items():
                 assert rows.value[metric] == pytest.approx(value, abs=2e-5), (text, metric)
                 assert rows.baseline[metric] == pytest.approx(clean[metric], abs=2e-5), (text, metric)
+
+
+def test_every_metric_of_a_stream_that_is_not_finite_is_nan(stack_of):
+    stack = stack_of("llama")
+    chosen = ProbeSet("choose", tuple(Probe(f"w{i} w5", f"w{i}", choices=(f"w{i}", "w7", "w20")) for i in range(4)))
+    encoded = chosen.encode(stack)
+    scorer = scan.Scorer(stack, encoded, scan.METRICS)
+    x = stack.execute(":2 1:", scorer.context.x0, scorer.context)
+    whole = scorer.rows(":2 1:", x).set_index(["metric", "prompt"])["value"]
+    for broken in (np.nan, np.inf):
+        for choice in range(3):  # of the second probe
+            row = next(i for i, at in enumerate(zip(encoded.probe, encoded.choice)) if at == (1, choice))
+            overflowing = x.clone()
+            overflowing[row, -2:, 3] = broken
+            values = scorer.rows(":2 1:", overflowing).set_index(["metric", "prompt"])["value"]
+            undefined = {(metric, 1) for metric in scan.METRICS} if choice == 0 else {("choice", 1)}
+            assert set(values.index[values.isna()]) == undefined
+            assert values.dropna().equals(whole[values.notna()])
+
+
+def test_tokens_of_probability_zero_add_nothing_to_the_divergence(stack_of, monkeypatch):
+    stack = stack_of("llama")
+    expected = scan.run(stack, [":2 1:"], PROBES, metrics=("kl",))["value"]
+    readout = scores.readout.log_probabilities
+
+    def masked(*arguments):
+        log_p = readout(*arguments)
+        log_p[:, -1] = -torch.inf
+        return log_p
+
+    monkeypatch.setattr(scores.readout, "log_probabilities", masked)
+    assert np.allclose(scan.run(stack, [":2 1:"], PROBES, metrics=("kl",))["value"], expected, atol=0.1)
 
 
 def test_choices(stack_of):

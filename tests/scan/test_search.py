@@ -149,8 +149,8 @@ def test_spans_are_spread_over_the_plane():
 
 def frame_of(gains):
     return pd.DataFrame(
-        [(name, i, "loglik", gain + i, float(i)) for name, gain in gains.items() for i in range(2)],
-        columns=["wiring", "prompt", "metric", "value", "baseline"],
+        [(name, i, "", "loglik", gain + i, float(i)) for name, gain in gains.items() for i in range(2)],
+        columns=["wiring", "prompt", "group", "metric", "value", "baseline"],
     )
 
 

@@ -34,6 +34,48 @@ def test_what_the_bundled_model_was_trained_on_is_a_task_and_what_it_was_not_is_
     assert not hard.done
 
 
+@pytest.mark.parametrize(("broken", "sound"), [(1, True), (2, True), (3, False), (19, False)])
+def test_prompts_without_a_finite_number_are_left_out_and_too_many_are_no_fair_sample(
+    babel, monkeypatch, broken, sound
+):
+    asked = probes.named("babel", 20)
+    whole = worth.baseline(babel, asked, "loglik")
+    run = worth.scanning.run
+
+    def overflowing(*arguments, **options):
+        rows = run(*arguments, **options)
+        return rows.assign(value=rows["value"].where(rows["prompt"] >= broken))
+
+    monkeypatch.setattr(worth.scanning, "run", overflowing)
+    found = worth.baseline(babel, asked, "loglik")
+    assert (whole.not_finite, whole.sound) == (0, True)
+    assert (found.prompts, found.not_finite, found.sound) == (20 - broken, broken, sound)
+    assert found.value <= 1
+    if not sound:
+        assert not found.done
+    if broken == 19:
+        monkeypatch.setattr(worth.scanning, "run", lambda *a, **o: run(*a, **o).assign(value=np.nan))
+        with pytest.raises(ValueError, match="gives no finite number on any of 20 probes: look at its weights"):
+            worth.baseline(babel, asked, "loglik")
+
+
+def test_the_temperature_is_chosen_on_prompts_that_are_finite(babel, halves, monkeypatch):
+    search, validation = halves
+    whole = worth.softened(babel, search, validation, "loglik")[0]
+    log_softmax = torch.Tensor.log_softmax
+
+    def overflowing(logits, axis):
+        log_p = log_softmax(logits, axis)
+        log_p[:1] = torch.nan  # the first prompt of every portion
+        return log_p
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", overflowing)
+    temperature, values = worth.softened(babel, search, validation, "loglik")
+    assert temperature / whole in (0.5, 2**-0.25, 1, 2**0.25, 2)
+    assert temperature > 0.5
+    assert np.isnan(values).sum() == 1
+
+
 def test_chance_of_choices_is_one_in_as_many(babel):
     words = [f"p{i}" for i in range(10)]
     asked = probes.ProbeSet("recall", tuple(probe for probe in probes.questions.recall(12, pairs=(2, 4), words=words)))

@@ -377,25 +377,76 @@ def test_where_less_is_better_a_gain_is_a_fall():
         np.testing.assert_allclose(gain, sign * d.mean(1))
 
 
-def test_missing_cells_are_left_out_of_their_wiring_alone():
+def test_cells_that_were_not_measured_are_left_out_of_their_wiring_alone():
     d = np.random.default_rng(13).normal(0.3, 1, (3, 30))
     holes = d.copy()
     holes[1, :8] = np.nan
-    holes[2] = np.nan
-    whole, found = (comparisons.table(scan(values), "loglik") for values in (d, holes))
-    assert found["n_prompts"].tolist() == [30, 22, 0]
+    holes[2, 1:] = np.nan
+    whole, found = comparisons.table(scan(d), "loglik"), comparisons.table(scan(holes).dropna(), "loglik")
+    assert found["n_prompts"].tolist() == [30, 22, 1]
+    assert (found["n_not_finite"] == 0).all()
     assert found["gain"][1] == pytest.approx(d[1, 8:].mean())
-    assert found.loc[2, ["gain", "gain_low", "gain_high", "p", "p_max", "q"]].isna().all()
     for column in ("gain", "gain_low", "gain_high", "p"):
         assert found[column][0] == pytest.approx(whole[column][0])
-    absent = comparisons.table(scan(holes).dropna(), "loglik")
-    pd.testing.assert_frame_equal(absent, found[:2])
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("metric", ["loglik", "loss"])
+def test_a_wiring_that_is_not_finite_on_one_prompt_is_below_all_others_and_claims_nothing(metric, broken):
+    d = np.random.default_rng(14).normal(0, 1, (4, 30))
+    d[2] += 5
+    whole = comparisons.table(scan(d, metric=metric), metric)
+    d[2, 7] = broken
+    found = comparisons.table(scan(d, metric=metric), metric)
+    row = found.iloc[2]
+    assert (row["gain"], row["n_prompts"], row["n_not_finite"], row["n_units"]) == (-np.inf, 30, 1, 30)
+    assert row[["gain_low", "gain_high"]].isna().all()
+    assert (row[["p", "p_max", "q"]] == 1).all()
+    assert found["gain"].idxmin() == 2
+    others = [name for name in found if name not in ("p_max", "q")]
+    pd.testing.assert_frame_equal(found.drop(index=2)[others], whole.drop(index=2)[others])
+    without = comparisons.table(scan(np.delete(d, 2, axis=0), metric=metric), metric)
+    np.testing.assert_array_equal(found["p_max"].drop(index=2), without["p_max"])
+    luck, of_others = (comparisons.expected_best(scan(x, metric=metric), metric) for x in (d, np.delete(d, 2, axis=0)))
+    assert (luck.wirings, luck.worse) == (4, of_others.worse + 1)
+    assert luck.mean == pytest.approx(of_others.mean)
+
+
+def test_prompts_on_which_the_unmodified_model_is_not_finite_are_left_out_for_every_wiring():
+    d = np.random.default_rng(15).normal(0.3, 1, (3, 30))
+    frame = scan(d)
+    frame.loc[frame["prompt"] < 4, "baseline"] = [np.nan, -np.inf, np.inf, np.nan] * 3
+    pd.testing.assert_frame_equal(comparisons.table(frame, "loglik"), comparisons.table(scan(d[:, 4:]), "loglik"))
+    with pytest.raises(ValueError, match="the unmodified model gives no finite number on any of 30 prompts"):
+        comparisons.table(frame.assign(baseline=np.nan), "loglik")
+
+
+def test_a_group_in_which_a_wiring_is_not_finite_is_lost_and_no_other():
+    d = np.random.default_rng(16).normal(1, 0.1, (2, 20))
+    d[0, :3] = np.nan
+    found = comparisons.table(scan(d, np.repeat(["a", "b"], 10)), "loglik", by_group=True)
+    assert found["gain"].map(np.isneginf).tolist() == [True, False, False, False]
+    assert found["n_not_finite"].tolist() == [3, 0, 0, 0]
+
+
+def test_winners_that_are_not_finite_do_not_survive():
+    d = np.random.default_rng(17).normal(0, 0.1, (6, 40)) + np.array([3, 2, 1, 0.5, 0, 0])[:, None]
+    search, validation = d.copy(), d.copy()
+    search[0, 3], validation[1, 5] = -np.inf, np.nan
+    found = comparisons.winners(scan(search), scan(validation), "loglik", top=3).set_index("wiring")
+    assert found.index.tolist() == [":3 1:", ":4 1:", ":5 1:"]
+    assert found["verdict"].tolist() == ["not finite", "survived", "survived"]
+    assert found.loc[":3 1:", ["survived", "survived_low", "survived_high"]].isna().all()
+    assert found["n_not_finite_validation"].tolist() == [1, 0, 0]
+    every = comparisons.winners(scan(search), scan(validation), "loglik", top=6)
+    assert every["verdict"].tolist()[-1] == "no gain"
+    assert every["wiring"].tolist()[-1] == ":2 1:"
 
 
 def test_resamples_that_miss_every_measured_prompt_leave_an_interval_and_no_claim():
     d = np.full((2, 12), np.nan)
     d[0], d[1, :2] = 1.0, (1.0, 2.0)
-    row = comparisons.table(scan(d), "loglik").iloc[1]
+    row = comparisons.table(scan(d).dropna(), "loglik").iloc[1]
     assert (row["gain"], row["n_units"]) == (1.5, 2)
     assert row["gain_low"] < 1
     assert row["gain_high"] > 2
@@ -435,8 +486,6 @@ def test_what_cannot_be_compared_is_refused():
         comparisons.table(frame.drop(columns="baseline"), "loglik")
     with pytest.raises(ValueError, match="loglik of wiring :2 1: on prompt 0 is there twice"):
         comparisons.table(pd.concat([frame, frame[:1]]), "loglik")
-    with pytest.raises(ValueError, match="all are missing"):
-        comparisons.table(frame.assign(value=np.nan), "loglik")
     frame.loc[0, "group"] = "other"
     with pytest.raises(ValueError, match="prompt 0 is in more than one group"):
         comparisons.table(frame, "loglik")
