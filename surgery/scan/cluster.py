@@ -1,6 +1,7 @@
 """Scans on more than one machine: ``scan.run(stack, wirings, probes, out, cluster=...)`` on a Ray cluster.
 
-    cluster=4                                  four workers on this machine: a Ray of its own, shut down again
+    cluster=4                                  four workers on this machine: a Ray of its own, which no other machine
+                                               can reach (``surgery.scan.own_ray``), shut down again
     cluster="auto"                             the cluster that ``ray start`` began here
     cluster="head:6379", "ray://head:10001"    the cluster at that address
     cluster=Cluster("auto", workers=8, gpus=2, model="org/name", device_map="auto")
@@ -26,9 +27,10 @@ import platform
 import queue
 import socket
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,7 +41,7 @@ import torch
 from surgery.models import loading
 from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
-from surgery.scan import execution, schedule
+from surgery.scan import execution, own_ray, schedule
 from surgery.scan.scores import Scorer
 from surgery.wiring.value import Wiring
 
@@ -54,8 +56,10 @@ class Cluster:
 
     Attributes:
         address: ``"local"`` (a Ray started for it), ``"auto"``, ``"host:port"`` or ``"ray://host:port"``. A process
-            that is connected to a Ray already uses that one and leaves it as it is.
-        workers: by default as many as the GPUs allow; without GPUs, one for four processors.
+            that is connected to a Ray already uses that one and leaves it as it is. What ``ray start`` begins listens
+            on every address of its machine, and so does this process once it has joined it.
+        workers: by default as many as the GPUs allow; without GPUs, one for four processors. At most one a processor,
+            and no more than the weights fit into the memory: whoever asks for more is warned and gets that many.
         gpus: of each worker; by default one if the stack is on a GPU, else none.
         model: what each worker loads by itself; by default the weights are sent.
         device_map: how that model lies on a worker's GPUs.
@@ -99,16 +103,12 @@ def joined(cluster: "Cluster | Pool | str | int") -> "Iterator[Pool]":
         return
     cluster = Cluster.of(cluster)
     ray = _ray()
-    own = not ray.is_initialized()
-    if own:
-        _connect(ray, cluster)
-    pool = Pool(ray, cluster)
-    try:
-        yield pool
-    finally:
-        pool.dismiss()
-        if own:
-            ray.shutdown()
+    with nullcontext() if ray.is_initialized() else _connected(ray, cluster):
+        pool = Pool(ray, cluster)
+        try:
+            yield pool
+        finally:
+            pool.dismiss()
 
 
 def _ray() -> Any:
@@ -120,20 +120,28 @@ def _ray() -> Any:
         raise ValueError(f"a scan on a cluster needs Ray, which is not installed ({error}): {INSTALL}") from error
 
 
-def _connect(ray: Any, cluster: Cluster) -> None:
+@contextmanager
+def _connected(ray: Any, cluster: Cluster) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if cluster.address == _LOCAL:
-        options |= {"num_cpus": cluster.workers or os.cpu_count(), "include_dashboard": False}
-    host, _, port = cluster.address.removeprefix("ray://").rpartition(":")
-    try:
-        if host:
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes
-        ray.init(cluster.address, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(
-            f"no Ray cluster at {cluster.address!r} ({_line(error)}): begin one with ray start --head, "
-            f"or run on this machine alone with {_LOCAL!r}"
-        ) from error
+    with own_ray.terminable() as stay_terminable, ExitStack() as end:
+        try:
+            if cluster.address == _LOCAL:
+                processors = own_ray.processors()
+                count = min(cluster.workers or processors, processors)
+                end.enter_context(own_ray.begun(ray, num_cpus=count, **options))
+            else:
+                host, _, port = cluster.address.removeprefix("ray://").rpartition(":")
+                if host:
+                    socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes
+                end.callback(ray.shutdown)
+                ray.init(cluster.address, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(
+                f"no Ray cluster at {cluster.address!r} ({_line(error)}): begin one with ray start --head, "
+                f"or run on this machine alone with {_LOCAL!r}"
+            ) from error
+        stay_terminable()
+        yield
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,7 @@ class Pool:
         accept: Callable[[pd.DataFrame], None],
     ) -> None:
         gpus = int(scorer.stack.device.type == "cuda") if self.cluster.gpus is None else self.cluster.gpus
-        count, nodes = self._count(gpus)
+        count, nodes = self._count(gpus, _size(scorer.stack))
         waiting = deque([wirings[i] for i in shard] for shard in schedule.shards(wirings, SHARDS * count))
         count = min(count, len(waiting))
         source = self._source(scorer.stack)
@@ -323,18 +331,29 @@ class Pool:
         self.workers.remove(worker)
         self.ray.kill(worker.actor)  # it may only be out of reach: no more rows are taken from it
 
-    def _count(self, gpus: int) -> tuple[int, int]:
-        """The number of workers, and of machines."""
+    def _count(self, gpus: int, size: int) -> tuple[int, int]:
+        """The number of workers, and of machines; ``size`` is that of the weights in bytes."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        kind, each = ("GPU", gpus) if gpus else ("CPU", 4)
-        possible = [max(int(not gpus), int(node.get(kind, 0)) // each) for node in nodes]
-        count = self.cluster.workers or sum(possible)
-        if gpus and not 0 < count <= sum(possible):
-            raise ValueError(
-                f"the cluster has GPUs for {sum(possible)} workers with {gpus} each, {max(1, count)} are asked for; "
-                "ask for fewer workers or GPUs, or gpus=0 for none"
+        if gpus:
+            possible = sum(int(node.get("GPU", 0)) // gpus for node in nodes)
+            count = self.cluster.workers or possible
+            if not 0 < count <= possible:
+                raise ValueError(
+                    f"the cluster has GPUs for {possible} workers with {gpus} each, {max(1, count)} are asked for; "
+                    "ask for fewer workers or GPUs, or gpus=0 for none"
+                )
+            return count, len(nodes)
+        processors = [int(node.get("CPU", 1)) for node in nodes]
+        room = [int(node.get("memory", size * each) // max(size, 1)) for node, each in zip(nodes, processors)]
+        most = sum(max(1, min(each, fit)) for each, fit in zip(processors, room))
+        asked = self.cluster.workers or sum(max(1, each // 4) for each in processors)
+        if self.cluster.workers is not None and asked > most:
+            warnings.warn(
+                f"{asked} workers are asked for, and {most} will run: there are {sum(processors)} processors, and "
+                f"memory for {sum(room)} models",
+                stacklevel=2,
             )
-        return count, len(nodes)
+        return min(asked, most), len(nodes)
 
     def _source(self, stack: Stack) -> _Source:
         if stack.hooks_listen():
@@ -363,6 +382,11 @@ def _spread(name: str, dtype: torch.dtype, device_map: "str | dict[str, Any]") -
     """A model spread over several devices by accelerate."""
     opened = loading.from_folder(loading.place_of(name), name, dtype, device_map=device_map)
     return loading.wrap(opened.model, opened.tokenizer, name)
+
+
+def _size(stack: Stack) -> int:
+    """Bytes of the weights of a model."""
+    return sum(weight.numel() * weight.element_size() for weight in stack.model.parameters())
 
 
 def _pack(value: Any) -> bytes:

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.places import TESTS
-from support.processes import Script
-from support.scans import KILLED, PROBES, all_wirings, same
+from support.scans import PROBES, all_wirings, same
 from surgery import Stack, scan, wiring
 from surgery.models.errors import ModelError
 from surgery.records import tables
-from surgery.scan import cluster, rows, schedule
+from surgery.scan import cluster, own_ray, rows, schedule
 from surgery.scan.cluster import Cluster
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -99,6 +97,23 @@ def test_models_that_workers_cannot_have(load, pool, monkeypatch):
         scan.run(stack, wirings, PROBES, cluster=pool)
 
 
+def test_no_more_workers_than_processors(load, pool, monkeypatch):
+    stack, wirings = Stack(load("llama")), all_wirings(4)[:12]
+    monkeypatch.setattr(pool, "cluster", Cluster("auto", workers=1000))
+    with pytest.warns(UserWarning, match="1000 workers are asked for, and 2 will run: there are 2 processors"):
+        frame = scan.run(stack, wirings, PROBES, cluster=pool)
+    assert len(pool.workers) == 2
+    assert same(frame, scan.run(stack, wirings, PROBES))
+
+
+def test_no_more_workers_than_fit_into_the_memory(pool, monkeypatch):
+    monkeypatch.setattr(pool, "cluster", Cluster("auto", workers=2))
+    memory = pool.ray.nodes()[0]["Resources"]["memory"]
+    assert pool._count(0, int(memory // 3)) == (2, 1)
+    with pytest.warns(UserWarning, match="and 1 will run: there are 2 processors, and memory for 1 models"):
+        assert pool._count(0, int(memory // 1.5)) == (1, 1)
+
+
 def test_a_killed_worker_costs_what_it_had_not_handed_over(load, pool, tmp_path, accepted, monkeypatch):
     stack, wirings, out = Stack(load("llama")), all_wirings(4), tmp_path / "scan.csv"
     expected = scan.run(stack, wirings, PROBES)
@@ -148,21 +163,33 @@ def test_interrupted_and_continued(load, pool, tmp_path, accepted, monkeypatch):
     assert same(frame, scan.run(stack, wirings, PROBES))
 
 
-def test_its_own_ray_dies_with_whoever_asked_and_the_table_goes_on(model_folder, load, tmp_path):
-    """SIGKILL of a process with a Ray of its own; then the rest without a cluster."""
-    out = tmp_path / "scan.csv"
-    code = KILLED.format(tests=str(TESTS), model=str(model_folder("llama")), out=str(out))
-    code = code.replace(f"{str(out)!r})", f"{str(out)!r}, cluster=1)")
-    assert "cluster=1" in code
-    code = code.replace("time.sleep(0.02)", "time.sleep(0.3)")  # rows come in a burst: a busy machine must see the 4th
-    process = Script(code)
-    next(line for line in process.output if line.strip().isdigit() and int(line) >= 4)
-    process.send(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    assert (tmp_path / "scan.csv.part").read_bytes().count(b"\n") > 4
-    stack, wirings = Stack(load("llama")), list(wiring.every_repeat(4))
-    assert same(scan.run(stack, wirings, PROBES, out), scan.run(stack, wirings, PROBES))
+@pytest.fixture
+def keeping_sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield before
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminated(as_ray_does):
+    """End by SIGTERM within ``terminable``, after Ray put its handler there, or while it is in force."""
+    with own_ray.terminable() as stay_terminable:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
+        if not as_ray_does:
+            stay_terminable()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("as_ray_does", [False, True])
+def test_sigterm_is_what_it_was_before_ray(keeping_sigterm, as_ray_does):
+    with pytest.raises(SystemExit) as ended:
+        terminated(as_ray_does)
+    assert ended.value.code == own_ray.TERMINATED == 143
+    assert signal.getsignal(signal.SIGTERM) == keeping_sigterm
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mine"))
+    with pytest.raises(SystemExit, match="mine"):
+        terminated(as_ray_does)
+    with pytest.raises(SystemExit, match="3"), own_ray.terminable():
+        sys.exit(3)
 
 
 def test_without_ray(load, monkeypatch):
