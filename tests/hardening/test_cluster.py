@@ -227,7 +227,7 @@ def _overflow(stack, probes, layer):
 
 ATTACKS = [
     Attack("A scan with a Ray of its own ends, in every way and at any moment", every_end, quick=1, full=19),
-    Attack("Tables with NaN and infinities planted in them", planted, quick=8, full=500),
+    Attack("Tables with NaN and infinities planted in them", planted, quick=8, full=500, before="100 of 100"),
     Attack("A layer overflows where it runs twice", overflows, quick=2, full=60),
 ]
 
