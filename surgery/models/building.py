@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import transformer_bridge
@@ -23,8 +24,12 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Context manager: bridges are built with the same hooks under the same names, in about half the time."""
+    """Context manager: bridges are built with the same hooks under the same names, in about half the time.
+
+    Fresh modules begin with random weights, which are then replaced: the caller's random numbers stay where they were.
+    """
     with ExitStack() as restored:
+        restored.enter_context(torch.random.fork_rng(devices=[]))
         for owner, name, quick in ((transformer_bridge, "dir", _names), (HookPoint, "__deepcopy__", _copied)):
             if name not in vars(owner):  # else this context is open already, or TransformerLens has its own
                 setattr(owner, name, quick)

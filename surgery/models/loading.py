@@ -85,7 +85,7 @@ def load(
         return wrap(model, tokenizer, _name_of(model))
     name = _readable(str(model))
     put = None if device is None else available(device)
-    with quiet(), defaults():
+    with quiet(), defaults(), torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with as_model_error(f"cannot open {shown(name)}"):  # for example a name too long for the file system
             place = place_of(name)
         opened = from_folder(place, name, dtype)

@@ -54,8 +54,8 @@ NAMES = {
 }
 BEFORE = ""
 ATTACKS = [
-    Attack("Wirings made by hand to eat time or memory", fuzzed("bombs"), quick=56, full=len(BOMBS), before=BEFORE),
-    *(Attack(name, fuzzed(form), quick=200, full=100_000) for form, name in NAMES.items()),
+    Attack("Wirings made by hand to eat time or memory", fuzzed("bombs"), quick=45, full=len(BOMBS), before=BEFORE),
+    *(Attack(name, fuzzed(form), quick=100, full=100_000) for form, name in NAMES.items()),
 ]
 
 
