@@ -61,8 +61,14 @@ def rebuilt_tolerance(stack: StackLike, depth: int = 0) -> float:
 def probe_ids(stack: StackLike, spare: int = 0, length: int = 8) -> Int[Tensor, "2 pos"]:
     """Two prompts of up to ``length`` random tokens, the same for one vocabulary; ``spare`` positions stay free.
 
-    They begin alike: a causal model gives both the same logits in the first half.
+    They begin alike: a causal model gives both the same logits in the first half. Raises ModelError for a model without
+    room for them.
     """
+    if stack.n_ctx <= spare:
+        raise ModelError(
+            f"{stack.name} has room for {stack.n_ctx} tokens by its configuration (max_position_embeddings); surgery "
+            f"needs {spare + 1} or more to prove that it is opened exactly"
+        )
     generator, size = torch.Generator().manual_seed(0), (2, min(length, stack.n_ctx - spare))
     ids = torch.randint(stack.d_vocab, size, generator=generator, device="cpu")
     ids[1, : size[1] // 2] = ids[0, : size[1] // 2]

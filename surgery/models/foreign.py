@@ -38,6 +38,7 @@ TOKENIZER = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
     "tiktoken.model",
 )
+MOST_WORDS = 10**7  # of a tokenizer
 TEMPLATES = "additional_chat_templates"
 LONGEST_SETTINGS = 2**24  # bytes of a file of settings; that of a model of 100,000 labels has a third
 ALLOWANCE = 2**27  # bytes that a model may take besides its weights: the masks of GPT-Neo's layers take 50 MB
@@ -183,10 +184,16 @@ def _settings(path: Path, file: str, name: str) -> Any:
     settings = _json(path, name)
     if not isinstance(settings, dict):
         raise ModelError(f"{name}: {file} is a {type(settings).__name__}, not a JSON object")
+    if file == TOKENIZER_CONFIG and any(map(_too_many, settings.get("added_tokens_decoder") or ())):
+        raise ModelError(f"{name}: {file} numbers words beyond {MOST_WORDS:,}; a list of all words is made of that")
     if file == CONFIG and (scheme := next((key for key in _QUANTISED if _holds(settings, key)), None)):
         raise ModelError(f"{name} has quantised weights ({scheme} in {CONFIG}); give it unquantised, as plain floats")
     kind = _CLASSES.get(file)
     return settings if kind is None else _what(settings, kind, deep=file == CONFIG)
+
+
+def _too_many(number: Any) -> bool:
+    return str(number).isdecimal() and int(number) > MOST_WORDS
 
 
 def _what(value: Any, kind: type, *, deep: bool) -> Any:

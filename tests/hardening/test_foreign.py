@@ -253,14 +253,20 @@ def odd_names(count: int, folder: Path) -> Iterator[str | None]:
 
 
 ATTACKS = [
-    Attack("A folder would run code, fetch, unpickle or read elsewhere", folders_with_traps, quick=24, full=720),
-    Attack("A configuration has absurd sizes", absurd_sizes, quick=19, full=380),
-    Attack("A field of a configuration has any value", fields_of_configurations, quick=14, full=1400),
-    Attack("A weight is missing, added or resized", other_weights, quick=8, full=800),
-    Attack("Settings and tokenizer are garbled", garbled_files, quick=25, full=2500),
-    Attack("Headers, lists of weights and sizes of layers are garbled", garbled_weights, quick=12, full=1500),
-    Attack("A weight is not a number", not_numbers, quick=6, full=600),
-    Attack("The name of a model is odd", odd_names, quick=14, full=140),
+    Attack(
+        "A folder would run code, fetch, unpickle or read elsewhere",
+        folders_with_traps,
+        quick=24,
+        full=120,
+        before="11 of 24",
+    ),
+    Attack("A configuration has absurd sizes", absurd_sizes, quick=8, full=95, before="6 of 18"),
+    Attack("A field of a configuration has any value", fields_of_configurations, quick=5, full=250, before="2 of 120"),
+    Attack("A weight is missing, added or resized", other_weights, quick=8, full=200, before="6 of 8"),
+    Attack("Settings and tokenizer are garbled", garbled_files, quick=8, full=250),
+    Attack("Headers, lists of weights and sizes of layers are garbled", garbled_weights, quick=9, full=400),
+    Attack("A weight is not a number", not_numbers, quick=6, full=200, before="6 of 6"),
+    Attack("The name of a model is odd", odd_names, quick=6, full=28, before="4 of 14"),
 ]
 
 

@@ -83,11 +83,25 @@ def test_what_the_files_hold_and_what_the_config_says_is_in_the_message(folder):
         surgery.load(folder)
 
 
+@pytest.mark.parametrize("room", [1, 3, -(2**40)])
+def test_a_model_without_room_for_a_probe_is_refused(folder, room):
+    strangers.change(folder, "config.json", max_position_embeddings=room)
+    with pytest.raises(ModelError, match=f"has room for {room} tokens by its configuration"):
+        surgery.Stack(surgery.load(folder))
+
+
 def test_settings_that_are_none_name_their_file(folder):
     for content, complaint in (("[]", "a list, not a JSON object"), (strangers.DEEP, "deeply"), ("{", "is not JSON")):
         (folder / "tokenizer_config.json").write_text(content)
         with pytest.raises(ModelError, match=rf"tokenizer_config\.json .*{complaint}"):
             surgery.load(folder)
+
+
+def test_words_beyond_any_vocabulary_are_refused(folder):
+    word = {"content": "x", "special": True}
+    strangers.change(folder, "tokenizer_config.json", added_tokens_decoder={"4000000000": word})
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json numbers words beyond 10,000,000"):
+        surgery.load(folder)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_a_warning(folder):
