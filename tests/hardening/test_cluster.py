@@ -45,8 +45,10 @@ stack = surgery.Stack(surgery.load({model!r}))
 scan.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r}, cluster={workers})
 """
 CODES = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 1, "an error": 1, "nothing": 0}
-AT_ONCE = ("SIGKILL", "SIGTERM", "SIGINT")
-WAYS = [*itertools.product(CODES, (1, 1000), (False,)), *itertools.product(AT_ONCE * 3, (1,), (True,))]
+WAYS = [  # how it ends, how many workers are asked for, whether at any moment while Ray begins
+    *[("SIGKILL", 1, False), ("SIGTERM", 1000, False), ("SIGTERM", 1, True), ("SIGINT", 1000, False)],
+    *[("SIGKILL", 1, True), ("an error", 1, False), ("nothing", 1000, False), ("SIGINT", 1, True)],
+]
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 HOLES = (np.nan, np.inf, -np.inf)
 
@@ -226,9 +228,9 @@ def _overflow(stack, probes, layer):
 
 
 ATTACKS = [
-    Attack("A scan with a Ray of its own ends, in every way and at any moment", every_end, quick=1, full=19),
-    Attack("Tables with NaN and infinities planted in them", planted, quick=8, full=500, before="100 of 100"),
-    Attack("A layer overflows where it runs twice", overflows, quick=2, full=60),
+    Attack("A scan with a Ray of its own ends, in every way and at any moment", every_end, 1, 8, "all: every address"),
+    Attack("Tables with NaN and infinities planted in them", planted, 8, 200, "100 of 100"),
+    Attack("A layer overflows where it runs twice", overflows, 2, 30, "all: untold"),
 ]
 
 
