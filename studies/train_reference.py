@@ -25,14 +25,15 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from surgery import training
+import surgery.cli
+from surgery import disk, training
 from surgery.corpus.babel import BOS, EOS, LANGUAGES, PAD, TRAINING_MIX, Babel, Problem, exact
 from surgery.models.identity import differences, versions
+from surgery.records import checked
 
 
 @dataclass(frozen=True)
@@ -158,37 +159,34 @@ def identity(recipe: Recipe, corpus: Babel) -> dict[str, Any]:
     return {"recipe": asdict(recipe), "corpus": asdict(corpus), "versions": versions()}
 
 
-def save_checkpoint(path: Path, step: int, run: dict[str, Any], model: LlamaForCausalLM, opts: list) -> None:
-    """Everything the rest of the run depends on, in one safetensors file that replaces the last one in one move."""
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= training.states(opts)
-    unfinished = path.with_suffix(".unfinished")
-    metadata = {"step": str(step), "run": json.dumps(run)}
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished, metadata)
-    os.replace(unfinished, path)
+def save_checkpoint(
+    path: Path, run: dict[str, Any], model: LlamaForCausalLM, opts: list, history: list[dict[str, Any]]
+) -> None:
+    """Everything the rest of the run depends on, in one file with a checksum, replacing the last one in one move."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()} | training.states(opts)
+    disk.save({path: checked.pack(tensors, {"run": run, "history": history})})
 
 
-def load_checkpoint(path: Path, run: dict[str, Any], model: LlamaForCausalLM, opts: list) -> int:
-    """Put a checkpoint back; return the steps already made, 0 if there is none."""
+def load_checkpoint(path: Path, run: dict[str, Any], model: LlamaForCausalLM, opts: list) -> list[dict[str, Any]]:
+    """Put a checkpoint back; return the evaluations until then, none if there is no checkpoint."""
     if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if others := differences(json.loads(metadata.get("run", "{}")), run):
-            raise SystemExit(f"{path} is of another run, with {', '.join(others)}: choose another --work, or remove it")
-        model.load_state_dict({name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("model/")})  # noqa: SIM118
-        training.restore(opts, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return int(metadata["step"])
+        return []
+    tensors, about = checked.unpack(path)
+    if others := differences(about["run"], run):
+        raise ValueError(f"{path} is of another run, with {', '.join(others)}: choose another --work, or remove it")
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model/")})
+    training.restore(opts, tensors)
+    return about["history"]
 
 
 def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, snapshots: list[int]) -> LlamaForCausalLM:
-    work.mkdir(parents=True, exist_ok=True)
+    disk.folder(work)
     model = build(recipe, corpus).to(device).train()
     opts = optimizers(model, recipe)
     pools = Pools(corpus, recipe)
     checkpoint, log, run = work / "checkpoint.safetensors", work / "training.csv", identity(recipe, corpus)
-    done = load_checkpoint(checkpoint, run, model, opts)
-    history = pd.read_csv(log).query("step <= @done").to_dict("records") if done and log.exists() else []
+    history = load_checkpoint(checkpoint, run, model, opts)
+    done = history[-1]["step"] if history else 0
     probes = [problem for k in range(6) for problem in heldout(corpus, k, 160)]
     # torch's AdamW has its step count on the CPU and everything else beside the parameter; loading has put it there
     with Progress(
@@ -212,12 +210,12 @@ def train(recipe: Recipe, corpus: Babel, work: Path, device: str, every: int, sn
                 history.append(
                     {"step": step + 1, "loss": answer.item(), **{f"exact_{k}": v for k, v in scores.items()}}
                 )
-                save_checkpoint(checkpoint, step + 1, run, model, opts)
-                pd.DataFrame(history).to_csv(log, index=False)
+                save_checkpoint(checkpoint, run, model, opts, history)
+                disk.save({log: pd.DataFrame(history).to_csv(index=False).encode()})
                 bar.console.print(f"{step + 1:6d}  loss {answer.item():.3f}  exact by k: {scores.round(3).to_dict()}")
             if step + 1 in snapshots:
                 half = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
-                save_file(half, work / f"step_{step + 1:06d}.safetensors")
+                disk.save({work / f"step_{step + 1:06d}.safetensors": save(half)})
     return model.cpu()
 
 
@@ -265,15 +263,20 @@ translate and where it must compose is known. **What it is not.** A language mod
 
 def write_model(out: Path, recipe: Recipe, corpus: Babel, model: LlamaForCausalLM, work: Path) -> None:
     scores = evaluate(model, corpus, [problem for k in range(9) for problem in heldout(corpus, k, 4000)])
-    out.mkdir(parents=True, exist_ok=True)
-    (model.half() if recipe.half else model).eval().save_pretrained(out)
-    corpus.tokenizer().save_pretrained(out)
-    scores.groupby(["k", "source", "target"], as_index=False).agg(
-        problems=("exact", "size"), exact=("exact", "mean"), loss=("loss", "mean")
-    ).round(6).to_csv(out / "accuracy.csv", index=False)
-    (out / "training.csv").write_text((work / "training.csv").read_text())
-    (out / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "corpus": asdict(corpus)}, indent=1) + "\n")
-    (out / "README.md").write_text(data_card(recipe, corpus, scores))
+    with disk.workshop(out) as whole:
+        (model.half() if recipe.half else model).eval().save_pretrained(whole)
+        corpus.tokenizer().save_pretrained(whole)
+        scores.groupby(["k", "source", "target"], as_index=False).agg(
+            problems=("exact", "size"), exact=("exact", "mean"), loss=("loss", "mean")
+        ).round(6).to_csv(whole / "accuracy.csv", index=False)
+        (whole / "training.csv").write_text((work / "training.csv").read_text())
+        (whole / "recipe.json").write_text(
+            json.dumps({"recipe": asdict(recipe), "corpus": asdict(corpus)}, indent=1) + "\n"
+        )
+        (whole / "README.md").write_text(data_card(recipe, corpus, scores))
+        disk.folder(out)
+        for path in whole.iterdir():
+            os.replace(path, out / path.name)
     print(scores.groupby("k")[["exact", "loss"]].mean().round(3).to_string())
 
 
@@ -296,12 +299,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe, corpus = Recipe(mix=tuple(args.mix), steps=args.steps, seed=args.seed, half=args.half), Babel()
-    try:
+    with disk.held(args.work):
         model = train(recipe, corpus, args.work, args.device, args.every, args.snapshots)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; the same command goes on from {args.work}") from None
-    write_model(args.out, recipe, corpus, model, args.work)
+        write_model(args.out, recipe, corpus, model, args.work)
 
 
 if __name__ == "__main__":
-    main()
+    surgery.cli.script(main)

@@ -1,23 +1,30 @@
 """The ``surgery`` command. Torch and the rest are imported when a command needs them, so that help is instant.
 
-Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 130 interrupted, 143 terminated, 129 the terminal was
+closed. Whatever ends it, files are closed, nothing half-written stays, and a sentence says so.
 """
 
 import difflib
 import functools
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.status import Status
+from rich.text import Text
 
 import surgery
 from surgery.chapters import MEASURED
 from surgery.graft.parts import PARTS
+from surgery.outside import shown
 from surgery.scan.metrics import METRICS
 from surgery.training.precisions import MIXED, STORED, TRAINED, WEIGHTS
 from surgery.wiring import families
@@ -69,19 +76,77 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+LONGEST = 10_000  # characters of a line that is shown
+ENDING = ("SIGTERM", "SIGHUP")  # signals that end a command as Ctrl-C does
+AGAIN = 1.0  # seconds: the same signal within so many is the same wish, from a process group and from its leader
+
+
+class Terminated(SystemExit):
+    """The process was asked to end by a signal; its exit code is what a shell expects, 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Context manager: let ``ENDING`` raise Terminated in the main thread, unless somebody else listens to them."""
+    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    last = -AGAIN
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now, before = time.monotonic(), last
+        last = now
+        if now - before >= AGAIN:
+            raise Terminated(number)
+
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def one_line_errors(interrupted: str, debug: bool = False) -> Iterator[None]:
     """Turn an error that a user can do something about into one sentence and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print(f"interrupted: {interrupted}", markup=False)
-        raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        errors.print(f"error: {error}", markup=False)
-        raise SystemExit(1) from None
+    with ended_by_signals():
+        try:
+            yield
+        except KeyboardInterrupt:
+            say(f"interrupted: {interrupted}")
+            raise SystemExit(130) from None
+        except Terminated as end:
+            say(f"ended by {end.name}: {interrupted}")
+            raise SystemExit(end.code) from None
+        except (ValueError, OSError) as error:
+            if debug:
+                raise
+            say(f"error: {shown(str(error), LONGEST)}")
+            raise SystemExit(1) from None
+
+
+def say(text: str) -> None:
+    """Show lines of text on standard error, as they are: no markup, and nothing that a terminal would obey."""
+    for line in text.split("\n"):
+        errors.print(Text(shown(line, LONGEST)))
+
+
+def echo(text: str) -> None:
+    """Show lines of text on standard output, in the same way."""
+    typer.echo("\n".join(shown(line, LONGEST) for line in text.split("\n")))
+
+
+def waiting(text: str) -> Status:
+    """A spinner with a line of text beside it."""
+    return errors.status(Text(shown(text)))
 
 
 def with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -151,7 +216,7 @@ def study(
 
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
-    with errors.status("starting"):
+    with waiting("starting"):
         import torch
 
         from surgery import report
@@ -169,12 +234,12 @@ def study(
         device=device,
         dtype=getattr(torch, dtype),
         seed=seed,
-        say=lambda what: errors.print(what, markup=False),
+        say=say,
         progress=sys.stdout.isatty(),
     )
     for sentence in report.summary(out):
-        typer.echo(f"\n{sentence}")
-    typer.echo(f"\nThe page is {page}, the numbers and figures are beside it.")
+        echo(f"\n{sentence}")
+    echo(f"\nThe page is {page}, the numbers and figures are beside it.")
 
 
 @app.command()
@@ -186,14 +251,14 @@ def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32
 
     Example: surgery check --model babel
     """
-    with errors.status(f"opening {escape(model)}"):
+    with waiting(f"opening {model}"):
         import torch
 
         from surgery.models.loading import load
         from surgery.models.stack import Stack
 
         checks = Stack(load(model, device=device, dtype=getattr(torch, dtype))).checks()
-    typer.echo(
+    echo(
         checks.to_string(index=False, formatters={"largest_difference": "{:.1e}".format, "tolerance": "{:.0e}".format})
     )
     failed = int((~checks["passed"]).sum())
@@ -215,7 +280,7 @@ def report(
     """
     from surgery.report import build
 
-    typer.echo(f"The page is {build(folder)}.")
+    echo(f"The page is {build(folder)}.")
 
 
 @app.command()
@@ -262,7 +327,7 @@ def scan(
 
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
-    with errors.status("starting"):
+    with waiting("starting"):
         import torch
 
         from surgery.report import build
@@ -283,13 +348,13 @@ def scan(
         device=device,
         dtype=getattr(torch, dtype),
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
-        say=lambda what: errors.print(what, markup=False),
+        say=say,
         progress=sys.stdout.isatty(),
     )
     page = build(out)
     for sentence in outcome.sentences:
-        typer.echo(f"\n{sentence}")
-    typer.echo(f"\nThe page is {page}, the tables and figures are beside it.")
+        echo(f"\n{sentence}")
+    echo(f"\nThe page is {page}, the tables and figures are beside it.")
 
 
 @app.command()
@@ -306,14 +371,14 @@ def tape(
 
     Example: surgery tape ":8 4:" --model babel --out taped
     """
-    with errors.status(f"opening {escape(model)}"):
+    with waiting(f"opening {model}"):
         import torch
 
         from surgery.models.loading import load
         from surgery.rebuild.tape import save, together
 
         folder = save(together(load(model, device=device, dtype=getattr(torch, dtype)), wiring), out)
-    typer.echo(f"{folder} holds the taped model; its README.md says what was done.")
+    echo(f"{folder} holds the taped model; its README.md says what was done.")
 
 
 @app.command()
@@ -367,7 +432,7 @@ def graft(
 
     Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
     """
-    with errors.status("starting"):
+    with waiting("starting"):
         import torch
 
         from surgery.graft import study as graft_study
@@ -403,14 +468,14 @@ def graft(
         dtype=getattr(torch, stored),
         weights=getattr(torch, dtype),
         device=device,
-        say=lambda what: errors.print(what, markup=False),
+        say=say,
         progress=sys.stderr.isatty(),
     )
     for sentence in outcome.sentences:
-        typer.echo(f"\n{sentence}")
+        echo(f"\n{sentence}")
     if outcome.sentences:
-        typer.echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
-        typer.echo(f"The page is {build(out)}, the tables and the figure are beside it.")
+        echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
+        echo(f"The page is {build(out)}, the tables and the figure are beside it.")
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -421,4 +486,5 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    app(prog_name="surgery")
+    with ended_by_signals():
+        app(prog_name="surgery")

@@ -155,15 +155,16 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def held(path: str | Path) -> Iterator[Path]:
+def held(path: str | Path, *, main: bool = True) -> Iterator[Path]:
     """Context manager: a folder, as ``folder`` makes it, that nobody else may hold until the end.
 
-    The thread that holds a folder may hold it again. A process that is killed holds nothing any more.
+    The thread that holds a folder may hold it again. A process that is killed holds nothing any more. Of several
+    processes that share one run (torchrun), the ``main`` one holds the folder, and the others only make it.
 
     Raises ``HeldError`` at once if another process or thread holds it, ``OSError`` as ``folder`` does.
     """
     path = folder(path)
-    with _alone(path, path / _WRITER):
+    with _alone(path, path / _WRITER) if main else contextlib.nullcontext():
         yield path
 
 

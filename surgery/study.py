@@ -84,95 +84,95 @@ def run(
     for name in names:
         if name not in MEASURED:
             raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
-    folder = disk.folder(out)
-    numbered = _prompts(model, text, prompts, seed)
-    say(f"opening {model}")
-    stack = Stack(load(model, device=device, dtype=dtype))
-    tokens = tokenise(stack, numbered, text, max_tokens)
-    if "scan" in names:
-        questions, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
-        if len(names) > 1 and len(set(questions.probes)) < scan_study.FEWEST:
-            say(f"scan: left out, it needs at least {scan_study.FEWEST} different prompts")
-        else:
-            say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
-            scan_study.measure(
+    with disk.held(out) as folder:
+        numbered = _prompts(model, text, prompts, seed)
+        say(f"opening {model}")
+        stack = Stack(load(model, device=device, dtype=dtype))
+        tokens = tokenise(stack, numbered, text, max_tokens)
+        if "scan" in names:
+            questions, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
+            if len(names) > 1 and len(set(questions.probes)) < scan_study.FEWEST:
+                say(f"scan: left out, it needs at least {scan_study.FEWEST} different prompts")
+            else:
+                say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
+                scan_study.measure(
+                    stack,
+                    questions,
+                    folder,
+                    metric=metric,
+                    longest=max_length,
+                    seed=seed,
+                    batch_size=batch_size,
+                    say=say,
+                    progress=progress,
+                )
+        fresh = Stack(untrained(stack.model, seed))
+        settings: dict[str, Any] = {
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "max_length": max_length,
+            "text": text and str(text),
+        }
+        about = manifest.manifest(stack, tokens, seed=seed, **settings)
+        if "series" in names:
+            say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
+            frame = window.windows(
                 stack,
-                questions,
+                tokens,
+                max_length,
+                untrained=fresh,
+                sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress),
+            )
+            tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
+            say("calibration: the same measure on networks whose answer is known")
+            networks = calibrate(fresh, tokens, max_length, seed, progress)
+            tables.write(networks, folder / chapter.NETWORKS, about, chapter.NETWORKS_COLUMNS)
+            say("measures: every other measure of series and parallel, on the same networks")
+            measures, costs = compare(stack, fresh, tokens, seed)
+            tables.write(measures, folder / chapter.MEASURES_FILE, about, side_by_side.COLUMNS)
+            tables.write(costs, folder / chapter.COSTS_FILE, about, side_by_side.COST_COLUMNS)
+        if "reversion" in names:
+            say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
+            reversion_study.measure(
+                stack,
+                tokens,
                 folder,
-                metric=metric,
-                longest=max_length,
+                fresh,
                 seed=seed,
                 batch_size=batch_size,
-                say=say,
                 progress=progress,
+                settings=settings,
+                figures=False,
             )
-    fresh = Stack(untrained(stack.model, seed))
-    settings: dict[str, Any] = {
-        "prompts": prompts,
-        "max_tokens": max_tokens,
-        "max_length": max_length,
-        "text": text and str(text),
-    }
-    about = manifest.manifest(stack, tokens, seed=seed, **settings)
-    if "series" in names:
-        say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
-        frame = window.windows(
-            stack,
-            tokens,
-            max_length,
-            untrained=fresh,
-            sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress),
-        )
-        tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
-        say("calibration: the same measure on networks whose answer is known")
-        networks = calibrate(fresh, tokens, max_length, seed, progress)
-        tables.write(networks, folder / chapter.NETWORKS, about, chapter.NETWORKS_COLUMNS)
-        say("measures: every other measure of series and parallel, on the same networks")
-        measures, costs = compare(stack, fresh, tokens, seed)
-        tables.write(measures, folder / chapter.MEASURES_FILE, about, side_by_side.COLUMNS)
-        tables.write(costs, folder / chapter.COSTS_FILE, about, side_by_side.COST_COLUMNS)
-    if "reversion" in names:
-        say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
-        reversion_study.measure(
-            stack,
-            tokens,
-            folder,
-            fresh,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-            settings=settings,
-            figures=False,
-        )
-    if "anatomy" in names:
-        if stack.n_layers < 6 or len(tokens) < FEWEST:
-            if len(names) == 1:
-                raise ValueError(
-                    f"anatomy needs at least 6 layers and {FEWEST} prompts; there are {stack.n_layers} and "
-                    f"{len(tokens)}"
-                )
-            say(f"anatomy: left out, it needs at least 6 layers and {FEWEST} prompts")
-        else:
-            say("anatomy: where the parts begin and end, and the ends against the middle")
-            own, repeats = text is None, folder / scan_study.SEARCH
-            try:
-                anatomy_study.measure(
-                    stack,
-                    tokens,
-                    folder,
-                    _kinds(len(tokens), seed) if own else None,
-                    utterances=convergence.babel() if own else convergence.parallel(),
-                    scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
-                    metric="loglik" if own else "loss",
-                    sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
-                    figures=False,
-                )
-            except boundaries.UndefinedError as error:
+        if "anatomy" in names:
+            if stack.n_layers < 6 or len(tokens) < FEWEST:
                 if len(names) == 1:
-                    raise
-                say(f"anatomy: left out, {error}")
-    say("report")
-    return report.build(folder)
+                    raise ValueError(
+                        f"anatomy needs at least 6 layers and {FEWEST} prompts; there are {stack.n_layers} and "
+                        f"{len(tokens)}"
+                    )
+                say(f"anatomy: left out, it needs at least 6 layers and {FEWEST} prompts")
+            else:
+                say("anatomy: where the parts begin and end, and the ends against the middle")
+                own, repeats = text is None, folder / scan_study.SEARCH
+                try:
+                    anatomy_study.measure(
+                        stack,
+                        tokens,
+                        folder,
+                        _kinds(len(tokens), seed) if own else None,
+                        utterances=convergence.babel() if own else convergence.parallel(),
+                        scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
+                        metric="loglik" if own else "loss",
+                        sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
+                        figures=False,
+                    )
+                except boundaries.UndefinedError as error:
+                    if len(names) == 1:
+                        raise
+                    say(f"anatomy: left out, {error}")
+        say("report")
+        return report.build(folder)
 
 
 def compare(stack: Stack, fresh: Stack, tokens: Tokens, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:

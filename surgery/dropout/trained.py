@@ -24,7 +24,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,7 +39,7 @@ from surgery.models.identity import of_module
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.models.weights_hash import tensors_sha256
-from surgery.records import tables
+from surgery.records import checked, tables
 from surgery.records.manifest import tokens_hash
 from surgery.training import loop as training
 from surgery.training.loop import Schedule
@@ -141,7 +141,7 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trai
     The curve has the columns of ``training.CURVE``, ``COLUMNS`` and, per layer, the variance of the stream that leaves
     it over held-out tokens and the gradient's norm (``variance_0``, ``gradient_0``, ...). Cost: two minutes on a core.
 
-    Raises as ``training.fit`` does.
+    Raises as ``training.fit`` does, and ValueError for a damaged file of a rung.
     """
     folder, module, problems = disk.folder(folder), build(recipe), data()
     schedule = Schedule(steps=recipe.steps, every=recipe.every, warmup=100, seed=recipe.seed)
@@ -152,9 +152,11 @@ def train(recipe: Recipe, folder: str | Path, *, progress: bool = False) -> Trai
         "model": of_module(module),
     }
     task = _Task(module, recipe, problems, folder, json.dumps(identity))
+    for rung in LADDER:
+        task.kept(rung)  # raises now rather than after the training
     fit = training.fit(task, schedule, folder, identity=identity, columns=_columns(recipe), progress=progress)
-    rungs = {rung: load_file(path) for rung in LADDER if task.is_mine(path := task.rung(rung))}
-    return TrainedModel(recipe, module.state_dict(), rungs, fit.curve)
+    rungs = {rung: task.kept(rung) for rung in LADDER}
+    return TrainedModel(recipe, module.state_dict(), {r: w for r, w in rungs.items() if w is not None}, fit.curve)
 
 
 def matched_loss(models: Iterable[TrainedModel]) -> float:
@@ -322,23 +324,24 @@ class _Task:
 
     def evaluate(self) -> dict[str, float]:
         values = scores(self.module, self.data) | self.stability()
-        reached = [rung for rung in LADDER if values["loss"] <= rung]
-        for path in map(self.rung, reached):
-            if not self.is_mine(path):
-                half = {name: tensor.detach().half().contiguous() for name, tensor in self.module.state_dict().items()}
-                disk.save({path: save(half, {"run": self.identity})})
+        for rung in LADDER:
+            if values["loss"] <= rung and self.kept(rung) is None:
+                half = {name: tensor.detach().half() for name, tensor in self.module.state_dict().items()}
+                disk.save({self._place(rung): checked.pack(half, self.identity)})
         return values
 
-    def rung(self, loss: float) -> Path:
-        """The file of the weights at a rung."""
-        return self.folder / f"loss_{loss:g}.safetensors"
+    def kept(self, rung: float) -> dict[str, Tensor] | None:
+        """The weights at a rung, None if they were not kept yet or are of an earlier training in the same folder.
 
-    def is_mine(self, path: Path) -> bool:
-        """Whether a rung was written by this training, not by an earlier one in the same folder."""
-        if not path.exists():
-            return False
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("run") == self.identity
+        Raises ValueError for a file that is damaged: the training has passed that rung.
+        """
+        if not self._place(rung).exists():
+            return None
+        weights, identity = checked.unpack(self._place(rung))
+        return weights if identity == self.identity else None
+
+    def _place(self, rung: float) -> Path:
+        return self.folder / f"loss_{rung:g}.safetensors"
 
     def stability(self) -> dict[str, float]:
         """Variance of the stream that leaves each layer, and norm of its gradient, with dropout off."""

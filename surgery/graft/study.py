@@ -106,66 +106,69 @@ def run(
         raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
     where = loading.available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     accelerator = accelerator_for(where, schedule.precision)
-    main, folder = accelerator.is_main_process, disk.folder(out)
-    speak = say if main else lambda _: None
-    speak(f"opening {model}")
-    stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
-    if text is None:
-        data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
-    else:
-        data = texts(stack, text, heldout, count, judged, max_tokens)
-    watched, unseen = data.stop.to(stack.device), data.heldout.to(stack.device)
-    with accelerator.main_process_first():  # the other processes find the latents there
-        pairs = grafting.latents(
-            stack, data.corpus, *span, folder / "latents", dtype=dtype, say=speak, progress=progress and main
-        )
-    options: dict[str, Any] = {
-        "answers": data.stop_answers,
-        "weigh": data.weigh,
-        "accelerator": accelerator,
-        "progress": progress,
-    }
-    shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
-    grown = grafting.train(
-        stack,
-        pairs,
-        watched,
-        folder / "training",
-        depth=depth,
-        d_mlp=d_mlp,
-        n_heads=n_heads,
-        d_model=d_model,
-        old=old,
-        objective=objective,
-        schedule=schedule,
-        **options,
-    )
-    grafts = {"graft": grown}
-    if heal:
-        speak(f"healing with {parts} unfrozen")
-        last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
-        grafts["healed"] = grafting.heal(
-            stack, grown, pairs, watched, folder / "healing", parts=parts, schedule=last, **options
-        )
-    methods, sentences = pd.DataFrame(), list[str]()
-    if main:
-        trained = [row(name, schedule.seed, graft, judge(stack, graft, pairs, data)) for name, graft in grafts.items()]
-        methods = pd.DataFrame(maps(stack, pairs, data) + trained)
-        sentences = words.methods(methods, stack.n_layers)
-        source = manifest.manifest(
+    main = accelerator.is_main_process
+    with disk.held(out, main=main) as folder:
+        speak = say if main else lambda _: None
+        speak(f"opening {model}")
+        stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
+        if text is None:
+            data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
+        else:
+            data = texts(stack, text, heldout, count, judged, max_tokens)
+        watched, unseen = data.stop.to(stack.device), data.heldout.to(stack.device)
+        with accelerator.main_process_first():  # the other processes find the latents there
+            pairs = grafting.latents(
+                stack, data.corpus, *span, folder / "latents", dtype=dtype, say=speak, progress=progress and main
+            )
+        options: dict[str, Any] = {
+            "answers": data.stop_answers,
+            "weigh": data.weigh,
+            "accelerator": accelerator,
+            "progress": progress,
+        }
+        shared = f" on {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        speak(f"training a middle of {depth or span[1] - span[0]} layers{shared}")
+        grown = grafting.train(
             stack,
-            unseen,
-            seed=schedule.seed,
-            span=list(span),
-            found=sentences,
-            objective=asdict(objective),
-            schedule=asdict(schedule),
-            latents=dict(pairs.source),
+            pairs,
+            watched,
+            folder / "training",
+            depth=depth,
+            d_mlp=d_mlp,
+            n_heads=n_heads,
+            d_model=d_model,
+            old=old,
+            objective=objective,
+            schedule=schedule,
+            **options,
         )
-        write(folder, methods, {(name, schedule.seed): graft for name, graft in grafts.items()}, source)
-    accelerator.wait_for_everyone()
-    return GraftResult(list(grafts.values())[-1], methods, sentences)
+        grafts = {"graft": grown}
+        if heal:
+            speak(f"healing with {parts} unfrozen")
+            last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
+            grafts["healed"] = grafting.heal(
+                stack, grown, pairs, watched, folder / "healing", parts=parts, schedule=last, **options
+            )
+        methods, sentences = pd.DataFrame(), list[str]()
+        if main:
+            trained = [
+                row(name, schedule.seed, graft, judge(stack, graft, pairs, data)) for name, graft in grafts.items()
+            ]
+            methods = pd.DataFrame(maps(stack, pairs, data) + trained)
+            sentences = words.methods(methods, stack.n_layers)
+            source = manifest.manifest(
+                stack,
+                unseen,
+                seed=schedule.seed,
+                span=list(span),
+                found=sentences,
+                objective=asdict(objective),
+                schedule=asdict(schedule),
+                latents=dict(pairs.source),
+            )
+            write(folder, methods, {(name, schedule.seed): graft for name, graft in grafts.items()}, source)
+        accelerator.wait_for_everyone()
+        return GraftResult(list(grafts.values())[-1], methods, sentences)
 
 
 def write(

@@ -5,7 +5,10 @@ from . import configs as configs
 from . import engine as engine
 from . import errors as errors
 from . import exactness as exactness
+from . import finite as finite
+from . import foreign as foreign
 from . import gguf as gguf
+from . import identity as identity
 from . import layer_sizes as layer_sizes
 from . import linear as linear
 from . import loading as loading

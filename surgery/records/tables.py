@@ -20,6 +20,8 @@ import bisect
 import hashlib
 import io
 import json
+import numbers
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,13 @@ import pandas as pd
 
 from surgery import disk
 from surgery.outside import OutsideError, content, lacks, read_json, shown
+from surgery.records import checked
 
+_TEXT, _QUOTED = "text", "text, apostrophes before = + - @"  # types of columns; the second if a cell has one
+_CELL = r"(?:\A|(?<=[;|\t\r\n]))"  # where a cell begins, whatever a spreadsheet takes for the end of one
+_FORMULA = r"['\"]*[=+\-@\t\r\n＝＋－＠]"  # what a formula begins with, quotes or not
 SHAPE: dict[str, Any] = {"sha256": str, "file": str, "rows": int, "types": {}, "columns": {}}  # of a manifest
-_KINDS = ("flag", "int", "float", "text")
+_KINDS = ("flag", "int", "float", _TEXT, _QUOTED)
 _UNREADABLE = (ValueError, TypeError, OverflowError)
 _LONGEST_MANIFEST = 2**22  # bytes
 
@@ -44,8 +50,9 @@ def write(
     """Write ``frame`` as CSV and, beside it, ``manifest`` with the columns' meaning and the CSV's hash.
 
     Returns the path of the CSV file. ``columns`` gives the meaning of each column: the ``COLUMNS`` of the module that
-    measured, or your own. Floats are written with enough digits to read back exactly. Raises ``ValueError`` for a
-    column that ``columns`` does not explain, ``OSError`` if the files cannot be written.
+    measured, or your own. Floats are written with enough digits to read back exactly. Text that a spreadsheet would run
+    as a formula gets an apostrophe, which ``read`` takes away. Raises ``ValueError`` for a column that ``columns`` does
+    not explain, ``OSError`` if the files cannot be written.
     """
     path = Path(path)
     unknown = [str(column) for column in frame.columns if column not in columns]
@@ -53,17 +60,24 @@ def write(
         raise ValueError(
             f"{path.name} has columns without a meaning: {', '.join(unknown)}; say what they mean in columns={{...}}"
         )
+    types = {column: _type(frame[column]) for column in frame.columns}
     single = frame.select_dtypes("float32").columns
-    text = frame.astype(dict.fromkeys(single, "float64")).to_csv(index=False).encode()
+    cells = frame.astype(dict.fromkeys(single, "float64"))
+    for column in (column for column, kind in types.items() if kind == _TEXT):
+        quoted = frame[column].astype(object).map(_quoted)
+        if not quoted.equals(frame[column].astype(object)):
+            cells[column], types[column] = quoted, _QUOTED
+    text = cells.rename(columns=_quoted).to_csv(index=False).encode()
     entries = {
         "file": path.name,
         "sha256": hashlib.sha256(text).hexdigest(),
         "rows": len(frame),
         **manifest,
-        "types": {column: _type(frame[column]) for column in frame.columns},
+        "types": types,
         "columns": {column: columns[column] for column in frame.columns},
     }
-    disk.save({manifest_path(path): (json.dumps(entries, indent=2) + "\n").encode(), path: text})
+    manifest_text = json.dumps(checked.sealed(entries), indent=2) + "\n"
+    disk.save({manifest_path(path): manifest_text.encode(), path: text})
     return path
 
 
@@ -89,8 +103,8 @@ def _cells(text: bytes, manifest: Mapping[str, Any]) -> pd.DataFrame:
     cells = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, na_values=[""], lineterminator="\n")
     if not isinstance(cells.index, pd.RangeIndex):
         raise ValueError("its rows have more cells than its header")
-    if [*cells] != [*manifest["types"]]:
-        raise ValueError(f"its columns are {[*cells]}, those of its manifest {[*manifest['types']]}")
+    if (names := [_unquoted(str(name)) for name in cells]) != [*manifest["types"]]:
+        raise ValueError(f"its columns are {names}, those of its manifest {[*manifest['types']]}")
     if len(cells) != manifest["rows"]:
         raise ValueError(f"it has {len(cells)} rows, its manifest says {manifest['rows']}")
     if cells.iloc[:, -1].isna().any():  # perhaps because a row is short
@@ -98,14 +112,16 @@ def _cells(text: bytes, manifest: Mapping[str, Any]) -> pd.DataFrame:
         for number, (line, whole) in enumerate(lines, start=1):
             if line != whole:
                 raise ValueError(f"line {number} has too few cells")
-    return cells
+    return cells.set_axis(names, axis="columns")
 
 
 def _typed(cells: pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
     """The cells as what the manifest says they are. Raises ValueError, naming column and row, for one that is not."""
     try:
         flags = {name: _flags(cells[name]) for name, kind in types.items() if kind == "flag"}
-        return cells.assign(**flags).astype({name: kind for name, kind in types.items() if kind in ("int", "float")})
+        quoted = {name: cells[name].map(_unquoted, na_action="ignore") for name in types if types[name] == _QUOTED}
+        exact = {name: kind for name, kind in types.items() if kind in ("int", "float")}
+        return cells.assign(**flags, **quoted).astype(exact)
     except _UNREADABLE:
         name, kind = next((name, kind) for name, kind in types.items() if not _readable(cells[name], kind))
         column = cells[name]
@@ -121,7 +137,7 @@ def _readable(column: pd.Series, kind: str) -> bool:
     try:
         if kind == "flag":
             _flags(column)
-        elif kind != "text":
+        elif kind not in (_TEXT, _QUOTED):
             column.astype(float if kind == "float" else int)
     except _UNREADABLE:
         return False
@@ -133,7 +149,29 @@ def _type(values: pd.Series) -> str:
         return "flag"
     if pd.api.types.is_integer_dtype(values):
         return "int"
-    return "float" if pd.api.types.is_numeric_dtype(values) else "text"
+    return "float" if pd.api.types.is_numeric_dtype(values) else _TEXT
+
+
+def _quoted(cell: Any) -> Any:
+    """A cell with an apostrophe wherever a spreadsheet would begin to read a formula; numbers as they are.
+
+    >>> [_quoted(cell) for cell in ("=1+1", "'=1+1", "'tis", "a;-b", "repeat", -0.5)]
+    ["'=1+1", "''=1+1", "'tis", "a;'-b", 'repeat', -0.5]
+    """
+    if isinstance(cell, numbers.Number) or (pd.api.types.is_scalar(cell) and pd.isna(cell)):
+        return cell
+    text = str(cell)
+    quoted = re.sub(f"{_CELL}(?={_FORMULA})", "'", text)
+    return cell if quoted == text else quoted
+
+
+def _unquoted(cell: str) -> str:
+    """Undo ``_quoted``.
+
+    >>> [_unquoted(cell) for cell in ("'=1+1", "''=1+1", "'tis", "a;'-b")]
+    ['=1+1', "'=1+1", "'tis", 'a;-b']
+    """
+    return re.sub(f"{_CELL}'(?={_FORMULA})", "", cell)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -148,6 +186,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be trusted without its manifest: {error}") from error
     if lacking := next(lacks(manifest, SHAPE), None):
         raise ValueError(f"{place} is not a manifest: {lacking}; measure {path.name} again")
+    if not checked.intact(manifest):
+        raise ValueError(f"{place} was changed since it was written; measure {path.name} again")
     types, columns = manifest["types"], manifest["columns"]
     if [*types] != [*columns] or not all(isinstance(text, str) for text in (*types.values(), *columns.values())):
         raise ValueError(

@@ -2,13 +2,17 @@
 
 Rows are appended to ``<out>.part`` as wirings finish and flushed to the disk; they become the file ``out`` when all are
 there. Killed at any moment, the same scan goes on; rows of another model, probe set or choice of metrics are refused,
-not mixed in.
+not mixed in. Every line ends with a checksum of itself and of the first: one that was damaged is told and measured
+again. One process at a time writes: a second one is refused.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,12 @@ from surgery import disk
 from surgery.corpus.probes import Encoded
 from surgery.models import identity as models
 from surgery.models.stack import Stack
-from surgery.records import tables
+from surgery.records import checked, tables
 from surgery.records.manifest import manifest, tokens_hash
 from surgery.wiring.value import Wiring
 
+FORMAT = "surgery rows 2"  # of a part: every line has a checksum
+_DIGITS = 16  # of a checksum
 KEY = ["wiring", "prompt", "metric"]
 COLUMNS: dict[str, str] = {
     "wiring": "the order in which the layers ran",
@@ -50,7 +56,10 @@ def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> dict[str
 class ResumableTable:
     """Blocks of rows, one per wiring and portion, in memory and, with ``out``, on disk; half a block is cut off again.
 
-    Raises ValueError if ``out`` holds a scan of another ``identity``, OSError where it cannot be written.
+    A context manager: it holds ``out`` until the end, so that nobody else writes there.
+
+    Raises ValueError if ``out`` holds a scan of another ``identity``; OSError where it cannot be written, is a link, or
+    is held by somebody else.
     """
 
     def __init__(self, out: "str | Path | None", identity: dict[str, Any]) -> None:
@@ -58,16 +67,46 @@ class ResumableTable:
         self.identity = identity
         self.blocks: dict[str, list[pd.DataFrame]] = {}  # by wiring
         self.prompts: dict[str, set[int]] = {}
-        if self.path is None:
-            return
-        disk.folder(self.path.parent)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self._holding = ExitStack()
+
+    def __enter__(self) -> "ResumableTable":
+        if self.path is not None:
+            disk.folder(self.path.parent)
+            self.part = self.path.with_name(self.path.name + ".part")
+            with ExitStack() as holding:
+                holding.enter_context(disk.held_file(self.path))
+                self._go_on()
+                self._holding = holding.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holding.close()
+
+    def _go_on(self) -> None:
+        """Keep the rows that are there."""
+        assert self.path is not None
         if self.path.exists():
-            self._take_over(tables.read(self.path), tables.read_manifest(self.path))
-        if self.part.exists():
+            try:
+                done = tables.read(self.path), tables.read_manifest(self.path)
+            except ValueError:
+                if not self._closing_was_interrupted():
+                    raise
+            else:
+                self._take_over(*done)
+        if os.path.lexists(self.part):
             self._resume()
         else:
             self._begin()
+
+    def _closing_was_interrupted(self) -> bool:
+        """Whether the manifest of ``out`` is of this scan, and its rows are still in the part: ``out`` is old."""
+        assert self.path is not None
+        try:
+            return self.part.exists() and not models.differences(
+                tables.read_manifest(self.path).get("scan"), self.identity
+            )
+        except ValueError:
+            return False
 
     def has(self, wiring: Wiring, prompts: range) -> bool:
         """Whether a wiring's rows are there for all of these probes; the rows of a probe come all at once."""
@@ -78,7 +117,7 @@ class ResumableTable:
         rows = self._keep(rows)
         if self.path is not None and len(rows):
             block = [list(row) for row in rows.itertuples(index=False)]
-            self._write(json.dumps(block, default=float).encode() + b"\n", "ab")
+            self._write(self._line(json.dumps(block, default=float)) + b"\n")
 
     def frame(self, wirings: Iterable[Wiring], unmodified: Wiring, metrics: Sequence[str]) -> pd.DataFrame:
         """The rows of ``wirings`` with their ``baseline``, ordered as if all probes had been one portion."""
@@ -107,33 +146,71 @@ class ResumableTable:
         return rows
 
     def _begin(self) -> None:
-        self._write(json.dumps(self.identity).encode() + b"\n", "wb")
+        header = checked.sealed(self.identity | {"format": FORMAT})
+        self._seal = header[checked.CHECKSUM]
+        self._write(json.dumps(header).encode() + b"\n", keep=0)
 
-    def _write(self, content: bytes, mode: str) -> None:
+    def _line(self, block: str) -> bytes:
+        """A block of rows, itself JSON, with a checksum of it and of the first line as its last element."""
+        checksum = hashlib.sha256(f"{self._seal}{block}".encode()).hexdigest()[:_DIGITS]
+        return f'{block[:-1]}, "{checksum}"]'.encode()
+
+    def _write(self, content: bytes, keep: int | None = None) -> None:
         try:
-            with open(self.part, mode) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            disk.append(self.part, content, keep=keep)
         except OSError as error:
             raise OSError(f"cannot write {self.part}: {disk.reason(error)}; rows before this one are kept") from error
 
     def _resume(self) -> None:
         """Take over the whole blocks of the part, and cut off what a kill left of another."""
-        content = self.part.read_bytes()
-        lines = content.split(b"\n")
-        whole = content.rfind(b"\n") + 1
         try:
-            self._compare(json.loads(lines[0]), self.part)
-        except json.JSONDecodeError:
-            whole = 0  # killed while the first line was written
-        if whole == 0:
+            content = disk.content_of(self.part)
+        except OSError as error:
+            raise OSError(f"cannot read {self.part}: {disk.reason(error)}; remove it to begin again") from error
+        first, *lines = content.split(b"\n")
+        if not lines and b'{"'.startswith(first[:2]):  # killed while the first line was written
             self._begin()
             return
-        for line in lines[1:-1]:
-            self._keep(pd.DataFrame(json.loads(line), columns=["wiring", "prompt", "group", "metric", "value"]))
-        with open(self.part, "r+b") as file:
-            file.truncate(whole)
+        self._seal = self._checked(first)
+        lines.pop()  # what a kill left of another
+        whole = [line for line in lines if self._holds(line)]
+        for line in whole:
+            rows = json.loads(line)[:-1]
+            self._keep(pd.DataFrame(rows, columns=["wiring", "prompt", "group", "metric", "value"]))
+        if damaged := len(lines) - len(whole):
+            place = next(i for i, line in enumerate(lines, start=2) if not self._holds(line))
+            warnings.warn(
+                f"{self.part} was damaged in {damaged} of its {len(lines) + 1} lines (the first is line {place}): what "
+                "they held is measured again",
+                stacklevel=5,
+            )
+        same = [first, *(ours for ours, _ in takewhile(lambda both: both[0] == both[1], zip(whole, lines)))]
+        self._write(b"".join(line + b"\n" for line in whole[len(same) - 1 :]), keep=sum(len(line) + 1 for line in same))
+
+    def _checked(self, first: bytes) -> str:
+        """The checksum in the first line of a part. Raises ValueError unless it is whole and of this scan."""
+        try:
+            header = json.loads(first)
+        except ValueError:
+            header = None
+        if not isinstance(header, dict) or not checked.intact(header):
+            raise ValueError(f"line 1 of {self.part} is damaged, or it is no part of a scan: remove it to begin again")
+        self._compare(
+            {name: value for name, value in header.items() if name not in (checked.CHECKSUM, "format")}, self.part
+        )
+        if checked.CHECKSUM not in header:
+            raise ValueError(
+                f"{self.part} has no checksums, as in version 0.1.0, and cannot be trusted: remove it to begin again"
+            )
+        return str(header[checked.CHECKSUM])
+
+    def _holds(self, line: bytes) -> bool:
+        """Whether a line is whole, and of a scan with this identity."""
+        block = line[: -len(b', ""]') - _DIGITS] + b"]"
+        try:
+            return self._line(block.decode()) == line
+        except UnicodeDecodeError:
+            return False
 
     def _take_over(self, frame: pd.DataFrame, provenance: dict) -> None:
         """Keep the rows of a scan that was done, and those of the unmodified model, which are its baseline."""

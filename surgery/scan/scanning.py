@@ -74,9 +74,12 @@ def run(
     encoded = Encoded.of(probes, stack)
     check_metrics(metrics, encoded)
     to_scan, unmodified = execution.distinct(stack, wirings), Wiring.of(stack.n_layers)
-    table = rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics))
     portions = execution.portions(stack, encoded, memory, batch_size)
-    with Progress(disable=not progress, transient=True) as bar, ExitStack() as workers:
+    with (
+        rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics)) as table,
+        Progress(disable=not progress, transient=True) as bar,
+        ExitStack() as workers,
+    ):
         task = bar.add_task("wirings", total=len(portions) * len(to_scan))
         pool, first = None, 0
         for portion in portions:
@@ -100,8 +103,8 @@ def run(
 
                 pool = workers.enter_context(joined(cluster))
             pool.measure(scorer, missing, memory, accept)
-    frame = table.frame(to_scan, unmodified, metrics)
-    table.close(frame, stack, encoded)
+        frame = table.frame(to_scan, unmodified, metrics)
+        table.close(frame, stack, encoded)
     for metric, values in frame.groupby("metric", sort=False):
         if said := _not_finite(values):
             warnings.warn(f"{metric} {said}", NotFiniteWarning, stacklevel=2)

@@ -160,26 +160,26 @@ def run(
     """
     _check_family(family)
     probe_set = _asked(model, questions, count, seed)
-    folder = disk.folder(out)
-    say(f"opening {model}")
-    stack = Stack(load(model, device=device, dtype=dtype))
-    if probe_set.max_tokens is not None:
-        probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
-    with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
-        return measure(
-            stack,
-            probe_set,
-            folder,
-            family,
-            metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
-            top=top,
-            seed=seed,
-            memory=memory,
-            batch_size=batch_size,
-            cluster=pool,
-            say=say,
-            progress=progress,
-        )
+    with disk.held(out) as folder:
+        say(f"opening {model}")
+        stack = Stack(load(model, device=device, dtype=dtype))
+        if probe_set.max_tokens is not None:
+            probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
+        with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
+            return measure(
+                stack,
+                probe_set,
+                folder,
+                family,
+                metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
+                top=top,
+                seed=seed,
+                memory=memory,
+                batch_size=batch_size,
+                cluster=pool,
+                say=say,
+                progress=progress,
+            )
 
 
 @contextmanager
@@ -217,57 +217,66 @@ def measure(
             f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {probe_set.name} has "
             f"{len(set(probe_set.probes))}; give more"
         )
-    folder = disk.folder(out)
-    search, validation = (half.encode(stack) for half in probe_set.split(seed))
-    wirings = _wirings(stack, family, longest)
+    with disk.held(out) as folder:
+        search, validation = (half.encode(stack) for half in probe_set.split(seed))
+        wirings = _wirings(stack, family, longest)
 
-    def scan(candidates: Sequence[Wiring], half: Encoded, name: str, *metrics: str) -> pd.DataFrame:
-        path, limits = folder / name, {"memory": memory, "batch_size": batch_size}
-        rows = scanning.run(
-            stack, candidates, half, path, metrics=metrics, progress=progress, cluster=cluster, **limits
+        def scan(candidates: Sequence[Wiring], half: Encoded, name: str, *metrics: str) -> pd.DataFrame:
+            path, limits = folder / name, {"memory": memory, "batch_size": batch_size}
+            rows = scanning.run(
+                stack, candidates, half, path, metrics=metrics, progress=progress, cluster=cluster, **limits
+            )
+            return worth.clustered(rows, half)
+
+        baseline = worth.baseline(stack, probe_set, metric, seed)
+        say(sentences.baseline(baseline))
+        say(str(execution.plan(stack, wirings, search, memory)))
+        searched = scan(wirings, search, SEARCH, metric)
+        table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
+        best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
+        say(f"the {len(best)} best again, on probes that took no part in the choice")
+        by_name = {str(wiring): wiring for wiring in wirings}
+        answers = {"loss": "credit"}.get(baseline.measure, baseline.measure)
+        beside = (answers,) if metric in worth.LIKELIHOOD else ()
+        validated = scan([by_name[name] for name in best], validation, VALIDATION, metric, *beside)
+        winners = comparisons.winners(searched, validated, metric, top=top, seed=seed, cluster="cluster")
+        if beside:
+            right = comparisons.table(validated, answers, seed=seed, cluster="cluster").set_index("wiring")
+            ends = {"answers": "gain", "answers_low": "gain_low", "answers_high": "gain_high"}
+            winners = winners.assign(**{name: winners["wiring"].map(right[column]) for name, column in ends.items()})
+            softer = worth.softened(stack, search, validation, metric, memory)[1]
+            winners = winners.merge(worth.beyond_temperature(validated, softer, metric, seed), on="wiring")
+            gained = winners["gain_validation"].where(winners["gain_validation"] > 0)
+            winners["by_temperature"] = winners["temperature"] / gained
+        winners["verdict"] = worth.judged(winners, baseline)
+        found = [name for name in winners if name not in (*BESIDE, "verdict")]
+        winners = winners.reindex(columns=[*found, *BESIDE, "verdict"])
+        confirmed = winners.loc[winners["verdict"].str.startswith("survived"), "wiring"]
+        parts = [worth.beside(stack, by_name[name], validation, metric, seed=seed, memory=memory) for name in confirmed]
+        against = pd.concat(
+            [part for part in parts if len(part)] or [pd.DataFrame(columns=list(worth.CONTROLS_COLUMNS))]
         )
-        return worth.clustered(rows, half)
-
-    baseline = worth.baseline(stack, probe_set, metric, seed)
-    say(sentences.baseline(baseline))
-    say(str(execution.plan(stack, wirings, search, memory)))
-    searched = scan(wirings, search, SEARCH, metric)
-    table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
-    best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
-    say(f"the {len(best)} best again, on probes that took no part in the choice")
-    by_name = {str(wiring): wiring for wiring in wirings}
-    answers = {"loss": "credit"}.get(baseline.measure, baseline.measure)
-    beside = (answers,) if metric in worth.LIKELIHOOD else ()
-    validated = scan([by_name[name] for name in best], validation, VALIDATION, metric, *beside)
-    winners = comparisons.winners(searched, validated, metric, top=top, seed=seed, cluster="cluster")
-    if beside:
-        right = comparisons.table(validated, answers, seed=seed, cluster="cluster").set_index("wiring")
-        ends = {"answers": "gain", "answers_low": "gain_low", "answers_high": "gain_high"}
-        winners = winners.assign(**{name: winners["wiring"].map(right[column]) for name, column in ends.items()})
-        softer = worth.softened(stack, search, validation, metric, memory)[1]
-        winners = winners.merge(worth.beyond_temperature(validated, softer, metric, seed), on="wiring")
-        gained = winners["gain_validation"].where(winners["gain_validation"] > 0)
-        winners["by_temperature"] = winners["temperature"] / gained
-    winners["verdict"] = worth.judged(winners, baseline)
-    found = [name for name in winners if name not in (*BESIDE, "verdict")]
-    winners = winners.reindex(columns=[*found, *BESIDE, "verdict"])
-    confirmed = winners.loc[winners["verdict"].str.startswith("survived"), "wiring"]
-    parts = [worth.beside(stack, by_name[name], validation, metric, seed=seed, memory=memory) for name in confirmed]
-    against = pd.concat([part for part in parts if len(part)] or [pd.DataFrame(columns=list(worth.CONTROLS_COLUMNS))])
-    luck = comparisons.expected_best(searched, metric, seed=seed, cluster="cluster")
-    own = "cluster" if any(validation.clusters) else None  # else a group may be a cluster
-    groups = comparisons.table(validated, metric, seed=seed, by_group=True, cluster=own)
-    groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
-    settings: dict[str, Any] = {"family": family, "metric": metric, "luck": asdict(luck), "baseline": asdict(baseline)}
-    of_search, of_validation = (manifest(stack, half.tokens, seed=seed, **settings) for half in (search, validation))
-    tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
-    tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)
-    tables.write(groups, folder / GROUPS, of_validation, comparisons.COLUMNS)
-    tables.write(against, folder / CONTROLS, of_validation, worth.CONTROLS_COLUMNS)
-    if family == families.PAINTERS:
-        variants = controls.painters(stack.n_layers).merge(table, on="wiring")
-        tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
-    return ScanResult(table, winners, groups, luck, metric, baseline, against)
+        luck = comparisons.expected_best(searched, metric, seed=seed, cluster="cluster")
+        own = "cluster" if any(validation.clusters) else None  # else a group may be a cluster
+        groups = comparisons.table(validated, metric, seed=seed, by_group=True, cluster=own)
+        groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
+        settings: dict[str, Any] = {
+            "family": family,
+            "metric": metric,
+            "luck": asdict(luck),
+            "baseline": asdict(baseline),
+        }
+        of_search, of_validation = (
+            manifest(stack, half.tokens, seed=seed, **settings) for half in (search, validation)
+        )
+        tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
+        tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)
+        tables.write(groups, folder / GROUPS, of_validation, comparisons.COLUMNS)
+        tables.write(against, folder / CONTROLS, of_validation, worth.CONTROLS_COLUMNS)
+        if family == families.PAINTERS:
+            variants = controls.painters(stack.n_layers).merge(table, on="wiring")
+            tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
+        return ScanResult(table, winners, groups, luck, metric, baseline, against)
 
 
 def painters(

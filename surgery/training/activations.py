@@ -42,6 +42,7 @@ from surgery.models.identity import differences, identity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.outside import content, lacks, read_json, shown
+from surgery.records import checked
 from surgery.stats.scatter import Scatter
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
@@ -269,7 +270,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = f"it {error}"
     if problem:
-        raise ValueError(f"{path} is not a manifest of latents: {problem}; harvest into another folder")
+        raise ValueError(f"{path} is not a manifest of latents: {problem}; remove it, or harvest into another folder")
     return dict(manifest)
 
 
@@ -279,6 +280,8 @@ def _misdescribed(manifest: Any) -> str | None:
         return f"it does not say {FORMAT!r}"
     if problem := next(lacks(manifest, SHAPE), None):
         return problem
+    if not checked.intact(manifest):
+        return "it was changed since it was written"
     least = min(manifest["d_model"], manifest["n_prompts"], manifest["start"] + 1, manifest["stop"] - manifest["start"])
     if least < 1 or manifest["dtype"] not in _BY_NAME:
         return "its dtype, span or sizes are none that are stored"

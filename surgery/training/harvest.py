@@ -19,6 +19,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from surgery.models.engine import Stream
 from surgery.models.identity import differences, identity, refuse_hooks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.records import checked
 from surgery.records.manifest import PACKAGES, tokens_hash
 from surgery.training.activations import (
     DTYPES,
@@ -90,7 +92,8 @@ def harvest(
         ValueError: an empty span, one outside the model or all of it; prompts without tokens or too long for the
             model; a folder with latents of something else; activations that are not finite or too large for ``dtype``
             (float16 ends at 65504: take ``dtype=torch.bfloat16``); hooks on the model.
-        OSError: the folder cannot be written to, or the disk has no room for it all.
+        OSError: the folder cannot be written to, or the disk has no room for it all; or it is not whole, and another
+            process is writing to it.
     """
     corpus = Tokens.of(corpus)
     lengths = corpus.mask.sum(1).cpu()
@@ -115,28 +118,37 @@ def harvest(
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
     }
-    folder = disk.folder(out)
-    shards = _standing(folder, head)
-    missing = {file: prompts for file, prompts in plan.items() if file not in shards}
-    _announce(folder, head, sum(int(lengths[prompts].sum()) for prompts in missing.values()), len(plan), missing, say)
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("latents", total=sum(int(lengths[prompts].sum()) for prompts in missing.values()))
-        for file, prompts in missing.items():
-            flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
-            began = time.perf_counter()
-            shard = _make_shard(
-                stack,
-                flat,
-                lengths[prompts],
-                (start, stop),
-                folder / file,
-                dtype,
-                batch_size,
-                lambda done: bar.advance(task, done),
-            )
-            shards[file] = replace(shard, seconds=time.perf_counter() - began)
-            entries = [asdict(shards[name]) for name in plan if name in shards]
-            disk.save({folder / MANIFEST: (json.dumps(head | {"shards": entries}, indent=1) + "\n").encode()})
+    with ExitStack() as holding:
+        held: disk.HeldError | None = None
+        try:
+            folder = holding.enter_context(disk.held(out))
+        except disk.HeldError as error:  # by another process of the same training, which needs only what is whole
+            folder, held = Path(out), error
+        shards = _standing(folder, head)
+        missing = {file: prompts for file, prompts in plan.items() if file not in shards}
+        if missing and held is not None:
+            raise held
+        n_tokens = sum(int(lengths[prompts].sum()) for prompts in missing.values())
+        _announce(folder, head, n_tokens, len(plan), missing, say)
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task("latents", total=n_tokens)
+            for file, prompts in missing.items():
+                flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
+                began = time.perf_counter()
+                shard = _make_shard(
+                    stack,
+                    flat,
+                    lengths[prompts],
+                    (start, stop),
+                    folder / file,
+                    dtype,
+                    batch_size,
+                    lambda done: bar.advance(task, done),
+                )
+                shards[file] = replace(shard, seconds=time.perf_counter() - began)
+                entries = [asdict(shards[name]) for name in plan if name in shards]
+                manifest = checked.sealed(head | {"shards": entries})
+                disk.save({folder / MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()})
     return open_latents(folder)
 
 

@@ -7,7 +7,6 @@ same batch and every sum is divided by the weight of the whole batch, so their n
 Matrices are trained with Muon (Jordan 2024; ``surgery.training.muon``), everything else with AdamW.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,16 +20,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from surgery import disk
 from surgery.models.identity import differences, of_module
-from surgery.records import tables
+from surgery.models.weights_hash import tensors_sha256
+from surgery.records import checked, tables
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.muon import Muon
 from surgery.training.precisions import MIXED
@@ -167,10 +165,10 @@ def fit(
         )
     if schedule.batch % world:
         raise ValueError(f"a batch of {schedule.batch} prompts does not divide among {world} processes")
-    folder = disk.folder(folder)
     run = {"schedule": asdict(schedule), "phase": phase, "student": of_module(task.student), **(identity or {})}
     state = _State(task, run, folder / "checkpoint.safetensors", (spent or Ledger()) + Ledger())
-    with ExitStack() as restoring, state.proved_frozen():
+    main = accelerator.is_main_process
+    with disk.held(folder, main=main), ExitStack() as restoring, state.proved_frozen():
         restoring.enter_context(only_trained(task))
         plain = optimizers(task.matrices, task.others, schedule.weight_decay)
         state.load(plain, accelerator.scaler)
@@ -258,12 +256,7 @@ class _State:
         """Go on from the checkpoint, if there is one. Raises ValueError for one that is damaged or of another run."""
         if not self.path.exists():
             return
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.path} is not a whole checkpoint ({error}): remove it to begin again") from None
+        tensors, metadata = checked.unpack(self.path)
         if others := differences(metadata["run"], self.run):
             raise ValueError(
                 f"{self.path} belongs to another run, with {', '.join(others)}: choose another folder, or remove it to "
@@ -293,8 +286,7 @@ class _State:
             "ledger": self.ledger.frame().to_dict("records"),
             "scaler": None if scaler is None else scaler.state_dict(),  # of gradients, with precision fp16
         }
-        whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        disk.save({self.path: save(whole, {"state": json.dumps(metadata)})})
+        disk.save({self.path: checked.pack(tensors, metadata)})
 
     def collect(self, since_last: Ledger, accelerator: "Accelerator") -> None:
         """Add what all processes spent since the last time."""
@@ -354,9 +346,9 @@ class _State:
     @contextmanager
     def proved_frozen(self) -> Iterator[None]:
         """Context manager: prove that the frozen weights are the same bit for bit afterwards."""
-        before = _digest(self.frozen)
+        before = tensors_sha256(self.frozen)
         yield
-        if _digest(self.frozen) != before:
+        if tensors_sha256(self.frozen) != before:
             raise ValueError("weights that were to stay frozen have changed: do not use what was trained")
 
 
@@ -420,15 +412,6 @@ def restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, T
 def _among(parameter: nn.Parameter, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether it is one of them: ``in`` would compare values."""
     return any(parameter is other for other in parameters)
-
-
-def _digest(parameters: Mapping[str, Float[Tensor, "..."]]) -> str:
-    """sha256 over names and bytes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -50,13 +50,13 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert history[0].step.tolist() == [2, 4, 6]
     pd.testing.assert_frame_equal(*history)
     assert (tmp_path / "parts" / "step_000005.safetensors").exists()
-    assert not list((tmp_path / "parts").glob("*.unfinished"))
+    assert not list((tmp_path / "parts").glob(".*"))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     script.train(RECIPE, CORPUS, tmp_path, "cpu", every=6, snapshots=[])
     other = script.Recipe(**{**RECIPE.__dict__, "seed": 1})
-    with pytest.raises(SystemExit, match=r"of another run, with recipe.seed 0 \(now 1\)"):
+    with pytest.raises(ValueError, match=r"of another run, with recipe.seed 0 \(now 1\)"):
         script.train(other, CORPUS, tmp_path, "cpu", every=6, snapshots=[])
 
 
