@@ -76,6 +76,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+WHOLE = "nothing is half-written, files that were finished stay"
 LONGEST = 10_000  # characters of a line that is shown
 ENDING = ("SIGTERM", "SIGHUP")  # signals that end a command as Ctrl-C does
 AGAIN = 1.0  # seconds: the same signal within so many is the same wish, from a process group and from its leader
@@ -154,7 +155,7 @@ def with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **options: Any) -> None:
-        with one_line_errors("nothing is half-written, files that were finished stay", debug):
+        with one_line_errors(WHOLE, debug):
             command(*args, debug=debug, **options)
 
     return wrapped
@@ -486,5 +487,5 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    with ended_by_signals():
+    with one_line_errors(WHOLE, debug=True):  # a command turns its own errors into sentences
         app(prog_name="surgery")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -450,6 +451,33 @@ def test_a_script_ends_in_a_sentence(error, code, said, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_signals_are_listened_to_only_meanwhile_and_only_where_nobody_else_does(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        cli.script(lambda: signal.raise_signal(signal.SIGTERM))
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "ended by SIGTERM: the same command goes on where it was\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("mine"))
+    try:
+        cli.script(lambda: signal.raise_signal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["mine"]
+    thread = threading.Thread(target=cli.script, args=(lambda: heard.append("in a thread"),))
+    thread.start()
+    thread.join()
+    assert heard == ["mine", "in a thread"]
+
+
+def test_what_is_shown_is_no_markup_and_moves_no_terminal(capsys):
+    result = run("check", "--model", "[/x]\x1b[31m[red]")
+    refused(result, "[/x]\\x1b[31m[red]")
+    cli.say("[bold]a\x07\nb")
+    assert capsys.readouterr().err == "[bold]a\\x07\nb\n"
+
+
 def test_a_mistake_of_a_script_itself_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.script(lambda: 1 / 0)
@@ -485,6 +513,8 @@ cli.main()
     [
         ("measuring", signal.SIGINT, 130),
         ("writing", signal.SIGINT, 130),
+        ("writing", signal.SIGTERM, 143),
+        ("measuring", signal.SIGHUP, 129),
         ("writing", signal.SIGKILL, -signal.SIGKILL),
     ],
 )
@@ -495,7 +525,8 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     time.sleep(0.1)
     process.send(how)
     assert process.wait() == code
-    assert ("interrupted" in process.errors) == (how == signal.SIGINT)
+    said = {signal.SIGINT: "interrupted: ", signal.SIGKILL: ""}.get(how, f"ended by {how.name}: ")
+    assert f"{said}nothing is half-written" in process.errors or how == signal.SIGKILL
     final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
     whole = ("series_windows", "calibration", "measures", "costs")
     assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}

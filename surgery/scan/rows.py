@@ -133,7 +133,10 @@ class ResumableTable:
             return
         provenance = manifest(stack, encoded.tokens, seed=0, probes=encoded.sha256) | {"scan": self.identity}
         tables.write(frame, self.path, provenance, COLUMNS)
-        self.part.unlink(missing_ok=True)
+        try:
+            self.part.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot remove {self.part}: {disk.reason(error)}; {self.path.name} is whole") from error
 
     def _keep(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Keep in memory, and return, the rows for probes that have none yet."""
