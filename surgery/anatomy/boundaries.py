@@ -187,6 +187,11 @@ def locate(
     if len(kinds) != len(tokens) or len(tokens) < 8:
         raise ValueError(f"give 8 prompts or more and the kind of each, got {len(tokens)} and {len(kinds)} kinds")
     min_size = min(length + 1, stack.n_layers // 3) if min_size is None else min_size
+    if not 1 <= min_size <= stack.n_layers // 3:
+        raise ValueError(
+            f"three parts of {max(1, min_size)} layers or more do not fit into the {stack.n_layers} of {stack.name}; "
+            f"take a model of at least 3 layers, and a min_size of 1 to a third of them"
+        )
     placing, testing = _halves(kinds, sampling.seed)
     every = features(stack, _subset(tokens, placing), splits=SPLITS, sampling=sampling)
     whole, halves = every.rows(slice(sampling.resamples + 1)), every.rows(slice(sampling.resamples + 1, None)).values

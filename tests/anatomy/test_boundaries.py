@@ -143,3 +143,10 @@ def test_a_quiet_or_loud_middle_is_found_by_the_family_that_sees_it(gain, eviden
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="8 prompts or more and the kind of each, got 4 and 4"):
         anatomy.locate(Stack(known_networks.random_network()), TOKENS[:4])
+
+
+@pytest.mark.parametrize(("n_layers", "min_size"), [(1, None), (2, None), (4, 2), (3, 0)])
+def test_three_parts_need_three_layers(n_layers, min_size):
+    stack = Stack(known_networks.random_network(n_layers=n_layers, d_model=16))
+    with pytest.raises(ValueError, match="do not fit into the"):
+        boundaries.locate(stack, known_networks.tokens(16, 5), min_size=min_size)
