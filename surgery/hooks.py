@@ -6,7 +6,8 @@
 They work wherever TransformerLens takes hooks (``run_with_hooks``, ``hooks()``, ``run_with_cache``, ``generate`` with
 or without its key-value cache), add up (``skip(model, 2, 3) + damp(model, 5, 0.5)``) and leave nothing behind. Each
 computes the same as the wiring in its docstring does when the Stack runs it. Every layer still executes, so nothing
-gets faster; repeats and reorderings execute layers again, which only the Stack can do.
+gets faster; repeats and reorderings execute layers again, which only the Stack can do. What a run has to keep from one
+hook to the next it keeps for its own thread, and a thread draws its own random numbers from the start.
 
 ========================  ===============================================  ==================================
 hook                      question                                         compare with
@@ -26,6 +27,7 @@ hook                      question                                         compa
 
 import difflib
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal
@@ -53,8 +55,8 @@ def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Pa
     start, stop = _span(model, start, stop)
     if part is not None:
         return [(_output(model, layer, part), _scaled(0.0)) for layer in range(start, stop)]
-    entry: list[Stream] = []
-    return [(_pre(start), _save_to(entry)), (_post(stop - 1), lambda x, hook: entry[-1])]
+    entry = _Kept()
+    return [(_pre(start), entry.save), (_post(stop - 1), lambda x, hook: entry.x)]
 
 
 def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False) -> list[Hook]:
@@ -65,24 +67,20 @@ def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False
     span outside the model.
     """
     start, stop = _span(model, start, stop)
-    entry: list[Stream] = []
-    updates: list[Stream] = []
-
-    def enter(x: Stream, hook: Any) -> None:
-        entry[:], updates[:] = [x.clone()], []
+    entry = _Kept()
 
     def read_entry(x: Stream, hook: Any) -> Stream:
-        return entry[0]
+        return entry.x
 
     def save_update(x: Stream, hook: Any) -> None:
-        updates.append(x - entry[0])
+        entry.updates.append(x - entry.x)
 
     def leave(x: Stream, hook: Any) -> Stream:
-        first, *rest = (*updates, x - entry[0])
+        first, *rest = (*entry.updates, x - entry.x)
         total = sum(rest, first)
-        return entry[0] + (total / (stop - start) if mean else total)
+        return entry.x + (total / (stop - start) if mean else total)
 
-    hooks: list[Hook] = [(_pre(start), enter)]
+    hooks: list[Hook] = [(_pre(start), entry.save)]
     hooks += [(_pre(layer), read_entry) for layer in range(start + 1, stop)]
     hooks += [(_post(layer), save_update) for layer in range(start, stop - 1)]
     return [*hooks, (_post(stop - 1), leave)]
@@ -254,13 +252,13 @@ def stochastic_depth(
         return [(name, lambda x, hook: torch.where(alive(x, hook), x / (1 - p), 0.0)) for name in outputs]
     hooks: list[Hook] = []
     for layer in range(start, stop):
-        entry: list[Stream] = []
+        entry = _Kept()
 
-        def leave(x: Stream, hook: Any, entry: list[Stream] = entry) -> Stream:
-            scaled = x + p / (1 - p) * (x - entry[-1])  # exactly x where p is 0
-            return torch.where(alive(x, hook), scaled, entry[-1])
+        def leave(x: Stream, hook: Any, entry: _Kept = entry) -> Stream:
+            scaled = x + p / (1 - p) * (x - entry.x)  # exactly x where p is 0
+            return torch.where(alive(x, hook), scaled, entry.x)
 
-        hooks += [(_pre(layer), _save_to(entry)), (_post(layer), leave)]
+        hooks += [(_pre(layer), entry.save), (_post(layer), leave)]
     return hooks
 
 
@@ -277,32 +275,34 @@ def record_stream(store: MutableMapping[int, Stream]) -> list[Hook]:
 
 
 def _edit_update(layer: int, edit: Callable[[Stream, Stream], Stream]) -> list[Hook]:
-    entry: list[Stream] = []
+    entry = _Kept()
 
     def leave(x: Stream, hook: Any) -> Stream:
-        return entry[-1] + edit(entry[-1], x - entry[-1])
+        return entry.x + edit(entry.x, x - entry.x)
 
-    return [(_pre(layer), _save_to(entry)), (_post(layer), leave)]
+    return [(_pre(layer), entry.save), (_post(layer), leave)]
 
 
-def _save_to(entry: list[Stream]) -> Callable[..., None]:
-    """A hook that saves a copy of the stream as the only item of ``entry``."""
+class _Kept(threading.local):
+    """The stream that entered, and the updates since: of the run in each thread, where several use the same hooks."""
 
-    def fn(x: Stream, hook: Any) -> None:
-        entry[:] = [x.clone()]
+    x: Stream
+    updates: list[Stream]
 
-    return fn
+    def save(self, x: Stream, hook: Any) -> None:
+        """A hook that keeps a copy of the stream."""
+        self.x, self.updates = x.clone(), []
 
 
 def _drawing(p: float, seed: int) -> Callable[..., Tensor]:
-    """A function that draws the mask of what stays, for each hook point from its own generator.
+    """A function that draws the mask of what stays, for each hook point (in each thread) from its own generator.
 
     With ``restart`` it draws from the beginning.
     """
-    share = 1 - probability(p)
-    generators: dict[str, torch.Generator] = {}
+    share, drawn = 1 - probability(p), threading.local()
 
     def draw(name: str, shape: tuple[int, ...], restart: bool = False) -> Tensor:
+        generators: dict[str, torch.Generator] = vars(drawn)
         if restart or name not in generators:
             generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         return torch.rand(shape, generator=generators[name], device="cpu") < share

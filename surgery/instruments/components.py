@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from surgery.models.errors import ModelError
+from surgery.models.scopes import CALL, FORWARD, scope
 from surgery.models.stack import Context, Stack
 
 UNITS = ("layers", "mlps", "heads")
@@ -98,21 +99,21 @@ class Sites:
     @contextmanager
     def _heard(self, layer: int, hear: Callable[[Written], Written | None]) -> Iterator[None]:
         """``hear`` gets what is written; what it returns, if not None, is written instead."""
-        module = self.modules[layer]
 
         def heard(x: Tensor) -> Tensor:
             values = hear(x.reshape(*x.shape[:2], -1))
             return x if values is None else values.reshape(x.shape)
 
-        def before(_: nn.Module, args: tuple) -> tuple:
-            return heard(args[0]), *args[1:]
+        def before(inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return inner(heard(x), *args, **kwargs)
 
-        def after(_: nn.Module, args: tuple, output: Any) -> Any:
+        def after(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             return type(output)((heard(output[0]), *output[1:])) if isinstance(output, tuple | list) else heard(output)
 
-        register = module.register_forward_hook if self.units == "mlps" else module.register_forward_pre_hook
-        handle = register(after if self.units == "mlps" else before)  # type: ignore[arg-type]
-        try:
+        with scope() as opened:
+            if self.units == "mlps":
+                opened.around(self.modules[layer], CALL, after)
+            else:
+                opened.around(self.modules[layer], FORWARD, before)
             yield
-        finally:
-            handle.remove()

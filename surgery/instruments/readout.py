@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from surgery.models.engine import replaced_forward
 from surgery.models.norms import FrozenNorm
+from surgery.models.scopes import replaced_forward
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 

@@ -1,7 +1,9 @@
 """A chain of steps run on a stream, and the width of the stream that it leaves."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgery.models.engine import Engine, LayerOutput, Recording, Stream
@@ -59,3 +61,12 @@ def width_after(steps: Sequence[Step], width: int, streams: Sequence[tuple[int, 
             case Scaled(_, body) if width_after(body, width, streams, name) != width:
                 raise ValueError("what is scaled must give the width of stream that it takes")
     return width
+
+
+def at_positions(x: Tensor, positions: Any) -> Tensor:
+    """``x`` [batch, pos, ...] at a slice or indices along pos, at a mask [batch, pos], or everywhere (None)."""
+    if positions is None:
+        return x
+    if isinstance(positions, Tensor) and (positions.dtype == torch.bool or positions.ndim == 2):
+        return x[positions.bool()]
+    return x[:, positions]

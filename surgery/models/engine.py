@@ -7,18 +7,22 @@ one call of the model every layer's ``forward`` is replaced by a stand-in. A sta
 and passes the stream on unchanged; the last one lets the caller decide what leaves the stack. So nothing here knows an
 architecture by name.
 
-Stand-ins are instance attributes and are removed on every way out; no weight, hook or config field is touched. They
-take the place of the whole call, hooks included, so that a hook on a layer fires when the layer runs and only then.
+Stand-ins (``surgery.models.scopes``) are removed on every way out and act for the caller alone; no weight, hook or
+config field is touched. They take the place of the whole call, hooks included, so that a hook on a layer fires when the
+layer runs and only then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from surgery.models.scopes import CALL, Scope, own, within
+from surgery.models.tokens import Tokens
 
 Stream = Float[Tensor, "batch pos d_model"]
 # What leaves a layer, whose stream may have a width of its own (``surgery.models.stream_width``).
@@ -43,6 +47,23 @@ class Recording:
 
     x0: Stream
     calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One embedded batch: the stream that enters layer 0, and what every layer is called with.
+
+    Made by ``Stack.context``; it can be passed wherever a Stack takes tokens, and saves embedding them again.
+    """
+
+    tokens: Tokens
+    engine: "Engine"
+    recording: Recording
+
+    @property
+    def x0(self) -> Stream:
+        """The stream that enters layer 0."""
+        return self.recording.x0
 
 
 @dataclass(frozen=True)
@@ -72,22 +93,27 @@ class Engine:
         """
         streams: list[Stream] = []
 
-        def record_form(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, tuple | list):
-                self._form[module] = type(output), len(output)
+        def heard(module: nn.Module, is_layer: bool) -> Callable[..., Any]:
+            module_itself = own(module, CALL)
 
-        def record_stream(module: nn.Module, _: Any, output: Any) -> None:
-            streams.append(_stream(output))
+            def call(*args: Any, **kwargs: Any) -> Any:
+                output = module_itself(*args, **kwargs)
+                if isinstance(output, tuple | list):
+                    self._form[module] = type(output), len(output)
+                if is_layer:
+                    streams.append(_stream(output))
+                return output
 
-        sublayers = [module for parts in self.parts for module in (parts.attn, parts.mlp) if module is not None]
-        handles = [module.register_forward_hook(record_form) for module in (*self.layers, *sublayers)]
-        handles += [layer.register_forward_hook(record_stream) for layer in self.layers]
-        try:
+            return call
+
+        def run(scope: Scope) -> Any:
+            sublayers = [module for parts in self.parts for module in (parts.attn, parts.mlp) if module is not None]
+            for module in dict.fromkeys((*sublayers, *self.layers)):
+                scope.replace(module, CALL, heard(module, module in self.layers))
             with torch.no_grad():
-                return streams, _logits(self.module(**inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
+                return self.module(**inputs)
+
+        return streams, _logits(within(run))
 
     def record(self, **inputs: Any) -> Recording:
         """Embed a batch and record the call of every layer; neither a layer nor the head runs. Cost: the embedding."""
@@ -102,28 +128,27 @@ class Engine:
         return _logits(self._forward(finish, **inputs))
 
     def _forward(self, finish: Callable[[Recording], Stream] | None, **inputs: Any) -> Any:
-        first: list[Stream] = []
-        calls: list[Call] = []
-        with ExitStack() as stand_ins:
+        def run(scope: Scope) -> Any:
+            first: list[Stream] = []
+            calls: list[Call] = []
 
-            def stand_in(layer: nn.Module) -> Callable[..., Any]:
-                def forward(*args: Any, **kwargs: Any) -> Any:
-                    x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-                    first.append(x)
-                    calls.append(Call(rest, kwargs))
-                    if len(calls) < len(self.layers):
-                        return self._like(layer, x)
-                    recording = Recording(first[0], tuple(calls))
-                    if finish is None:
-                        raise _StopError(recording)
-                    stand_ins.close()  # the real layers are back in place when the caller runs them
-                    return self._like(layer, finish(recording))
-
-                return forward
+            def stand_in(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                first.append(x)
+                calls.append(Call(rest, kwargs))
+                if len(calls) < len(self.layers):
+                    return self._like(layer, x)
+                recording = Recording(first[0], tuple(calls))
+                if finish is None:
+                    raise _StopError(recording)
+                scope.close()  # the real layers are back in place when the caller runs them
+                return self._like(layer, finish(recording))
 
             for layer in self.layers:
-                stand_ins.enter_context(replaced_call(layer, stand_in(layer)))
+                scope.replace(layer, CALL, partial(stand_in, layer))
             return self.module(**inputs)
+
+        return within(run)
 
     def layer(self, index: int, x: Stream, call: Call) -> LayerOutput:
         """Run one whole layer on any stream, as the model does: ``x + f(x)``, on the device of ``x``."""
@@ -140,36 +165,16 @@ class Engine:
             inputs = args[0] if args else kwargs["hidden_states"]
             return self._like(other, inputs.new_zeros((*inputs.shape[:-1], x.shape[-1])))
 
-        with replaced_call(other, zeros):
+        def run(scope: Scope) -> Stream:
+            scope.replace(other, CALL, zeros)
             return self.layer(index, x, call)
+
+        return within(run)
 
     def _like(self, module: nn.Module, x: Tensor) -> Any:
         """``x`` in the form in which ``module`` returns it: alone, or first in a tuple or list."""
         kind, length = self._form.get(module, (None, 0))
         return x if kind is None else kind((x, *[None] * (length - 1)))
-
-
-def replaced_call(module: nn.Module, call: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Context manager: calling the module calls ``call`` alone; neither its forward nor hooks on it run."""
-    return _replaced(module, "_compiled_call_impl", call)  # what torch calls first of all; module.compile() sets it
-
-
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Context manager: call ``forward`` instead of the module's own; hooks on the module run."""
-    return _replaced(module, "forward", forward)
-
-
-@contextmanager
-def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get(name)  # accelerate and others keep theirs there
-    module.__dict__[name] = call
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
 
 
 def _stream(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.models.errors import ModelError
+from surgery.models.scopes import is_replaced
 
 
 def require_plain(module: Any, where: str) -> None:
@@ -17,7 +18,7 @@ def require_plain(module: Any, where: str) -> None:
     """
     inner = getattr(module, "original_component", module)
     ordinary = any(type(inner).forward is kind.forward for kind in (nn.Linear, Conv1D))
-    if ordinary and "forward" not in vars(inner):
+    if ordinary and not is_replaced(inner):
         return
     raise ModelError(
         f"{where} is a {type(inner).__name__}, which computes something else than its weight says: "

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from surgery.models.scopes import FORWARD, own
+
 
 class FrozenNorm:
     """A norm whose denominator, and mean, are given instead of computed.
@@ -16,19 +18,21 @@ class FrozenNorm:
     The mean is one more number that every layer moves and every later one reads. LayerNorm is ``g (x - mean(x)) / s(x)
     + b`` with a gain ``g`` a dimension, so with a given mean it gains ``g (mean(x) - mean_given) / s_given``.
 
+    Attributes: ``module``; ``forward``, its own computation; ``centres``, whether it subtracts the mean.
+
     Raises:
         ValueError: the module is not a linear map over a root mean square.
     """
 
     def __init__(self, module: nn.Module, probe: Float[Tensor, "n d_model"]) -> None:
         self.module = module
-        self._forward = module.forward
-        shifted, plain, bias = (self._forward(x) for x in (probe + 1, probe, torch.zeros_like(probe)))
+        self.forward = own(module, FORWARD)  # not a frozen one, where norms are frozen already
+        shifted, plain, bias = (self.forward(x) for x in (probe + 1, probe, torch.zeros_like(probe)))
         self.centres = torch.allclose(shifted, plain, rtol=1e-3, atol=1e-3 * float((plain - bias).abs().max()))
         self._bias = bias[:1]
         eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
         self._eps = self._measured_epsilon(probe) if eps is None else float(eps)
-        doubled = (self._forward(2 * probe) - bias) * self.scale(2 * probe)
+        doubled = (self.forward(2 * probe) - bias) * self.scale(2 * probe)
         once = (plain - bias) * self.scale(probe)
         if not torch.allclose(doubled, 2 * once, rtol=1e-3, atol=1e-3 * float(once.abs().max())):
             raise ValueError(
@@ -56,11 +60,11 @@ class FrozenNorm:
             (probe - probe.mean(-1, keepdim=True) if self.centres else probe).double().pow(2).mean(-1, keepdim=True)
         )
         unit = probe / square.sqrt().to(probe.dtype)
-        whole = (self._forward(1e4 * unit) - self._bias).detach().double().norm(dim=-1)
+        whole = (self.forward(1e4 * unit) - self._bias).detach().double().norm(dim=-1)
         found = 0.0
         for exponent in range(-14, 0):
             size = 10.0**exponent  # the mean square of a smaller vector
-            share = ((self._forward(size**0.5 * unit) - self._bias).detach().double().norm(dim=-1) / whole).mean()
+            share = ((self.forward(size**0.5 * unit) - self._bias).detach().double().norm(dim=-1) / whole).mean()
             if 0.3 < share < 0.95:
                 found = float(size * (share**-2 - 1))
         return found
@@ -82,7 +86,7 @@ class FrozenNorm:
     ) -> Float[Tensor, "... d_model"]:
         """The norm of ``x`` with the denominator and, if ``state`` has it, the mean of another stream."""
         scale = state[..., :1]
-        result = (self._forward(x) - self._bias) * (self.scale(x) / scale) + self._bias
+        result = (self.forward(x) - self._bias) * (self.scale(x) / scale) + self._bias
         if state.shape[-1] == 2 and self._gain is not None:
             result = result + self._gain * ((x.mean(-1, keepdim=True) - state[..., 1:]) / scale)
         return result.to(x.dtype)

@@ -66,6 +66,25 @@ def sublayer_difference(stack: Any, context: Any, streams: Tensor) -> float:
     return worst
 
 
+def parallel_sublayers(stack: Any) -> bool:
+    """Whether attention and MLP of the first layer read the same stream: whether that gives the whole layer."""
+    context = stack.context(probe(stack))
+    streams, engine, call = stack.stream(context), context.engine, context.recording.calls[0]
+    x = streams[0]
+    attn = engine.sublayer(0, "attn", x, call)
+    together = attn + engine.sublayer(0, "mlp", x, call) - x
+    after = engine.sublayer(0, "mlp", attn, call)
+    return relative_difference(together, streams[1]) < relative_difference(after, streams[1])
+
+
+def exact_sublayers(stack: Any) -> frozenset[str]:
+    """The sublayers that can run on their own, because together they give the whole layer again."""
+    context = stack.context(probe(stack))
+    if stack.resized or sublayer_difference(stack, context, stack.stream(context)) > stack.tolerance:
+        return frozenset()
+    return frozenset(["attn"] if context.engine.parts[0].mlp is None else ["attn", "mlp"])
+
+
 def require_causal(stack: Any, logits: Tensor) -> None:
     """Raise ModelError if the logits of the two probes differ where they have the same tokens so far."""
     half = logits.shape[1] // 2
@@ -81,7 +100,12 @@ def own_logits(stack: Any, tokens: Tokens) -> Tensor:
     with torch.no_grad():
         if stack.bridge_is_stale:
             return stack.fastest_engine.observe(**stack.inputs(tokens))[1]
-        return stack.model(tokens.ids, return_type="logits", use_cache=False)
+        return bridge_logits(stack.model, tokens)
+
+
+def bridge_logits(model: Any, tokens: Tokens) -> Tensor:
+    """The logits that a bridge gives by itself."""
+    return model(tokens.ids, return_type="logits", use_cache=False)
 
 
 def require(stack: Any, check: str, actual: Tensor, expected: Tensor) -> None:

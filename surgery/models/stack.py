@@ -11,13 +11,10 @@ per pass; otherwise the plain twin that ``surgery.load`` keeps runs, with its fa
 proves itself: the identity wiring must give the model's own logits, or it refuses.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -27,37 +24,24 @@ from torch import Tensor, nn
 from transformer_lens import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from surgery.models import proof, stream_width, twin
-from surgery.models.chain import Tap, run_chain, width_after
-from surgery.models.conditions import measuring
-from surgery.models.engine import Engine, LayerOutput, Recording, Stream, replaced_forward
-from surgery.models.errors import ModelError, first_line
-from surgery.models.exactness import relative_difference, tolerance
+from surgery.models import freezing, proof, turns, twin
+from surgery.models.chain import Tap, at_positions, run_chain, width_after
+from surgery.models.conditions import measure
+from surgery.models.deciding import Decision, decide
+from surgery.models.engine import Context as Context
+from surgery.models.engine import Engine, LayerOutput, Recording, Stream
+from surgery.models.exactness import tolerance
 from surgery.models.loading import load
 from surgery.models.norms import FrozenNorm
-from surgery.models.opening import bridge_engine, plain_engine
+from surgery.models.opening import bridge_engine
+from surgery.models.scopes import Scope, scope
 from surgery.models.tokens import Batch, Tokens, encode
 from surgery.models.weights_hash import edition, weights_sha256
 from surgery.outside import shown
 from surgery.wiring.steps import executions
 from surgery.wiring.value import Wiring
 
-
-@dataclass(frozen=True)
-class Context:
-    """One embedded batch: the stream that enters layer 0, and what every layer is called with.
-
-    Made by ``Stack.context``; it can be passed wherever a Stack takes tokens, and saves embedding them again.
-    """
-
-    tokens: Tokens
-    engine: Engine
-    recording: Recording
-
-    @property
-    def x0(self) -> Stream:
-        """The stream that enters layer 0."""
-        return self.recording.x0
+Result = TypeVar("Result")
 
 
 class Stack:
@@ -66,7 +50,12 @@ class Stack:
     Anything else that ``surgery.load`` takes (a name, a folder, a Hugging Face model) is loaded first. What runs is
     what the model computes at that moment: hooks, replaced parameters and modules are heard, also those that came or
     went after the Stack was opened. Whatever mode the model is in, it is measured in evaluation mode, without autocast,
-    and left as it was.
+    and left as it was, also when a call is interrupted.
+
+    Threads can share a model. A call waits until no other thread is in a call of a Stack on that model, and acts for
+    its own thread only: whoever calls the model itself meanwhile gets the model's answer, and ``frozen`` freezes norms
+    for the thread (or asyncio task) that is inside. Only training mode and torch's default number format are the same
+    for all threads, and TransformerLens' bridge is not made to be called by two threads at once; the plain twin is.
 
     Attributes:
         model: the bridge.
@@ -103,7 +92,7 @@ class Stack:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._hashed: tuple[bytes, str] | None = None
-        self._settle()
+        self._in_turn(lambda _: self._settle())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -154,27 +143,29 @@ class Stack:
             ValueError: ``tokens`` are not ids that this model knows, or the wiring is not one of this model (see
                 ``wiring``).
         """
-        engine, wiring = self._engine(), self.wiring(wiring)
-        with torch.set_grad_enabled(grad), self._measuring(engine):
-            in_parts = engine is self._plain and not self._listening[1].listening()
+
+        def run(engine: Engine) -> Tensor:
+            steps = self.wiring(wiring).steps
+            in_parts = engine is self._decision.plain and not self._decision.snapshots[1].listening()
             if in_parts and (positions is not None or isinstance(tokens, Context)):
-                context = self.context(tokens)
-                stream = self.execute(wiring, context.x0, context, tap, grad=grad)
-                return self.readout(_at_positions(stream, positions), grad=grad)
+                context = self._current(tokens, engine)
+                stream = run_chain(engine, context.recording, steps, context.x0, tap)
+                return self.readout(at_positions(stream, positions), grad=grad)
 
             def finish(recording: Recording) -> Stream:
-                return run_chain(engine, recording, wiring.steps, recording.x0, tap)
+                return run_chain(engine, recording, steps, recording.x0, tap)
 
             batch = tokens.tokens if isinstance(tokens, Context) else self._batch(tokens)
-            return _at_positions(engine.forward(finish, **self.inputs(batch)), positions)
+            return at_positions(engine.forward(finish, **self.inputs(batch)), positions)
+
+        return self._measured(run, grad)
 
     def context(self, tokens: "Batch | Context") -> Context:
         """Embed a batch once, to run many wirings on it. A context is returned as it is. Cost: the embedding."""
         if isinstance(tokens, Context):
             return tokens
-        batch, engine = self._batch(tokens), self._engine()
-        with torch.no_grad(), self._measuring(engine):
-            return Context(batch, engine, engine.record(**self.inputs(batch)))
+        batch = self._batch(tokens)
+        return self._measured(lambda engine: Context(batch, engine, engine.record(**self.inputs(batch))))
 
     def execute(
         self, wiring: "Wiring | str", x: Stream, context: Context, tap: Tap | None = None, *, grad: bool = False
@@ -192,9 +183,12 @@ class Stack:
 
         Cost: ``wiring.depth / n_layers`` F.
         """
-        context = self._current(context)
-        with torch.set_grad_enabled(grad), self._measuring(context.engine):
-            return run_chain(context.engine, context.recording, self.wiring(wiring, x.shape[-1]).steps, x, tap)
+
+        def execute(engine: Engine) -> LayerOutput:
+            steps = self.wiring(wiring, x.shape[-1]).steps
+            return run_chain(engine, self._current(context, engine).recording, steps, x, tap)
+
+        return self._measured(execute, grad)
 
     def update(self, layer: int, x: Stream, context: Context | None = None, *, grad: bool = False) -> Stream:
         """The update ``f_l(x)``, which one layer adds to the stream ``x``. Cost: 1 / n_layers F.
@@ -208,16 +202,18 @@ class Stack:
         """
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(f"layer {layer}: {self.name} has layers 0 to {self.n_layers - 1}")
-        if (width_in := self._streams[layer][0]) != (width_out := self._streams[layer][2]):
+        width_in, _, width_out = self._decision.streams[layer]
+        if width_in != width_out:
             raise ValueError(
                 f"layer {layer} of {self.name} takes a stream of {width_in} and gives one of {width_out}: it has no "
                 "update; execute it, or the whole run of layers between two borders"
             )
-        if context is None:
-            context = self.context(torch.zeros(x.shape[:2], dtype=torch.long, device=self.device))
-        context = self._current(context)
-        with torch.set_grad_enabled(grad), self._measuring(context.engine):
-            return context.engine.layer(layer, x, context.recording.calls[layer]) - x
+
+        def update(engine: Engine) -> Stream:
+            of_x = self._current(torch.zeros(x.shape[:2], dtype=torch.long) if context is None else context, engine)
+            return engine.layer(layer, x, of_x.recording.calls[layer]) - x
+
+        return self._measured(update, grad)
 
     def stream(
         self, tokens: "Batch | Context", wiring: "Wiring | str" = ":"
@@ -233,7 +229,8 @@ class Stack:
 
         Cost: ``wiring.depth / n_layers`` F without the head.
         """
-        if inside := [layer for layer, (_, _, width_out) in enumerate(self._streams) if width_out != self.d_model]:
+        widths = [width_out for _, _, width_out in self._decision.streams]
+        if inside := [layer for layer, width in enumerate(widths) if width != self.d_model]:
             raise ValueError(
                 f"layers {inside[0]} to {inside[-1]} of {self.name} give a stream of another width than "
                 f"{self.d_model}: record them with stack.run(tokens, tap=...), or measure the model it was made from"
@@ -253,11 +250,14 @@ class Stack:
         >>> [name for name, _ in stack.record("p3 pf1 >other", ":2 {2|5} 4")]
         ['embed', '0', '1', '2', '5', '{2 | 5}', '4']
         """
-        context, wiring = self._current(self.context(tokens)), self.wiring(wiring)
-        recorded: list[tuple[str, Stream]] = [("embed", context.x0)]
-        with torch.no_grad(), self._measuring(context.engine):
-            run_chain(context.engine, context.recording, wiring.steps, context.x0, None, recorded)
-        return recorded
+
+        def record(engine: Engine) -> list[tuple[str, Stream]]:
+            context, steps = self._current(tokens, engine), self.wiring(wiring).steps
+            recorded: list[tuple[str, Stream]] = [("embed", context.x0)]
+            run_chain(engine, context.recording, steps, context.x0, None, recorded)
+            return recorded
+
+        return self._measured(record)
 
     def readout(self, x: Float[Tensor, "... d_model"], *, grad: bool = False) -> Float[Tensor, "... d_vocab"]:
         """The logits of any stream: final norm, unembedding, and soft-capping or scaling where the model has them.
@@ -265,12 +265,16 @@ class Stack:
         The model's own head computes them, in a run on prompts of one token in which the vectors of ``x`` leave the
         last layer. Cost: the head.
         """
-        engine = self.fastest_engine
-        vectors = rearrange(x, "... d_model -> (...) 1 d_model")
-        ids = torch.zeros(vectors.shape[:2], dtype=torch.long, device=self.device)
-        with torch.set_grad_enabled(grad), self._measuring(engine):
+
+        def readout(opened: Scope) -> Tensor:
+            engine = self.fastest_engine
+            measure(opened, self._decision.training(engine), self.device, grad)
+            vectors = rearrange(x, "... d_model -> (...) 1 d_model")
+            ids = torch.zeros(vectors.shape[:2], dtype=torch.long, device=self.device)
             logits = engine.forward(lambda _: vectors, **self.inputs(Tokens.of(ids)))
-        return logits.reshape(*x.shape[:-1], -1)
+            return logits.reshape(*x.shape[:-1], -1)
+
+        return self._in_turn(readout)
 
     @contextmanager
     def frozen(self, context: Context, state: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -284,11 +288,13 @@ class Stack:
             ValueError: the model has a norm whose denominator cannot be determined (the message names it), or a stream
                 of another shape runs inside.
         """
-        context = self._current(context)
-        state = self.norm_state(context) if state is None else state
-        with ExitStack() as freezing:
-            for name, norm in self._norms(context.engine).items():
-                freezing.enter_context(replaced_forward(norm.module, _with_state(norm, state[name])))
+        with scope() as opened:
+
+            def freeze(engine: Engine) -> None:
+                states = self.norm_state(context) if state is None else state
+                freezing.freeze(opened, self._norms(engine), states)
+
+            self._measured(freeze)
             yield
 
     def norm_scales(self, tokens: "Batch | Context") -> dict[str, Float[Tensor, "batch pos 1"]]:
@@ -306,17 +312,12 @@ class Stack:
         Of a run of ``wiring``, by default the unmodified one; of a norm that runs several times, the last. Raises
         ValueError as ``frozen`` does. Cost: 1 F without the head.
         """
-        context = self._current(self.context(tokens))
-        state: dict[str, Tensor] = {}
-        with ExitStack() as recorders:
-            for name, norm in self._norms(context.engine).items():
 
-                def record(_: Any, args: tuple, norm: FrozenNorm = norm, name: str = name) -> None:
-                    state[name] = norm.state(args[0])
+        def record(engine: Engine) -> dict[str, Tensor]:
+            context = self._current(tokens, engine)
+            return freezing.recorded(self._norms(engine), lambda: self.execute(wiring, context.x0, context))
 
-                recorders.callback(norm.module.register_forward_pre_hook(record).remove)
-            self.execute(wiring, context.x0, context)
-        return state
+        return self._measured(record)
 
     def wiring(self, wiring: "Wiring | str", width: int | None = None) -> Wiring:
         """Parse and check a wiring of this model, which a stream of ``width`` (by default d_model) enters.
@@ -334,7 +335,7 @@ class Stack:
             why = f"have only {exact}" if exact else "cannot be split exactly"
             raise ValueError(f"{shown(str(wiring))!r} runs sublayers, but the layers of {self.name} {why}")
         if self.resized:
-            width_after(wiring.steps, self.d_model if width is None else width, self._streams, self.name)
+            width_after(wiring.steps, self.d_model if width is None else width, self._decision.streams, self.name)
         return wiring
 
     # --- proving -----------------------------------------------------------------------------------------------------
@@ -345,108 +346,73 @@ class Stack:
         Differences are relative to the largest value compared. Hooks of the user's stay silent. Cost: about 12 F on two
         random prompts of ``length`` tokens.
         """
-        with self._silence(), self._measuring(*self.engines):
+
+        def checks(opened: Scope) -> pd.DataFrame:
+            self._settle_if_changed()
+            twin.silence(opened, self._decision.snapshots)
+            for engine in self.engines:
+                measure(opened, self._decision.training(engine), self.device)
             return proof.checks(self, length)
 
-    @cached_property
+        return self._in_turn(checks)
+
+    @property
     def parallel_sublayers(self) -> bool:
         """Whether attention and MLP of a layer read the same stream (GPT-J, GPT-NeoX); decided by running both ways."""
-        with self._silence():
-            tokens = proof.probe(self)
-            context, streams = self.context(tokens), self.stream(tokens)
-            x, engine, call = streams[0], context.engine, context.recording.calls[0]
-            with torch.no_grad(), self._measuring(engine):
-                attn = engine.sublayer(0, "attn", x, call)
-                together = attn + engine.sublayer(0, "mlp", x, call) - x
-                after = engine.sublayer(0, "mlp", attn, call)
-        return relative_difference(together, streams[1]) < relative_difference(after, streams[1])
+        return self._derived("parallel_sublayers", proof.parallel_sublayers)
+
+    @property
+    def exact_sublayers(self) -> frozenset[str]:
+        """The sublayers that can run on their own, because together they give the whole layer again."""
+        return self._derived("exact_sublayers", proof.exact_sublayers)
+
+    @property
+    def resized(self) -> bool:
+        """Whether some layers have a stream with a width of its own (``surgery.models.stream_width``)."""
+        return any(set(widths) != {self.d_model} for widths in self._decision.streams)
+
+    def _derived(self, name: str, compute: Callable[["Stack"], Any]) -> Any:
+        """What ``compute`` finds out about the model while the user's hooks are silent, once for every decision."""
+
+        def derive(opened: Scope) -> Any:
+            derived = self._decision.derived
+            if name not in derived:
+                twin.silence(opened, self._decision.snapshots)
+                measure(opened, self._decision.training(self.fastest_engine), self.device)
+                derived[name] = compute(self)
+            return derived[name]
+
+        derived = self._decision.derived
+        return derived[name] if name in derived else self._in_turn(derive)
 
     def _settle(self) -> None:
-        """Decide which engine runs, and prove it; again whenever a module or parameter was replaced.
-
-        Bridge and plain twin must agree. If they do not, one of them was edited since it was loaded, and that one is
-        what the user has and what runs; if neither was, TransformerLens computes something else than the model.
-        """
-        try:
-            self._decide(twin.twin_of(self.model))
-        except BaseException:
-            self._listening[0].outdate()  # so that the next run decides again, and fails again
-            raise
-
-    def _decide(self, beside: twin.Twin | None) -> None:
-        self._plain, self._stale = None, False
-        for derived in ("parallel_sublayers", "exact_sublayers", "resized"):
-            self.__dict__.pop(derived, None)
-        self._listening = [twin.Snapshot(self.model, None if beside is None else beside.bridge_at_birth)]
-        if beside is not None:
-            self._listening.append(twin.Snapshot(beside.module, beside.at_birth))
-        self._copies = any(self._listening[0].has_weights_besides(other) for other in self._listening[1:])
-        self._bridge = bridge_engine(self.model, self.name)
-        self.n_layers = len(self._bridge.layers)
-        self._streams = [stream_width.streams(block.original_component, self.d_model) for block in self.model.blocks]
+        """Decide which engine runs, and prove it (``surgery.models.deciding``)."""
+        bridge = bridge_engine(self.model, self.name)
+        self.n_layers = len(bridge.layers)
         self.tolerance = tolerance(self.dtype, self.n_layers)
-        tokens = proof.probe(self)
-        with self._silence(), self._measuring(self._bridge):
-            streams, own = self._observe(self._bridge, tokens, "TransformerLens' wrapper of it")
-            if not torch.isfinite(own).all():
-                raise ModelError(proof.not_finite(self.model, self.name))
-            proof.require_causal(self, own)
-            model_logits = proof.own_logits(self, tokens)
-            proof.require(self, "identity wiring through the bridge's blocks", self.run(tokens), model_logits)
-            if beside is None:
-                return
-            try:
-                engine = plain_engine(beside.module, self.model)
-            except AttributeError as error:
-                raise ModelError(
-                    f"the plain twin of {self.name} no longer has the layers of its bridge ({first_line(error)}); load "
-                    "the edited model again: surgery.load(surgery.models.plain(model))"
-                ) from error
-            with self._measuring(engine):
-                twin_streams, twin_logits = self._observe(engine, tokens, "the model itself")
-                pairs = ((twin_logits, own), (twin_streams[-1], streams[-1]))
-                difference = max(relative_difference(*pair) for pair in pairs)
-                agree = difference <= self.tolerance
-                if not agree:
-                    if difference <= 1e-5 or beside.bridge_at_birth.touched(besides=beside.at_birth):
-                        return  # in double precision norms and softmax may round; else the bridge was edited: it counts
-                    if not beside.at_birth.touched():
-                        raise ModelError(
-                            f"{self.name} cannot be opened: TransformerLens' wrapper of {type(beside.module).__name__} "
-                            f"gives other logits than the model itself, by {difference:.1e} of their size (allowed is "
-                            f"{self.tolerance:.0e}); report it to TransformerLens. If you edited one of the two "
-                            "through .data, edit under torch.no_grad() instead"
-                        )
-                self._plain, self._stale = engine, not agree
-                expected = model_logits if agree else twin_logits
-                proof.require(self, "identity wiring through the plain twin", self.run(tokens), expected)
+        self._decision: Decision = decide(self, bridge)  # last: after an interruption the next call decides again
 
     @property
     def fastest_engine(self) -> Engine:
         """The engine of the plain twin where there is one, even while hooks are attached; else that of the bridge."""
-        return self._plain or self._bridge
-
-    def _observe(self, engine: Engine, tokens: Tokens, what: str) -> tuple[list[Stream], Tensor]:
-        try:
-            return engine.observe(**self.inputs(tokens))
-        except Exception as error:  # the model's own code, which raises its own kinds
-            message = f"{self.name} cannot be opened: {what} fails on two prompts of {tokens.ids.shape[1]} tokens"
-            raise ModelError(f"{message} ({type(error).__name__}: {first_line(error)})") from error
+        return self._decision.plain or self._decision.bridge
 
     @property
     def engines(self) -> tuple[Engine, ...]:
         """The engines that compute this model: that of the bridge, and of the plain twin, without one that is stale."""
-        return tuple(engine for engine in (None if self._stale else self._bridge, self._plain) if engine is not None)
+        decision = self._decision
+        sides = None if decision.stale else decision.bridge, decision.plain
+        return tuple(engine for engine in sides if engine is not None)
 
     @property
     def bridge_is_stale(self) -> bool:
         """Whether the plain twin was edited where the bridge does not see it, so that hooks cannot be heard."""
-        return self._stale
+        return self._decision.stale
 
     @property
     def has_twin(self) -> bool:
         """Whether a plain twin agrees with the bridge; False where the bridge was edited after loading."""
-        return self._plain is not None
+        return self._decision.plain is not None
 
     @property
     def sha256(self) -> str:
@@ -454,7 +420,7 @@ class Stack:
 
         Computed once, and again after any edit of the weights. Cost: reading them, in a tenth of the time of the hash.
         """
-        module = self.model if self._plain is None else self._plain.module
+        module = self.model if (plain := self._decision.plain) is None else plain.module
         now = edition(module.parameters())
         if self._hashed is None or self._hashed[0] != now:
             self._hashed = now, weights_sha256(module)
@@ -462,37 +428,28 @@ class Stack:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _in_turn(self, body: Callable[[Scope], Result]) -> Result:
+        """Run ``body`` when no other thread measures this model, and undo whatever it changes."""
+        return turns.take(twin.shared(self.model), body)
+
+    def _measured(self, body: Callable[[Engine], Result], grad: bool = False) -> Result:
+        """Run ``body`` in turn, with the engine that runs now, under the conditions of a measurement."""
+
+        def measured(opened: Scope) -> Result:
+            engine = self._engine()
+            measure(opened, self._decision.training(engine), self.device, grad)
+            return body(engine)
+
+        return self._in_turn(measured)
+
     def _engine(self) -> Engine:
         """The engine that runs now; decided again if parts of the model were replaced, or one side was edited."""
-        if any(snapshot.replaced() or (self._copies and snapshot.edited()) for snapshot in self._listening):
+        self._settle_if_changed()
+        return self._decision.engine(self.name)
+
+    def _settle_if_changed(self) -> None:
+        if not self._decision.holds():
             self._settle()
-        bridge, beside = self._listening[0], self._listening[1:]
-        if self._plain is None or bridge.listening():
-            if self._stale:
-                raise ValueError(
-                    f"hooks on the bridge of {self.name} cannot be heard: surgery.models.plain(model) was edited where "
-                    "the bridge does not see it; load the edited model again with surgery.load(plain(model))"
-                )
-            if bridge.root_listens():
-                raise ValueError(
-                    f"a PyTorch hook on the whole bridge of {self.name} is not heard when layers run one by one; "
-                    "register it on model.original_model"
-                )
-            if self._plain is not None and beside[0].listening():
-                warnings.warn(
-                    f"hooks on the plain twin of {self.name} are not heard while the bridge has hooks too", stacklevel=3
-                )
-            return self._bridge
-        return self._plain
-
-    def _measuring(self, *engines: Engine) -> AbstractContextManager[None]:
-        training = [
-            module for engine in engines for module in self._listening[0 if engine is self._bridge else 1].training()
-        ]
-        return measuring(training, self.device)
-
-    def _silence(self) -> AbstractContextManager[None]:
-        return twin.silence(self._listening)
 
     def _batch(self, tokens: Any) -> Tokens:
         """Whatever a user may give as a batch, as ids that the model knows, on its device.
@@ -511,13 +468,15 @@ class Stack:
             raise ValueError(f"prompts of {batch.ids.shape[1]} tokens: {self.name} has {self.n_ctx} positions")
         return batch.known(self.d_vocab).to(self.device)
 
-    def _current(self, context: Context) -> Context:
-        """The same batch recorded by the engine that runs now: hooks may have come or gone since."""
-        return context if context.engine is self._engine() else self.context(context.tokens)
+    def _current(self, tokens: "Batch | Context", engine: Engine) -> Context:
+        """A batch as the engine that runs now records it: hooks may have come or gone since its context was made."""
+        if isinstance(tokens, Context) and tokens.engine is engine:
+            return tokens
+        return self.context(tokens.tokens if isinstance(tokens, Context) else tokens)
 
     def hooks_listen(self) -> bool:
         """Whether the user's hooks are attached to the bridge or its twin (some adapters have hooks of their own)."""
-        return any(snapshot.listening() for snapshot in self._listening)
+        return any(snapshot.listening() for snapshot in self._decision.snapshots)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """The arguments to call the model with: ids, and for prompts padded on the left the mask and positions."""
@@ -527,47 +486,8 @@ class Stack:
         return inputs
 
     def _norms(self, engine: Engine) -> dict[str, FrozenNorm]:
-        def probe(layer: int) -> Tensor:
-            width, generator = self._streams[layer][1], torch.Generator().manual_seed(0)
+        def probes(layer: int) -> Tensor:
+            width, generator = self._decision.streams[layer][1], torch.Generator().manual_seed(0)
             return torch.randn(4, width, generator=generator).to(self.device, self.dtype)
 
-        with torch.no_grad():
-            return {
-                f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, probe(layer))
-                for layer, parts in enumerate(engine.parts)
-                for name, module in parts.norms.items()
-            }
-
-    @cached_property
-    def resized(self) -> bool:
-        """Whether some layers have a stream with a width of its own (``surgery.models.stream_width``)."""
-        return any(set(streams) != {self.d_model} for streams in self._streams)
-
-    @cached_property
-    def exact_sublayers(self) -> frozenset[str]:
-        """The sublayers that can run on their own, because together they give the whole layer again."""
-        with self._silence():
-            tokens = proof.probe(self)
-            context = self.context(tokens)
-            if self.resized or proof.sublayer_difference(self, context, self.stream(context)) > self.tolerance:
-                return frozenset()
-        return frozenset(["attn"] if self._bridge.parts[0].mlp is None else ["attn", "mlp"])
-
-
-def _with_state(norm: FrozenNorm, state: Tensor) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[:-1] != state.shape[:-1]:
-            raise ValueError(
-                f"frozen norms belong to a batch of shape {list(state.shape[:-1])}, the stream has {list(x.shape[:-1])}"
-            )
-        return norm.with_state(x, state)
-
-    return forward
-
-
-def _at_positions(x: Tensor, positions: Any) -> Tensor:
-    if positions is None:
-        return x
-    if isinstance(positions, Tensor) and (positions.dtype == torch.bool or positions.ndim == 2):
-        return x[positions.bool()]
-    return x[:, positions]
+        return freezing.norms(engine, probes)

@@ -6,9 +6,9 @@ replace parts of one of them: a ``Snapshot`` tells, without running anything.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import is_not
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 from transformer_lens import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from surgery.models.scopes import Scope
 
 _LIBRARIES = ("transformers.", "accelerate.", "transformer_lens.model_bridge.")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -44,7 +46,7 @@ class Snapshot:
         before = {} if birth is None else {id(hooks): expected for hooks, expected in birth.hooks}
         found = [getattr(one, kind) for one in modules for kind in _HOOKS]
         self.hooks: list[tuple[dict[int, Any], list[Any]]] = [
-            (hooks, before.get(id(hooks), list(hooks.values()))) for hooks in found
+            (hooks, before.get(id(hooks), _heard(hooks))) for hooks in found
         ]
         self._silent = tuple(hooks for hooks, expected in self.hooks if not expected)
         self._resident = [(hooks, expected) for hooks, expected in self.hooks if expected]
@@ -75,20 +77,16 @@ class Snapshot:
     def listening(self) -> bool:
         """Whether hooks were attached, removed or exchanged since."""
         if any(self._silent):
-            new = [hooks for hooks in self._silent if hooks]
-            if any(not _from_library(hook) for hooks in new for hook in hooks.values()):
+            new = [(hooks, _heard(hooks)) for hooks in self._silent if hooks]
+            if any(not _from_library(hook) for _, heard in new for hook in heard):
                 return True
-            self._resident += [(hooks, list(hooks.values())) for hooks in new]
-            self._silent = tuple(hooks for hooks in self._silent if not hooks)
-        return any(list(hooks.values()) != expected for hooks, expected in self._resident)
-
-    def outdate(self) -> None:
-        """Make ``replaced`` true: what was decided on this snapshot does not hold."""
-        self._parts = []
+            self._resident += [(hooks, heard) for hooks, heard in new if heard]
+            self._silent = tuple(hooks for hooks in self._silent if not _heard(hooks))
+        return any(_heard(hooks) != expected for hooks, expected in self._resident)
 
     def root_listens(self) -> bool:
         """Whether a hook is attached to the module itself, rather than to one inside it."""
-        return any(not _from_library(hook) for hooks in self._root_hooks for hook in hooks.values())
+        return any(not _from_library(hook) for hooks in self._root_hooks for hook in _heard(hooks))
 
     def training(self) -> list[nn.Module]:
         """The modules inside that are in training mode."""
@@ -99,24 +97,40 @@ def _from_library(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
 
 
-@contextmanager
-def silence(snapshots: Iterable[Snapshot]) -> Iterator[None]:
-    """Context manager: only the hooks that were there at the time of each snapshot are attached."""
-    changed: list[tuple[Any, dict[Any, Any]]] = []
-    try:
-        for snapshot in snapshots:
-            for found, before in snapshot.hooks:
-                if list(found.values()) != before:
-                    changed.append((found, dict(found)))
-                    kept = (*before, *filter(_from_library, found.values()))
-                    own = {key: hook for key, hook in found.items() if any(hook is one for one in kept)}
-                    found.clear()
-                    found.update(own)
-        yield
-    finally:
-        for found, hooks in changed:
-            found.clear()
-            found.update(hooks)
+def silence(opened: Scope, snapshots: Iterable[Snapshot]) -> None:
+    """Until the scope closes, its caller hears only the hooks that were there at the time of each snapshot."""
+    for snapshot in snapshots:
+        for hooks, before in snapshot.hooks:
+            if (heard := _heard(hooks)) != before:
+                kept = (*before, *filter(_from_library, heard))
+                for key, hook in list(hooks.items()):
+                    if not any(hook is other for other in kept):
+                        muted = _Muted(hook, opened)
+                        opened.undoing(partial(_unmute, hooks, key, muted))
+                        hooks[key] = muted
+
+
+class _Muted:
+    """A hook in whose place nothing happens for the caller of a scope; for all others it is the hook."""
+
+    def __init__(self, hook: Any, opened: Scope) -> None:
+        self.hook, self.opened = hook, opened
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self.opened.acts() else self.hook(*args, **kwargs)
+
+
+def _unmute(hooks: dict[int, Any], key: int, muted: _Muted) -> None:
+    if hooks.get(key) is muted:  # else the user has removed the hook meanwhile
+        hooks[key] = muted.hook
+
+
+def _heard(hooks: dict[int, Any]) -> list[Any]:
+    """The hooks that run for the caller, as they were attached."""
+    if not hooks:
+        return []
+    attached = [hook for hook in hooks.values() if not (isinstance(hook, _Muted) and hook.opened.acts())]
+    return [hook.hook if isinstance(hook, _Muted) else hook for hook in attached]
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,12 @@ def keep(model: TransformerBridge, module: PreTrainedModel, tokenizer: PreTraine
 def twin_of(model: TransformerBridge) -> Twin | None:
     """What was kept beside a bridge; None for one that ``surgery.load`` did not make."""
     return _twins.get(model)
+
+
+def shared(model: TransformerBridge) -> nn.Module:
+    """The module that bridges around one Hugging Face model share: that model, else what the bridge wraps."""
+    twin = _twins.get(model)
+    return model.original_model if twin is None else twin.module
 
 
 def tokenizer(model: TransformerBridge) -> PreTrainedTokenizerBase | None:

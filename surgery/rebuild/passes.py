@@ -12,6 +12,7 @@ table, hooks and key-value cache, and a group costs no more than its layers.
 [0, 1, 1, 2, 3, 3]
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -220,8 +221,11 @@ def _tuple_lengths(modules: Sequence[nn.Module], forward: Callable) -> dict[nn.M
     return lengths
 
 
-class _Progress:
-    """What the passes of a model share while it runs: the saved streams, and which pass of a group ran last."""
+class _Progress(threading.local):
+    """What the passes of a model share while it runs: the saved streams, and which pass of a group ran last.
+
+    Every thread that runs the model has its own.
+    """
 
     def __init__(self) -> None:
         self.streams: Streams = {}
@@ -230,6 +234,9 @@ class _Progress:
     def reset(self) -> None:
         self.streams.clear()
         self.last = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Progress, ()  # a copy of the model begins anew
 
 
 class _Pass:

@@ -80,7 +80,7 @@ def test_padding_does_not_matter():
 
 def test_the_cost_is_as_stated(monkeypatch):
     stack, count = Stack(known_networks.random_network(n_layers=4)), 0
-    engine = type(stack._bridge)
+    engine = type(stack.engines[0])
     layer = engine.layer
 
     def counted(*args, **kwargs):

@@ -95,7 +95,7 @@ def test_a_layer_that_writes_the_same_for_all_has_no_share():
 
 def test_it_costs_what_the_docstring_says(monkeypatch):
     stack, seen, readouts = Stack(known_networks.random_network(n_layers=4)), [], []
-    engine, readout = type(stack._bridge), Opened.readout
+    engine, readout = type(stack.engines[0]), Opened.readout
     layer = engine.layer
     monkeypatch.setattr(engine, "layer", lambda *args: seen.append(args[1]) or layer(*args))
     monkeypatch.setattr(Opened, "readout", lambda *args, **more: readouts.append(1) or readout(*args, **more))

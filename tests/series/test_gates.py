@@ -152,7 +152,7 @@ def test_untrained_networks_read_the_share_of_the_stream_that_the_window_wrote()
 
 def test_they_cost_what_the_docstrings_say(monkeypatch):
     stack, seen, grads = Stack(known_networks.random_network(n_layers=4)), [], []
-    engine, grad = type(stack._bridge), torch.autograd.grad
+    engine, grad = type(stack.engines[0]), torch.autograd.grad
     layer = engine.layer
     monkeypatch.setattr(engine, "layer", lambda *args: seen.append(args[1]) or layer(*args))
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: grads.append(1) or grad(*args, **more))
