@@ -32,8 +32,7 @@ Schuirmann (1987). The claims are those of the thread behind this project.
 8
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ from transformers import PreTrainedModel
 
 from surgery.dropout.perceptrons import COLUMNS, NETWORK, require_rate
 from surgery.models.layer_sizes import layer_list
+from surgery.models.scopes import CALL, FORWARD, Scope, scope
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import t_interval, verdict
 
@@ -136,36 +136,37 @@ class Recorder:
         variances: list[float] = []
         keep = tokens.ensemble()
 
-        def enters(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def enters(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             variances.append(_token_variance(args[0] if args else kwargs["hidden_states"], keep))
+            return inner(*args, **kwargs)
 
-        def leaves(_: nn.Module, __: Any, output: Any) -> None:
+        def leaves(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             variances.append(_token_variance(output[0] if isinstance(output, tuple) else output, keep))
+            return output
 
-        hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in self.blocks]
-        hooks.append(self.blocks[-1].register_forward_hook(leaves))
         places = {"position_ids": tokens.positions} if tokens.padded_left else {}
-        try:
-            with torch.no_grad(), _mode(self.model, training):
-                logits = self.model(tokens.ids, attention_mask=tokens.mask.long(), use_cache=False, **places).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with scope() as opened, torch.no_grad():
+            for block in self.blocks:
+                opened.around(block, FORWARD, enters)
+            opened.around(self.blocks[-1], CALL, leaves)
+            _set_mode(opened, self.model, training)
+            logits = self.model(tokens.ids, attention_mask=tokens.mask.long(), use_cache=False, **places).logits
         predicted = tokens.mask[:, 1:] & tokens.mask[:, :-1]
         loss = cross_entropy(logits[:, :-1][predicted].float(), tokens.ids[:, 1:][predicted])
         return variances, float(loss)
 
 
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Context manager: all modules in one mode, each in its own again afterwards."""
+def _set_mode(opened: Scope, model: nn.Module, training: bool) -> None:
+    """Put all modules into one mode until the scope closes; then each is in its own again."""
     modes = {module: module.training for module in model.modules()}
-    try:
-        model.train(training)
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, was in modes.items():
             module.training = was
+
+    opened.undoing(put_back)
+    model.train(training)
 
 
 def _token_variance(x: Float[Tensor, "batch pos d_model"], keep: Bool[Tensor, "batch pos"]) -> float:

@@ -13,7 +13,7 @@ rung of a ladder of held-out losses (``LADDER``): loss is matched at the lowest 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from surgery.corpus.splits import Split
 from surgery.dropout.stability import Recorder
 from surgery.models import loading
 from surgery.models.identity import of_module
+from surgery.models.scopes import CALL, FORWARD, scope
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.models.weights_hash import tensors_sha256
@@ -284,13 +285,11 @@ def dropout_on(model: LlamaForCausalLM, rate: float, seed: int) -> Iterator[None
         mask = torch.empty(x.shape).bernoulli_(1 - rate, generator=generator)
         return x * (mask / (1 - rate)).to(x)
 
-    with ExitStack() as hooked:
+    with scope() as opened:
         for layer in model.model.layers if rate else ():
-            neurons, outputs = layer.mlp.down_proj, (layer.mlp.down_proj, layer.self_attn.o_proj)
-            handles = [neurons.register_forward_pre_hook(lambda _, args: (drop(args[0]),))]
-            handles += [module.register_forward_hook(lambda _, args, output: drop(output)) for module in outputs]
-            for handle in handles:
-                hooked.callback(handle.remove)
+            opened.around(layer.mlp.down_proj, FORWARD, lambda inner, x: inner(drop(x)))
+            for module in (layer.mlp.down_proj, layer.self_attn.o_proj):
+                opened.around(module, CALL, lambda inner, x: drop(inner(x)))
         yield
 
 

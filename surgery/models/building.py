@@ -10,14 +10,16 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import transformer_bridge
+
+from surgery.models.scopes import ForAll, scope
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -28,12 +30,9 @@ def quickly() -> Iterator[None]:
 
     Fresh modules begin with random weights, which are then replaced: the caller's random numbers stay where they were.
     """
-    with ExitStack() as restored:
-        restored.enter_context(torch.random.fork_rng(devices=[]))
-        for owner, name, quick in ((transformer_bridge, "dir", _names), (HookPoint, "__deepcopy__", _copied)):
-            if name not in vars(owner):  # else this context is open already, or TransformerLens has its own
-                setattr(owner, name, quick)
-                restored.callback(delattr, owner, name)
+    with torch.random.fork_rng(devices=[]), scope() as opened:
+        for step in _steps:
+            step.until_closed(opened)
         yield
 
 
@@ -67,3 +66,21 @@ def _copied(hook: HookPoint, memo: dict[int, Any]) -> HookPoint:
         empty = type(value) in _CONTAINERS and not value
         vars(again)[name] = type(value)() if empty else copy.deepcopy(value, memo)
     return again
+
+
+def _read(owner: Any, name: str) -> Any:
+    return vars(owner).get(name)
+
+
+def _write(owner: Any, name: str, value: Any) -> None:
+    if value is not None:
+        setattr(owner, name, value)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+_steps = [
+    ForAll(partial(_read, owner, name), partial(_write, owner, name), quick)
+    for owner, name, quick in ((transformer_bridge, "dir", _names), (HookPoint, "__deepcopy__", _copied))
+    if name not in vars(owner)  # else TransformerLens has its own
+]

@@ -1,6 +1,5 @@
 """The conditions under which a model is measured, whatever the caller has set: nothing random, no autocast."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,7 +7,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from surgery.models.scopes import Scope, scope
+from surgery.models.scopes import ForAll, Scope, scope
+
+_number_format = ForAll(torch.get_default_dtype, torch.set_default_dtype, torch.float32)
 
 
 def measure(opened: Scope, training: Sequence[nn.Module], device: torch.device, grad: bool = False) -> None:
@@ -40,37 +41,8 @@ def defaults() -> Iterator[None]:
 
 def set_defaults(opened: Scope) -> None:
     """Until the scope closes, new tensors are float32 and on the CPU unless said otherwise."""
-    _number_format.set(opened)
+    _number_format.until_closed(opened)
     if torch.get_default_device().type != "cpu":
         cpu = torch.device("cpu")
         opened.undoing(lambda: cpu.__exit__(None, None, None) if torch.get_default_device().type == "cpu" else None)
         cpu.__enter__()
-
-
-class _NumberFormat:
-    """Torch's default number format, which all threads share: the last to leave float32 puts back what was there."""
-
-    def __init__(self) -> None:
-        self._before = torch.float32
-        self._users: set[Scope] = set()
-        self._changing = threading.RLock()
-
-    def set(self, opened: Scope) -> None:
-        """Make it float32 until the scope closes."""
-        if torch.get_default_dtype() == torch.float32 and not self._users:
-            return
-        with self._changing:
-            if not self._users:
-                self._before = torch.get_default_dtype()
-            opened.undoing(partial(self._leave, opened))
-            self._users.add(opened)
-            torch.set_default_dtype(torch.float32)
-
-    def _leave(self, opened: Scope) -> None:
-        with self._changing:
-            self._users.discard(opened)
-            if not self._users:
-                torch.set_default_dtype(self._before)
-
-
-_number_format = _NumberFormat()

@@ -14,6 +14,7 @@ front of every text, which changes what models trained without one compute.
 
 import copy
 import importlib.resources
+import logging
 import re
 import warnings
 from collections import Counter
@@ -42,6 +43,7 @@ from surgery.models import building, configs, finite, foreign, gguf, layer_sizes
 from surgery.models.conditions import defaults
 from surgery.models.errors import ModelError, as_model_error, first_line, is_failure
 from surgery.models.exactness import TOLERANCES
+from surgery.models.scopes import ForAll, scope
 from surgery.models.twin import plain as plain
 from surgery.outside import shown
 
@@ -374,17 +376,22 @@ def _refuse_encoder_decoder(config: Any, name: str) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context manager: keep progress bars, advice and warnings of transformers out of a study's output."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub_verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with scope() as opened, warnings.catch_warnings():
+        for talk in _talk:
+            talk.until_closed(opened)
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _show_bars(shown: bool) -> None:
+    if shown:
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()
+
+
+_talk = (
+    ForAll(transformers_logging.get_verbosity, transformers_logging.set_verbosity, logging.ERROR),
+    ForAll(hub_logging.get_verbosity, hub_logging.set_verbosity, logging.ERROR),
+    ForAll(transformers_logging.is_progress_bar_enabled, _show_bars, False),
+)

@@ -181,3 +181,33 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     with scope() as opened:
         opened.replace(module, FORWARD, forward)
         yield
+
+
+class ForAll:
+    """A setting of the whole process: the first scope that wants it changes it, the last puts back what was there.
+
+    ``read`` gives the setting, ``write`` changes it, and ``wanted`` is what scopes want it to be.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any], wanted: Any) -> None:
+        self._read, self._write, self._wanted = read, write, wanted
+        self._before: Any = None
+        self._users: set[Scope] = set()
+        self._changing = threading.RLock()
+
+    def until_closed(self, opened: Scope) -> None:
+        """Have the setting as it is wanted until the scope closes."""
+        if not self._users and self._read() == self._wanted:
+            return
+        with self._changing:
+            if not self._users:
+                self._before = self._read()
+            opened.undoing(partial(self._leave, opened))
+            self._users.add(opened)
+            self._write(self._wanted)
+
+    def _leave(self, opened: Scope) -> None:
+        with self._changing:
+            self._users.discard(opened)
+            if not self._users:
+                self._write(self._before)

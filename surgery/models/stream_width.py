@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generalized_components.normalization import N
 from transformers.pytorch_utils import Conv1D
 
 from surgery.models.norms import FrozenNorm
+from surgery.models.scopes import ForAll, scope
 
 HEAD_WIDTHS = ("head_dim", "head_size", "d_head")  # what attention modules call it
 OUTPUT_MATRICES = ("c_proj", "out_proj", "dense", "o_proj")  # what models call the matrix that attention writes with
@@ -80,23 +81,30 @@ def keep_heads(layer: nn.Module, like: nn.Module) -> None:
 @contextmanager
 def split_by_own_width() -> Iterator[None]:
     """Context manager: TransformerLens splits joint queries, keys and values by the width of their own stream."""
-    original = JointQKVAttentionBridge.set_original_component
-
-    def by_own_width(self: JointQKVAttentionBridge, component: nn.Module) -> None:
-        config = getattr(getattr(self.split_qkv_matrix, "__self__", None), "cfg", None)
-        if config is None or not hasattr(component, _WIDTH_ATTRIBUTE):
-            return original(self, component)
-        d_model, config.d_model = config.d_model, getattr(component, _WIDTH_ATTRIBUTE)
-        try:
-            original(self, component)
-        finally:
-            config.d_model = d_model
-
-    setattr(JointQKVAttentionBridge, original.__name__, by_own_width)
-    try:
+    with scope() as opened:
+        _splitting.until_closed(opened)
         yield
+
+
+_original = JointQKVAttentionBridge.set_original_component
+
+
+def _by_own_width(self: JointQKVAttentionBridge, component: nn.Module) -> None:
+    config = getattr(getattr(self.split_qkv_matrix, "__self__", None), "cfg", None)
+    if config is None or not hasattr(component, _WIDTH_ATTRIBUTE):
+        return _original(self, component)
+    d_model, config.d_model = config.d_model, getattr(component, _WIDTH_ATTRIBUTE)
+    try:
+        _original(self, component)
     finally:
-        setattr(JointQKVAttentionBridge, original.__name__, original)
+        config.d_model = d_model
+
+
+_splitting = ForAll(
+    lambda: JointQKVAttentionBridge.set_original_component,
+    lambda method: setattr(JointQKVAttentionBridge, _original.__name__, method),
+    _by_own_width,
+)
 
 
 def with_own_epsilons(bridge: TransformerBridge) -> TransformerBridge:

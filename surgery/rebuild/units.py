@@ -12,6 +12,7 @@ Controls at equal size: ``magnitude``, the norm of the unit's output weights, an
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformer_lens import TransformerBridge
 from surgery.models import layer_sizes
 from surgery.models.errors import ModelError
 from surgery.models.linear import require_plain
+from surgery.models.scopes import FORWARD, scope
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout
@@ -86,18 +88,18 @@ def listen(
     """
     counted = torch.empty(0)
     modules = [writer.input_module() for writer in by_layer]
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, place=place: receive(place, counted, *inputs))
-        for place, module in enumerate(modules)
-    ]
-    try:
+
+    def heard(place: int, inner: Callable[..., Any], *inputs: Tensor) -> Any:
+        receive(place, counted, *inputs)
+        return inner(*inputs)
+
+    with scope() as opened:
+        for place, module in enumerate(modules):
+            opened.around(module, FORWARD, partial(heard, place))
         for batch in tokens.to(stack.device).batches(batch_size):
             counted = batch.ensemble()
             with torch.no_grad():
                 by_layer[0].source(**stack.inputs(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def channels(

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from surgery.instruments import interactions, known_networks, similarity
 from surgery.models.engine import Engine
+from surgery.models.scopes import scope
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.series import attribution, effects, gates, jacobians, window
@@ -214,13 +215,12 @@ def _seconds(run: Callable[[], Any]) -> float:
 def _count_layers() -> Iterator[list[int]]:
     """Context manager: count the tokens that layers run on."""
     layer, count = Engine.layer, [0]
+    with scope() as opened:
 
-    def counting(self: Engine, index: int, x: Tensor, call: Any) -> Tensor:
-        count[0] += x.shape[0] * x.shape[1]
-        return layer(self, index, x, call)
+        def counting(self: Engine, index: int, x: Tensor, call: Any) -> Tensor:
+            count[0] += x.shape[0] * x.shape[1] * opened.acts()  # what other threads run is not counted
+            return layer(self, index, x, call)
 
-    Engine.layer = counting  # type: ignore[method-assign]
-    try:
+        opened.undoing(partial(setattr, Engine, "layer", layer))
+        Engine.layer = counting  # type: ignore[method-assign]
         yield count
-    finally:
-        Engine.layer = layer  # type: ignore[method-assign]

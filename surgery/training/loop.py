@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from surgery import disk
 from surgery.models.identity import differences, of_module
+from surgery.models.scopes import scope
 from surgery.models.weights_hash import tensors_sha256
 from surgery.records import checked, tables
 from surgery.training.ledger import Counter, Ledger
@@ -356,14 +357,17 @@ class _State:
 def only_trained(task: Task) -> Iterator[None]:
     """Context manager: gradients for what is trained and for nothing else; the flags are put back afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in task.student.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(_among(parameter, task.matrices + task.others))
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+    with scope() as opened:
+        opened.undoing(put_back)
+        for parameter in flags:
+            parameter.requires_grad_(_among(parameter, task.matrices + task.others))
+        yield
 
 
 def rate(step: int, steps: int, learning_rate: float, warmup: int, final_share: float) -> float:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, islice
@@ -223,19 +222,13 @@ def operations(stack: Stack) -> dict[str, Callable[[], Any]]:
     """What is interrupted."""
     context = stack.context(IDS)
 
-    @contextmanager
-    def training() -> Iterator[None]:
-        modules = [part for model in (stack.model, plain(stack.model)) if model is not None for part in model.modules()]
-        for module in modules:
-            vars(module)["training"] = True
-        yield
-
     def heard() -> Tensor:
         with stack.model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", lambda x, hook: 2 * x)]):
             return stack.run(IDS)
 
     return {
         "run": lambda: stack.run(IDS, ":2 1:"),
+        "run with hooks": heard,
         "a run in parts": lambda: stack.run(context, "0.attn 1:", positions=[-1]),
         "frozen norms": lambda: frozen(stack),
         "readout": lambda: stack.readout(context.x0, grad=True),
@@ -376,17 +369,17 @@ def into_a_thread(count: int, folder: Path) -> Iterator[str | None]:
 
 ALL = ("llama", "gpt2", "native-ln", "babel")
 ATTACKS = [
-    Attack("Two threads run one model", two_runs, quick=30, full=3000, before="102 of 300"),
-    Attack("A run beside frozen norms", beside_frozen, quick=20, full=2000, before="151 of 200"),
-    Attack("Stacks, bridges and taped models of one model, in two or three threads", sharing, quick=24, full=2000),
-    Attack("Direct calls and generation beside a Stack", direct_calls, quick=24, full=1500),
-    Attack("A model is opened and proved beside runs and calls that hear the user's hooks", openings, 4, 300),
-    Attack("Ablations in three threads", instruments, quick=2, full=200),
-    Attack("One list of hooks in two threads", intervening, quick=10, full=1500),
-    Attack("Interrupted at any line", interrupted(ALL, of_the_package, False), 100, 4000, "17 of 3,766"),
-    Attack("Interrupted at any instruction of what changes a model", interrupted(ALL[:2], changes, True), 100, 5000),
-    Attack("Interrupted by a timer", by_timer, quick=40, full=3000),
-    Attack("An exception raised in a thread, beside another", into_a_thread, quick=9, full=1000),
+    Attack("Two threads run one model", two_runs, quick=15, full=300, before="102 of 300"),
+    Attack("A run beside frozen norms", beside_frozen, quick=10, full=200, before="151 of 200"),
+    Attack("Stacks, bridges and taped models of one model, in two or three threads", sharing, quick=8, full=160),
+    Attack("Direct calls and generation beside a Stack", direct_calls, quick=12, full=200),
+    Attack("A model is opened and proved beside runs and calls that hear the user's hooks", openings, quick=2, full=16),
+    Attack("Ablations in three threads", instruments, quick=1, full=20),
+    Attack("One list of hooks in two threads", intervening, quick=6, full=100),
+    Attack("Interrupted at any line", interrupted(ALL, of_the_package, False), 35, 700, "17 of 3,766"),
+    Attack("Interrupted at any instruction of what changes a model", interrupted(ALL[:2], changes, True), 7, 350),
+    Attack("Interrupted by a timer", by_timer, quick=14, full=150),
+    Attack("An exception raised in a thread, beside another", into_a_thread, quick=3, full=90),
 ]
 
 
