@@ -228,6 +228,7 @@ ATTACKS = [
         every_call,
         quick=5,
         full=len(MODELS) * len(untouched.CALLS),
+        before="4 of 62",
     ),
     Attack("The same call many times over", repeated, quick=5, full=200),
     Attack("Commands without a network, not told to be offline", network, quick=1, full=1 + len(COMMANDS)),
