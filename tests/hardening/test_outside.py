@@ -330,15 +330,29 @@ def results_with_odd_names(count: int, folder: Path) -> Iterator[str | None]:
 
 ATTACKS = [
     *(
-        Attack(f"Files of prompts or probes (`{name}`), mutated", functools.partial(mutated_prompts, name), 80, 10_000)
-        for name in FORMS
+        Attack(
+            f"Files of prompts or probes (`{name}`), mutated",
+            functools.partial(mutated_prompts, name),
+            80,
+            1000,
+            before,
+        )
+        for name, before in zip(FORMS, ("", "13 of 1,000", "17 of 1,000", "11 of 1,000"), strict=True)
     ),
-    Attack("Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262, "8 of 20"),
-    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 1000),
-    Attack("The same, the whole page built", functools.partial(damaged_results, whole=True), 1, 60),
-    Attack("Manifests of latents, mutated", damaged_latents, 60, 10_000),
-    Attack("Labels of any characters in a figure", labels, 3, 400),
-    Attack("Odd names of groups, methods, models, columns: the whole page built", results_with_odd_names, 1, 20),
+    Attack(
+        "Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262, "not counted"
+    ),
+    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 100, "not counted"),
+    Attack("The same, the whole page built", functools.partial(damaged_results, whole=True), 1, 6, "not counted"),
+    Attack("Manifests of latents, mutated", damaged_latents, 60, 1000, "168 of 1,000"),
+    Attack("Labels of any characters in a figure", labels, 3, 40, "39 of 40"),
+    Attack(
+        "Odd names of groups, methods, models, columns: the whole page built",
+        results_with_odd_names,
+        1,
+        3,
+        "not counted",
+    ),
 ]
 
 
