@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def huge_files(count: int, folder: Path) -> Iterator[str | None]:
         with open(path, "w") as file:
             file.writelines(pieces)
         del pieces
-        yield from in_memory(iter([ended(functools.partial(read_prompts, path, 4))]))
+        yield from in_memory(iter([ended(partial(read_prompts, path, 4))]))
         path.unlink()
 
 
@@ -258,7 +259,7 @@ def damaged_results(count: int, folder: Path, whole: bool = False) -> Iterator[s
         for file, content in (results() | damaged(rng.choice(names), rng)).items():
             if file.partition(".")[0] in {name.partition(".")[0] for name in shown}:
                 (folder / file).write_bytes(content)
-        wrong = ended(functools.partial(*([report.build, folder] if whole else [said, folder, trial % 20 == 0])))
+        wrong = ended(partial(*([report.build, folder] if whole else [said, folder, trial % 20 == 0])))
         yield wrong and f"{chapter}: {wrong}"
 
 
@@ -328,22 +329,17 @@ def results_with_odd_names(count: int, folder: Path) -> Iterator[str | None]:
         yield ended(lambda: report.build(folder))
 
 
+NOT_COUNTED = "not counted"
 ATTACKS = [
     *(
-        Attack(
-            f"Files of prompts or probes (`{name}`), mutated",
-            functools.partial(mutated_prompts, name),
-            80,
-            1000,
-            before,
-        )
+        Attack(f"Files of prompts or probes (`{name}`), mutated", partial(mutated_prompts, name), 80, 1000, before)
         for name, before in zip(FORMS, ("", "13 of 1,000", "17 of 1,000", "11 of 1,000"), strict=True)
     ),
     Attack(
-        "Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262, "not counted"
+        "Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262, NOT_COUNTED
     ),
-    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 100, "not counted"),
-    Attack("The same, the whole page built", functools.partial(damaged_results, whole=True), 1, 6, "not counted"),
+    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 100, NOT_COUNTED),
+    Attack("The same, the whole page built", partial(damaged_results, whole=True), 1, 6, NOT_COUNTED),
     Attack("Manifests of latents, mutated", damaged_latents, 60, 1000, "168 of 1,000"),
     Attack("Labels of any characters in a figure", labels, 3, 40, "39 of 40"),
     Attack(
@@ -351,7 +347,7 @@ ATTACKS = [
         results_with_odd_names,
         1,
         3,
-        "not counted",
+        NOT_COUNTED,
     ),
 ]
 
