@@ -51,7 +51,7 @@ _INSIDE = "lock"  # what is locked of a half-written folder
 _LONGEST = 40  # characters of a name that are kept in the name of its partial
 _PATIENCE = 0.25  # seconds: a sweep locks what it looks at for a moment
 _DAY = 86_400
-# What version 0.1.0 left behind, which locked nothing: its process must be gone, and what names none must be old
+# What earlier versions left, which locked nothing: its process must be gone, and what names none must be old
 _EARLIER = re.compile(
     r"\.(?:.+\.(?:csv|manifest\.json|png|html|safetensors)|latents\.json|trial|model)\.(?P<process>[0-9]{1,7})\.partial"
     r"|\.converting-\w{8}"

@@ -72,7 +72,7 @@ def test_what_a_killed_process_leaves_is_swept_but_not_what_a_living_one_writes(
     assert names(tmp_path) == set()
 
 
-def test_leftovers_of_the_first_version_are_swept(tmp_path):
+def test_leftovers_of_earlier_versions_are_swept(tmp_path):
     gone = 4_194_303  # the largest process id of Linux
     for name in ("checkpoint.safetensors", "scan_search.csv", "curve.manifest.json", "graft.png", "trial"):
         (tmp_path / f".{name}.{gone}.partial").write_text("half")

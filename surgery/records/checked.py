@@ -31,7 +31,7 @@ def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def intact(entries: Mapping[str, Any]) -> bool:
-    """Whether entries are those that ``sealed`` gave; what carries no checksum, as of version 0.1.0, passes."""
+    """Whether entries are those that ``sealed`` gave; what carries no checksum, as in earlier versions, passes."""
     rest = {name: value for name, value in entries.items() if name != CHECKSUM}
     return entries.get(CHECKSUM, _of_json(rest)) == _of_json(rest)
 
@@ -50,7 +50,7 @@ def pack(tensors: Mapping[str, Tensor], about: Any) -> bytes:
 def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
     """The tensors, and what was said about them, of a file that ``pack`` made.
 
-    Raises ValueError, with what to do, for a file that cannot be read, is damaged, or is of version 0.1.0.
+    Raises ValueError, with what to do, for a file that cannot be read, is damaged, or is of an earlier version.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -62,7 +62,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"cannot read {path}: {disk.reason(error)}") from error
     if CHECKSUM not in metadata:
         raise ValueError(
-            f"{path} has no checksum, as in version 0.1.0, and cannot be trusted: remove it to begin again"
+            f"{path} has no checksum, as in earlier versions, and cannot be trusted: remove it to begin again"
         )
     if metadata[CHECKSUM] != _checksum(tensors, metadata.get(_ABOUT, "")):
         raise ValueError(

@@ -64,9 +64,10 @@ def write(
     single = frame.select_dtypes("float32").columns
     cells = frame.astype(dict.fromkeys(single, "float64"))
     for column in (column for column, kind in types.items() if kind == _TEXT):
-        quoted = frame[column].astype(object).map(_quoted)
-        if not quoted.equals(frame[column].astype(object)):
-            cells[column], types[column] = quoted, _QUOTED
+        plain = list(frame[column])
+        quoted = [_quoted(cell) for cell in plain]
+        if any(ours is not cell for ours, cell in zip(quoted, plain)):
+            cells[column], types[column] = pd.Series(quoted, frame.index, dtype=object), _QUOTED
     text = cells.rename(columns=_quoted).to_csv(index=False).encode()
     entries = {
         "file": path.name,

@@ -203,7 +203,7 @@ class ResumableTable:
         )
         if checked.CHECKSUM not in header:
             raise ValueError(
-                f"{self.part} has no checksums, as in version 0.1.0, and cannot be trusted: remove it to begin again"
+                f"{self.part} has no checksums, as in earlier versions, and cannot be trusted: remove it to begin again"
             )
         return str(header[checked.CHECKSUM])
 

@@ -71,6 +71,31 @@ def test_yes_and_no_read_back_as_such(path):
     assert_frame_equal(tables.read(tables.write(frame, path, {}, dict.fromkeys(frame, "a column"))), frame)
 
 
+def test_text_that_a_spreadsheet_would_run_is_written_so_that_it_does_not_and_reads_back(path):
+    texts = ["=1+1", "-1:", "@SUM(A1)", "'=x", "'tis", "a;=b", "\t=x", '"=x', ":4 2:", "a,b", "x\n+1", "=\r1"]
+    frame = pd.DataFrame({"group": texts, "value": np.linspace(-1, 1, len(texts)), "=name": -1})
+    tables.write(frame, path, {}, dict.fromkeys(frame, "a column"))
+    lines = path.read_text().splitlines()
+    assert lines[0] == "group,value,'=name"
+    assert lines[1:3] == ["'=1+1,-1.0,-1", "'-1:,-0.8181818181818181,-1"]
+    assert_frame_equal(tables.read(path), frame, check_exact=True)
+
+
+def test_a_table_without_such_text_is_written_as_ever(path):
+    frame = pd.DataFrame({"wiring": [":4 2:", "'tis"], "value": [-1.0, 2.0]})
+    tables.write(frame, path, {}, dict.fromkeys(frame, "a column"))
+    assert path.read_text() == "wiring,value\n:4 2:,-1.0\n'tis,2.0\n"
+    assert tables.read_manifest(path)["types"] == {"wiring": "text", "value": "float"}
+
+
+def test_a_manifest_that_was_changed_is_noticed(path):
+    tables.write(made_up.series(), path, {"seed": 0}, made_up.COLUMNS[made_up.SERIES])
+    place = path.parent / "series_windows.manifest.json"
+    place.write_text(place.read_text().replace('"seed": 0', '"seed": 8'))
+    with pytest.raises(ValueError, match=r"was changed since it was written; measure series_windows\.csv again"):
+        tables.read(path)
+
+
 def test_the_manifest_explains_the_columns_and_names_the_file(path):
     tables.write(made_up.series(), path, made_up.manifest(), made_up.COLUMNS[made_up.SERIES])
     manifest = json.loads((path.parent / "series_windows.manifest.json").read_text())

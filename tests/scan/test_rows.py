@@ -1,6 +1,7 @@
 """The table of a scan killed at any moment, continued, filled up and refused."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -80,6 +81,59 @@ def test_another_model_probe_set_or_metric_is_refused(stack_of, finished, tmp_pa
     with pytest.raises(ValueError, match=f"holds another scan, with {change}"):
         scan.run(other, [":", ":1 2:"], probes, out, metrics=metrics)
     assert out.read_bytes() == before
+
+
+@pytest.fixture
+def part(unfinished, tmp_path):
+    """The part of a scan, all of its rows in it."""
+    (tmp_path / "scan.csv.part").write_bytes(unfinished[0])
+    return tmp_path / "scan.csv.part"
+
+
+def test_a_damaged_line_is_told_and_measured_again(stack_of, unfinished, part, tmp_path):
+    lines = part.read_bytes().split(b"\n")
+    lines[3] = lines[3].replace(b"-", b"+", 1)
+    part.write_bytes(b"\n".join(lines))
+    with pytest.warns(UserWarning, match=rf"was damaged in 1 of its {len(lines) - 1} lines \(the first is line 4\)"):
+        frame = scan.run(stack_of("llama"), list(wiring.every_repeat(4)), PROBES, tmp_path / "scan.csv")
+    assert same(frame, unfinished[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda first: first.replace(b"loglik", b"loglak"), r"line 1 of .* is damaged"),
+        (lambda first: b"[]", r"line 1 of .* is damaged"),
+        (lambda first: first.split(b', "format"')[0] + b"}", "has no checksums, as in earlier versions"),
+    ],
+)
+def test_a_part_whose_first_line_cannot_be_trusted_is_refused(stack_of, part, tmp_path, change, words):
+    first, rest = part.read_bytes().split(b"\n", 1)
+    part.write_bytes(before := change(first) + b"\n" + rest)
+    with pytest.raises(ValueError, match=words):
+        scan.run(stack_of("llama"), list(wiring.every_repeat(4)), PROBES, tmp_path / "scan.csv")
+    assert part.read_bytes() == before
+
+
+def test_killed_between_manifest_and_table_it_goes_on(stack_of, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    stack, out, wirings = stack_of("llama"), tmp_path / "scan.csv", [":", ":1 2:", ":2 1:"]
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        scan.run(stack, wirings, PROBES, out)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="a run was interrupted"):
+        tables.read(out)
+    assert same(scan.run(stack, wirings, PROBES, out), scan.run(stack, wirings, PROBES))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.csv", "scan.manifest.json"]
 
 
 def test_killed_at_random_moments_and_continued(model_folder, stack_of, tmp_path):
