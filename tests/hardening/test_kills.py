@@ -374,7 +374,7 @@ def bits_of_a_table(count: int, folder: Path) -> Iterator[str | None]:
 
 
 def odd_names(count: int, folder: Path) -> Iterator[str | None]:
-    """Files and folders whose names are almost those of leftovers stay; those of this version and of earlier ones go."""
+    """Names that are almost those of leftovers stay; leftovers of this version and of earlier ones go."""
     draw = random.Random(6)
     pieces = [".", "surgery", "partial", "12", "-1", "x", " ", "é", ".part", "safetensors", "csv", "٣", "4194303", "\n"]
     ours = re.compile(r"\.(.+\.surgery|.+\.(csv|safetensors)\.[0-9]{1,7})\.partial", re.DOTALL)
