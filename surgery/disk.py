@@ -47,6 +47,7 @@ _REASONS = {
 }
 _ENDING = ".surgery.partial"
 _WRITER = f".writer{_ENDING}"  # in a folder that somebody writes to
+_OURS = re.compile(r"\.(?:.+\.)?(?:[0-9]+-[0-9a-f]{8}|writer)\.surgery\.partial", re.DOTALL)
 _INSIDE = "lock"  # what is locked of a half-written folder
 _LONGEST = 40  # characters of a name that are kept in the name of its partial
 _PATIENCE = 0.25  # seconds: a sweep locks what it looks at for a moment
@@ -139,6 +140,7 @@ def folder(path: str | Path) -> Path:
         sweep(path)
         with _partial(path / "trial") as (_, file):
             file.write(b"surgery")
+            file.flush()
     except OSError as error:
         raise OSError(f"cannot write to the folder {path}: {reason(error)}; choose another one") from error
     return path
@@ -149,7 +151,7 @@ def sweep(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             earlier = _EARLIER.fullmatch(name)
-            if earlier or (name.startswith(".") and name.endswith(_ENDING)):
+            if earlier or _OURS.fullmatch(name):
                 with contextlib.suppress(OSError):
                     _discard(Path(folder, name), earlier)
 
@@ -226,12 +228,14 @@ def _partial(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         if _lock(descriptor) is not False and _is_there(partial, descriptor):
             break
         os.close(descriptor)  # somebody swept it before it was locked
+    file = open(descriptor, "w+b")  # noqa: SIM115
     try:
-        with open(descriptor, "w+b") as file:
-            yield partial, file
+        yield partial, file
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+        with contextlib.suppress(OSError):  # what could not be written cannot be written on closing either
+            file.close()
 
 
 def _flush(file: BinaryIO) -> None:

@@ -87,7 +87,15 @@ def test_nothing_of_anybody_else_is_swept(tmp_path):
     living = os.getppid()
     own = (".notes.partial", ".x.12ab.partial", "..partial", ".partial", "a.csv", ".a.99999999999999999999.partial")
     own += (f".scan.csv.{living}.partial", ".latents.partial", ".latents-x.-1.partial", ".my thesis.2024.partial")
-    own += (".surgery.partial.txt", "notes.surgery.partial", ".\n.4194303.partial", ".x.٣.partial")
+    own += (
+        ".surgery.partial.txt",
+        ".surgery.partial",
+        ".x.surgery.partial",
+        "notes.surgery.partial",
+        ".\n.4194303.partial",
+        ".x.٣.partial",
+    )
+    own += (".surgery.partial", ".x.surgery.partial")
     for name in own:
         (tmp_path / name).write_text("mine")
     for name in (".backup.4194303.partial", ".converting-freshly1", ".converting-my-notes"):

@@ -377,7 +377,7 @@ def odd_names(count: int, folder: Path) -> Iterator[str | None]:
     """Names that are almost those of leftovers stay; leftovers of this version and of earlier ones go."""
     draw = random.Random(6)
     pieces = [".", "surgery", "partial", "12", "-1", "x", " ", "é", ".part", "safetensors", "csv", "٣", "4194303", "\n"]
-    ours = re.compile(r"\.(.+\.surgery|.+\.(csv|safetensors)\.[0-9]{1,7})\.partial", re.DOTALL)
+    ours = re.compile(r"\..+\.(csv|safetensors)\.[0-9]{1,7}\.partial")
     for trial in range(count):
         out, left = folder / str(trial), draw.choice([".a.1-0a1b2c3d.surgery.partial", ".a.csv.4194303.partial"])
         out.mkdir()
