@@ -296,9 +296,11 @@ class Reading:
             n_parallel = self.norm(parallel, norms, "parallel", start, layer)
             entry_read.append(self.norm(update - entry_update, norms, "effect", start, layer) / (n_update + n_entry))
             output.append(self.norm(serial - parallel, norms, "error", start, layer) / (n_serial + n_parallel))
-            # A layer is dead if its writes vary less than the rounding of the stream or of the moments.
-            rounding = torch.finfo(self.dtype).eps * self.size("stream", layer + 1)
-            rounding = rounding + 1e-7 * (self.size("update", layer) + self.size(norms, start, layer))
+            # A layer is dead if its writes vary less than the rounding of the stream, or less than the moments tell:
+            # the sums of an update are exact, but its squares are of a rounded difference.
+            eps = torch.finfo(self.dtype).eps
+            rounding = eps * self.size("stream", layer + 1) + eps**0.5 * self.size("update", layer)
+            rounding = rounding + 1e-7 * self.size(norms, start, layer)
             energy = n_update**2 + n_entry**2
             weight.append(torch.where(energy <= rounding**2, 0, energy))  # what is not finite stays so
         weights = torch.stack(weight)

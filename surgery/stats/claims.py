@@ -35,6 +35,7 @@ from surgery.stats.bootstrap import t_interval
 
 ABOVE, BELOW, WITHIN, UNDECIDED = "above", "below", "within", "undecided"
 LEVEL = 0.05
+ROUNDING = 1e-6  # an interval narrower than this share of its ends is of numbers that differ by rounding alone
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -65,7 +66,8 @@ class Effect(NamedTuple):
     @property
     def defined(self) -> bool:
         """Whether there is a finite value with a finite interval; one of no width comes of what does not vary."""
-        return all(math.isfinite(end) for end in (self.value, self.low, self.high)) and self.low < self.high
+        largest = max(abs(self.low), abs(self.high))
+        return math.isfinite(self.value) and math.isfinite(largest) and self.high - self.low > ROUNDING * largest
 
     @property
     def missing(self) -> str | None:
