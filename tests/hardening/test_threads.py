@@ -1,6 +1,7 @@
 """Several threads on one model, and interruptions at every place where a call changes it."""
 
 import ctypes
+import gc
 import random
 import signal
 import sys
@@ -22,6 +23,7 @@ from support import fixtures
 from support.attacks import Attack
 from surgery import Stack, hooks
 from surgery.instruments import ablation
+from surgery.models import scopes, turns
 from surgery.models.loading import plain
 from surgery.models.scopes import CALL, FORWARD
 from surgery.rebuild import tape
@@ -240,6 +242,9 @@ def operations(stack: Stack) -> dict[str, Callable[[], Any]]:
     }
 
 
+SETTINGS = [value for value in gc.get_objects() if isinstance(value, scopes.ForAll)]
+
+
 class Tracer:
     """Counts the lines or instructions that run in some files, and interrupts at one of them."""
 
@@ -268,6 +273,15 @@ class Tracer:
             pass
         finally:
             sys.settrace(before)
+            give_back_locks()
+
+
+def give_back_locks() -> None:
+    """Release what this thread still holds: a trace can raise between taking a lock and its block, Python cannot."""
+    settings = [setting._changing for setting in SETTINGS]
+    for lock in (*settings, scopes._changing, turns._finding, *(turn.lock for turn in [*turns._turns.values()])):
+        while lock._is_owned():
+            lock.release()
 
 
 def changes(file: str) -> bool:
