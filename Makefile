@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Every attack at its full size, some forty minutes; make test runs them at quick sizes
+# Every attack at its full size, about an hour; make test tries them at quick sizes
 harden: setup
 	$(BIN)/python tests/hardening/harden.py --write
 
