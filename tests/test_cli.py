@@ -163,7 +163,7 @@ def test_a_folder_with_a_scan_of_something_else_is_refused_before_anything_is_me
     options = ["study", "--model", model, "--text", text, "--out", tmp_path / "r"]
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "scan_search.csv.part").write_text("{}\n")
-    refused(run(*options), "scan_search.csv.part holds a scan with another model")
+    refused(run(*options), "scan_search.csv.part holds another scan, with model none")
     assert not (tmp_path / "r" / made_up.SERIES).exists()
 
 

@@ -136,6 +136,8 @@ def _close(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _short(value: Any) -> str:
+    if value is None or isinstance(value, Mapping):
+        return "none" if value is None else "another"
     text = value if isinstance(value, str) else json.dumps(value)
     hexadecimal = len(text) == 64 and set(text) <= set("0123456789abcdef")
     return text[:8] if hexadecimal else f"{text[:40]}{'...' if len(text) > 40 else ''}"
