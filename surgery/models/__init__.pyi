@@ -2,11 +2,13 @@ from . import building as building
 from . import chain as chain
 from . import conditions as conditions
 from . import configs as configs
+from . import deciding as deciding
 from . import engine as engine
 from . import errors as errors
 from . import exactness as exactness
 from . import finite as finite
 from . import foreign as foreign
+from . import freezing as freezing
 from . import gguf as gguf
 from . import identity as identity
 from . import layer_sizes as layer_sizes
@@ -15,9 +17,11 @@ from . import loading as loading
 from . import norms as norms
 from . import opening as opening
 from . import proof as proof
+from . import scopes as scopes
 from . import stack as stack
 from . import stream_width as stream_width
 from . import tokens as tokens
+from . import turns as turns
 from . import twin as twin
 from . import weights_hash as weights_hash
 from .errors import ModelError as ModelError
