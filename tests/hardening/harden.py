@@ -1,6 +1,6 @@
 """Every attack at its full size, and the table of what was tried, held and failed: ``make harden``.
 
-    python tests/hardening/harden.py [--quick] [--only threads bombs] [--write]
+    python tests/hardening/harden.py [--share 0.1] [--only threads bombs] [--write]
 
 The attacks are those of the ``test_*.py`` beside this file (their list ``ATTACKS``), which run them at quick sizes.
 ``--write`` puts the table into docs/hardening.md as soon as each module is through. It ends with 1 if anything failed.
@@ -23,7 +23,7 @@ HEAD = "| attack | tried | held | failed | failed before | minutes |\n|---|---|-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the sizes of the tests")
+    parser.add_argument("--share", type=float, default=1.0, help="of the full sizes, where time is short")
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, help="these modules only")
     parser.add_argument("--write", action="store_true", help="put the figures into docs/hardening.md")
     chosen = parser.parse_args(arguments)
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for attack in importlib.import_module(f"hardening.test_{name}").ATTACKS:
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                outcome = attack.run(attack.quick if chosen.quick else attack.full, Path(folder))
+                outcome = attack.run(max(1, attack.quick, round(chosen.share * attack.full)), Path(folder))
             minutes, count = (time.perf_counter() - began) / 60, len(outcome.failures)
             failed += count
             held = f"{outcome.tried - count:,}"
-            cells = (attack.name, f"{outcome.tried:,}", held, str(count), attack.before or "0", f"{minutes:.1f}")
+            cells = (attack.name, f"{outcome.tried:,}", held, str(count), attack.before or "–", f"{minutes:.1f}")
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
             for failure in outcome.failures[:5]:

@@ -329,17 +329,14 @@ def results_with_odd_names(count: int, folder: Path) -> Iterator[str | None]:
         yield ended(lambda: report.build(folder))
 
 
-NOT_COUNTED = "not counted"
 ATTACKS = [
     *(
         Attack(f"Files of prompts or probes (`{name}`), mutated", partial(mutated_prompts, name), 80, 1000, before)
         for name, before in zip(FORMS, ("", "13 of 1,000", "17 of 1,000", "11 of 1,000"), strict=True)
     ),
-    Attack(
-        "Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262, NOT_COUNTED
-    ),
-    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 100, NOT_COUNTED),
-    Attack("The same, the whole page built", partial(damaged_results, whole=True), 1, 6, NOT_COUNTED),
+    Attack("Four prompts of a huge file: of many lines, of one, of brackets, of blanks", huge_files, 3, 262),
+    Attack("Results, a table or manifest mutated: all sentences and sections", damaged_results, 8, 100),
+    Attack("The same, the whole page built", partial(damaged_results, whole=True), 1, 6),
     Attack("Manifests of latents, mutated", damaged_latents, 60, 1000, "168 of 1,000"),
     Attack("Labels of any characters in a figure", labels, 3, 40, "39 of 40"),
     Attack(
@@ -347,7 +344,6 @@ ATTACKS = [
         results_with_odd_names,
         1,
         3,
-        NOT_COUNTED,
     ),
 ]
 

@@ -201,10 +201,10 @@ def removed_checkpoint(count: int, folder: Path) -> Iterator[str | None]:
 
 
 ATTACKS = [
-    Attack("A command goes on after one thing changed", one_thing_changed, 7, 70, "all but weights and texts"),
-    Attack("A command goes on with another version of a library", other_versions, 3, 20, "20 of 20"),
+    Attack("A command goes on after one thing changed", one_thing_changed, 7, 70, "config, words, hooks, buffers"),
+    Attack("A command goes on with another version of a library", other_versions, 3, 20),
     Attack("A command goes on where nothing changed", the_same_again, 3, 50),
-    Attack("The checkpoint alone of a training is removed", removed_checkpoint, 2, 10, "9 of 10"),
+    Attack("The checkpoint alone of a training is removed", removed_checkpoint, 2, 10),
 ]
 
 

@@ -242,7 +242,7 @@ def operations(stack: Stack) -> dict[str, Callable[[], Any]]:
     }
 
 
-SETTINGS = [value for value in gc.get_objects() if isinstance(value, scopes.ForAll)]
+SETTINGS = [value for value in gc.get_objects() if type(value) is scopes.ForAll]
 
 
 class Tracer:
