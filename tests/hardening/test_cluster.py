@@ -85,7 +85,7 @@ def every_end(count, folder):
             yield f"{told}: it left {left}"
         elif ended != CODES[way] and not (at_once and ended == -signal.SIGTERM):  # before Ray begins, nothing is ours
             yield f"{told}: it ended with {ended} and {said[-200:]}"
-        elif way == "SIGTERM" and said.strip():
+        elif way == "SIGTERM" and ("Traceback" in said or "stack trace" in said.lower()):
             yield f"{told}: it said {said[-300:]}"
         elif not same(scan.run(stack, wirings, PROBES, out), expected):
             yield f"{told}: the rest gave another table"

@@ -150,7 +150,7 @@ CALLS: Mapping[str, Call] = {
     "mask_ensemble.curve": lambda s, t, f: dropout.mask_ensemble.curve(
         s, t, ["blocks.1.hook_mlp_out"], 0.1, (2,), sampling=FEW
     ),
-    "redundancy.across": lambda s, t, f: dropout.redundancy.across(s, t, sizes=(1, 2), draws=2, sampling=FEW),
+    "redundancy.across": lambda s, t, f: dropout.redundancy.across(s, tokens(40), sizes=(1, 2), draws=2, sampling=FEW),
     "redundancy.self_repair": lambda s, t, f: dropout.redundancy.self_repair(s, t, sampling=FEW),
     "features.activations": lambda s, t, f: dropout.features.activations(s, t),
     "reinitialise.layers": lambda s, t, f: reinitialise.layers(s, t, seeds=1, sampling=FEW),
