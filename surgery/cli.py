@@ -130,7 +130,7 @@ def one_line_errors(interrupted: str, debug: bool = False) -> Iterator[None]:
         except (ValueError, OSError) as error:
             if debug:
                 raise
-            say(f"error: {shown(str(error), LONGEST)}")
+            say(f"error: {error}")
             raise SystemExit(1) from None
 
 

@@ -586,3 +586,10 @@ def test_half_precision_is_checked_with_its_own_tolerance():
     result = run("check", "--dtype", "bfloat16", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "1e-01" in result.output
+
+
+def test_the_error_of_a_wiring_points_at_the_place(tmp_path):
+    first, text, caret, example = run("tape", "(2*((0)*50000))*50000", "--out", tmp_path / "taped").stderr.splitlines()
+    assert first.startswith("error: 50000 times")
+    assert text[caret.index("^") :] == "50000"
+    assert example.startswith("for example")
