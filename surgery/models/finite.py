@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_WRAPPER = "._original_component"  # what TransformerLens inserts into the names of parameters that it wraps
+from surgery.models.weights_hash import unwrapped
 
 
 def not_finite(model: nn.Module) -> str:
@@ -26,7 +26,7 @@ def not_finite(model: nn.Module) -> str:
     first = tuple(int(axis[0]) for axis in torch.nonzero(bad, as_tuple=True))
     others = f", and {len(broken) - 1} other tensors have some" if broken[1:] else ""
     return (
-        f"{name.replace(_WRAPPER, '')} has {int(bad.sum()):,} of {bad.numel():,} entries that are not finite (NaN or "
+        f"{unwrapped(name)} has {int(bad.sum()):,} of {bad.numel():,} entries that are not finite (NaN or "
         f"infinity), the first at {list(first)}{others}"
     )
 

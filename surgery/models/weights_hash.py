@@ -10,6 +10,11 @@ _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WRAPPER = "._original_component"  # what TransformerLens inserts into the names of parameters that it wraps
 
 
+def unwrapped(name: str) -> str:
+    """The name of a parameter in the model itself, whether it is wrapped or not."""
+    return name.replace(_WRAPPER, "")
+
+
 def weights_sha256(model: nn.Module) -> str:
     """sha256 of all parameters, as of ``tensors_sha256``.
 
@@ -21,7 +26,7 @@ def weights_sha256(model: nn.Module) -> str:
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes of tensors, sorted by name."""
     digest = hashlib.sha256()
-    named = {name.replace(_WRAPPER, ""): value for name, value in tensors.items()}
+    named = {unwrapped(name): value for name, value in tensors.items()}
     for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

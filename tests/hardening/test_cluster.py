@@ -16,34 +16,14 @@ import torch
 import surgery
 from support import exact_networks, fixtures
 from support.attacks import Attack
-from support.places import TESTS
 from support.processes import Script
-from support.scans import PROBES, same
+from support.scans import PROBES, same, slow_scan
 from surgery import Stack, scan, wiring
 from surgery.corpus.probes import Probe, ProbeSet
 from surgery.scan import own_ray, say, search
 from surgery.scan.scanning import NotFiniteWarning
 from surgery.stats import comparisons
 
-SCAN = """
-import sys, time, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from support.scans import PROBES
-import surgery
-from surgery import scan, wiring
-from surgery.scan.rows import ResumableTable
-append = ResumableTable.append
-def slow(self, rows):
-    append(self, rows)
-    print(len(self.blocks), flush=True)
-    time.sleep(0.3)
-    if {way!r} == "an error" and len(self.blocks) > 4:
-        raise RuntimeError("mine")
-ResumableTable.append = slow
-stack = surgery.Stack(surgery.load({model!r}))
-scan.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r}, cluster={workers})
-"""
 CODES = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 1, "an error": 1, "nothing": 0}
 WAYS = [  # how it ends, how many workers are asked for, whether at any moment while Ray begins
     *[("SIGKILL", 1, False), ("SIGTERM", 1000, False), ("SIGTERM", 1, True), ("SIGINT", 1000, False)],
@@ -61,7 +41,7 @@ def every_end(count, folder):
     for number, (way, workers, at_once) in enumerate(itertools.islice(itertools.cycle(WAYS), count)):
         out = folder / f"{number}.csv"
         with tempfile.TemporaryDirectory(dir="/tmp") as place:  # the paths of sockets must be short
-            code = SCAN.format(tests=str(TESTS), model=model, out=str(out), workers=workers, way=way)
+            code = slow_scan(model, out, 0.3, workers=workers, most=4 if way == "an error" else 1000)
             process = Script(code, environment={"RAY_TMPDIR": place})
             next(line for line in process.output if line.strip().isdigit() and int(line) >= (1 if at_once else 4))
             if at_once:

@@ -154,6 +154,13 @@ GARBLED = (
 )
 
 
+def watched(place: Path, what: str) -> str | None:
+    """What went wrong, or was touched outside, when a folder was opened."""
+    with strangers.watched() as seen:
+        _, wrong = opening(lambda: surgery.load(place))
+    return f"{what}: {wrong or seen}" if wrong or seen else None
+
+
 def garbled_files(count: int, folder: Path) -> Iterator[str | None]:
     draw = Random(0)
     place = fixtures.save("gpt2", folder / "model")
@@ -167,9 +174,7 @@ def garbled_files(count: int, folder: Path) -> Iterator[str | None]:
         path = place / GARBLED[trial % len(GARBLED)]
         before = path.read_bytes()
         path.write_bytes(strangers.garbled(before, draw))
-        with strangers.watched() as seen:
-            _, wrong = opening(lambda: surgery.load(place))
-        yield f"{path.name} {trial}: {wrong or seen}" if wrong or seen else None
+        yield watched(place, f"{path.name} {trial}")
         path.write_bytes(before)
 
 
@@ -192,9 +197,7 @@ def garbled_weights(count: int, folder: Path) -> Iterator[str | None]:
             path.write_bytes(struct.pack("<Q", said) + header + before[8 + length :])
         else:
             path.write_bytes(strangers.garbled(before, draw))
-        with strangers.watched() as seen:
-            _, wrong = opening(lambda: surgery.load(place))
-        yield f"{path.name} {trial}: {wrong or seen}" if wrong or seen else None
+        yield watched(place, f"{path.name} {trial}")
         path.write_bytes(before)
 
 

@@ -9,9 +9,8 @@ import time
 import pytest
 
 import surgery
-from support.places import TESTS
 from support.processes import Script
-from support.scans import KILLED, PROBES, same
+from support.scans import PROBES, same, slow_scan
 from surgery import Stack, scan, wiring
 from surgery.corpus.probes import ProbeSet
 from surgery.records import tables
@@ -139,7 +138,7 @@ def test_killed_between_manifest_and_table_it_goes_on(stack_of, finished, tmp_pa
 def test_killed_at_random_moments_and_continued(model_folder, stack_of, tmp_path):
     """SIGKILL after 1, 4 and 8 wirings; the same command then ends with the table of an uninterrupted run."""
     out = tmp_path / "scan.csv"
-    code = KILLED.format(tests=str(TESTS), model=str(model_folder("llama")), out=str(out))
+    code = slow_scan(str(model_folder("llama")), out, 0.02)
     for wirings_done in (1, 4, 8):
         process = Script(code)
         next(line for line in process.output if int(line) >= wirings_done)

@@ -1,8 +1,11 @@
 """What the tests of scans share: probes, wirings of every family, how to compare two scans, a scan to kill."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
+from support.places import TESTS
 from surgery import Wiring, wiring
 from surgery.corpus.probes import Probe, ProbeSet
 from surgery.scan.rows import KEY
@@ -34,7 +37,7 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     )
 
 
-KILLED = """
+SLOW_SCAN = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
@@ -46,8 +49,15 @@ append = ResumableTable.append
 def slow(self, rows):
     append(self, rows)
     print(len(self.blocks), flush=True)
-    time.sleep(0.02)
+    time.sleep({pause})
+    if len(self.blocks) > {most}:
+        raise RuntimeError("mine")
 ResumableTable.append = slow
 stack = surgery.Stack(surgery.load({model!r}))
-scan.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r})
+scan.run(stack, list(wiring.every_repeat(4)), PROBES, {out!r}, cluster={workers})
 """
+
+
+def slow_scan(model: str, out: Path, pause: float, *, workers: int | None = None, most: int = 1000) -> str:
+    """A script that scans, says how many wirings are done after each, and fails after more than ``most``."""
+    return SLOW_SCAN.format(tests=str(TESTS), model=model, out=str(out), pause=pause, workers=workers, most=most)
