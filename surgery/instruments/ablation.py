@@ -39,9 +39,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.progress import Progress
 from torch import Tensor
 
+from surgery import progress
 from surgery.instruments.components import Sites
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
@@ -252,15 +252,14 @@ def damage(
         )
     measures = torch.zeros(2, len(distinct), len(ensemble.tokens), dtype=torch.float64)
     damages = Damages(tuple(distinct), *measures)
-    with Progress(disable=not sampling.progress, transient=True) as bar:
-        task = bar.add_task("ablations", total=len(distinct) * len(ensemble.tokens))
+    with progress.task("ablations", len(distinct) * len(ensemble.tokens), sampling.progress) as advance:
         for run in clean_runs(stack, ensemble, kind, amount, units):
             with stack.frozen(run.context) if frozen else nullcontext():
                 clean = _scores(stack, run, run.stream[-1], frozen)
                 prompts = slice(run.first, run.first + len(run.mask))
                 for layers, final in _final_streams(stack, run, distinct):
                     measures[:, damages.row[layers], prompts] = clean - _scores(stack, run, final, frozen)
-                    bar.advance(task, len(run.mask))
+                    advance(len(run.mask))
     return damages
 
 

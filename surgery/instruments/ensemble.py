@@ -29,9 +29,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.progress import track
 from torch import Tensor
 
+from surgery import progress
 from surgery.instruments.massive import Concentration, Spreads, Usual
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -188,9 +188,7 @@ class Ensemble:
         ``least`` is the smallest batch that will do, where there are as many prompts.
         """
         batches = list(self.tokens.batches(max(self.sampling.batch_size, least)))
-        return track(
-            self._contexts(stack, batches), label, len(batches), disable=not self.sampling.progress, transient=True
-        )
+        return progress.track(self._contexts(stack, batches), label, len(batches), self.sampling.progress)
 
     def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
         """Yield every layer of every batch, the layers run in ``order`` (the model's by default). Cost: 1 F.
@@ -200,9 +198,7 @@ class Ensemble:
         order = range(stack.n_layers) if order is None else order
         batches = list(self.tokens.batches(self.sampling.batch_size))
         total = len(batches) * len(order)
-        return track(
-            self._walk(stack, batches, order), label, total, disable=not self.sampling.progress, transient=True
-        )
+        return progress.track(self._walk(stack, batches, order), label, total, self.sampling.progress)
 
     def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
         """Random generator for one visit; it starts the same whenever the visit is repeated for the same purpose."""

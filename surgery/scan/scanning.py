@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from rich.progress import Progress
 
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.models.stack import Stack
+from surgery.progress import task
 from surgery.scan import execution, rows
 from surgery.scan.scores import Scorer, check_metrics
 from surgery.wiring.value import Wiring
@@ -77,10 +77,9 @@ def run(
     portions = execution.portions(stack, encoded, memory, batch_size)
     with (
         rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics)) as table,
-        Progress(disable=not progress, transient=True) as bar,
+        task("wirings", len(portions) * len(to_scan), progress) as advance,
         ExitStack() as workers,
     ):
-        task = bar.add_task("wirings", total=len(portions) * len(to_scan))
         pool, first = None, 0
         for portion in portions:
             scorer = Scorer(stack, portion, metrics, first)
@@ -89,11 +88,11 @@ def run(
                 x = stack.execute(unmodified, scorer.context.x0, scorer.context)
                 table.append(scorer.rows(unmodified, x))
             missing = [wiring for wiring in to_scan if not table.has(wiring, scorer.prompts)]
-            bar.advance(task, len(to_scan) - len(missing))
+            advance(len(to_scan) - len(missing), free=True)
 
             def accept(block: pd.DataFrame) -> None:
                 table.append(block)
-                bar.advance(task)
+                advance()
 
             if cluster is None or not missing:
                 execution.measure(scorer, missing, memory, accept)

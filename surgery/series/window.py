@@ -61,9 +61,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from rich.progress import Progress
 from torch import Tensor
 
+from surgery import progress
 from surgery.instruments import massive, similarity
 from surgery.instruments.ensemble import Ensemble, partner_places, partner_prompts
 from surgery.instruments.readout import log_probabilities, portions, predicting_positions
@@ -183,8 +183,7 @@ def windows(
     starts, sums, turns = range(len(units) - 1), Sums(), Turns.of(units, ensemble)
     partner = partner_prompts(ensemble.mask, np.random.default_rng((sampling.seed, 1)))
     batches, first = list(tokens.batches(sampling.batch_size)), 0
-    with Progress(disable=not sampling.progress, transient=True) as bar:
-        task = bar.add_task("windows", total=2 * len(starts) * len(batches))
+    with progress.task("windows", 2 * len(starts) * len(batches), sampling.progress) as advance:
         for batch in batches:
             prompts = slice(first, first + len(batch))
             mask, turn = ensemble.mask[prompts], turns.batch(first, ensemble.mask[prompts])
@@ -203,14 +202,14 @@ def windows(
                         shuffled = units.update(layer, entry, context)
                         sums.vector(shuffled, "shuffled", start, layer)
                         sums.square(shuffled - entry_update, "shuffled effect", start, layer)
-                    bar.advance(task)
+                    advance()
             for start in starts:
                 updates = record_entry_updates(units, context, stream, start, longest, "live", sums)
                 if damage:
                     _run_parallel(units, context, stream, start, updates, sums)
                 else:
                     list(updates)
-                bar.advance(task)
+                advance()
             first += len(batch)
     draws = weights(len(tokens), sampling.resamples, sampling.seed)
     reading, rows = Reading(sums, draws, units.reads, stack.dtype), []

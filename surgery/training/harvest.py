@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
-from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,6 +36,7 @@ from surgery.models.engine import Stream
 from surgery.models.identity import differences, identity, refuse_hooks
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.progress import task
 from surgery.records import checked
 from surgery.records.manifest import PACKAGES, tokens_hash
 from surgery.training.activations import (
@@ -130,8 +130,7 @@ def harvest(
             raise held
         n_tokens = sum(int(lengths[prompts].sum()) for prompts in missing.values())
         _announce(folder, head, n_tokens, len(plan), missing, say)
-        with Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("latents", total=n_tokens)
+        with task("latents", n_tokens, progress) as advance:
             for file, prompts in missing.items():
                 flat = corpus.ids[prompts][corpus.mask[prompts]].cpu()
                 began = time.perf_counter()
@@ -143,7 +142,7 @@ def harvest(
                     folder / file,
                     dtype,
                     batch_size,
-                    lambda done: bar.advance(task, done),
+                    advance,
                 )
                 shards[file] = replace(shard, seconds=time.perf_counter() - began)
                 entries = [asdict(shards[name]) for name in plan if name in shards]

@@ -21,14 +21,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from surgery import disk
 from surgery.models.identity import differences, of_module
 from surgery.models.scopes import scope
 from surgery.models.weights_hash import tensors_sha256
+from surgery.progress import task as progress_task
 from surgery.records import checked, tables
 from surgery.training.ledger import Counter, Ledger
 from surgery.training.muon import Muon
@@ -201,7 +200,8 @@ def fit(
             losses.clear()
             state.share(accelerator)
 
-        with _bar(phase, schedule.steps, state.step, progress and accelerator.is_main_process) as advance:
+        with progress_task(phase, schedule.steps, progress and accelerator.is_main_process) as advance:
+            advance(state.step, free=True)
             if not state.rows:
                 evaluate()
             while state.step < schedule.steps and not state.patience_lost(schedule):
@@ -233,7 +233,7 @@ def fit(
                     since_last.add(f"{phase}: teacher", batch.n_tokens, by_teacher, 0.0, teacher=True)
                 losses.append(loss)
                 state.step += 1
-                advance(loss)
+                advance(note=f"loss {loss:.4f}")
                 if state.step % schedule.every == 0 or state.step == schedule.steps:
                     evaluate()
         early = state.patience_lost(schedule)
@@ -416,12 +416,3 @@ def restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, T
 def _among(parameter: nn.Parameter, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether it is one of them: ``in`` would compare values."""
     return any(parameter is other for other in parameters)
-
-
-@contextmanager
-def _bar(phase: str, steps: int, done: int, shown: bool) -> Iterator[Any]:
-    """A progress bar on standard error: a function to call with the loss of every step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(phase, total=steps, completed=done, loss="")
-        yield lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.4f}")

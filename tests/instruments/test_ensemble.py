@@ -1,11 +1,12 @@
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from support.exact_networks import ou_network, parameters, ragged, rng
-from surgery import Stack
+from surgery import Stack, progress
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.models.tokens import Tokens
@@ -82,12 +83,16 @@ def test_bad_input_is_refused_in_a_sentence(tokens, options, message):
         Ensemble(Tokens.of(tokens), Sampling(**options))
 
 
-def test_progress_draws_on_the_terminal_only_when_asked(transformer, capsys):
+def test_progress_draws_on_the_terminal_only_when_asked(transformer, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     tokens = Tokens.of(known_networks.tokens(2, 4))
     list(Ensemble(tokens).visits(transformer))
     assert capsys.readouterr() == ("", "")
-    list(Ensemble(tokens, Sampling(progress=True)).visits(transformer))
-    assert capsys.readouterr() != ("", "")
+    for _ in Ensemble(tokens, Sampling(progress=True)).visits(transformer):
+        time.sleep(0.02)
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.endswith("layers: done after 0 s\n")
 
 
 # --- partners ---------------------------------------------------------------------------------------------------------
