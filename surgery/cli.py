@@ -1,28 +1,20 @@
 """The ``surgery`` command. Torch and the rest are imported when a command needs them, so that help is instant.
 
-Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 130 interrupted, 143 terminated, 129 the terminal was
-closed. Whatever ends it, files are closed, nothing half-written stays, and a sentence says so.
+What all commands share, such as ``--json`` and the exit codes, is in ``surgery.console``.
 """
 
 import difflib
-import functools
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.status import Status
-from rich.text import Text
 
 import surgery
+from surgery import progress
 from surgery.chapters import MEASURED
+from surgery.console import WHOLE, Commands, Result, command, one_line_errors, say
+from surgery.console import script as script
 from surgery.graft.parts import PARTS
 from surgery.outside import shown
 from surgery.scan.metrics import METRICS
@@ -30,13 +22,13 @@ from surgery.training.precisions import MIXED, STORED, TRAINED, WEIGHTS
 from surgery.wiring import families
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def require_choice(choices: Sequence[str], text: str) -> str:
@@ -73,98 +65,6 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the CPU.")]
 Dtype = Annotated[str, typer.Option(**choice(WEIGHTS), help="Number format of the weights.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer need less memory.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-WHOLE = "nothing is half-written, files that were finished stay"
-LONGEST = 10_000  # characters of a line that is shown
-ENDING = ("SIGTERM", "SIGHUP")  # signals that end a command as Ctrl-C does
-AGAIN = 1.0  # seconds: the same signal within so many is the same wish, from a process group and from its leader
-
-
-class Terminated(SystemExit):
-    """The process was asked to end by a signal; its exit code is what a shell expects, 128 and the signal's number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.name = signal.Signals(number).name
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Context manager: let ``ENDING`` raise Terminated in the main thread, unless somebody else listens to them."""
-    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    last = -AGAIN
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        now, before = time.monotonic(), last
-        last = now
-        if now - before >= AGAIN:
-            raise Terminated(number)
-
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in ours:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def one_line_errors(interrupted: str, debug: bool = False) -> Iterator[None]:
-    """Turn an error that a user can do something about into one sentence and an exit code."""
-    with ended_by_signals():
-        try:
-            yield
-        except KeyboardInterrupt:
-            say(f"interrupted: {interrupted}")
-            raise SystemExit(130) from None
-        except Terminated as end:
-            say(f"ended by {end.name}: {interrupted}")
-            raise SystemExit(end.code) from None
-        except (ValueError, OSError) as error:
-            if debug:
-                raise
-            say(f"error: {error}")
-            raise SystemExit(1) from None
-
-
-def say(text: str) -> None:
-    """Show lines of text on standard error, as they are: no markup, and nothing that a terminal would obey."""
-    for line in text.split("\n"):
-        errors.print(Text(shown(line, LONGEST)))
-
-
-def echo(text: str) -> None:
-    """Show lines of text on standard output, in the same way."""
-    typer.echo("\n".join(shown(line, LONGEST) for line in text.split("\n")))
-
-
-def waiting(text: str) -> Status:
-    """A spinner with a line of text beside it."""
-    return errors.status(Text(shown(text)))
-
-
-def with_one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are ``one_line_errors``."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool = False, **options: Any) -> None:
-        with one_line_errors(WHOLE, debug):
-            command(*args, debug=debug, **options)
-
-    return wrapped
-
-
-def script(main: Callable[[], None], interrupted: str = "the same command goes on where it was") -> None:
-    """Run the ``main`` of a study script with ``one_line_errors``."""
-    with one_line_errors(interrupted):
-        main()
 
 
 def _version(wanted: bool) -> bool:
@@ -187,7 +87,7 @@ def root(
 
 
 @app.command()
-@with_one_line_errors
+@command
 def study(
     names: Annotated[
         list[str] | None,
@@ -211,13 +111,12 @@ def study(
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Result:
     """Measure a model: CSV files, figures, report.html.
 
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
-    with waiting("starting"):
+    with progress.task("starting"):
         import torch
 
         from surgery import report
@@ -236,56 +135,55 @@ def study(
         dtype=getattr(torch, dtype),
         seed=seed,
         say=say,
-        progress=sys.stdout.isatty(),
     )
-    for sentence in report.summary(out):
-        echo(f"\n{sentence}")
-    echo(f"\nThe page is {page}, the numbers and figures are beside it.")
+    return Result(f"The page is {page}, the numbers and figures are beside it.", report.summary(out), page, out)
 
 
 @app.command()
-@with_one_line_errors
-def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32", debug: Debug = False) -> None:
+@command
+def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32") -> Result:
     """Prove that a model is opened exactly.
 
     Every way to run its layers is compared with its own logits.
 
     Example: surgery check --model babel
     """
-    with waiting(f"opening {model}"):
+    with progress.task(f"opening {shown(model)}"):
         import torch
 
         from surgery.models.loading import load
         from surgery.models.stack import Stack
 
         checks = Stack(load(model, device=device, dtype=getattr(torch, dtype))).checks()
-    echo(
-        checks.to_string(index=False, formatters={"largest_difference": "{:.1e}".format, "tolerance": "{:.0e}".format})
-    )
+    formats = {"largest_difference": "{:.1e}".format, "tolerance": "{:.0e}".format}
     failed = int((~checks["passed"]).sum())
-    if failed:
-        raise ValueError(f"{failed} of {len(checks)} checks failed: {model} is not opened exactly, do not measure it")
+    return Result(
+        checks.to_string(index=False, formatters=formats),
+        more={"checks": checks.to_dict("records")},
+        error=f"{failed} of {len(checks)} checks failed: {model} is not opened exactly, do not measure it"
+        * (failed > 0),
+    )
 
 
 @app.command()
-@with_one_line_errors
+@command
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that surgery study or scan wrote.")],
-    debug: Debug = False,
-) -> None:
+) -> Result:
     """Write the figures and report.html again.
 
     They are made from the CSV files of a study or scan alone.
 
     Example: surgery report results
     """
-    from surgery.report import build
+    from surgery.report import build, summary
 
-    echo(f"The page is {build(folder)}.")
+    page = build(folder)
+    return Result(f"The page is {page}.", page=page, folder=folder, more={"verdicts": summary(folder)})
 
 
 @app.command()
-@with_one_line_errors
+@command
 def scan(
     model: Model = "babel",
     family: Annotated[
@@ -322,13 +220,12 @@ def scan(
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Result:
     """Scan every wiring of a family, and measure the winners again on fresh probes.
 
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
-    with waiting("starting"):
+    with progress.task("starting"):
         import torch
 
         from surgery.report import build
@@ -350,40 +247,37 @@ def scan(
         dtype=getattr(torch, dtype),
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         say=say,
-        progress=sys.stdout.isatty(),
     )
     page = build(out)
-    for sentence in outcome.sentences:
-        echo(f"\n{sentence}")
-    echo(f"\nThe page is {page}, the tables and figures are beside it.")
+    return Result(f"The page is {page}, the tables and figures are beside it.", outcome.sentences, page, out)
 
 
 @app.command()
-@with_one_line_errors
+@command
 def tape(
     wiring: Annotated[str, typer.Argument(help='The order in which the layers run, such as ":8 4:".')],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not exist or be empty.")],
     model: Model = "babel",
     device: Device = None,
     dtype: Dtype = "float32",
-    debug: Debug = False,
-) -> None:
+) -> Result:
     """Make a wiring permanent: a checkpoint that Hugging Face opens by itself.
 
     Example: surgery tape ":8 4:" --model babel --out taped
     """
-    with waiting(f"opening {model}"):
+    with progress.task(f"opening {shown(model)}"):
         import torch
 
         from surgery.models.loading import load
         from surgery.rebuild.tape import save, together
 
         folder = save(together(load(model, device=device, dtype=getattr(torch, dtype)), wiring), out)
-    echo(f"{folder} holds the taped model; its README.md says what was done.")
+    text = f"{folder} holds the taped model; its README.md says what was done."
+    return Result(text, folder=folder, more={"model": str(folder)})
 
 
 @app.command()
-@with_one_line_errors
+@command
 def graft(
     model: Model = "babel",
     middle: Annotated[str, typer.Option(help="The layers to replace, start:stop.")] = "4:9",
@@ -425,15 +319,14 @@ def graft(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(**choice(TRAINED), help="Number format of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
-    debug: Debug = False,
-) -> None:
+) -> Result:
     """Train a fresh middle on the activations between frozen ends, and compare it with what is simpler.
 
     On several GPUs: accelerate launch -m surgery graft ... In several CPU processes: torchrun.
 
     Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
     """
-    with waiting("starting"):
+    with progress.task("starting"):
         import torch
 
         from surgery.graft import study as graft_study
@@ -470,13 +363,12 @@ def graft(
         weights=getattr(torch, dtype),
         device=device,
         say=say,
-        progress=sys.stderr.isatty(),
     )
-    for sentence in outcome.sentences:
-        echo(f"\n{sentence}")
-    if outcome.sentences:
-        echo(f"\n{out / 'training' / 'model'} holds the grafted model.")
-        echo(f"The page is {build(out)}, the tables and the figure are beside it.")
+    if not outcome.sentences:  # the first of several processes tells them
+        return Result("")
+    page, place = build(out), out / "training" / "model"
+    said = f"{place} holds the grafted model.\nThe page is {page}, the tables and the figure are beside it."
+    return Result(said, outcome.sentences, page, out, {"model": str(place)})
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -1,14 +1,11 @@
-"""The command line: a whole study on a small model, every kind of bad input, interruption, and instant help."""
+"""The command line: a whole study on a small model, every kind of bad input, and instant help."""
 
 import errno
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +16,9 @@ from typer.testing import CliRunner, Result
 
 import surgery
 from support import fixtures, made_up
+from support.commands import PROMPTS, hurry, refused, run, write_prompts
 from support.places import REPOSITORY, TESTS
-from support.processes import Script
-from surgery import cli, graft, report, scan, study
+from surgery import cli, console, graft, progress, report, scan, study
 from surgery.anatomy import files as anatomy_files
 from surgery.chapters import MEASURED
 from surgery.corpus import text_files
@@ -31,7 +28,6 @@ from surgery.scan import study as scan_study
 from surgery.training.precisions import MIXED, STORED
 from surgery.wiring.families import every_repeat
 
-PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 HEADERS = TESTS / "support" / "csv_headers.txt"  # as version 0.1.0 wrote them
 SCAN = ("scan_search", "scan_table", "scan_validation", "scan_winners", "scan_groups", "scan_controls")
 REVERSION = [name.removesuffix(".csv") for name in reversion_files.COLUMNS]
@@ -42,21 +38,6 @@ RESULTS = {
     *(f"{name}.png" for name in ("series", *reversion_files.CAPTIONS, "calibration", "brain_scan", "pareto")),
     "report.html",
 }
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, *words: str) -> None:
-    """One sentence on the error stream, nothing on the other, exit code 1."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in said[0]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,9 +52,7 @@ def model(model_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return path
+    return write_prompts(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +66,7 @@ def studied(model, text, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measurements that take no time; what is opened and written is real."""
-    monkeypatch.setattr(study.window, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
-    monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
-    monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
-    monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
-    monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
+    hurry(monkeypatch)
 
 
 def test_the_tables_of_a_study_begin_with_the_header_lines_that_they_always_had(studied):
@@ -208,6 +182,65 @@ def test_the_report_is_made_again_from_the_files(tmp_path):
     result = run("report", tmp_path)
     assert result.exit_code == 0
     assert (tmp_path / "report.html").exists()
+
+
+def test_json_is_one_object_on_standard_output_and_the_rest_is_on_the_other_stream(quick, model, text, tmp_path):
+    options = ["study", "series", "--model", model, "--text", text, "--out", tmp_path / "r"]
+    result = run(*options, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["page"] == str(tmp_path / "r" / "report.html")
+    assert set(found["files"]) == {str(path) for path in (tmp_path / "r").iterdir()}
+    assert found["verdicts"] == report.summary(tmp_path / "r") != []
+    assert found["seconds"] > 0
+    assert found["memory"] > 2**27
+    assert "opening" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["report", "nowhere"], 1, "nowhere holds no measurement"),
+        (["study", "sequels"], 2, "did you mean 'series'?"),
+        (["tape", ":"], 2, "Missing option '--out'"),
+        (["no-such-command"], 2, "No such command"),
+    ],
+)
+def test_an_error_in_json_keeps_its_exit_code(arguments, code, said):
+    result = run(*arguments, "--json")
+    assert result.exit_code == code
+    assert said in json.loads(result.stdout)["error"]
+
+
+def test_a_quiet_command_says_nothing_but_its_result_and_errors(quick, model, text, tmp_path):
+    result = run("study", "series", "--model", model, "--text", text, "--out", tmp_path / "r", "--quiet")
+    assert result.stderr == ""
+    assert "The page is" in result.stdout
+    refused(run("report", tmp_path, "-q"), "holds no measurement")
+
+
+def test_failed_checks_are_in_json_too(model, monkeypatch):
+    failing = pd.DataFrame({"check": ["a"], "passed": [False]})
+    monkeypatch.setattr(surgery.Stack, "checks", lambda self: failing)
+    monkeypatch.setattr(pd.DataFrame, "to_string", lambda *_, **__: "")
+    result = run("check", "--model", model, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["checks"] == [{"check": "a", "passed": False}]
+    assert "1 of 1 checks failed" in json.loads(result.stdout)["error"]
+
+
+def test_of_several_processes_the_first_one_talks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    heard = []
+
+    @console.command
+    def command() -> console.Result:
+        heard.append(progress._shown.get())
+        return console.Result("")
+
+    command(debug=False, quiet=False, as_json=True)
+    assert heard == [False]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_check_prints_every_check_of_the_stack(model):
@@ -419,120 +452,11 @@ def test_debug_shows_where_an_error_comes_from(tmp_path):
     assert isinstance(result.exception, ValueError)
 
 
-# --- interruption ----------------------------------------------------------------------------------------------------
-
-
-def test_an_interruption_is_a_sentence_and_130(quick, model, text, tmp_path, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study.reversion_study, "measure", interrupt)
-    result = run("study", "--model", model, "--text", text, "--out", tmp_path / "results")
-    assert result.exit_code == 130
-    assert "interrupted: nothing is half-written" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on where it was\n"),
-        (ValueError("3 is too many: give [1, 2]"), 1, "error: 3 is too many: give [1, 2]\n"),
-        (OSError("the disk is full"), 1, "error: the disk is full\n"),
-    ],
-)
-def test_a_script_ends_in_a_sentence(error, code, said, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as left:
-        cli.script(main)
-    assert left.value.code == code
-    assert capsys.readouterr().err == said
-
-
-def test_signals_are_listened_to_only_meanwhile_and_only_where_nobody_else_does(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as left:
-        cli.script(lambda: signal.raise_signal(signal.SIGTERM))
-    assert left.value.code == 143
-    assert capsys.readouterr().err == "ended by SIGTERM: the same command goes on where it was\n"
-    assert signal.getsignal(signal.SIGTERM) is before
-    heard = []
-    signal.signal(signal.SIGTERM, lambda *_: heard.append("mine"))
-    try:
-        cli.script(lambda: signal.raise_signal(signal.SIGTERM))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert heard == ["mine"]
-    thread = threading.Thread(target=cli.script, args=(lambda: heard.append("in a thread"),))
-    thread.start()
-    thread.join()
-    assert heard == ["mine", "in a thread"]
-
-
 def test_what_is_shown_is_no_markup_and_moves_no_terminal(capsys):
     result = run("check", "--model", "[/x]\x1b[31m[red]")
     refused(result, "[/x]\\x1b[31m[red]")
-    cli.say("[bold]a\x07\nb")
+    console.say("[bold]a\x07\nb")
     assert capsys.readouterr().err == "[bold]a\\x07\nb\n"
-
-
-def test_a_mistake_of_a_script_itself_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        cli.script(lambda: 1 / 0)
-
-
-SLOW = """
-import os, sys, time
-from support import made_up
-from surgery import cli, study
-
-def slowly(*_, **__):
-    print("now", flush=True)
-    time.sleep(120)
-
-moment = sys.argv.pop(1)
-study.window.windows = lambda *_, **__: made_up.series(4)
-study.calibrate = lambda *_: made_up.networks()
-study.compare = lambda *_: made_up.measures()
-study.scan_study.measure = lambda *_, **__: None
-study.reversion_study.measure = slowly if moment == "measuring" else made_up.measure_reversion
-if moment == "writing":
-    real, count = os.fsync, [0]
-    def fsync(descriptor):
-        count[0] += 1
-        slowly() if count[0] == 10 else real(descriptor)
-    os.fsync = fsync
-cli.main()
-"""
-
-
-@pytest.mark.parametrize(
-    ("moment", "how", "code"),
-    [
-        ("measuring", signal.SIGINT, 130),
-        ("writing", signal.SIGINT, 130),
-        ("writing", signal.SIGTERM, 143),
-        ("measuring", signal.SIGHUP, 129),
-        ("writing", signal.SIGKILL, -signal.SIGKILL),
-    ],
-)
-def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text, tmp_path, moment, how, code):
-    out = tmp_path / "results"
-    process = Script(SLOW, moment, "study", "--model", model, "--text", text, "--out", out, "--max-length", 2)
-    assert process.output.readline() == "now\n", process.errors
-    time.sleep(0.1)
-    process.send(how)
-    assert process.wait() == code
-    said = {signal.SIGINT: "interrupted: ", signal.SIGKILL: ""}.get(how, f"ended by {how.name}: ")
-    assert f"{said}nothing is half-written" in process.errors or how == signal.SIGKILL
-    final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
-    whole = ("series_windows", "calibration", "measures", "costs")
-    assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}
-    assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
-    tables.read(out / made_up.SERIES)
-    tables.read(out / made_up.CALIBRATION)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

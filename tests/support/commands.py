@@ -1,0 +1,41 @@
+"""The command line run in this process, what a refusal looks like, and a study whose measurements take no time."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from support import fixtures, made_up
+from surgery import cli, study
+
+PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *words: str) -> None:
+    """One sentence on the error stream, nothing on the other, exit code 1."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in said[0]
+
+
+def write_prompts(folder: Path) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements that take no time; what is opened and written is real."""
+    monkeypatch.setattr(study.window, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
+    monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
+    monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
+    monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
+    monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
