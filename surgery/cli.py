@@ -13,7 +13,7 @@ import typer
 import surgery
 from surgery import progress
 from surgery.chapters import MEASURED
-from surgery.console import WHOLE, Commands, Result, command, one_line_errors, say
+from surgery.console import WHOLE, Commands, Result, command, is_first, one_line_errors, say
 from surgery.console import script as script
 from surgery.graft.parts import PARTS
 from surgery.outside import shown
@@ -67,6 +67,22 @@ Dtype = Annotated[str, typer.Option(**choice(WEIGHTS), help="Number format of th
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer need less memory.")]
 
 
+def require(model: str, device: str | None) -> None:
+    """Raise ModelError for a model or a device that cannot be, before torch is imported."""
+    from surgery.models import names
+
+    names.require(model)
+    names.require_device(device)
+
+
+def require_free(out: Path) -> None:
+    """Raise OSError for a folder that cannot be written to, or that somebody else writes to, before it matters."""
+    from surgery import disk
+
+    with disk.held(out, main=is_first()):
+        pass
+
+
 def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"surgery {surgery.__version__}")
@@ -116,6 +132,11 @@ def study(
 
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
+    from surgery.corpus.asked import require_prompts
+
+    require(model, device)
+    require_prompts(model, text, prompts)
+    require_free(out)
     with progress.task("starting"):
         import torch
 
@@ -148,6 +169,7 @@ def check(model: Model = "babel", device: Device = None, dtype: Dtype = "float32
 
     Example: surgery check --model babel
     """
+    require(model, device)
     with progress.task(f"opening {shown(model)}"):
         import torch
 
@@ -225,6 +247,11 @@ def scan(
 
     Example: surgery scan --model babel --family repeat --probes babel --out results/scan
     """
+    from surgery.corpus.asked import require_questions
+
+    require(model, device)
+    require_questions(model, probes, count)
+    require_free(out)
     with progress.task("starting"):
         import torch
 
@@ -265,6 +292,10 @@ def tape(
 
     Example: surgery tape ":8 4:" --model babel --out taped
     """
+    from surgery.disk import require_empty
+
+    require(model, device)
+    require_empty(out)
     with progress.task(f"opening {shown(model)}"):
         import torch
 
@@ -326,6 +357,14 @@ def graft(
 
     Example: surgery graft --model babel --middle 4:9 --steps 600 --out results/graft
     """
+    from surgery.corpus.asked import require_prompts
+
+    span = _span(middle)
+    require(model, device)
+    require_prompts(model, text, prompts)
+    if heldout is not None:
+        require_prompts(model, heldout, judged)
+    require_free(out)
     with progress.task("starting"):
         import torch
 
@@ -335,7 +374,7 @@ def graft(
 
     outcome = graft_study.run(
         model,
-        _span(middle),
+        span,
         out,
         text=text,
         heldout=heldout,
@@ -373,7 +412,7 @@ def graft(
 
 def _span(text: str) -> tuple[int, int]:
     start, _, stop = text.partition(":")
-    if not (start.isdigit() and stop.isdigit()):
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
         raise typer.BadParameter(f"--middle is start:stop, such as 4:9, got {text!r}.")
     return int(start), int(stop)
 

@@ -166,7 +166,7 @@ def talking(quiet: bool) -> Iterator[None]:
     """
     before = _quiet.set(quiet)
     try:
-        with progress.shown(not quiet and _first()):
+        with progress.shown(not quiet and is_first()):
             yield
     finally:
         _quiet.reset(before)
@@ -187,9 +187,9 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
             seconds, most = time.monotonic() - began, memory.peak()
             if not as_json:
                 result.show()
-            elif _first():
+            elif is_first():
                 _write(result.json() | {"seconds": round(seconds, 1), "memory": most})
-            if _first():
+            if is_first():
                 say(f"{progress.duration(seconds)}, at most {memory.size(most)} of memory")
             if result.error:
                 if not as_json:
@@ -231,7 +231,7 @@ def script(main: Callable[[], None], interrupted: str = "the same command goes o
         main()
 
 
-def _first() -> bool:
+def is_first() -> bool:
     """Whether this is the only process of the command, or the first of several (torchrun)."""
     return os.environ.get("RANK", "0") == "0"
 

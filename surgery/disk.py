@@ -146,6 +146,14 @@ def folder(path: str | Path) -> Path:
     return path
 
 
+def require_empty(folder: Path) -> None:
+    """Raise FileExistsError for what is there and not an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder: nothing was overwritten; choose another one"
+        )
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder, and nothing that anybody else put there."""
     with contextlib.suppress(OSError):

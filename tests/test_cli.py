@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -414,10 +415,10 @@ def test_weights_that_are_not_numbers_are_said(text, tmp_path):
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(text, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_opened(model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "load", lambda *_: pytest.fail("the model was opened"))
     (tmp_path / "taken").write_text("")
-    result = run("study", "--model", "any", "--text", text, "--out", tmp_path / "taken")
+    result = run("study", "--model", model, "--text", text, "--out", tmp_path / "taken")
     refused(result, "cannot write to the folder", "it is a file, not a folder", "choose another")
 
 
@@ -474,6 +475,53 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+WRONG = """
+import contextlib, io, json, sys
+from surgery import cli
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try: cli.app(words)
+        except SystemExit as end: code = end.code
+    print(code, "torch" in sys.modules, errors.getvalue().strip())
+"""
+
+
+def test_a_wrong_command_is_told_without_torch(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder").mkdir()
+    out = ["--out", str(tmp_path / "out")]
+    wrong = {
+        ("study", "--model", "smolm2", *out): "did you mean 'smollm2'?",
+        ("study", "--model", "a b/c", *out): "no model 'a b/c'",
+        ("check", "--model", "./none"): "there is no folder ./none",
+        ("check", "--model", str(tmp_path / "folder")): "is a folder without config.json",
+        ("check", "--model", str(tmp_path / "taken")): "is a file; give the folder",
+        ("tape", ":", "--device", "cuda0", *out): "there is no device 'cuda0'",
+        ("tape", ":", "--out", str(tmp_path)): "is not an empty folder",
+        ("study", "--device", "meta", *out): "holds no weights",
+        ("study", "--text", str(tmp_path / "none.txt"), *out): "it does not exist",
+        ("study", "--text", str(tmp_path / "empty.txt"), *out): "holds no prompt",
+        ("scan", "--probes", "recal", *out): "there is no probe set 'recal'",
+        ("scan", "--probes", str(tmp_path / "empty.jsonl"), *out): "holds no probe",
+        ("scan", "--family", "repeats", *out): "did you mean 'repeat'?",
+        ("graft", "--text", str(tmp_path / "none.txt"), *out): "it does not exist",
+        ("graft", "--heldout", str(tmp_path / "empty.txt"), *out): "holds no prompt",
+        ("graft", "--middle", "9:4", *out): "--middle is start:stop",
+        ("study", "--out", str(tmp_path / "taken")): "it is a file, not a folder",
+    }
+    done = python("-c", WRONG, json.dumps(list(wrong)))
+    said = re.split(r"^(?=[0-9] (?:True|False) )", done.stdout, flags=re.MULTILINE)[1:]
+    assert len(said) == len(wrong)
+    for answer, (words, expected) in zip(said, wrong.items(), strict=True):
+        code, torch_imported, sentence = answer.split(" ", 2)
+        assert torch_imported == "False", words
+        assert code == ("2" if "--middle" in words or "--family" in words else "1"), answer
+        assert expected in " ".join(sentence.split()), words
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["study", "check", "report", "scan"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
@@ -494,7 +542,7 @@ def test_python_dash_m_is_the_command():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--device banana", "there is no device 'banana' here; there is cpu"),
+        ("--device banana", "there is no device 'banana' here; give cpu"),
         ("--device meta", "holds no weights"),
         ("--dtype float3", "did you mean 'float32'?"),
     ],

@@ -39,17 +39,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from surgery import outside
 from surgery.corpus import questions
+from surgery.corpus.asked import require_named
 from surgery.corpus.babel import LANGUAGES
+from surgery.corpus.probe_files import read_probes
+from surgery.corpus.questions import NAMES as NAMES
 from surgery.corpus.questions import Probe as Probe
-from surgery.corpus.text_files import read_lines, read_prompts
+from surgery.corpus.text_files import read_prompts
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
-
-FIELDS = ("prompt", "answer", "group", "choices", "cluster")
-EXPECTED = '{"prompt": "...", "answer": "..."}, with optional "group", "choices" and "cluster"'
-LONGEST_NAME = 200  # characters of a group or cluster in a file
 
 
 @dataclass(frozen=True)
@@ -218,16 +216,7 @@ def load(path: "str | Path", joiner: str = " ") -> ProbeSet:
         ValueError: the file is missing, empty or not text; or, with its number, a line is not JSON, lacks a field, has
             an unknown field or one of the wrong type, an empty answer, or an answer that is not among its choices.
     """
-    path = Path(path)
-    probes = []
-    for number, line in read_lines(path, "a .jsonl file"):
-        try:
-            probes.append(_probe(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not probes:
-        raise ValueError(f"{path} holds no probe: it is empty; give one {EXPECTED} per line")
-    return ProbeSet(path.stem, tuple(probes), joiner)
+    return ProbeSet(Path(path).stem, read_probes(path), joiner)
 
 
 def text(source: "str | Path | Sequence[str]", most: int | None = None, max_tokens: int | None = None) -> ProbeSet:
@@ -240,40 +229,6 @@ def text(source: "str | Path | Sequence[str]", most: int | None = None, max_toke
         lines = [line for _, line in read_prompts(source, most)]
         return replace(text(lines, max_tokens=max_tokens), name=Path(source).name)
     return ProbeSet("text", tuple(Probe("", line) for line in source[:most]), max_tokens=max_tokens)
-
-
-def _probe(line: str) -> Probe:
-    try:
-        entry = outside.read_json(line)
-    except ValueError as error:
-        raise ValueError(f"this {error}; expected {EXPECTED}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"this is not a JSON object; expected {EXPECTED}")
-    for name in entry:
-        if name not in FIELDS:
-            raise ValueError(f'there is no field "{outside.shown(name)}"; there are {", ".join(FIELDS)}')
-    for name in ("prompt", "answer"):
-        if name not in entry:
-            raise ValueError(f'"{name}" is missing; expected {EXPECTED}')
-    for name in ("prompt", "answer", "group", "cluster"):
-        if not isinstance(entry.get(name, ""), str):
-            raise ValueError(f'"{name}" is not a string but {_json(entry[name])}')
-    choices = entry.get("choices", [])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f'"choices" is not a list of strings but {_json(choices)}')
-    for name, words in {**entry, "choices": "".join(choices)}.items():
-        try:
-            outside.require_text(words)
-        except ValueError as error:
-            raise ValueError(f'"{name}" {error}') from error
-    for name in ("group", "cluster"):
-        if len(entry.get(name, "")) > LONGEST_NAME or "\0" in entry.get(name, ""):
-            raise ValueError(f'"{name}" is no name: it has at most {LONGEST_NAME} characters, and none of them is null')
-    return Probe(entry["prompt"], entry["answer"], entry.get("group", ""), tuple(choices), entry.get("cluster", ""))
-
-
-def _json(value: Any) -> str:
-    return outside.shown(json.dumps(value, ensure_ascii=False))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -308,8 +263,7 @@ def named(name: str, count: int = 128, seed: int = 0) -> ProbeSet:
     >>> named("recall", 3).probes[2].group
     'pairs=8'
     """
-    if name not in _GENERATORS:
-        raise ValueError(f"there is no probe set {name!r}; there are {', '.join(NAMES)}, or give a .jsonl file")
+    require_named(name)
     return ProbeSet(name, _GENERATORS[name](count, seed))
 
 
@@ -359,4 +313,3 @@ _GENERATORS: dict[str, Callable[[int, int], tuple[Probe, ...]]] = {
     "copying": questions.copying,
     "induction": questions.induction,
 }
-NAMES = tuple(_GENERATORS)

@@ -31,6 +31,7 @@ _THINGS = (
     "hat horse house key knife lamp leaf moon paper ring river road ship snow star stone sun tree"
 )
 WORDS = tuple(_THINGS.split())
+NAMES = ("babel", "babel-pairs", "arithmetic", "tracking", "recall", "copying", "induction")  # of built-in probe sets
 
 
 @dataclass(frozen=True)

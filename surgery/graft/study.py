@@ -23,6 +23,7 @@ import torch
 from transformer_lens import TransformerBridge
 
 from surgery import disk
+from surgery.corpus.asked import require_prompts
 from surgery.corpus.babel import TRAINING_MIX
 from surgery.corpus.splits import Split, Weigh, babel, texts
 from surgery.graft import draw, grafting, linear_maps
@@ -102,8 +103,8 @@ def run(
     every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model
     without prompts and for a device that is not here.
     """
-    if text is None and model not in loading.BUNDLED:
-        raise ValueError(f"{model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
+    if text is None:
+        require_prompts(model, None)
     where = loading.available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     accelerator = accelerator_for(where, schedule.precision)
     main = accelerator.is_main_process

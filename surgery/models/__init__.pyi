@@ -14,6 +14,7 @@ from . import identity as identity
 from . import layer_sizes as layer_sizes
 from . import linear as linear
 from . import loading as loading
+from . import names as names
 from . import norms as norms
 from . import opening as opening
 from . import proof as proof

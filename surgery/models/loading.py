@@ -39,21 +39,21 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from surgery.models import building, configs, finite, foreign, gguf, layer_sizes, stream_width, twin
+from surgery.models import building, configs, finite, foreign, gguf, layer_sizes, names, stream_width, twin
 from surgery.models.conditions import defaults
 from surgery.models.errors import ModelError, as_model_error, first_line, is_failure
 from surgery.models.exactness import TOLERANCES
+from surgery.models.names import BUNDLED as BUNDLED
+from surgery.models.names import REFERENCE as REFERENCE
 from surgery.models.scopes import ForAll, scope
 from surgery.models.twin import plain as plain
 from surgery.outside import shown
 
-REFERENCE = "babel"
 # Buffers that older versions saved beside the weights, and what a model that also sees or hears has besides text.
 _NOT_WEIGHTS = re.compile(
     r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|position_ids$"
 )
 _NOT_TEXT = re.compile(r"(^|\.)(\w*(vision|visual|image|audio|speech|video)\w*|multi_modal_projector|mm_projector)\.")
-BUNDLED = {REFERENCE: "reference", "babel-translation": "translation"}  # name -> folder in data/
 
 
 def load(
@@ -85,7 +85,7 @@ def load(
         return model
     if isinstance(model, nn.Module):
         return wrap(model, tokenizer, _name_of(model))
-    name = _readable(str(model))
+    name = names.require(str(model))
     put = None if device is None else available(device)
     with quiet(), defaults(), torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with as_model_error(f"cannot open {shown(name)}"):  # for example a name too long for the file system
@@ -101,13 +101,6 @@ def place_of(name: str) -> str:
     """Where the model called ``name`` lies: a folder, or a name on the hub. Converts a GGUF file, see ``gguf``."""
     converted = gguf.folder_of(name)
     return str(converted or (reference_folder(name) if name in BUNDLED else name))
-
-
-def _readable(name: str) -> str:
-    """``name`` if tables and messages can show it. Raises ModelError for a newline or half of a surrogate pair."""
-    if shown(name, len(name)) != name:
-        raise ModelError(f"the name of a model must be printable, not {shown(name, 200)}; rename the folder")
-    return name
 
 
 def available(device: "str | torch.device") -> torch.device:
@@ -242,7 +235,7 @@ def from_folder(place: str, name: str, dtype: torch.dtype, **options: Any) -> Op
 
     Raises ModelError for whatever is wrong with the model, see ``load``.
     """
-    _require_folder(place, name)
+    names.require_place(place, name)
     with as_model_error(_cannot(place, name)), foreign.reduced(place, name) as folder:
         if folder.settings() is None:
             raise ModelError(f"{name} is a folder without config.json; give a folder that save_pretrained has written")
@@ -281,20 +274,6 @@ def from_folder(place: str, name: str, dtype: torch.dtype, **options: Any) -> Op
         return Opened(loaded, *_tokenizer(folder, config, place, name))
 
 
-def _require_folder(place: str, name: str) -> None:
-    """Raise ModelError for what is neither a folder with a model nor a name that the hub may have."""
-    folder = Path(place)
-    with as_model_error(_cannot(place, name)):
-        if folder.is_file():
-            raise ModelError(
-                f"{name} is a file; give the folder that holds config.json and *.safetensors, or a .gguf file"
-            )
-        if not folder.is_dir() and (place.startswith(("/", ".", "~")) or place.count("/") > 1):
-            raise ModelError(
-                f"there is no folder {name}; give one with config.json and *.safetensors, or {REFERENCE!r}"
-            )
-
-
 def _config(folder: foreign.Folder, place: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     config.name_or_path = place  # transformers knows some tokenizers by it
@@ -328,10 +307,7 @@ def _shape(size: Sequence[int]) -> str:
 def _cannot(place: str, name: str) -> str:
     if foreign.is_folder(place):
         return f"cannot open the model in {name}"
-    return (
-        f"no model {name!r}: give a folder with config.json and *.safetensors, a name on the Hugging Face hub that "
-        f"this machine can reach, or {REFERENCE!r} for the bundled model; there is no such folder, and not on the hub"
-    )
+    return names.unknown(name)
 
 
 def tokenizer_of(place: str, name: str) -> PreTrainedTokenizerBase | None:

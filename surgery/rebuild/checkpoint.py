@@ -42,7 +42,7 @@ def write(
         OSError: it cannot be written.
         ModelError: the checkpoint cannot be loaded again.
     """
-    _refuse_full(folder)
+    disk.require_empty(folder)
     try:
         with disk.workshop(folder) as whole:
             with quiet():
@@ -59,7 +59,7 @@ def write(
             for path in filter(Path.is_file, whole.rglob("*")):
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
-            _refuse_full(folder)
+            disk.require_empty(folder)
             if folder.is_dir():
                 folder.rmdir()
             os.replace(whole, folder)
@@ -144,13 +144,6 @@ Weights: sha256 `{sha256}`.
 {code}
 ```
 """ + (f"\n| layer | MLP width | heads | stream |\n|---|---|---|---|\n{table}\n" if sized else "")
-
-
-def _refuse_full(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not an empty folder: nothing was overwritten; choose another one"
-        )
 
 
 def _without_code(saved: Any, *configs: Any) -> Any:

@@ -24,9 +24,10 @@ import torch
 
 from surgery import disk
 from surgery.corpus import probes
+from surgery.corpus.asked import TEXT, require_questions
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.corpus.text_files import LINES
-from surgery.models.loading import BUNDLED, load
+from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.records import tables
 from surgery.records.manifest import manifest
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     families.PAINTERS: lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
 FEWEST = 4  # probes: two to search with, two to measure again on
-TEXT, MAX_TOKENS = ".txt", 128  # running text, and where it is cut
+MAX_TOKENS = 128  # where running text is cut
 BESIDE = (
     *("answers", "answers_low", "answers_high", "temperature", "by_temperature"),
     *("beyond", "beyond_low", "beyond_high", "p_beyond"),
@@ -312,12 +313,7 @@ def painters(
 def _asked(model: str, questions: str | None, count: int, seed: int) -> ProbeSet:
     """What the model is asked. Raises ValueError, in words, where nobody said so."""
     if questions is None:
-        if model not in BUNDLED:
-            raise ValueError(
-                f"what should {model} be asked? It has no questions of its own: name a built-in set with --probes "
-                f"({', '.join(name for name in probes.NAMES if not name.startswith('babel'))}), a .jsonl file of "
-                'questions ({"prompt": "...", "answer": "..."} on each line), or a .txt file of running text'
-            )
+        require_questions(model, None)
         return probes.named("babel", count, seed)
     kind = Path(questions).suffix.lower()
     if kind == TEXT:

@@ -200,11 +200,11 @@ def test_tape_on_the_command_line(tmp_path):
     assert "a plain checkpoint cannot express" in refused.output.replace("\n", " ")
 
 
-def test_a_model_without_questions_of_its_own_is_asked_what_it_should_be_asked(tmp_path):
-    done = CliRunner().invoke(app, ["scan", "--model", "somewhere/stories", "--out", str(tmp_path / "none")])
+def test_a_model_without_questions_of_its_own_is_asked_what_it_should_be_asked(model_folder, tmp_path):
+    done = CliRunner().invoke(app, ["scan", "--model", str(model_folder("llama")), "--out", str(tmp_path / "none")])
     assert done.exit_code == 1
     said = " ".join(done.output.split())
-    assert "what should somewhere/stories be asked? It has no questions of its own: name a built-in set with" in said
+    assert "llama be asked? It has no questions of its own: name a built-in set with" in said
     assert "(arithmetic, tracking, recall, copying, induction), a .jsonl file of questions" in said
     assert not (tmp_path / "none").exists()
 
