@@ -16,6 +16,7 @@ from surgery.chapters import MEASURED
 from surgery.console import WHOLE, Commands, Result, command, is_first, one_line_errors, say
 from surgery.console import script as script
 from surgery.graft.parts import PARTS
+from surgery.models.precisions import PRECISIONS
 from surgery.outside import shown
 from surgery.scan.metrics import METRICS
 from surgery.training.precisions import MIXED, STORED, TRAINED, WEIGHTS
@@ -236,9 +237,11 @@ def scan(
     workers: Annotated[
         int | None, typer.Option(min=1, help="How many workers; on this machine if no --cluster is given.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Probes run at once; as many as fit into the memory.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Probes run at once, at most.")] = None,
+    precision: Annotated[
+        str,
+        typer.Option(**choice(PRECISIONS), help="Of the search: bf16 is twice as fast; winners are always in float32."),
+    ] = "float32",
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
@@ -270,6 +273,7 @@ def scan(
         seed=seed,
         memory=None if memory is None else memory * 2**20,
         batch_size=batch_size,
+        precision=precision,
         device=device,
         dtype=getattr(torch, dtype),
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,

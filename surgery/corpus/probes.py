@@ -68,25 +68,38 @@ class Encoded:
     credit: Float[Tensor, "row pos"] | None = None
     name: str = ""  # of the probe set
     clusters: tuple[str, ...] = ()  # per probe, what is drawn together; empty for none
+    members: tuple[int, ...] = ()  # of a portion: the index of each of its probes in the whole set
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """The index of each probe in the whole set."""
+        return self.members or tuple(range(len(self.groups)))
 
     @classmethod
     def of(cls, probes: "ProbeSet | Encoded", stack: Stack) -> "Encoded":
         """The probes as ``stack`` reads them; what is encoded already is given back as it is."""
         return probes if isinstance(probes, Encoded) else probes.encode(stack)
 
-    def portion(self, first: int, stop: int) -> "Encoded":
-        """The probes ``first`` to ``stop - 1``, renumbered from 0, with the same padding."""
-        rows = [row for row, probe in enumerate(self.probe) if first <= probe < stop]
-        return Encoded(
-            Tokens(self.tokens.ids[rows], self.tokens.mask[rows]),
-            self.scored[rows],
-            tuple(self.probe[row] - first for row in rows),
-            tuple(self.choice[row] for row in rows),
-            self.groups[first:stop],
-            self.sha256,
-            None if self.credit is None else self.credit[rows],
-            self.name,
-            self.clusters[first:stop],
+    def portion(self, probes: Sequence[int]) -> "Encoded":
+        """Some of the probes, numbered from 0 in this order, cut to the longest of them."""
+        rows_of: dict[int, list[int]] = {probe: [] for probe in probes}
+        for row, probe in enumerate(self.probe):
+            if probe in rows_of:
+                rows_of[probe].append(row)
+        pairs = [(new, row) for new, probe in enumerate(probes) for row in rows_of[probe]]
+        rows = [row for _, row in pairs]
+        filled = self.tokens.mask[rows].any(0).nonzero()
+        columns = slice(int(filled[0]), int(filled[-1]) + 1)
+        return replace(
+            self,
+            tokens=Tokens(self.tokens.ids[rows, columns], self.tokens.mask[rows, columns]),
+            scored=self.scored[rows, columns],
+            probe=tuple(new for new, _ in pairs),
+            choice=tuple(self.choice[row] for row in rows),
+            groups=tuple(self.groups[probe] for probe in probes),
+            credit=None if self.credit is None else self.credit[rows, columns],
+            clusters=tuple(self.clusters[probe] for probe in probes) if self.clusters else (),
+            members=tuple(self.prompts[probe] for probe in probes),
         )
 
 

@@ -10,6 +10,7 @@ from . import finite as finite
 from . import foreign as foreign
 from . import freezing as freezing
 from . import gguf as gguf
+from . import half_precision as half_precision
 from . import identity as identity
 from . import layer_sizes as layer_sizes
 from . import linear as linear
@@ -17,6 +18,7 @@ from . import loading as loading
 from . import names as names
 from . import norms as norms
 from . import opening as opening
+from . import precisions as precisions
 from . import proof as proof
 from . import scopes as scopes
 from . import stack as stack

@@ -12,6 +12,7 @@ config field is touched. They take the place of the whole call, hooks included, 
 layer runs and only then.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +150,14 @@ class Engine:
             return self.module(**inputs)
 
         return within(run)
+
+    def copied(self, memo: dict[int, Any]) -> "Engine":
+        """The same engine with copies of its layers; an object whose id is in ``memo`` is replaced by what is there."""
+        own = (self.layers, self.parts, self._form)
+        layers, parts, form = copy.deepcopy(own, {**memo, id(self.module): self.module})
+        engine = Engine(self.name, self.module, layers, parts)
+        engine._form = form
+        return engine
 
     def layer(self, index: int, x: Stream, call: Call) -> LayerOutput:
         """Run one whole layer on any stream, as the model does: ``x + f(x)``, on the device of ``x``."""

@@ -6,6 +6,7 @@ from . import execution as execution
 from . import harness as harness
 from . import metrics as metrics
 from . import own_ray as own_ray
+from . import packing as packing
 from . import rows as rows
 from . import say as say
 from . import scanning as scanning

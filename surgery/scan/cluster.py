@@ -40,6 +40,7 @@ import torch
 
 from surgery.models import loading
 from surgery.models.errors import ModelError
+from surgery.models.half_precision import layers_of
 from surgery.models.stack import Stack
 from surgery.scan import execution, own_ray, schedule
 from surgery.scan.scores import Scorer
@@ -172,7 +173,7 @@ class Replica:
 
     def __init__(self) -> None:
         self.stack: Stack | None = None
-        self.sha256 = ""
+        self.sha256 = self.precision = ""
 
     def pid(self) -> int:
         return os.getpid()
@@ -182,13 +183,16 @@ class Replica:
     ) -> tuple[list[pd.DataFrame], str]:
         """Get ready for a scan. Like ``rows`` this returns rows (none here) and what went wrong, if anything did.
 
-        ``probes`` are the packed arguments of a ``Scorer`` after its stack; ``neighbours`` share the machine.
+        ``probes`` are packed: what is asked, the metrics, the precision; ``neighbours`` share the machine.
         """
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
         try:
             if self.stack is None or self.sha256 != source.sha256:
-                self.stack, self.sha256 = source.load(device), source.sha256
-            self.scorer = Scorer(self.stack, *_unpack(probes, str(self.stack.device)))
+                self.stack, self.sha256, self.precision = source.load(device), source.sha256, ""
+            encoded, metrics, precision = _unpack(probes, str(self.stack.device))
+            if self.precision != precision:
+                self.layers, self.precision = layers_of(self.stack, precision), precision
+            self.scorer = Scorer(self.stack, encoded, metrics, self.layers)
             sharing = neighbours if self.stack.device.type == "cpu" else 1
             self.memory = execution.free_memory(self.stack) // 2 // sharing if memory is None else memory
         except Exception as error:  # whatever a model, its files or its classes may raise
@@ -269,7 +273,7 @@ class Pool:
         waiting = deque([wirings[i] for i in shard] for shard in schedule.shards(wirings, SHARDS * count))
         count = min(count, len(waiting))
         source = self._source(scorer.stack)
-        probes = self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.first)))
+        probes = self.ray.put(_pack((scorer.encoded, scorer.metrics, scorer.precision)))
         # No processors are reserved: what else runs on the cluster cannot keep a worker from starting.
         replica = self.ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Replica)
         promises: dict[Any, _Worker] = {}

@@ -3,8 +3,8 @@
 Wirings become one graph in which no layer runs twice on the same stream (``surgery.scan.schedule``); streams that wait
 for the same layer ride through it as one batch; a stream is forgotten when nothing needs it. What is left is the floor:
 the layer executions that remain, times what a layer costs at that batch. Sharing beginnings alone can at most halve a
-scan of repeated spans (after the jump every path is its own); the batches are what makes small inputs fast. Probes that
-are too many for the memory are scanned in portions.
+scan of repeated spans (after the jump every path is its own); the batches are what makes small inputs fast. Probes run
+in portions of like length, small enough for the memory and for the processor's caches (``surgery.scan.packing``).
 """
 
 import itertools
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -22,14 +21,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.models.half_precision import Layers
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
-from surgery.scan import schedule
+from surgery.scan import packing, schedule
+from surgery.scan.packing import Inputs
 from surgery.scan.scores import Scorer
 from surgery.wiring.steps import Layer, Scaled, Step, executions
 from surgery.wiring.value import Wiring
 
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
+_CALL = {"cpu": 3e8, "cuda": 3e10}  # what a call of a layer costs besides arithmetic, in the operations of that time
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,9 @@ class Plan:
 
     Attributes:
         wirings: how many different ones.
-        portions: how many portions the probes are scanned in; all else but ``calls`` and ``seconds`` is of one portion.
-        parts: indices of the wirings that run together, part after part.
-        group: how many streams go through a layer at once, at most.
-        order: in which the layers are called.
+        portions: how many portions the probes are scanned in.
+        parts, group, order: of the portion with the most tokens: indices of the wirings that run together, part after
+            part; how many streams go through a layer at once, at most; the order in which the layers are called.
         executions_naive: layers run on the whole probe set if every wiring ran by itself.
         executions_shared: layers that will run.
         calls: how often a layer is called.
@@ -82,15 +83,25 @@ def plan(
     >>> plan(Stack(known_networks.random_network()), [":", ":2 1:"], tokens).executions_shared
     11.0
     """
+    to_run = distinct(stack, wirings)
     if isinstance(probes, Tokens):
         batches = [probes]
     else:
-        batches = [portion.tokens for portion in portions(stack, Encoded.of(probes, stack), memory)]
-    context = stack.context(batches[0].to(stack.device))
-    of_batch = _plan(stack, distinct(stack, wirings), context, memory)
-    seconds = of_batch.executions_shared * _seconds(stack, context, of_batch.group)
-    count = len(batches)
-    return replace(of_batch, portions=count, calls=count * of_batch.calls, seconds=count * seconds)
+        encoded = Encoded.of(probes, stack)
+        batches = [Inputs.of(part).tokens for part in portions(stack, encoded, memory, wirings=to_run)]
+    schemes = [_plan(stack, to_run, batch.ids.numel(), memory) for batch in batches]
+    sizes = [batch.ids.numel() for batch in batches]
+    largest = max(range(len(batches)), key=sizes.__getitem__)
+    context = stack.context(batches[largest].to(stack.device))
+    executed = sum(scheme.executions_shared * size for scheme, size in zip(schemes, sizes, strict=True))
+    return replace(
+        schemes[largest],
+        portions=len(batches),
+        executions_shared=executed / sum(sizes),
+        calls=sum(scheme.calls for scheme in schemes),
+        peak_bytes=max(scheme.peak_bytes for scheme in schemes),
+        seconds=executed * _seconds(stack, context, schemes[largest].group) / sizes[largest],
+    )
 
 
 def execute(
@@ -104,24 +115,29 @@ def execute(
 
     ``memory`` and cost: as of ``plan``.
     """
-    _execute(
-        stack,
-        [stack.wiring(wiring) for wiring in wirings],
-        stack.context(Tokens.of(tokens).to(stack.device)),
-        memory,
-        consume,
-    )
+    context = stack.context(Tokens.of(tokens).to(stack.device))
+    _execute(stack, stack, [stack.wiring(wiring) for wiring in wirings], context, memory, consume)
 
 
 def measure(
     scorer: Scorer, wirings: Sequence[Wiring], memory: int | None, accept: Callable[[pd.DataFrame], None]
 ) -> None:
-    """Run the wirings in this process, and hand the rows of each to ``accept`` as it ends."""
+    """Run the wirings in this process, and hand the rows of each to ``accept`` when some have ended."""
+    ended: list[tuple[Wiring, Tensor]] = []
 
-    def score(index: int, x: Tensor) -> None:
-        accept(scorer.rows(wirings[index], x))
+    def score() -> None:
+        for rows in scorer.tables(ended):
+            accept(rows)
+        ended.clear()
 
-    _execute(scorer.stack, wirings, scorer.context, memory, score)
+    def end(index: int, x: Tensor) -> None:
+        ended.append((wirings[index], scorer.final(x)))
+        if len(ended) == scorer.at_once:
+            score()
+
+    _execute(scorer.stack, scorer.layers, wirings, scorer.context, memory, end)
+    if ended:
+        score()
 
 
 def distinct(stack: Stack, wirings: Iterable["Wiring | str"]) -> list[Wiring]:
@@ -132,17 +148,31 @@ def distinct(stack: Stack, wirings: Iterable["Wiring | str"]) -> list[Wiring]:
     return list(dict.fromkeys(stack.wiring(wiring) for wiring in wirings))
 
 
-def portions(stack: Stack, encoded: Encoded, memory: int | None = None, batch_size: int | None = None) -> list[Encoded]:
-    """Even portions of the probes, for each of which a layer and a stream per layer fit into the memory (bytes).
+def portions(
+    stack: Stack,
+    encoded: Encoded,
+    memory: int | None = None,
+    batch_size: int | None = None,
+    wirings: Sequence[Wiring] = (),
+) -> list[Encoded]:
+    """Portions of the probes in which little is padded, and which the processor's caches and the memory (bytes) hold.
 
-    None has more than ``batch_size`` probes.
+    For each a layer and a stream per layer fit into the memory, and none has more than ``batch_size`` probes. The more
+    layers the ``wirings`` run (by default once through the model), the finer they are cut.
     """
     memory = free_memory(stack) // 2 if memory is None else memory
-    n_probes, size = len(encoded.groups), torch.finfo(stack.dtype).bits // 8
-    needed = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * size * encoded.tokens.ids.numel()
-    count = max(math.ceil(needed / max(memory, 1)), math.ceil(n_probes / (batch_size or n_probes)))
-    edges = np.linspace(0, n_probes, min(n_probes, count) + 1).round().astype(int)
-    return [encoded.portion(int(first), int(stop)) for first, stop in itertools.pairwise(edges)]
+    of_token = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * torch.finfo(stack.dtype).bits // 8
+    call = _CALL.get(stack.device.type, 3e9) / (2 * _inside_weights(stack))  # in tokens
+    executed = schedule.naive_executions(wirings) or stack.n_layers
+    counts, lengths = Inputs.of(encoded).sizes(encoded)
+    parts = packing.portions(
+        counts,
+        lengths,
+        most_tokens=min(_at_once(stack), memory // of_token),
+        most_probes=batch_size or len(counts),
+        fixed=call * (2 * stack.n_layers / executed + 1 / 20),
+    )
+    return [encoded.portion(part) for part in parts]
 
 
 def free_memory(stack: Stack) -> int:
@@ -155,13 +185,13 @@ def free_memory(stack: Stack) -> int:
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def _plan(stack: Stack, wirings: Sequence[Wiring], context: Context, memory: int | None) -> Plan:
-    """The plan of one batch, without timing."""
-    tokens = context.tokens.ids.numel()
-    stream = context.x0.numel() * context.x0.element_size()
+def _plan(stack: Stack, wirings: Sequence[Wiring], tokens: int, memory: int | None) -> Plan:
+    """The plan of one batch of so many tokens, padding among them, without timing."""
+    size = torch.finfo(stack.dtype).bits // 8
+    stream = stack.d_model * tokens * size
     memory = free_memory(stack) // 2 if memory is None else memory
-    working = _inside(stack) * tokens * context.x0.element_size()
-    group = max(1, min(_TOKENS_AT_ONCE.get(stack.device.type, 8192) // tokens, memory // 4 // working))
+    working = _inside(stack) * tokens * size
+    group = max(1, min(_at_once(stack) // tokens, memory // 4 // working))
     alive = max(2, (memory - group * working) // stream - group)
     orders: tuple[schedule.Order, ...] = ("up", "alternating") if group > 1 else ("deep",)
     simulations = [_simulate(wirings, alive, group, order) for order in orders]
@@ -190,13 +220,26 @@ def _simulate(
     return parts, [schedule.simulate([wirings[i] for i in part], group, order) for part in parts]
 
 
+def _at_once(stack: Stack) -> int:
+    return _TOKENS_AT_ONCE.get(stack.device.type, 8192)
+
+
 def _inside(stack: Stack) -> int:
     """Numbers that a running layer holds per token beside the streams.
 
     Its input and output, normed copies, queries, keys and values, the MLP's inside, and about as much again that the
     allocator holds between them (measured).
     """
-    return 14 * stack.d_model + 6 * int(getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model)
+    return 14 * stack.d_model + 6 * _d_mlp(stack)
+
+
+def _inside_weights(stack: Stack) -> int:
+    """About how many weights a layer multiplies a token with."""
+    return stack.d_model * (4 * stack.d_model + 3 * _d_mlp(stack))
+
+
+def _d_mlp(stack: Stack) -> int:
+    return int(getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model)
 
 
 def _seconds(stack: Stack, context: Context, group: int) -> float:
@@ -217,24 +260,26 @@ def _seconds(stack: Stack, context: Context, group: int) -> float:
 
 def _execute(
     stack: Stack,
+    layers: Layers,
     wirings: Sequence[Wiring],
     context: Context,
     memory: int | None,
     consume: Callable[[int, Tensor], None],
 ) -> None:
     """Run the wirings part after part, as planned; ``consume(index, x)`` takes each final stream."""
-    scheme = _plan(stack, wirings, context, memory)
+    scheme = _plan(stack, wirings, context.tokens.ids.numel(), memory)
     for part in scheme.parts:
 
         def finish(ends: list[int], x: Tensor, part: tuple[int, ...] = part) -> None:
             for end in ends:
                 consume(part[end], x)
 
-        _execute_part(stack, [wirings[i] for i in part], context, scheme, finish)
+        _execute_part(stack, layers, [wirings[i] for i in part], context, scheme, finish)
 
 
 def _execute_part(
     stack: Stack,
+    layers: Layers,
     wirings: Sequence[Wiring],
     context: Context,
     scheme: Plan,
@@ -248,7 +293,7 @@ def _execute_part(
         count = len(streams)
         if count not in contexts:
             contexts[count] = _copies(stack, context, count)
-        x = stack.execute(single[step], torch.cat(streams) if count > 1 else streams[0], contexts[count])
+        x = layers.execute(single[step], torch.cat(streams) if count > 1 else streams[0], contexts[count])
         if count != scheme.group and count > 1:
             del contexts[count]  # full groups recur, others hardly
         # what is kept longer than its neighbours must not hold their memory

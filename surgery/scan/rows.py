@@ -22,6 +22,7 @@ import pandas as pd
 from surgery import disk
 from surgery.corpus.probes import Encoded
 from surgery.models import identity as models
+from surgery.models.half_precision import named
 from surgery.models.stack import Stack
 from surgery.records import checked, tables
 from surgery.records.manifest import manifest, tokens_hash
@@ -40,7 +41,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> dict[str, Any]:
+def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str], precision: str = "float32") -> dict[str, Any]:
     """What must be the same for a scan to go on in a file that is there. Raises ValueError while hooks listen."""
     models.refuse_hooks(stack, "a scan that can be resumed")
     scored = [row.nonzero().flatten().tolist() for row in encoded.scored.cpu()]
@@ -50,6 +51,7 @@ def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str]) -> dict[str
         "tokens": tokens_hash(encoded.tokens),  # the tokenizer may be another
         "scored": hashlib.sha256(json.dumps([scored, encoded.probe, encoded.choice]).encode()).hexdigest(),
         "metrics": " ".join(metrics),
+        "precision": named(stack, precision),
     }
 
 
@@ -108,7 +110,7 @@ class ResumableTable:
         except ValueError:
             return False
 
-    def has(self, wiring: Wiring, prompts: range) -> bool:
+    def has(self, wiring: Wiring, prompts: Iterable[int]) -> bool:
         """Whether a wiring's rows are there for all of these probes; the rows of a probe come all at once."""
         return self.prompts.get(str(wiring), set()).issuperset(prompts)
 
@@ -226,6 +228,8 @@ class ResumableTable:
         self._keep(first.assign(wiring=":", value=first["baseline"]).drop(columns="baseline").reset_index(drop=True))
 
     def _compare(self, identity: dict[str, Any], path: Path) -> None:
+        if "precision" not in identity and self.identity["precision"] != "bf16":  # there was no other
+            identity = identity | {"precision": self.identity["precision"]}
         if others := models.differences(identity, self.identity):
             raise ValueError(
                 f"{path} holds another scan, with {', '.join(others[:3])}{' and more' * (len(others) > 3)}; choose "

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.models.half_precision import layers_of
 from surgery.models.stack import Stack
 from surgery.progress import task
 from surgery.scan import execution, rows
@@ -38,6 +39,7 @@ def run(
     out: "str | Path | None" = None,
     *,
     metrics: Sequence[str] = ("loglik", "exact"),
+    precision: str = "float32",
     memory: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -55,15 +57,18 @@ def run(
         probes: what is asked; whoever scans the same probes several times encodes them once and hands that over.
         out: a CSV file to fill, with a manifest beside it; without it nothing is kept if the scan is interrupted.
         metrics: which of ``surgery.scan.METRICS``.
+        precision: ``bf16`` runs the layers, of wirings and of the unmodified model alike, with their matrices in
+            bfloat16 (``surgery.models.half_precision``): about twice as fast, good enough to rank wirings, not to
+            measure a small gain. ``float32`` is the model as it was loaded.
         memory: bytes to stay within, half of what is free by default; on a cluster that of each worker.
-        batch_size: probes run at once, at most; as many as fit into the memory by default.
+        batch_size: probes run at once, at most.
         progress: draw a progress bar on standard error.
         cluster: run the same scan on a Ray cluster: a number of workers on this machine, ``"local"``, ``"auto"``, an
             address, or more exactly a ``surgery.scan.cluster.Cluster``.
 
     Raises:
         ValueError: an unknown metric, ``choice`` on probes without choices, or ``out`` holds a scan of another model,
-            probe set or choice of metrics.
+            probe set, choice of metrics or precision; ``bf16`` of a model with hooks, or loaded in another type.
 
     >>> from surgery import models
     >>> from surgery.corpus.probes import Probe
@@ -74,18 +79,18 @@ def run(
     encoded = Encoded.of(probes, stack)
     check_metrics(metrics, encoded)
     to_scan, unmodified = execution.distinct(stack, wirings), Wiring.of(stack.n_layers)
-    portions = execution.portions(stack, encoded, memory, batch_size)
+    layers = layers_of(stack, precision)
+    portions = execution.portions(stack, encoded, memory, batch_size, to_scan)
     with (
-        rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics)) as table,
+        rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics, precision)) as table,
         task("wirings", len(portions) * len(to_scan), progress) as advance,
         ExitStack() as workers,
     ):
-        pool, first = None, 0
+        pool = None
         for portion in portions:
-            scorer = Scorer(stack, portion, metrics, first)
-            first = scorer.prompts.stop
+            scorer = Scorer(stack, portion, metrics, layers)
             if not table.has(unmodified, scorer.prompts):
-                x = stack.execute(unmodified, scorer.context.x0, scorer.context)
+                x = layers.execute(unmodified, scorer.context.x0, scorer.context)
                 table.append(scorer.rows(unmodified, x))
             missing = [wiring for wiring in to_scan if not table.has(wiring, scorer.prompts)]
             advance(len(to_scan) - len(missing), free=True)

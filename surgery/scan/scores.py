@@ -15,8 +15,9 @@ Where the logits of a probe are not finite numbers (a stream that overflowed, a 
 NaN, also those that only count first choices: the first choice among NaN is whatever comes first.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from surgery.corpus.probes import Encoded
 from surgery.instruments import readout
+from surgery.models.half_precision import Layers
 from surgery.models.stack import Stack
 from surgery.scan.metrics import METRICS
+from surgery.scan.packing import Inputs
 from surgery.wiring.value import Wiring
 
 
@@ -52,78 +55,140 @@ def predicting(scored: Bool[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
 
 
 class Scorer:
-    """Scores the final streams of a portion of the probes, which starts with probe ``first`` of its set.
+    """Scores the final streams of a portion of the probes.
+
+    Args:
+        layers: what runs the unmodified model for ``kl``: the stack, or its layers in half precision.
+
+    Attributes:
+        context: the sequences that run for the probes (``surgery.scan.packing``).
+        at_once: how many wirings to read out together, so that the head is used well.
 
     Cost of making one: the embedding of the portion; with ``kl`` 1 F without the head.
     """
 
-    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str], first: int = 0) -> None:
-        self.stack, self.encoded, self.metrics, self.first = stack, encoded, tuple(metrics), first
-        self.context = stack.context(encoded.tokens.to(stack.device))
-        scored = encoded.scored.to(stack.device)
-        self._predicting = predicting(scored)
-        self._targets = encoded.tokens.ids.to(stack.device)[scored]
-        self._row = scored.nonzero()[:, 0].cpu()
-        share = scored.float() / scored.sum(1, keepdim=True) if encoded.credit is None else encoded.credit
-        self._credit = share.to(stack.device)[scored].double().cpu()
-        self._unmodified = stack.stream(self.context)[-1][self._predicting] if "kl" in self.metrics else None
+    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str], layers: Layers | None = None) -> None:
+        self.stack, self.encoded, self.metrics = stack, encoded, tuple(metrics)
+        self.layers: Layers = stack if layers is None else layers
+        inputs = Inputs.of(encoded)
+        self.context = stack.context(inputs.tokens.to(stack.device))
+        self._places = inputs.places.to(stack.device)
+        self.at_once = max(1, readout.at_once(stack) // max(1, len(inputs.places)))
+        scored = encoded.scored.cpu()
+        share = scored.float() / scored.sum(1, keepdim=True) if encoded.credit is None else encoded.credit.cpu()
+        order = inputs.place.argsort(stable=True)  # of the scored tokens: a chunk of places has a run of them
+        self._place = inputs.place[order]
+        self._targets = encoded.tokens.ids.cpu()[scored][order].to(stack.device)
+        self._row = scored.nonzero()[:, 0][order]
+        self._credit = share[scored].double()[order]
+        self._unmodified: Tensor | None = None
+        if "kl" in self.metrics:
+            self._unmodified = self.final(self.layers.execute(":", self.context.x0, self.context))
 
     @property
-    def prompts(self) -> range:
+    def prompts(self) -> tuple[int, ...]:
         """Indices of the portion's probes in their set."""
-        return range(self.first, self.first + len(self.encoded.groups))
+        return self.encoded.prompts
+
+    @property
+    def precision(self) -> str:
+        """Of ``surgery.models.half_precision.PRECISIONS``, that of the layers."""
+        return "float32" if self.layers is self.stack else "bf16"
+
+    def final(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "place d_model"]:
+        """What of a stream is read out: where it predicts an answer, every place once."""
+        return x[self._places[:, 0], self._places[:, 1]]
 
     def rows(self, wiring: Wiring | str, x: Float[Tensor, "batch pos d_model"]) -> pd.DataFrame:
         """The scores of the stream ``x`` that ``wiring`` leaves: wiring, prompt, group, metric, value.
 
         Cost: the readout of the scored tokens; with ``kl`` twice that.
         """
-        values = self._values(x)
-        columns = {
-            "wiring": str(wiring),
+        return self.tables([(wiring, self.final(x))])[0]
+
+    def tables(self, finals: "Sequence[tuple[Wiring | str, Float[Tensor, 'place d_model']]]") -> list[pd.DataFrame]:
+        """The scores of several wirings, read out together, as of ``rows``."""
+        values = self._values(torch.stack([final for _, final in finals]))
+        fixed = {
             "prompt": np.tile(np.array(self.prompts), len(self.metrics)),
             "group": list(self.encoded.groups) * len(self.metrics),
             "metric": np.repeat(self.metrics, len(self.prompts)),
-            "value": np.concatenate([values[metric] for metric in self.metrics]),
         }
-        return pd.DataFrame(columns)
+        return [
+            pd.DataFrame(
+                {"wiring": str(wiring)}
+                | fixed
+                | {"value": np.concatenate([values[metric][place] for metric in self.metrics])}
+            )
+            for place, (wiring, _) in enumerate(finals)
+        ]
 
-    def _values(self, x: Tensor) -> dict[str, Float[np.ndarray, " probe"]]:
-        """Every metric, a value per probe: that of its right answer."""
-        loglik = torch.zeros(len(self.encoded.probe), dtype=torch.float64)
-        wrong, credit, divergence = (torch.zeros_like(loglik) for _ in range(3))
-        final = x[self._predicting]
-        for chunk in readout.portions(self.stack, final):
-            log_p = readout.log_probabilities(self.stack, final[chunk])
-            places, targets = chunk.cpu(), self._targets[chunk]
-            row = self._row[places]
-            loglik.index_add_(0, row, log_p.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu())
-            undefined = log_p.isnan().any(1)
-            missed = (log_p.argmax(1) != targets).double().masked_fill(undefined, math.nan).cpu()
-            wrong.index_add_(0, row, missed)
-            credit.index_add_(0, row, (1 - missed) * self._credit[places])
-            if self._unmodified is not None:
-                unmodified = readout.log_probabilities(self.stack, self._unmodified[chunk])
-                p = unmodified.exp()  # what has probability 0 adds nothing, however unlikely it is otherwise
-                terms = (p * (unmodified - log_p)).masked_fill(p == 0, 0)
-                divergence.index_add_(0, row, terms.sum(1).double().masked_fill(undefined, math.nan).cpu())
-        count = torch.bincount(self._row, minlength=len(loglik))
+    def _values(self, finals: Float[Tensor, "wiring place d_model"]) -> dict[str, Float[np.ndarray, "wiring probe"]]:
+        """Every metric, a value per wiring and probe: that of its right answer."""
+        parts = [self._read(finals, chunk, tokens) for chunk, tokens in self._chunks(len(finals))]
+        log_p, missed, divergence = (torch.cat(part, 1).double().cpu() for part in zip(*parts, strict=True))
+        n_rows = len(self.encoded.probe)
+
+        def per_row(values: Tensor) -> Tensor:
+            return torch.zeros(len(finals), n_rows, dtype=torch.float64).index_add_(1, self._row, values)
+
+        loglik, wrong = per_row(log_p), per_row(missed)
+        count = torch.bincount(self._row, minlength=n_rows)
         right = np.array(self.encoded.choice) == 0
-        values = {
-            "loglik": loglik.numpy()[right],
-            "exact": (wrong == 0).double().masked_fill(wrong.isnan(), math.nan).numpy()[right],
-            "credit": credit.numpy()[right],
-            "loss": (-loglik / count).numpy()[right],
-            "kl": (divergence / count).numpy()[right],
+        by_row = {
+            "loglik": loglik,
+            "exact": (wrong == 0).double().masked_fill(wrong.isnan(), math.nan),
+            "credit": per_row((1 - missed) * self._credit),
+            "loss": -loglik / count,
+            "kl": per_row(divergence) / count,
         }
+        values = {metric: of_rows.numpy()[:, right] for metric, of_rows in by_row.items()}
         if "choice" in self.metrics:
             values["choice"] = self._right_choices(loglik.numpy())
         return values
 
-    def _right_choices(self, loglik: np.ndarray) -> np.ndarray:
+    def _chunks(self, n_wirings: int) -> Iterator[tuple[slice, slice]]:
+        """Chunks of the places, and the run of scored tokens that each predicts."""
+        size = max(1, readout.at_once(self.stack) // n_wirings)
+        starts = range(0, len(self._places), size)
+        edges = torch.searchsorted(self._place, torch.tensor([*starts, len(self._places)])).tolist()
+        for start, (first, stop) in zip(starts, itertools.pairwise(edges), strict=True):
+            yield slice(start, start + size), slice(first, stop)
+
+    def _read(
+        self, finals: Float[Tensor, "wiring place d_model"], chunk: slice, tokens: slice
+    ) -> tuple[Float[Tensor, "wiring token"], Float[Tensor, "wiring token"], Float[Tensor, "wiring token"]]:
+        """For the tokens that a chunk of places predicts: log-probability, 1 if not the first choice, divergence."""
+        n_wirings, place = len(finals), (self._place[tokens] - chunk.start).to(self._targets.device)
+        logits = readout.logits(self.stack, finals[:, chunk].flatten(0, 1))
+        largest, total = readout.normaliser(logits)
+        at = torch.arange(n_wirings, device=place.device)[:, None] * (len(logits) // n_wirings) + place
+        target = logits[at, self._targets[tokens]]
+        undefined = total.isnan()[at]
+        log_p = (target - largest[at] - total.log()[at]).masked_fill(undefined, math.nan)
+        missed = divergence = torch.zeros_like(log_p)
+        if not {"exact", "credit"}.isdisjoint(self.metrics):
+            first = target == largest[at]
+            tied = first & (total[at] >= 2)  # perhaps: the largest has at most half of the probability
+            first[tied] = logits[at[tied]].argmax(1) == self._targets[tokens].expand_as(at)[tied]
+            missed = (~first).to(log_p).masked_fill(undefined, math.nan)
+        if self._unmodified is not None:
+            unmodified = readout.log_probabilities(self.stack, self._unmodified[chunk])
+            p = unmodified.exp()  # what has probability 0 adds nothing, however unlikely it is otherwise
+            by_place = torch.stack(
+                [
+                    (p * (unmodified - of_wiring.log_softmax(-1))).masked_fill(p == 0, 0).sum(1)
+                    for of_wiring in logits.chunk(n_wirings)
+                ]
+            )
+            divergence = by_place[:, place].masked_fill(undefined, math.nan)
+        return log_p, missed, divergence
+
+    def _right_choices(self, loglik: Float[np.ndarray, "wiring row"]) -> Float[np.ndarray, "wiring probe"]:
         """1 for every probe whose right choice is the likeliest, else 0; a tie is wrong, NaN among them is NaN."""
-        rows = pd.DataFrame({"probe": self.encoded.probe, "choice": self.encoded.choice, "loglik": loglik})
-        rows = rows.sort_values(["probe", "loglik", "choice"], ascending=[True, False, False])
-        by_probe = rows.groupby("probe")
-        right = (by_probe["choice"].first() == 0).astype(float)
-        return right.where(by_probe["loglik"].count() == by_probe["loglik"].size()).to_numpy()
+        probe, wrong = np.array(self.encoded.probe), np.array(self.encoded.choice) > 0
+        others = np.full((len(self.encoded.groups), len(loglik)), -np.inf)
+        np.maximum.at(others, probe[wrong], loglik.T[wrong])
+        own = loglik[:, ~wrong]
+        alone = ~np.isin(probe[~wrong], probe[wrong])
+        return np.where(np.isnan(own) | np.isnan(others.T), np.nan, (own > others.T) | alone)

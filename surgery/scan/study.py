@@ -27,6 +27,7 @@ from surgery.corpus import probes
 from surgery.corpus.asked import TEXT, require_questions
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.corpus.text_files import LINES
+from surgery.models.half_precision import named
 from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.records import tables
@@ -130,6 +131,7 @@ def run(
     count: int = 256,
     top: int = 10,
     seed: int = 0,
+    precision: str = "float32",
     memory: int | None = None,
     batch_size: int | None = None,
     device: "str | torch.device | None" = None,
@@ -150,6 +152,7 @@ def run(
         count: probes of a built-in set, both halves together.
         top: how many winners to measure again.
         seed: of the built-in set, the halves and all resamples.
+        precision: of the search, as for ``scan.run``; the winners are always measured again in float32.
         memory, batch_size, cluster, progress: as for ``scan.run``.
         device, dtype: as for ``surgery.load``.
         say: is called with a sentence when a step begins.
@@ -175,6 +178,7 @@ def run(
                 metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
                 top=top,
                 seed=seed,
+                precision=precision,
                 memory=memory,
                 batch_size=batch_size,
                 cluster=pool,
@@ -202,6 +206,7 @@ def measure(
     longest: int | None = None,
     top: int = 10,
     seed: int = 0,
+    precision: str = "float32",
     memory: int | None = None,
     batch_size: int | None = None,
     cluster: "Cluster | Pool | str | int | None" = None,
@@ -222,17 +227,27 @@ def measure(
         search, validation = (half.encode(stack) for half in probe_set.split(seed))
         wirings = _wirings(stack, family, longest)
 
-        def scan(candidates: Sequence[Wiring], half: Encoded, name: str, *metrics: str) -> pd.DataFrame:
-            path, limits = folder / name, {"memory": memory, "batch_size": batch_size}
+        def scan(
+            candidates: Sequence[Wiring], half: Encoded, name: str, *metrics: str, precision: str = "float32"
+        ) -> pd.DataFrame:
             rows = scanning.run(
-                stack, candidates, half, path, metrics=metrics, progress=progress, cluster=cluster, **limits
+                stack,
+                candidates,
+                half,
+                folder / name,
+                metrics=metrics,
+                precision=precision,
+                memory=memory,
+                batch_size=batch_size,
+                progress=progress,
+                cluster=cluster,
             )
             return worth.clustered(rows, half)
 
         baseline = worth.baseline(stack, probe_set, metric, seed)
         say(sentences.baseline(baseline))
         say(str(execution.plan(stack, wirings, search, memory)))
-        searched = scan(wirings, search, SEARCH, metric)
+        searched = scan(wirings, search, SEARCH, metric, precision=precision)
         table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
         best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
         say(f"the {len(best)} best again, on probes that took no part in the choice")
@@ -268,7 +283,8 @@ def measure(
             "baseline": asdict(baseline),
         }
         of_search, of_validation = (
-            manifest(stack, half.tokens, seed=seed, **settings) for half in (search, validation)
+            manifest(stack, half.tokens, seed=seed, precision=named(stack, numbers), **settings)
+            for half, numbers in ((search, precision), (validation, "float32"))
         )
         tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
         tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)

@@ -212,7 +212,7 @@ def softened(
 def _by_temperature(
     stack: Stack, encoded: Encoded, metric: str, memory: int | None
 ) -> Float[np.ndarray, "temperature probe"]:
-    parts = []
+    values = np.empty((len(TEMPERATURES), len(encoded.groups)))
     for portion in execution.portions(stack, encoded, memory):
         rows = [row for row, choice in enumerate(portion.choice) if choice == 0]
         context = stack.context(portion.tokens.to(stack.device))
@@ -225,8 +225,9 @@ def _by_temperature(
             for place, temperature in enumerate(TEMPERATURES):
                 log_p = (logits / temperature).log_softmax(-1).gather(1, targets[chunk].unsqueeze(1)).squeeze(1)
                 total[place].index_add_(0, row[chunk.cpu()], log_p.double().cpu())
-        parts.append((-total / torch.bincount(row, minlength=len(rows)) if metric == "loss" else total).numpy())
-    return np.concatenate(parts, axis=1)
+        of_portion = -total / torch.bincount(row, minlength=len(rows)) if metric == "loss" else total
+        values[:, portion.prompts] = of_portion.numpy()
+    return values
 
 
 def beyond_temperature(
@@ -308,14 +309,13 @@ def by_streams(
 ) -> pd.DataFrame:
     """The controls that no wiring expresses, ``norm-only`` and ``linearised``, as rows of a scan without a baseline."""
     kinds = {"norm-only": controls.norm_only, "linearised": controls.linearised}
-    parts, first = [], 0
+    parts = []
     for portion in execution.portions(stack, encoded, memory):
-        scorer = Scorer(stack, portion, metrics, first)
-        first = scorer.prompts.stop
+        scorer = Scorer(stack, portion, metrics)
         for name, control in kinds.items():
             try:
                 x = control(stack, start, stop, scorer.context)
             except controls.NoDerivativeError:
                 continue
             parts.append(scorer.rows(name, x))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts).sort_values("prompt", kind="stable", ignore_index=True)

@@ -12,6 +12,7 @@ from surgery.instruments.readout import frozen_head, log_probabilities, logits, 
 @pytest.mark.parametrize(("at_once", "sizes"), [(2.5, [2, 2, 1]), (5, [5]), (0.5, [1] * 5)])
 def test_portions_take_every_row_once_and_never_more_than_fit(monkeypatch, at_once, sizes):
     monkeypatch.setattr(readout, "LOGITS_AT_ONCE", int(at_once * known_networks.D_VOCAB))
+    monkeypatch.setattr(readout, "LEAST_AT_ONCE", 1)
     stack, x = Stack(known_networks.random_network(n_layers=1)), torch.zeros(5, 64)
     found = list(portions(stack, x))
     assert [len(rows) for rows in found] == sizes
@@ -71,3 +72,25 @@ def test_what_is_no_norm_cannot_be_frozen(monkeypatch):
     monkeypatch.setitem(vars(module), "forward", torch.tanh)
     with refused, frozen_head(stack, torch.ones(2, stack.d_model)):
         pass
+
+
+def test_few_vectors_of_a_large_vocabulary_are_read_out_together(monkeypatch):
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", known_networks.D_VOCAB)
+    monkeypatch.setattr(readout, "LEAST_AT_ONCE", 3)
+    stack, x = Stack(known_networks.random_network(n_layers=1)), torch.zeros(5, 64)
+    assert [len(rows) for rows in portions(stack, x)] == [3, 2]
+
+
+@pytest.mark.parametrize("rows_in_cache", [1, 3, 100])
+def test_the_normaliser_is_that_of_log_softmax(monkeypatch, rows_in_cache):
+    monkeypatch.setattr(readout, "_IN_CACHE", rows_in_cache * 50)
+    logits = 30 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[1, 3] = -torch.inf
+    largest, total = readout.normaliser(logits)
+    assert torch.allclose(logits - largest[:, None] - total.log()[:, None], logits.log_softmax(-1), atol=1e-12)
+    assert torch.equal(largest, logits.amax(-1))
+    for broken in (torch.nan, torch.inf):
+        logits[2, 5] = broken
+        assert readout.normaliser(logits)[1].isnan().tolist() == [False, False, True, *[False] * 4]
+    logits[4] = -torch.inf
+    assert readout.normaliser(logits)[1].isnan()[4]

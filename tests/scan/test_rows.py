@@ -152,3 +152,17 @@ def test_killed_at_random_moments_and_continued(model_folder, stack_of, tmp_path
     assert Script(code).wait() == 0
     stack = stack_of("llama")
     assert same(tables.read(out), scan.run(stack, list(wiring.every_repeat(4)), PROBES))
+
+
+def test_a_part_of_before_precisions_were_told_goes_on_in_float32_only(stack_of, unfinished, tmp_path):
+    """Its first line says nothing of a precision."""
+    part, stack = tmp_path / "scan.csv.part", stack_of("llama")
+    with rows.ResumableTable(
+        tmp_path / "scan.csv", rows.identity(stack, PROBES.encode(stack), ("loglik", "exact"))
+    ) as t:
+        del t.identity["precision"]
+        t._begin()
+    assert b"precision" not in part.read_bytes()
+    with pytest.raises(ValueError, match="holds another scan, with precision"):
+        scan.run(stack, list(wiring.every_repeat(4)), PROBES, tmp_path / "scan.csv", precision="bf16")
+    assert same(scan.run(stack, list(wiring.every_repeat(4)), PROBES, tmp_path / "scan.csv"), unfinished[1])

@@ -1,5 +1,7 @@
 """A scan of probes in portions is the scan of all of them at once."""
 
+import pytest
+
 from support.scans import PROBES, same
 from surgery import scan, wiring
 from surgery.scan import rows
@@ -23,3 +25,16 @@ def test_encoded_probes_are_scanned_as_their_set_is(stack_of, tmp_path):
     expected = scan.run(stack, wirings, PROBES, out)
     assert scan.run(stack, wirings, PROBES.encode(stack)).equals(expected)
     assert scan.run(stack, wirings, PROBES.encode(stack), out).equals(expected)  # goes on in the same file
+
+
+def test_a_scan_in_bf16_is_paired_and_not_mixed_with_one_in_float32(stack_of, tmp_path):
+    stack, out, wirings = stack_of("llama"), tmp_path / "scan.csv", [":", ":2 1:"]
+    exact = scan.run(stack, wirings, PROBES, metrics=("loglik", "kl"))
+    half = scan.run(stack, wirings, PROBES, out, metrics=("loglik", "kl"), precision="bf16")
+    assert 1e-5 < (half["value"] - exact["value"]).abs().max() < 0.2
+    unmodified = half[half["wiring"] == ":"]
+    assert (unmodified["value"] == unmodified["baseline"]).all()
+    assert (unmodified.loc[unmodified["metric"] == "kl", "value"] == 0).all()
+    assert scan.run(stack, wirings, PROBES, out, metrics=("loglik", "kl"), precision="bf16").equals(half)
+    with pytest.raises(ValueError, match="holds another scan, with precision"):
+        scan.run(stack, wirings, PROBES, out, metrics=("loglik", "kl"))

@@ -47,7 +47,9 @@ def test_metrics_by_hand(stack_of):
 
 def test_every_metric_of_a_stream_that_is_not_finite_is_nan(stack_of):
     stack = stack_of("llama")
-    chosen = ProbeSet("choose", tuple(Probe(f"w{i} w5", f"w{i}", choices=(f"w{i}", "w7", "w20")) for i in range(4)))
+    chosen = ProbeSet(  # whose choices are sequences of their own
+        "choose", tuple(Probe(f"w{i} w5", f"w{i} w1", choices=(f"w{i} w1", "w7 w1", "w20 w1")) for i in range(4))
+    )
     encoded = chosen.encode(stack)
     scorer = scan.Scorer(stack, encoded, scan.METRICS)
     x = stack.execute(":2 1:", scorer.context.x0, scorer.context)
@@ -56,7 +58,7 @@ def test_every_metric_of_a_stream_that_is_not_finite_is_nan(stack_of):
         for choice in range(3):  # of the second probe
             row = next(i for i, at in enumerate(zip(encoded.probe, encoded.choice)) if at == (1, choice))
             overflowing = x.clone()
-            overflowing[row, -2:, 3] = broken
+            overflowing[row, -1, 3] = broken
             values = scorer.rows(":2 1:", overflowing).set_index(["metric", "prompt"])["value"]
             undefined = {(metric, 1) for metric in scan.METRICS} if choice == 0 else {("choice", 1)}
             assert set(values.index[values.isna()]) == undefined
@@ -66,14 +68,14 @@ def test_every_metric_of_a_stream_that_is_not_finite_is_nan(stack_of):
 def test_tokens_of_probability_zero_add_nothing_to_the_divergence(stack_of, monkeypatch):
     stack = stack_of("llama")
     expected = scan.run(stack, [":2 1:"], PROBES, metrics=("kl",))["value"]
-    readout = scores.readout.log_probabilities
+    logits_of = scores.readout.logits
 
     def masked(*arguments):
-        log_p = readout(*arguments)
-        log_p[:, -1] = -torch.inf
-        return log_p
+        logits = logits_of(*arguments)
+        logits[:, -1] = -torch.inf
+        return logits
 
-    monkeypatch.setattr(scores.readout, "log_probabilities", masked)
+    monkeypatch.setattr(scores.readout, "logits", masked)
     assert np.allclose(scan.run(stack, [":2 1:"], PROBES, metrics=("kl",))["value"], expected, atol=0.1)
 
 
