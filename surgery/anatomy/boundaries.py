@@ -46,7 +46,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -284,9 +284,7 @@ def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling
     }
     for family in ("growth", "kappa", "influence"):
         columns[family][0][0] = columns[family][0][1]
-    similar = _cka(
-        [torch.cat(parts)[::every] for parts in leaving], draws[:, ensemble.mask.cpu().nonzero()[::every, 0]]
-    )
+    similar = _cka([torch.cat(parts)[::every] for parts in leaving], draws, ensemble.mask.cpu().nonzero()[::every, 0])
     columns["cka"] = [list(similar[:, :, other].T) for other in range(stack.n_layers)]
     families = tuple(family for family, members in columns.items() for _ in members)
     values = torch.stack([torch.stack(feature, 1) for members in columns.values() for feature in members], 2)
@@ -426,21 +424,34 @@ def _segments(
 
 
 def _cka(
-    streams: Sequence[Float[Tensor, "token d_model"]], drawn: Float[Tensor, "resample token"]
+    streams: Sequence[Float[Tensor, "token d_model"]], drawn: Float[Tensor, "resample prompt"], prompt: Tensor
 ) -> Float[Tensor, "resample layer layer"]:
-    """Return the linear CKA of every pair of layers, from pairs of different tokens, under every resample."""
-    products = torch.stack([x @ x.T for x in streams])
-    similarities = []
-    for times in drawn:
-        share = times / times.sum()
-        towards = products @ share
-        centred = products - towards[:, :, None] - towards[:, None, :] + (towards @ share)[:, None, None]
-        pairs = (share[:, None] * share[None, :]).fill_diagonal_(0)
-        flat = rearrange(centred * pairs.sqrt(), "layer token other -> layer (token other)")
-        common = flat @ flat.T
-        sizes = common.diagonal().sqrt()
-        similarities.append(common / (sizes[:, None] * sizes[None, :]))
-    return torch.stack(similarities)
+    """Return the linear CKA of every pair of layers, from pairs of different tokens, under every resample.
+
+    ``drawn`` weighs the prompts, ``prompt`` is that of every token. With ``c(K) = (I - 1 w') K (I - w 1')`` the
+    inner product ``sum_{i /= j} w_i w_j c(K)_ij c(M)_ij`` is taken apart, so that nothing of tokens by tokens is
+    computed again in a resample:
+
+        w'(K * M)w - 2 w'(Kw * Mw) + (w'Kw)(w'Mw) - sum_i w_i^2 c(K)_ii c(M)_ii
+    """
+    # about the mean of all, or numbers much larger than the spread would cancel
+    products = torch.stack([(x - x.mean(0)) @ (x - x.mean(0)).T for x in streams])
+    of_token = drawn[:, prompt]
+    share = of_token / of_token.sum(1, keepdim=True)
+    of_prompt = drawn / of_token.sum(1, keepdim=True)
+    member = torch.eye(drawn.shape[1], dtype=drawn.dtype)[prompt]
+    towards = einsum(products, share, "layer token other, resample other -> resample layer token")
+    whole = einsum(towards, share, "resample layer token, resample token -> resample layer")
+    own = products.diagonal(dim1=1, dim2=2) - 2 * towards + whole.unsqueeze(-1)
+    common = whole.unsqueeze(2) * whole.unsqueeze(1) - own * share.square().unsqueeze(1) @ own.mT
+    common -= 2 * (towards * share.unsqueeze(1)) @ towards.mT
+    for layer, product in enumerate(products):
+        pairs = member.T @ (product * products[layer:]) @ member  # summed over the tokens of prompts
+        both = einsum(of_prompt, pairs, of_prompt, "resample p, other p q, resample q -> resample other")
+        common[:, layer, layer:] += both
+        common[:, layer + 1 :, layer] += both[:, 1:]
+    sizes = common.diagonal(dim1=1, dim2=2).sqrt()
+    return common / (sizes.unsqueeze(2) * sizes.unsqueeze(1))
 
 
 def _split(n_prompts: int, splits: int, seed: int) -> Float[Tensor, "half prompt"]:

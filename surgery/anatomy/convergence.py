@@ -178,16 +178,23 @@ def _mean_cosines(
     weight: Float[Tensor, "resample utterance"],
     kinds: dict[str, Tensor],
 ) -> dict[str, Float[Tensor, " resample"]]:
-    """Return the mean cosine of the pairs of each kind under every resample, the mean of the resample subtracted."""
-    means: dict[str, list[Tensor]] = {name: [] for name in kinds}
-    for times in weight:
-        share = times / times.sum()
-        towards = products @ share
-        centred = products - towards[:, None] - towards[None, :] + share @ towards
-        sizes = centred.diagonal().clamp(min=0).sqrt()
-        cosine = (centred / (sizes[:, None] * sizes[None, :])).nan_to_num(posinf=0, neginf=0)
-        for name, pairs in kinds.items():
-            # a pair of one content counts as often as that was drawn, one of two as often as both were
-            often = pairs * (times[:, None] if name == "same_content" else times[:, None] * times[None, :])
-            means[name].append((often * cosine).sum() / often.sum())
-    return {name: torch.stack(values) for name, values in means.items()}
+    """Return the mean cosine of the pairs of each kind under every resample, the mean of the resample subtracted.
+
+    With ``t`` how often each was drawn and ``s`` the sizes of the vectors, a mean is a sum of ``(t / s)_i c_ij
+    (t / s)_j`` over pairs, where ``c_ij = K_ij - a_i - a_j + a``: products of matrices, for all resamples at once.
+    """
+    products = products - products.mean(0) - products.mean(1, keepdim=True) + products.mean()  # or large means cancel
+    share = weight / weight.sum(1, keepdim=True)
+    towards = share @ products
+    whole = (towards * share).sum(1, keepdim=True)
+    sizes = (products.diagonal() - 2 * towards + whole).clamp(min=0).sqrt()
+    scale = torch.where(sizes > 0, 1 / sizes, 0)
+    means: dict[str, Float[Tensor, " resample"]] = {}
+    for name, kind in kinds.items():
+        pairs = kind.to(weight)
+        # a pair of one content counts as often as that was drawn, one of two as often as both were
+        other = torch.ones_like(weight) if name == "same_content" else weight
+        left, right = weight * scale, other * scale
+        cosines = (left @ (pairs * products) - (left * towards) @ pairs - (left @ pairs) * (towards - whole)) * right
+        means[name] = cosines.sum(1) / (weight @ pairs * other).sum(1)
+    return means

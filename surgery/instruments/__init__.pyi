@@ -1,4 +1,5 @@
 from . import ablation as ablation
+from . import branches as branches
 from . import components as components
 from . import coordinates as coordinates
 from . import covariance as covariance
@@ -9,6 +10,7 @@ from . import interactions as interactions
 from . import known_networks as known_networks
 from . import lens as lens
 from . import massive as massive
+from . import memory as memory
 from . import readout as readout
 from . import regression as regression
 from . import similarity as similarity

@@ -91,7 +91,7 @@ def coordinate_map(name: str, stack: Stack, ensemble: Ensemble, components: int 
     """Return the map ``name``, one of ``COORDINATES``, of a model on an ensemble.
 
     ``components`` is how many principal components to keep; fewer if the stream has fewer. Cost: ``principal`` 1 F;
-    ``logits`` d_model readouts, a d_model x d_vocab matrix, and 1 F for every walk in which it is used.
+    ``logits`` d_model readouts, a d_model x d_vocab matrix, and 1 F, in the first walk in which it is used.
 
     Raises ValueError for another name, for ``principal`` of a stream that does not vary, for ``logits`` of a head that
     caps them, and for a final norm whose denominator cannot be found (``normalised`` and ``logits``).
@@ -142,18 +142,22 @@ def _principal(stack: Stack, ensemble: Ensemble, count: int) -> Float[Tensor, "d
 
 
 class _CleanScale:
-    """Denominators of the final norm in the clean run, kept for the latest batch; 1 without a norm."""
+    """Denominators of the final norm in the clean run, a number a token, kept for every batch; 1 without a norm."""
 
     def __init__(self, stack: Stack, norm: FrozenNorm | None) -> None:
         self._stack, self._norm = stack, norm
         self._context: Context | None = None
+        self._kept: dict[tuple[bytes, bytes], Tensor] = {}
 
     def __call__(self, context: Context) -> Float[Tensor, "prompt pos 1"] | float:
         if self._norm is None:
             return 1.0
-        if self._context is not context:
-            final = self._stack.execute(":", context.x0, context)
-            self._context, self._scale = context, self._norm.scale(final.double())
+        if self._context is not context:  # every walk embeds the same prompts anew
+            self._context, tokens = context, context.tokens
+            prompts = (tokens.ids.cpu().numpy().tobytes(), tokens.mask.cpu().numpy().tobytes())
+            if prompts not in self._kept:
+                self._kept[prompts] = self._norm.scale(self._stack.execute(":", context.x0, context).double())
+            self._scale = self._kept[prompts]
         return self._scale
 
 

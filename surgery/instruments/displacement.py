@@ -22,7 +22,8 @@ a second time with the norms' denominators kept at the clean run's; what that ch
 Compare with ``surgery.instruments.known_networks``: where every layer writes into a fresh subspace, difference and
 principal read 0, and random reads 0 within its interval. A force shows at several lengths of ``d``.
 
-Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model matrix a layer. The measure is ours.
+Cost: ``3 + 2 (1 + 3 draws / pos)`` F for prompts of ``pos`` tokens (``surgery.instruments.branches``), ``3 + 6 draws``
+where moves must run alone. Memory: one batch's stream, and a d_model x d_model matrix a layer. The measure is ours.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -36,7 +37,6 @@ Cost: ``3 + 6 draws`` F. Memory: one batch's stream, and a d_model x d_model mat
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +45,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from surgery.instruments.branches import State, answers
 from surgery.instruments.covariance import covariances
 from surgery.instruments.ensemble import Ensemble, Visit, partners
 from surgery.models.stack import Context, Stack
 from surgery.stats.bootstrap import ratio
 
 KINDS = ("difference", "random", "principal")
+KEPT = 16  # components remembered, so that measures that ask for different numbers of them share one walk
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
     Keys: the ``KINDS``, with live norms, and ``<kind>_frozen``; the latter are absent if the model has a norm whose
     denominator cannot be found. The top ``draws`` principal components are used, one a draw.
 
-    Cost: ``3 + 6 draws`` F: principal components, the walk, the norms' denominators, and each draw, kind and norm.
+    Cost: 3 F for principal components, the walk and the norms' denominators, and with live and with frozen norms
+    ``1 + 3 draws / pos`` F each, or ``3 draws`` where moves must run alone (``surgery.instruments.branches``).
 
     Raises ValueError if ``draws`` is not positive, if there is not one length a layer, or if the stream is not finite.
     """
@@ -90,14 +93,17 @@ def responses(stack: Stack, ensemble: Ensemble, lengths: Sequence[float], draws:
     for visit in ensemble.visits(stack, "displaced streams"):
         if visit.layer == 0:
             state = _state(stack, visit.context)
+        moves = [  # frozen and live norms are asked the same
+            displacements(visit, bases[visit.layer], draw, ensemble.generator(visit, draw)) for draw in range(draws)
+        ]
+        prompt, kinds = moves[0][0], [kind for _, _, directions in moves for kind in directions]
+        place = torch.stack([place for _, place, directions in moves for _ in directions])
+        vectors = lengths[visit.layer] * torch.stack([unit for *_, directions in moves for unit in directions.values()])
         for frozen in (False, True)[: 1 if state is None else 2]:
-            with stack.frozen(visit.context, state) if frozen else nullcontext():
-                for draw in range(draws):
-                    generator = ensemble.generator(visit, draw)  # fresh, so frozen and live are displaced alike
-                    prompt, place, directions = displacements(visit, bases[visit.layer], draw, generator)
-                    for kind, unit in directions.items():
-                        of_layer = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
-                        _add(of_layer, stack, visit, prompt, place, lengths[visit.layer] * unit)
+            products = _products(stack, visit, prompt, place, vectors, state if frozen else None)
+            for kind, of_move in zip(kinds, products, strict=True):
+                of_layer = sums[f"{kind}{'_frozen' * frozen}"][:, visit.layer]
+                of_layer.index_add_(1, visit.unit[prompt.cpu()], of_move)
     return {name: Response(*of_kind) for name, of_kind in sums.items()}
 
 
@@ -110,44 +116,61 @@ def along(
     """Measure how every layer responds, with live norms, to displacements along ``axes`` of its own, either way.
 
     One ``Response`` for each of the most axes that a layer has; a layer without that many reads NaN there. Every prompt
-    is displaced once an axis. Cost: 1 F, and the mean number of axes a layer.
+    is displaced once an axis. Cost: 2 F and the mean number of axes a layer over ``pos``, or 1 F and that number.
     """
     most = max((len(of_layer) for of_layer in axes), default=0)
     sums = torch.zeros(most, 3, stack.n_layers, ensemble.n_units, dtype=torch.float64)
     if most:
         for visit in ensemble.visits(stack, "streams displaced along directions"):
-            for number in range(len(axes[visit.layer])):
-                generator = ensemble.generator(visit, 4, number)
-                prompt, place, directions = displacements(visit, axes[visit.layer], number, generator)
-                vector = lengths[visit.layer] * directions["principal"]
-                _add(sums[number, :, visit.layer], stack, visit, prompt, place, vector)
+            if not (count := len(axes[visit.layer])):
+                continue
+            moves = [
+                displacements(visit, axes[visit.layer], number, ensemble.generator(visit, 4, number))
+                for number in range(count)
+            ]
+            prompt, place = moves[0][0], torch.stack([place for _, place, _ in moves])
+            vectors = lengths[visit.layer] * torch.stack([directions["principal"] for *_, directions in moves])
+            for number, of_move in enumerate(_products(stack, visit, prompt, place, vectors)):
+                sums[number, :, visit.layer].index_add_(1, visit.unit[prompt.cpu()], of_move)
     return [Response(*of_axis) for of_axis in sums]
 
 
-def _add(
-    sums: Float[Tensor, "3 unit"],
+def _products(
     stack: Stack,
     visit: Visit,
     prompt: Int[Tensor, " chosen"],
-    place: Int[Tensor, " chosen"],
-    vector: Float[Tensor, "chosen d_model"],
-) -> None:
-    """Displace the stream by ``vector`` at one token of each prompt, and add the products of ``Response``."""
-    moved = visit.x.clone()
-    moved[prompt, place] += vector.to(moved)
-    d = moved[prompt, place].double() - visit.x[prompt, place].double()  # what rounding left of it
-    response = stack.update(visit.layer, moved, visit.context)[prompt, place].double() - visit.u[prompt, place].double()
+    place: Int[Tensor, "move chosen"],
+    vectors: Float[Tensor, "move chosen d_model"],
+    state: State | None = None,
+) -> Float[Tensor, "move 3 chosen"]:
+    """Displace the stream by ``vectors`` at one token of each prompt, and return the products of ``Response``."""
+    x = visit.x[prompt, place]
+    moved = x + vectors.to(x)
+    d = moved.double() - x.double()  # what rounding left of it
+    response = answers(stack, visit, prompt, place, moved, state)
     left = d + response
-    products = torch.stack([(d * response).sum(-1), (d * d).sum(-1), (left * left).sum(-1)]).cpu()
-    sums.index_add_(1, visit.unit[prompt.cpu()], products)
+    return torch.stack([(d * response).sum(-1), (d * d).sum(-1), (left * left).sum(-1)], 1).cpu()
 
 
 def principal_components(stack: Stack, ensemble: Ensemble, count: int) -> list[Float[Tensor, "component d_model"]]:
-    """Return the top ``count`` principal components of the stream entering each layer, or all it has. Cost: 1 F."""
+    """Return the top ``count`` principal components of the stream entering each layer, or all it has.
+
+    Cost: 1 F and an eigendecomposition a layer; nothing where the ``memory`` of the ensemble has them.
+    """
+    if ensemble.memory is None:
+        components = _components(stack, ensemble, count)
+    else:
+        kept = max(count, KEPT)
+        components = ensemble.memory.recall(("components", stack, kept), lambda: _components(stack, ensemble, kept))
+    return [basis[basis.any(1)] for basis in components[:, :count]]
+
+
+def _components(stack: Stack, ensemble: Ensemble, count: int) -> Float[Tensor, "layer component d_model"]:
+    """Return the top components of every layer; 0 where a stream has fewer."""
     covariance, _ = covariances(stack, ensemble)
     values, vectors = torch.linalg.eigh(covariance[:-1])
-    varies = (values >= 1e-9 * values[:, -1:]).flip(-1)[:, :count]
-    return [basis.T.flip(0)[:count][mask] for basis, mask in zip(vectors, varies, strict=True)]
+    varies = values >= 1e-9 * values[:, -1:]
+    return (vectors * varies.unsqueeze(1)).mT.flip(1)[:, :count].clone()
 
 
 def _state(stack: Stack, context: Context) -> dict[str, Tensor] | None:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from surgery import progress
 from surgery.instruments.massive import Concentration, Spreads, Usual
+from surgery.instruments.memory import Memory
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
@@ -68,6 +69,7 @@ class Ensemble:
     sampling: Sampling = Sampling()
     left_out: Bool[Tensor, "prompt pos"] | None = None
     concentration: Concentration | None = None
+    memory: Memory | None = None  # of the updates of former walks
 
     def __post_init__(self) -> None:
         if self.sampling.batch_size < 1:
@@ -120,6 +122,13 @@ class Ensemble:
     def n_massive(self) -> int:
         """Number of tokens left out for massive activations."""
         return 0 if self.left_out is None else int(self.left_out.sum())
+
+    def remembering(self, memory: Memory) -> "Ensemble":
+        """Return the same ensemble, in which a walk costs no F where ``memory`` still has its updates.
+
+        Only while the model stays as it is: see ``surgery.instruments.memory``.
+        """
+        return replace(self, memory=memory)
 
     def columns(self, streams: Iterable[int] = (), updates: Iterable[int] = ()) -> dict[str, float]:
         """Return the columns of a row about these streams and updates that say what it rests on: ``massive.COLUMNS``.
@@ -191,7 +200,9 @@ class Ensemble:
         return progress.track(self._contexts(stack, batches), label, len(batches), self.sampling.progress)
 
     def visits(self, stack: Stack, label: str = "layers", order: Sequence[int] | None = None) -> Iterable[Visit]:
-        """Yield every layer of every batch, the layers run in ``order`` (the model's by default). Cost: 1 F.
+        """Yield every layer of every batch, the layers run in ``order`` (the model's by default).
+
+        Cost: 1 F; none where the ``memory`` has this walk.
 
         ``label`` stands beside the progress bar. Raises ValueError on the way if the stream is not finite.
         """
@@ -199,6 +210,22 @@ class Ensemble:
         batches = list(self.tokens.batches(self.sampling.batch_size))
         total = len(batches) * len(order)
         return progress.track(self._walk(stack, batches, order), label, total, self.sampling.progress)
+
+    def streams(
+        self, stack: Stack, label: str = "streams", order: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Context, Tensor, Float[Tensor, "place prompt pos d_model"]]]:
+        """Yield units of resampling, context, mask and the streams of each batch: ``x_0``, then after every layer run.
+
+        Cost, and errors, as ``visits``.
+        """
+        depth, places = stack.n_layers if order is None else len(order), list[Tensor]()
+        for visit in self.visits(stack, label, order):
+            places.append(visit.x)
+            if len(places) == depth:
+                last = visit.x + visit.u
+                _require_finite(stack, visit.layer, last[visit.mask])
+                yield visit.unit, visit.context, visit.mask, torch.stack([*places, last])
+                places = []
 
     def generator(self, visit: Visit, *purpose: int) -> np.random.Generator:
         """Random generator for one visit; it starts the same whenever the visit is repeated for the same purpose."""
@@ -215,12 +242,19 @@ class Ensemble:
         first = 0
         for unit, context, mask in self._contexts(stack, batches):
             x = context.x0
-            for layer in order:
-                u = stack.update(layer, x, context)
+            for place, layer in enumerate(order):
+                u = self._update(stack, tuple(order[: place + 1]), first, x, context)
                 _require_finite(stack, layer, x[mask], u[mask])
                 yield Visit(first, unit, layer, context, mask, x, u)
                 x = x + u
             first += len(unit)
+
+    def _update(self, stack: Stack, way: tuple[int, ...], first: int, x: Tensor, context: Context) -> Tensor:
+        """Return what the last layer of ``way`` writes to ``x``: its layers ran on the batch from prompt ``first``."""
+        if self.memory is None:
+            return stack.update(way[-1], x, context)
+        key = (stack, context.tokens.ids.shape, first, way)
+        return self.memory.recall(key, lambda: stack.update(way[-1], x, context))
 
 
 def _measured_streams(

@@ -401,13 +401,8 @@ def _residuals(stack: Stack, ensemble: Ensemble, null: str | None, centred: bool
 def _lines(stack: Stack, ensemble: Ensemble, null: str | None) -> Iterator[tuple[Int[Tensor, " row"], Streams]]:
     """Yield the unit of every measured token and their stream (or that of a null) in float64, batch by batch."""
     turns, first = _turns(stack, ensemble.sampling.seed) if null == "rotated" else [], 0
-    for unit, context, mask in ensemble.batches(stack, "lines of thought"):
-        stream = stack.stream(context)[:, mask].double()
-        if not stream.isfinite().all():
-            depth = int((~stream.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ValueError(
-                f"the stream is not finite at depth {depth}: load the model in float32, or fix its weights"
-            )
+    for unit, _, mask, streams in ensemble.streams(stack, "lines of thought"):
+        stream = streams[:, mask].double()
         updates = stream.diff(dim=0)
         for layer, u in enumerate(updates):
             if null == "rotated":

@@ -59,8 +59,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from surgery.instruments import massive
-from surgery.instruments.displacement import Response, along
+from surgery.instruments.displacement import Response, along, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, exchange, partners
+from surgery.instruments.memory import Memory
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import WORDS, beyond, held
@@ -120,9 +121,10 @@ def layers(
     prompts. A layer whose stream does not vary has one row, of NaN. Tokens of massive activations are left out, unless
     ``sampling.skip_massive`` is False.
 
-    Cost: 2 F, and 1 F to find massive activations; where directions revert by regression 1 F, and as many as the mean
-    number of them a layer. Memory: one batch's stream; two d_model x d_model matrices per layer; for each layer and
-    unit of resampling 2 d_model + 2 (draws + 2) components^2 numbers.
+    Cost: 1 F, and 1 F to find massive activations; where directions revert by regression, as many F as the mean number
+    of them a layer; 3 F more where the updates do not fit into ``memory.LIMIT``. Memory: one batch's stream; these
+    updates; two d_model x d_model matrices per layer; for each layer and unit of resampling 2 d_model +
+    2 (draws + 2) components^2 numbers.
 
     Raises ValueError if no token is left to measure, if ``components``, ``draws`` or ``batch_size`` is not positive, if
     ``ridge`` is negative, or if the stream is not finite.
@@ -133,6 +135,7 @@ def layers(
             f"ridge={ridge}"
         )
     ensemble = Ensemble.of(stack, tokens, sampling)
+    ensemble = ensemble.remembering(ensemble.memory or Memory())  # of four walks the last three cost nothing
     units = ensemble.n_units
     resampled = weights(units, sampling.resamples, sampling.seed)
     bases = _bases(stack, ensemble, components)
@@ -267,8 +270,10 @@ class Regression:
         return self.drifts([ridge])[0]
 
     def drifts(self, ridges: Sequence[float]) -> list[Float[Tensor, "row k k"]]:
-        """Return ``drift`` for several penalties."""
+        """Return ``drift`` for several penalties: for one above 0 a linear system, else from the eigenvectors."""
         centred = self.about(*self.means())
+        if len(ridges) == 1 and ridges[0] > 0:
+            return [_penalised(centred.zz, centred.wz, ridges[0])]
         values, vectors = torch.linalg.eigh(centred.zz)
         turned, mean = centred.wz @ vectors, values.mean(-1, keepdim=True)
         drifts = []
@@ -323,27 +328,30 @@ def _outer(a: Float[Tensor, "row k"], b: Float[Tensor, "row k"]) -> Float[Tensor
     return einsum(a, b, "row i, row j -> row i j")
 
 
+def _penalised(zz: Float[Tensor, "row k k"], wz: Float[Tensor, "row k k"], ridge: float) -> Float[Tensor, "row k k"]:
+    """Return ``K`` for a penalty above 0, which leaves nothing singular; 0 where ``z`` does not vary."""
+    mean = zz.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    penalty = torch.where(mean > 0, ridge * mean, 1) * torch.eye(zz.shape[-1]).to(zz)
+    return torch.where(mean > 0, 0 - torch.linalg.solve_ex(zz + penalty, wz.mT).result.mT, 0)
+
+
 def _bases(stack: Stack, ensemble: Ensemble, count: int) -> list[tuple[Tensor, Tensor]]:
     """Return, for every layer, orthonormal rows: the top components of ``x``, and where else ``u`` follows these to.
 
-    The latter are as many as the former, zero where fewer suffice. Cost: 1 F.
+    The latter are as many as the former, zero where fewer suffice. Cost: 2 F.
     """
-    shape = (stack.n_layers, stack.d_model, stack.d_model)
-    xx, ux = torch.zeros(2, *shape, dtype=torch.float64)
-    x_total, u_total = torch.zeros(2, *shape[:2], dtype=torch.float64)
-    for visit in ensemble.visits(stack, "principal components"):
+    within = principal_components(stack, ensemble, count)
+    ux = [torch.zeros(stack.d_model, len(inside), dtype=torch.float64) for inside in within]
+    x_total, u_total = torch.zeros(2, stack.n_layers, stack.d_model, dtype=torch.float64)
+    for visit in ensemble.visits(stack, "drift along principal components"):
         x, u = visit.x[visit.mask].double(), visit.u[visit.mask].double()
-        xx[visit.layer] += (x.T @ x).cpu()
-        ux[visit.layer] += (u.T @ x).cpu()
+        ux[visit.layer] += (u.T @ (x @ within[visit.layer].to(x).T)).cpu()
         x_total[visit.layer] += x.sum(0).cpu()
         u_total[visit.layer] += u.sum(0).cpu()
     n = int(ensemble.mask.sum())
     bases = []
-    for layer in range(stack.n_layers):
-        covariance = xx[layer] / n - x_total[layer].outer(x_total[layer]) / n**2
-        values, vectors = torch.linalg.eigh(covariance)
-        inside = vectors.T[values >= 1e-9 * values[-1]].flip(0)[:count]
-        slope = (ux[layer] / n - u_total[layer].outer(x_total[layer]) / n**2) @ inside.T
+    for layer, inside in enumerate(within):
+        slope = ux[layer] / n - u_total[layer].outer(inside @ x_total[layer]) / n**2
         left, sizes, _ = torch.linalg.svd(slope - inside.T @ (inside @ slope), full_matrices=False)
         outside = left.T * (sizes > 1e-9 * torch.linalg.matrix_norm(slope)).unsqueeze(-1)
         bases.append((inside, outside))

@@ -168,11 +168,11 @@ def layers(
     The nulls are drawn in the coordinates if these are linear, else in the stream; then the updates compared have the
     same length in the stream, and no kappa is brought to another size.
 
-    Cost: 1 F, and 1 F to find massive activations; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 3 + 6
-    ``draws`` F. By default 34 F in all. In ``normalised`` or ``principal`` coordinates 1 F more, in ``logits`` a second
-    F for every walk but that for massive activations. Memory: one batch's stream, and for each layer 10 vectors per
-    unit of resampling (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not
-    matter.
+    Cost: 1 F, and 1 F to find massive activations; nulls 1 + ``draws`` F, and 1 F of ``untrained``; causal 5 F where
+    many tokens of one prompt can be moved at once, else 3 + 6 ``draws`` F (``surgery.instruments.branches``; 2 of the 5
+    are longer by 3 ``draws`` / pos). By default 12 F in all. In ``normalised`` or ``principal`` coordinates 1 F more,
+    in ``logits`` 1 F more for each model. Memory: one batch's stream, and for each layer 10 vectors per unit of
+    resampling (a prompt, ``UNITS`` at most) and a d_model x d_model matrix: the length of the corpus does not matter.
 
     Raises ValueError if no token is left to measure, if ``draws``, ``size`` or ``batch_size`` is not positive, if
     ``untrained`` has another shape, or if the stream is not finite.
@@ -208,10 +208,10 @@ def layers(
         lengths = [size * float(step.variance(resampled[:1]).sqrt()) for step in steps]
         by_kind = responses(stack, ensemble, lengths, draws)
         for layer, row in enumerate(rows):
-            for kind, response in by_kind.items():
-                row |= columns(f"kappa_causal_{kind}", 0 - response.slope(layer, resampled))
-            for kind in KINDS:
-                row |= columns(f"remaining_{kind}", by_kind[kind].remaining(layer, resampled))
+            row |= measure_columns(
+                {f"kappa_causal_{kind}": 0 - of_kind.slope(layer, resampled) for kind, of_kind in by_kind.items()}
+                | {f"remaining_{kind}": by_kind[kind].remaining(layer, resampled) for kind in KINDS}
+            )
     frame = pd.DataFrame(rows).assign(n_prompts=len(ensemble.tokens), n_massive=ensemble.n_massive)
     return frame.assign(restoring=restoring(frame)) if causal and coordinates == "raw" else frame
 
@@ -360,13 +360,14 @@ def _compare(drift: Drift, nulls: dict[str, list[Drift]], match: bool) -> dict[s
 
     ``match`` brings every null to the growth of the layer, which is the same already where only directions changed.
     """
-    row: dict[str, float] = {}
+    measures: dict[str, Float[Tensor, " pooled"]] = {}
     for name, draws in nulls.items():
         kappas = [null.kappa * ratio(drift.growth, null.growth) if match else null.kappa for null in draws]
-        row |= columns(f"kappa_{name}", pool(kappas))
-        row |= columns(f"kappa_excess_{name}", pool([drift.kappa - kappa for kappa in kappas]))
+        measures[f"kappa_{name}"] = pool(kappas)
+        measures[f"kappa_excess_{name}"] = pool([drift.kappa - kappa for kappa in kappas])
         if name in _OTHER_SIZES:
-            row |= columns(f"growth_{name}", pool([null.growth for null in draws]))
+            measures[f"growth_{name}"] = pool([null.growth for null in draws])
+    row = measure_columns(measures)
     return row | smaller_excess(row)
 
 

@@ -55,7 +55,7 @@ from surgery.instruments.ensemble import Ensemble, Totals, Visit
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import held
-from surgery.stats.bootstrap import columns, described, ratio, weights
+from surgery.stats.bootstrap import described, measure_columns, ratio, weights
 from surgery.stats.drift import Step
 from surgery.stats.sampling import Sampling
 
@@ -150,9 +150,13 @@ def curves(
                 for q in range(1, stack.n_layers - layer + 1):
                     row: dict[str, Any] = {"layer": layer, "q": q, "kind": kind, "size": size, "n_units": units}
                     row |= held(ensemble.concentration, range(layer, layer + q + 1), range(layer, layer + q))
-                    row |= columns("along", ratio(product[:, q], square[:, 0]))
-                    row |= columns("remaining", ratio(square[:, q], square[:, 0]).sqrt())
-                    row |= columns("spread", ratio(spread[:, q], square[:, 0]).sqrt())
+                    row |= measure_columns(
+                        {
+                            "along": ratio(product[:, q], square[:, 0]),
+                            "remaining": ratio(square[:, q], square[:, 0]).sqrt(),
+                            "spread": ratio(spread[:, q], square[:, 0]).sqrt(),
+                        }
+                    )
                     rows.append(row)
     frame = pd.DataFrame(rows).assign(n_massive=ensemble.n_massive)
     return frame[[name for name in COLUMNS if name in frame]]

@@ -60,7 +60,7 @@ from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.massive import Concentration
-from surgery.models.stack import Context, Stack
+from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.kappa import smaller_excess
 from surgery.reversion.rules import held
@@ -240,9 +240,11 @@ def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.Dat
             own = _window(moments.matrices["model"][0], start, stop)
             row: dict[str, float] = {"start": start, "stop": stop} | measure_columns(own)
             row["half_life"] = (stop - start) * half_life(float(own["kappa"][0]))
+            of_nulls = dict[str, Resampled]()
             for null, matrices in moments.matrices.items():
                 if null != "model":
-                    row |= _null_columns(own, [_window(matrix, start, stop) for matrix in matrices], null)
+                    of_nulls |= _null_measures(own, [_window(matrix, start, stop) for matrix in matrices], null)
+            row |= measure_columns(of_nulls)
             if "rotated" in moments.matrices:
                 row |= smaller_excess(row)
             rows.append(row | moments.about(start, stop))
@@ -337,8 +339,8 @@ def cross_correlation(
         return math.nan
 
     def shocks() -> Iterator[Float[Tensor, "layer token width"]]:
-        for _, context, mask in ensemble.batches(stack):
-            yield view.map(stack.stream(context)[start : stop + 1], context)[:, mask].diff(dim=0)
+        for _, context, mask, streams in ensemble.streams(stack):
+            yield view.map(streams[start : stop + 1], context)[:, mask].diff(dim=0)
 
     mean = torch.stack([batch.sum(1) for batch in shocks()]).sum(0) / n_tokens
     totals, counts = [], []
@@ -366,10 +368,7 @@ def _sums(
     sums: dict[str, list[Sums]] = {}
     turns: list[Tensor] = []
     first = 0
-    for unit, context, mask in ensemble.batches(stack, "trajectories"):
-        stream = _trajectory(stack, context, order)
-        if not stream[:, mask].isfinite().all():
-            raise ValueError("the stream is not finite on these prompts: load the model in float32, or fix its weights")
+    for unit, context, mask, stream in ensemble.streams(stack, "trajectories", order):
         mapped = view.map(stream, context)
         series = {"model": iter([mapped])}
         if draws:
@@ -388,16 +387,6 @@ def _sums(
                 of_series[draw].add(unit, points, mask)
         first += len(unit)
     return sums
-
-
-def _trajectory(stack: Stack, context: Context, order: Sequence[int] | None) -> Trajectory:
-    """Return the stream with the layers run in ``order`` (their own, if not given)."""
-    if order is None:
-        return stack.stream(context)
-    stream = [context.x0]
-    for layer in order:
-        stream.append(stream[-1] + stack.update(layer, stream[-1], context))
-    return torch.stack(stream)
 
 
 def _random_walks(
@@ -435,15 +424,17 @@ def _window(matrix: Float[Tensor, "resample time time"], start: int, stop: int) 
     }
 
 
-def _null_columns(own: dict[str, Resampled], draws: list[dict[str, Resampled]], null: str) -> dict[str, float]:
-    """Return a null's columns; walks have updates of the window's size, of others kappa is brought to that size."""
+def _null_measures(
+    own: dict[str, Resampled], draws: list[dict[str, Resampled]], null: str
+) -> dict[str, Float[Tensor, " pooled"]]:
+    """Return a null's measures; walks have updates of the window's size, of others kappa is brought to that size."""
     walk = null in ("rotated", "token_shuffled")
     kappas = [draw["kappa"] * (1 if walk else ratio(own["growth"], draw["growth"])) for draw in draws]
-    row: dict[str, float] = {}
+    measures: dict[str, Float[Tensor, " pooled"]] = {}
     for name, values in (("kappa", kappas), ("variance_ratio", [draw["variance_ratio"] for draw in draws])):
-        row |= columns(f"{name}_{null}", pool(values))
-        row |= columns(f"{name}_excess_{null}", pool([own[name] - value for value in values]))
-    return row
+        measures[f"{name}_{null}"] = pool(values)
+        measures[f"{name}_excess_{null}"] = pool([own[name] - value for value in values])
+    return measures
 
 
 def _panel(matrix: Float[Tensor, "resample time time"]) -> dict[str, Resampled]:

@@ -141,27 +141,49 @@ def interval(values: Float[Tensor, " resample"], level: float = 0.95) -> tuple[f
     >>> interval(torch.tensor([2.0, 1.0, torch.nan, 3.0]))
     (2.0, nan, nan)
     """
-    estimate, rest = float(values[0]), values[1:].double().cpu().numpy()
+    estimate, low, high = intervals(values.unsqueeze(1), level)
+    return float(estimate[0]), float(low[0]), float(high[0])
+
+
+def intervals(values: Float[Tensor, "resample measure"], level: float = 0.95) -> Float[np.ndarray, "3 measure"]:
+    """Return the ``interval`` of every column: estimates, lower and upper ends.
+
+    >>> intervals(torch.tensor([[2.0, 0.0], [1.0, 4.0], [2.0, torch.inf], [3.0, 4.0]]), level=0.5).tolist()
+    [[2.0, 0.0], [1.5, nan], [2.5, nan]]
+    """
+    of_all = values.double().cpu().numpy()
+    rest, ends = of_all[1:], ((1 - level) / 2, (1 + level) / 2)
+    found = np.full((3, of_all.shape[1]), np.nan)
+    found[0] = of_all[0]
     defined = np.isfinite(rest)
-    if not defined.any() or defined.mean() < 0.9:
-        return estimate, float("nan"), float("nan")
-    rest = rest[defined]
-    low, high = np.quantile(rest, [(1 - level) / 2, (1 + level) / 2])
-    return estimate, float(low), float(high)
+    if len(rest):
+        whole = defined.all(0)
+        found[1:, whole] = np.quantile(rest[:, whole], ends, axis=0)
+        for column in np.flatnonzero(~whole & (defined.mean(0) >= 0.9)):
+            found[1:, column] = np.quantile(rest[defined[:, column], column], ends)
+    return found
 
 
 def columns(name: str, values: Float[Tensor, " resample"]) -> dict[str, float]:
     """Return the ``interval`` of a measure as columns of a table row: ``name``, ``name_low``, ``name_high``."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+    return measure_columns({name: values})
 
 
 def measure_columns(measures: Mapping[str, Float[Tensor, " resample"]]) -> dict[str, float]:
-    """Return the ``columns`` of several measures, as they stand in one row of a table.
+    """Return the ``interval`` of several measures as columns of one row of a table, quantiles of all at once.
 
     >>> list(measure_columns({"R": torch.ones(3), "N": torch.ones(3)}))
     ['R', 'R_low', 'R_high', 'N', 'N_low', 'N_high']
     """
-    return {key: end for name, values in measures.items() for key, end in columns(name, values).items()}
+    by_length: dict[int, list[str]] = {}
+    for name, values in measures.items():
+        by_length.setdefault(len(values), []).append(name)
+    found = {
+        name: ends
+        for names in by_length.values()
+        for name, ends in zip(names, intervals(torch.stack([measures[name] for name in names], 1)).T, strict=True)
+    }
+    return {f"{name}{end}": float(found[name][i]) for name in measures for i, end in enumerate(("", "_low", "_high"))}
 
 
 def described(meanings: Mapping[str, str], over: str = "prompts") -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from surgery.stats.bootstrap import Moments, ratio
+from surgery.stats.bootstrap import ratio
 
 Stream = Float[Tensor, "prompt pos d_model"]
 Resampled = Float[Tensor, " resample"]
@@ -65,11 +65,14 @@ class Step:
     def of(cls, x: Stream, u: Stream, mask: Bool[Tensor, "prompt pos"] | None = None) -> "Step":
         """Sum over the positions that ``mask`` keeps (all if not given), in float64."""
         x, u = x.double(), u.double()
-        if mask is not None:  # what padding computes may be NaN, and 0 * NaN is NaN
-            x, u = x.masked_fill(~mask.unsqueeze(-1), 0), u.masked_fill(~mask.unsqueeze(-1), 0)
-        both = Moments.of(u, x, mask)
-        xx, uu, after = (Moments.of(a, mask=mask).product for a in (x, u, x + u))
-        return cls(both.count, both.sum_b, both.sum_a, xx, both.product, uu, after)
+        if mask is None:
+            count = torch.full((len(x),), float(x.shape[1]), dtype=torch.float64)
+        else:  # what padding computes may be NaN, and 0 * NaN is NaN
+            count = mask.sum(1).double()
+            x, u = (a.masked_fill(~mask.unsqueeze(-1), 0) for a in (x, u))
+        after = x + u
+        sums = x.sum(1), u.sum(1), _dot(x, x), _dot(u, x), _dot(u, u), _dot(after, after)
+        return cls(count.cpu(), *(total.cpu() for total in sums))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Step"]) -> "Step":
@@ -94,18 +97,30 @@ class Step:
 
     def drift(self, weights: Float[Tensor, "resample prompt"]) -> Drift:
         """Return kappa, psi, growth and the ratio of variances under every row of ``weights``."""
-        x, u = self.variance(weights), self._variance(self.sum_u, self.uu, weights)
-        kappa = ratio(0 - Moments(self.count, self.sum_u, self.sum_x, self.ux).covariance(weights), x)
-        after = self._variance(self.sum_x + self.sum_u, self.next, weights)
+        count = weights @ self.count
+        mean_x, mean_u = (weights @ total / count.unsqueeze(-1) for total in (self.sum_x, self.sum_u))
+        x, u, after = (
+            _variance(weights @ square / count, mean)
+            for square, mean in ((self.xx, mean_x), (self.uu, mean_u), (self.next, mean_x + mean_u))
+        )
+        against = (mean_u * mean_x).sum(-1) - weights @ self.ux / count
+        kappa = ratio(torch.where(u > 0, against, 0), x)
         return Drift(kappa, ratio(2 * kappa * x, u), ratio(u, x).sqrt(), ratio(after, x))
 
     def variance(self, weights: Float[Tensor, "resample prompt"]) -> Resampled:
         """Return ``E|c(x)|^2``; exactly 0 where it is no more than rounding."""
-        return self._variance(self.sum_x, self.xx, weights)
+        count = weights @ self.count
+        return _variance(weights @ self.xx / count, weights @ self.sum_x / count.unsqueeze(-1))
 
-    def _variance(self, total: Tensor, square: Tensor, weights: Tensor) -> Resampled:
-        variance = Moments(self.count, total, total, square).covariance(weights)
-        return torch.where(variance > NEGLIGIBLE * (weights @ square) / (weights @ self.count), variance, 0)
+
+def _dot(a: Stream, b: Stream) -> Float[Tensor, " prompt"]:
+    """Return ``<a, b>`` summed over the positions of each prompt."""
+    return (a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)).flatten()
+
+
+def _variance(square: Resampled, mean: Float[Tensor, "resample d_model"]) -> Resampled:
+    variance = square - mean.square().sum(-1)
+    return torch.where(variance > NEGLIGIBLE * square, variance, 0)
 
 
 def half_life(kappa: float) -> float:

@@ -13,6 +13,7 @@ from surgery.instruments import known_networks
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.stats import changepoints
+from surgery.stats.bootstrap import weights
 from surgery.stats.sampling import Sampling
 
 SHARES = [0.0] * 4 + [1.0] * 4 + [0.0] * 4
@@ -87,7 +88,21 @@ def test_features_of_real_architectures(name, load):
 
 def test_cka_of_unrelated_streams_is_nothing_though_dimensions_are_many():
     x, y = torch.randn(2, 100, 200, generator=torch.Generator().manual_seed(0)).double()
-    assert abs(boundaries._cka([x, y], torch.ones(1, 100).double())[0, 0, 1]) < 0.1
+    assert abs(boundaries._cka([x, y], torch.ones(1, 100).double(), torch.arange(100))[0, 0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_cka_of_resamples_is_that_of_tokens_weighed_one_resample_at_a_time(mean):
+    generator = torch.Generator().manual_seed(0)
+    streams = mean + torch.randn(4, 40, 7, generator=generator).double()
+    prompt = torch.randint(9, (40,), generator=generator)
+    drawn = weights(9, 20)
+    for times, found in zip(drawn, boundaries._cka(list(streams), drawn, prompt), strict=True):
+        share = times[prompt] / times[prompt].sum()
+        centring = torch.eye(40).double() - share
+        flat = [(centring @ x @ x.T @ centring.T * share.outer(share).sqrt()).fill_diagonal_(0) for x in streams]
+        plain = torch.tensor([[float((a * b).sum() / a.norm() / b.norm()) for b in flat] for a in flat])
+        assert found == pytest.approx(plain, abs=1e-6)
 
 
 def test_the_brain_scan_shows_where_repeating_helps():

@@ -10,6 +10,7 @@ from surgery.anatomy import convergence
 from surgery.anatomy.convergence import Utterance
 from surgery.corpus import parallel_sentences
 from surgery.models.tokens import Tokens
+from surgery.stats.bootstrap import weights
 from surgery.stats.sampling import Sampling
 
 CONTENTS, TONGUES = 6, 4
@@ -84,3 +85,20 @@ def test_bad_input_is_refused(monkeypatch):
         convergence.curve(model, [*UTTERANCES, UTTERANCES[0]])
     with pytest.raises(ValueError, match="no sentences in Klingon"):
         convergence.parallel(["Klingon", "English"])
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_mean_cosines_of_resamples_are_those_of_one_resample_at_a_time(mean):
+    vectors = mean + torch.randn(24, 9, generator=torch.Generator().manual_seed(0)).double()
+    content, language = torch.arange(24) // 4, torch.arange(24) % 4
+    same_content, same_language = (names[:, None] == names for names in (content, language))
+    kinds = {"same_content": same_content & ~same_language, "neither": ~same_content & ~same_language}
+    drawn = weights(6, 20)[:, content]
+    found = convergence._mean_cosines(vectors @ vectors.T, drawn, kinds)
+    for row, times in enumerate(drawn):
+        centred = vectors - times @ vectors / times.sum()
+        cosines = torch.nn.functional.normalize(centred, dim=1) @ torch.nn.functional.normalize(centred, dim=1).T
+        for name, kind in kinds.items():
+            often = kind * times[:, None] * (1 if name == "same_content" else times)
+            plain = float((often * cosines).sum() / often.sum())  # NaN where a single content was drawn
+            assert found[name][row] == pytest.approx(plain, abs=1e-9, nan_ok=True)

@@ -4,7 +4,7 @@ import torch
 
 from support.exact_networks import attending_network, network, ou_network, rng
 from surgery import Stack, reversion
-from surgery.instruments import displacement, known_networks
+from surgery.instruments import branches, displacement, known_networks
 from surgery.instruments.displacement import KINDS, principal_components, responses
 from surgery.instruments.ensemble import Ensemble, Visit
 from surgery.models.engine import Engine
@@ -125,7 +125,12 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
     monkeypatch.setattr(
         Engine, "layer", lambda engine, index, x, call: seen.append(index) or layer(engine, index, x, call)
     )
+    inputs = Ensemble(Tokens.of(known_networks.tokens(4, 5))), [0.1] * 3
     for draws in (1, 4):
         seen.clear()
-        responses(stack, Ensemble(Tokens.of(known_networks.tokens(4, 5))), [0.1] * 3, draws)
-        assert [seen.count(index) for index in range(3)] == [3 + 6 * draws] * 3
+        responses(stack, *inputs, draws)
+        assert [seen.count(index) for index in range(3)] == [3 + 2] * 3
+    monkeypatch.setattr(branches, "_with_branches", lambda *_: None)
+    seen.clear()
+    responses(stack, *inputs, 4)
+    assert [seen.count(index) for index in range(3)] == [3 + 6 * 4] * 3

@@ -9,6 +9,7 @@ from support.exact_networks import ou_network, parameters, ragged, rng
 from surgery import Stack, progress
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble, exchange, partners
+from surgery.instruments.memory import Memory
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
@@ -140,3 +141,24 @@ def test_what_is_exchanged_keeps_its_mean_and_its_size():
     found = exchange(values, mask, partners(mask, np.random.default_rng(0)))
     assert not torch.isclose(found[mask], values[mask]).any()
     torch.testing.assert_close(found[mask].sort(0).values, values[mask].sort(0).values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [2**30, 20_000, 0])
+def test_a_walk_that_is_remembered_is_the_walk_and_costs_nothing(monkeypatch, limit):
+    stack, tokens = Stack(known_networks.random_network(n_layers=4)), Tokens.of(known_networks.tokens(12, 6))
+    plain, seen = Ensemble(tokens, Sampling(batch_size=5)), []
+    update = Stack.update
+    monkeypatch.setattr(Stack, "update", lambda *args, **options: seen.append(args[1]) or update(*args, **options))
+    remembering = plain.remembering(memory := Memory(limit=limit))
+    for order in (None, [2, 0, 3, 1], None, [2, 0, 1, 3]):
+        seen.clear()
+        streams = [stream for *_, stream in plain.streams(stack, order=order)]
+        cost = len(seen)
+        again = [stream for *_, stream in remembering.streams(stack, order=order)]
+        assert all(torch.equal(one, other) for one, other in zip(streams, again, strict=True))
+    again_cost = len(seen) - cost  # the last order begins as the second did, and there are three batches
+    assert cost == 4 * 3
+    assert again_cost == {2**30: 2 * 3, 0: cost}.get(limit, again_cost)
+    assert 2 * 3 <= again_cost <= cost
+    assert 0 <= memory.held <= limit
+    assert torch.allclose(streams[0][-1], stack.execute("2 0 1 3", streams[0][0], stack.context(tokens[:4])), atol=1e-5)

@@ -358,8 +358,8 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence():
         growth(stack, ids, first=3)
     with torch.no_grad():
         parameters(stack.model)["layers.1.mlp.fc_out.weight"][0, 0] = math.nan
-    for skip_massive, place in ((True, "layer 1"), (False, "depth 2")):
-        with pytest.raises(ValueError, match=rf"^the stream.* is not finite at {place}: "):
+    for skip_massive in (True, False):
+        with pytest.raises(ValueError, match=r"^the stream.* is not finite at layer 1: "):
             noise(stack, ids, sampling=Sampling(skip_massive=skip_massive))
 
 

