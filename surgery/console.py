@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -36,6 +37,10 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 WHOLE = "nothing is half-written, files that were finished stay"
 LONGEST = 10_000  # characters of a line that is shown
 ENDING = ("SIGTERM", "SIGHUP")  # signals that end a command as Ctrl-C does
+LACKING = (
+    "there is not enough memory, even in the smallest batches; cut the prompts (--max-tokens), take a smaller model, "
+    "weights of half the size (--dtype bfloat16), or a machine with more"
+)
 AGAIN = 1.0  # seconds: the same signal within so many is the same wish, from a process group and from its leader
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
@@ -133,10 +138,10 @@ def one_line_errors(
         except Terminated as end:
             tell(f"ended by {end.name}: {interrupted}")
             raise SystemExit(end.code) from None
-        except (ValueError, OSError) as error:
-            if debug:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if debug or (isinstance(error, RuntimeError) and not memory.ran_out(error)):
                 raise
-            tell(f"error: {error}")
+            tell(f"error: {LACKING if memory.ran_out(error) else error}")
             raise SystemExit(1) from None
 
 
@@ -166,7 +171,8 @@ def talking(quiet: bool) -> Iterator[None]:
     """
     before = _quiet.set(quiet)
     try:
-        with progress.shown(not quiet and is_first()):
+        with progress.shown(not quiet and is_first()), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(f"note: {message}")
             yield
     finally:
         _quiet.reset(before)

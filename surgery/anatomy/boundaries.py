@@ -55,6 +55,7 @@ from surgery.anatomy.convergence import Convergence, Utterance
 from surgery.anatomy.ends_against_middle import Profile
 from surgery.instruments import lens
 from surgery.instruments.ensemble import Ensemble
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats import changepoints, comparisons
@@ -152,6 +153,7 @@ class Anatomy:
         return tables | {"ends": self.ends, "by_kind": self.by_kind}
 
 
+@in_smaller_batches
 def locate(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -244,6 +246,7 @@ def _by_kind(profiles: dict[str, Profile], placements: np.ndarray) -> pd.DataFra
     return pd.DataFrame(rows, columns=list(KINDS_COLUMNS))
 
 
+@in_smaller_batches
 def features(stack: Stack, tokens: Tokens | Tensor, *, splits: int = 0, sampling: Sampling = SAMPLING) -> Features:
     """Measure every family of the module's table but ``convergence``, under ``resamples`` draws of the prompts.
 

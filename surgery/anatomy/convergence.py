@@ -38,6 +38,7 @@ from torch import Tensor
 from surgery.corpus import parallel_sentences
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
 from surgery.instruments.ensemble import Ensemble
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.stats.bootstrap import columns, described, weights
 from surgery.stats.sampling import Sampling
@@ -122,6 +123,7 @@ def babel(n_contents: int = 24, k: int = 2, seed: int = 0) -> list[Utterance]:
     ]
 
 
+@in_smaller_batches
 def curve(stack: Stack, utterances: Sequence[Utterance], *, sampling: Sampling = Sampling()) -> Convergence:
     """Measure SC, SL, neither and SC - SL at every layer, with intervals over contents: ``COLUMNS``. Cost: 2 F.
 

@@ -57,6 +57,7 @@ from surgery.instruments.windows import (
     record_turned,
     running_mean,
 )
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import columns, described, ratio, weights
@@ -104,6 +105,7 @@ class Profile:
         return self.S.shape[1] + self.length - 1
 
 
+@in_smaller_batches
 def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling: Sampling = Sampling()) -> Profile:
     """Measure S and R/R_rotated of every window of ``length`` layers, under the resamples of ``series.windows``.
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, normalize
 
 from surgery.instruments.regression import halves
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild.units import Writer, listen, writers
@@ -296,6 +297,7 @@ def activations(
     return recorded
 
 
+@in_smaller_batches
 def within(
     stack: Stack,
     tokens: Tokens | Tensor,

@@ -312,6 +312,10 @@ class _Task:
     def n_prompts(self) -> int:
         return len(self.data.corpus)
 
+    @property
+    def divisible(self) -> bool:
+        return not self.recipe.rate  # masks are drawn for a batch as a whole
+
     def batch(self, prompts: list[int]) -> _Batch:
         ids, mask = self.data.corpus.ids[prompts], self.data.corpus.mask[prompts]
         width = int(mask.sum(1).max())

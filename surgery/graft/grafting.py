@@ -418,6 +418,10 @@ class Task:
     def n_prompts(self) -> int:
         return self.pairs.n_prompts
 
+    @property
+    def divisible(self) -> bool:
+        return True
+
     def batch(self, prompts: list[int]) -> _Batch:
         pairs = self.pairs.batch(prompts)
         device = self.stack.device

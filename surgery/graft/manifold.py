@@ -31,6 +31,7 @@ from surgery.instruments import fidelity
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.windows import Stream
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import columns, described, ratio, weights
@@ -58,6 +59,7 @@ COLUMNS = {
 }
 
 
+@in_smaller_batches
 def report(
     stack: Stack, walk: Walk, kinds: Mapping[str, Kind], heldout: Tokens, start: int, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

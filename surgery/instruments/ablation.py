@@ -45,6 +45,7 @@ from surgery import progress
 from surgery.instruments.components import Sites
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
+from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -210,6 +211,7 @@ def mean_updates(stack: Stack, ensemble: Ensemble, units: str = "layers") -> Flo
     return torch.stack([totals[layer] for layer in range(stack.n_layers)]) / int(ensemble.mask.sum())
 
 
+@in_smaller_batches
 def damage(
     stack: Stack,
     tokens: Ensemble | Tokens | Tensor,

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.readout import log_probabilities, portions, predicting_positions
+from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -81,6 +82,7 @@ COLUMNS = {
 } | described(UNEXPLAINED | PREDICTIONS | ANSWERS)
 
 
+@in_smaller_batches
 def measure(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -124,6 +126,7 @@ def measure(
     return pd.DataFrame([{"start": start, "stop": stop} | row])
 
 
+@in_smaller_batches
 def compare(
     teacher: Stack,
     student: Stack,

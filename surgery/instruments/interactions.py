@@ -70,6 +70,7 @@ from torch import Tensor
 from surgery.instruments import massive
 from surgery.instruments.ablation import Damages, damage, freezing
 from surgery.instruments.ensemble import Ensemble
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats import comparisons, studentised
@@ -116,6 +117,7 @@ def sets(n_layers: int) -> list[tuple[int, ...]]:
     return [*combinations(range(n_layers), 1), *combinations(range(n_layers), 2)]
 
 
+@in_smaller_batches
 def pairs(
     stack: Stack,
     tokens: Tokens | Tensor,

@@ -38,6 +38,7 @@ from torch import Tensor
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.regression import LeastSquares, halves
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, weights
@@ -61,6 +62,7 @@ Translator = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_m
 Readings = dict[tuple[str, int], Float[Tensor, "measure prompt"]]
 
 
+@in_smaller_batches
 def layers(
     stack: Stack, tokens: Tokens | Tensor, *, tuned: bool = True, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

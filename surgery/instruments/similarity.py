@@ -41,6 +41,7 @@ from torch.nn.functional import cosine_similarity
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import LeastSquares, halves
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import Moments, columns, described, measure_columns, ratio, weights
@@ -71,6 +72,7 @@ COLUMNS = {
 COLUMNS |= described(_MEASURES)
 
 
+@in_smaller_batches
 def layers(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
@@ -114,6 +116,7 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
     return dict(sums)
 
 
+@in_smaller_batches
 def angles(
     stack: Stack, tokens: Tokens | Tensor, max_length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
@@ -136,6 +139,7 @@ def angles(
     return pd.DataFrame(rows, columns=["start", "stop", "n_prompts", "angle", "angle_low", "angle_high"])
 
 
+@in_smaller_batches
 def linearity(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = 0.01, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
@@ -173,6 +177,7 @@ def linearity(
     return ensemble.annotate(pd.DataFrame(rows), "layer")
 
 
+@in_smaller_batches
 def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """Measure the centred kernel alignment of every two streams ``x_a``, ``x_b``, a <= b, from a random token a prompt.
 

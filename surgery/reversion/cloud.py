@@ -52,6 +52,7 @@ from torch import Tensor
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble, Totals, partners
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import held
@@ -96,6 +97,7 @@ COLUMNS = described(_MEASURES) | {
 }
 
 
+@in_smaller_batches
 def noise(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
@@ -140,6 +142,7 @@ def noise(
     return pd.DataFrame(rows)
 
 
+@in_smaller_batches
 def fit(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
@@ -182,6 +185,7 @@ def fit(
     return pd.DataFrame(rows)
 
 
+@in_smaller_batches
 def growth(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],

@@ -62,6 +62,7 @@ from surgery.instruments import massive
 from surgery.instruments.displacement import Response, along, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, exchange, partners
 from surgery.instruments.memory import Memory
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import WORDS, beyond, held
@@ -105,6 +106,7 @@ COLUMNS = {
 )
 
 
+@in_smaller_batches
 def layers(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],

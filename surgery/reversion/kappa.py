@@ -60,6 +60,7 @@ from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map, mechanical
 from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchange, partners
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import beyond, held, judged, weakest
@@ -120,6 +121,7 @@ COLUMNS = {
 ROTATIONS = 4  # each serves for hundreds of resamples, see _rotated_kappa
 
 
+@in_smaller_batches
 def layers(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],

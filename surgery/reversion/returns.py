@@ -52,6 +52,7 @@ from torch import Tensor
 from surgery.instruments import massive
 from surgery.instruments.displacement import KINDS, displacements, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, Visit
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.rules import held
@@ -89,6 +90,7 @@ HALF_WAY_COLUMNS = {
 }
 
 
+@in_smaller_batches
 def curves(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],

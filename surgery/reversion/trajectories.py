@@ -60,6 +60,7 @@ from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.massive import Concentration
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.reversion.kappa import smaller_excess
@@ -193,6 +194,7 @@ class TrajectoryMoments:
         return about | held(self.concentration, range(start, stop + 1), range(start, stop))
 
 
+@in_smaller_batches
 def measure(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],
@@ -317,6 +319,7 @@ def ends(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, 
     return pd.DataFrame([row | moments.about(0, moments.n_layers)])
 
 
+@in_smaller_batches
 def cross_correlation(
     stack: Stack,
     tokens: Ensemble | Tokens | Int[Tensor, "prompt pos"],

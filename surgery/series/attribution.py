@@ -38,6 +38,7 @@ from surgery.instruments import massive
 from surgery.instruments.ablation import mean_updates
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, ratio, weights
@@ -57,6 +58,7 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
+@in_smaller_batches
 def effects(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

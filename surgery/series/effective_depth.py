@@ -28,6 +28,7 @@ from torch import Tensor
 
 from surgery.instruments import lens, massive, similarity
 from surgery.instruments.ensemble import Ensemble
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, weights
@@ -45,6 +46,7 @@ COLUMNS = {
 COLUMNS |= described(_MEASURES) | massive.COLUMNS
 
 
+@in_smaller_batches
 def effective(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -66,6 +68,7 @@ def effective(
     return grid(stack, tokens, cosine=[cosine], kl=[kl], overlap=[overlap], sampling=sampling)
 
 
+@in_smaller_batches
 def grid(
     stack: Stack,
     tokens: Tokens | Tensor,

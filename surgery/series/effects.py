@@ -46,6 +46,7 @@ from surgery.instruments import massive
 from surgery.instruments.ablation import CleanRun, clean_runs
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import portions
+from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -79,6 +80,7 @@ COLUMNS["l2_max"] = "the largest distance of the two distributions over tokens; 
 _LEAST = 1e-6  # updates smaller than this count as this large in the relative effect, as published
 
 
+@in_smaller_batches
 def matrix(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -119,6 +121,7 @@ def matrix(
     return ensemble.annotate(tally.frame("T", "local"), "layer", "later")
 
 
+@in_smaller_batches
 def future(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -156,6 +159,7 @@ def future(
     return ensemble.annotate(tally.frame("T"), "layer", "later")
 
 
+@in_smaller_batches
 def future_output(
     stack: Stack,
     tokens: Tokens | Tensor,
@@ -189,6 +193,7 @@ def future_output(
     return ensemble.annotate(frame, "layer")
 
 
+@in_smaller_batches
 def depth_score(
     stack: Stack,
     tokens: Tokens | Tensor,

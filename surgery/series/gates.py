@@ -43,6 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, portions
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.series.jacobians import linearise
@@ -69,6 +70,7 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
+@in_smaller_batches
 def exponents(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
@@ -121,6 +123,7 @@ def exponents(
     return ensemble.annotate(pd.DataFrame(rows), "start", "stop")
 
 
+@in_smaller_batches
 def hessian(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling(batch_size=16)
 ) -> pd.DataFrame:
@@ -167,6 +170,7 @@ def hessian(
     return ensemble.annotate(frame, "earlier", "later")
 
 
+@in_smaller_batches
 def path_lengths(
     stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

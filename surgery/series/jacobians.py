@@ -48,6 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, ratio, weights
@@ -97,6 +98,7 @@ def linearise(stack: Stack, layer: int, x: Stream, context: Context) -> Callable
     return along
 
 
+@in_smaller_batches
 def pairs(
     stack: Stack, tokens: Tokens | Tensor, *, probes: int = 1, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

@@ -78,6 +78,7 @@ from surgery.instruments.windows import (
     record_turned,
     running_mean,
 )
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import described, measure_columns, weights
@@ -137,6 +138,7 @@ COLUMNS = {
 }
 
 
+@in_smaller_batches
 def windows(
     stack: Stack,
     tokens: Ensemble | Tokens | Tensor,
@@ -267,6 +269,7 @@ def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first
     return pd.DataFrame(rows)
 
 
+@in_smaller_batches
 def profile(
     stack: Stack, tokens: Tokens | Tensor, length: int | None = None, *, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:

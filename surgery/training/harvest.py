@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import surgery
-from surgery import disk
+from surgery import disk, memory
 from surgery.models.engine import Stream
 from surgery.models.identity import differences, identity, refuse_hooks
 from surgery.models.stack import Stack
@@ -84,7 +84,8 @@ def harvest(
     shards anew and leaves whole ones alone; with the same ``batch_size`` the files come out the same, byte for byte,
     however often it was interrupted. ``shard_tokens`` is the most tokens that a shard holds (a longer prompt has one of
     its own). Within a shard prompts of similar length share a batch. ``say`` gets the size before anything runs.
-    ``start = 0`` or ``stop = L`` leaves one end to be trained along; not both.
+    ``start = 0`` or ``stop = L`` leaves one end to be trained along; not both. Where the memory is too small for a
+    batch, the rest of a shard goes on in smaller ones, and a warning says so; its numbers may differ by rounding.
 
     Cost: ``stop / L`` F without the head, hashing the weights, and hashing shards that are there. Memory: one batch.
 
@@ -169,7 +170,9 @@ def _make_shard(
     with disk.writing(path) as file:
         file.write(header + lengths.numpy().astype("<i4").tobytes() + ids.numpy().astype("<i4").tobytes())
         order = lengths.argsort(descending=True, stable=True)
-        for numbers in order.tensor_split(-(-n_prompts // batch_size)):
+
+        def store(begin: int, end: int) -> None:
+            numbers = order[begin:end]
             ids_of_batch = pad_sequence([prompts[i] for i in numbers], batch_first=True)
             batch = pad_right(ids_of_batch, lengths[numbers]).to(stack.device)
             for place, x in zip((first, first + n_tokens * row), _streams(stack, batch, *span)):
@@ -179,6 +182,9 @@ def _make_shard(
                     file.seek(place + before[i] * row)
                     file.write(rows[:length])
             advance(int(lengths[numbers].sum()))
+
+        even = -(-n_prompts // -(-n_prompts // batch_size))
+        memory.pieces(n_prompts, even, store)
         sha256 = sha256_of(file)
     return Shard(path.name, n_prompts, n_tokens, first + 2 * n_tokens * row, sha256)
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from surgery import disk
+from surgery import disk, memory
 from surgery.models.identity import differences, of_module
 from surgery.models.scopes import scope
 from surgery.models.weights_hash import tensors_sha256
@@ -102,6 +102,10 @@ class Task(Protocol):
     @property
     def n_prompts(self) -> int: ...
 
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may be run in parts, as nothing is drawn for the whole of it."""
+
     def batch(self, prompts: list[int]) -> Any:
         """A batch; has ``shape`` (what its cost depends on) and ``n_tokens``."""
 
@@ -149,6 +153,10 @@ def fit(
     Called again with the same arguments it goes on from ``checkpoint.safetensors`` and ends with the same weights; once
     it is finished, it only returns its result again. ``identity`` is what tells this run from others beside its
     schedule; ``spent`` is what was spent before it began (the teacher's harvest).
+
+    Where the memory is too small for a batch, its gradients are added up over halves of it, or quarters, and so on, and
+    a warning says so; the weights are then the same up to rounding, and a step takes one more forward pass. Of several
+    processes none does so, nor does a task that is not ``divisible``.
 
     Raises:
         ValueError: fewer prompts than a batch, a batch that does not divide among the processes, a checkpoint of
@@ -200,6 +208,46 @@ def fit(
             losses.clear()
             state.share(accelerator)
 
+        def gradients(mine: list[int], at_once: int) -> _Step:
+            """Add up the gradients of a step, so many prompts at once."""
+            for optimizer in prepared:
+                optimizer.zero_grad(set_to_none=True)
+            parts = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]
+            step = _Step(at_once)
+
+            def run(part: list[int]) -> tuple[Any, Tensor, Tensor]:
+                batch = task.batch(part)
+                batch, by_teacher = counter(("teacher", batch.shape), partial(task.with_teacher, batch))
+                (sums, weights), forward = counter(("forward", batch.shape), partial(student, batch))
+                step.by_teacher += by_teacher
+                step.operations += forward
+                return batch, sums, weights
+
+            def totals(sums: Tensor, weights: Tensor) -> Tensor:
+                return torch.stack([sums.detach(), weights]).double()
+
+            if len(parts) > 1:  # the weights of the whole are needed before the first part goes backward
+                with torch.no_grad():
+                    whole = torch.stack([totals(*run(part)[1:]) for part in parts]).sum(0)
+            else:
+                only = run(parts[0])
+                whole = accelerator.reduce(totals(*only[1:]), "sum")
+            factors = torch.tensor(task.factors, device=whole.device)
+            step.loss = float((factors * whole[0] / whole[1]).sum())
+            if not np.isfinite(step.loss):
+                raise ValueError(
+                    f"the loss is {step.loss} at step {state.step}: nothing of that step was kept. "
+                    f"{state.advice(schedule)}"
+                )
+            for part in parts:
+                batch, sums, _ = run(part) if len(parts) > 1 else only
+                local = (factors * sums * world / whole[1].to(sums.dtype)).sum()
+                _, backward = counter(("backward", batch.shape), partial(accelerator.backward, local))
+                step.operations += backward
+                step.n_tokens += batch.n_tokens
+            return step
+
+        at_once = schedule.batch
         with progress_task(phase, schedule.steps, progress and accelerator.is_main_process) as advance:
             advance(state.step, free=True)
             if not state.rows:
@@ -207,33 +255,25 @@ def fit(
             while state.step < schedule.steps and not state.patience_lost(schedule):
                 began = time.perf_counter()
                 mine = schedule.prompts(state.step, task.n_prompts)[rank::world].tolist()
-                batch = task.batch(mine)
-                batch, by_teacher = counter(("teacher", batch.shape), partial(task.with_teacher, batch))
-                (sums, weights), forward = counter(("forward", batch.shape), partial(student, batch))
-                whole = accelerator.reduce(torch.stack([sums.detach(), weights]).double(), "sum")
-                factors = torch.tensor(task.factors, device=sums.device)
-                loss = float((factors * whole[0] / whole[1]).sum())
-                if not np.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {loss} at step {state.step}: nothing of that step was kept. "
-                        f"{state.advice(schedule)}"
-                    )
-                local = (factors * sums * world / whole[1].to(sums.dtype)).sum()
-                _, backward = counter(("backward", batch.shape), partial(accelerator.backward, local))
+                if world == 1 and task.divisible:
+                    step = memory.halving(at_once, partial(gradients, mine))
+                    at_once = step.at_once
+                else:  # the other processes would wait for one that begins a step again
+                    step = gradients(mine, len(mine))
                 accelerator.clip_grad_norm_(task.matrices + task.others, schedule.clip)
                 for group in (group for optimizer in prepared for group in optimizer.param_groups):
                     group["lr"] = schedule.rate(state.step)
                 _, updated = counter("optimiser", lambda: [optimizer.step() for optimizer in prepared])
                 for optimizer in prepared:
                     optimizer.zero_grad(set_to_none=True)
-                operations = forward + backward + (updated if accelerator.is_main_process else 0)
+                operations = step.operations + (updated if accelerator.is_main_process else 0)
                 seconds = (time.perf_counter() - began) if accelerator.is_main_process else 0.0
-                since_last.add(phase, batch.n_tokens, operations, seconds)
-                if by_teacher:
-                    since_last.add(f"{phase}: teacher", batch.n_tokens, by_teacher, 0.0, teacher=True)
-                losses.append(loss)
+                since_last.add(phase, step.n_tokens, operations, seconds)
+                if step.by_teacher:
+                    since_last.add(f"{phase}: teacher", step.n_tokens, step.by_teacher, 0.0, teacher=True)
+                losses.append(step.loss)
                 state.step += 1
-                advance(note=f"loss {loss:.4f}")
+                advance(note=f"loss {step.loss:.4f}")
                 if state.step % schedule.every == 0 or state.step == schedule.steps:
                     evaluate()
         early = state.patience_lost(schedule)
@@ -241,6 +281,17 @@ def fit(
             state.restore_best()
         accelerator.wait_for_everyone()
     return Fit(pd.DataFrame(state.rows), state.ledger, early)
+
+
+@dataclass
+class _Step:
+    """What a step took: how many prompts at once, and the loss, tokens and operations of all."""
+
+    at_once: int
+    loss: float = 0.0
+    n_tokens: int = 0
+    operations: int = 0
+    by_teacher: int = 0
 
 
 class _State:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import disk, training
+from surgery import disk, memory, training
 from surgery.records import tables
 from surgery.training.ledger import Ledger
 from surgery.training.loop import Schedule
@@ -42,7 +42,7 @@ class Student(nn.Module):
 class Regression:
     """Learn 3 x through a frozen layer."""
 
-    factors, n_prompts, watched = (1.0,), 20, "error"
+    factors, n_prompts, watched, divisible = (1.0,), 20, "error", True
 
     def __init__(self, seed=0):
         self.student = Student(seed)
@@ -72,6 +72,43 @@ def fit(task, folder, schedule=SCHEDULE, **options):
 
 def weights(task):
     return torch.cat([p.detach().flatten() for p in task.student.parameters()])
+
+
+class Small(Student):
+    """There is memory for the gradients of three prompts."""
+
+    largest = 0
+
+    def forward(self, batch):
+        if len(batch.x) > 3 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.largest = max(self.largest, len(batch.x))
+        return super().forward(batch)
+
+
+def test_a_batch_too_large_for_the_memory_is_divided_and_the_weights_are_the_same(tmp_path):
+    whole, divided = Regression(), Regression()
+    divided.student.__class__ = Small
+    curve = fit(whole, tmp_path / "whole").curve
+    with pytest.warns(memory.LowMemoryWarning) as told:
+        again = fit(divided, tmp_path / "divided").curve
+    assert [str(warning.message)[:41] for warning in told] == [
+        "not enough memory for 8 prompts at once: ",
+        "not enough memory for 4 prompts at once: ",
+    ], "once for all steps"
+    assert torch.allclose(weights(divided), weights(whole), atol=1e-6)
+    assert not torch.equal(weights(divided), weights(Regression()))
+    assert np.allclose(
+        again[["loss", "error", "tokens"]], curve[["loss", "error", "tokens"]], atol=1e-6, equal_nan=True
+    )
+    assert (again["operations"].iloc[1:] > curve["operations"].iloc[1:]).all(), "the forward passes that came twice"
+
+
+def test_a_batch_that_cannot_be_divided_ends_the_training(tmp_path):
+    task = Regression()
+    task.student.__class__, task.divisible = Small, False
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(task, tmp_path)
 
 
 def test_it_learns_and_writes_its_curve(tmp_path):
