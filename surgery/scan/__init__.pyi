@@ -3,7 +3,9 @@ from . import cluster as cluster
 from . import controls as controls
 from . import draw as draw
 from . import execution as execution
+from . import halving as halving
 from . import harness as harness
+from . import kriging as kriging
 from . import metrics as metrics
 from . import own_ray as own_ray
 from . import packing as packing

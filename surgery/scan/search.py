@@ -122,7 +122,7 @@ def screen(
     if not 0 <= share <= 1:
         raise ValueError(f"share is the part of the wirings to measure, from 0 to 1, got {share}")
     candidates, encoded = distinct(stack, wirings), probes.encode(stack)
-    spans = np.array([_span(wiring) for wiring in candidates])
+    spans = np.array([span_of(wiring) for wiring in candidates])
     rounds, estimate = np.zeros(len(candidates), dtype=int), np.zeros(len(candidates))
     if share == 0:
         estimate = first_order(stack, encoded)[spans[:, 1], spans[:, 0]]
@@ -186,7 +186,7 @@ def beam(
     if width < 1 or depth < 1:
         raise ValueError(f"a beam has a width and a depth of at least 1, got {width} and {depth}")
     if spans is None:
-        spans = [_span(wiring) for wiring in every_repeat(stack.n_layers)]
+        spans = [span_of(wiring) for wiring in every_repeat(stack.n_layers)]
     encoded = probes.encode(stack)
     best, seen, levels = [Wiring.of(stack.n_layers)], {Wiring.of(stack.n_layers)}, []
     for level in range(1, depth + 1):
@@ -243,7 +243,7 @@ def _batches(encoded: Encoded) -> Iterator[Encoded]:
         )
 
 
-def _span(wiring: Wiring) -> tuple[int, int]:
+def span_of(wiring: Wiring) -> tuple[int, int]:
     """``(b, a)`` of the wiring ``:a b:``: for a repeated span its start and stop."""
     layers, n_layers = wiring.layers, wiring.n_layers
     left = next((at for at, layer in enumerate(layers) if layer != at), len(layers))

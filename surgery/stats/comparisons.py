@@ -159,7 +159,7 @@ def table(
     drawn = studentised.draws(len(units), resamples, seed)
     low, high = studentised.interval(units, drawn)
     gain, p, p_max = units.mean(), *judged(units, drawn, seed)
-    q = _discoveries(p, gain)
+    q = discoveries(p, gain)
     rows = {
         "wiring": names.repeat(len(families)),
         "group": np.tile(families, len(names)),
@@ -257,11 +257,28 @@ def winners(
     no gain            the search half itself claimed none
     =================  ==============================================================
 
-    Raises ValueError if a winner was not measured on the validation half, or if both halves are one table.
+    Raises ValueError as ``confirmed``, and if both halves are one table.
     """
     if search is validation:
         raise ValueError("search and validation are the same table; the winners need probes that did not choose them")
     claimed = table(search, metric, resamples, seed, cluster=cluster)
+    return confirmed(claimed, validation, metric, top, resamples, seed, cluster=cluster)
+
+
+def confirmed(
+    claimed: pd.DataFrame,
+    validation: pd.DataFrame,
+    metric: str,
+    top: int = 10,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    cluster: str | None = None,
+) -> pd.DataFrame:
+    """Return what ``winners`` returns, from the ``table`` of the search half or another with its columns.
+
+    Raises ValueError if a winner was not measured on the validation half.
+    """
     claimed = claimed[(claimed["wiring"] != ":") & claimed["gain"].notna()].nlargest(top, "gain")
     names = claimed["wiring"].tolist()
     absent = [name for name in names if name not in set(validation.loc[validation["metric"] == metric, "wiring"])]
@@ -315,7 +332,8 @@ def _unit(cluster: str | None) -> str:
     return "prompts" if cluster is None else "clusters"
 
 
-def _discoveries(p: Float[np.ndarray, " row"], gain: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+def discoveries(p: Float[np.ndarray, " row"], gain: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+    """Return the false discovery rate among the rows that gain (or lose) at least as clearly."""
     q = np.where(np.isfinite(p), 1.0, np.nan)
     measured = np.isfinite(p)
     for side in (gain > 0, gain < 0):

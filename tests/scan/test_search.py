@@ -69,7 +69,7 @@ def test_first_order_is_exact_for_small_updates(load, name):
                 parameter.mul_(size)
         stack = Stack(model)
         expected, estimate = true_gains(stack, given), search.first_order(stack, PROBES)
-        found = np.array([estimate[search._span(w)[::-1]] for w in given])
+        found = np.array([estimate[search.span_of(w)[::-1]] for w in given])
         errors.append(np.abs(found - expected.to_numpy()).max())
         assert errors[-1] < 0.1 * np.abs(expected).max()
         assert np.abs(np.diag(estimate)).max() == 0
@@ -88,7 +88,7 @@ def test_first_order_in_batches_is_the_same(stack_of, monkeypatch):
     ("text", "span"), [(":3 1:", (1, 3)), (": :", (0, 4)), (":1 3:", (3, 1)), ("2:", (2, 0)), (":2", (4, 2))]
 )
 def test_spans_are_read_off_wirings(text, span):
-    assert search._span(Wiring.parse(text, 4)) == span
+    assert search.span_of(Wiring.parse(text, 4)) == span
 
 
 @pytest.mark.parametrize("text", [":3 1:3 1:", "3 2 1 0", ":1 {1|2} 3:", "3 1:"])
@@ -129,7 +129,7 @@ def test_a_screen_of_nothing_is_the_first_order_estimate(stack_of):
 
 def test_a_smooth_gain_is_found_from_a_quarter():
     """The Gaussian process finds the hill of a smooth plane, and gives measured gains back."""
-    spans = np.array([search._span(w) for w in wiring.every_repeat(24)])
+    spans = np.array([search.span_of(w) for w in wiring.every_repeat(24)])
     gains = np.exp(-((spans - [9, 15]) ** 2).sum(1) / 50)
     known = np.zeros(len(spans), dtype=bool)
     known[search._spread(spans, len(spans) // 4)] = True
@@ -140,7 +140,7 @@ def test_a_smooth_gain_is_found_from_a_quarter():
 
 
 def test_spans_are_spread_over_the_plane():
-    spans = np.array([search._span(w) for w in wiring.every_repeat(24)])
+    spans = np.array([search.span_of(w) for w in wiring.every_repeat(24)])
     chosen = spans[search._spread(spans, 20)]
     assert len(np.unique(chosen, axis=0)) == 20
     nearest = np.sqrt(((spans[:, None] - chosen[None]) ** 2).sum(-1)).min(1)
