@@ -229,6 +229,9 @@ def scan(
         str | None, typer.Option(**choice(METRICS), help="What to measure on each probe: loglik, or loss of text.")
     ] = None,
     count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
+    share: Annotated[
+        float, typer.Option(max=1, help="Part of a full scan to run, such as 0.15: the best are searched in rounds.")
+    ] = 1,
     top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
     memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,
     cluster: Annotated[
@@ -269,6 +272,7 @@ def scan(
         out,
         metric=metric,
         count=count,
+        share=share,
         top=top,
         seed=seed,
         memory=None if memory is None else memory * 2**20,

@@ -9,6 +9,7 @@ from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
 from surgery.scan import draw as figures
 from surgery.scan import say as words
 from surgery.scan import study
+from surgery.scan.halving import Effort
 from surgery.scan.worth import CONTROLS_COLUMNS, Baseline
 from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
@@ -18,7 +19,9 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """What the scan found, then by group of probes, and the reorderings of Sun et al."""
     luck, found = Luck(**_settings(manifests)["luck"]), Baseline(**_settings(manifests)["baseline"])
     sentences = headlines(
-        words.findings(tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS])
+        words.findings(
+            tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS], _effort(manifests)
+        )
     )
     groups = tables[study.GROUPS].fillna({"group": ""})  # a CSV file has no empty text
     sentences += map(Sentence, words.best_groups(groups, found))
@@ -30,7 +33,7 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
     """What the scan leaves open."""
     found = Baseline(**_settings(manifests)["baseline"])
-    return words.limits(tables[study.TABLE], tables[study.WINNERS]) if found.done else []
+    return words.limits(tables[study.TABLE], tables[study.WINNERS], _effort(manifests)) if found.done else []
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
@@ -92,6 +95,11 @@ def section(tables: Tables, manifests: Manifests) -> Section:
 
 def _gain_cell(row: pd.Series, half: str) -> Cell:
     return number_cell(row[f"gain_{half}"], row[f"gain_low_{half}"], row[f"gain_high_{half}"], 3)
+
+
+def _effort(manifests: Manifests) -> Effort | None:
+    effort = _settings(manifests).get("effort")
+    return effort and Effort(**effort)
 
 
 def _settings(manifests: Manifests) -> dict[str, Any]:

@@ -12,6 +12,7 @@ the least gain that matters. The gains of the best are estimates, and optimistic
 again on probes that took no part (``surgery.scan.study`` does), where the usual intervals hold.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from surgery.models.stack import Stack
 from surgery.scan import execution, kriging, scanning
 from surgery.scan.kriging import Prediction
 from surgery.scan.search import span_of
+from surgery.scan.worth import drawn_together
 from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
 from surgery.stats.studentised import Units
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 8
 DRAWS = 2000  # of what a full scan might read, given what was measured
+_FLOOR = 1e-3  # of a weight: what is left of the budget when all is decided goes to what is known least
 LEVEL = 0.95  # of the bounds, all spans together
 COLUMNS: dict[str, str] = {
     **{name: meaning for name, meaning in comparisons.COLUMNS.items() if name != "group"},
@@ -74,7 +77,7 @@ def rounds(
     spans: Int[np.ndarray, "span 2"],
     groups: Sequence[str],
     n_layers: int,
-    share: float,
+    share: int | float,
     *,
     top: int = 10,
     least: float = 0.0,
@@ -104,7 +107,7 @@ def rounds(
     fitted = kriging.fit(spans, gains, n_layers)
     predicted = kriging.predict(fitted, gains)
     edges = np.linspace(0, n_probes, min(ROUNDS, n_probes) + 1).round().astype(int)
-    for number, (first, stop) in enumerate(zip(edges[:-1], edges[1:]), start=1):
+    for number, (first, stop) in enumerate(itertools.pairwise(edges), start=1):
         budget = (share * full - spent) / (n_probes - first) - n_layers  # of each probe, beside the unmodified model
         chosen = _choose(predicted.covariance, fitted.probe / (stop - first), weight, cost, budget)
         if not len(chosen):
@@ -119,7 +122,7 @@ def rounds(
         stopped = number > 1 and bool((_upper(predicted.of_population(fitted, n_probes), rng)[~broken] < least).all())
         if stopped:
             break
-        weight = np.where(broken, 0.0, _undecided(predicted, top, rng))
+        weight = np.where(broken, 0.0, _undecided(predicted, top, rng) + _FLOOR)
     return gains, Effort(float(spent), float(spent / full), number, n_probes, stopped)
 
 
@@ -142,13 +145,14 @@ def search(
     stack: Stack,
     wirings: "Iterable[Wiring | str]",
     probes: ProbeSet,
-    share: float = 0.15,
+    share: int | float = 0.15,
     out: "str | Path | None" = None,
     *,
     metric: str = "loglik",
     top: int = 10,
     least: float = 0.0,
     seed: int = 0,
+    precision: str = "float32",
     memory: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -164,7 +168,7 @@ def search(
         out: a folder for a CSV file of every round; the same call goes on there, and ends as if never interrupted.
         metric: of ``surgery.scan.METRICS``.
         top, least, seed: as for ``rounds``.
-        memory, batch_size, progress, cluster: as for ``scan.run``.
+        precision, memory, batch_size, progress, cluster: as for ``scan.run``.
 
     Raises ValueError for a wiring that is not of the form ``:a b:``, for another share, and as ``scan.run``.
     Cost: ``share`` times that of ``scan.plan`` for the wirings, and some seconds for the predictions. Control: a full
@@ -189,6 +193,7 @@ def search(
             few,
             None if out is None else Path(out) / f"round_{number}.csv",
             metrics=(metric,),
+            precision=precision,
             memory=memory,
             batch_size=batch_size,
             progress=progress,
@@ -201,9 +206,8 @@ def search(
 
     groups = [probe.group for probe in probes.probes]
     gains, effort = rounds(measure, spans, groups, stack.n_layers, share, top=top, least=least, seed=seed)
-    table, luck = estimates(
-        gains, spans, stack.n_layers, list(map(str, candidates)), [probe.cluster for probe in probes.probes], seed
-    )
+    clusters = drawn_together(groups, [probe.cluster for probe in probes.probes])
+    table, luck = estimates(gains, spans, stack.n_layers, list(map(str, candidates)), clusters, seed)
     return Found(table, luck, effort)
 
 
@@ -217,7 +221,7 @@ def estimates(
 ) -> tuple[pd.DataFrame, Luck]:
     """What the cells of ``rounds`` tell of every span, the best first (``COLUMNS``), and what luck would.
 
-    Where probes name their clusters, errors are larger by as much as probes of one cluster are alike.
+    ``clusters`` holds a label per probe; errors are larger by as much as probes of one cluster are alike.
     """
     finite, broken = np.where(np.isfinite(gains), gains, np.nan), np.isneginf(gains).sum(0)
     fitted = kriging.fit(spans, finite, n_layers)
@@ -232,7 +236,7 @@ def estimates(
     p = np.where(broken > 0, 1.0, 2 * norm.sf(np.abs(t)))
     gain = np.where(broken > 0, -np.inf, predicted.mean)
     half = np.where(broken > 0, np.nan, norm.ppf(0.975) * error)
-    labels = _labels(clusters or [""] * len(gains))
+    labels = np.array(clusters or range(len(gains)))
     table = pd.DataFrame(
         {
             "wiring": list(names),
@@ -255,20 +259,15 @@ def estimates(
 
 def _alike(gains: np.ndarray, clusters: Sequence[str]) -> float:
     """By how much the variance of a mean over probes is larger because those of one cluster are alike; at least 1."""
-    if not any(clusters):
+    if len(set(clusters)) == len(clusters):
         return 1.0
     there = np.isfinite(gains)
     count = np.maximum(there.sum(0), 1)
     left = np.where(there, gains - np.where(there, gains, 0).sum(0) / count, 0)
     size = np.sqrt((left**2).sum(0) / count)
     of_probe = (left / np.where(size > 0, size, 1)).sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
-    single, together = (float(Units.of(of_probe, labels).error()[0]) for labels in (None, _labels(clusters)))
+    single, together = (float(Units.of(of_probe, labels).error()[0]) for labels in (None, list(clusters)))
     return max(1.0, (together / single) ** 2) if single > 0 else 1.0
-
-
-def _labels(clusters: Sequence[str]) -> np.ndarray:
-    """The cluster of every probe; itself where it has none."""
-    return np.array([cluster or f"probe {place}" for place, cluster in enumerate(clusters)])
 
 
 def _undecided(predicted: Prediction, top: int, rng: np.random.Generator) -> Float[np.ndarray, " span"]:
@@ -299,7 +298,7 @@ def _choose(
     ``covariance`` is of what is known of all spans, ``noise`` of what a round would read.
     """
     known, read, chosen = covariance.copy(), covariance + noise, []
-    open_ = weight > 0 if weight.any() else np.zeros(len(weight), dtype=bool)
+    open_ = weight > 0
     while (fits := open_ & (cost <= budget)).any():
         lowered = weight @ known**2 / np.diag(read) / (cost + 1)  # and a readout
         best = int(np.where(fits, lowered, -np.inf).argmax())

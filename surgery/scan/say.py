@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.page.phrases import value
+from surgery.scan.halving import Effort
 from surgery.scan.worth import LEAST, LEAST_GAIN, MOST_NOT_FINITE, Baseline
 from surgery.stats.comparisons import FEW, FEW_CLUSTERS, Luck
 
@@ -42,9 +43,17 @@ UNITS = {
 
 
 def findings(
-    table: pd.DataFrame, winners: pd.DataFrame, luck: Luck, baseline_: Baseline, controls: pd.DataFrame
+    table: pd.DataFrame,
+    winners: pd.DataFrame,
+    luck: Luck,
+    baseline_: Baseline,
+    controls: pd.DataFrame,
+    effort: Effort | None = None,
 ) -> list[str]:
-    """The sentences to read first: ``baseline``, ``search``, ``validation``, ``beside``; without a task the first."""
+    """The sentences to read first: ``baseline``, ``search``, ``validation``, ``beside``; without a task the first.
+
+    ``effort`` is of a search in rounds, None for a full scan.
+    """
     first, metric = baseline(baseline_), baseline_.metric
     if not baseline_.sound:
         return [
@@ -60,7 +69,7 @@ def findings(
         ]
     return [
         first,
-        *search(table, luck, metric),
+        *search(table, luck, metric, effort),
         *validation(winners, metric),
         *beside(winners, controls, baseline_),
     ]
@@ -181,7 +190,7 @@ def painters(table: pd.DataFrame, metric: str) -> list[str]:
     return sentences + _not_finite(table)
 
 
-def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
+def search(table: pd.DataFrame, luck: Luck, metric: str, effort: Effort | None = None) -> list[str]:
     """How many wirings were tried, the largest gain, what luck alone gives, which are better or worse beyond luck."""
     tried = _tried(table)
     if tried.empty:
@@ -190,6 +199,8 @@ def search(table: pd.DataFrame, luck: Luck, metric: str) -> list[str]:
         return [f"{_wirings(len(tried))} on one prompt: nothing can be told from luck."]
     best = tried.sort_values("gain", ascending=False, kind="stable").iloc[0]
     count = f"{_wirings(len(tried))} {'was' if len(tried) == 1 else 'were'} tried on {_prompts(tried)}."
+    if effort is not None:
+        count = _searched(tried, effort, metric)
     if np.isneginf(best["gain"]):
         return [count, *_not_finite(tried)]
     if not best["gain"] > 0:
@@ -259,26 +270,33 @@ def groups(table: pd.DataFrame, metric: str, wirings: Sequence[str] = ()) -> lis
     return sentences
 
 
-def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None) -> list[str]:
+def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None, effort: Effort | None = None) -> list[str]:
     """What the numbers leave open, and what must not be read into them."""
     tried = _tried(table)
     notes = ["Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."]
+    if effort is not None:
+        notes.append(
+            "Gains of the search half are estimates, and of the best optimistic: they were chosen for being the "
+            "largest. Those on fresh probes are neither."
+        )
     if winners is None:
         notes.append("No gain was measured again on fresh probes, so none is more than a candidate.")
     unclear = int(((tried["p_max"] >= SURE) & np.isfinite(tried["gain"])).sum())
     if unclear:
         notes.append(f"For {_wirings(unclear)} of {len(tried)} a small effect is neither shown nor ruled out.")
     partial = int((tried["n_prompts"] < tried["n_prompts"].max()).sum())
-    if partial:
+    if partial and effort is None:
         verb = "is" if partial == 1 else "are"
         notes.append(f"{_wirings(partial)} could not be measured on every prompt, and {verb} compared on the rest.")
     most = int(tried["n_prompts"].max()) if len(tried) else 0
+    if effort is not None:
+        most = effort.probes
     if most < FEW:
         notes.append(
             f"{_count(most, 'prompt')} in the search half, fewer than {FEW}: only large effects can be shown, and "
             "where gains are very skewed p of a single wiring is too small and its interval too narrow."
         )
-    units = int(tried["n_units"].max()) if len(tried) and "n_units" in tried else most
+    units = int(tried["n_units"].max()) if len(tried) and "n_units" in tried and effort is None else most
     if units < most:
         notes.append(f"Prompts of one cluster are drawn together: {most} prompts count as {units}.")
         if units < FEW_CLUSTERS:
@@ -301,6 +319,21 @@ def _not_finite(tried: pd.DataFrame) -> list[str]:
         f"unmodified model does ({', '.join(named)}{more}): {each} as a loss without bound, whatever it gains "
         "on the others."
     ]
+
+
+def _searched(tried: pd.DataFrame, effort: Effort, metric: str) -> str:
+    measured = int((tried["n_prompts"] > 0).sum())
+    count = (
+        f"{_wirings(len(tried))} were searched by successive halving, with {100 * effort.share:.0f} % of the layer "
+        f"executions of a full scan of {_count(effort.probes, 'prompt')}: {measured} were measured, each on some of "
+        "the prompts, and what a full scan would read is estimated from them and their neighbours."
+    )
+    if not effort.stopped:
+        return count
+    return (
+        f"{count} It stopped after {_count(effort.rounds, 'round')}: no wiring beats the unmodified model by "
+        f"{_signed(LEAST_GAIN.get(metric, 0), metric)} (with 95 % confidence in all of them together)."
+    )
 
 
 def _luck(best: pd.Series, luck: Luck, metric: str) -> str:

@@ -8,8 +8,12 @@
     scan_controls.csv     beside every confirmed repeat: random spans, a damped pass and so on  (surgery.scan.worth)
     painters.csv          the table by variant and size of the window (family ``painters``)
 
-The first and third survive a kill: the same command goes on where it was. ``surgery.report.build`` makes the page of
-them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``, ``painters.png``.
+With a ``share`` below 1 the search half is not scanned whole but searched in rounds (``surgery.scan.halving``). Then
+the table holds estimates, and in place of the first file there is ``scan_rounds/round_1.csv`` and so on.
+
+What holds a row per probe survives a kill: the same command goes on where it was. ``surgery.report.build`` makes the
+page of them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``,
+``painters.png``.
 """
 
 import warnings
@@ -32,14 +36,15 @@ from surgery.models.loading import load
 from surgery.models.stack import Stack
 from surgery.records import tables
 from surgery.records.manifest import manifest
-from surgery.scan import controls, execution, scanning, worth
+from surgery.scan import controls, execution, halving, scanning, worth
 from surgery.scan import say as sentences
 from surgery.scan.cluster import Cluster, Pool, joined
+from surgery.scan.halving import Effort
 from surgery.stats import comparisons
 from surgery.wiring import families
 from surgery.wiring.value import Wiring
 
-SEARCH, VALIDATION = "scan_search.csv", "scan_validation.csv"
+SEARCH, VALIDATION, ROUNDS = "scan_search.csv", "scan_validation.csv", "scan_rounds"
 TABLE: str = "scan_table.csv"
 WINNERS: str = "scan_winners.csv"
 GROUPS: str = "scan_groups.csv"
@@ -49,6 +54,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     **families.EVERY,
     families.PAINTERS: lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
+SEARCHED = ("repeat", "skip")  # families whose wirings are spans, with neighbours
 FEWEST = 4  # probes: two to search with, two to measure again on
 MAX_TOKENS = 128  # where running text is cut
 BESIDE = (
@@ -96,6 +102,7 @@ class ScanResult:
         metric: in which all of these are measured.
         baseline: how well the unmodified model does the task, against chance.
         controls: what stands beside every confirmed repeat.
+        effort: what a search in rounds ran; None after a full scan.
     """
 
     table: pd.DataFrame
@@ -105,12 +112,13 @@ class ScanResult:
     metric: str
     baseline: worth.Baseline
     controls: pd.DataFrame
+    effort: Effort | None = None
 
     @property
     def sentences(self) -> list[str]:
         """The findings, and their limits."""
         return [
-            *sentences.findings(self.table, self.winners, self.luck, self.baseline, self.controls),
+            *sentences.findings(self.table, self.winners, self.luck, self.baseline, self.controls, self.effort),
             *sentences.best_groups(self.groups, self.baseline),
             *self.limits,
         ]
@@ -118,7 +126,7 @@ class ScanResult:
     @property
     def limits(self) -> list[str]:
         """What the scan leaves open."""
-        return sentences.limits(self.table, self.winners) if self.baseline.done else []
+        return sentences.limits(self.table, self.winners, self.effort) if self.baseline.done else []
 
 
 def run(
@@ -129,6 +137,7 @@ def run(
     *,
     metric: str | None = None,
     count: int = 256,
+    share: int | float = 1,
     top: int = 10,
     seed: int = 0,
     precision: str = "float32",
@@ -150,6 +159,7 @@ def run(
         out: folder for the results, made if need be; the same one resumes a scan that was killed.
         metric: of ``surgery.scan.METRICS``; by default ``loss`` for running text, else ``loglik``.
         count: probes of a built-in set, both halves together.
+        share: of the layer executions of a full scan: below 1 the best are searched in rounds (``scan.halving``).
         top: how many winners to measure again.
         seed: of the built-in set, the halves and all resamples.
         precision: of the search, as for ``scan.run``; the winners are always measured again in float32.
@@ -158,11 +168,11 @@ def run(
         say: is called with a sentence when a step begins.
 
     Raises:
-        ValueError: an unknown family, metric or probe set, none named for a model without its own, or fewer than 4
-            different probes.
+        ValueError: an unknown family, metric or probe set, none named for a model without its own, fewer than 4
+            different probes, or a share that is not above 0 and at most 1, or below 1 for a family without spans.
         OSError: ``out`` cannot be written to.
     """
-    _check_family(family)
+    _check_family(family, share)
     probe_set = _asked(model, questions, count, seed)
     with disk.held(out) as folder:
         say(f"opening {model}")
@@ -176,6 +186,7 @@ def run(
                 folder,
                 family,
                 metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
+                share=share,
                 top=top,
                 seed=seed,
                 precision=precision,
@@ -204,6 +215,7 @@ def measure(
     *,
     metric: str = "loglik",
     longest: int | None = None,
+    share: int | float = 1,
     top: int = 10,
     seed: int = 0,
     precision: str = "float32",
@@ -215,16 +227,17 @@ def measure(
 ) -> ScanResult:
     """Do what ``run`` does on an opened model; with ``longest``, only wirings of at most so many layers more.
 
-    Raises ValueError for an unknown family or metric, and for fewer than 4 different probes.
+    Raises ValueError for an unknown family or metric, fewer than 4 different probes, and a ``share`` as ``run``.
     """
-    _check_family(family)
+    _check_family(family, share)
     if len(set(probe_set.probes)) < FEWEST:
         raise ValueError(
             f"a scan needs at least {FEWEST} different probes, half of them to validate on, and {probe_set.name} has "
             f"{len(set(probe_set.probes))}; give more"
         )
     with disk.held(out) as folder:
-        search, validation = (half.encode(stack) for half in probe_set.split(seed))
+        halves = probe_set.split(seed)
+        search, validation = (half.encode(stack) for half in halves)
         wirings = _wirings(stack, family, longest)
 
         def scan(
@@ -247,15 +260,37 @@ def measure(
         baseline = worth.baseline(stack, probe_set, metric, seed)
         say(sentences.baseline(baseline))
         say(str(execution.plan(stack, wirings, search, memory)))
-        searched = scan(wirings, search, SEARCH, metric, precision=precision)
-        table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
+        effort = None
+        if share < 1:
+            say(f"{100 * share:g} % of these, in rounds")
+            estimated = halving.search(
+                stack,
+                wirings,
+                halves[0],
+                share,
+                folder / ROUNDS,
+                metric=metric,
+                top=top,
+                least=worth.LEAST_GAIN.get(metric, 0),
+                seed=seed,
+                precision=precision,
+                memory=memory,
+                batch_size=batch_size,
+                progress=progress,
+                cluster=cluster,
+            )
+            table, luck, effort = estimated.table, estimated.luck, estimated.effort
+        else:
+            searched = scan(wirings, search, SEARCH, metric, precision=precision)
+            table = comparisons.table(searched, metric, seed=seed, cluster="cluster")
+            luck = comparisons.expected_best(searched, metric, seed=seed, cluster="cluster")
         best = table[table["wiring"] != ":"].nlargest(top, "gain")["wiring"].tolist()
         say(f"the {len(best)} best again, on probes that took no part in the choice")
         by_name = {str(wiring): wiring for wiring in wirings}
         answers = {"loss": "credit"}.get(baseline.measure, baseline.measure)
         beside = (answers,) if metric in worth.LIKELIHOOD else ()
         validated = scan([by_name[name] for name in best], validation, VALIDATION, metric, *beside)
-        winners = comparisons.winners(searched, validated, metric, top=top, seed=seed, cluster="cluster")
+        winners = comparisons.confirmed(table, validated, metric, top=top, seed=seed, cluster="cluster")
         if beside:
             right = comparisons.table(validated, answers, seed=seed, cluster="cluster").set_index("wiring")
             ends = {"answers": "gain", "answers_low": "gain_low", "answers_high": "gain_high"}
@@ -272,7 +307,6 @@ def measure(
         against = pd.concat(
             [part for part in parts if len(part)] or [pd.DataFrame(columns=list(worth.CONTROLS_COLUMNS))]
         )
-        luck = comparisons.expected_best(searched, metric, seed=seed, cluster="cluster")
         own = "cluster" if any(validation.clusters) else None  # else a group may be a cluster
         groups = comparisons.table(validated, metric, seed=seed, by_group=True, cluster=own)
         groups = groups if groups["group"].nunique() > 1 else groups.iloc[:0]
@@ -281,19 +315,20 @@ def measure(
             "metric": metric,
             "luck": asdict(luck),
             "baseline": asdict(baseline),
+            "effort": effort and asdict(effort),
         }
         of_search, of_validation = (
             manifest(stack, half.tokens, seed=seed, precision=named(stack, numbers), **settings)
             for half, numbers in ((search, precision), (validation, "float32"))
         )
-        tables.write(table, folder / TABLE, of_search, comparisons.COLUMNS)
+        tables.write(table, folder / TABLE, of_search, halving.COLUMNS if effort else comparisons.COLUMNS)
         tables.write(winners, folder / WINNERS, of_search, WINNERS_COLUMNS)
         tables.write(groups, folder / GROUPS, of_validation, comparisons.COLUMNS)
         tables.write(against, folder / CONTROLS, of_validation, worth.CONTROLS_COLUMNS)
         if family == families.PAINTERS:
             variants = controls.painters(stack.n_layers).merge(table, on="wiring")
             tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
-        return ScanResult(table, winners, groups, luck, metric, baseline, against)
+        return ScanResult(table, winners, groups, luck, metric, baseline, against, effort)
 
 
 def painters(
@@ -337,9 +372,16 @@ def _asked(model: str, questions: str | None, count: int, seed: int) -> ProbeSet
     return probes.load(questions) if kind in LINES else probes.named(questions, count, seed)
 
 
-def _check_family(name: str) -> None:
+def _check_family(name: str, share: int | float) -> None:
     if name not in FAMILIES:
         raise ValueError(f"there is no family {name!r}; there are {', '.join(FAMILIES)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share is the part of a full scan to run, above 0 and at most 1, got {share}")
+    if share < 1 and name not in SEARCHED:
+        raise ValueError(
+            f"a share of a scan is searched in {' or '.join(SEARCHED)}, whose wirings have neighbours, not in {name}; "
+            "scan all of it with share 1"
+        )
 
 
 def _wirings(stack: Stack, family: str, longest: int | None) -> list[Wiring]:

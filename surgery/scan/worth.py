@@ -180,14 +180,18 @@ def swapped(probe_set: ProbeSet, seed: int = 0) -> ProbeSet:
 
 
 def clustered(rows: pd.DataFrame, encoded: Encoded) -> pd.DataFrame:
-    """The rows of a scan with a column ``cluster``: what is drawn together when luck is judged.
+    """The rows of a scan with a column ``cluster``: ``drawn_together`` of their probes."""
+    return rows.assign(cluster=np.array(drawn_together(encoded.groups, encoded.clusters))[rows["prompt"]])
+
+
+def drawn_together(groups: Sequence[str], clusters: Sequence[str]) -> list[str]:
+    """A label per probe: those with the same one are drawn together when luck is judged.
 
     Probes that name clusters are drawn by these; probes of many groups by their groups; else each by itself.
     """
-    labels = [label or f"probe {place}" for place, label in enumerate(encoded.clusters)]
-    if not any(encoded.clusters) and comparisons.FEW_CLUSTERS <= len(set(encoded.groups)) < len(encoded.groups):
-        labels = list(encoded.groups)
-    return rows.assign(cluster=np.array(labels)[rows["prompt"]])
+    if not any(clusters) and comparisons.FEW_CLUSTERS <= len(set(groups)) < len(groups):
+        return list(groups)
+    return [label or f"probe {place}" for place, label in enumerate(clusters or [""] * len(groups))]
 
 
 def softened(

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from surgery.scan import say, worth
+from surgery.scan.halving import Effort
 from surgery.scan.worth import Baseline
 from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
@@ -405,3 +406,22 @@ def test_one_prompt_tells_nothing():
 def test_an_effect_beyond_luck_that_is_too_small_to_matter_is_not_named():
     sentences = text(say.search(table([0.004, -0.003], p_max=0.001), LUCK, "loglik"))
     assert "no improvement was found; 0 are worse beyond luck" in sentences
+
+
+def test_a_search_in_rounds_says_what_it_ran_and_that_its_gains_are_optimistic():
+    tried = table([0.3, 0.1, -0.2], n_prompts=16).assign(n_prompts=[16, 8, 0])
+    effort = Effort(executions=900, share=0.152, rounds=8, probes=128, stopped=False)
+    said = text(say.search(tried, LUCK, "loglik", effort))
+    assert "3 wirings were searched by successive halving, with 15 % of the layer executions of a full scan" in said
+    assert "128 prompts: 2 were measured" in said
+    assert "stopped" not in said
+    limits = text(say.limits(tried, winners((0.3, 0.1, "vanished")), effort))
+    assert "optimistic" in limits
+    assert "compared on the rest" not in limits
+    assert "optimistic" not in text(say.limits(tried, winners((0.3, 0.1, "vanished"))))
+
+
+def test_a_search_that_stopped_says_that_nothing_beats_the_model():
+    effort = Effort(executions=900, share=0.04, rounds=2, probes=128, stopped=True)
+    said = text(say.search(table([-0.3, -0.1]), LUCK, "loglik", effort))
+    assert "It stopped after 2 rounds: no wiring beats the unmodified model by +0.01 nats per answer" in said

@@ -227,3 +227,27 @@ def test_a_story_model_reads_stories_and_no_repeat_reads_them_better(stories, tm
     assert (result.metric, result.baseline.measure, result.baseline.done) == ("loss", "loss", True)
     assert "nats per token" in result.sentences[0]
     assert not result.winners["verdict"].str.startswith("survived").any()
+
+
+def test_a_share_of_a_scan_is_searched_in_rounds(tmp_path):
+    result = study.run(out=tmp_path, count=56, share=0.15, top=3)
+    assert 0.1 < result.effort.share <= 0.15
+    assert len(result.table) == 78
+    assert result.winners["wiring"].tolist() == result.table["wiring"].head(3).tolist()
+    assert result.winners["gain_search"].tolist() == result.table["gain"].head(3).tolist()
+    assert not (tmp_path / "scan_search.csv").exists()
+    assert len(list((tmp_path / study.ROUNDS).glob("*.csv"))) == result.effort.rounds
+    written = tables.read_manifest(tmp_path / study.TABLE)
+    assert written["settings"]["effort"] == asdict(result.effort)
+    assert written["columns"]["gain"].startswith("what a full scan of the search half would read")
+    page = html.unescape(report.build(tmp_path).read_text())
+    said = [sentence for sentence in result.sentences if "successive halving" in sentence]
+    assert len(said) == 1
+    assert said[0].split(" The largest")[0] in page
+
+
+def test_a_share_needs_spans():
+    with pytest.raises(ValueError, match="repeat or skip"):
+        study.run(family="swap", share=0.2)
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        study.run(share=0)
