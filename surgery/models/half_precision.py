@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from surgery.models import offload
 from surgery.models.chain import run_chain
 from surgery.models.conditions import measure
 from surgery.models.engine import Context, LayerOutput, Stream
@@ -40,13 +41,19 @@ class HalfLayers:
     Attributes:
         nbytes: what the copy takes in memory.
 
-    Raises ValueError for a model that is not in float32, and while hooks are attached, which the copy would not have.
+    Raises ValueError for a model that is not in float32, for one whose layers are offloaded, and while hooks are
+    attached, which the copy would not have.
     """
 
     def __init__(self, stack: Stack) -> None:
         if stack.dtype != torch.float32:
             kind = str(stack.dtype).removeprefix("torch.")
             raise ValueError(f"bf16 is a copy of a model in float32, and {stack.name} was loaded in {kind}: load it so")
+        if offload.of(stack.model) is not None:
+            raise ValueError(
+                f"bf16 is a copy of all layers on the device, where those of {stack.name} do not stay (offload): load it "
+                "in bfloat16 instead"
+            )
         if stack.hooks_listen():
             raise ValueError(
                 f"hooks are attached to {stack.name}, and a copy in bf16 would not have them: take them off, or "

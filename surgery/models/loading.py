@@ -40,6 +40,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from surgery.models import building, configs, finite, foreign, gguf, layer_sizes, names, stream_width, twin
+from surgery.models import offload as offloading
 from surgery.models.conditions import defaults
 from surgery.models.errors import ModelError, as_model_error, first_line, is_failure
 from surgery.models.exactness import TOLERANCES
@@ -62,6 +63,8 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    device_map: "str | dict[str, Any] | None" = None,
+    offload: bool = False,
 ) -> TransformerBridge:
     """Load a model as a ``TransformerBridge`` with a plain twin on the same weights.
 
@@ -73,28 +76,43 @@ def load(
         tokenizer: by default the one stored beside the weights; a model in memory has none unless it is given here.
         device: where to put the weights; by default they stay where they were loaded.
         dtype: of the weights.
+        device_map: spread the layers over several devices: ``"auto"``, ``"balanced"`` or a dictionary, as transformers
+            takes it (needs the extra ``[train]``).
+        offload: keep the layers in the memory of the machine, and bring each to ``device`` (by default the GPU if there
+            is one) when it runs; see ``surgery.models.offload``.
 
     Raises:
-        ModelError: no such model, no network, weights that are missing or not safetensors, no such device, a model
-            that is not a decoder-only language model, or one that TransformerLens computes differently.
+        ModelError: no such model, no network, weights that are missing or not safetensors, no such device, devices that
+            hold only a part of the weights, a model that is not a decoder-only language model, or one that
+            TransformerLens computes differently.
 
     >>> load("babel").cfg.n_layers
     12
     """
+    if isinstance(model, nn.Module) and (offload or device_map is not None):
+        raise ModelError("offload and device_map are for a model that is loaded by its name or folder, not in memory")
     if isinstance(model, TransformerBridge):
         return model
     if isinstance(model, nn.Module):
         return wrap(model, tokenizer, _name_of(model))
     name = names.require(str(model))
+    if device_map is not None and (device is not None or offload):
+        raise ModelError("device_map says where every layer lies: give it without device and offload")
+    if offload and device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     put = None if device is None else available(device)
+    options = {} if device_map is None else {"device_map": device_map}
     with quiet(), defaults(), torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with as_model_error(f"cannot open {shown(name)}"):  # for example a name too long for the file system
             place = place_of(name)
-        opened = from_folder(place, name, dtype)
-    hugging_face = opened.model if put is None else opened.model.to(put)
+        opened = from_folder(place, name, dtype, **options)
+    hugging_face = opened.model if put is None or offload else opened.model.to(put)
     if tokenizer is None and opened.complaint:
         warnings.warn(opened.complaint, stacklevel=2)
-    return wrap(hugging_face, opened.tokenizer if tokenizer is None else tokenizer, name)
+    bridge = wrap(hugging_face, opened.tokenizer if tokenizer is None else tokenizer, name)
+    if offload and put is not None:
+        offloading.begin(bridge, put)
+    return bridge
 
 
 def place_of(name: str) -> str:
@@ -205,7 +223,10 @@ def _refuse_unusual(model: nn.Module, name: str) -> None:
     _refuse_encoder_decoder(model.config, name)
     kinds = Counter(str(weight.dtype).removeprefix("torch.") for weight in model.parameters())
     if any(weight.is_meta for weight in model.parameters()):
-        raise ModelError(f"{name} has weights that are not loaded (on the device 'meta'); load it whole, on one device")
+        raise ModelError(
+            f"{name} has weights that are not loaded (on the device 'meta'): it was never loaded, or its devices hold "
+            "only a part of it; load it whole, or by surgery.load(name, offload=True)"
+        )
     counts = ", ".join(f"{count} in {dtype}" for dtype, count in kinds.most_common())
     if unusual := [dtype for dtype in kinds if getattr(torch, dtype) not in TOLERANCES]:
         raise ModelError(

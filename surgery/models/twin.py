@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.models.scopes import Scope
 
-_LIBRARIES = ("transformers.", "accelerate.", "transformer_lens.model_bridge.")
+_LIBRARIES = ("transformers.", "accelerate.", "transformer_lens.model_bridge.", "surgery.models.offload")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.models import offload
 from surgery.models.half_precision import Layers
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -32,6 +33,7 @@ from surgery.wiring.value import Wiring
 
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
 _CALL = {"cpu": 3e8, "cuda": 3e10}  # what a call of a layer costs besides arithmetic, in the operations of that time
+_BRINGING = 4096.0  # what a portion costs where layers are brought to the device for it, in tokens: about
 
 
 @dataclass(frozen=True)
@@ -163,14 +165,15 @@ def portions(
     memory = free_memory(stack) // 2 if memory is None else memory
     of_token = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * torch.finfo(stack.dtype).bits // 8
     call = _CALL.get(stack.device.type, 3e9) / (2 * _inside_weights(stack))  # in tokens
+    brought = offload.of(stack.model) is not None
     executed = schedule.naive_executions(wirings) or stack.n_layers
     counts, lengths = Inputs.of(encoded).sizes(encoded)
     parts = packing.portions(
         counts,
         lengths,
-        most_tokens=min(_at_once(stack), memory // of_token),
+        most_tokens=memory // of_token if brought else min(_at_once(stack), memory // of_token),
         most_probes=batch_size or len(counts),
-        fixed=call * (2 * stack.n_layers / executed + 1 / 20),
+        fixed=_BRINGING if brought else call * (2 * stack.n_layers / executed + 1 / 20),
     )
     return [encoded.portion(part) for part in parts]
 
@@ -193,7 +196,8 @@ def _plan(stack: Stack, wirings: Sequence[Wiring], tokens: int, memory: int | No
     working = _inside(stack) * tokens * size
     group = max(1, min(_at_once(stack) // tokens, memory // 4 // working))
     alive = max(2, (memory - group * working) // stream - group)
-    orders: tuple[schedule.Order, ...] = ("up", "alternating") if group > 1 else ("deep",)
+    sweeping = group > 1 or offload.of(stack.model) is not None  # a layer that was brought takes all waiting streams
+    orders: tuple[schedule.Order, ...] = ("up", "alternating") if sweeping else ("deep",)
     simulations = [_simulate(wirings, alive, group, order) for order in orders]
     cheapest = min(range(len(orders)), key=lambda place: sum(cost.calls for cost in simulations[place][1]))
     parts, costs = simulations[cheapest]

@@ -52,7 +52,7 @@ def probes(count: int = 8) -> ProbeSet:
 def _hooked(*named: Any) -> Call:
     def call(stack: surgery.Stack, batch: Tokens, folder: Path) -> None:
         with stack.model.hooks(fwd_hooks=[hook for make in named for hook in make(stack.model)]):
-            stack.model(batch.ids)
+            stack.model(batch.ids.to(stack.device))
 
     return call
 
@@ -81,7 +81,7 @@ def _with_gradients(stack: surgery.Stack, batch: Tokens, folder: Path) -> None:
 
 def _taped(stack: surgery.Stack, batch: Tokens, folder: Path) -> None:
     taped = tape.together(stack.model, ":3 1:")
-    taped(batch.ids)
+    taped(batch.ids.to(stack.device))
     tape.save(taped, folder / "taped")
 
 
