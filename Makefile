@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
-.PHONY: setup real study test test-quick lint harden bench clean
+.PHONY: setup real study test test-quick test-gpu lint harden bench clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,11 @@ test: setup
 
 test-quick: setup
 	$(BIN)/python tests/quick.py
+
+# Where there is no GPU this says so
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

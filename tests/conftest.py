@@ -103,7 +103,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first: run in several processes, none is left with one of them at the end."""
+    """The longest files first: run in several processes, none is left with one of them at the end.
+
+    What needs a GPU is skipped where there is none.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
     if config.getoption("--until") is None:  # else the nearest to a change go first, as they were asked for
         places = {TESTS / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(LONGEST)))

@@ -14,7 +14,7 @@ rotary tables stay in float32, and so does the head, which is the model's own. T
 Cost: a copy of the layers, of half the size.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from surgery.models.stack import Stack
 from surgery.wiring.value import Wiring
 
 
+@runtime_checkable
 class Layers(Protocol):
     """Whatever runs a stream through a wiring: a Stack, or its layers in half precision."""
 
@@ -51,8 +52,8 @@ class HalfLayers:
             raise ValueError(f"bf16 is a copy of a model in float32, and {stack.name} was loaded in {kind}: load it so")
         if offload.of(stack.model) is not None:
             raise ValueError(
-                f"bf16 is a copy of all layers on the device, where those of {stack.name} do not stay (offload): load it "
-                "in bfloat16 instead"
+                f"bf16 is a copy of all layers on the device, and those of {stack.name} are offloaded from it: "
+                "load it in bfloat16 instead"
             )
         if stack.hooks_listen():
             raise ValueError(

@@ -112,13 +112,21 @@ def execute(
     tokens: "Tokens | Tensor",
     consume: "Callable[[int, Float[Tensor, 'batch pos d_model']], None]",
     memory: int | None = None,
+    layers: Layers | None = None,
 ) -> None:
     """Hand the stream that leaves each wiring to ``consume(index, x)`` as it is ready, in no particular order.
 
-    ``memory`` and cost: as of ``plan``.
+    ``layers`` run in place of the stack's own, such as its ``HalfLayers``. ``memory`` and cost: as of ``plan``.
     """
     context = stack.context(Tokens.of(tokens).to(stack.device))
-    _execute(stack, stack, [stack.wiring(wiring) for wiring in wirings], context, memory, consume)
+    _execute(
+        stack,
+        stack if layers is None else layers,
+        [stack.wiring(wiring) for wiring in wirings],
+        context,
+        memory,
+        consume,
+    )
 
 
 def measure(
