@@ -66,8 +66,10 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-def halving(most: int, run: Callable[[int], R], what: str = "prompts") -> R:
+def halving(most: int, run: Callable[[int], R], words: Callable[[int], str] = "{} prompts at once".format) -> R:
     """``run(most)``; where the memory does not do, ``run(most // 2)``, and so on to ``run(1)``, whose error is raised.
+
+    ``words`` says what so many are.
 
     >>> def run(size):
     ...     if size > 4:
@@ -84,10 +86,10 @@ def halving(most: int, run: Callable[[int], R], what: str = "prompts") -> R:
         except (MemoryError, RuntimeError) as error:
             if most <= 1 or not ran_out(error):
                 raise
-        most = _half(most, what)  # outside, where the error holds no tensors any more
+        most = _half(most, words)  # outside, where the error holds no tensors any more
 
 
-def pieces(count: int, most: int, run: Callable[[int, int], None], what: str = "prompts") -> None:
+def pieces(count: int, most: int, run: Callable[[int, int], None]) -> None:
     """``run(first, stop)`` over ``range(count)``, at most ``most`` at once; fewer from where the memory did not do.
 
     >>> pieces(5, 2, lambda first, stop: print(first, stop))
@@ -105,7 +107,7 @@ def pieces(count: int, most: int, run: Callable[[int, int], None], what: str = "
         except (MemoryError, RuntimeError) as error:
             if stop - first <= 1 or not ran_out(error):
                 raise
-        most = _half(stop - first, what)
+        most = _half(stop - first, "{} prompts at once".format)
 
 
 def in_smaller_batches(measure: Callable[P, R]) -> Callable[P, R]:
@@ -127,12 +129,12 @@ def in_smaller_batches(measure: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _half(count: int, what: str) -> int:
+def _half(count: int, words: Callable[[int], str]) -> int:
     """Half of what was too much, when the memory that it took is free again."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     half = count // 2
-    warnings.warn(f"not enough memory for {count} {what} at once: going on with {half}", LowMemoryWarning, stacklevel=3)
+    warnings.warn(f"not enough memory for {words(count)}: going on with {words(half)}", LowMemoryWarning, stacklevel=3)
     return half

@@ -67,8 +67,11 @@ def test_what_does_not_run_alone_ends_it():
         pytest.raises(MemoryError),
     ):
         memory.pieces(4, 2, limited(0, []))
-    with pytest.warns(memory.LowMemoryWarning, match="for 3 probes at once"), pytest.raises(MemoryError):
-        memory.halving(3, lambda size: limited(0, [])(0, size), "probes")
+    with (
+        pytest.warns(memory.LowMemoryWarning, match="for 3 of them: going on with 1 "),
+        pytest.raises(MemoryError),
+    ):
+        memory.halving(3, lambda size: limited(0, [])(0, size), "{} of them".format)
 
 
 def test_other_errors_are_not_tried_again():

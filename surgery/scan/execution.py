@@ -186,6 +186,11 @@ def portions(
     return [encoded.portion(part) for part in parts]
 
 
+def needed(stack: Stack, wirings: Sequence[Wiring], tokens: int, memory: int | None = None) -> int:
+    """Bytes that a scan of one portion of so many tokens, padding among them, is planned to take at most."""
+    return _plan(stack, wirings, tokens, memory).peak_bytes
+
+
 def free_memory(stack: Stack) -> int:
     """Free memory in bytes on the device of the model."""
     if stack.device.type == "cuda":

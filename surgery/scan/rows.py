@@ -114,6 +114,10 @@ class ResumableTable:
         """Whether a wiring's rows are there for all of these probes; the rows of a probe come all at once."""
         return self.prompts.get(str(wiring), set()).issuperset(prompts)
 
+    def done(self, wiring: "Wiring | str", prompts: Iterable[int]) -> int:
+        """On how many of these probes they are there."""
+        return len(self.prompts.get(str(wiring), set()).intersection(prompts))
+
     def append(self, rows: pd.DataFrame) -> None:
         """Keep the rows of a wiring, but for probes whose rows are there, in memory and on disk."""
         rows = self._keep(rows)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.corpus.probes import Encoded, ProbeSet
+from surgery.memory import halving
 from surgery.models.half_precision import layers_of
 from surgery.models.stack import Stack
 from surgery.progress import task
@@ -26,6 +27,9 @@ from surgery.wiring.value import Wiring
 
 if TYPE_CHECKING:
     from surgery.scan.cluster import Cluster, Pool
+
+
+WHOLE = 1024  # of the memory that is planned for a portion: it may be halved ten times
 
 
 class NotFiniteWarning(UserWarning):
@@ -49,7 +53,8 @@ def run(
 
     Equal wirings are run once. Values equal those of each wiring run alone within 1e-5 relative. Cost: see ``plan``.
     Values that are not finite are kept as they are and warned of (``NotFiniteWarning``): ``comparisons.table`` counts
-    them against a wiring, where a mean of pandas would leave NaN out.
+    them against a wiring, where a mean of pandas would leave NaN out. Where the memory is too small for a portion of
+    the probes, it takes half as much, and so on, and a warning says so.
 
     Args:
         stack: the model.
@@ -83,30 +88,45 @@ def run(
     portions = execution.portions(stack, encoded, memory, batch_size, to_scan)
     with (
         rows.ResumableTable(out, {} if out is None else rows.identity(stack, encoded, metrics, precision)) as table,
-        task("wirings", len(portions) * len(to_scan), progress) as advance,
+        task("wirings x probes", len(encoded.groups) * len(to_scan), progress) as advance,
         ExitStack() as workers,
     ):
         pool = None
-        for portion in portions:
+
+        def scan(portion: Encoded, memory: int | None) -> None:
+            nonlocal pool
             scorer = Scorer(stack, portion, metrics, layers)
             if not table.has(unmodified, scorer.prompts):
                 x = layers.execute(unmodified, scorer.context.x0, scorer.context)
                 table.append(scorer.rows(unmodified, x))
             missing = [wiring for wiring in to_scan if not table.has(wiring, scorer.prompts)]
-            advance(len(to_scan) - len(missing), free=True)
 
             def accept(block: pd.DataFrame) -> None:
+                before = table.done(block["wiring"].iloc[0], scorer.prompts)
                 table.append(block)
-                advance()
+                advance(len(scorer.prompts) - before)
 
             if cluster is None or not missing:
                 execution.measure(scorer, missing, memory, accept)
-                continue
+                return
             if pool is None:
                 from surgery.scan.cluster import joined
 
                 pool = workers.enter_context(joined(cluster))
             pool.measure(scorer, missing, memory, accept)
+
+        for portion in portions:
+            advance(sum(table.done(wiring, portion.prompts) for wiring in to_scan), free=True)
+
+            def within(share: int, portion: Encoded = portion) -> None:
+                if share == WHOLE:
+                    return scan(portion, memory)
+                planned = execution.needed(stack, to_scan, portion.tokens.ids.numel(), memory)
+                budget = planned * share // WHOLE
+                for part in execution.portions(stack, portion, budget, batch_size, to_scan):
+                    scan(part, budget)
+
+            halving(WHOLE, within, lambda share: f"{share / WHOLE:.3g} of what was planned for some probes")
         frame = table.frame(to_scan, unmodified, metrics)
         table.close(frame, stack, encoded)
     for metric, values in frame.groupby("metric", sort=False):

@@ -1,9 +1,10 @@
 """A scan of probes in portions is the scan of all of them at once."""
 
 import pytest
+import torch
 
 from support.scans import PROBES, same
-from surgery import scan, wiring
+from surgery import Stack, memory, progress, scan, wiring
 from surgery.scan import rows
 
 
@@ -18,6 +19,37 @@ def test_probes_too_many_for_the_memory_are_scanned_in_portions(stack_of, tmp_pa
         scan.run(stack, wirings[:5], PROBES, out, memory=60_000)
     assert same(scan.run(stack, wirings, PROBES, out, memory=90_000), expected)
     assert same(scan.run(stack, wirings, PROBES, out), expected)
+
+
+def test_a_portion_too_large_for_the_memory_takes_less_of_it(stack_of, tmp_path, monkeypatch):
+    stack, wirings, out = stack_of("llama"), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
+    expected, execute, seen = scan.run(stack, wirings, PROBES), Stack.execute, []
+
+    def small(self, steps, x, context, **options):
+        seen.append(x.shape[0] * x.shape[1])
+        if len(seen) > 5 and seen[-1] > 12:  # what else the machine does takes memory meanwhile
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return execute(self, steps, x, context, **options)
+
+    monkeypatch.setattr(Stack, "execute", small)
+    with pytest.warns(memory.LowMemoryWarning) as told:
+        frame = scan.run(stack, wirings, PROBES, out)
+    assert "for 1 of what was planned for some probes: going on with 0.5" in str(told[0].message)
+    assert max(seen) > 12 >= seen[-1]
+    assert same(frame, expected)
+
+
+def test_what_is_done_is_told_once(stack_of, tmp_path, monkeypatch):
+    stack, wirings, out = stack_of("llama"), list(wiring.every_repeat(4)), tmp_path / "scan.csv"
+    told = []
+    monkeypatch.setattr(progress, "_nothing", lambda steps=1, note="", *, free=False: told.append((steps, free)))
+    with monkeypatch.context() as patch:
+        patch.setattr(rows.ResumableTable, "close", lambda *args: None)
+        scan.run(stack, wirings[:3], PROBES, out)
+    scan.run(stack, wirings, PROBES, out)
+    count = len(PROBES)
+    assert sum(steps for steps, _ in told) == (3 + len(wirings)) * count
+    assert sum(steps for steps, free in told if free) == 3 * count
 
 
 def test_encoded_probes_are_scanned_as_their_set_is(stack_of, tmp_path):
