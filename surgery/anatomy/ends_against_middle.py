@@ -47,11 +47,14 @@ from torch import Tensor
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.together import Together
 from surgery.instruments.windows import (
     Reading,
+    Spans,
     Sums,
     Turns,
     Units,
+    merged,
     record_entry_updates,
     record_stream,
     record_turned,
@@ -116,20 +119,21 @@ def measure(stack: Stack, tokens: Tokens | Tensor, length: int = 2, *, sampling:
     """
     if not 2 <= length <= stack.n_layers:
         raise ValueError(f"windows have 2 to {stack.n_layers} layers in {stack.name}, got length={length}")
-    ensemble, units, sums = Ensemble.of(stack, tokens, sampling), Units.of(stack, "layer"), Sums()
+    ensemble, units, parts = Ensemble.of(stack, tokens, sampling), Units.of(stack, "layer"), []
     starts, turns, first = range(len(units) - length + 1), Turns.of(units, ensemble), 0
+    spans = Spans.of(len(units), length, starts[-1])
     for _, context, mask in ensemble.batches(stack, "ends and middle"):
-        stream, turn = units.stream(context), turns.batch(first, mask)
-        sums.open(mask)
+        together, stream = Together(stack, context), units.stream(context)
+        sums, turn = Sums(mask, spans, stack.dtype), turns.batch(first, mask)
         record_stream(stream, sums)
         with stack.frozen(context):
-            for start in starts:
-                for layer, entry_update in record_entry_updates(units, context, stream, start, length, "frozen", sums):
-                    record_turned(units, context, stream, start, layer, entry_update, turn, sums)
+            for layer, some, _, alone in record_entry_updates(units, together, stream, "frozen", sums):
+                record_turned(units, together, stream, layer, some, alone, turn, sums)
+        parts.append(sums.tensors)
         first += len(mask)
     n_prompts = len(ensemble.tokens)
     draws = weights(n_prompts, sampling.resamples, sampling.seed)
-    reading = Reading(sums, draws, units.reads, stack.dtype)
+    reading = Reading(merged(parts), spans, draws, units.reads, stack.dtype)
     S, R_over_rotated = [], []
     for start in starts:
         layers = units.after(start, length)

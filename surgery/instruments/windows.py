@@ -1,24 +1,25 @@
 """What has to be recorded of a window of layers, and how its measures R, O, S and N follow from it.
 
 ``Units`` are what a window consists of. ``record_stream`` and ``record_entry_updates`` add up, as per-prompt ``Sums``,
-what they write in the clean run and on the window's entry. ``Reading`` computes the measures from these sums, for any
-resample of the prompts. ``surgery.series`` and ``surgery.anatomy.ends_against_middle`` are made of them.
+what they write in the clean run and on the window's entry; the streams of all windows that wait for the same unit run
+together. ``Reading`` computes the measures from these sums, for any resample of the prompts. ``surgery.series`` and
+``surgery.anatomy.ends_against_middle`` are made of them.
 """
 
-import itertools
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.together import Together
 from surgery.models.stack import Context, Stack
-from surgery.stats.bootstrap import Moments, ratio, rotation
+from surgery.stats.bootstrap import ratio, rotation
 
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
@@ -108,76 +109,144 @@ class Units:
             stream.append(stream[unit] + gains[-1] * update)
         return replace(units, gains=tuple(gains))
 
-    def finish(self, stop: int, x: Stream, before: Stream, context: Context) -> Stream:
-        """Return what leaves the model if ``x`` leaves the unit before ``stop`` (``before``: without its update)."""
+    def to_layer(self, stop: int, x: Stream, before: Stream, context: Context) -> tuple[int, Stream]:
+        """Return the next whole layer and what enters it if ``x`` leaves the unit before ``stop``.
+
+        ``before`` is ``x`` without that unit's update.
+        """
         if stop % self.a_layer:
-            read = before if self.reads[stop] < stop else x
-            x, stop = x + self.update(stop, read, context), stop + 1
-        layer = stop // self.a_layer
-        return self.stack.execute(f"{layer}:", x, context) if layer < self.stack.n_layers else x
+            x, stop = x + self.update(stop, before if self.reads[stop] < stop else x, context), stop + 1
+        return stop // self.a_layer, x
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The windows of up to ``longest`` units that start no later than ``last``, and the order in which they are kept.
+
+    ``pairs`` are their starts and last units, by the last unit first: windows that wait for one unit stand together.
+
+    >>> Spans.of(4, 3).pairs
+    ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    row: dict[tuple[int, int], int]
+
+    @classmethod
+    def of(cls, n_units: int, longest: int, last: int | None = None) -> "Spans":
+        """List the windows of a model of ``n_units`` units."""
+        last = n_units if last is None else last
+        pairs = [(a, b) for b in range(n_units) for a in range(max(0, b - longest + 1), min(b, last + 1))]
+        return cls(tuple(pairs), {pair: row for row, pair in enumerate(pairs)})
+
+    def starts(self, layer: int, among: range, group: int) -> Iterator[slice]:
+        """Yield the starts, of those ``among``, of windows that end with ``layer``, at most ``group`` at a time."""
+        chosen = [start for start in among if (start, layer) in self.row]
+        for i in range(0, len(chosen), group):
+            yield slice(chosen[i], chosen[i : i + group][-1] + 1)
 
 
 class Sums:
-    """Per-prompt sums over the ensemble, by name: all that is kept of a batch's activations.
+    """Per-prompt sums over the ensemble's tokens of one batch: all that is kept of its activations.
 
-    The vector sums of x_l, p_l and q_l give those of all updates and differences. Squares do not add up, so each is
-    kept.
+    ``tensors`` are [place, prompt] or, of vector sums, [place, prompt, d_model], where a place is one of the stream, a
+    unit, or a window in the order of ``spans``; ``batch`` is the number of prompts. They can be stored, and joined with
+    those of other batches by ``merged``. The vector sums of x_l, p_l and q_l give those of all updates and differences.
+    Squares do not add up, so each is kept. All is summed in float64. The vector sums of windows, which are many, are
+    kept about the ``base`` of their batch, its mean, and then in float32 (in float64 for a model in float64): what is
+    lost is relative to how much the vectors vary, however large their mean.
     """
 
-    def __init__(self) -> None:
-        self.squares: defaultdict[tuple, list[Tensor]] = defaultdict(list)
-        self.vectors: defaultdict[tuple, list[Tensor]] = defaultdict(list)
+    def __init__(self, keep: Bool[Tensor, "batch pos"], spans: Spans, dtype: torch.dtype = torch.float32) -> None:
+        self.spans, self.n_prompts, self.dtype = spans, len(keep), torch.promote_types(dtype, torch.float32)
+        self.tokens = keep.flatten().nonzero()[:, 0]
+        self.owner = keep.nonzero()[:, 0]
+        self.count = keep.sum(1, dtype=torch.float64)
+        batch = torch.tensor([[self.n_prompts]])
+        self.tensors: dict[str, Tensor] = {"count": self.count.cpu()[None], "batch": batch}
+        self.x: Float[Tensor, "place token d_model"]  # the clean stream, of ``record_stream``
 
-    def open(self, keep: Bool[Tensor, "batch pos"]) -> None:
-        """Start the next batch, with its tokens of the ensemble."""
-        self.dropped = ~keep.unsqueeze(-1)
-        self.add(keep.sum(1), "count")
+    def kept(self, streams: Float[Tensor, "some batch pos d_model"]) -> Float[Tensor, "some token d_model"]:
+        """Return the vectors of the ensemble's tokens."""
+        return streams.flatten(1, 2).index_select(1, self.tokens)
 
-    def add(self, per_prompt: Float[Tensor, " batch"] | Int[Tensor, " batch"], *key: Any) -> None:
-        """Record one number a prompt."""
-        self.squares[key].append(per_prompt.double().cpu())
+    def placed(self, values: Float[Tensor, "some token d_model"], x: Stream) -> Float[Tensor, "some batch pos d_model"]:
+        """Return copies of ``x`` with these vectors at the ensemble's tokens."""
+        copies = repeat(x, "batch pos d_model -> some (batch pos) d_model", some=len(values))
+        return copies.index_copy(1, self.tokens, values).unflatten(1, x.shape[:2])
 
-    def square(self, values: Stream, *key: Any) -> None:
-        """Record the sum of squares over a prompt's tokens."""
-        measured = values.masked_fill(self.dropped, 0)
-        self.add(torch.linalg.vector_norm(measured, dim=(1, 2), dtype=torch.float64) ** 2, *key)
+    def by_prompt(self, values: Float[Tensor, "some token ..."]) -> Float[Tensor, "some prompt ..."]:
+        """Sum over every prompt's tokens."""
+        some = torch.arange(len(values), device=self.owner.device).unsqueeze(1)
+        total = values.new_zeros(len(values) * self.n_prompts, *values.shape[2:])
+        total.index_add_(0, (some * self.n_prompts + self.owner).flatten(), values.flatten(0, 1))
+        return total.unflatten(0, (len(values), self.n_prompts))
 
-    def vector(self, values: Stream, *key: Any) -> None:
-        """Record the sum of squares and the sum over a prompt's tokens."""
-        self.square(values, *key)
-        self.vectors[key].append(values.masked_fill(self.dropped, 0).sum(1, dtype=torch.float64).cpu())
+    def put(self, name: str, places: int, first: int, values: Float[Tensor, "some prompt ..."]) -> None:
+        """Keep sums of the places from ``first`` on, of ``places`` in all; those never put stay NaN."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.full((places, *values.shape[1:]), torch.nan, dtype=values.dtype)
+        self.tensors[name][first : first + len(values)] = values.cpu()
 
-    def __getitem__(self, key: tuple) -> Float[Tensor, " prompt"]:
-        return torch.cat(self.squares[key])
+    def squares(self, name: str, layer: int, starts: slice, values: Float[Tensor, "start token d_model"]) -> None:
+        """Record the sums of squares of windows that end with ``layer``."""
+        squares = torch.linalg.vector_norm(values.double(), dim=-1).square()
+        self.put(f"{name} square", len(self.spans.pairs), self.spans.row[starts.start, layer], self.by_prompt(squares))
 
-    def total(self, *key: Any) -> Float[Tensor, "prompt d_model"]:
-        """Return the recorded vector sums of all prompts."""
-        return torch.cat(self.vectors[key])
+    def vectors(self, name: str, layer: int, starts: slice, values: Float[Tensor, "start token d_model"]) -> None:
+        """Record the sums of squares and the sums of windows that end with ``layer``."""
+        self.squares(name, layer, starts, values)
+        total, count = self.by_prompt(values.double()), self.count.unsqueeze(1)
+        base = reduce(total, "start prompt d_model -> start 1 d_model", "sum") / count.sum().clamp(min=1)
+        places, row = len(self.spans.pairs), self.spans.row[starts.start, layer]
+        self.put(f"{name} base", places, row, base)
+        self.put(f"{name} sum", places, row, (total - count * base).to(self.dtype))
 
 
-def record_stream(stream: Float[Tensor, "layer_plus_1 batch pos d_model"], sums: Sums) -> None:
+def merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Float[Tensor, "place prompt ..."]]:
+    """Join the ``tensors`` of consecutive batches."""
+    batches = list(parts)
+    return {name: torch.cat([tensors[name] for tensors in batches], 1) for name in batches[0]}
+
+
+def record_stream(stream: Float[Tensor, "place batch pos d_model"], sums: Sums) -> None:
     """Record what enters and leaves every unit of the clean run, and what each writes."""
-    for layer, x in enumerate(stream):
-        sums.vector(x, "stream", layer)
-    for layer in range(len(stream) - 1):
-        sums.square(stream[layer + 1] - stream[layer], "update", layer)
+    x = sums.x = sums.kept(stream)
+    for place, values in enumerate(x):
+        wide = values.double()[None]
+        sums.put("stream sum", len(x), place, sums.by_prompt(wide))
+        sums.put("stream square", len(x), place, sums.by_prompt(wide.square().sum(-1)))
+        if place:
+            update = (values - x[place - 1]).double()[None]
+            sums.put("update square", len(x) - 1, place - 1, sums.by_prompt(update.square().sum(-1)))
 
 
 def record_entry_updates(
-    units: Units, context: Context, stream: Tensor, start: int, longest: int, norm: str, sums: Sums
-) -> Iterator[tuple[int, Stream]]:
-    """Yield ``p_l`` of every layer after ``start``, and record on the way what R and O need."""
-    parallel = torch.zeros_like(stream[start])
-    for layer in units.after(start, longest):
-        entry_update = units.update(layer, stream[start], context)
-        parallel = parallel + entry_update
-        serial = stream[layer + 1] - stream[start + 1]
-        sums.vector(entry_update, norm, start, layer)
-        sums.square(stream[layer + 1] - stream[layer] - entry_update, norm, "effect", start, layer)
-        sums.square(serial, norm, "serial", start, layer)
-        sums.square(parallel, norm, "parallel", start, layer)
-        sums.square(serial - parallel, norm, "error", start, layer)
-        yield layer, entry_update
+    units: Units,
+    together: Together,
+    stream: Float[Tensor, "place batch pos d_model"],
+    norms: str,
+    sums: Sums,
+    starts: range | None = None,
+) -> Iterator[tuple[int, slice, list[Stream], Float[Tensor, "start token d_model"]]]:
+    """Record what R and O need of every window, and yield ``p_l`` on the way: unit, starts, streams, kept tokens.
+
+    ``starts`` are consecutive starts of windows, by default all. ``norms``, ``frozen`` or ``live``, says how they run.
+    """
+    x, among = sums.x, range(len(units)) if starts is None else starts
+    parallel = torch.zeros_like(x[:-1])
+    for layer in range(len(units)):
+        for some in sums.spans.starts(layer, among, together.group):
+            written = together.run(partial(units.update, layer), list(stream[some]))
+            entry_update = sums.kept(torch.stack(written))
+            parallel[some] += entry_update
+            serial = x[layer + 1] - x[some.start + 1 : some.stop + 1]
+            sums.vectors(norms, layer, some, entry_update)
+            sums.squares(f"{norms} effect", layer, some, x[layer + 1] - x[layer] - entry_update)
+            sums.squares(f"{norms} serial", layer, some, serial)
+            sums.squares(f"{norms} parallel", layer, some, parallel[some])
+            sums.squares(f"{norms} error", layer, some, serial - parallel[some])
+            yield layer, some, written, entry_update
 
 
 @dataclass(frozen=True)
@@ -191,8 +260,7 @@ class Turns:
 
     mean: Float[Tensor, "place d_model"]  # of the stream
     rotation: Float[Tensor, "d_model d_model"]
-    signs: Float[Tensor, "prompt d_model"]
-    mask: Bool[Tensor, "prompt pos"] | None = None
+    signs: Float[Tensor, "prompt d_model"]  # or, of a batch, those of the prompt of every token
 
     @classmethod
     def of(cls, units: Units, ensemble: Ensemble) -> "Turns":
@@ -206,36 +274,54 @@ class Turns:
         return cls(mean, turn, signs)
 
     def batch(self, first: int, mask: Bool[Tensor, "batch pos"]) -> "Turns":
-        """Return those of the prompts from number ``first`` on, for the tokens that ``mask`` keeps."""
-        return replace(self, signs=self.signs[first : first + len(mask)], mask=mask)
+        """Return those of the tokens that ``mask`` keeps, of the prompts from number ``first`` on."""
+        return replace(self, signs=self.signs[first + mask.nonzero()[:, 0]])
 
-    def __call__(self, written: Stream, start: int, read: int) -> Stream:
-        """Turn what was written between two places at the batch's tokens; leave it where they are not measured."""
-        mean = self.mean[read] - self.mean[start]
-        turned = mean + ((written - mean) * self.signs.unsqueeze(1)) @ self.rotation.T
-        return turned if self.mask is None else torch.where(self.mask.unsqueeze(-1), turned, written)
+    def __call__(
+        self, written: Float[Tensor, "start token d_model"], starts: slice, read: int
+    ) -> Float[Tensor, "start token d_model"]:
+        """Turn what was written between each of ``starts`` and the place ``read``."""
+        mean = rearrange(self.mean[read] - self.mean[starts], "start d_model -> start 1 d_model")
+        return mean + ((written - mean) * self.signs) @ self.rotation.T
 
 
 def record_turned(
     units: Units,
-    context: Context,
-    stream: Tensor,
-    start: int,
+    together: Together,
+    stream: Float[Tensor, "place batch pos d_model"],
     layer: int,
-    entry_update: Stream,
+    starts: slice,
+    entry_update: Float[Tensor, "start token d_model"],
     turn: Turns,
     sums: Sums,
 ) -> None:
-    """Record what the window wrote before a layer, and what the layer writes if that is turned.
+    """Record what windows wrote before a layer, and what the layer writes if that is turned.
 
-    To be called with frozen norms. Cost: 1/L F.
+    To be called with frozen norms. Cost: 1/L F a window.
     """
     read = units.reads[layer]
-    written = stream[read] - stream[start]
-    rotated = units.update(layer, stream[start] + turn(written, start, read), context)
-    sums.square(written, "written", start, layer)
-    sums.vector(rotated, "rotated", start, layer)
-    sums.square(rotated - entry_update, "rotated effect", start, layer)
+    written = sums.x[read] - sums.x[starts]
+    sums.squares("written", layer, starts, written)
+    turned = turn(written, starts, read)
+    record_exchanged("rotated", units, together, stream, layer, starts, entry_update, turned, sums)
+
+
+def record_exchanged(
+    name: str,
+    units: Units,
+    together: Together,
+    stream: Float[Tensor, "place batch pos d_model"],
+    layer: int,
+    starts: slice,
+    entry_update: Float[Tensor, "start token d_model"],
+    written: Float[Tensor, "start token d_model"],
+    sums: Sums,
+) -> None:
+    """Record what a layer writes if windows had ``written`` something else before it. Cost: 1/L F a window."""
+    entries = sums.placed(sums.x[starts] + written, stream[units.reads[layer]])
+    other = sums.kept(torch.stack(together.run(partial(units.update, layer), list(entries))))
+    sums.vectors(name, layer, starts, other)
+    sums.squares(f"{name} effect", layer, starts, other - entry_update)
 
 
 class Reading:
@@ -245,23 +331,52 @@ class Reading:
     """
 
     def __init__(
-        self, sums: Sums, draws: Float[Tensor, "resample prompt"], reads: Sequence[int], dtype: torch.dtype
+        self,
+        sums: Mapping[str, Float[Tensor, "place prompt ..."]],
+        spans: Spans,
+        draws: Float[Tensor, "resample prompt"],
+        reads: Sequence[int],
+        dtype: torch.dtype,
     ) -> None:
-        self.sums, self.draws, self.reads, self.dtype = sums, draws, reads, dtype
-        self.x = [sums.total("stream", place) for place in range(len(reads) + 1)]
-        if not all(total.isfinite().all() for total in self.x):
+        self.sums, self.spans, self.draws, self.reads, self.dtype = sums, spans, draws, reads, dtype
+        if not all(sums[f"stream {kind}"].isfinite().all() for kind in ("sum", "square")):
             raise ValueError(f"the stream is not finite on these prompts: its numbers overflow {dtype}")
+        self.count = draws @ sums["count"][0]
+        batches = torch.repeat_interleave(torch.arange(sums["batch"].numel()), sums["batch"][0])
+        of_batches = draws.new_zeros(len(draws), sums["batch"].numel())
+        self.shares = of_batches.index_add(1, batches, draws * sums["count"]) / self.count.unsqueeze(1)
+        self.x = [self._mean(total) for total in sums["stream sum"]]
+        squares = (name for name in sums if name.endswith(" square"))
+        self.squares = {name: (sums[name] @ draws.T) / self.count for name in squares}
+        self._start = -1
+        self._means: dict[tuple[str, int], Tensor] = {}  # of the windows from one start
 
-    def norm(self, total: Float[Tensor, "prompt d_model"], *key: Any) -> Resampled:
-        """Return ``n(c(.))`` of the vectors whose squares are under ``key`` and whose sums are ``total``."""
-        return Moments(self.sums["count",], total, total, self.sums[key]).norm(self.draws)
+    def _mean(self, total: Float[Tensor, "prompt d_model"]) -> Float[Tensor, "resample d_model"]:
+        return (self.draws @ total.double()) / self.count.unsqueeze(1)
 
-    def size(self, *key: Any) -> Resampled:
-        """Return ``n(.)``, not centred, of the vectors whose squares are under ``key``."""
-        return (self.draws @ self.sums[key] / (self.draws @ self.sums["count",])).sqrt()
+    def mean(self, name: str, start: int, layer: int) -> Float[Tensor, "resample d_model"]:
+        """Return the mean of a window's vectors."""
+        if start != self._start:
+            self._start, self._means = start, {}
+        if (name, layer) not in self._means:
+            row = self.spans.row[start, layer]
+            about = self.shares @ self.sums[f"{name} base"][row]
+            self._means[name, layer] = about + self._mean(self.sums[f"{name} sum"][row])
+        return self._means[name, layer]
 
-    def measures(self, start: int, layers: range, damage: bool) -> dict[str, Float[Tensor, "layer resample"]]:
-        """Return every measure of ``surgery.series.window`` for the windows that end with each of ``layers``."""
+    def norm(self, mean: Float[Tensor, "resample d_model"], name: str, place: int) -> Resampled:
+        """Return ``n(c(.))`` of the vectors whose squares are under ``name`` and whose mean is ``mean``."""
+        return (self.squares[f"{name} square"][place] - mean.square().sum(-1)).clamp(min=0).sqrt()
+
+    def size(self, name: str, place: int) -> Resampled:
+        """Return ``n(.)``, not centred, of the vectors whose squares are under ``name``."""
+        return self.squares[f"{name} square"][place].sqrt()
+
+    def measures(self, start: int, layers: range, forms: Sequence[str]) -> dict[str, Float[Tensor, "layer resample"]]:
+        """Return every measure of ``surgery.series.window`` for the windows that end with each of ``layers``.
+
+        ``forms`` are those of the damage: NaN where it was not measured.
+        """
         weight, entry_read, output = self.dependence("frozen", start, layers)
         weight_live, entry_read_live, output_live = self.dependence("live", start, layers)
         R, R_live = running_mean(entry_read, weight), running_mean(entry_read_live, weight_live)
@@ -276,31 +391,36 @@ class Reading:
         measures["R_shuffled"] = torch.full_like(output, torch.nan)
         if self.draws.shape[1] > 1:
             measures["R_shuffled"] = running_mean(self.exchanged("shuffled", start, layers), weight)
-        if damage:
-            count = self.draws @ self.sums["predictions",]
-            for kind, form in itertools.product(("loss", "kl"), ("sum", "mean")):
-                nats = [self.draws @ self.sums[kind, form, start, layer + 1] / count for layer in layers]
-                measures[f"{kind}_parallel_{form}"] = torch.stack(nats)
+        rows = [self.spans.row[start, layer] for layer in layers]
+        for kind in ("loss", "kl") if forms else ():
+            count = self.draws @ self.sums["predictions"][0]
+            for form in forms:
+                measures[f"{kind}_parallel_{form}"] = self.sums[f"{kind} {form}"][rows] @ self.draws.T / count
         return measures
+
+    def seriesness(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:
+        """Return S of the windows that end with each of ``layers``."""
+        weight, entry_read, output = self.dependence("frozen", start, layers)
+        return (running_mean(entry_read, weight) + output) / 2
 
     def dependence(self, norms: str, start: int, layers: range) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``w_l`` and ``R_l`` of every layer, and O of the window that ends with it."""
         x, weight, entry_read, output = self.x, [], [], []
         parallel = torch.zeros_like(x[0])
         for layer in layers:
-            update, serial = x[layer + 1] - x[layer], x[layer + 1] - x[start + 1]
-            entry_update = self.sums.total(norms, start, layer)
+            row, update, serial = self.spans.row[start, layer], x[layer + 1] - x[layer], x[layer + 1] - x[start + 1]
+            entry_update = self.mean(norms, start, layer)
             parallel = parallel + entry_update
-            n_update, n_entry = self.norm(update, "update", layer), self.norm(entry_update, norms, start, layer)
-            n_serial = self.norm(serial, norms, "serial", start, layer)
-            n_parallel = self.norm(parallel, norms, "parallel", start, layer)
-            entry_read.append(self.norm(update - entry_update, norms, "effect", start, layer) / (n_update + n_entry))
-            output.append(self.norm(serial - parallel, norms, "error", start, layer) / (n_serial + n_parallel))
+            n_update, n_entry = self.norm(update, "update", layer), self.norm(entry_update, norms, row)
+            n_serial = self.norm(serial, f"{norms} serial", row)
+            n_parallel = self.norm(parallel, f"{norms} parallel", row)
+            entry_read.append(self.norm(update - entry_update, f"{norms} effect", row) / (n_update + n_entry))
+            output.append(self.norm(serial - parallel, f"{norms} error", row) / (n_serial + n_parallel))
             # A layer is dead if its writes vary less than the rounding of the stream, or less than the moments tell:
             # the sums of an update are exact, but its squares are of a rounded difference.
             eps = torch.finfo(self.dtype).eps
             rounding = eps * self.size("stream", layer + 1) + eps**0.5 * self.size("update", layer)
-            rounding = rounding + 1e-7 * self.size(norms, start, layer)
+            rounding = rounding + 1e-7 * self.size(norms, row)
             energy = n_update**2 + n_entry**2
             weight.append(torch.where(energy <= rounding**2, 0, energy))  # what is not finite stays so
         weights = torch.stack(weight)
@@ -311,8 +431,8 @@ class Reading:
         x, nulls = self.x, []
         size = {place: self.norm(x[place], "stream", place) for place in (start, *map(self.reads.__getitem__, layers))}
         for layer in layers:
-            read = self.reads[layer]
-            nulls.append(self.norm(x[read] - x[start], "written", start, layer) / (size[read] + size[start]))
+            read, row = self.reads[layer], self.spans.row[start, layer]
+            nulls.append(self.norm(x[read] - x[start], "written", row) / (size[read] + size[start]))
         return torch.stack(nulls)
 
     def preference(
@@ -321,10 +441,10 @@ class Reading:
         """Return how much larger the effect of what the window wrote is than that of the same turned."""
         own, turned = [], []
         for layer in layers:
-            entry_update = self.sums.total("frozen", start, layer)
-            update, rotated = self.x[layer + 1] - self.x[layer], self.sums.total("rotated", start, layer)
-            own.append(self.norm(update - entry_update, "frozen", "effect", start, layer) ** 2)
-            turned.append(self.norm(rotated - entry_update, "rotated effect", start, layer) ** 2)
+            row, entry_update = self.spans.row[start, layer], self.mean("frozen", start, layer)
+            update, rotated = self.x[layer + 1] - self.x[layer], self.mean("rotated", start, layer)
+            own.append(self.norm(update - entry_update, "frozen effect", row) ** 2)
+            turned.append(self.norm(rotated - entry_update, "rotated effect", row) ** 2)
         dead = weight == 0  # only rounding
         sums = (torch.where(dead, 0, torch.stack(squares)).cumsum(0) for squares in (own, turned))
         return ratio(*sums).sqrt()
@@ -333,9 +453,10 @@ class Reading:
         """Return ``R_l`` of every layer with what the window wrote before it ``rotated`` or ``shuffled``."""
         nulls = []
         for layer in layers:
-            entry_update, other = self.sums.total("frozen", start, layer), self.sums.total(how, start, layer)
-            scale = self.norm(other, how, start, layer) + self.norm(entry_update, "frozen", start, layer)
-            nulls.append(self.norm(other - entry_update, f"{how} effect", start, layer) / scale)
+            row = self.spans.row[start, layer]
+            entry_update, other = self.mean("frozen", start, layer), self.mean(how, start, layer)
+            scale = self.norm(other, how, row) + self.norm(entry_update, "frozen", row)
+            nulls.append(self.norm(other - entry_update, f"{how} effect", row) / scale)
         return torch.stack(nulls)
 
 

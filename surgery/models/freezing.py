@@ -48,17 +48,18 @@ def recorded(norms: dict[str, FrozenNorm], run: Callable[[], Any]) -> State:
 
 
 def freeze(scope: Scope, norms: dict[str, FrozenNorm], state: State) -> None:
-    """Until the scope closes, norms use the denominators and means of ``state``."""
+    """Until the scope closes, norms use the denominators and means of ``state``, also for copies of the batch."""
     for name, norm in norms.items():
         scope.replace(norm.module, FORWARD, _with_state(norm, state[name]))
 
 
 def _with_state(norm: FrozenNorm, state: Tensor) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[:-1] != state.shape[:-1]:
+        copies, rest = divmod(len(x), len(state))
+        if not copies or rest or x.shape[1:-1] != state.shape[1:-1]:
             raise ValueError(
                 f"frozen norms belong to a batch of shape {list(state.shape[:-1])}, the stream has {list(x.shape[:-1])}"
             )
-        return norm.with_state(x, state)
+        return norm.with_state(x, state if copies == 1 else state.repeat(copies, 1, 1))
 
     return forward

@@ -195,7 +195,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     for name in names:
         function = FUNCTIONS[name]
         try:
-            with _count_layers() as executed:
+            with counted_layers() as executed:
                 seconds = _seconds(partial(function.run, stack, tokens, sampling=Sampling(skip_massive=False)))
         except ValueError:
             continue
@@ -212,7 +212,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _count_layers() -> Iterator[list[int]]:
+def counted_layers() -> Iterator[list[int]]:
     """Context manager: count the tokens that layers run on."""
     layer, count = Engine.layer, [0]
     with scope() as opened:

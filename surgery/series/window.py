@@ -53,34 +53,23 @@ R, O, S, N and their nulls are our definitions; running layers in parallel is Su
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from surgery import progress
-from surgery.instruments import massive, similarity
-from surgery.instruments.ensemble import Ensemble, partner_places, partner_prompts
-from surgery.instruments.readout import log_probabilities, portions, predicting_positions
-from surgery.instruments.windows import (
-    Reading,
-    Stream,
-    Sums,
-    Turns,
-    Units,
-    record_entry_updates,
-    record_stream,
-    record_turned,
-    running_mean,
-)
+from surgery.instruments import losses, massive, similarity
+from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.readout import predicting_positions
+from surgery.instruments.together import Together
+from surgery.instruments.windows import Reading, merged
 from surgery.memory import in_smaller_batches
-from surgery.models.stack import Context, Stack
+from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
+from surgery.series.recording import Recording
 from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
@@ -145,6 +134,8 @@ def windows(
     max_length: int | None = None,
     *,
     damage: bool = True,
+    damage_length: int | None = None,
+    forms: Sequence[str] = ("sum",),
     grain: str = "layer",
     untrained: Stack | None = None,
     sampling: Sampling = Sampling(),
@@ -156,15 +147,18 @@ def windows(
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
     ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage``
-    ``loss_parallel_sum``, ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``; with ``untrained``, the
-    architecture with fresh weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns of
+    ``loss_parallel_sum`` and ``kl_parallel_sum``, the same with ``_mean`` if it is among ``forms``, and NaN for windows
+    longer than ``damage_length`` (None measures the damage of all); with ``untrained``, the architecture with fresh
+    weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns of
     ``surgery.instruments.massive``. A window whose layers write nothing that varies is undefined (NaN); so are the
     intervals and ``R_shuffled`` of a single prompt. No column depends on ``batch_size``.
 
-    Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage`` 2/L sum (L - stop) F and 2 W + L - 1 readouts
-    more; with ``untrained`` 2 + W/L F, and 2 F of 16 prompts, more; and what it costs to find massive tokens. For all
-    windows that is 2 L + 2 F and (L - 1)(L - 2)/3 F: 63 F at 12 layers. Memory: four times the stream of one batch,
-    and 4 W d_model numbers a prompt.
+    Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage``, for each form, 1/L sum (L - stop) F and W
+    readouts more, and a few readouts of the clean run; with ``untrained`` 2 + W/L F, and 2 F of 16 prompts, more; and
+    what it costs to find massive tokens. For all windows that is 2 L + 2 F and (L - 1)(L - 2)/6 F: 44 F at 12 layers.
+    The statistics take about as long as 1 F per 10 F where layers are small. Memory: six times the stream of one batch,
+    with ``damage`` up to 2^27 numbers more, and 4 W d_model single-precision numbers a prompt. A long measurement can
+    be kept batch by batch (``surgery.series.recording``).
 
     With sublayers, read 2 L for L; each of them costs half as much as a layer.
 
@@ -177,55 +171,49 @@ def windows(
     >>> bool((frame.S < 1e-6).all() and (frame.N > 0.1).all())
     True
     """
-    units = Units.of(stack, grain)
-    longest = len(units) if max_length is None else max_length
-    _check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
-    ensemble = Ensemble.of(stack, tokens, sampling)
-    tokens = ensemble.tokens
-    starts, sums, turns = range(len(units) - 1), Sums(), Turns.of(units, ensemble)
-    partner = partner_prompts(ensemble.mask, np.random.default_rng((sampling.seed, 1)))
-    batches, first = list(tokens.batches(sampling.batch_size)), 0
-    with progress.task("windows", 2 * len(starts) * len(batches), sampling.progress) as advance:
-        for batch in batches:
-            prompts = slice(first, first + len(batch))
-            mask, turn = ensemble.mask[prompts], turns.batch(first, ensemble.mask[prompts])
-            context = stack.context(batch)
-            stream = units.stream(context)
-            other = _partner_stream(units, ensemble, stream, mask, partner[prompts])
-            sums.open(mask)
-            sums.add(predicting_positions(batch).sum(1), "predictions")
-            record_stream(stream, sums)
-            with stack.frozen(context):
-                for start in starts:
-                    updates = record_entry_updates(units, context, stream, start, longest, "frozen", sums)
-                    for layer, entry_update in updates:
-                        record_turned(units, context, stream, start, layer, entry_update, turn, sums)
-                        entry = stream[start] + (other[units.reads[layer]] - other[start])
-                        shuffled = units.update(layer, entry, context)
-                        sums.vector(shuffled, "shuffled", start, layer)
-                        sums.square(shuffled - entry_update, "shuffled effect", start, layer)
-                    advance()
-            for start in starts:
-                updates = record_entry_updates(units, context, stream, start, longest, "live", sums)
-                if damage:
-                    _run_parallel(units, context, stream, start, updates, sums)
-                else:
-                    list(updates)
-                advance()
-            first += len(batch)
-    draws = weights(len(tokens), sampling.resamples, sampling.seed)
-    reading, rows = Reading(sums, draws, units.reads, stack.dtype), []
-    matched = None if untrained is None else _seriesness(units.matched(untrained, ensemble), ensemble, longest, draws)
-    for start in starts:
-        layers = units.after(start, longest)
-        measures = reading.measures(start, layers, damage)
+    recording = Recording.of(
+        stack,
+        tokens,
+        max_length,
+        damage_length=damage_length,
+        forms=forms if damage else (),
+        grain=grain,
+        untrained=untrained,
+        sampling=sampling,
+    )
+    with progress.task("windows", recording.steps * len(recording.batches), sampling.progress) as advance:
+        return table(recording, [recording.sums(prompts, advance) for prompts in recording.batches])
+
+
+def table(recording: Recording, parts: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Return the table of ``windows`` from the sums of its batches, in their order. Cost: no forward pass.
+
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> recording = Recording.of(Stack(known_networks.serial_network(n_layers=3)), known_networks.tokens(8, 6))
+    >>> table(recording, [recording.sums(prompts) for prompts in recording.batches])["S"].round(4).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    units, ensemble, spans = recording.units, recording.ensemble, recording.spans
+    draws = weights(len(ensemble.tokens), ensemble.sampling.resamples, ensemble.sampling.seed)
+    sums = merged(parts)
+    reading = Reading(sums, spans, draws, units.reads, units.stack.dtype)
+    matched = None
+    if recording.matched is not None:
+        theirs = {name.removeprefix("matched "): values for name, values in sums.items() if name.startswith("matched ")}
+        matched = Reading(theirs, spans, draws, units.reads, recording.matched.stack.dtype)
+    rows = []
+    for start in range(len(units) - 1):
+        layers = range(start + 1, max(last for first, last in spans.pairs if first == start) + 1)
+        measures = reading.measures(start, layers, recording.forms)
         if matched is not None:
-            measures |= {"S_matched": matched[start], "S_excess": measures["S"] - matched[start]}
+            measures["S_matched"] = matched.seriesness(start, layers)
+            measures["S_excess"] = measures["S"] - measures["S_matched"]
         for i, layer in enumerate(layers):
             row: dict[str, str | float] = {"start": start, "stop": layer + 1}
-            if grain == "sublayer":
+            if units.a_layer == 2:
                 row |= {"first": units.names[start], "last": units.names[layer]}
-            row["n_prompts"] = len(tokens)
+            row["n_prompts"] = len(ensemble.tokens)
             row |= measure_columns({name: values[i] for name, values in measures.items()})
             inside = range(start // units.a_layer, layer // units.a_layer + 1)
             row |= ensemble.columns(streams=inside, updates=inside)
@@ -313,117 +301,20 @@ def profile(
     return frame.reset_index()[["layer", "n_prompts", "length", *PROFILE, *ends]]
 
 
-def _partner_stream(
-    units: Units, ensemble: Ensemble, stream: Stream, mask: Tensor, partner: Int[Tensor, " batch"]
-) -> Float[Tensor, "place batch pos d_model"]:
-    """Return ``stream`` with each measured token's own replaced by that of its place in the partner. Cost: 1 F."""
-    theirs = units.stream(units.stack.context(ensemble.tokens[partner]))
-    rows, places = torch.arange(len(mask)).unsqueeze(1), partner_places(mask, ensemble.mask[partner])
-    return torch.where(mask.unsqueeze(-1), theirs[:, rows, places], stream)
-
-
-def _seriesness(
-    units: Units, ensemble: Ensemble, longest: int, draws: Float[Tensor, "resample prompt"]
-) -> list[Float[Tensor, "layer resample"]]:
-    """Return S of every window, by its start. Cost: 2 F, and 1/L F a window."""
-    sums = Sums()
-    for _, context, mask in ensemble.batches(units.stack, "update sizes matched"):
-        stream = units.stream(context)
-        sums.open(mask)
-        record_stream(stream, sums)
-        with units.stack.frozen(context, units.norm_state(context)):
-            for start in range(len(units) - 1):
-                list(record_entry_updates(units, context, stream, start, longest, "frozen", sums))
-    reading, values = Reading(sums, draws, units.reads, units.stack.dtype), []
-    for start in range(len(units) - 1):
-        weight, entry_read, output = reading.dependence("frozen", start, units.after(start, longest))
-        values.append((running_mean(entry_read, weight) + output) / 2)
-    return values
-
-
 def _skip_damage(stack: Stack, tokens: Tokens, sampling: Sampling) -> pd.DataFrame:
     """Measure the damage of leaving out each layer. Cost: (L + 1)/2 F and L + 1 readouts."""
-    sums = Sums()
+    parts, counts = [], []
     for batch in tokens.batches(sampling.batch_size):
         context, predicting = stack.context(batch), predicting_positions(batch)
-        stream, finals = stack.stream(context), {}
-        for layer in range(stack.n_layers):
-            x = stream[layer]
-            x = stack.execute(f"{layer + 1}:", x, context) if layer + 1 < stack.n_layers else x
-            finals["skip", layer] = x[:, :-1][predicting]
-        sums.add(predicting.sum(1), "predictions")
-        _record_damage(stack, batch, stream[-1], finals, sums)
-    draws = weights(len(tokens), sampling.resamples, sampling.seed)
-    count = draws @ sums["predictions",]
+        stream = stack.stream(context)
+        finals = Together(stack, context).ride({layer + 1: [stream[layer]] for layer in range(stack.n_layers)})
+        finals = [losses.predicted(x, predicting) for x in finals]
+        parts.append(losses.by_prompt(stack, batch, stream[-1], finals).cpu())
+        counts.append(predicting.sum(1, dtype=torch.float64).cpu())
+    draws, measured = weights(len(tokens), sampling.resamples, sampling.seed), torch.cat(parts, 2)
+    nats = measured @ draws.T / (draws @ torch.cat(counts))
     rows = (
-        {"layer": layer}
-        | measure_columns({f"{kind}_skip": draws @ sums[kind, "skip", layer] / count for kind in ("loss", "kl")})
+        {"layer": layer} | measure_columns({"loss_skip": nats[0, layer], "kl_skip": nats[1, layer]})
         for layer in range(stack.n_layers)
     )
     return pd.DataFrame(rows).set_index("layer")
-
-
-def _run_parallel(
-    units: Units, context: Context, stream: Tensor, start: int, updates: Iterator[tuple[int, Stream]], sums: Sums
-) -> None:
-    """Run the layers of every window from ``start`` in parallel, then the rest of the model; record the damage."""
-    predicting = predicting_positions(context.tokens)
-    finals: dict[tuple, Float[Tensor, "prediction d_model"]] = {}
-    together = stream[start + 1] - stream[start]
-    for layer, entry_update in updates:
-        together = together + entry_update
-        for form, share in (("sum", 1.0), ("mean", 1 / (layer + 1 - start))):
-            x = stream[start] + share * together
-            final = units.finish(layer + 1, x, x - share * entry_update, context)
-            finals[form, start, layer + 1] = final[:, :-1][predicting]
-    _record_damage(units.stack, context.tokens, stream[-1], finals, sums)
-
-
-def _record_damage(
-    stack: Stack,
-    tokens: Tokens,
-    clean: Stream,
-    finals: dict[tuple, Float[Tensor, "prediction d_model"]],
-    sums: Sums,
-) -> None:
-    """Record, prompt by prompt, how much worse each of the final streams predicts than the clean one."""
-    predicting = predicting_positions(tokens)
-    prompts = predicting.nonzero()[:, 0]
-    losses = _losses(stack, clean[:, :-1][predicting], finals, tokens.ids[:, 1:][predicting])
-    zero = torch.zeros(len(tokens), dtype=torch.float64, device=prompts.device)
-    for key, values in losses.items():
-        sums.add(zero.index_add(0, prompts, values.double()), *key)
-
-
-def _losses(
-    stack: Stack,
-    clean: Float[Tensor, "prediction d_model"],
-    finals: dict[tuple, Float[Tensor, "prediction d_model"]],
-    targets: Int[Tensor, " prediction"],
-) -> dict[tuple, Float[Tensor, " prediction"]]:
-    """Return the change of loss of every prediction, and KL(clean || rewired), for each of the final streams."""
-    parts: defaultdict[tuple, list[Tensor]] = defaultdict(list)
-    for rows in portions(stack, targets):
-        before = log_probabilities(stack, clean[rows])
-        for key, final in finals.items():
-            lost = before - log_probabilities(stack, final[rows])
-            parts[("loss", *key)].append(lost.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
-            parts[("kl", *key)].append((before.exp() * lost).sum(1))
-    return {key: torch.cat(values) for key, values in parts.items()}
-
-
-def _check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
-    """Raise ValueError for what ``windows`` cannot measure."""
-    if len(units) < 2:
-        raise ValueError(f"{units.stack.name} has one layer; a window needs two")
-    if longest < 2:
-        raise ValueError(
-            f"a window has at least two layers: max_length must be 2 to {len(units)} or None, got {longest}"
-        )
-    if sampling.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {sampling.batch_size}")
-    if int(tokens.ensemble(sampling.skip_first).sum()) < 2:
-        first = ", each prompt's first left out" if sampling.skip_first else ""
-        raise ValueError(
-            f"there are fewer than two tokens to compare in these prompts{first}; give longer or more prompts"
-        )

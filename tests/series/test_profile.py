@@ -10,8 +10,8 @@ import torch
 from support.known_windows import every_window, random_tokens, stack, uneven_prompts
 from surgery import Stack, series
 from surgery.instruments import known_networks, massive, similarity
-from surgery.models.engine import Engine
 from surgery.records import tables
+from surgery.series import side_by_side
 from surgery.stats.sampling import Sampling
 
 
@@ -81,16 +81,14 @@ def test_windows_of_sublayers_can_be_written_with_their_names(load, tmp_path):
     assert tables.read(tmp_path / "sublayers.csv")["first"].tolist() == sub["first"].tolist()
 
 
-def test_the_profile_costs_what_it_says(monkeypatch):
-    opened, run, calls = stack("random"), Engine.layer, []
-    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
-    tokens, n = known_networks.tokens(4, 6), 6
+def test_the_profile_costs_what_it_says():
+    opened, tokens, n = stack("random"), known_networks.tokens(4, 6), 6
     sampling = Sampling(resamples=0, skip_massive=False)
-    series.windows(opened, tokens, 3, sampling=sampling)
-    alone = len(calls)
-    calls.clear()
-    series.profile(opened, tokens, 3, sampling=sampling)
-    assert len(calls) - alone == n * (n + 3) / 2
+    with side_by_side.counted_layers() as alone:
+        series.windows(opened, tokens, 3, sampling=sampling)
+    with side_by_side.counted_layers() as count:
+        series.profile(opened, tokens, 3, sampling=sampling)
+    assert (count[0] - alone[0]) / tokens.numel() == n * (n + 3) / 2
 
 
 @pytest.mark.parametrize(("length", "message"), [(7, "no window of 7 layers fits"), (1, "max_length must be 2 to 6")])

@@ -8,8 +8,11 @@ import torch
 from support.known_windows import by_hand, every_window, stack, uneven_prompts
 from surgery import Stack, series
 from surgery.instruments import known_networks, massive, readout
-from surgery.models.engine import Engine
+from surgery.instruments.together import Together
 from surgery.models.tokens import Tokens
+from surgery.series import side_by_side
+from surgery.series.recording import FORMS, Recording
+from surgery.series.window import table
 from surgery.stats.bootstrap import weights
 from surgery.stats.sampling import Sampling
 
@@ -115,7 +118,7 @@ def test_loss_rises_by_the_divergence_where_the_network_predicts_its_own_text():
     for _ in range(19):
         following = torch.multinomial(opened.run(ids)[:, -1].softmax(-1), 1, generator=draw)
         ids = torch.cat([ids, following], dim=1)
-    whole = series.windows(opened, ids).set_index(["start", "stop"]).loc[(0, 6)]
+    whole = series.windows(opened, ids, forms=FORMS).set_index(["start", "stop"]).loc[(0, 6)]
     for form in ("sum", "mean"):
         assert whole[f"loss_parallel_{form}_low"] > 0
         assert whole[f"loss_parallel_{form}_low"] < whole[f"kl_parallel_{form}"] < whole[f"loss_parallel_{form}_high"]
@@ -185,9 +188,8 @@ def test_frozen_values_of_a_mixed_network_follow_from_its_weights_alone():
 @pytest.mark.parametrize(("start", "stop"), [(1, 3), (3, 6)])
 def test_damage_is_that_of_the_parallel_wiring(start, stop):
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(6, 8, seed=3)
-    found = (
-        series.windows(opened, tokens, sampling=Sampling(resamples=0)).set_index(["start", "stop"]).loc[(start, stop)]
-    )
+    frame = series.windows(opened, tokens, forms=FORMS, sampling=Sampling(resamples=0))
+    found = frame.set_index(["start", "stop"]).loc[(start, stop)]
     targets = tokens[:, 1:].flatten()
     clean = opened.run(tokens)[:, :-1].flatten(0, 1).log_softmax(-1)
     group = "|".join(str(layer) for layer in range(start, stop))
@@ -202,26 +204,62 @@ def test_damage_is_that_of_the_parallel_wiring(start, stop):
 def test_damage_does_not_depend_on_how_many_rows_are_read_out_at_once(monkeypatch):
     whole = every_window("random")
     monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 50 * known_networks.D_VOCAB)
-    parts = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
+    parts = series.windows(stack("random"), known_networks.tokens(24, 10), forms=FORMS, sampling=Sampling(resamples=20))
     assert np.allclose(parts[list(DAMAGE)], whole[list(DAMAGE)], atol=1e-6)
 
 
-def test_it_costs_what_it_says(monkeypatch):
+def test_it_costs_what_it_says():
     opened, tokens = stack("random"), known_networks.tokens(4, 6)
-    run, calls = Engine.layer, []
-    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     n, sampling = opened.n_layers, Sampling(resamples=0, skip_massive=False)
-    series.windows(opened, tokens, damage=False, sampling=sampling)
-    assert len(calls) == n * (2 * n + 2)
-    calls.clear()
-    series.windows(opened, tokens, sampling=sampling)
-    assert len(calls) == n * ((2 * n + 2) + (n - 1) * (n - 2) / 3)
-    calls.clear()
-    series.windows(opened, tokens, max_length=2, damage=False, sampling=sampling)
-    assert len(calls) == 4 * n + 4 * (n - 1)
-    calls.clear()
-    series.windows(opened, tokens, max_length=2, damage=False, untrained=opened, sampling=sampling)
-    assert len(calls) == 4 * n + 4 * (n - 1) + (2 + 2) * n + (n - 1)
+
+    def passes(**options) -> float:
+        with side_by_side.counted_layers() as count:
+            series.windows(opened, tokens, sampling=sampling, **options)
+        return count[0] / tokens.numel()
+
+    assert passes(damage=False) == n * (2 * n + 2)
+    in_parallel = n * (n - 1) * (n - 2) / 6
+    assert passes() == n * (2 * n + 2) + in_parallel
+    assert passes(forms=FORMS) == n * (2 * n + 2) + 2 * in_parallel
+    assert passes(damage_length=2) == n * (2 * n + 2) + (n - 1) * (n - 2) / 2
+    assert passes(max_length=2, damage=False) == 4 * n + 4 * (n - 1)
+    assert passes(max_length=2, damage=False, untrained=opened) == 4 * n + 4 * (n - 1) + (2 + 2) * n + (n - 1)
+
+
+def test_damage_of_short_windows_alone():
+    opened, tokens, sampling = stack("random"), known_networks.tokens(24, 10), Sampling(resamples=20)
+    short = series.windows(opened, tokens, damage_length=3, sampling=sampling)
+    whole, long = every_window("random"), short["stop"] - short["start"] > 3
+    damage = [name for name in short if "parallel" in name]
+    assert short.loc[long, damage].isna().all().all()
+    pd.testing.assert_frame_equal(short.loc[~long, damage], whole.loc[~long, damage], rtol=1e-5)
+    rest = [name for name in short if name not in damage]
+    pd.testing.assert_frame_equal(short[rest], whole[rest], rtol=1e-6)
+
+
+def test_a_form_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="put together by sum or mean, not by 'product'"):
+        series.windows(stack("random"), known_networks.tokens(4, 6), forms=("product",))
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 100])
+def test_streams_that_run_together_give_what_each_gives_alone(group, monkeypatch):
+    """Under frozen and live norms, and with the mask and positions of padded prompts."""
+    opened = stack("random", n_layers=4, dtype=torch.float64)
+    whole = series.windows(opened, uneven_prompts(), forms=FORMS, sampling=Sampling(resamples=5))
+    monkeypatch.setattr(Together, "group", property(lambda self: group, lambda self, value: None), raising=False)
+    parts = series.windows(opened, uneven_prompts(), forms=FORMS, sampling=Sampling(resamples=5))
+    pd.testing.assert_frame_equal(parts, whole, rtol=1e-7)
+
+
+def test_the_sums_of_batches_can_be_kept_and_joined(tmp_path):
+    opened, tokens, sampling = stack("random", n_layers=4), uneven_prompts(), Sampling(resamples=20, batch_size=4)
+    whole = series.windows(opened, tokens, untrained=opened, sampling=sampling)
+    for number, prompts in enumerate(Recording.of(opened, tokens, untrained=opened, sampling=sampling).batches):
+        again = Recording.of(opened, tokens, untrained=opened, sampling=sampling)  # as in another process
+        torch.save(again.sums(prompts), tmp_path / f"{number}.pt")
+    parts = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
+    pd.testing.assert_frame_equal(table(again, parts), whole)
 
 
 # --- prompts, batches, intervals ---
@@ -238,10 +276,12 @@ def test_rows_are_all_windows_and_columns_come_with_intervals():
 
 def test_short_windows_are_the_same_rows_as_among_all():
     tokens = known_networks.tokens(24, 10)
-    short = series.windows(stack("random"), tokens, max_length=3, sampling=Sampling(resamples=20))
+    short = series.windows(stack("random"), tokens, max_length=3, forms=FORMS, sampling=Sampling(resamples=20))
     among_all = every_window("random").query("stop - start <= 3").reset_index(drop=True)
     pd.testing.assert_frame_equal(short, among_all, rtol=1e-6)
-    longer_than_the_model = series.windows(stack("random"), tokens, max_length=99, sampling=Sampling(resamples=20))
+    longer_than_the_model = series.windows(
+        stack("random"), tokens, max_length=99, forms=FORMS, sampling=Sampling(resamples=20)
+    )
     pd.testing.assert_frame_equal(longer_than_the_model, every_window("random"), rtol=1e-6)
 
 
@@ -254,7 +294,8 @@ def test_damage_can_be_left_out():
 
 
 def test_results_are_reproducible():
-    again = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20))
+    tokens = known_networks.tokens(24, 10)
+    again = series.windows(stack("random"), tokens, forms=FORMS, sampling=Sampling(resamples=20))
     pd.testing.assert_frame_equal(again, every_window("random"))
     other = series.windows(stack("random"), known_networks.tokens(24, 10), sampling=Sampling(resamples=20, seed=1))
     assert not np.allclose(other["S_low"], again["S_low"])
@@ -281,12 +322,11 @@ def test_padding_does_not_matter():
 def test_a_resample_is_the_measurement_of_the_resampled_prompts():
     """With one resample both ends of every interval are its value, which must be that of the data set it stands for."""
     opened, tokens = stack("random", n_layers=4, dtype=torch.float64), uneven_prompts()
-    frame = series.windows(opened, tokens, sampling=Sampling(resamples=1, seed=3))
+    frame = series.windows(opened, tokens, forms=FORMS, sampling=Sampling(resamples=1, seed=3))
     draw = weights(len(tokens), 1, seed=3)[1]
     prompts = torch.repeat_interleave(torch.arange(len(tokens)), (draw / draw[draw > 0].min()).round().long())
-    resampled = series.windows(
-        opened, Tokens(tokens.ids[prompts], tokens.mask[prompts]), sampling=Sampling(resamples=0)
-    )
+    drawn = Tokens(tokens.ids[prompts], tokens.mask[prompts])
+    resampled = series.windows(opened, drawn, forms=FORMS, sampling=Sampling(resamples=0))
     for name in (*MEASURES, *NULLS, *DAMAGE):
         if name not in DRAWN:
             assert np.allclose(frame[f"{name}_low"], resampled[name], rtol=1e-6, atol=1e-9), name
@@ -294,8 +334,10 @@ def test_a_resample_is_the_measurement_of_the_resampled_prompts():
 
 def test_intervals_hold_the_estimate_and_shrink_with_more_prompts():
     opened = stack("random", n_layers=4)
-    few = series.windows(opened, known_networks.tokens(16, 10), sampling=Sampling(resamples=200))
-    many = series.windows(opened, known_networks.tokens(144, 10), sampling=Sampling(resamples=200))
+    few, many = (
+        series.windows(opened, known_networks.tokens(count, 10), forms=FORMS, sampling=Sampling(resamples=200))
+        for count in (16, 144)
+    )
     for name in ("S_live", "R_over_N", *DAMAGE):
         assert (many[f"{name}_low"] < many[f"{name}_high"]).all(), name
         inside = (many[f"{name}_low"] <= many[name]) & (many[name] <= many[f"{name}_high"])
@@ -316,9 +358,8 @@ def test_a_dead_layer_has_no_say_and_an_all_dead_window_is_undefined():
         for name, value in network.named_parameters():
             if name.startswith(("layers.4", "layers.5")) and "fc_out" in name and name.endswith("weight"):
                 value.zero_()  # what is left is a bias: the layer writes, but the same for every token
-    frame = series.windows(Stack(network), known_networks.tokens(24, 10), sampling=Sampling(resamples=20)).set_index(
-        ["start", "stop"]
-    )
+    tokens, sampling = known_networks.tokens(24, 10), Sampling(resamples=20)
+    frame = series.windows(Stack(network), tokens, forms=FORMS, sampling=sampling).set_index(["start", "stop"])
     undefined = [(3, 5), (3, 6), (4, 6)]
     assert frame.loc[undefined, ["R", "O", "S", "S_low", "S_live", "N", "R_over_N", "R_shuffled"]].isna().all().all()
     assert frame.loc[undefined, list(DAMAGE)].notna().all().all()

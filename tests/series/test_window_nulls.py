@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 from support.exact_networks import parameters
 from support.known_windows import every_window, spread, stack
@@ -35,18 +36,18 @@ def test_shuffled_writes_are_another_prompts():
 def test_turned_writes_are_a_rotation_of_what_varies():
     opened, tokens = stack("random", dtype=torch.float64), known_networks.tokens(3, 8, seed=4)
     units, ensemble = Units.of(opened, "layer"), Ensemble.of(opened, tokens)
-    stream = opened.stream(tokens)
+    x = opened.stream(tokens)[:, ensemble.mask]
     turn = Turns.of(units, ensemble).batch(0, ensemble.mask)
-    written = stream[4] - stream[1]
-    mean = written[:, 1:].mean((0, 1))
-    turned = turn(written, 1, 4)
-    assert torch.equal(turned[:, 0], written[:, 0])  # first tokens are not measured
-    before, after = written[:, 1:] - mean, turned[:, 1:] - mean
+    written, starts = x[4] - x[1:3], slice(1, 3)
+    mean = written.mean(1, keepdim=True)
+    turned = turn(written, starts, 4)
+    per_prompt = "start (prompt pos) d_model -> start prompt pos d_model"
+    before, after = (rearrange(values - mean, per_prompt, prompt=3) for values in (written, turned))
     assert torch.allclose(before @ before.mT, after @ after.mT)  # within a prompt, all angles and sizes stay
     cosine = torch.cosine_similarity(before, after, dim=-1)
     assert cosine.abs().mean() < 0.3
     others = Turns.of(units, Ensemble.of(opened, tokens, Sampling(seed=1))).batch(0, ensemble.mask)
-    assert not torch.allclose(others(written, 1, 4), turned)
+    assert not torch.allclose(others(written, starts, 4), turned)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])

@@ -12,7 +12,7 @@ import surgery
 from support.known_windows import by_hand, every_window, random_tokens, stack
 from surgery import Stack, series
 from surgery.instruments import known_networks
-from surgery.models.engine import Engine
+from surgery.series import side_by_side
 from surgery.stats.sampling import Sampling
 
 
@@ -110,14 +110,15 @@ def test_where_attention_writes_nothing_sublayers_read_what_their_layers_do():
         assert sub.loc[(2 * row["start"] + 1, 2 * row["stop"]), "S"] == pytest.approx(row["S"], abs=1e-9)
 
 
-def test_sublayers_cost_what_it_says(monkeypatch, load):
-    opened, run, calls = Stack(load("gpt2")), Engine.layer, []
+def test_sublayers_cost_what_it_says(load):
+    opened, tokens = Stack(load("gpt2")), random_tokens()
     opened.wiring("0.attn")  # asked once: can the layers be split
     assert not opened.parallel_sublayers
-    monkeypatch.setattr(Engine, "layer", lambda *arguments: calls.append(arguments[1]) or run(*arguments))
     sampling = Sampling(resamples=0, skip_massive=False)
-    series.windows(opened, random_tokens(), 2, damage=False, grain="sublayer", sampling=sampling)
-    assert len(calls) == 3 * 8 + 4 + 4 * 7  # three streams by sublayers, the norms' state by layers, 7 windows
+    with side_by_side.counted_layers() as count:
+        series.windows(opened, tokens, 2, damage=False, grain="sublayer", sampling=sampling)
+    # three streams by sublayers, the norms' state by layers, 7 windows
+    assert count[0] / tokens.numel() == 3 * 8 + 4 + 4 * 7
 
 
 def test_layers_that_cannot_be_split_have_no_sublayers(load):

@@ -10,6 +10,7 @@ import torch
 from surgery import Stack, series
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
+from surgery.series.recording import FORMS
 from surgery.stats.sampling import Sampling
 
 
@@ -22,7 +23,7 @@ def stack(kind: str, *args, **sizes) -> Stack:
 def every_window(kind: str, *args, damage: bool = True, **sizes) -> pd.DataFrame:
     """Every window of a known network on 24 prompts."""
     tokens, sampling = known_networks.tokens(24, 10), Sampling(resamples=20)
-    return series.windows(stack(kind, *args, **sizes), tokens, damage=damage, sampling=sampling)
+    return series.windows(stack(kind, *args, **sizes), tokens, damage=damage, forms=FORMS, sampling=sampling)
 
 
 def uneven_prompts(n_prompts: int = 9, longest: int = 12) -> Tokens:
