@@ -6,6 +6,10 @@ all tokens of the ensemble) goes through the earlier layer, ``v = J_i xi``, and 
 
     C_ij = sqrt( E|J_j v|^2 / (d E|J_j eta|^2) ),       eta_t a random direction of the length of v_t, d = d_model.
 
+What random directions would read need not be drawn for every pair: ``E|J_j eta|^2 = sum_t |v_t|^2 a_t / d``, where a_t
+is the squared size of all that j reads at token t, ``E|(J_j^T zeta)_t|^2`` over standard normal ``zeta``. A few
+backward passes of layer j give it for all earlier layers (``NULLS``).
+
 Over probes ``d E|J_j eta|^2`` is the product of the squared Frobenius norms of ``J_j`` and ``J_i``, taken token by
 token. So in a model without attention whose tokens are all alike ``C_ij = |J_j J_i| / (|J_j| |J_i|)``, in [0, 1]; in
 others, tokens with large writes may lift it slightly above 1. A layer that reads all directions alike, or random ones,
@@ -21,9 +25,9 @@ directions it reads at random has ``1/sqrt(width)`` of the ``width`` directions 
 norms (``frozen=False``) a layer also responds to what rescales its input, and the parallel network reads above 0.
 
 Derivatives are products of the whole layer with a vector, by reverse mode twice (``linearise``): this works for every
-architecture, with attention running in its plain form. The estimator is Hutchinson's (1990); the normalised product is
-ours, after the coupling of Jacobians in Aubry et al. 2024 (arXiv 2407.07810), who compare the singular vectors of every
-two layers.
+architecture, with attention running in its plain form, and takes as long as the layer itself. The estimator is
+Hutchinson's (1990); the normalised product is ours, after the coupling of Jacobians in Aubry et al. 2024 (arXiv
+2407.07810), who compare the singular vectors of every two layers.
 
 >>> from surgery import Stack
 >>> from surgery.instruments import known_networks
@@ -35,19 +39,17 @@ two layers.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.instruments import massive
-from surgery.instruments.ensemble import Ensemble
+from surgery.instruments.ensemble import Ensemble, Visit
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -55,6 +57,7 @@ from surgery.stats.bootstrap import described, measure_columns, ratio, weights
 from surgery.stats.sampling import Sampling
 
 Stream = Float[Tensor, "batch pos d_model"]
+NULLS = 2  # draws of the null of every later layer
 
 COLUMNS = {
     "earlier": "the layer that writes",
@@ -72,30 +75,59 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
-def linearise(stack: Stack, layer: int, x: Stream, context: Context) -> Callable[[Stream], Stream]:
-    """Return ``d -> J_l d``: the derivative of a layer's update at ``x``, over all positions, along a change ``d``.
+@dataclass(frozen=True)
+class Derivative:
+    """The derivative J of a layer's update over all positions of a batch: ``derivative(d)`` is ``J d``.
 
-    Cost: a forward and a backward pass of the layer, and about two backward passes for every use.
+    ``pulled`` is ``J^T cotangent`` as a function of the stream and of the cotangent, in which it is linear.
+    """
+
+    x: Stream
+    update: Stream
+    cotangent: Stream
+    pulled: Stream
+
+    def __call__(self, change: Stream) -> Stream:
+        """Return ``J d``. Cost: about 1/L F."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.autograd.grad(self.pulled, self.cotangent, change, retain_graph=True)[0]
+
+    def transposed(self, cotangent: Stream) -> Stream:
+        """Return ``J^T c``. Cost: about 1.2/L F."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.autograd.grad(self.update, self.x, cotangent, retain_graph=True)[0]
+
+    def bent(self, change: Stream) -> tuple[Stream, Stream]:
+        """Return ``H d`` and ``J d``, with H the second derivative of the update along the cotangent.
+
+        Cost: about 3/L F.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            both = torch.autograd.grad(
+                self.pulled, (self.x, self.cotangent), change, retain_graph=True, materialize_grads=True
+            )
+        return both[0], both[1]
+
+
+def linearise(stack: Stack, layer: int, x: Stream, context: Context, cotangent: Stream | None = None) -> Derivative:
+    """Return the derivative of a layer's update at ``x``, and its second derivative along ``cotangent`` (or 0).
+
+    Cost: about 3/L F, a forward and a backward pass of the layer, each with a graph.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
     >>> stack = Stack(known_networks.serial_network())
     >>> x = stack.stream(known_networks.tokens(2, 4))[1]
-    >>> jvp = linearise(stack, 1, x, stack.context(known_networks.tokens(2, 4)))
-    >>> bool(torch.allclose(jvp(x), stack.update(1, x), atol=1e-5))  # relu: homogeneous
+    >>> derivative = linearise(stack, 1, x, stack.context(known_networks.tokens(2, 4)))
+    >>> bool(torch.allclose(derivative(x), stack.update(1, x), atol=1e-5))  # relu: homogeneous
     True
     """
     with sdpa_kernel(SDPBackend.MATH):  # the fast kernels have no second derivative
         x = x.detach().requires_grad_()
         update = stack.update(layer, x, context, grad=True)
-        cotangent = torch.zeros_like(update, requires_grad=True)
-        (pulled,) = torch.autograd.grad(update, x, cotangent, create_graph=True)  # linear in the cotangent
-
-    def along(change: Stream) -> Stream:
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.autograd.grad(pulled, cotangent, change, retain_graph=True)[0]
-
-    return along
+        cotangent = (torch.zeros_like(update) if cotangent is None else cotangent).detach().requires_grad_()
+        (pulled,) = torch.autograd.grad(update, x, cotangent, create_graph=True)
+    return Derivative(x, update, cotangent, pulled)
 
 
 @in_smaller_batches
@@ -108,9 +140,8 @@ def pairs(
     nothing. The intervals are over prompts; they contain the noise of the probes, which falls with tokens times
     ``probes``.
 
-    Cost in a model of L layers: 2 F and L linearisations (another F forward), with norms live 1 F less; and
-    ``probes * 2 L^2`` products, each about two backward passes of a layer. Memory: ``2 L probes`` streams of one
-    batch.
+    Cost in a model of L layers: 2 F (with norms live 1 F less), 3 F to linearise the layers, 1.2 F a draw of the null,
+    and ``probes`` times ``(L - 1)^2 / L + 1`` F for products. Memory: ``2 L probes`` streams of one batch.
 
     Raises ValueError for a model of one layer, and if ``probes`` is not positive.
 
@@ -125,28 +156,26 @@ def pairs(
     ensemble = Ensemble.of(stack, tokens, sampling)
     sums: defaultdict[tuple, Tensor] = defaultdict(lambda: torch.zeros(2, len(ensemble.tokens), dtype=torch.float64))
     for visit in ensemble.visits(stack, "jacobians"):
-        keep, prompts = visit.mask.unsqueeze(-1), slice(visit.first, visit.first + len(visit.mask))
+        prompts = slice(visit.first, visit.first + len(visit.mask))
         if visit.layer == 0:
             state = stack.norm_state(visit.context) if frozen else None
-            written: dict[str, dict[tuple, Tensor]] = {"direct": {}, "total": {}}
-        draw = torch.Generator().manual_seed(int(ensemble.generator(visit).integers(2**62)))
-
-        def noise(like: Tensor = visit.x, keep: Tensor = keep, draw: torch.Generator = draw) -> Tensor:
-            return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like) * keep
-
+            written: dict[tuple[int, int], Stream] = {}  # by layer and probe
+            carried: dict[tuple[int, int], Stream] = {}  # the same with what later layers made of it
+        noise = _Noise(visit, ensemble)
         with stack.frozen(visit.context, state) if frozen else nullcontext():
-            along = linearise(stack, visit.layer, visit.x, visit.context)
-            for form, changes in written.items():
-                for (earlier, probe), change in changes.items():
-                    read = along(change)
-                    null = along(functional.normalize(noise(), dim=-1) * change.norm(dim=-1, keepdim=True))
-                    squares = ((values * keep).double().square() for values in (read, null))
-                    energies = [reduce(square, "prompt pos d_model -> prompt", "sum").cpu() for square in squares]
-                    sums[form, earlier, visit.layer][:, prompts] += torch.stack(energies)
-                    if form == "total":
-                        changes[earlier, probe] = change + read * keep
-            for probe in range(probes):
-                written["direct"][visit.layer, probe] = written["total"][visit.layer, probe] = along(noise()) * keep
+            derivative = linearise(stack, visit.layer, visit.x, visit.context)
+            pulled = [noise.squares(derivative.transposed(noise())) for _ in range(NULLS if written else 0)]
+            for (earlier, probe), change in written.items():
+                read = derivative(change)
+                total = carried.get((earlier, probe), change)
+                passed = read if total is change else derivative(total)
+                for form, reach, effect in (("direct", change, read), ("total", total, passed)):
+                    null = noise.squares(reach) * sum(pulled) / (NULLS * stack.d_model)
+                    energies = torch.stack([noise.squares(effect), null]).sum(-1)
+                    sums[form, earlier, visit.layer][:, prompts] += energies.cpu()
+                carried[earlier, probe] = total + noise.kept(passed)
+            for probe in range(probes if visit.layer < stack.n_layers - 1 else 0):
+                written[visit.layer, probe] = noise.kept(derivative(noise()))
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
     baseline = 1 / math.sqrt(stack.d_model)
     rows = []
@@ -160,6 +189,25 @@ def pairs(
             rows.append(row)
     frame = pd.DataFrame(rows).sort_values(["earlier", "later"], ignore_index=True)
     return ensemble.annotate(frame, "earlier", "later")
+
+
+class _Noise:
+    """Standard normal vectors at the tokens of one visit that are in the ensemble, and sums over these tokens."""
+
+    def __init__(self, visit: Visit, ensemble: Ensemble) -> None:
+        self.like, self.mask = visit.x, visit.mask
+        self.generator = torch.Generator().manual_seed(int(ensemble.generator(visit).integers(2**62)))
+
+    def __call__(self) -> Stream:
+        return self.kept(torch.randn(self.like.shape, generator=self.generator).to(self.like))
+
+    def kept(self, values: Stream) -> Stream:
+        """Return ``values`` at the ensemble's tokens, 0 elsewhere."""
+        return values * self.mask.unsqueeze(-1)
+
+    def squares(self, values: Stream) -> Float[Tensor, "batch pos"]:
+        """Return the squared length of every vector of the ensemble, 0 elsewhere, in float64."""
+        return torch.linalg.vector_norm(values, dim=-1).double().square() * self.mask
 
 
 def _check(stack: Stack, probes: int) -> None:

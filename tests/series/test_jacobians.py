@@ -8,7 +8,7 @@ from support.exact_networks import network, rng
 from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.records import tables
-from surgery.series.jacobians import COLUMNS, linearise, pairs
+from surgery.series.jacobians import COLUMNS, NULLS, linearise, pairs
 from surgery.stats.bootstrap import rotation
 from surgery.stats.sampling import Sampling
 
@@ -120,7 +120,8 @@ def test_it_costs_what_the_docstring_says(monkeypatch):
     pairs(stack, known_networks.tokens(4, 5), probes=2)
     linearisations = [seen.count(layer) for layer in range(3)]
     assert linearisations == [2, 2, 2]  # the walk and the linearisation; the norms' denominators do not go this way
-    assert len(products) == 3 + 2 * 2 * 3**2 - 2 * 3  # the last terms: a layer, once for itself, four a pair
+    # a layer, the nulls of all but the first, two probes of all but the last, two products a pair, neighbours one
+    assert len(products) == 3 + 2 * NULLS + 2 * 2 + 2 * (2 + 1 + 1)
 
 
 @pytest.mark.parametrize(
