@@ -7,8 +7,8 @@ all tokens of the ensemble) goes through the earlier layer, ``v = J_i xi``, and 
     C_ij = sqrt( E|J_j v|^2 / (d E|J_j eta|^2) ),       eta_t a random direction of the length of v_t, d = d_model.
 
 What random directions would read need not be drawn for every pair: ``E|J_j eta|^2 = sum_t |v_t|^2 a_t / d``, where a_t
-is the squared size of all that j reads at token t, ``E|(J_j^T zeta)_t|^2`` over standard normal ``zeta``. A few
-backward passes of layer j give it for all earlier layers (``NULLS``).
+is the squared size of all that j reads at token t, ``E|(J_j^T zeta)_t|^2`` over random ``zeta`` of length sqrt(d). A
+few backward passes of layer j give it for all earlier layers (``NULLS``).
 
 Over probes ``d E|J_j eta|^2`` is the product of the squared Frobenius norms of ``J_j`` and ``J_i``, taken token by
 token. So in a model without attention whose tokens are all alike ``C_ij = |J_j J_i| / (|J_j| |J_i|)``, in [0, 1]; in
@@ -46,6 +46,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.instruments import massive
@@ -164,7 +165,7 @@ def pairs(
         noise = _Noise(visit, ensemble)
         with stack.frozen(visit.context, state) if frozen else nullcontext():
             derivative = linearise(stack, visit.layer, visit.x, visit.context)
-            pulled = [noise.squares(derivative.transposed(noise())) for _ in range(NULLS if written else 0)]
+            pulled = [noise.squares(derivative.transposed(noise.even())) for _ in range(NULLS if written else 0)]
             for (earlier, probe), change in written.items():
                 read = derivative(change)
                 total = carried.get((earlier, probe), change)
@@ -200,6 +201,10 @@ class _Noise:
 
     def __call__(self) -> Stream:
         return self.kept(torch.randn(self.like.shape, generator=self.generator).to(self.like))
+
+    def even(self) -> Stream:
+        """Return random directions, each as long as a standard normal vector is on average (root mean square)."""
+        return functional.normalize(self(), dim=-1) * math.sqrt(self.like.shape[-1])
 
     def kept(self, values: Stream) -> Stream:
         """Return ``values`` at the ensemble's tokens, 0 elsewhere."""

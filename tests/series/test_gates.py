@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from support.exact_networks import last_reader
+from support.known_windows import uneven_prompts
 from surgery import Stack
 from surgery.instruments import known_networks
+from surgery.models.tokens import Tokens
 from surgery.records import tables
+from surgery.series import gates
 from surgery.series.gates import COLUMNS, exponents, hessian, path_lengths
 from surgery.stats.sampling import Sampling
 
@@ -158,13 +161,34 @@ def test_they_cost_what_the_docstrings_say(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: grads.append(1) or grad(*args, **more))
     for measure, forwards, backwards in (
         (exponents, 3, 4 + 4 * 3 / 2),  # linearisations, derivatives along a vector
-        (hessian, 3, 1 + 1 + 4),  # the margin, the gradient, the products
+        # the margin, the gradient at every later layer, their linearisations, a product for every pair
+        (hessian, 2 + 2 * 3 / 4, 1 + 3 + 3 + 4 * 3 / 2),
         (path_lengths, 3, 1 + 4 * 5 / 2),
     ):
         seen.clear()
         grads.clear()
         measure(stack, known_networks.tokens(4, 5), sampling=Sampling(skip_massive=False))
         assert (len(seen) / 4, len(grads)) == (forwards, backwards)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "gemma2", "mixtral"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_hessian_is_that_of_the_whole_graph(name, frozen, load):
+    """Against the second derivatives of the gated model by autograd, prompts of different lengths among them."""
+    stack, tokens = Stack(load(name)), uneven_prompts(5, 8)
+    tokens = Tokens(tokens.ids % 96, tokens.mask)
+    context, mask = stack.context(tokens), tokens.ensemble()
+    margin, slope = gates._margin(stack, stack.stream(context)[-1], mask)
+    with gates._running(stack, context, frozen):
+        alpha = torch.ones(stack.n_layers, len(mask), requires_grad=True)
+        x = context.x0
+        for layer, gate in enumerate(alpha):
+            x = x + gate[:, None, None] * stack.update(layer, x, context, grad=True)
+        (slopes,) = torch.autograd.grad((slope * x).sum(), alpha, create_graph=True)
+        second = torch.stack([torch.autograd.grad(row.sum(), alpha, retain_graph=True)[0] for row in slopes])
+    expected = (second.sum(-1).double() / margin.sum())[*torch.triu_indices(4, 4, 1)]
+    found = hessian(stack, tokens, frozen=frozen, sampling=Sampling(resamples=0, skip_massive=False))["hessian"]
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("measure", MEASURES[:2])

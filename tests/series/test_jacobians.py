@@ -16,9 +16,7 @@ from surgery.stats.sampling import Sampling
 @functools.cache
 def measured(share, norm=None, frozen=True):
     model = known_networks.mixed_network(share, n_layers=4, norm=norm, dtype=torch.float64)
-    frame = pairs(
-        Stack(model), known_networks.tokens(16, 6), probes=4, frozen=frozen, sampling=Sampling(resamples=20)
-    )
+    frame = pairs(Stack(model), known_networks.tokens(64, 6), frozen=frozen, sampling=Sampling(resamples=20))
     return frame.set_index(["earlier", "later"])
 
 
