@@ -186,7 +186,7 @@ def test_the_hessian_is_that_of_the_whole_graph(name, frozen, load):
             x = x + gate[:, None, None] * stack.update(layer, x, context, grad=True)
         (slopes,) = torch.autograd.grad((slope * x).sum(), alpha, create_graph=True)
         second = torch.stack([torch.autograd.grad(row.sum(), alpha, retain_graph=True)[0] for row in slopes])
-    expected = (second.sum(-1).double() / margin.sum())[*torch.triu_indices(4, 4, 1)]
+    expected = (second.sum(-1).double() / margin.sum())[tuple(torch.triu_indices(4, 4, 1))]
     found = hessian(stack, tokens, frozen=frozen, sampling=Sampling(resamples=0, skip_massive=False))["hessian"]
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4 * float(expected.abs().max()))
 
