@@ -14,9 +14,9 @@ again on probes that took no part (``surgery.scan.study`` does), where the usual
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from scipy.stats import norm
 from surgery.corpus.probes import ProbeSet
 from surgery.models.stack import Stack
 from surgery.scan import execution, kriging, scanning
+from surgery.scan.cluster import Cluster, Pool, joined
 from surgery.scan.kriging import Prediction
 from surgery.scan.search import span_of
 from surgery.scan.worth import drawn_together
@@ -33,9 +34,6 @@ from surgery.stats import comparisons
 from surgery.stats.comparisons import Luck
 from surgery.stats.studentised import Units
 from surgery.wiring.value import Wiring
-
-if TYPE_CHECKING:
-    from surgery.scan.cluster import Cluster, Pool
 
 ROUNDS = 8
 DRAWS = 2000  # of what a full scan might read, given what was measured
@@ -197,7 +195,7 @@ def search(
             memory=memory,
             batch_size=batch_size,
             progress=progress,
-            cluster=cluster,
+            cluster=pool,
         )
         if not np.isfinite(frame["baseline"]).any():
             return np.full((len(chosen), len(asked)), np.nan)
@@ -205,7 +203,8 @@ def search(
         return wide.reindex(index=range(len(chosen)), columns=list(map(str, with_names))).to_numpy()
 
     groups = [probe.group for probe in probes.probes]
-    gains, effort = rounds(measure, spans, groups, stack.n_layers, share, top=top, least=least, seed=seed)
+    with nullcontext() if cluster is None else joined(cluster) as pool:  # one for all rounds
+        gains, effort = rounds(measure, spans, groups, stack.n_layers, share, top=top, least=least, seed=seed)
     clusters = drawn_together(groups, [probe.cluster for probe in probes.probes])
     table, luck = estimates(gains, spans, stack.n_layers, list(map(str, candidates)), clusters, seed)
     return Found(table, luck, effort)

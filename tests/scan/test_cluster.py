@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from support.scans import PROBES, all_wirings, same
 from surgery import Stack, scan, wiring
 from surgery.models.errors import ModelError
 from surgery.records import tables
-from surgery.scan import cluster, own_ray, rows, schedule
+from surgery.scan import cluster, halving, own_ray, rows, schedule
 from surgery.scan.cluster import Cluster
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -61,6 +62,18 @@ def test_the_frame_is_that_of_a_scan_without_a_cluster(load, pool, tmp_path, acc
     assert same(tables.read(out), expected)
     assert set(accepted.values()) == {1}
     assert len(pool.workers) == 2
+
+
+def test_rounds_of_a_search_run_on_workers(load, pool, tmp_path, accepted):
+    stack, spans = Stack(load("llama")), list(wiring.every_repeat(4))
+    alone = halving.search(stack, spans, PROBES, 0.6)
+    accepted.clear()
+    before = pool.sent
+    found = halving.search(stack, spans, PROBES, 0.6, tmp_path, cluster=pool)
+    pd.testing.assert_frame_equal(found.table, alone.table, rtol=1e-4, atol=1e-6)
+    assert found.effort == alone.effort
+    assert found.effort.rounds > 1
+    assert pool.sent - before >= sum(accepted.values()) - found.effort.rounds  # all but the unmodified model's rows
 
 
 def test_a_model_edited_in_memory_is_scanned_as_it_is(load, pool):
