@@ -247,6 +247,7 @@ def scan(
     ] = "float32",
     device: Device = None,
     dtype: Dtype = "float32",
+    offload: Annotated[bool, typer.Option("--offload", help="Bring layers to the device only when they run.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
 ) -> Result:
     """Scan every wiring of a family, and measure the winners again on fresh probes.
@@ -280,6 +281,7 @@ def scan(
         precision=precision,
         device=device,
         dtype=getattr(torch, dtype),
+        offload=offload,
         cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         say=say,
     )

@@ -39,6 +39,7 @@ from surgery.models.identity import refuse_hooks
 from surgery.models.loading import plain, wrap
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
+from surgery.models.transfers import send
 from surgery.models.weights_hash import tensors_sha256
 from surgery.rebuild import layout
 from surgery.records import manifest
@@ -425,7 +426,7 @@ class Task:
     def batch(self, prompts: list[int]) -> _Batch:
         pairs = self.pairs.batch(prompts)
         device = self.stack.device
-        pairs = Pairs(pairs.tokens.to(device), pairs.x_start.to(device), pairs.x_stop.to(device))
+        pairs = Pairs(pairs.tokens.to(device), send(pairs.x_start, device), send(pairs.x_stop, device))
         return _Batch(pairs, self.weigh(pairs.tokens))
 
     def with_teacher(self, batch: _Batch) -> _Batch:

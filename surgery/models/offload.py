@@ -27,6 +27,7 @@ from transformer_lens import TransformerBridge
 
 from surgery.models import twin
 from surgery.models.errors import ModelError
+from surgery.models.transfers import send
 
 
 class Offload:
@@ -102,7 +103,7 @@ class Offload:
         if self._side_stream is None:
             return [home.to(self.device, copy=True) for home in homes], None
         with torch.cuda.stream(self._side_stream):
-            copies = [home.pin_memory().to(self.device, non_blocking=True) for home in homes]
+            copies = [send(home, self.device) for home in homes]
             return copies, self._side_stream.record_event()
 
     def _arrive(self, layer: int) -> None:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from surgery.models.transfers import send
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -63,7 +65,7 @@ class Tokens:
 
     def to(self, device: "torch.device | str") -> "Tokens":
         """The same prompts on another device."""
-        return Tokens(self.ids.to(device), self.mask.to(device))
+        return Tokens(send(self.ids, device), send(self.mask, device))
 
     def pad(self, count: int, side: str) -> "Tokens":
         """The same prompts with ``count`` more padding tokens on the ``left`` or ``right``."""

@@ -145,6 +145,7 @@ def run(
     batch_size: int | None = None,
     device: "str | torch.device | None" = None,
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
     cluster: "Cluster | Pool | str | int | None" = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
@@ -164,7 +165,7 @@ def run(
         seed: of the built-in set, the halves and all resamples.
         precision: of the search, as for ``scan.run``; the winners are always measured again in float32.
         memory, batch_size, cluster, progress: as for ``scan.run``.
-        device, dtype: as for ``surgery.load``.
+        device, dtype, offload: as for ``surgery.load``.
         say: is called with a sentence when a step begins.
 
     Raises:
@@ -176,7 +177,7 @@ def run(
     probe_set = _asked(model, questions, count, seed)
     with disk.held(out) as folder:
         say(f"opening {model}")
-        stack = Stack(load(model, device=device, dtype=dtype))
+        stack = Stack(load(model, device=device, dtype=dtype, offload=offload))
         if probe_set.max_tokens is not None:
             probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
         with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves

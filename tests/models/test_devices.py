@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from support.places import REPOSITORY, TESTS
+from support.pretend_device import ON_TWO
 
 CALLS = (  # a quick choice of support.untouched.CALLS
     *("run with groups", "run with gradients", "readout", "frozen", "checks", "hooks.skip, damp and parallel"),
@@ -27,7 +28,7 @@ def outcomes(model_folder):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [*CALLS, *(f"{call}, on two" for call in ON_TWO)])
 def test_a_call_stays_on_the_device_of_the_model(outcomes, call):
     assert "error" not in outcomes[call], outcomes[call]["error"]
     assert outcomes[call]["difference"] < 1e-4

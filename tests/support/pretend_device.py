@@ -1,8 +1,8 @@
 """A pretended accelerator, on which mistakes of device show without one.
 
-Its tensors live on the CPU and say that they are on ``pretend:0``. As on a GPU, an operation on tensors of both devices
-is an error, apart from single numbers and indices, and so are numpy's view of a tensor and a generator of the other
-device. Operations that would make the processor wait for a GPU are counted in ``waits``.
+Its tensors live on the CPU and say that they are on ``pretend:0`` or ``pretend:1``. As on GPUs, an operation on tensors
+of several devices is an error, apart from single numbers and indices, and so are numpy's view of a tensor and a
+generator of the CPU. Operations that would make the processor wait for a GPU are counted in ``waits``.
 
 It takes the place of torch's one device for extensions, before the first backward pass, so it is for a process of its
 own: ``python -m support.pretend_device`` tries every public call on it and writes what happened as JSON.
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "pretend:0"
+ON_TWO = ("run with groups", "checks", "frozen", "effects.matrix", "lens.layers", "scan.run", "features.activations")
 _aten = torch.ops.aten
 _TRANSFERS = {_aten.copy_, _aten._to_copy}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
@@ -39,17 +40,17 @@ class PretendTensor(Tensor):
     """A tensor that says it is on the pretended device; ``inside`` is on the CPU."""
 
     @staticmethod
-    def __new__(cls, inside: Tensor) -> "PretendTensor":
+    def __new__(cls, inside: Tensor, device: torch.device) -> "PretendTensor":
         return Tensor._make_wrapper_subclass(
             cls,
             inside.shape,
             strides=inside.stride(),
             storage_offset=inside.storage_offset(),
             dtype=inside.dtype,
-            device=torch.device(DEVICE),
+            device=device,
         )
 
-    def __init__(self, inside: Tensor) -> None:
+    def __init__(self, inside: Tensor, device: torch.device) -> None:
         self.inside = inside
 
     def tolist(self) -> Any:
@@ -93,12 +94,15 @@ def dispatch(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         and isinstance(args[0], PretendTensor)
         and all(isinstance(value, PretendTensor) or not value.ndim for value in args[2:3])
     )
-    if pretended and on_cpu and packet not in _TRANSFERS and not indexed_there:
+    several = len({tensor.device for tensor in pretended}) > 1
+    if (several or (pretended and on_cpu)) and packet not in _TRANSFERS and not indexed_there:
         raise MixedDevicesError(f"{func} on tensors of both devices: {[(*t.shape, str(t.device)) for t in tensors]}")
     if pretended and generator is not None:
         raise MixedDevicesError(f"{func} with a generator of the CPU")
     target = kwargs.get("device")
     there = bool(pretended) if target is None else torch.device(target).type == "pretend"
+    place = pretended[0].device if target is None and pretended else torch.device(target or DEVICE)
+    place = place if place.index is not None else torch.device(DEVICE)
     if packet is _aten.copy_:
         there = isinstance(args[0], PretendTensor)
     if there and target is not None and generator is not None:
@@ -114,7 +118,7 @@ def dispatch(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     def wrap(leaf: Any) -> Any:
         if not there or not isinstance(leaf, Tensor):
             return leaf
-        return wrapped.get(id(leaf)) if id(leaf) in wrapped else PretendTensor(leaf)
+        return wrapped.get(id(leaf)) if id(leaf) in wrapped else PretendTensor(leaf, place)
 
     return tree_map(wrap, func(*bare[0], **bare[1]))
 
@@ -124,7 +128,9 @@ def _by_mask(packet: Any, args: tuple) -> bool:
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What torch asks a device for: there is one, and its random numbers are the CPU's."""
+    """What torch asks a device for: there are two, and their random numbers are the CPU's."""
+
+    device_count = staticmethod(lambda: 2)
 
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: None)
@@ -164,16 +170,26 @@ def difference(here: Any, there: Any) -> float:
     return 0.0
 
 
-def compare(folder: Path, device: str, names: "list[str] | None" = None) -> dict[str, Any]:
-    """Try every public call (or those named) on the CPU and on ``device``.
+def spread(folder: str) -> Any:
+    """A Llama of four layers over both devices, as transformers spreads it by ``device_map``."""
+    from accelerate import dispatch_model
 
-    Gives for each the largest ``difference`` or the ``error`` that was raised on the device, and the ``waits`` there.
+    from surgery.models import loading
+
+    opened = loading.from_folder(folder, folder, torch.float32)
+    ends = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
+    layers = {f"model.layers.{layer}": f"pretend:{layer // 2}" for layer in range(4)}
+    dispatched = dispatch_model(opened.model, dict.fromkeys(ends, DEVICE) | layers)
+    return loading.wrap(dispatched, opened.tokenizer, folder)
+
+
+def compare(here: Any, there: Any, names: "list[str] | None" = None) -> dict[str, Any]:
+    """Try every public call (or those named) on a stack and the same one elsewhere.
+
+    Gives for each the largest ``difference`` or the ``error`` that was raised there, and the ``waits``.
     """
-    import surgery
     from support import untouched
 
-    here = surgery.Stack(surgery.load(folder))
-    there = surgery.Stack(surgery.load(folder, device=device))
     results: dict[str, Any] = {}
     for name in names or untouched.CALLS:
         call = untouched.CALLS[name]
@@ -193,6 +209,7 @@ def notices_mistakes() -> bool:
     here, there, random = torch.ones(2, 2), torch.ones(2, 2, device=DEVICE), torch.Generator()
     mistakes = (
         lambda: there + here,
+        lambda: there + there.to("pretend:1"),
         lambda: here[there.bool()],
         lambda: there.copy_(here) @ here,
         lambda: there.index_add_(0, torch.tensor([0]), there[:1]),
@@ -212,8 +229,18 @@ def _passes(action: Any) -> bool:
     return True
 
 
+def main(folder: str, *names: str) -> dict[str, Any]:
+    """What ``compare`` gives for the model in a folder on one device, and by ``device_map`` on two."""
+    import surgery
+
+    assert notices_mistakes()
+    models = surgery.load(folder), surgery.load(folder, device=DEVICE), spread(folder)
+    here, one, two = map(surgery.Stack, models)
+    results = compare(here, one, list(names))
+    return results | {f"{name}, on two": value for name, value in compare(here, two, list(ON_TWO)).items()}
+
+
 if __name__ == "__main__":
     register()
     with Pretend():
-        assert notices_mistakes()
-        sys.stdout.write(json.dumps(compare(Path(sys.argv[1]), DEVICE, sys.argv[2:] or None)))
+        sys.stdout.write(json.dumps(main(*sys.argv[1:])))
