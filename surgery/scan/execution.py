@@ -32,7 +32,7 @@ from surgery.wiring.steps import Layer, Scaled, Step, executions
 from surgery.wiring.value import Wiring
 
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one call of a layer: more is no faster (a CPU's caches are full)
-_CALL = {"cpu": 3e8, "cuda": 3e10}  # what a call of a layer costs besides arithmetic, in the operations of that time
+_CALL = {"cpu": 6e8, "cuda": 3e10}  # what a call of a layer costs besides arithmetic, in the operations of that time
 _BRINGING = 4096.0  # what a portion costs where layers are brought to the device for it, in tokens: about
 
 
@@ -174,7 +174,7 @@ def portions(
     of_token = (_inside(stack) + (stack.n_layers + 2) * stack.d_model) * torch.finfo(stack.dtype).bits // 8
     call = _CALL.get(stack.device.type, 3e9) / (2 * _inside_weights(stack))  # in tokens
     brought = offload.of(stack.model) is not None
-    executed = schedule.naive_executions(wirings) or stack.n_layers
+    executed = schedule.naive_executions(wirings) / 2 or stack.n_layers  # about half of it is shared
     counts, lengths = Inputs.of(encoded).sizes(encoded)
     parts = packing.portions(
         counts,
@@ -233,8 +233,8 @@ def _simulate(
     wirings: Sequence[Wiring], alive: int, group: int, order: schedule.Order
 ) -> tuple[list[tuple[int, ...]], list[schedule.Cost]]:
     """The parts that need at most ``alive`` streams at once, and what each costs."""
-    parts = [tuple(part) for part in schedule.split(wirings, alive, group, order)] if wirings else []
-    return parts, [schedule.simulate([wirings[i] for i in part], group, order) for part in parts]
+    parts = schedule.split(wirings, alive, group, order) if wirings else []
+    return [tuple(part) for part, _ in parts], [cost for _, cost in parts]
 
 
 def _at_once(stack: Stack) -> int:
@@ -311,8 +311,6 @@ def _execute_part(
         if count not in contexts:
             contexts[count] = _copies(stack, context, count)
         x = layers.execute(single[step], torch.cat(streams) if count > 1 else streams[0], contexts[count])
-        if count != scheme.group and count > 1:
-            del contexts[count]  # full groups recur, others hardly
         # what is kept longer than its neighbours must not hold their memory
         return [y.clone() if keep and count > 1 else y for y, keep in zip(x.split(size), kept, strict=True)]
 

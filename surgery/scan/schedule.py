@@ -248,20 +248,23 @@ def simulate(wirings: Sequence[Wiring], group: int = 2**31, order: Order = "up")
     )
 
 
-def split(wirings: Sequence[Wiring], alive: int, group: int = 2**31, order: Order = "up") -> list[list[int]]:
-    """Cut the wirings into parts that each need at most ``alive`` streams at once; returns their indices.
+def split(
+    wirings: Sequence[Wiring], alive: int, group: int = 2**31, order: Order = "up"
+) -> list[tuple[list[int], Cost]]:
+    """Cut the wirings into parts that each need at most ``alive`` streams at once: their indices, and what each costs.
 
     A part of a single wiring may need more. Neighbours in the order of their steps stay together: they share the most.
     """
-    parts: list[list[int]] = []
+    parts: list[tuple[list[int], Cost]] = []
     waiting = [_neighbours(wirings)]
     while waiting:
         part = waiting.pop()
-        if len(part) > 1 and simulate([wirings[index] for index in part], group, order).alive > alive:
+        cost = simulate([wirings[index] for index in part], group, order)
+        if len(part) > 1 and cost.alive > alive:
             half = len(part) // 2
             waiting += [part[half:], part[:half]]
         else:
-            parts.append(part)
+            parts.append((part, cost))
     return parts
 
 

@@ -119,7 +119,8 @@ def test_alternating_sweeps_help_reversed_spans():
 @pytest.mark.parametrize("alive", [1000, 60, 30, 2])
 def test_parts_stay_within_the_streams_allowed_and_cover_everything_once(alive):
     given = list(wiring.every_repeat(16))
-    parts = schedule.split(given, alive)
+    parts, costs = zip(*schedule.split(given, alive), strict=True)
+    assert list(costs) == [schedule.simulate([given[i] for i in part]) for part in parts]
     assert sorted(index for part in parts for index in part) == list(range(len(given)))
     for part in parts:
         assert len(part) == 1 or schedule.simulate([given[i] for i in part]).alive <= alive
