@@ -183,14 +183,16 @@ def compare(stack: Stack, fresh: Stack, tokens: Tokens, seed: int = 0) -> tuple[
     """
     few = Tokens(tokens.ids[:MODEL_PROMPTS], tokens.mask[:MODEL_PROMPTS])
     first = int(stack.n_layers > 2)
+    costs: list[dict[str, Any]] = []
+    constructed = side_by_side.networks(seed=seed)
     table = pd.concat(
         [
-            side_by_side.calibrate(side_by_side.networks(seed=seed), known_networks.tokens(24, 12, seed), seed=seed),
-            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: fresh}, few, first, seed=seed),
+            side_by_side.calibrate(constructed, known_networks.tokens(24, 12, seed), seed=seed),
+            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: fresh}, few, first, seed=seed, costs=costs),
         ],
         ignore_index=True,
     )
-    return table, side_by_side.costs(stack, few)
+    return table, pd.DataFrame(costs, columns=list(side_by_side.COST_COLUMNS))
 
 
 def _kinds(count: int, seed: int) -> list[str]:

@@ -120,7 +120,7 @@ def sets(n_layers: int) -> list[tuple[int, ...]]:
 @in_smaller_batches
 def pairs(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     kind: str = "mean",
     measure: str = "margin",
     amount: float = 0.5,

@@ -60,7 +60,7 @@ COLUMNS |= described(_MEASURES)
 
 @in_smaller_batches
 def effects(
-    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
     """Measure total, direct and indirect effect of every layer on the logits, and the indirect share M.
 

@@ -83,7 +83,7 @@ _LEAST = 1e-6  # updates smaller than this count as this large in the relative e
 @in_smaller_batches
 def matrix(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     kind: str = "mean",
     amount: float = 1.0,
     *,
@@ -124,7 +124,7 @@ def matrix(
 @in_smaller_batches
 def future(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     cuts: Sequence[int] | None = None,
     kind: str = "skip",
     *,
@@ -162,7 +162,7 @@ def future(
 @in_smaller_batches
 def future_output(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     cuts: Sequence[int] | None = None,
     kind: str = "skip",
     *,
@@ -196,7 +196,7 @@ def future_output(
 @in_smaller_batches
 def depth_score(
     stack: Stack,
-    tokens: Tokens | Tensor,
+    tokens: Ensemble | Tokens | Tensor,
     cuts: Sequence[int] | None = None,
     kind: str = "skip",
     *,
@@ -315,7 +315,12 @@ def _without(
 
 
 def _outputs(
-    stack: Stack, tokens: Tokens | Tensor, cuts: Sequence[int] | None, kind: str, frozen: bool, sampling: Sampling
+    stack: Stack,
+    tokens: Ensemble | Tokens | Tensor,
+    cuts: Sequence[int] | None,
+    kind: str,
+    frozen: bool,
+    sampling: Sampling,
 ) -> tuple[Ensemble, Float[Tensor, "resample prompt"], dict[str, Tensor], Float[Tensor, " layer"]]:
     """Return the ensemble, weights of its prompts, sums of l2, kl [layer, prompt], count [prompt], the largest l2."""
     ensemble = _ensemble(stack, tokens, sampling=sampling)
@@ -371,7 +376,7 @@ def _cuts(ensemble: Ensemble, cuts: Sequence[int] | None) -> Sequence[int]:
     return cuts
 
 
-def _ensemble(stack: Stack, tokens: Tokens | Tensor, sampling: Sampling) -> Ensemble:
+def _ensemble(stack: Stack, tokens: Ensemble | Tokens | Tensor, sampling: Sampling) -> Ensemble:
     if stack.n_layers < 2:
         raise ValueError(f"{stack.name} has one layer; an effect on a later one needs two")
     return Ensemble.of(stack, tokens, sampling)

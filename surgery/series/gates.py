@@ -72,7 +72,7 @@ COLUMNS |= described(_MEASURES)
 
 @in_smaller_batches
 def exponents(
-    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
     """Measure the gate exponent of every window of two layers or more.
 
@@ -124,7 +124,7 @@ def exponents(
 
 @in_smaller_batches
 def hessian(
-    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
     r"""Measure ``H_ij`` of every pair of layers: ``earlier``, ``later``, ``n_prompts``, ``hessian`` with its interval.
 
@@ -198,7 +198,7 @@ def _product(a: Stream, b: Stream) -> Float[Tensor, " batch"]:
 
 @in_smaller_batches
 def path_lengths(
-    stack: Stack, tokens: Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
 ) -> pd.DataFrame:
     r"""Measure how much of the margin's gradient passes through k branches: a row for every ``branches`` from 0 to L.
 

@@ -133,7 +133,12 @@ def linearise(stack: Stack, layer: int, x: Stream, context: Context, cotangent: 
 
 @in_smaller_batches
 def pairs(
-    stack: Stack, tokens: Tokens | Tensor, *, probes: int = 1, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack,
+    tokens: Ensemble | Tokens | Tensor,
+    *,
+    probes: int = 1,
+    frozen: bool = True,
+    sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
     """Measure ``direct`` and ``total`` Jacobian composition of every two layers ``earlier < later``.
 

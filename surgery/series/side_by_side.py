@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from surgery.instruments import interactions, known_networks, similarity
+from surgery.instruments.ensemble import Ensemble
 from surgery.models.engine import Engine
 from surgery.models.scopes import scope
 from surgery.models.stack import Stack
@@ -59,9 +60,9 @@ COLUMNS = {
 }
 COST_COLUMNS = {
     "function": "what was called",
-    "formula": "its cost as its docstring says, in forward passes F of the model, at this depth",
+    "formula": "its cost as its docstring says, in forward passes F of the model, at this depth, gradients included",
     "counted": "layers run forwards, in F",
-    "timed": "time it took, in forward passes of the same batch: backward passes, readouts and statistics included",
+    "timed": "time it took, in forward passes of the same batch: gradients, readouts and statistics included",
 }
 
 Frames = Mapping[str, pd.DataFrame]
@@ -80,10 +81,18 @@ class Measure:
 
 @dataclass(frozen=True)
 class Function:
-    """How a frame is made, and its cost by its docstring, in F, as a function of the number of layers."""
+    """How a frame is made, and its cost by its docstring, in F, as a function of the number of layers.
+
+    ``gradients`` are what it costs beside the layers that run ``forwards``.
+    """
 
     run: Callable[..., pd.DataFrame]
-    formula: Callable[[int], float]
+    forwards: Callable[[int], float]
+    gradients: Callable[[int], float] = lambda n: 0.0
+
+    def formula(self, n_layers: int) -> float:
+        """Return the whole cost."""
+        return self.forwards(n_layers) + self.gradients(n_layers)
 
 
 def _next(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
@@ -94,19 +103,27 @@ def _beyond(frame: pd.DataFrame, earlier: str, later: str) -> pd.DataFrame:
     return frame[frame[later] - frame[earlier] > 1]
 
 
+def _linearity(stack: Stack, ensemble: Ensemble, *, sampling: Sampling) -> pd.DataFrame:
+    return similarity.linearity(stack, ensemble.tokens, sampling=sampling)  # it makes its own, of half of the prompts
+
+
 FUNCTIONS: dict[str, Function] = {
     "series.windows": Function(partial(window.windows, damage=False), lambda n: 2 * n + 2),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
     "interactions.pairs": Function(
         interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3) + (n - 1) / 2 + 2
     ),
-    "jacobians.pairs": Function(jacobians.pairs, lambda n: 3),
-    "gates.exponents": Function(gates.exponents, lambda n: 3),
-    "gates.hessian": Function(gates.hessian, lambda n: 3 + 4 * n),
-    "gates.path_lengths": Function(gates.path_lengths, lambda n: 3 + (n + 1) / 2),
+    "jacobians.pairs": Function(
+        jacobians.pairs, lambda n: 3, lambda n: 2 + 1.2 * jacobians.NULLS * (n - 1) / n + (n - 1)
+    ),
+    "gates.exponents": Function(gates.exponents, lambda n: 3, lambda n: 2 + (n - 1) / 2),
+    "gates.hessian": Function(
+        gates.hessian, lambda n: 2 + 2 * (n - 1) / n, lambda n: 3 * (n - 1) / n + 3 * (n - 1) / 2
+    ),
+    "gates.path_lengths": Function(gates.path_lengths, lambda n: 3, lambda n: 0.5 + 1.2 * (n + 1) / 2),
     "attribution.effects": Function(attribution.effects, lambda n: (n - 1) / 2 + 3),
     "similarity.layers": Function(similarity.layers, lambda n: 1),
-    "similarity.linearity": Function(similarity.linearity, lambda n: 1),
+    "similarity.linearity": Function(_linearity, lambda n: 1),
 }
 
 MEASURES = (
@@ -134,20 +151,45 @@ def _longest(frame: pd.DataFrame) -> pd.Series:
 
 
 def readings(
-    stack: Stack, tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
+    stack: Stack,
+    tokens: Tokens | Tensor,
+    first_layer: int = 0,
+    *,
+    seed: int = 0,
+    costs: list[dict[str, Any]] | None = None,
 ) -> tuple[dict[str, float], Frames]:
     """Return every measure of one model, and the frames they are taken from, without layers before ``first_layer``.
 
     Where embeddings are small, everything from layer 0 reads 1: leave it out. A function that refuses these tokens (too
-    short or too few) gives no frame, and its measures are NaN. Cost: the sum of the formulas of ``FUNCTIONS``.
+    short or too few) gives no frame, and its measures are NaN. ``costs`` gets a row of ``COST_COLUMNS`` for each
+    function that ran. Cost: the sum of the formulas of ``FUNCTIONS``, and massive tokens are looked for once.
     """
-    tokens, frames = Tokens.of(tokens).to(stack.device), {}
-    for name, function in FUNCTIONS.items():
-        with suppress(ValueError):
-            frames[name] = _from(function.run(stack, tokens, sampling=Sampling(resamples=0, seed=seed)), first_layer)
+    sampling, frames = Sampling(resamples=0, seed=seed), {}
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    rows = _measured(stack, ensemble, sampling, tuple(FUNCTIONS), timed=costs is not None)
+    for name, frame, cost in rows:
+        frames[name] = _from(frame, first_layer)
+        if costs is not None:
+            costs.append(cost)
     frame_of = {measure: frames.get(measure.function, _EMPTY) for measure in MEASURES}
     values = {measure.name: float(measure.of(f)) if len(f) else math.nan for measure, f in frame_of.items()}
     return values, frames
+
+
+def _measured(
+    stack: Stack, ensemble: Ensemble, sampling: Sampling, names: Sequence[str], *, timed: bool
+) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """Yield name, frame and cost of every function that does not refuse these tokens."""
+    tokens = ensemble.tokens
+    size = tokens.ids.numel() * stack.n_layers
+    forward = min(_seconds(lambda: stack.stream(tokens)) for _ in range(3)) if timed else math.nan
+    for name in names:
+        function = FUNCTIONS[name]
+        start = time.process_time()
+        with suppress(ValueError), counted_layers() as executed:
+            frame = function.run(stack, ensemble, sampling=sampling)
+            cost = {"function": name, "formula": function.formula(stack.n_layers), "counted": executed[0] / size}
+            yield name, frame, cost | {"timed": (time.process_time() - start) / forward}
 
 
 def _from(frame: pd.DataFrame, first_layer: int) -> pd.DataFrame:
@@ -169,12 +211,21 @@ def networks(n_layers: int = 6, seed: int = 0) -> dict[str, Stack]:
 
 
 def calibrate(
-    stacks: Mapping[str, Stack], tokens: Tokens | Tensor, first_layer: int = 0, *, seed: int = 0
+    stacks: Mapping[str, Stack],
+    tokens: Tokens | Tensor,
+    first_layer: int = 0,
+    *,
+    seed: int = 0,
+    costs: list[dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
-    """Measure several networks on the same tokens: a row per measure and network. Cost: ``readings`` of each."""
+    """Measure several networks on the same tokens: a row per measure and network.
+
+    ``costs`` gets what every function took on the first of them, as rows of ``COST_COLUMNS``. Cost: ``readings`` of
+    each.
+    """
     rows = []
-    for name, stack in stacks.items():
-        values, _ = readings(stack, tokens, first_layer, seed=seed)
+    for number, (name, stack) in enumerate(stacks.items()):
+        values, _ = readings(stack, tokens, first_layer, seed=seed, costs=None if number else costs)
         rows += [
             {"measure": measure.name, "about": measure.about, "network": name, "value": values[measure.name]}
             for measure in MEASURES
@@ -187,20 +238,11 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
 
     ``counted`` are layers run forwards; gradients and readouts show in ``timed`` alone, which is process time and
     depends on the machine. Massive tokens are not looked for. A function that refuses these tokens has no row.
+    Whoever wants the measures too takes both from ``calibrate``.
     """
-    tokens = Tokens.of(tokens).to(stack.device)
-    size = tokens.ids.numel() * stack.n_layers
-    forward = min(_seconds(lambda: stack.run(tokens)) for _ in range(3))
-    rows = []
-    for name in names:
-        function = FUNCTIONS[name]
-        try:
-            with counted_layers() as executed:
-                seconds = _seconds(partial(function.run, stack, tokens, sampling=Sampling(skip_massive=False)))
-        except ValueError:
-            continue
-        row = {"function": name, "formula": function.formula(stack.n_layers), "counted": executed[0] / size}
-        rows.append(row | {"timed": seconds / forward})
+    sampling = Sampling(skip_massive=False)
+    ensemble = Ensemble.of(stack, tokens, sampling)
+    rows = [cost for _, _, cost in _measured(stack, ensemble, sampling, names, timed=True)]
     return pd.DataFrame(rows, columns=list(COST_COLUMNS))
 
 

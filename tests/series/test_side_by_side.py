@@ -72,7 +72,18 @@ def test_what_refuses_the_tokens_is_left_out():
 def test_every_function_costs_what_its_docstring_says():
     stack = Stack(known_networks.random_network(4))
     frame = side_by_side.costs(stack, TOKENS).set_index("function")
-    without_gradients = [name for name in frame.index if name not in ("gates.hessian", "gates.path_lengths")]
-    for name in without_gradients:
-        assert frame.loc[name, "counted"] == pytest.approx(frame.loc[name, "formula"], abs=0.05), name
+    for name, function in side_by_side.FUNCTIONS.items():
+        assert frame.loc[name, "counted"] == pytest.approx(function.forwards(4), abs=0.05), name
+        assert frame.loc[name, "formula"] == function.formula(4)
     assert (frame["timed"] > 0).all()
+
+
+def test_costs_come_with_the_measures():
+    stack, costs = Stack(known_networks.random_network(3)), []
+    stacks = {"random": stack, "again": stack}
+    side_by_side.calibrate(stacks, TOKENS, costs=costs)
+    assert [row["function"] for row in costs] == list(side_by_side.FUNCTIONS)  # of the first network alone
+    alone = side_by_side.costs(stack, TOKENS)
+    counted = [row["counted"] for row in costs]
+    assert counted[:-1] == pytest.approx(alone["counted"].tolist()[:-1])
+    assert counted[-1] == pytest.approx(alone["counted"].iloc[-1] + 1)  # linearity looks for massive tokens by itself
