@@ -25,5 +25,6 @@ from .execution import plan as plan
 from .metrics import METRICS as METRICS
 from .rows import COLUMNS as COLUMNS
 from .rows import KEY as KEY
+from .rows import read_part as read_part
 from .scanning import run as run
 from .scores import Scorer as Scorer

@@ -29,6 +29,7 @@ from surgery.records.manifest import manifest, tokens_hash
 from surgery.wiring.value import Wiring
 
 FORMAT = "surgery rows 2"  # of a part: every line has a checksum
+PART = ".part"  # behind the name of a file that is not finished
 _DIGITS = 16  # of a checksum
 KEY = ["wiring", "prompt", "metric"]
 COLUMNS: dict[str, str] = {
@@ -55,6 +56,34 @@ def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str], precision: 
     }
 
 
+def read_part(out: "str | Path") -> pd.DataFrame:
+    """The rows that a scan into the file ``out`` has so far, with the columns of the file that it will be.
+
+    Any process may ask at any moment, also when the scan was killed; rows that are being written, or are damaged, are
+    left out. ``read_part("results/scan/scan_search.csv").to_csv("so_far.csv", index=False)`` makes a file of them.
+
+    Raises ValueError if ``out`` has no rows, OSError if they cannot be read.
+    """
+    out = Path(str(out).removesuffix(PART))
+    try:
+        first, *lines = disk.content_of(out.with_name(out.name + PART)).split(b"\n")
+    except FileNotFoundError:  # it is done, or nobody has begun
+        if not out.exists():
+            raise ValueError(f"there is no scan in {out}: neither it nor {out.name}{PART} exists") from None
+        return tables.read(out)
+    try:
+        seal = str(json.loads(first)[checked.CHECKSUM])
+    except (ValueError, KeyError, TypeError):
+        seal = ""
+    blocks = [_block(line) for line in lines if _holds(seal, line)]
+    if not blocks:
+        raise ValueError(f"the scan into {out} has no rows yet; ask again in a while")
+    rows = pd.concat(blocks, ignore_index=True)
+    reference = rows[rows["wiring"] == ":"].drop_duplicates(["prompt", "metric"])
+    reference = reference[["prompt", "metric", "value"]].rename(columns={"value": "baseline"})
+    return rows.merge(reference, on=["prompt", "metric"], how="left")
+
+
 class ResumableTable:
     """Blocks of rows, one per wiring and portion, in memory and, with ``out``, on disk; half a block is cut off again.
 
@@ -74,7 +103,7 @@ class ResumableTable:
     def __enter__(self) -> "ResumableTable":
         if self.path is not None:
             disk.folder(self.path.parent)
-            self.part = self.path.with_name(self.path.name + ".part")
+            self.part = self.path.with_name(self.path.name + PART)
             with ExitStack() as holding:
                 holding.enter_context(disk.held_file(self.path))
                 self._go_on()
@@ -123,7 +152,7 @@ class ResumableTable:
         rows = self._keep(rows)
         if self.path is not None and len(rows):
             block = [list(row) for row in rows.itertuples(index=False)]
-            self._write(self._line(json.dumps(block, default=float)) + b"\n")
+            self._write(_line(self._seal, json.dumps(block, default=float)) + b"\n")
 
     def frame(self, wirings: Iterable[Wiring], unmodified: Wiring, metrics: Sequence[str]) -> pd.DataFrame:
         """The rows of ``wirings`` with their ``baseline``, ordered as if all probes had been one portion."""
@@ -159,11 +188,6 @@ class ResumableTable:
         self._seal = header[checked.CHECKSUM]
         self._write(json.dumps(header).encode() + b"\n", keep=0)
 
-    def _line(self, block: str) -> bytes:
-        """A block of rows, itself JSON, with a checksum of it and of the first line as its last element."""
-        checksum = hashlib.sha256(f"{self._seal}{block}".encode()).hexdigest()[:_DIGITS]
-        return f'{block[:-1]}, "{checksum}"]'.encode()
-
     def _write(self, content: bytes, keep: int | None = None) -> None:
         try:
             disk.append(self.part, content, keep=keep)
@@ -182,12 +206,11 @@ class ResumableTable:
             return
         self._seal = self._checked(first)
         lines.pop()  # what a kill left of another
-        whole = [line for line in lines if self._holds(line)]
+        whole = [line for line in lines if _holds(self._seal, line)]
         for line in whole:
-            rows = json.loads(line)[:-1]
-            self._keep(pd.DataFrame(rows, columns=["wiring", "prompt", "group", "metric", "value"]))
+            self._keep(_block(line))
         if damaged := len(lines) - len(whole):
-            place = next(i for i, line in enumerate(lines, start=2) if not self._holds(line))
+            place = next(i for i, line in enumerate(lines, start=2) if not _holds(self._seal, line))
             warnings.warn(
                 f"{self.part} was damaged in {damaged} of its {len(lines) + 1} lines (the first is line {place}): what "
                 "they held is measured again",
@@ -213,14 +236,6 @@ class ResumableTable:
             )
         return str(header[checked.CHECKSUM])
 
-    def _holds(self, line: bytes) -> bool:
-        """Whether a line is whole, and of a scan with this identity."""
-        block = line[: -len(b', ""]') - _DIGITS] + b"]"
-        try:
-            return self._line(block.decode()) == line
-        except UnicodeDecodeError:
-            return False
-
     def _take_over(self, frame: pd.DataFrame, provenance: dict) -> None:
         """Keep the rows of a scan that was done, and those of the unmodified model, which are its baseline."""
         assert self.path is not None
@@ -239,6 +254,26 @@ class ResumableTable:
                 f"{path} holds another scan, with {', '.join(others[:3])}{' and more' * (len(others) > 3)}; choose "
                 "another file, or remove it to begin again"
             )
+
+
+def _line(seal: str, block: str) -> bytes:
+    """A block of rows, itself JSON, with a checksum of it and of the first line, ``seal``, as its last element."""
+    checksum = hashlib.sha256(f"{seal}{block}".encode()).hexdigest()[:_DIGITS]
+    return f'{block[:-1]}, "{checksum}"]'.encode()
+
+
+def _holds(seal: str, line: bytes) -> bool:
+    """Whether a line is whole, and of the scan whose first line has this checksum."""
+    block = line[: -len(b', ""]') - _DIGITS] + b"]"
+    try:
+        return _line(seal, block.decode()) == line
+    except UnicodeDecodeError:
+        return False
+
+
+def _block(line: bytes) -> pd.DataFrame:
+    """The rows in a whole line."""
+    return pd.DataFrame(json.loads(line)[:-1], columns=[name for name in COLUMNS if name != "baseline"])
 
 
 def _in_order(blocks: list[pd.DataFrame], metrics: Sequence[str]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -31,6 +32,8 @@ from support.places import TESTS
 from support.processes import Script
 from support.scans import PROBES
 from surgery import Stack, disk, load, scan, wiring
+from surgery.corpus import splits
+from surgery.dropout import trained
 from surgery.graft import grafting
 from surgery.instruments import known_networks
 from surgery.models.tokens import Tokens
@@ -55,6 +58,7 @@ from pathlib import Path
 print("now", flush=True)
 test_kills.grafted(Path(sys.argv[2]))
 """
+DROPOUT = GRAFT.replace("grafted", "dropped_out")
 COMMAND = "import torch; torch.set_num_threads(1); from surgery import cli; print('now', flush=True); cli.main()"
 WIRINGS = [*wiring.every_repeat(4), *wiring.every_skip(4)]
 WORDS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
@@ -88,6 +92,16 @@ def grafted(folder: Path) -> dict[str, torch.Tensor]:
     curve = grafting.train(teacher, pairs, tokens[16:], folder / "run", schedule=schedule).curve
     tensors, _ = checked.unpack(folder / "run" / "checkpoint.safetensors")
     return tensors | {"curve": torch.from_numpy(curve.drop(columns="seconds").to_numpy(float))}
+
+
+def dropped_out(folder: Path) -> dict[str, torch.Tensor]:
+    """A training with dropout of eight steps on few problems: the weights after it and at every rung, and the curve."""
+    recipe = trained.Recipe(rate=0.1, steps=8, every=1, n_layers=2)
+    with mock.patch.object(trained, "data", return_value=splits.babel(200, 60, shares=trained.SHARES)):
+        model = trained.train(recipe, folder / "run")
+    rungs = {f"{rung}/{name}": weight for rung, kept in model.rungs.items() for name, weight in kept.items()}
+    curve = torch.from_numpy(model.curve.drop(columns="seconds").to_numpy(float))
+    return {**model.weights, **rungs, "curve": curve}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -162,6 +176,10 @@ def scans_killed(count: int, folder: Path) -> Iterator[str | None]:
 
 def grafts_killed(count: int, folder: Path) -> Iterator[str | None]:
     yield from kills(GRAFT, grafted, same, count, folder)
+
+
+def dropout_killed(count: int, folder: Path) -> Iterator[str | None]:
+    yield from kills(DROPOUT, dropped_out, same, count, folder)
 
 
 def studies_killed(count: int, folder: Path) -> Iterator[str | None]:
@@ -453,6 +471,7 @@ def formulas(count: int, folder: Path) -> Iterator[str | None]:
 ATTACKS = [
     Attack("SIGKILL of a scan at random moments, resumed: the same table byte for byte", scans_killed, 0, 60),
     Attack("SIGKILL of a harvest and graft, resumed: the same weights bit for bit", grafts_killed, 0, 40),
+    Attack("SIGKILL of a training with dropout, resumed: the same weights bit for bit", dropout_killed, 0, 20),
     Attack("SIGKILL of a study, run again: the same tables byte for byte", studies_killed, 0, 10),
     Attack("SIGTERM, SIGINT or SIGHUP at random moments of a study", ended_politely, 0, 40, "every SIGTERM"),
     Attack("Two processes scan into one file at once", two_at_once, 0, 30, "a damaged file or a traceback"),

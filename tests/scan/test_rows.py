@@ -62,6 +62,29 @@ def test_a_file_cut_off_anywhere_is_continued(stack_of, unfinished, tmp_path, cu
     assert not part.exists()
 
 
+def test_rows_are_read_at_any_moment(stack_of, unfinished, tmp_path):
+    out, (content, expected) = tmp_path / "scan.csv", unfinished
+    with pytest.raises(ValueError, match="there is no scan in"):
+        scan.read_part(out)
+    sizes = []
+    for cut in [*range(0, len(content), 501), len(content)]:
+        (tmp_path / "scan.csv.part").write_bytes(content[:cut])
+        if content[:cut].count(b"\n") < 2:
+            with pytest.raises(ValueError, match="has no rows yet"):
+                scan.read_part(out)
+            continue
+        frame = scan.read_part(out)
+        assert list(frame) == list(scan.COLUMNS)
+        frame = frame[frame["wiring"] != ":"]
+        assert len(frame.merge(expected)) == len(frame), "each is a row of the table that it will be"
+        sizes.append(len(frame))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] == len(expected)
+    (tmp_path / "scan.csv.part").unlink()
+    done = scan.run(stack_of("llama"), [":2 1:"], PROBES, out)
+    assert same(scan.read_part(f"{out}.part"), done), "the file itself"
+
+
 @pytest.fixture(scope="module")
 def finished(stack_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
