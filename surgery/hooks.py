@@ -56,7 +56,7 @@ def skip(model: TransformerBridge, start: int, stop: int | None = None, part: Pa
     if part is not None:
         return [(_output(model, layer, part), _scaled(0.0)) for layer in range(start, stop)]
     entry = _Kept()
-    return [(_pre(start), entry.save), (_post(stop - 1), lambda x, hook: entry.x)]
+    return [(_pre(start), entry.save), (_post(stop - 1), lambda x, hook: entry.beside(x))]
 
 
 def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False) -> list[Hook]:
@@ -70,15 +70,15 @@ def parallel(model: TransformerBridge, start: int, stop: int, mean: bool = False
     entry = _Kept()
 
     def read_entry(x: Stream, hook: Any) -> Stream:
-        return entry.x
+        return entry.beside(x)
 
     def save_update(x: Stream, hook: Any) -> None:
-        entry.updates.append(x - entry.x)
+        entry.updates.append(x - entry.beside(x))
 
     def leave(x: Stream, hook: Any) -> Stream:
-        first, *rest = (*entry.updates, x - entry.x)
+        first, *rest = (*(update.to(x.device) for update in entry.updates), x - entry.beside(x))
         total = sum(rest, first)
-        return entry.x + (total / (stop - start) if mean else total)
+        return entry.beside(x) + (total / (stop - start) if mean else total)
 
     hooks: list[Hook] = [(_pre(start), entry.save)]
     hooks += [(_pre(layer), read_entry) for layer in range(start + 1, stop)]
@@ -255,8 +255,9 @@ def stochastic_depth(
         entry = _Kept()
 
         def leave(x: Stream, hook: Any, entry: _Kept = entry) -> Stream:
-            scaled = x + p / (1 - p) * (x - entry.x)  # exactly x where p is 0
-            return torch.where(alive(x, hook), scaled, entry.x)
+            before = entry.beside(x)
+            scaled = x + p / (1 - p) * (x - before)  # exactly x where p is 0
+            return torch.where(alive(x, hook), scaled, before)
 
         hooks += [(_pre(layer), entry.save), (_post(layer), leave)]
     return hooks
@@ -278,7 +279,8 @@ def _edit_update(layer: int, edit: Callable[[Stream, Stream], Stream]) -> list[H
     entry = _Kept()
 
     def leave(x: Stream, hook: Any) -> Stream:
-        return entry.x + edit(entry.x, x - entry.x)
+        before = entry.beside(x)
+        return before + edit(before, x - before)
 
     return [(_pre(layer), entry.save), (_post(layer), leave)]
 
@@ -292,6 +294,10 @@ class _Kept(threading.local):
     def save(self, x: Stream, hook: Any) -> None:
         """A hook that keeps a copy of the stream."""
         self.x, self.updates = x.clone(), []
+
+    def beside(self, x: Stream) -> Stream:
+        """The stream that entered, on the device of ``x``: layers may lie on several."""
+        return self.x.to(x.device)
 
 
 def _drawing(p: float, seed: int) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.models.engine import Engine
 from surgery.models.norms import FrozenNorm
@@ -21,15 +21,10 @@ def norms(engine: Engine, probes: Callable[[int], Tensor]) -> dict[str, FrozenNo
     """
     with torch.no_grad():
         return {
-            f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, _beside(module, probes(layer)))
+            f"blocks.{layer}.{name}.hook_scale": FrozenNorm(module, probes(layer))
             for layer, parts in enumerate(engine.parts)
             for name, module in parts.norms.items()
         }
-
-
-def _beside(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` on the device of the module, where layers lie on several."""
-    return x.to(next(module.parameters(), x).device)
 
 
 def recorded(norms: dict[str, FrozenNorm], run: Callable[[], Any]) -> State:

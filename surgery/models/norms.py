@@ -18,7 +18,8 @@ class FrozenNorm:
     The mean is one more number that every layer moves and every later one reads. LayerNorm is ``g (x - mean(x)) / s(x)
     + b`` with a gain ``g`` a dimension, so with a given mean it gains ``g (mean(x) - mean_given) / s_given``.
 
-    Attributes: ``module``; ``forward``, its own computation; ``centres``, whether it subtracts the mean.
+    Attributes: ``module``; ``device``, where its weights are; ``forward``, its own computation; ``centres``, whether it
+    subtracts the mean.
 
     Raises:
         ValueError: the module is not a linear map over a root mean square.
@@ -26,6 +27,8 @@ class FrozenNorm:
 
     def __init__(self, module: nn.Module, probe: Float[Tensor, "n d_model"]) -> None:
         self.module = module
+        self.device = next(module.parameters(), probe).device  # layers may lie on several
+        probe = probe.to(self.device)
         self.forward = own(module, FORWARD)  # not a frozen one, where norms are frozen already
         shifted, plain, bias = (self.forward(x) for x in (probe + 1, probe, torch.zeros_like(probe)))
         self.centres = torch.allclose(shifted, plain, rtol=1e-3, atol=1e-3 * float((plain - bias).abs().max()))

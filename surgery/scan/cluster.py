@@ -14,8 +14,8 @@ place.
 
 The machines need this package and the same versions of Python and Ray, but no shared disk: by default the weights
 travel, once per machine, through Ray's object store. Where they are too large for that, ``model`` names what every
-worker can load by itself, and ``device_map`` is what transformers then gets (tried on one device only so far). Either
-way a worker whose weights are not those of the stack is refused.
+worker can load by itself, and ``device_map`` is what transformers then gets (a worker was tried with one device only).
+Either way a worker whose weights are not those of the stack is refused.
 """
 
 import importlib

@@ -172,5 +172,6 @@ def _norm(stack: Stack, layer: int, name: str) -> Float[Tensor, "d_model d_model
         return identity
     basis = identity.to(stack.device, stack.dtype)
     norm = FrozenNorm(module, torch.randn(4, stack.d_model, generator=torch.Generator().manual_seed(0)).to(basis))
+    basis = basis.to(norm.device)
     bias = norm.with_state(basis[:1] * 0, norm.scale(basis[:1]))
     return (norm.with_state(basis, torch.ones_like(norm.scale(basis))) - bias).double().cpu()

@@ -125,6 +125,14 @@ def test_what_cannot_be(offloaded, model_folder, monkeypatch):
     assert torch.isfinite(stack.run("w1 w2 w3", "3 1")).all()
 
 
+def test_a_device_map_that_leaves_weights_out_is_refused(model_folder, opened):
+    ends = dict.fromkeys(("model.embed_tokens", "model.layers", "model.rotary_emb", "model.norm"), "cpu")
+    with pytest.raises(ModelError, match=r"hold only a part of it; load it whole, or by .*offload=True"):
+        surgery.load(model_folder("llama"), device_map=ends | {"lm_head": "disk"})
+    whole = Stack(surgery.load(model_folder("llama"), device_map="auto"))
+    assert torch.equal(whole.run("w1 w2 w3"), opened("llama").run("w1 w2 w3"))
+
+
 def test_a_model_in_memory_is_not_offloaded(load):
     with pytest.raises(ModelError, match="offload"):
         surgery.load(plain(load("llama")), offload=True)

@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "pretend:0"
-ON_TWO = ("run with groups", "checks", "frozen", "effects.matrix", "lens.layers", "scan.run", "features.activations")
+ON_TWO = (
+    *("run with groups", "checks", "frozen", "effects.matrix", "lens.layers", "scan.run", "features.activations"),
+    *("hooks.skip, damp and parallel", "hooks.stochastic_depth", "composition.compositions"),
+)
 _aten = torch.ops.aten
 _TRANSFERS = {_aten.copy_, _aten._to_copy}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
