@@ -47,6 +47,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -307,17 +308,25 @@ class Residuals:
         self.n_depths, self.d_model = components.mean.shape
 
     def add(self, unit: Int[Tensor, " row"], stream: Streams) -> None:
-        """Add lines of the first pass again, with the unit of resampling of each."""
+        """Add lines of the first pass again, with the unit of resampling of each.
+
+        ``Lambda`` is a ratio of spreads, so with ``z = y / sigma`` the map leaves ``sigma(t + tau) (z(t + tau) - z(t))``,
+        whose squares are products of matrices, of all pairs of depths at once.
+        """
         y = self.components.rotate(stream)
+        variance = self.components.variance.to(y)
+        sigma = variance.sqrt().unsqueeze(1)
+        z, own = torch.where(sigma > 0, y / sigma, 0), y.square().sum(-1).T
+        ours, theirs = (rearrange(a, "depth row component -> row depth component") for a in (y * sigma, z))
+        left = theirs.square() @ variance.T - 2 * theirs @ ours.mT + own.unsqueeze(1)
         self.totals.add("count", unit, torch.ones(len(unit)))
+        self.totals.add("total", unit, own)
+        self.totals.add("left", unit, left.clamp(min=0))
         for stop in range(1, self.n_depths):
-            self.totals.add(("total", stop), unit, y[stop].square().sum(1))
-            for start in range(stop):
-                left = y[stop] - self.stretch(start, stop).to(y) * y[start]
-                self.totals.add((start, stop), unit, left.square().sum(1))
             step = self.components.step[stop - 1].to(y)
             noisy = step > NEGLIGIBLE * self.components.variance[stop].sum()
-            self.totals.add(("fourth", stop), unit, (left[:, noisy].square() / step[noisy]).square().mean(1))
+            last = (y[stop] - self.stretch(stop - 1, stop).to(y) * y[stop - 1])[:, noisy]
+            self.totals.add(("fourth", stop), unit, (last.square() / step[noisy]).square().mean(1))
 
     def stretch(self, start: int, stop: int) -> Float[Tensor, " component"]:
         """Return the diagonal of ``Lambda``."""
@@ -325,11 +334,11 @@ class Residuals:
 
     def noise(self, start: int, stop: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
         """Return ``E|w|^2 / d_model``."""
-        return draws @ self.totals[start, stop] / (draws @ self.totals["count"]) / self.d_model
+        return draws @ self.totals["left"][:, start, stop] / (draws @ self.totals["count"]) / self.d_model
 
     def unexplained(self, start: int, stop: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
         """Return ``E|w|^2 / E|c(x)|^2``."""
-        return ratio(draws @ self.totals[start, stop], draws @ self.totals["total", stop])
+        return ratio(draws @ self.totals["left"][:, start, stop], draws @ self.totals["total"][:, stop])
 
     def kurtosis(self, layer: int, draws: Float[Tensor, "resample unit"]) -> Resampled:
         """Return ``E w_i^4 / (E w_i^2)^2 - 3``, the mean over components; NaN without noise."""

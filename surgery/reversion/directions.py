@@ -241,6 +241,10 @@ class Regression:
         z, w = (a.double().masked_fill(~mask.unsqueeze(-1), 0) for a in (z, w))
         return cls(mask.sum(1).double(), z.sum(1), w.sum(1), z.mT @ z, w.mT @ z, (w * w).sum((1, 2)))
 
+    def rows(self, chosen: Bool[Tensor, " row"]) -> "Regression":
+        """Return the sums of some rows."""
+        return Regression(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
     def weighted(self, weights: Float[Tensor, "resample row"]) -> "Regression":
         """Return the sums of all rows together under each row of ``weights``."""
         return Regression(*(torch.tensordot(weights, getattr(self, field.name), 1) for field in fields(self)))
@@ -295,7 +299,7 @@ class Regression:
         fold = torch.arange(len(self.count)) % FOLDS
         errors, total = weights.new_zeros(len(ridges), len(weights)), weights.new_zeros(len(weights))
         for number in range(min(FOLDS, len(fold))):
-            fitted, tested = (self.weighted(weights * part) for part in (fold != number, fold == number))
+            fitted, tested = (self.rows(part).weighted(weights[:, part]) for part in (fold != number, fold == number))
             tested = tested.about(*fitted.means())
             total += tested.ww.masked_fill((fitted.count == 0) & (tested.count > 0), torch.nan)
             for i, drift in enumerate(fitted.drifts(ridges)):
