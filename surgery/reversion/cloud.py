@@ -310,8 +310,8 @@ class Residuals:
     def add(self, unit: Int[Tensor, " row"], stream: Streams) -> None:
         """Add lines of the first pass again, with the unit of resampling of each.
 
-        ``Lambda`` is a ratio of spreads, so with ``z = y / sigma`` the map leaves ``sigma(t + tau) (z(t + tau) - z(t))``,
-        whose squares are products of matrices, of all pairs of depths at once.
+        ``Lambda`` is a ratio of spreads, so with ``z = y / sigma`` the map leaves
+        ``sigma(t + tau) (z(t + tau) - z(t))``, whose squares are products of matrices, of all pairs of depths at once.
         """
         y = self.components.rotate(stream)
         variance = self.components.variance.to(y)
