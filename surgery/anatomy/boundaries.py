@@ -65,6 +65,7 @@ from surgery.stats.sampling import Sampling
 from surgery.wiring.value import Wiring
 
 SAMPLING = Sampling(resamples=200)
+DRIFTS = 200  # smooth paths simulated
 SPLITS = 20  # random halves of the prompts on which the number of breaks is compared
 CKA_TOKENS = 256
 BOUNDARIES = ("in", "out")
@@ -164,7 +165,7 @@ def locate(
     metric: str = "loglik",
     length: int = 2,
     min_size: int | None = None,
-    drifts: int = 200,
+    drifts: int = DRIFTS,
     sampling: Sampling = SAMPLING,
 ) -> Anatomy:
     """Place the boundaries on a random half of the prompts, and test the ends against the middle on the other half.

@@ -17,7 +17,7 @@ import pandas as pd
 
 from surgery import disk
 from surgery.anatomy import draw, say
-from surgery.anatomy.boundaries import SAMPLING, Anatomy, locate
+from surgery.anatomy.boundaries import DRIFTS, SAMPLING, Anatomy, locate
 from surgery.anatomy.convergence import Utterance
 from surgery.anatomy.files import COLUMNS, NAMES
 from surgery.models.stack import Stack
@@ -38,6 +38,7 @@ def measure(
     scan: pd.DataFrame | None = None,
     metric: str = "loglik",
     length: int = 2,
+    drifts: int = DRIFTS,
     sampling: Sampling = SAMPLING,
     figures: bool = True,
 ) -> Anatomy:
@@ -47,7 +48,15 @@ def measure(
     Without ``figures`` only tables are written, for ``surgery.report`` draws them again.
     """
     anatomy = locate(
-        stack, tokens, kinds, utterances=utterances, scan=scan, metric=metric, length=length, sampling=sampling
+        stack,
+        tokens,
+        kinds,
+        utterances=utterances,
+        scan=scan,
+        metric=metric,
+        length=length,
+        drifts=drifts,
+        sampling=sampling,
     )
     verdicts = [say.verdict(row) for row in rows(anatomy.ends)]
     anatomy = replace(anatomy, ends=anatomy.ends.assign(verdict=verdicts))
@@ -62,3 +71,17 @@ def measure(
         drawn = draw.figures(by_file, stack.n_layers)
         disk.save({folder / f"{name}.png": png(figure) for name, figure in drawn.items()})
     return anatomy
+
+
+def cost(n_layers: int, length: int = 2, *, kinds: bool = False) -> float:
+    """Return what ``measure`` costs in F of all prompts, without ``utterances``, which cost 2 F of their own.
+
+    One half of the prompts places the boundaries, which takes a readout of it at every layer besides; the other half
+    is tested, as a whole and, where there are ``kinds``, in parts.
+
+    >>> round(cost(12), 1), round(cost(30, kinds=True), 1)
+    (4.4, 7.4)
+    """
+    placing, windows = 3.0, n_layers - length + 1
+    testing = 4 + 2 * windows * (length - 1) / n_layers
+    return (placing + testing * (1 + kinds)) / 2

@@ -243,18 +243,23 @@ class Ensemble:
         for unit, context, mask in self._contexts(stack, batches):
             x = context.x0
             for place, layer in enumerate(order):
-                u = self._update(stack, tuple(order[: place + 1]), first, x, context)
-                _require_finite(stack, layer, x[mask], u[mask])
+                u = self._update(stack, tuple(order[: place + 1]), first, x, context, mask)
                 yield Visit(first, unit, layer, context, mask, x, u)
                 x = x + u
             first += len(unit)
 
-    def _update(self, stack: Stack, way: tuple[int, ...], first: int, x: Tensor, context: Context) -> Tensor:
+    def _update(
+        self, stack: Stack, way: tuple[int, ...], first: int, x: Tensor, context: Context, mask: Tensor
+    ) -> Tensor:
         """Return what the last layer of ``way`` writes to ``x``: its layers ran on the batch from prompt ``first``."""
-        if self.memory is None:
-            return stack.update(way[-1], x, context)
+
+        def compute() -> Tensor:
+            u = stack.update(way[-1], x, context)
+            _require_finite(stack, way[-1], x[mask], u[mask])
+            return u
+
         key = (stack, context.tokens.ids.shape, first, way)
-        return self.memory.recall(key, lambda: stack.update(way[-1], x, context))
+        return compute() if self.memory is None else self.memory.recall(key, compute)
 
 
 def _measured_streams(

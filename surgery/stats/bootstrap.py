@@ -125,7 +125,7 @@ def rotation(noise: Float[Tensor, "d_model d_model"]) -> Float[Tensor, "d_model 
 
 def rotations(count: int, width: int, generator: np.random.Generator) -> list[Float[Tensor, "width width"]]:
     """Return ``count`` random rotations of a space of ``width`` dimensions (``rotation``), in float64."""
-    return [rotation(noise) for noise in torch.from_numpy(generator.standard_normal((count, width, width)))]
+    return [rotation(torch.from_numpy(generator.standard_normal((width, width)))) for _ in range(count)]
 
 
 def pool(draws: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "pooled ..."]:

@@ -80,8 +80,8 @@ def test_features_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_features_of_real_architectures(name, load):
-    stack = Stack(load(name))
+def test_features_of_real_architectures(name, opened):
+    stack = opened(name)
     tokens = torch.randint(stack.d_vocab, (12, 8), generator=torch.Generator().manual_seed(0))
     assert np.isfinite(anatomy.features(stack, tokens, sampling=Sampling(resamples=3)).values).all()
 

@@ -59,8 +59,8 @@ def test_one_end_alone_does_not_decide_for_both():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 @pytest.mark.parametrize("length", [2, 3])
-def test_the_profile_is_that_of_series(name, length, load):
-    stack = Stack(load(name))
+def test_the_profile_is_that_of_series(name, length, opened):
+    stack = opened(name)
     tokens = torch.randint(stack.d_vocab, (6, 8), generator=torch.Generator().manual_seed(0))
     profile = ends_against_middle.measure(stack, tokens, length, sampling=Sampling(resamples=10, batch_size=4))
     frame = series.windows(stack, tokens, length, damage=False, sampling=Sampling(resamples=10))

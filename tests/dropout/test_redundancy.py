@@ -202,9 +202,9 @@ def test_across_is_what_its_parts_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "gemma2"])
-def test_architectures(load, name):
+def test_architectures(opened, name):
     tokens = torch.randint(4, 90, (30, 8), generator=torch.Generator().manual_seed(0))
-    row = across(Stack(load(name)), tokens, sampling=Sampling(resamples=20)).iloc[0]
+    row = across(opened(name), tokens, sampling=Sampling(resamples=20)).iloc[0]
     for measure in ("self_repair", "norm_repair", "predictability"):
         assert row[f"{measure}_low"] <= row[measure] <= row[f"{measure}_high"]
 

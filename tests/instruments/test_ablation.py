@@ -71,8 +71,8 @@ def test_frozen_norms_make_independent_layers_add_up_and_live_ones_do_not():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_with_frozen_norms_taking_nothing_out_costs_nothing(load, name):
-    stack = Stack(load(name, dtype=torch.float64))
+def test_with_frozen_norms_taking_nothing_out_costs_nothing(opened, name):
+    stack = opened(name, torch.float64)
     found = damage(stack, torch.randint(4, 90, (3, 6), generator=rng()), SETS, "resample", frozen=True)
     assert found.margin[0].abs().max() < 1e-9
     assert (found.margin[1:].abs().amax(1) > 0).all()

@@ -195,9 +195,9 @@ def test_pairs_of_the_untrained_transformer_lie_inside_noise():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_architectures(load, name, tmp_path):
+def test_architectures(opened, name, tmp_path):
     tokens = torch.randint(4, 90, (6, 7), generator=torch.Generator().manual_seed(0))
-    frame = pairs(Stack(load(name)), tokens, sampling=Sampling(resamples=20))
+    frame = pairs(opened(name), tokens, sampling=Sampling(resamples=20))
     assert len(frame) == 6
     assert set(frame) == set(interactions.COLUMNS) - {
         column

@@ -113,8 +113,8 @@ def test_it_costs_what_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load, tmp_path):
-    stack, tokens = Stack(load(name)), torch.randint(4, 96, (12, 8), generator=rng())
+def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, opened, tmp_path):
+    stack, tokens = opened(name), torch.randint(4, 96, (12, 8), generator=rng())
     frame = lens.layers(stack, tokens, sampling=Sampling(resamples=5))
     assert list(frame.columns) == list(lens.COLUMNS)
     assert frame.groupby("lens")["layer"].max().to_dict() == {"logit": 4, "tuned": 4, "constant": 0}

@@ -32,8 +32,8 @@ def test_logits_are_the_models_own_in_single_precision_or_better(dtype, wide):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj", "native-ln"])
-def test_a_frozen_head_is_linear_and_the_same_on_the_clean_stream(load, name):
-    stack = Stack(load(name))
+def test_a_frozen_head_is_linear_and_the_same_on_the_clean_stream(opened, name):
+    stack = opened(name)
     x = torch.randn(5, stack.d_model)
     plain, doubled = stack.readout(x), stack.readout(2 * x)
     with frozen_head(stack, x):
@@ -45,8 +45,8 @@ def test_a_frozen_head_is_linear_and_the_same_on_the_clean_stream(load, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_the_frozen_readout_is_linear_and_the_same_on_the_clean_stream(load, name):
-    stack = Stack(load(name, dtype=torch.float64))
+def test_the_frozen_readout_is_linear_and_the_same_on_the_clean_stream(opened, name):
+    stack = opened(name, torch.float64)
     x = stack.stream(torch.randint(4, 90, (3, 6), generator=rng()))[-1].flatten(0, 1)
     live = stack.readout(x)
     with frozen_head(stack, x):

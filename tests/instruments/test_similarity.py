@@ -193,9 +193,9 @@ def test_cost_is_what_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
-def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, load, tmp_path):
+def test_it_opens_what_the_stack_opens_and_its_columns_are_explained(name, opened, tmp_path):
     tokens = torch.randint(4, 96, (12, 8), generator=rng())
-    stack = Stack(load(name))
+    stack = opened(name)
     for frame in (
         *everything(stack, tokens),
         similarity.layers(stack, tokens, sublayers=True, sampling=Sampling(resamples=5)),

@@ -47,8 +47,8 @@ def standing(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
-def test_pairs_are_the_streams_of_the_model(load, tmp_path, name, side):
-    stack, tokens = surgery.Stack(load(name)), corpus(side)
+def test_pairs_are_the_streams_of_the_model(opened, tmp_path, name, side):
+    stack, tokens = opened(name), corpus(side)
     streams = stack.stream(tokens)
     for dtype, rounding in ((torch.float16, 2**-11), (torch.bfloat16, 2**-8), (torch.float32, 0.0)):
         folder = tmp_path / str(dtype)
