@@ -9,9 +9,11 @@ from . import fidelity as fidelity
 from . import interactions as interactions
 from . import known_networks as known_networks
 from . import lens as lens
+from . import losses as losses
 from . import massive as massive
 from . import memory as memory
 from . import readout as readout
 from . import regression as regression
 from . import similarity as similarity
+from . import together as together
 from . import windows as windows

@@ -17,6 +17,7 @@ from . import linear as linear
 from . import loading as loading
 from . import names as names
 from . import norms as norms
+from . import offload as offload
 from . import opening as opening
 from . import precisions as precisions
 from . import proof as proof
@@ -24,6 +25,7 @@ from . import scopes as scopes
 from . import stack as stack
 from . import stream_width as stream_width
 from . import tokens as tokens
+from . import transfers as transfers
 from . import turns as turns
 from . import twin as twin
 from . import weights_hash as weights_hash
