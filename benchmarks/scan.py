@@ -6,7 +6,7 @@ The same Llama of 24 layers (d_model 256) and the same batch, both ways in turns
 wiring and scaled by the layers that it runs. One thread, process time; and two threads, wall clock, beside a process
 that keeps one core busy, where a loop of small calls waits for its second thread at every one of them. ``over floor``
 is the scan's time over layer executions that remain times the best measured time of one layer at that batch. Memory is
-what the process grows by while a scan is given a budget. The last table is the first screen on the bundled model.
+what the process grows by while a scan is given a budget.
 """
 
 import argparse
@@ -23,10 +23,9 @@ import transformers
 
 import surgery
 from surgery import scan
-from surgery.corpus import probes
 from surgery.models.loading import plain
 from surgery.models.tokens import Tokens
-from surgery.scan import schedule, search
+from surgery.scan import schedule
 from surgery.wiring.families import every_repeat
 
 SIZES = ((1, 8), (2, 64), (16, 128))
@@ -124,19 +123,6 @@ def memory(budget: int) -> dict:
     return {"budget, MiB": budget >> 20, "planned": planned >> 20, "grown by": (peak[0] - before) >> 20}
 
 
-def screens() -> pd.DataFrame:
-    """How many of the true ten best of all repeated spans a screen finds, and what it costs; four sets of probes."""
-    stack, rows = surgery.Stack(surgery.load("babel")), []
-    for seed in range(4):
-        asked = probes.babel(30, seed=seed)
-        full = scan.run(stack, every_repeat(12), asked, metrics=("loglik",))
-        for share in (0.0, 0.25, 0.4):
-            found = search.screen(stack, every_repeat(12), asked, share=share)
-            recalled = search.recall(found, full).set_index("looked_at")["recall"].to_dict()
-            rows.append({"share": share, "cost, %": search.cost(found, 12), **recalled})
-    return pd.DataFrame(rows).groupby("share").mean().round(2)
-
-
 def spin() -> None:
     while True:
         pass
@@ -145,7 +131,6 @@ def spin() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-screen", action="store_true")
     args = parser.parse_args()
     stack, rows = model(), []
     torch.set_num_threads(1)
@@ -163,8 +148,6 @@ def main() -> None:
     print(pd.DataFrame(rows).to_string(index=False))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         print(pd.DataFrame(fresh.map(memory, [512 << 20, 64 << 20], chunksize=1)).to_string(index=False))
-    if not args.no_screen:
-        print(screens().to_string())
 
 
 if __name__ == "__main__":

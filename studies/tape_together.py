@@ -28,7 +28,7 @@ from surgery.page import drawing
 from surgery.page.drawing import BLUE, PALE
 from surgery.records import tables
 from surgery.records.manifest import manifest
-from surgery.scan import controls, draw, say, search, worth
+from surgery.scan import controls, draw, halving, say, search, worth
 from surgery.scan.study import WINNERS_COLUMNS
 from surgery.stats import comparisons
 from surgery.wiring.families import every_repeat
@@ -70,10 +70,10 @@ def main() -> None:
     best = table.nlargest(10, "gain")["wiring"].tolist()
     start, stop, factor = passes[best[0]]
 
-    screened = search.screen(stack, spans, far_search, share=0.25)
-    whole = far(searched)[far(searched)["wiring"].isin(screened["wiring"])]
-    recall = search.recall(screened, whole).set_index("looked_at")["recall"]
-    promising = [passes[wiring][:2] for wiring in screened["wiring"][:12]]
+    quick = halving.search(stack, spans, far_search)
+    whole = far(searched)[far(searched)["wiring"].isin(quick.table["wiring"])]
+    recall = halving.recall(quick.table, whole).set_index("looked_at")["recall"]
+    promising = [passes[wiring][:2] for wiring in quick.table["wiring"][:12]]
     beam = search.beam(stack, far_search, width=4, depth=2, spans=promising)
     composed = beam[beam["level"] > 1].nlargest(1, "gain").iloc[0]
 
@@ -112,7 +112,7 @@ def main() -> None:
         f"\nIn likelihood the winner gains {by_loglik.loc[best[0], 'gain']:+.2f} nats per answer at k >= 5. The logits "
         "of the unmodified model, divided by a temperature chosen on the search half, gain "
         f"{softened:+.2f}, without one more exact answer.\n"
-        f"The first screen took {search.cost(screened, n_layers):.0f} % of a full scan; of its true ten best it has "
+        f"The search in rounds took {quick.effort.share:.0%} of a full scan; of its true ten best it has "
         f"{recall[10]:.0%} among its first 10, {recall[20]:.0%} among 20, {recall[30]:.0%} among 30 (by likelihood).\n"
         f"The beam's best of {len(beam)} wirings, {composed['wiring']}, had claimed {composed['gain']:+.2f} nats per "
         f"answer on the search half and gains {by_loglik.loc[composed['wiring'], 'gain']:+.2f} on the other."

@@ -256,6 +256,16 @@ def estimates(
     return table.sort_values("gain", ascending=False, kind="stable", ignore_index=True), of_luck
 
 
+def recall(table: pd.DataFrame, full: pd.DataFrame, metric: str = "loglik", top: int = 10) -> pd.DataFrame:
+    """Share of the true ``top`` spans among the best ``top``, 2 and 3 times ``top`` of a search: looked_at, recall.
+
+    ``table`` is what a search found, ``full`` what ``scan.run`` gave for the same wirings and probes.
+    """
+    best = set(comparisons.differences(full, metric).mean().nlargest(top).index)
+    ranked, looked_at = table["wiring"].tolist(), [top, 2 * top, 3 * top]
+    return pd.DataFrame({"looked_at": looked_at, "recall": [len(best & set(ranked[:n])) / top for n in looked_at]})
+
+
 def _alike(gains: np.ndarray, clusters: Sequence[str]) -> float:
     """By how much the variance of a mean over probes is larger because those of one cluster are alike; at least 1."""
     if len(set(clusters)) == len(clusters):

@@ -73,25 +73,26 @@ def fit(spans: Int[np.ndarray, "span 2"], gains: Float[np.ndarray, "probe span"]
     apart = np.abs(spans[:, None] - spans[None]).astype(float)
     reaches = n_layers / np.array(_REACHES)
     size = _local_size(np.exp(-(apart / reaches).sum(-1)), gains, measured)
-    patterns = [(span, gains[np.ix_(probe, span)]) for span, probe in _patterns(measured)]
+    every, seen = np.arange(len(spans)), np.flatnonzero(measured.any(0))
 
-    def covariance(x: np.ndarray) -> Covariance:
+    def covariance(x: np.ndarray, among: np.ndarray) -> Covariance:
         common, own = expit(x[2]), expit(x[3])
-        near = np.exp(-(apart / (reaches * np.exp(x[:2]))).sum(-1))
-        alike = (1 - own) * (common + (1 - common) * near) + own * np.eye(len(spans))
-        scale = np.outer(size, size)
+        near = np.exp(-(apart[np.ix_(among, among)] / (reaches * np.exp(x[:2]))).sum(-1))
+        alike = (1 - own) * (common + (1 - common) * near) + own * np.eye(len(among))
+        scale = np.outer(size[among], size[among])
         return Covariance(np.exp(2 * x[4]) * scale * alike, np.exp(2 * (x[4] + x[5])) * scale * (alike + 1))
 
-    if not patterns:
-        return covariance(_CENTRE)
+    if not len(seen):
+        return covariance(_CENTRE, every)
+    cells = [(span, gains[np.ix_(probe, seen[span])]) for span, probe in _patterns(measured[:, seen])]
     best = minimize(
-        lambda x: _deviance(covariance(x), patterns) + float((((x - _CENTRE) / _SPREAD) ** 2).sum()),
+        lambda x: _deviance(covariance(x, seen), cells) + float((((x - _CENTRE) / _SPREAD) ** 2).sum()),
         _CENTRE,
         method="L-BFGS-B",
         bounds=[(centre - 4, centre + 4) for centre in _CENTRE],
         options={"maxiter": _STEPS},
     )
-    return covariance(best.x)
+    return covariance(best.x, every)
 
 
 def predict(fitted: Covariance, gains: Float[np.ndarray, "probe span"]) -> Prediction:
@@ -115,19 +116,17 @@ def predict(fitted: Covariance, gains: Float[np.ndarray, "probe span"]) -> Predi
     return Prediction(mean, (spread + spread.T) / 2)
 
 
-def _deviance(fitted: Covariance, patterns: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def _deviance(fitted: Covariance, cells: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Minus twice the log-likelihood of the cells, without constants; m is integrated out."""
     n_spans = len(fitted.mean)
     information, weighted, deviance = np.zeros((n_spans, n_spans)), np.zeros(n_spans), 0.0
-    for span, block in patterns:
+    for span, block in cells:
         inverse = np.linalg.inv(fitted.probe[np.ix_(span, span)])
         information[np.ix_(span, span)] += len(block) * inverse
         weighted[span] += inverse @ block.sum(0)
         deviance += float(((block @ inverse) * block).sum()) - len(block) * np.linalg.slogdet(inverse)[1]
-    seen = np.flatnonzero(np.diag(information))
-    mean = fitted.mean[np.ix_(seen, seen)]
-    system = np.eye(len(seen)) + mean @ information[np.ix_(seen, seen)]
-    explained = weighted[seen] @ np.linalg.solve(system, mean @ weighted[seen])
+    system = np.eye(n_spans) + fitted.mean @ information
+    explained = weighted @ np.linalg.solve(system, fitted.mean @ weighted)
     return deviance + float(np.linalg.slogdet(system)[1] - explained)
 
 

@@ -1,47 +1,25 @@
-"""Searching where a scan of everything is too expensive: a screen of spans, and a beam over composed spans.
+"""Searching beyond single spans, and an estimate of every span from one backward pass.
 
-**Screen.** The gain of a repeated span hardly changes from a span to its neighbours. So some spans, spread over the
-plane of (start, stop), are measured, the others predicted from them by a Gaussian process, the most promising measured
-next, and again. ``recall`` says what a screen would have missed, ``cost`` how much of a full scan it took.
-
-With nothing measured (``share=0``) what is left is the **first-order estimate**. A wiring ``:a b:`` enters layer ``b``
-with the stream ``x_a`` in place of ``x_b`` (``b < a``: layers b to a - 1 run twice; ``a < b``: they are left out). With
-``g_b`` the gradient of the answers' log-likelihood at ``x_b``,
+**First-order estimate.** A wiring ``:a b:`` enters layer ``b`` with the stream ``x_a`` in place of ``x_b`` (``b < a``:
+layers b to a - 1 run twice; ``a < b``: they are left out). With ``g_b`` the gradient of the answers' log-likelihood at
+``x_b``,
 
     gain(a, b)  ~  sum over positions of g_b . (x_a - x_b)
 
-for all spans from one forward and one backward pass. It is exact for small updates; but a second pass is no small step.
-
-On the bundled model (12 layers, babel probes of k = 0 to 6, 30 of each; mean and worst of four sets of probes) the true
-top ten of its 78 repeated spans were recalled as follows:
-
-=============================  ==============  =============  =============  =============
-screen                         cost, % of all  among best 10  among best 20  among best 30
-=============================  ==============  =============  =============  =============
-``share=0``                                 5     .30 (.00)      .50 (.40)      .90 (.90)
-``share=0.15``                             21     .32 (.20)      .45 (.30)      .60 (.40)
-``share=0.25``                             33     .70 (.40)      .88 (.70)     1.00 (1.00)
-``share=0.4``                              48     .90 (.70)      .92 (.70)      .92 (.70)
-full scan, 25 % of the probes              25     .45            .69            .83
-full scan, 40 % of the probes              40     .55            .81            .92
-=============================  ==============  =============  =============  =============
-
-The share of layers run exceeds the share of wirings, as fewer of them have beginnings in common. Every wiring measured
-is exact, so scan what a screen ranks high before believing it.
-
-On other sets the first-order estimate as the mean of the Gaussian process lowered the recall more often than it raised
-it, so it is left out. At share 0.15 the screen is no better than the first-order estimate at a quarter of its cost.
+for all spans from one forward and one backward pass. It is exact for small updates; but a second pass is no small step:
+of the true top ten of the bundled model's 78 repeated spans (12 layers, babel probes of k = 0 to 6, 30 of each; mean of
+four sets of probes) .30 are among its best 10, .50 among its best 20 and .90 among its best 30, at 5 % of the cost of a
+full scan. Whoever wants the best spans searches them in rounds (``surgery.scan.halving``).
 
 **Beam.** ``beam`` adds one repeated span after the other to the best wirings so far, as D. Ng's RYS does, every level
-one scan with shared beginnings. What either finds is the best of many on the probes it was searched with: measure it
-again on the other half of ``ProbeSet.split`` (``surgery.stats.comparisons``), beside the controls of
+one scan with shared beginnings. What it finds is the best of many on the probes it was searched with: measure it again
+on the other half of ``ProbeSet.split`` (``surgery.stats.comparisons``), beside the controls of
 ``surgery.scan.controls``.
 
-The first-order estimate from the stream that is replaced is ours; kriging is an old idea.
+The first-order estimate from the stream that is replaced is ours.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,15 +32,13 @@ from torch import Tensor
 from surgery.corpus.probes import Encoded, ProbeSet
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.scan import scanning, schedule
-from surgery.scan.execution import distinct
+from surgery.scan import scanning
 from surgery.scan.scores import predicting
 from surgery.stats import comparisons
 from surgery.wiring.families import every_repeat
 from surgery.wiring.value import Wiring
 
 _TOKENS_AT_ONCE = 2048  # with what a backward pass keeps of every layer
-_NOISE = 1e-3  # of a gain, beside the variance over the plane: how much neighbours differ without a pattern
 
 
 def first_order(stack: Stack, probes: "ProbeSet | Encoded") -> Float[np.ndarray, "left entered"]:
@@ -93,74 +69,6 @@ def first_order(stack: Stack, probes: "ProbeSet | Encoded") -> Float[np.ndarray,
     return np.where(np.isfinite(total), total / count, -np.inf)
 
 
-def screen(
-    stack: Stack,
-    wirings: Iterable["Wiring | str"],
-    probes: ProbeSet,
-    share: int | float = 0.25,
-    out: "Path | None" = None,
-    *,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Gains of repeated or skipped spans, most of them estimated: wiring, estimate, round; best first.
-
-    A ``share`` of the wirings is measured: half of it spread out (``round`` 1), then twice a quarter where the gain is
-    predicted to be highest (2 and 3). Their estimate is the gain itself, mean over probes of log-likelihood in nats,
-    -inf where that is not finite on some probe; where ``round`` is 0 it is predicted. With a folder ``out`` an
-    interrupted screen resumes.
-
-    Cost: ``cost(frame, n_layers)``; 3 F for ``share=0``, the first-order estimate alone.
-
-    Raises ValueError for a wiring that is not of the form ``:a b:`` and for a share outside [0, 1].
-
-    >>> from surgery import models
-    >>> from surgery.corpus.probes import Probe
-    >>> two = ProbeSet("two", (Probe("p3 >other", "o3"), Probe("p3 pf1 >plain", "p4")))
-    >>> screen(Stack(models.load("babel")), every_repeat(12), two, share=0).columns.tolist()
-    ['wiring', 'estimate', 'round']
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is the part of the wirings to measure, from 0 to 1, got {share}")
-    candidates, encoded = distinct(stack, wirings), probes.encode(stack)
-    spans = np.array([span_of(wiring) for wiring in candidates])
-    rounds, estimate = np.zeros(len(candidates), dtype=int), np.zeros(len(candidates))
-    if share == 0:
-        estimate = first_order(stack, encoded)[spans[:, 1], spans[:, 0]]
-    for number, count in enumerate(_rounds(math.ceil(share * len(candidates))), start=1):
-        chosen = _spread(spans, count) if number == 1 else _best(estimate, count, rounds == 0)
-        path = None if out is None else Path(out) / f"round_{number}.csv"
-        rounds[chosen] = number
-        estimate[chosen] = _gains(stack, [candidates[i] for i in chosen], encoded, path, progress)
-        known = rounds > 0
-        estimate[~known] = _predicted(spans[known], estimate[known], spans[~known], stack.n_layers / 6)
-    frame = pd.DataFrame({"wiring": list(map(str, candidates)), "estimate": estimate, "round": rounds})
-    return frame.sort_values("estimate", ascending=False, kind="stable", ignore_index=True)
-
-
-def cost(screened: pd.DataFrame, n_layers: int) -> float:
-    """Layers that a screen ran, in percent of those of a full scan of its wirings (which shares beginnings too).
-
-    Every round runs the unmodified model once; a backward pass counts as two forward passes.
-    """
-    wirings = {text: Wiring.parse(text, n_layers) for text in screened["wiring"]}
-    executions = 0.0 if screened["round"].any() else 3.0 * n_layers
-    unmodified = Wiring.of(n_layers)
-    for _, measured in screened[screened["round"] > 0].groupby("round"):
-        executions += schedule.simulate([unmodified, *(wirings[text] for text in measured["wiring"])]).executions
-    return 100 * executions / schedule.simulate([unmodified, *wirings.values()]).executions
-
-
-def recall(screened: pd.DataFrame, full: pd.DataFrame, top: int = 10) -> pd.DataFrame:
-    """Share of the true ``top`` wirings among the best ``top``, 2 and 3 times ``top`` of a screen: looked_at, recall.
-
-    ``full`` is what ``scan.run`` gave for the same wirings and probes, with the metric ``loglik``.
-    """
-    best = set(_mean_gain(full).nlargest(top).index)
-    ranked = screened.sort_values("estimate", ascending=False, kind="stable")["wiring"].tolist()
-    looked_at = [top, 2 * top, 3 * top]
-    return pd.DataFrame({"looked_at": looked_at, "recall": [len(best & set(ranked[:n])) / top for n in looked_at]})
-
-
 def beam(
     stack: Stack,
     probes: ProbeSet,
@@ -175,7 +83,7 @@ def beam(
 
     A span is repeated wherever in a wiring its layers still run one after another; so spans are repeated side by side,
     within each other, or again. ``spans`` are those to choose from, ``(start, stop)``; by default all, else for example
-    the best of a ``screen``. With a folder ``out`` an interrupted search resumes.
+    the best of ``halving.search``. With a folder ``out`` an interrupted search resumes.
 
     Returns everything measured: level, wiring, layers (how many run), gain (mean over probes of log-likelihood, nats;
     -inf where that is not finite on some probe: nothing is built on such a wiring), best first within a level. The
@@ -250,7 +158,7 @@ def span_of(wiring: Wiring) -> tuple[int, int]:
     entered = layers[left] if left < len(layers) else n_layers
     if not wiring.is_serial or layers != (*range(left), *range(entered, n_layers)):
         raise ValueError(
-            f"a screen takes one span run twice or left out, such as ':4 2:' or ':2 4:', not {str(wiring)!r}"
+            f"a search takes one span run twice or left out, such as ':4 2:' or ':2 4:', not {str(wiring)!r}"
         )
     return entered, left
 
@@ -267,45 +175,4 @@ def _gains(
     stack: Stack, wirings: Sequence[Wiring], encoded: Encoded, out: "Path | None", progress: bool
 ) -> Float[np.ndarray, " wiring"]:
     frame = scanning.run(stack, wirings, encoded, out, metrics=("loglik",), progress=progress)
-    return _mean_gain(frame).loc[[str(wiring) for wiring in wirings]].to_numpy()
-
-
-def _mean_gain(frame: pd.DataFrame) -> pd.Series:
-    return comparisons.differences(frame, "loglik").mean()
-
-
-def _rounds(count: int) -> list[int]:
-    """How many wirings to measure in each round: half, a quarter, a quarter."""
-    first = math.ceil(count / 2)
-    second = math.ceil((count - first) / 2)
-    return [size for size in (first, second, count - first - second) if size]
-
-
-def _best(estimate: np.ndarray, count: int, among: np.ndarray) -> np.ndarray:
-    """Indices of the ``count`` highest estimates where ``among`` is true."""
-    order = np.argsort(-estimate, kind="stable")
-    return order[among[order]][:count]
-
-
-def _spread(spans: np.ndarray, count: int) -> np.ndarray:
-    """Indices of ``count`` spans far from each other in the plane: each the farthest from those before it."""
-    distance = ((spans - spans.mean(0)) ** 2).sum(1)
-    chosen = [int(distance.argmin())]
-    distance = np.full(len(spans), np.inf)
-    while len(chosen) < count:
-        distance = np.minimum(distance, ((spans - spans[chosen[-1]]) ** 2).sum(1))
-        chosen.append(int(distance.argmax()))
-    return np.array(chosen)
-
-
-def _predicted(spans: np.ndarray, gains: np.ndarray, new_spans: np.ndarray, reach: float) -> np.ndarray:
-    """Gains of new spans from a Gaussian process with a constant mean (kriging); ``reach`` in layers."""
-    known = gains[np.isfinite(gains)]
-    gains = np.where(np.isfinite(gains), gains, known.min(initial=0.0))  # as bad as the worst, for their neighbours
-    inverse = np.linalg.inv(_kernel(spans, spans, reach) + _NOISE * np.eye(len(spans)))
-    mean = (inverse @ gains).sum() / inverse.sum()
-    return mean + _kernel(new_spans, spans, reach) @ inverse @ (gains - mean)
-
-
-def _kernel(a: np.ndarray, b: np.ndarray, reach: float) -> np.ndarray:
-    return np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * reach**2))
+    return comparisons.differences(frame, "loglik").mean().loc[[str(wiring) for wiring in wirings]].to_numpy()

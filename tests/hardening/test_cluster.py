@@ -20,7 +20,7 @@ from support.processes import Script
 from support.scans import PROBES, same, slow_scan
 from surgery import Stack, scan, wiring
 from surgery.corpus.probes import Probe, ProbeSet
-from surgery.scan import own_ray, say, search
+from surgery.scan import halving, own_ray, say, search
 from surgery.scan.scanning import NotFiniteWarning
 from surgery.stats import comparisons
 
@@ -199,12 +199,12 @@ def _overflow(stack, probes, layer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotFiniteWarning)
         found = search.beam(stack, probes, width=3, depth=2)
-        screened = search.screen(stack, wiring.every_repeat(4), probes, share=0.7)
+        table = halving.search(stack, wiring.every_repeat(4), probes, share=0.7).table.set_index("wiring")
     if not found.loc[found["level"] == 1, "wiring"].tail(len(twice)).isin(twice).all():
         return "the beam ranks a broken wiring above a whole one"
-    measured = screened[screened["round"] > 0]
-    if np.isnan(screened["estimate"]).any() or measured[measured["wiring"].isin(twice)]["estimate"].max() > -np.inf:
-        return f"the screen ranks a broken wiring: {screened}"
+    measured = table[table["n_prompts"] > 0]
+    if np.isnan(table["gain"]).any() or measured.loc[measured.index.isin(twice), "gain"].max() > -np.inf:
+        return f"the search in rounds ranks a broken wiring: {table}"
     return None
 
 

@@ -18,7 +18,7 @@ from support.scans import PROBES
 from surgery import Stack, graft
 from surgery.graft.grafting import Schedule
 from surgery.models import identity, plain
-from surgery.scan import scanning, search
+from surgery.scan import halving, scanning, search
 from surgery.training import activations, harvest
 
 TEXTS = [f"w{i} w{i + 1} w{2 * i} w{i + 3} w{i}" for i in range(8)]
@@ -32,8 +32,8 @@ def scan(stack: Stack, folder: Path) -> None:
     scanning.run(stack, [":2 1:", ":1 2:"], PROBES, folder / "scan.csv", metrics=("loglik",))
 
 
-def screen(stack: Stack, folder: Path) -> None:
-    search.screen(stack, [":2 1:", ":3 1:", ":1 2:"], PROBES, 1.0, folder)
+def searched(stack: Stack, folder: Path) -> None:
+    halving.search(stack, [":2 1:", ":3 1:", ":1 2:"], PROBES, 1.0, folder)
 
 
 def beam(stack: Stack, folder: Path) -> None:
@@ -51,7 +51,7 @@ def train(stack: Stack, folder: Path) -> None:
 
 COMMANDS: dict[str, Callable[[Stack, Path], None]] = {
     "scan": scan,
-    "screen": screen,
+    "search in rounds": searched,
     "beam": beam,
     "harvest": harvested,
     "graft": train,

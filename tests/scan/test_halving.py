@@ -172,3 +172,14 @@ def test_other_shares_are_refused(share):
 def test_other_wirings_are_refused(stack_of):
     with pytest.raises(ValueError, match="one span run twice or left out"):
         halving.search(Stack(stack_of("llama").model), ["3 2 1 0"], PROBES)
+
+
+def test_recall_by_hand():
+    full = pd.DataFrame(
+        [(f"w{i}", prompt, "", "loglik", prompt - i, prompt) for i in range(12) for prompt in range(2)],
+        columns=["wiring", "prompt", "group", "metric", "value", "baseline"],
+    )
+    table = pd.DataFrame({"wiring": ["w0", "w9", "w1", "w8", "w7", "w6", "w2"]})
+    found = halving.recall(table, full, top=3)
+    assert found.looked_at.tolist() == [3, 6, 9]
+    assert found.recall.tolist() == [2 / 3, 2 / 3, 1]

@@ -92,83 +92,10 @@ def test_spans_are_read_off_wirings(text, span):
 
 
 @pytest.mark.parametrize("text", [":3 1:3 1:", "3 2 1 0", ":1 {1|2} 3:", "3 1:"])
-def test_other_wirings_are_refused(stack_of, text):
+def test_other_wirings_are_refused(text):
     with pytest.raises(ValueError, match="one span run twice or left out") as refused:
-        search.screen(stack_of("llama"), [text], PROBES)
+        search.span_of(Wiring.parse(text, 4))
     assert "':4 2:'" in str(refused.value)
-
-
-def test_a_screen_measures_a_share_and_predicts_the_rest(stack_of, tmp_path, monkeypatch):
-    stack, given = stack_of("llama"), [*wiring.every_repeat(4), *wiring.every_skip(4)]
-    expected = true_gains(stack, given)
-    screened = search.screen(stack, given, PROBES, share=0.4, out=tmp_path)
-    assert screened.columns.tolist() == ["wiring", "estimate", "round"]
-    assert set(screened.wiring) == set(map(str, given))
-    assert screened["round"].value_counts().to_dict() == {0: 11, 1: 4, 2: 2, 3: 2}
-    assert screened.estimate.is_monotonic_decreasing
-    measured = screened[screened["round"] > 0]
-    np.testing.assert_allclose(measured.estimate, expected.loc[measured.wiring], atol=1e-5)
-    monkeypatch.setattr(rows.ResumableTable, "append", lambda *_: pytest.fail("a wiring ran that was there"))
-    pd.testing.assert_frame_equal(search.screen(stack, given, PROBES, share=0.4, out=tmp_path), screened)
-
-
-def test_a_screen_of_everything_is_the_scan(stack_of):
-    stack, given = stack_of("gpt2"), list(wiring.every_repeat(4))
-    screened = search.screen(stack, given, PROBES, share=1).set_index("wiring").estimate
-    np.testing.assert_allclose(screened, true_gains(stack, given).loc[screened.index], atol=1e-5)
-
-
-def test_a_screen_of_nothing_is_the_first_order_estimate(stack_of):
-    stack, given = stack_of("gpt2"), list(wiring.every_repeat(4))
-    screened = search.screen(stack, given, PROBES, share=0).set_index("wiring").estimate
-    estimate = search.first_order(stack, PROBES)
-    assert screened[":3 1:"] == pytest.approx(estimate[3, 1], abs=1e-6)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
-        search.screen(stack, given, PROBES, share=2)
-
-
-def test_a_smooth_gain_is_found_from_a_quarter():
-    """The Gaussian process finds the hill of a smooth plane, and gives measured gains back."""
-    spans = np.array([search.span_of(w) for w in wiring.every_repeat(24)])
-    gains = np.exp(-((spans - [9, 15]) ** 2).sum(1) / 50)
-    known = np.zeros(len(spans), dtype=bool)
-    known[search._spread(spans, len(spans) // 4)] = True
-    predicted = search._predicted(spans[known], gains[known], spans[~known], 4.0)
-    assert np.abs(predicted - gains[~known]).max() < 0.02
-    again = search._predicted(spans[known], gains[known], spans[known], 4.0)
-    assert np.abs(again - gains[known]).max() < 0.01
-
-
-def test_spans_are_spread_over_the_plane():
-    spans = np.array([search.span_of(w) for w in wiring.every_repeat(24)])
-    chosen = spans[search._spread(spans, 20)]
-    assert len(np.unique(chosen, axis=0)) == 20
-    nearest = np.sqrt(((spans[:, None] - chosen[None]) ** 2).sum(-1)).min(1)
-    assert nearest.max() <= 5
-
-
-def frame_of(gains):
-    return pd.DataFrame(
-        [(name, i, "", "loglik", gain + i, float(i)) for name, gain in gains.items() for i in range(2)],
-        columns=["wiring", "prompt", "group", "metric", "value", "baseline"],
-    )
-
-
-def test_recall_by_hand():
-    full = frame_of({f"w{i}": -i for i in range(12)})
-    screened = pd.DataFrame({"wiring": ["w0", "w9", "w1", "w8", "w7", "w6", "w2"], "estimate": [9, 8, 7, 6, 5, 4, 3]})
-    found = search.recall(screened, full, top=3)
-    assert found.looked_at.tolist() == [3, 6, 9]
-    assert found.recall.tolist() == [2 / 3, 2 / 3, 1]
-
-
-def test_cost_by_hand():
-    every = list(map(str, wiring.every_repeat(4)))
-    screened = pd.DataFrame({"wiring": every, "estimate": 0.0, "round": 0})
-    assert search.cost(screened, 4) == pytest.approx(100 * 12 / 34)  # 3 F against 34 layers
-    screened.loc[screened.wiring == ": 2:", "round"] = 1  # 4 layers, then 2 again
-    screened.loc[screened.wiring == "0 :", "round"] = 2  # 4 layers, and 4 after the first
-    assert search.cost(screened, 4) == pytest.approx(100 * (6 + 8) / 34)
 
 
 def test_a_beam_of_every_width_is_a_scan_of_everything(stack_of):
