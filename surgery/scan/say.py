@@ -276,8 +276,8 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None, effort: Eff
     notes = ["Each interval is of one wiring by itself; that of the best does not allow for its having been chosen."]
     if effort is not None:
         notes.append(
-            "Gains of the search half are estimates, and the largest were chosen: they may be optimistic or, where a gain "
-            "stands alone among its neighbours, too low. Those on fresh probes are neither."
+            "Gains of the search half are estimates, and the largest were chosen: they may be optimistic or, where a "
+            "gain stands alone among its neighbours, too low. Those on fresh probes are neither."
         )
     if winners is None:
         notes.append("No gain was measured again on fresh probes, so none is more than a candidate.")
