@@ -34,10 +34,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.instruments import massive
+from surgery.instruments import linear_head, massive
 from surgery.instruments.ablation import mean_updates
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
+from surgery.instruments.together import Together
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -67,8 +68,9 @@ def effects(
     Columns: ``COLUMNS``. ``frozen=False`` leaves the layers' norms live (the final norm never is). A layer whose update
     is the same for every token has no effect and no M (NaN). The mean update is that of all prompts, also in resamples.
 
-    Cost in a model of L layers: (L - 1) / 2 + 3 F (2 with live norms) and 2 L + 1 readouts. Memory: 2 L + 1 streams of
-    one batch.
+    Cost in a model of L layers: (L - 1) / 2 + 3 F (2 with live norms). With more words than dimensions and a linear
+    head, d_model readouts in all (``surgery.instruments.linear_head``); else 2 L + 1 of every token. Memory: 4 L
+    streams of one batch.
 
     >>> from surgery import Stack
     >>> from surgery.instruments import known_networks
@@ -79,19 +81,21 @@ def effects(
     """
     ensemble = Ensemble.of(stack, tokens, sampling)
     means = mean_updates(stack, ensemble).to(stack.device, stack.dtype)
+    gram = linear_head.head_gram(stack) if stack.d_vocab > stack.d_model else None
     sums: defaultdict[str, list[Tensor]] = defaultdict(list)  # of squares, [layer, prompt] for each batch
     for _, context, mask in ensemble.batches(stack, "effects"):
         stream = stack.stream(context)
-        totals, directs = [], []
         with stack.frozen(context) if frozen else nullcontext():
-            for layer, mean in enumerate(means):
-                lost = torch.where(mask.unsqueeze(-1), stream[layer + 1] - stream[layer] - mean, 0)
-                ablated, rest = stream[layer + 1] - lost, f"{layer + 1}:"
-                totals.append(stack.execute(rest, ablated, context) if layer + 1 < stack.n_layers else ablated)
-                directs.append(stream[-1] - lost)
-        finals = [torch.stack([x[mask] for x in streams]) for streams in (totals, directs)]
-        prompts = mask.nonzero()[:, 0]
-        for name, squares in _squares(stack, stream[-1][mask], *finals).items():
+            lost = [
+                torch.where(mask.unsqueeze(-1), stream[layer + 1] - stream[layer] - mean, 0)
+                for layer, mean in enumerate(means)
+            ]
+            entering = {layer + 1: [stream[layer + 1] - gone] for layer, gone in enumerate(lost)}
+            totals = Together(stack, context).ride(entering)
+        clean, prompts = stream[-1][mask], mask.nonzero()[:, 0]
+        finals = torch.stack([x[mask] for x in totals]), torch.stack([(stream[-1] - gone)[mask] for gone in lost])
+        measured = _squares(stack, clean, *finals) if gram is None else _forms(stack, gram, clean, *finals)
+        for name, squares in measured.items():
             empty = torch.zeros(stack.n_layers, len(mask), dtype=torch.float64)
             sums[name].append(empty.index_add(1, prompts.cpu(), squares))
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
@@ -122,6 +126,21 @@ def _squares(
         for name, parts in squares.items():
             parts.append(torch.stack([effect[name].double().square().sum(-1).cpu() for effect in layers]))
     return {name: torch.cat(parts, 1) for name, parts in squares.items()}
+
+
+def _forms(
+    stack: Stack,
+    gram: Float[Tensor, "d_model d_model"],
+    clean: Float[Tensor, "row d_model"],
+    totals: Float[Tensor, "layer row d_model"],
+    directs: Float[Tensor, "layer row d_model"],
+) -> dict[str, Float[Tensor, "layer row"]]:
+    """Return the same as ``_squares`` where the head is linear, without a readout."""
+    squares: dict[str, list[Tensor]] = {"TE": [], "DE": [], "IE": []}
+    for total, direct in zip(totals, directs, strict=True):
+        for name, change in (("TE", clean - total), ("DE", clean - direct), ("IE", direct - total)):
+            squares[name].append(linear_head.squares(stack, gram, clean, change).cpu())
+    return {name: torch.stack(layers) for name, layers in squares.items()}
 
 
 def _centred(y: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:

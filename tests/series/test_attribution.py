@@ -6,10 +6,11 @@ import torch
 
 from support.exact_networks import last_reader
 from surgery import Stack
-from surgery.instruments import known_networks
+from surgery.instruments import known_networks, linear_head
 from surgery.instruments.readout import frozen_head
 from surgery.models.stack import Stack as Opened
 from surgery.records import tables
+from surgery.series import side_by_side
 from surgery.series.attribution import COLUMNS, effects
 from surgery.stats.sampling import Sampling
 
@@ -93,15 +94,17 @@ def test_a_layer_that_writes_the_same_for_all_has_no_share():
     assert frame["TE"][1] < 1e-5 * frame["TE"][0]
 
 
-def test_it_costs_what_the_docstring_says(monkeypatch):
-    stack, seen, readouts = Stack(known_networks.random_network(n_layers=4)), [], []
-    engine, readout = type(stack.engines[0]), Opened.readout
-    layer = engine.layer
-    monkeypatch.setattr(engine, "layer", lambda *args: seen.append(args[1]) or layer(*args))
+@pytest.mark.parametrize(("linear", "expected"), [(True, 2), (False, 2 * 4 + 1)])  # two to try the form
+def test_it_costs_what_the_docstring_says(linear, expected, monkeypatch):
+    stack, readouts, readout = Stack(known_networks.random_network(n_layers=4)), [], Opened.readout
+    tokens = known_networks.tokens(4, 5)
     monkeypatch.setattr(Opened, "readout", lambda *args, **more: readouts.append(1) or readout(*args, **more))
-    effects(stack, known_networks.tokens(4, 5), sampling=Sampling(skip_massive=False))
-    assert len(seen) / 4 == (4 - 1) / 2 + 3
-    assert len(readouts) == 2 * 4 + 1
+    if not linear:
+        monkeypatch.setattr(linear_head, "head_gram", lambda stack: None)
+    with side_by_side.counted_layers() as count:
+        effects(stack, tokens, sampling=Sampling(skip_massive=False))
+    assert count[0] / tokens.numel() / 4 == (4 - 1) / 2 + 3
+    assert len(readouts) == expected
 
 
 def test_no_token_is_refused_in_a_sentence():
