@@ -4,7 +4,8 @@ What all commands share, such as ``--json`` and the exit codes, is in ``surgery.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,19 @@ def require_free(out: Path) -> None:
 
     with disk.held(out, main=is_first()):
         pass
+
+
+@contextmanager
+def page_when_interrupted(out: Path) -> Iterator[None]:
+    """Context manager: after Ctrl-C, write the page of what was measured until then, if there is any."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from surgery.report import build
+
+        with suppress(ValueError, OSError):
+            say(f"the page of what there is so far is {build(out)}")
+        raise
 
 
 def _version(wanted: bool) -> bool:
@@ -382,37 +396,38 @@ def graft(
         from surgery.graft.grafting import Objective, Schedule
         from surgery.report import build
 
-    outcome = graft_study.run(
-        model,
-        span,
-        out,
-        text=text,
-        heldout=heldout,
-        count=prompts,
-        judged=judged,
-        max_tokens=max_tokens,
-        depth=depth,
-        d_mlp=d_mlp,
-        n_heads=heads,
-        d_model=d_model,
-        old=old,
-        objective=Objective(latent, kl, cross_entropy),
-        schedule=Schedule(
-            steps=steps,
-            batch=batch,
-            learning_rate=learning_rate,
-            every=every,
-            patience=patience,
-            precision=precision,
-            seed=seed,
-        ),
-        heal=heal,
-        parts=unfrozen,
-        dtype=getattr(torch, stored),
-        weights=getattr(torch, dtype),
-        device=device,
-        say=say,
-    )
+    with page_when_interrupted(out):
+        outcome = graft_study.run(
+            model,
+            span,
+            out,
+            text=text,
+            heldout=heldout,
+            count=prompts,
+            judged=judged,
+            max_tokens=max_tokens,
+            depth=depth,
+            d_mlp=d_mlp,
+            n_heads=heads,
+            d_model=d_model,
+            old=old,
+            objective=Objective(latent, kl, cross_entropy),
+            schedule=Schedule(
+                steps=steps,
+                batch=batch,
+                learning_rate=learning_rate,
+                every=every,
+                patience=patience,
+                precision=precision,
+                seed=seed,
+            ),
+            heal=heal,
+            parts=unfrozen,
+            dtype=getattr(torch, stored),
+            weights=getattr(torch, dtype),
+            device=device,
+            say=say,
+        )
     if not outcome.sentences:  # the first of several processes tells them
         return Result("")
     page, place = build(out), out / "training" / "model"

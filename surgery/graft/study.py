@@ -144,18 +144,16 @@ def run(
             **options,
         )
         grafts = {"graft": grown}
-        if heal:
-            speak(f"healing with {parts} unfrozen")
-            last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
-            grafts["healed"] = grafting.heal(
-                stack, grown, pairs, watched, folder / "healing", parts=parts, schedule=last, **options
-            )
-        methods, sentences = pd.DataFrame(), list[str]()
-        if main:
-            trained = [
-                row(name, schedule.seed, graft, judge(stack, graft, pairs, data)) for name, graft in grafts.items()
-            ]
-            methods = pd.DataFrame(maps(stack, pairs, data) + trained)
+        mapped, judged_rows = maps(stack, pairs, data) if main else [], dict[str, dict[str, Any]]()
+
+        def tell() -> tuple[pd.DataFrame, list[str]]:
+            """Write the tables of what is trained so far."""
+            if not main:
+                return pd.DataFrame(), []
+            for name, graft in grafts.items():
+                if name not in judged_rows:
+                    judged_rows[name] = row(name, schedule.seed, graft, judge(stack, graft, pairs, data))
+            methods = pd.DataFrame(mapped + list(judged_rows.values()))
             sentences = words.methods(methods, stack.n_layers)
             source = manifest.manifest(
                 stack,
@@ -168,6 +166,16 @@ def run(
                 latents=dict(pairs.source),
             )
             write(folder, methods, {(name, schedule.seed): graft for name, graft in grafts.items()}, source)
+            return methods, sentences
+
+        methods, sentences = tell()
+        if heal:
+            speak(f"healing with {parts} unfrozen")
+            last = Schedule(**asdict(schedule) | {"steps": heal, "learning_rate": schedule.learning_rate / 4})
+            grafts["healed"] = grafting.heal(
+                stack, grown, pairs, watched, folder / "healing", parts=parts, schedule=last, **options
+            )
+            methods, sentences = tell()
         accelerator.wait_for_everyone()
         return GraftResult(list(grafts.values())[-1], methods, sentences)
 

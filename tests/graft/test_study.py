@@ -55,6 +55,18 @@ def small(tmp_path_factory):
 # --- what it leaves --------------------------------------------------------------------------------------------------
 
 
+def test_interrupted_while_healing_it_leaves_a_page_of_the_graft(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.grafting, "heal", interrupt)
+    result = run(*OPTIONS, "--steps", 2, "--every", 2, "--heal", 2, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert f"the page of what there is so far is {tmp_path / 'report.html'}" in result.stderr.replace("\n", "")
+    assert frames.read(tmp_path / study.METHODS)["method"].tolist()[-1] == "graft"
+    assert 'id="graft"' in (tmp_path / "report.html").read_text()
+
+
 def test_it_leaves_its_tables_figure_and_model(small):
     folder, found = small
     for name in ("latents/latents.json", "training/curve.csv", "healing/curve.csv", "graft.png"):
@@ -270,7 +282,7 @@ def test_help_says_how_to_train_on_several_processes():
         (["--stored", "int8"], 2, "'--stored': there is no 'int8'. There are float16, bfloat16, float32."),
         (["--old", 2], 2, "--old"),
         (["--steps", 0], 2, "--steps"),
-        (["--middle", "9:4"], 1, "error: "),
+        (["--middle", "9:4"], 2, "--middle is start:stop"),
         (["--middle", "0:12"], 1, "nothing of it would stay fixed"),
         (["--latent", 0], 1, "not all 0"),
         (["--precision", "f16"], 2, "'--precision': there is no 'f16', did you mean 'fp16'? There are no, bf16, fp16."),
@@ -290,7 +302,7 @@ def test_wrong_options_are_told(arguments, code, said, tmp_path):
 def test_a_model_without_prompts_of_its_own_needs_a_text(model_folder, tmp_path):
     result = run("--model", model_folder("llama"), "--middle", "1:3", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "give a file with --text FILE" in result.stderr
+    assert "give a text file with --text FILE" in result.stderr
 
 
 def test_interrupted_it_says_so(tmp_path, monkeypatch):
