@@ -7,6 +7,7 @@ from . import hooks as hooks
 from . import instruments as instruments
 from . import models as models
 from . import page as page
+from . import planning as planning
 from . import rebuild as rebuild
 from . import records as records
 from . import report as report

@@ -67,6 +67,30 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default the CPU.")]
 Dtype = Annotated[str, typer.Option(**choice(WEIGHTS), help="Number format of the weights.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts run at once; fewer need less memory.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Time to stay within: 90s, 10m, 2h, or none for everything. By default 10m; babel: none."),
+]
+StudyCluster = Annotated[
+    str | None, typer.Option("--cluster", help="Run the scan on Ray workers: local, auto, or an address.")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="How many workers; on this machine if no --cluster is given.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        **{**choice(MEASURED), "metavar": " ".join(f"[{name}]" for name in MEASURED)},
+        help="What to measure; everything if none is given.",
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", help='Prompts: a text file, one a line, or .jsonl with a "text" a line. babel brings its own.'
+    ),
+]
+PromptCount = Annotated[int, typer.Option("--prompts", min=1, help="How many prompts, the first of the file, at most.")]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens, or fewer.")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Longest window or span of layers; all if not given.")]
 
 
 def require(model: str, device: str | None) -> None:
@@ -120,43 +144,43 @@ def root(
 @app.command()
 @command
 def study(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            **{**choice(MEASURED), "metavar": " ".join(f"[{name}]" for name in MEASURED)},
-            help="What to measure; everything if none is given.",
-        ),
-    ] = None,
+    names: Names = None,
     model: Model = "babel",
-    text: Annotated[
-        Path | None,
-        typer.Option(help='Prompts: a text file, one a line, or .jsonl with a "text" a line. babel brings its own.'),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts, the first of the file.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Cut prompts to this many tokens.")] = 128,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Longest window or span of layers; all if not given.")
-    ] = None,
+    text: Prompts = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; run again on the same one to resume.")] = Path(
+        "results"
+    ),
+    prompts: PromptCount = 256,
+    max_tokens: MaxTokens = 128,
+    max_length: MaxLength = None,
     batch_size: BatchSize = 64,
+    budget: Budget = None,
+    cluster: StudyCluster = None,
+    workers: Workers = None,
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
 ) -> Result:
-    """Measure a model: CSV files, figures, report.html.
+    """Measure a model within a budget of time: CSV files, figures, report.html.
+
+    Run again on the same folder, it goes on where it was.
 
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
     from surgery.corpus.asked import require_prompts
+    from surgery.planning.budget import seconds_of
 
     require(model, device)
     require_prompts(model, text, prompts)
+    if budget is not None:
+        seconds_of(budget)
     require_free(out)
     with progress.task("starting"):
         import torch
 
         from surgery import report
         from surgery import study as studies
+        from surgery.scan.cluster import Cluster
 
     page = studies.run(
         names or MEASURED,
@@ -167,12 +191,62 @@ def study(
         max_tokens=max_tokens,
         max_length=max_length,
         batch_size=batch_size,
+        budget=budget,
+        cluster=Cluster(cluster or "local", workers) if cluster or workers else None,
         device=device,
         dtype=getattr(torch, dtype),
         seed=seed,
         say=say,
     )
     return Result(f"The page is {page}, the numbers and figures are beside it.", report.summary(out), page, out)
+
+
+@app.command()
+@command
+def plan(
+    names: Names = None,
+    model: Model = "babel",
+    text: Prompts = None,
+    prompts: PromptCount = 256,
+    max_tokens: MaxTokens = 128,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 64,
+    budget: Budget = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything drawn.")] = 0,
+) -> Result:
+    """Print what a study would measure within a budget, how long it would take, and what it would leave out.
+
+    Example: surgery plan --model ./my-model --text prompts.txt --budget 30m
+    """
+    from surgery.corpus.asked import require_prompts
+    from surgery.planning.budget import seconds_of
+
+    require(model, device)
+    require_prompts(model, text, prompts)
+    if budget is not None:
+        seconds_of(budget)
+    with progress.task("starting"):
+        import torch
+
+        from surgery import study as studies
+
+    made = studies.plan(
+        names or MEASURED,
+        model,
+        text,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        max_length=max_length,
+        batch_size=batch_size,
+        budget=budget,
+        device=device,
+        dtype=getattr(torch, dtype),
+        seed=seed,
+        say=say,
+    )
+    return Result(str(made), more={"plan": made.json()})
 
 
 @app.command()
@@ -251,9 +325,7 @@ def scan(
     cluster: Annotated[
         str | None, typer.Option(help="Scan on Ray workers: local, auto (what ray start began here), or an address.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="How many workers; on this machine if no --cluster is given.")
-    ] = None,
+    workers: Workers = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Probes run at once, at most.")] = None,
     precision: Annotated[
         str,

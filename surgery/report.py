@@ -7,6 +7,7 @@ came from.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from surgery import disk
+from surgery import disk, memory
 from surgery.chapters import CHAPTERS as CHAPTERS
 from surgery.chapters import every_chapter
 from surgery.outside import lacks, shown
 from surgery.page.chapters import Chapter, Manifests, Tables
 from surgery.page.parts import PAGE, Cell, Section, Table, model_name, write_page
+from surgery.planning.agenda import Agenda
+from surgery.progress import duration
 from surgery.records import tables
 
 SHAPE: dict[str, Any] = {  # of the manifest of a measurement: what the page says of each
@@ -106,9 +109,11 @@ def build(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     measured = Measured.read(folder)
+    agenda = Agenda.read(folder)
     sections = [
         _findings(measured),
         _measurements(measured),
+        *([_planned(agenda)] if agenda is not None else []),
         *(measured.of(chapter, chapter.on_page) for chapter in measured.chapters),
         _limits(measured),
         _columns(measured),
@@ -162,6 +167,29 @@ def _measurements(measured: Measured) -> Section:
     ]
     heads = ["file", "model", "size", "input", "weights (sha256)", "tokens (sha256)"]
     return Section("what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)])
+
+
+def _planned(agenda: Agenda) -> Section:
+    """What a study planned, what it took, and what it cut or has not measured yet."""
+    heads = ["part", "planned", "took", "most memory of the process", "without"]
+    rows = []
+    for part in agenda.plan.parts:
+        done = agenda.done.get(part.name)
+        took = [duration(done.seconds), memory.size(done.peak)] if done else ["not measured yet", ""]
+        rows.append([Cell(text) for text in (part.name, duration(part.seconds), *took, part.cut)])
+    rows += [[Cell(text) for text in (name, "", "left out", "", why)] for name, why in agenda.plan.left_out.items()]
+    plan = agenda.plan
+    limit = "without a limit of time" if math.isinf(plan.budget) else f"within {duration(plan.budget)}"
+    said = [
+        f"The study was planned {limit}: {plan.prompts} prompts of up to {plan.max_tokens} tokens, {plan.tokens:,} in "
+        f"all, of at most {plan.asked[0]} prompts of up to {plan.asked[1]}. What a budget cuts can be had with a "
+        "longer one, and everything with --budget none."
+    ]
+    if agenda.missing:
+        said.append(f"Not measured yet: {', '.join(agenda.missing)}. The same command goes on with that.")
+    return Section(
+        "plan", "What was planned, and what was cut", paragraphs=said, tables=[Table("", heads, rows, words=True)]
+    )
 
 
 def _limits(measured: Measured) -> Section:

@@ -6,38 +6,64 @@
     anatomy      ``anatomy_ends.csv`` ...  where the parts of the model begin and end    (surgery.anatomy.study)
 
 With ``series`` come ``calibration.csv``, the same on networks whose answer is known and on the model untrained;
-``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each of them costs.
-Each file is written when its measurement is done, so an interruption leaves only whole files. The scan asks the bundled
-model questions of its own kind; any other model, or the bundled one when a text is given, it asks every token of the
-prompts. It goes first because it is the one that can be resumed, and refuses at once a folder with a scan of something
-else.
+``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each of them costs. The scan
+asks the bundled model questions of its own kind; any other model, or the bundled one when a text is given, it asks
+every token of the prompts.
+
+A study is planned first (``surgery.planning``): with a budget of time it takes fewer prompts, or less of some parts.
+``study.json`` holds the plan and what is done. So the same command goes on after a kill, with the same plan; an
+interruption leaves a page of what there is.
 """
 
+import contextlib
+import hashlib
+import json
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
+import psutil
 import torch
 
-from surgery import disk, report
-from surgery.anatomy import boundaries, convergence
-from surgery.anatomy import study as anatomy_study
+import surgery
+from surgery import disk, memory, report
+from surgery.anatomy.part import ANATOMY_PART
 from surgery.chapters import MEASURED
-from surgery.corpus import bundled, probes
+from surgery.corpus import bundled
 from surgery.corpus.text_files import read_prompts
-from surgery.instruments import known_networks
-from surgery.models.loading import BUNDLED, REFERENCE, load, untrained
+from surgery.models import identity
+from surgery.models.loading import BUNDLED, REFERENCE, load
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.records import manifest, tables
-from surgery.reversion import study as reversion_study
-from surgery.scan import study as scan_study
-from surgery.series import chapter, side_by_side, window
+from surgery.planning import agenda as agendas
+from surgery.planning import plans
+from surgery.planning.agenda import Agenda, Done
+from surgery.planning.budget import seconds_of
+from surgery.planning.machine import Machine
+from surgery.planning.parts import NotMeasurableError, Part, Shape, Subject
+from surgery.planning.plans import Plan
+from surgery.progress import duration
+from surgery.records.manifest import tokens_hash
+from surgery.reversion.part import REVERSION_PART
+from surgery.scan.part import SCAN_PART
+from surgery.series.part import CALIBRATION_PART, MEASURES_PART, WINDOWS_PART
 from surgery.stats.sampling import Sampling
 
-FEWEST = 16  # prompts for the anatomy: half of them to place the boundaries, half to test them
-MODEL_PROMPTS = 64  # prompts of the model for the table of all measures
+PARTS: tuple[Part, ...] = (  # the most important first: what has no time is left out from the end
+    WINDOWS_PART,
+    SCAN_PART,
+    REVERSION_PART,
+    ANATOMY_PART,
+    CALIBRATION_PART,
+    MEASURES_PART,
+)
+BUDGET = "10m"  # for models that a user brings
+MOST_MEMORY = 5 * 2**29  # bytes beside the model: more makes nothing faster
+PAGE_SECONDS = 20.0  # to draw the figures and write the page
 Say = Callable[[str], Any]
 
 
@@ -51,9 +77,11 @@ def run(
     max_tokens: int = 128,
     max_length: int | None = None,
     batch_size: int = Sampling().batch_size,
+    budget: str | None = None,
     device: "str | torch.device | None" = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    cluster: Any = None,
     say: Say = lambda _: None,
     progress: bool = False,
 ) -> Path:
@@ -63,168 +91,108 @@ def run(
         names: which measurements, of ``MEASURED``.
         model: what ``surgery.load`` takes.
         text: a file of prompts (see ``read_prompts``); None means the bundled model's own problems.
-        out: the folder for the results, made if it is missing.
-        prompts: how many prompts, the first ones of the file.
-        max_tokens: prompts are cut to this many tokens.
+        out: the folder for the results, made if it is missing. A study of the same that was begun there goes on.
+        prompts: how many prompts, the first ones of the file; fewer if the budget is small.
+        max_tokens: prompts are cut to this many tokens, or fewer.
         max_length: the longest window of layers, and the longest span repeated; None means all.
-        batch_size: prompts run at once.
+        batch_size: prompts run at once, at most.
+        budget: time to stay within, such as ``10m``, or ``none`` for everything; by default ``BUDGET``, and ``none``
+            for the bundled models.
         device, dtype: as for ``surgery.load``.
         seed: of everything drawn.
-        say: called with a line of words whenever a part of the study begins.
+        cluster: run the scan on Ray workers, as for ``scan.run``.
+        say: called with lines of words: the plan, and whenever a part of the study begins.
         progress: draw progress bars on standard error.
 
     Raises:
-        ValueError: a name is unknown, there are no prompts, or the text file or the model cannot be used.
+        ValueError: a name or the budget is none, there are no prompts, or the text file or the model cannot be used.
         OSError: the folder cannot be written to (noticed before anything is measured), or the disk is full.
 
     >>> run(["sequel"])
     Traceback (most recent call last):
     ValueError: there is no measurement 'sequel'; there are series, reversion, scan, anatomy
     """
-    for name in names:
-        if name not in MEASURED:
-            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
+    check(names, model, budget)
+    began = time.monotonic()
     with disk.held(out) as folder:
-        numbered = _prompts(model, text, prompts, seed)
-        say(f"opening {model}")
-        stack = Stack(load(model, device=device, dtype=dtype))
-        tokens = tokenise(stack, numbered, text, max_tokens)
-        if "scan" in names:
-            questions, metric = _questions(numbered, text, min(max_tokens, stack.n_ctx), seed)
-            if len(names) > 1 and len(set(questions.probes)) < scan_study.FEWEST:
-                say(f"scan: left out, it needs at least {scan_study.FEWEST} different prompts")
-            else:
-                say("scan: every repeated span" + (f" of up to {max_length} layers" if max_length else ""))
-                scan_study.measure(
-                    stack,
-                    questions,
-                    folder,
-                    metric=metric,
-                    longest=max_length,
-                    seed=seed,
-                    batch_size=batch_size,
-                    say=say,
-                    progress=progress,
-                )
-        fresh = Stack(untrained(stack.model, seed))
-        settings: dict[str, Any] = {
-            "prompts": prompts,
-            "max_tokens": max_tokens,
-            "max_length": max_length,
-            "text": text and str(text),
-        }
-        about = manifest.manifest(stack, tokens, seed=seed, **settings)
-        if "series" in names:
-            say(f"series: every window of {'up to ' + str(max_length) if max_length else 'two or more'} layers")
-            frame = window.windows(
-                stack,
-                tokens,
-                max_length,
-                untrained=fresh,
-                sampling=Sampling(seed=seed, batch_size=batch_size, progress=progress),
-            )
-            tables.write(frame, folder / chapter.WINDOWS, about, window.COLUMNS)
-            say("calibration: the same measure on networks whose answer is known")
-            networks = calibrate(fresh, tokens, max_length, seed, progress)
-            tables.write(networks, folder / chapter.NETWORKS, about, chapter.NETWORKS_COLUMNS)
-            say("measures: every other measure of series and parallel, on the same networks")
-            measures, costs = compare(stack, fresh, tokens, seed)
-            tables.write(measures, folder / chapter.MEASURES_FILE, about, side_by_side.COLUMNS)
-            tables.write(costs, folder / chapter.COSTS_FILE, about, side_by_side.COST_COLUMNS)
-        if "reversion" in names:
-            say("reversion: every layer, several layers, directions, coordinates, and the stream displaced")
-            reversion_study.measure(
-                stack,
-                tokens,
-                folder,
-                fresh,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-                settings=settings,
-                figures=False,
-            )
-        if "anatomy" in names:
-            if stack.n_layers < 6 or len(tokens) < FEWEST:
-                if len(names) == 1:
-                    raise ValueError(
-                        f"anatomy needs at least 6 layers and {FEWEST} prompts; there are {stack.n_layers} and "
-                        f"{len(tokens)}"
-                    )
-                say(f"anatomy: left out, it needs at least 6 layers and {FEWEST} prompts")
-            else:
-                say("anatomy: where the parts begin and end, and the ends against the middle")
-                own, repeats = text is None, folder / scan_study.SEARCH
-                try:
-                    anatomy_study.measure(
-                        stack,
-                        tokens,
-                        folder,
-                        _kinds(len(tokens), seed) if own else None,
-                        utterances=convergence.babel() if own else convergence.parallel(),
-                        scan=tables.read(repeats) if "scan" in names and repeats.exists() else None,
-                        metric="loglik" if own else "loss",
-                        sampling=boundaries.SAMPLING.but(seed=seed, batch_size=batch_size),
-                        figures=False,
-                    )
-                except boundaries.UndefinedError as error:
-                    if len(names) == 1:
-                        raise
-                    say(f"anatomy: left out, {error}")
+        subject = opened(model, text, prompts, max_tokens, batch_size, device, dtype, seed, say)
+        subject = replace(subject, progress=progress, cluster=cluster)
+        agenda = _agenda(folder, subject, names, prompts, max_length, _seconds(budget, model), began)
+        subject = _cut(subject, agenda.plan)
+        say(str(agenda.plan))
+        for part in PARTS:
+            if part.name in agenda.missing:
+                part.ready(subject, folder)
+        agenda.write(folder)
+        try:
+            _measure(folder, subject, agenda, alone=len(names) == 1)
+        except (KeyboardInterrupt, SystemExit):
+            _page_of_what_there_is(folder, say)
+            raise
         say("report")
         return report.build(folder)
 
 
-def compare(stack: Stack, fresh: Stack, tokens: Tokens, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every measure of ``surgery.series.side_by_side``, and what each function costs.
+def plan(
+    names: Sequence[str] = MEASURED,
+    model: str = REFERENCE,
+    text: str | Path | None = None,
+    *,
+    prompts: int = 256,
+    max_tokens: int = 128,
+    max_length: int | None = None,
+    batch_size: int = Sampling().batch_size,
+    budget: str | None = None,
+    device: "str | torch.device | None" = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> Plan:
+    """The plan of the study that ``run`` would make with these arguments. Raises as ``run`` does.
 
-    The measures are taken on the networks whose answer is known, and on the model and ``fresh``, the same model
-    untrained: these from layer 1 on, and on at most ``MODEL_PROMPTS`` prompts.
+    Cost: opening the model, and about ten forward passes of 1,024 tokens.
     """
-    few = Tokens(tokens.ids[:MODEL_PROMPTS], tokens.mask[:MODEL_PROMPTS])
-    first = int(stack.n_layers > 2)
-    costs: list[dict[str, Any]] = []
-    constructed = side_by_side.networks(seed=seed)
-    table = pd.concat(
-        [
-            side_by_side.calibrate(constructed, known_networks.tokens(24, 12, seed), seed=seed),
-            side_by_side.calibrate({stack.name: stack, chapter.UNTRAINED: fresh}, few, first, seed=seed, costs=costs),
-        ],
-        ignore_index=True,
+    check(names, model, budget)
+    began = time.monotonic()
+    subject = opened(model, text, prompts, max_tokens, batch_size, device, dtype, seed, say)
+    return _plan(subject, names, prompts, max_length, _seconds(budget, model), began)
+
+
+def check(names: Sequence[str], model: str, budget: str | None) -> None:
+    """Raise ValueError for a name that there is no measurement of, and for a budget that is none."""
+    for name in names:
+        if name not in MEASURED:
+            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
+    _seconds(budget, model)
+
+
+def opened(
+    model: str,
+    text: str | Path | None,
+    prompts: int,
+    max_tokens: int,
+    batch_size: int = Sampling().batch_size,
+    device: "str | torch.device | None" = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> Subject:
+    """Read the prompts, open the model and tokenize; the prompts are read first, as a model may take long to load."""
+    numbered = _prompts(model, text, prompts, seed)
+    say(f"opening {model}")
+    stack = Stack(load(model, device=device, dtype=dtype))
+    tokens = tokenise(stack, numbered, text, max_tokens)
+    return Subject(
+        stack=stack,
+        prompts=numbered,
+        text=None if text is None else str(text),
+        tokens=tokens,
+        max_tokens=min(max_tokens, stack.n_ctx),
+        seed=seed,
+        batch_size=batch_size,
+        settings={"prompts": prompts, "max_tokens": max_tokens, "text": text and str(text)},
+        say=say,
     )
-    return table, pd.DataFrame(costs, columns=list(side_by_side.COST_COLUMNS))
-
-
-def _kinds(count: int, seed: int) -> list[str]:
-    """The kinds of the bundled model's problems: those that only translate, that compose a little, or a lot."""
-    steps = [problem.k for problem in bundled.problems(count, seed)]
-    return ["k=0" if k == 0 else "k=1, 2" if k < 3 else "k=3, 4" for k in steps]
-
-
-def calibrate(
-    fresh: Stack, tokens: Tokens, max_length: int | None = None, seed: int = 0, progress: bool = False
-) -> pd.DataFrame:
-    """``series.windows`` of networks with a known answer and of ``fresh``, the model untrained; ``network`` names them.
-
-    The constructed networks normalise (RMS), so that their S_live shows what normalisation alone adds.
-    """
-    exact: dict[str, Any] = {"norm": "RMS", "dtype": torch.float64, "seed": seed}
-    networks = {
-        "parallel": known_networks.parallel_network(**exact),
-        **{f"mixed {share}": known_networks.mixed_network(share, **exact) for share in (0.25, 0.5, 0.75)},
-        "serial": known_networks.serial_network(**exact),
-        "linear": known_networks.linear_network(seed=seed),
-        **{f"random {i}": known_networks.random_network(seed=seed + i) for i in range(3)},
-    }
-    inputs = Tokens.of(known_networks.tokens(seed=seed))
-    parts = {
-        name: window.windows(Stack(network), inputs, damage=False, sampling=Sampling(seed=seed))
-        for name, network in networks.items()
-    }
-    parts[chapter.UNTRAINED] = window.windows(
-        fresh, tokens, max_length, damage=False, sampling=Sampling(seed=seed, progress=progress)
-    )
-    return pd.concat([part.assign(network=name) for name, part in parts.items()], ignore_index=True)
 
 
 def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int) -> Tokens:
@@ -239,6 +207,182 @@ def tokenise(stack: Stack, prompts: Sequence[tuple[int, str]], text: str | Path 
     return stack.tokens([prompt for _, prompt in prompts], longest)
 
 
+def free_memory(stack: Stack) -> float:
+    """Bytes that measures may take: half of what is free where the model is, and no more than ``MOST_MEMORY``."""
+    if stack.device.type == "cuda":
+        return torch.cuda.mem_get_info(stack.device)[0] / 2
+    free = float(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    with contextlib.suppress(OSError, ValueError):  # a container may have less than the machine
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return min(max(free, 0.0) / 2, MOST_MEMORY)
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def _seconds(budget: str | None, model: str) -> float:
+    return seconds_of(budget or ("none" if model in BUNDLED else BUDGET))
+
+
+def _plan(
+    subject: Subject, names: Sequence[str], prompts: int, max_length: int | None, budget: float, began: float
+) -> Plan:
+    asked = [part for part in PARTS if part.question in names]
+    refused = {part.name: reason for part in asked if (reason := part.refusal(subject))}
+    if refused and len(names) == 1 and len(refused) == len(asked):
+        raise ValueError(f"{names[0]} cannot be measured: {next(iter(refused.values()))}")
+    free = free_memory(subject.stack)
+    machine = Machine.of(subject.stack, subject.tokens)
+    plan = plans.choose(
+        [part for part in asked if part.name not in refused],
+        lambda count, longest: _shape(subject, count, longest, max_length, free, machine.half),
+        machine,
+        (len(subject.prompts), subject.max_tokens),
+        budget=budget,
+        memory=math.inf if math.isinf(budget) else free,
+        spent=time.monotonic() - began,
+        after=PAGE_SECONDS,
+        left_out=refused,
+    )
+    if not plan.parts:
+        raise ValueError(
+            f"nothing fits into {duration(budget)}: opening the model and drawing the page take "
+            f"{duration(plan.seconds)} of it; give more with --budget, or fewer questions"
+        )
+    return plan
+
+
+def _shape(subject: Subject, prompts: int, longest: int, max_length: int | None, memory: float, half: float) -> Shape:
+    """What costs depend on, for the first ``prompts`` prompts, cut to ``longest`` tokens."""
+    stack = subject.stack
+    lengths = np.minimum(subject.tokens.mask.sum(1).cpu().numpy()[:prompts], longest)
+    shape = Shape(
+        n_layers=stack.n_layers,
+        d_model=stack.d_model,
+        d_mlp=getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model,
+        d_vocab=stack.d_vocab,
+        prompts=len(lengths),
+        longest=int(lengths.max()),
+        tokens=int(lengths.sum()),
+        max_length=min(max_length or stack.n_layers, stack.n_layers),
+        batch_size=subject.batch_size,
+        own=subject.own,
+        half=half,
+    )
+    while shape.graph > memory / 2 and shape.batch_size > 1:
+        shape = replace(shape, batch_size=shape.batch_size // 2)
+    return shape
+
+
+def _cut(subject: Subject, plan: Plan) -> Subject:
+    """The subject with the prompts and tokens of the plan."""
+    prompts = subject.prompts[: plan.prompts]
+    return replace(
+        subject,
+        prompts=prompts,
+        tokens=tokenise(subject.stack, prompts, subject.text, plan.max_tokens),
+        max_tokens=plan.max_tokens,
+        batch_size=plan.batch_size,
+        whole_scan=any(part.name == SCAN_PART.name and part.settings["share"] == 1 for part in plan.parts),
+        settings={**subject.settings, "prompts": plan.prompts, "max_tokens": plan.max_tokens},
+    )
+
+
+def _agenda(
+    folder: Path,
+    subject: Subject,
+    names: Sequence[str],
+    prompts: int,
+    max_length: int | None,
+    budget: float,
+    began: float,
+) -> Agenda:
+    """The agenda of this study in the folder, if it was begun there; else a new one."""
+    settings = {
+        "names": sorted(names),
+        "prompts": prompts,
+        "max_tokens": subject.max_tokens,
+        "max_length": max_length,
+        "batch_size": subject.batch_size,
+        "budget": None if math.isinf(budget) else budget,
+        "seed": subject.seed,
+    }
+    of_this = {
+        "model": identity.digest(subject.stack),
+        "prompts": hashlib.sha256(json.dumps(subject.prompts).encode()).hexdigest(),
+        "tokens": tokens_hash(subject.tokens),
+        "version": surgery.__version__,
+        **settings,
+    }
+    before = Agenda.read(folder)
+    if before is not None and dict(before.identity) == of_this:
+        subject.say(
+            f"going on with the study in {folder}: {len(before.done)} of {len(before.plan.parts)} parts are done"
+        )
+        return before
+    return Agenda(of_this, _plan(subject, names, prompts, max_length, budget, began), {})
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _measure(folder: Path, subject: Subject, agenda: Agenda, alone: bool) -> None:
+    """Measure what is planned and not done, and write the agenda after every part."""
+    parts = {part.name: part for part in PARTS}
+    for name in [part.name for part in agenda.plan.parts]:
+        planned = next((part for part in agenda.plan.parts if part.name == name), None)
+        if planned is None or agenda.holds(folder, name):
+            continue
+        subject.say(parts[name].says + (f" (without {planned.cut})" if planned.cut else ""))
+        before, start = _state(folder), time.monotonic()
+        try:
+            parts[name].measure(subject, folder, planned.settings)
+        except NotMeasurableError as error:
+            if alone:
+                raise
+            subject.say(f"{name}: left out, {error}")
+            agenda = agenda.without(name, str(error))
+        else:
+            files = sorted(file for file, state in _state(folder).items() if before.get(file) != state)
+            done = Done(agendas.hashes(folder, files), time.monotonic() - start, memory.peak())
+            agenda = agenda.with_part(name, done)
+        agenda.write(folder)
+        agenda = _kept_within(folder, subject, agenda, parts)
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """The tables and manifests in the folder, with their sizes and times."""
+    found = (path for path in folder.iterdir() if path.suffix in (".csv", ".json") and path.name != agendas.FILE)
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in found if path.is_file()}
+
+
+def _kept_within(folder: Path, subject: Subject, agenda: Agenda, parts: dict[str, Part]) -> Agenda:
+    """The agenda with lower levels for what remains, if the parts that are done took too long for the budget."""
+    seconds = {name: done.seconds for name, done in agenda.done.items()}
+    if math.isinf(agenda.plan.budget) or not agenda.missing:
+        return agenda
+    max_length = agenda.identity["max_length"]
+    plan, count = agenda.plan, len(subject.prompts)
+    shape = _shape(subject, count, subject.max_tokens, max_length, plan.memory, plan.machine.half)
+    slowed = agenda.plan.slowed(list(parts.values()), shape, seconds)
+    if slowed is not agenda.plan:
+        agenda = replace(agenda, plan=slowed)
+        subject.say(f"the parts so far took longer than planned, so the rest is cut. {slowed}")
+        agenda.write(folder)
+    return agenda
+
+
+def _page_of_what_there_is(folder: Path, say: Say) -> None:
+    """Write the page of the parts that are done, if there are any; whatever goes wrong now, the interruption counts."""
+    agenda = Agenda.read(folder)
+    if agenda is None or not agenda.done:
+        return
+    with contextlib.suppress(ValueError, OSError):
+        say("interrupted: writing a page of what there is (interrupt again to leave at once)")
+        say(f"the page is {report.build(folder)}; the same command goes on with what is missing")
+
+
 def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list[tuple[int, str]]:
     if text is not None:
         return read_prompts(text, count)
@@ -247,12 +391,3 @@ def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list
             f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
         )
     return list(enumerate(bundled.prompts(count, seed), start=1))
-
-
-def _questions(
-    prompts: Sequence[tuple[int, str]], text: str | Path | None, max_tokens: int, seed: int
-) -> tuple[probes.ProbeSet, str]:
-    """The questions and the metric of the scan: the bundled model's own problems, or the prompts as text."""
-    if text is None:
-        return probes.named("babel", len(prompts), seed), "loglik"
-    return probes.text([prompt for _, prompt in prompts], max_tokens=max_tokens), "loss"

@@ -9,8 +9,9 @@ import pytest
 from support import made_up
 from support.commands import hurry, run, write_prompts
 from support.processes import Script
-from surgery import cli, study
+from surgery import cli
 from surgery.records import tables
+from surgery.reversion import study as reversion_study
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_an_interruption_is_a_sentence_and_130(quick, model, text, tmp_path, mon
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study.reversion_study, "measure", interrupt)
+    monkeypatch.setattr(reversion_study, "measure", interrupt)
     result = run("study", "--model", model, "--text", text, "--out", tmp_path / "results")
     assert result.exit_code == 130
     assert "interrupted: nothing is half-written" in result.stderr
@@ -85,23 +86,19 @@ def test_a_mistake_of_a_script_itself_keeps_its_traceback():
 SLOW = """
 import os, sys, time
 from support import made_up
-from surgery import cli, study
+from surgery import cli
 
 def slowly(*_, **__):
     print("now", flush=True)
     time.sleep(120)
 
 moment = sys.argv.pop(1)
-study.window.windows = lambda *_, **__: made_up.series(4)
-study.calibrate = lambda *_: made_up.networks()
-study.compare = lambda *_: made_up.measures()
-study.scan_study.measure = lambda *_, **__: None
-study.reversion_study.measure = slowly if moment == "measuring" else made_up.measure_reversion
+made_up.replace_measures(4, setattr, slowly if moment == "measuring" else None)
 if moment == "writing":
     real, count = os.fsync, [0]
     def fsync(descriptor):
         count[0] += 1
-        slowly() if count[0] == 10 else real(descriptor)
+        slowly() if count[0] == 7 else real(descriptor)
     os.fsync = fsync
 cli.main()
 """
@@ -127,8 +124,9 @@ def test_a_real_study_stopped_in_the_middle_leaves_whole_files_only(model, text,
     said = {signal.SIGINT: "interrupted: ", signal.SIGKILL: ""}.get(how, f"ended by {how.name}: ")
     assert f"{said}nothing is half-written" in process.errors or how == signal.SIGKILL
     final = {file.name for file in out.iterdir() if not file.name.endswith(".partial")}
-    whole = ("series_windows", "calibration", "measures", "costs")
-    assert final == {f"{name}.{ending}" for name in whole for ending in ("csv", "manifest.json")}
+    page = set() if how == signal.SIGKILL else {"report.html", "series.png"}
+    assert final == {"series_windows.csv", "series_windows.manifest.json", "study.json", *page}
     assert how == signal.SIGKILL or len(list(out.iterdir())) == len(final), "temporary files are removed"
     tables.read(out / made_up.SERIES)
-    tables.read(out / made_up.CALIBRATION)
+    if page:
+        assert "Not measured yet: reversion, calibration, measures" in (out / "report.html").read_text()

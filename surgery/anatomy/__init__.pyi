@@ -4,6 +4,7 @@ from . import convergence as convergence
 from . import draw as draw
 from . import ends_against_middle as ends_against_middle
 from . import files as files
+from . import part as part
 from . import say as say
 from . import study as study
 from .boundaries import AGREEMENT_COLUMNS as AGREEMENT_COLUMNS

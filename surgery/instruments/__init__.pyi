@@ -9,6 +9,7 @@ from . import fidelity as fidelity
 from . import interactions as interactions
 from . import known_networks as known_networks
 from . import lens as lens
+from . import linear_head as linear_head
 from . import losses as losses
 from . import massive as massive
 from . import memory as memory

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble
@@ -203,7 +203,7 @@ class Sums:
         self.put(f"{name} sum", places, row, (total - count * base).to(self.dtype))
 
 
-def merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Float[Tensor, "place prompt ..."]]:
+def merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Shaped[Tensor, "place prompt ..."]]:
     """Join the ``tensors`` of consecutive batches."""
     batches = list(parts)
     return {name: torch.cat([tensors[name] for tensors in batches], 1) for name in batches[0]}

@@ -4,6 +4,7 @@ from . import directions as directions
 from . import draw as draw
 from . import files as files
 from . import kappa as kappa
+from . import part as part
 from . import returns as returns
 from . import rules as rules
 from . import say as say

@@ -9,6 +9,7 @@ from . import kriging as kriging
 from . import metrics as metrics
 from . import own_ray as own_ray
 from . import packing as packing
+from . import part as part
 from . import rows as rows
 from . import say as say
 from . import scanning as scanning

@@ -6,6 +6,7 @@ from . import effective_depth as effective_depth
 from . import effects as effects
 from . import gates as gates
 from . import jacobians as jacobians
+from . import part as part
 from . import recording as recording
 from . import say as say
 from . import side_by_side as side_by_side

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from surgery.instruments import losses
@@ -117,7 +117,7 @@ class Recording:
     @torch.no_grad()
     def sums(
         self, prompts: slice, advance: Callable[..., None] = _unseen
-    ) -> dict[str, Float[Tensor, "place prompt ..."]]:
+    ) -> dict[str, Shaped[Tensor, "place prompt ..."]]:
         """Return the sums of one batch, by name: see ``surgery.instruments.windows.Sums``.
 
         ``advance`` is called as ``steps`` are done. Cost of W windows in L layers: 3 + 4 W/L F, with damage as

@@ -186,7 +186,7 @@ def studies_killed(count: int, folder: Path) -> Iterator[str | None]:
     """The tables of ``surgery study scan reversion``, killed once and run again, byte for byte."""
     (folder / "prompts.txt").write_text("\n".join(WORDS))
     draw, options = random.Random(1), ["--model", model(folder), "--text", folder / "prompts.txt", "--max-length", 2]
-    words = ["study", "scan", "reversion", *options]
+    words = ["study", "scan", "reversion", *options, "--budget", "none"]
     most = lasting(COMMAND, *words, "--out", folder / "whole")
     expected = {path.name: path.read_bytes() for path in (folder / "whole").glob("*.csv")}
     for trial in range(count):

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from support import fixtures, made_up
-from surgery import cli, study
+from surgery import cli
 
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
 
@@ -34,8 +34,4 @@ def write_prompts(folder: Path) -> Path:
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that take no time; what is opened and written is real."""
-    monkeypatch.setattr(study.window, "windows", lambda *_, **__: made_up.series(fixtures.N_LAYERS))
-    monkeypatch.setattr(study, "calibrate", lambda *_: made_up.networks())
-    monkeypatch.setattr(study, "compare", lambda *_: made_up.measures())
-    monkeypatch.setattr(study.reversion_study, "measure", made_up.measure_reversion)
-    monkeypatch.setattr(study.scan_study, "measure", lambda *_, **__: None)
+    made_up.replace_measures(fixtures.N_LAYERS, monkeypatch.setattr)

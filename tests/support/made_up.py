@@ -1,6 +1,8 @@
 """Frames with made-up numbers, to test what a report makes of them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -10,7 +12,10 @@ from surgery.models.tokens import Tokens
 from surgery.records import manifest as manifests
 from surgery.records import tables
 from surgery.reversion import files, kappa
+from surgery.reversion import part as reversion_part
+from surgery.scan import part as scan_part
 from surgery.series import chapter
+from surgery.series import part as series_part
 from surgery.training.ledger import Ledger
 
 SERIES, CALIBRATION, MEASURES, COSTS = chapter.WINDOWS, chapter.NETWORKS, chapter.MEASURES_FILE, chapter.COSTS_FILE
@@ -98,15 +103,24 @@ def measure_reversion(stack: Stack, tokens: Tokens, folder: Path, *_: object, **
     tables.write(reversion(stack.n_layers), folder / files.LAYERS, manifest, kappa.COLUMNS)
 
 
+def replace_measures(n_layers: int, replace: Callable[..., Any], reversion: Callable[..., Any] | None = None) -> None:
+    """Measurements of a study that take no time, by ``replace(module, name, value)``; what is written is real."""
+    replace(series_part, "windows", lambda *_: series(n_layers))
+    replace(series_part, "calibrate", lambda *_: networks())
+    replace(series_part, "compare", lambda *_: measures())
+    replace(scan_part.scan_study, "measure", lambda *_, **__: None)
+    replace(reversion_part.study, "measure", reversion or measure_reversion)
+
+
 def networks() -> pd.DataFrame:
-    """What ``study.calibrate`` gives for a sound measure."""
+    """What ``calibrate`` of ``surgery.series.part`` gives for a sound measure."""
     values = {"parallel": 0.0, "mixed 0.25": 0.2, "mixed 0.5": 0.4, "mixed 0.75": 0.7, "serial": 1.0, "random 0": 0.3}
     parts = [series(4, S=value).assign(network=name) for name, value in values.items()]
     return pd.concat([*parts, series(S=0.35).assign(network="this model untrained")], ignore_index=True)
 
 
 def measures() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What ``study.compare`` gives: readings, and what they cost."""
+    """What ``compare`` there gives: readings, and what they cost."""
     about = {"S": "series", "T": "series", "rho": "series", "cosine": "not series"}
     values = {"parallel": 0.0, "serial": 1.0, "toy": 0.4}
     table = pd.DataFrame(

@@ -1,0 +1,12 @@
+from . import agenda as agenda
+from . import budget as budget
+from . import machine as machine
+from . import parts as parts
+from . import plans as plans
+from .machine import Machine as Machine
+from .machine import Work as Work
+from .parts import Level as Level
+from .parts import Part as Part
+from .parts import Shape as Shape
+from .parts import Subject as Subject
+from .plans import Plan as Plan
