@@ -7,7 +7,6 @@ a stack and prompts, and are run by hand (``python benchmarks/simulations/series
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,17 @@ from transformer_lens import TransformerBridge
 from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble
-from surgery.instruments.windows import Reading, Sums, Units, record_entry_updates, record_stream, running_mean
+from surgery.instruments.together import Together
+from surgery.instruments.windows import (
+    Reading,
+    Spans,
+    Sums,
+    Units,
+    merged,
+    record_entry_updates,
+    record_stream,
+    running_mean,
+)
 from surgery.models.tokens import Tokens
 from surgery.reversion import kappa
 from surgery.series import say, window
@@ -110,17 +119,21 @@ def null_readings(stacks: Iterator[tuple[str, Stack]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-class Subset:
+def one_batch(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the sums of batches as if they were one, so that prompts can be drawn from all of them."""
+    sums = merged(parts)
+    batches = torch.repeat_interleave(torch.arange(sums["batch"].numel()), sums["batch"][0])
+    for name in [name for name in sums if name.endswith(" base")]:
+        base, vectors = sums[name], name.replace(" base", " sum")
+        sums[vectors] = sums[vectors].double() + sums["count"].unsqueeze(-1) * base[:, batches]
+        sums[name] = torch.zeros_like(base[:, :1])
+    return {name: values for name, values in sums.items() if name != "batch"}
+
+
+def subset(sums: dict[str, Tensor], prompts: Int[Tensor, " prompt"]) -> dict[str, Tensor]:
     """Sums of some prompts, with repetition, in place of all."""
-
-    def __init__(self, sums: Sums, prompts: Int[Tensor, " prompt"]) -> None:
-        self.sums, self.prompts = sums, prompts
-
-    def __getitem__(self, key: tuple) -> Float[Tensor, " prompt"]:
-        return self.sums[key][self.prompts]
-
-    def total(self, *key: Any) -> Float[Tensor, "prompt d_model"]:
-        return self.sums.total(*key)[self.prompts]
+    chosen = {name: values if name.endswith(" base") else values[:, prompts] for name, values in sums.items()}
+    return chosen | {"batch": torch.tensor([[len(prompts)]])}
 
 
 def coverage(
@@ -140,27 +153,26 @@ def coverage(
     """
     sampling = Sampling(batch_size=32, skip_massive=guarded)
     ensemble = Ensemble.of(stack, tokens, sampling)
-    units, sums = Units.of(stack, "layer"), Sums()
+    units, spans, batches = Units.of(stack, "layer"), Spans.of(stack.n_layers, 2), []
     kept, products = [], {start: [] for start in starts}
     for _, context, mask in ensemble.batches(stack):
-        stream = units.stream(context)
-        sums.open(mask)
+        together, stream, sums = Together(stack, context), units.stream(context), Sums(mask, spans, stack.dtype)
         record_stream(stream, sums)
         with stack.frozen(context):
             for start in starts:
-                list(record_entry_updates(units, context, stream, start, 2, "frozen", sums))
-                sums.square(stream[start + 1] - stream[start], "written", start, start + 1)
+                among, x = range(start, start + 1), sums.x
+                list(record_entry_updates(units, together, stream, "frozen", sums, among))
+                sums.squares("written", start + 1, slice(start, start + 1), (x[start + 1] - x[start])[None])
                 product = ((stream[start + 1] - stream[start]) * stream[start]).sum(-1).masked_fill(~mask, 0)
                 products[start].append(product.sum(1).double())
+        batches.append(sums.tensors)
         kept.append(mask.sum(1))
-    for parts in (sums.squares, sums.vectors):
-        for key in parts:
-            parts[key] = [torch.cat(parts[key])]  # once, for all samples
+    joined = one_batch(batches)
     inner = {start: torch.cat(parts) for start, parts in products.items()}
     count = torch.cat(kept).double()
 
     def measures(prompts: Tensor, draws: Tensor) -> dict[tuple[str, int], Tensor]:
-        reading, found = Reading(Subset(sums, prompts), draws, units.reads, stack.dtype), {}  # type: ignore[arg-type]
+        reading, found = Reading(subset(joined, prompts), spans, draws, units.reads, stack.dtype), {}
         for start in starts:
             layers = units.after(start, 2)
             weight, entry_read, output = reading.dependence("frozen", start, layers)
@@ -169,7 +181,7 @@ def coverage(
             found["R/N", start] = ratio(R, running_mean(reading.displacement(start, layers), weight)[-1])
             x, u = reading.x[start], reading.x[start + 1] - reading.x[start]
             n = draws @ count[prompts]
-            covariance = draws @ inner[start][prompts] / n - ((draws @ x) * (draws @ u)).sum(1) / n**2
+            covariance = draws @ inner[start][prompts] / n - (x * u).sum(1)
             found["kappa", start] = -covariance / reading.norm(x, "stream", start) ** 2
         return found
 

@@ -6,6 +6,7 @@ together. ``Reading`` computes the measures from these sums, for any resample of
 ``surgery.anatomy.ends_against_middle`` are made of them.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from surgery.stats.bootstrap import ratio, rotation
 Stream = Float[Tensor, "batch pos d_model"]
 Resampled = Float[Tensor, " resample"]
 MATCHED = 16  # prompts on which update sizes are matched
+FORMS = ("sum", "mean")  # of a window in parallel: updates added, or outputs averaged
 
 
 @dataclass(frozen=True)
@@ -372,10 +374,10 @@ class Reading:
         """Return ``n(.)``, not centred, of the vectors whose squares are under ``name``."""
         return self.squares[f"{name} square"][place].sqrt()
 
-    def measures(self, start: int, layers: range, forms: Sequence[str]) -> dict[str, Float[Tensor, "layer resample"]]:
+    def measures(self, start: int, layers: range, damage: bool) -> dict[str, Float[Tensor, "layer resample"]]:
         """Return every measure of ``surgery.series.window`` for the windows that end with each of ``layers``.
 
-        ``forms`` are those of the damage: NaN where it was not measured.
+        With ``damage``, that in each of ``FORMS``: NaN where it was not measured.
         """
         weight, entry_read, output = self.dependence("frozen", start, layers)
         weight_live, entry_read_live, output_live = self.dependence("live", start, layers)
@@ -391,11 +393,13 @@ class Reading:
         measures["R_shuffled"] = torch.full_like(output, torch.nan)
         if self.draws.shape[1] > 1:
             measures["R_shuffled"] = running_mean(self.exchanged("shuffled", start, layers), weight)
-        rows = [self.spans.row[start, layer] for layer in layers]
-        for kind in ("loss", "kl") if forms else ():
-            count = self.draws @ self.sums["predictions"][0]
-            for form in forms:
-                measures[f"{kind}_parallel_{form}"] = self.sums[f"{kind} {form}"][rows] @ self.draws.T / count
+        if damage:
+            rows, count = [self.spans.row[start, layer] for layer in layers], self.draws @ self.sums["predictions"][0]
+            for kind, form in itertools.product(("loss", "kl"), FORMS):
+                nats = self.sums.get(
+                    f"{kind} {form}", torch.full((len(self.spans.pairs), len(self.draws.T)), torch.nan)
+                )
+                measures[f"{kind}_parallel_{form}"] = nats[rows].double() @ self.draws.T / count
         return measures
 
     def seriesness(self, start: int, layers: range) -> Float[Tensor, "layer resample"]:

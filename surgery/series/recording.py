@@ -26,6 +26,7 @@ from surgery.instruments.ensemble import Ensemble, partner_places, partner_promp
 from surgery.instruments.readout import predicting_positions
 from surgery.instruments.together import Together
 from surgery.instruments.windows import (
+    FORMS,
     Spans,
     Stream,
     Sums,
@@ -40,7 +41,6 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
-FORMS = ("sum", "mean")  # of a window in parallel: updates added, or outputs averaged
 _HELD = 2**27  # numbers of the streams of windows in parallel that are under way at once
 
 

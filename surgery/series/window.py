@@ -147,10 +147,10 @@ def windows(
     ``3.attn`` (``COLUMNS``). Columns: ``start``, ``stop`` (half-open), ``n_prompts``; then, each followed by
     its ``_low`` and ``_high``, ``R``, ``O``, ``S``, ``R_live``, ``O_live``, ``S_live``, ``layernorm_share``, ``N``,
     ``R_over_N``, ``R_rotated``, ``R_over_rotated``, ``preference``, ``R_shuffled``; with ``damage``
-    ``loss_parallel_sum`` and ``kl_parallel_sum``, the same with ``_mean`` if it is among ``forms``, and NaN for windows
-    longer than ``damage_length`` (None measures the damage of all); with ``untrained``, the architecture with fresh
-    weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns of
-    ``surgery.instruments.massive``. A window whose layers write nothing that varies is undefined (NaN); so are the
+    ``loss_parallel_sum``, ``loss_parallel_mean``, ``kl_parallel_sum``, ``kl_parallel_mean``, NaN for a form that is not
+    among ``forms`` and for windows longer than ``damage_length`` (None measures the damage of all); with ``untrained``,
+    the architecture with fresh weights (``surgery.models.untrained``), ``S_matched`` and ``S_excess``; and the columns
+    of ``surgery.instruments.massive``. A window whose layers write nothing that varies is undefined (NaN); so are the
     intervals and ``R_shuffled`` of a single prompt. No column depends on ``batch_size``.
 
     Cost of W windows in a model of L layers: 4 + 4 W/L F; with ``damage``, for each form, 1/L sum (L - stop) F and W
@@ -205,7 +205,7 @@ def table(recording: Recording, parts: Iterable[Mapping[str, Tensor]]) -> pd.Dat
     rows = []
     for start in range(len(units) - 1):
         layers = range(start + 1, max(last for first, last in spans.pairs if first == start) + 1)
-        measures = reading.measures(start, layers, recording.forms)
+        measures = reading.measures(start, layers, damage=bool(recording.forms))
         if matched is not None:
             measures["S_matched"] = matched.seriesness(start, layers)
             measures["S_excess"] = measures["S"] - measures["S_matched"]

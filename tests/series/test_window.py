@@ -9,9 +9,10 @@ from support.known_windows import by_hand, every_window, stack, uneven_prompts
 from surgery import Stack, series
 from surgery.instruments import known_networks, massive, readout
 from surgery.instruments.together import Together
+from surgery.instruments.windows import FORMS
 from surgery.models.tokens import Tokens
 from surgery.series import side_by_side
-from surgery.series.recording import FORMS, Recording
+from surgery.series.recording import Recording
 from surgery.series.window import table
 from surgery.stats.bootstrap import weights
 from surgery.stats.sampling import Sampling
@@ -230,10 +231,11 @@ def test_damage_of_short_windows_alone():
     opened, tokens, sampling = stack("random"), known_networks.tokens(24, 10), Sampling(resamples=20)
     short = series.windows(opened, tokens, damage_length=3, sampling=sampling)
     whole, long = every_window("random"), short["stop"] - short["start"] > 3
-    damage = [name for name in short if "parallel" in name]
+    damage = [name for name in short if "parallel_sum" in name]
     assert short.loc[long, damage].isna().all().all()
+    assert short["loss_parallel_mean"].isna().all()  # not among the forms
     pd.testing.assert_frame_equal(short.loc[~long, damage], whole.loc[~long, damage], rtol=1e-5)
-    rest = [name for name in short if name not in damage]
+    rest = [name for name in short if "parallel" not in name]
     pd.testing.assert_frame_equal(short[rest], whole[rest], rtol=1e-6)
 
 

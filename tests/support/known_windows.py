@@ -9,8 +9,8 @@ import torch
 
 from surgery import Stack, series
 from surgery.instruments import known_networks
+from surgery.instruments.windows import FORMS
 from surgery.models.tokens import Tokens
-from surgery.series.recording import FORMS
 from surgery.stats.sampling import Sampling
 
 
