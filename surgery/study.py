@@ -34,6 +34,7 @@ from surgery import disk, memory, report
 from surgery.anatomy.part import ANATOMY_PART
 from surgery.chapters import MEASURED
 from surgery.corpus import bundled
+from surgery.corpus.asked import require_prompts
 from surgery.corpus.text_files import read_prompts
 from surgery.models import identity
 from surgery.models.loading import BUNDLED, REFERENCE, load
@@ -45,8 +46,8 @@ from surgery.planning.agenda import Agenda, Done
 from surgery.planning.budget import seconds_of
 from surgery.planning.machine import Machine
 from surgery.planning.parts import NotMeasurableError, Part, Shape, Subject
-from surgery.planning.plans import Plan
-from surgery.progress import duration
+from surgery.planning.plans import Plan, Planned
+from surgery.progress import duration, task
 from surgery.records.manifest import tokens_hash
 from surgery.reversion.part import REVERSION_PART
 from surgery.scan.part import SCAN_PART
@@ -330,25 +331,34 @@ def _agenda(
 def _measure(folder: Path, subject: Subject, agenda: Agenda, alone: bool) -> None:
     """Measure what is planned and not done, and write the agenda after every part."""
     parts = {part.name: part for part in PARTS}
-    for name in [part.name for part in agenda.plan.parts]:
-        planned = next((part for part in agenda.plan.parts if part.name == name), None)
-        if planned is None or agenda.holds(folder, name):
-            continue
-        subject.say(parts[name].says + (f" (without {planned.cut})" if planned.cut else ""))
-        before, start = _state(folder), time.monotonic()
-        try:
-            parts[name].measure(subject, folder, planned.settings)
-        except NotMeasurableError as error:
-            if alone:
-                raise
-            subject.say(f"{name}: left out, {error}")
-            agenda = agenda.without(name, str(error))
-        else:
-            files = sorted(file for file, state in _state(folder).items() if before.get(file) != state)
-            done = Done(agendas.hashes(folder, files), time.monotonic() - start, memory.peak())
-            agenda = agenda.with_part(name, done)
-        agenda.write(folder)
-        agenda = _kept_within(folder, subject, agenda, parts)
+    names = [part.name for part in agenda.plan.parts]
+    with task("study", len(names), subject.progress) as advance:
+        for name in names:
+            planned = next((part for part in agenda.plan.parts if part.name == name), None)
+            is_done = agenda.holds(folder, name)
+            if planned is not None and not is_done:
+                agenda = _measure_part(folder, subject, agenda, parts[name], planned, alone)
+                agenda = _kept_within(folder, subject, agenda, parts)
+            advance(note=name, free=is_done)
+
+
+def _measure_part(folder: Path, subject: Subject, agenda: Agenda, part: Part, planned: Planned, alone: bool) -> Agenda:
+    """Measure a part; the agenda says afterwards that it is done, or why it cannot be."""
+    subject.say(part.says + (f" (without {planned.cut})" if planned.cut else ""))
+    before, start = _state(folder), time.monotonic()
+    try:
+        part.measure(subject, folder, planned.settings)
+    except NotMeasurableError as error:
+        if alone:
+            raise
+        subject.say(f"{part.name}: left out, {error}")
+        agenda = agenda.without(part.name, str(error))
+    else:
+        files = sorted(file for file, state in _state(folder).items() if before.get(file) != state)
+        done = Done(agendas.hashes(folder, files), time.monotonic() - start, memory.peak())
+        agenda = agenda.with_part(part.name, done)
+    agenda.write(folder)
+    return agenda
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
@@ -386,8 +396,5 @@ def _page_of_what_there_is(folder: Path, say: Say) -> None:
 def _prompts(model: str, text: str | Path | None, count: int, seed: int) -> list[tuple[int, str]]:
     if text is not None:
         return read_prompts(text, count)
-    if model not in BUNDLED:
-        raise ValueError(
-            f"{model} brings no prompts of its own; give a text file with --text FILE, one prompt per line"
-        )
+    require_prompts(model, None)
     return list(enumerate(bundled.prompts(count, seed), start=1))
