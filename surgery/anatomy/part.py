@@ -63,7 +63,7 @@ def _work(shape: Shape) -> Work:
     return (
         study.cost(shape.n_layers, kinds=shape.own) * shape.forward
         + shape.n_layers / 2 * shape.readout
-        + Work(forward=2 * shape.n_layers * SENTENCES, products=1e10, memory=6 * shape.streams)
+        + Work(forward=2 * shape.n_layers * SENTENCES, products=3e10 * shape.n_layers, memory=6 * shape.streams)
     )
 
 

@@ -58,15 +58,18 @@ class Together:
         """Return the update of a layer on every stream. Cost: 1/L F each."""
         return self.run(partial(self.stack.update, layer), streams)
 
-    def ride(self, waiting: Mapping[int, Sequence[Stream]]) -> list[Stream]:
+    def ride(
+        self, waiting: Mapping[int, Sequence[Stream]], advance: Callable[[int], object] = lambda steps: None
+    ) -> list[Stream]:
         """Return the streams that leave the model if those of ``waiting[l]`` enter layer l, in the order of layers.
 
-        Cost: (L - l)/L F for each. Memory: all of them.
+        ``advance`` is told after every layer how many went through it. Cost: (L - l)/L F for each. Memory: all of them.
         """
         riding: list[Stream] = []
         for layer in range(self.stack.n_layers):
             riding += waiting.get(layer, ())
             riding = self.run(partial(self.stack.execute, str(layer)), riding)
+            advance(len(riding))
         return [*riding, *waiting.get(self.stack.n_layers, ())]
 
     def _copies(self, count: int) -> Context:

@@ -112,18 +112,18 @@ class Plan:
     def slowed(self, parts: Sequence[Part], shape: Shape, done: Mapping[str, float]) -> "Plan":
         """The same plan with lower levels for the parts that remain, if those ``done`` (seconds) took too long.
 
-        What remains is expected to be as much slower than planned as what is done. Nothing changes while the budget is
-        kept within ``SLACK``.
+        What remains is expected to be as much slower than planned as what is done. Nothing changes while that keeps
+        within ``SLACK`` times the budget.
         """
         planned = sum(part.seconds for part in self.parts if part.name in done)
         slower = max(1.0, sum(done.values()) / planned) if planned else 1.0
         remaining = [part for part in self.parts if part.name not in done]
-        left = self.budget - self.spent - self.after - sum(done.values())
-        if slower * sum(part.seconds for part in remaining) <= max(left, 0.0) * SLACK:
+        left = SLACK * self.budget - self.spent - self.after - sum(done.values())
+        if slower * sum(part.seconds for part in remaining) <= left:
             return self
         by_name = {part.name: part for part in parts}
         levels = {part.name: _up_to(by_name[part.name].levels(shape), part.settings) for part in remaining}
-        fits = partial(_fits, machine=self.machine, time=left / slower * SHARE, memory=self.memory)
+        fits = partial(_fits, machine=self.machine, time=left / slower, memory=self.memory)
         leanest, left_out = _leanest(levels, fits)
         chosen = _raised(levels, leanest, fits)
         kept = [_planned(by_name[name], levels[name][place], self.machine) for name, place in chosen.items()]
@@ -135,7 +135,7 @@ class Plan:
         )
 
 
-SLACK = 1.15  # of what is left, before anything is cut
+SLACK = 1.15  # times the budget, before a part is cut that was planned
 
 
 def choose(

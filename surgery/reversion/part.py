@@ -51,7 +51,7 @@ def _work(shape: Shape, coordinates: Sequence[str], followed: int, draws: int, u
     L, d, logits = shape.n_layers, shape.d_model, "logits" in coordinates
     passes = study.cost(L, shape.longest, untrained=untrained, coordinates=coordinates, followed=followed, draws=draws)
     networks = 1 + draws + untrained
-    statistics = 10.0 * L * networks * (d**3 + shape.tokens * d**2)
+    statistics = 40.0 * L * networks * (d**3 + shape.tokens * d**2)
     kept = min(float(LIMIT), 4.0 * shape.padded * d * L * networks)
     held = kept + 24 * (L + 1) * d**2 + 16 * draws * L * d**2 + 4 * shape.streams
     return passes * shape.forward + Work(

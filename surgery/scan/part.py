@@ -83,7 +83,7 @@ def _work(shape: Shape, max_length: int | None, share: float, precision: str) ->
     searched = Work(forward=layers) + share * wirings / 2 * shape.readout
     confirmed = 1.5 * (TOP + 12) / 2 * (shape.forward + shape.readout)  # winners, and some controls of some of them
     beside = 3 * (shape.forward + shape.readout)  # the unmodified model, and the temperature
-    statistics = Work(products=2000.0 * wirings * shape.prompts * 4)
+    statistics = Work(products=7e6 * wirings**2 if share < 1 else 8000.0 * wirings * shape.prompts)
     return searched + confirmed + beside + statistics + Work(memory=4 * shape.streams + 2**29)
 
 

@@ -12,6 +12,7 @@ measurement can be stopped between two batches, and ``surgery.series.window.fram
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
+READOUT = 5  # layers that take as long as reading the words out, about
 _HELD = 2**27  # numbers of the streams of windows in parallel that are under way at once
 
 
@@ -111,8 +113,10 @@ class Recording:
 
     @property
     def steps(self) -> int:
-        """Number of steps that ``sums`` of one batch tells."""
-        return 2 * len(self.spans.pairs)
+        """Number of steps that ``sums`` of one batch tells: layers run, and readouts as so many layers."""
+        n_layers, a_layer = self.units.stack.n_layers, self.units.a_layer
+        after = sum(n_layers - math.ceil((last + 1) / a_layer) + READOUT for _, last in self.damaged)
+        return 4 * len(self.spans.pairs) + len(self.forms) * after
 
     @torch.no_grad()
     def sums(
@@ -134,13 +138,13 @@ class Recording:
                 record_turned(units, together, stream, layer, starts, alone, turn, sums)
                 theirs = other[units.reads[layer]] - other[starts]
                 record_exchanged("shuffled", units, together, stream, layer, starts, alone, theirs, sums)
-                advance(len(alone))
+                advance(3 * len(alone))
         for among in self._portions(stream[0].numel()):
             parallel = _Parallel(self, together, stream, among)
             for layer, some, updates, _ in record_entry_updates(units, together, stream, "live", sums, among):
                 parallel.add(layer, some, updates)
                 advance(len(updates))
-            parallel.record_damage(sums)
+            parallel.record_damage(sums, advance)
         if self.forms:
             sums.put("predictions", 1, 0, predicting_positions(batch).sum(1, dtype=torch.float64)[None])
         return sums.tensors | self._matched_sums(batch, mask)
@@ -199,14 +203,16 @@ class _Parallel:
                 place, x = self.recording.units.to_layer(layer + 1, x, x - share * update, self.together.context)
                 self.waiting[place].append((form, self.recording.spans.row[start, layer], x))
 
-    def record_damage(self, sums: Sums) -> None:
+    def record_damage(self, sums: Sums, advance: Callable[..., None]) -> None:
         """Let the rest of the model follow, and record how much worse than the clean run it predicts."""
         tokens = self.together.context.tokens
-        finals = self.together.ride({layer: [x for _, _, x in entering] for layer, entering in self.waiting.items()})
+        entering_at = {layer: [x for _, _, x in entering] for layer, entering in self.waiting.items()}
+        finals = self.together.ride(entering_at, advance)
         if not finals:
             return
         finals = [losses.predicted(x, predicting_positions(tokens)) for x in finals]
         measured = losses.by_prompt(self.recording.units.stack, tokens, self.stream[-1], finals)
+        advance(READOUT * len(finals))
         windows = [(form, row) for _, entering in sorted(self.waiting.items()) for form, row, _ in entering]
         for (form, row), of_prompts in zip(windows, measured.unbind(1), strict=True):
             for kind, values in zip(("loss", "kl"), of_prompts, strict=True):

@@ -96,7 +96,7 @@ def test_parts_that_took_too_long_lower_the_levels_of_the_rest_and_nothing_else_
     shape, planned = shape_of(16, 32), plan.parts[0].seconds
     assert plan.slowed(parts, shape, {"first": planned}) is plan
     assert plan.slowed(parts, shape, {"first": 0.1 * planned}) is plan
-    slower = plan.slowed(parts, shape, {"first": 1.6 * planned})
+    slower = plan.slowed(parts, shape, {"first": 1.8 * planned})
     assert [dict(part.settings)["level"] for part in slower.parts] == [0, 0, 0]
     slowest = plan.slowed(parts, shape, {"first": 4 * planned})
     assert [part.name for part in slowest.parts] == ["first"]
