@@ -81,8 +81,8 @@ def _work(shape: Shape, max_length: int | None, share: float, precision: str) ->
     executions, wirings = _executions(L, max_length or L)
     layers = share * executions * shape.tokens / 2 * (shape.half if precision == "bf16" else 1)
     searched = Work(forward=layers) + share * wirings / 2 * shape.readout
-    confirmed = 1.5 * (TOP + 12) / 2 * (shape.forward + shape.readout)  # winners, and some controls of some of them
-    beside = 3 * (shape.forward + shape.readout)  # the unmodified model, and the temperature
+    confirmed = (TOP + 12) * (shape.forward + shape.readout)  # winners, and the controls of some of them
+    beside = 3 * shape.forward + 11 * shape.readout  # the unmodified model, and 21 temperatures of its logits
     statistics = Work(products=7e6 * wirings**2 if share < 1 else 8000.0 * wirings * shape.prompts)
     return searched + confirmed + beside + statistics + Work(memory=4 * shape.streams + 2**29)
 
