@@ -23,7 +23,7 @@ from surgery.series.recording import Recording
 from surgery.stats.bootstrap import RESAMPLES
 from surgery.stats.sampling import Sampling
 
-MODEL_PROMPTS = 64  # prompts of the model for the table of all measures
+MODEL_PROMPTS = 64  # of the model, for the table of all measures and, untrained, beside the networks of known answer
 LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FAIR_LENGTH = 4
 PIECES = "series_windows.parts"  # a folder, while windows are measured
@@ -178,15 +178,15 @@ def _measures_levels(shape: Shape) -> tuple[Level, ...]:
 
 
 def _measure_calibration(subject: Subject, folder: Path, settings: Mapping[str, Any]) -> None:
-    networks = calibrate(
-        subject.fresh, subject.tokens, settings["max_length"], subject.seed, subject.progress, subject.batch_size
-    )
+    few = Tokens(subject.tokens.ids[:MODEL_PROMPTS], subject.tokens.mask[:MODEL_PROMPTS])
+    networks = calibrate(subject.fresh, few, settings["max_length"], subject.seed, subject.progress, subject.batch_size)
     tables.write(networks, folder / chapter.NETWORKS, subject.manifest(**settings), chapter.NETWORKS_COLUMNS)
 
 
 def _calibration_levels(shape: Shape) -> tuple[Level, ...]:
+    share = min(1.0, MODEL_PROMPTS / shape.prompts)
     return tuple(
-        Level({"max_length": length}, _window_work(shape, length, damage=False, matched=False), cut)
+        Level({"max_length": length}, share * _window_work(shape, length, damage=False, matched=False) + NETWORKS, cut)
         for length, cut in _lengths(shape)
     )
 
