@@ -57,7 +57,7 @@ def _work(shape: Shape, coordinates: Sequence[str], followed: int, draws: int, u
     return passes * shape.forward + Work(
         readouts=(1 + untrained) * d * logits,
         products=statistics,
-        memory=held + 4.0 * logits * d * shape.d_vocab,
+        memory=held + 3 * 4.0 * logits * d * shape.d_vocab,  # the map to logits, centred and turned
     )
 
 
