@@ -101,6 +101,17 @@ def require(model: str, device: str | None) -> None:
     names.require_device(device)
 
 
+def require_study(model: str, device: str | None, text: Path | None, prompts: int, budget: str | None) -> None:
+    """Raise ValueError for what no study can be made of, before torch is imported."""
+    from surgery.corpus.asked import require_prompts
+    from surgery.planning.budget import seconds_of
+
+    require(model, device)
+    require_prompts(model, text, prompts)
+    if budget is not None:
+        seconds_of(budget)
+
+
 def require_free(out: Path) -> None:
     """Raise OSError for a folder that cannot be written to, or that somebody else writes to, before it matters."""
     from surgery import disk
@@ -167,13 +178,7 @@ def study(
 
     Example: surgery study series --model ./my-model --text prompts.txt --out results
     """
-    from surgery.corpus.asked import require_prompts
-    from surgery.planning.budget import seconds_of
-
-    require(model, device)
-    require_prompts(model, text, prompts)
-    if budget is not None:
-        seconds_of(budget)
+    require_study(model, device, text, prompts, budget)
     require_free(out)
     with progress.task("starting"):
         import torch
@@ -220,13 +225,7 @@ def plan(
 
     Example: surgery plan --model ./my-model --text prompts.txt --budget 30m
     """
-    from surgery.corpus.asked import require_prompts
-    from surgery.planning.budget import seconds_of
-
-    require(model, device)
-    require_prompts(model, text, prompts)
-    if budget is not None:
-        seconds_of(budget)
+    require_study(model, device, text, prompts, budget)
     with progress.task("starting"):
         import torch
 
@@ -246,7 +245,7 @@ def plan(
         seed=seed,
         say=say,
     )
-    return Result(str(made), more={"plan": made.json()})
+    return Result(str(made), more={"plan": made.json(), "cuts": made.cuts})
 
 
 @app.command()

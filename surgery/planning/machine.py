@@ -83,7 +83,7 @@ class Machine:
         count = max(1, TOKENS // tokens.ids.shape[1])
         batch = Tokens(tokens.ids[:count], tokens.mask[:count]).to(stack.device)
         context = stack.context(batch)
-        units = stack.n_layers * int(batch.mask.sum())
+        units = stack.n_layers * batch.ids.numel()  # padding runs too
         final = stack.execute(":", context.x0, context)
         rows = rearrange(final, "batch pos d_model -> (batch pos) d_model")[:READ_OUT]
         square = torch.ones(stack.d_model, stack.d_model, dtype=torch.float64)
