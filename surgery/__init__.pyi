@@ -1,4 +1,5 @@
 from . import anatomy as anatomy
+from . import atlas as atlas
 from . import cli as cli
 from . import corpus as corpus
 from . import dropout as dropout

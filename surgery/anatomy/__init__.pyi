@@ -1,6 +1,7 @@
 from . import boundaries as boundaries
 from . import chapter as chapter
 from . import convergence as convergence
+from . import crossing as crossing
 from . import draw as draw
 from . import ends_against_middle as ends_against_middle
 from . import files as files

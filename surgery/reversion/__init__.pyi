@@ -1,3 +1,4 @@
+from . import arrival as arrival
 from . import chapter as chapter
 from . import cloud as cloud
 from . import directions as directions

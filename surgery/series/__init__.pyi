@@ -5,6 +5,7 @@ from . import draw as draw
 from . import effective_depth as effective_depth
 from . import effects as effects
 from . import gates as gates
+from . import horizon as horizon
 from . import jacobians as jacobians
 from . import part as part
 from . import recording as recording

@@ -40,6 +40,18 @@ def every_reverse(n_layers: int) -> Iterator[Wiring]:
     return (Wiring.of(n_layers).reverse(i, j + 1) for i, j in _pairs(n_layers))
 
 
+def spans(family: str, n_layers: int) -> Iterator[tuple[tuple[int, int], Wiring]]:
+    """The wirings of one of ``EVERY``, each with its span: the first layer it changes and the one behind the last.
+
+    >>> [(span, str(wiring)) for span, wiring in spans("swap", 3)]
+    [((0, 2), '1 0 2'), ((0, 3), '::-1'), ((1, 3), '0 2 1')]
+    """
+    ends = int(family in ("repeat", "skip"))
+    pairs = ((i, j if ends else j + 1) for i, j in _pairs(n_layers, ends))
+    pairs = (pair for pair in pairs if family != "skip" or pair != (0, n_layers))
+    return zip(pairs, EVERY[family](n_layers), strict=True)
+
+
 def _pairs(n_layers: int, ends: int = 0) -> Iterator[tuple[int, int]]:
     return combinations(range(require_layers(n_layers) + ends), 2)
 

@@ -1,0 +1,164 @@
+"""Input translation, reasoning, output translation: does damage jump where a rewiring crosses a boundary?
+
+    python studies/three_parts.py --out runs/three_parts      # five minutes on 2 cores, the training of a control included
+
+Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
+crosses one of two boundaries than what the layers and their distance account for? The positive control first: the
+bundled model, trained further with its layers in random order within the parts 0 to 3, 4 to 7 and 8 to 11 at every
+step, has three parts by construction, and must be found to. Beside it the bundled model, its twin that only translates,
+and the untrained one; then every pretrained model of the atlas. For the bundled ones ``answers`` is what is damaged.
+
+    three_parts.csv       a row per model, kind of text and family: the best boundaries, how much larger, p, power
+    three_parts.png       the damage of every swap, and the boundaries
+    partwise.safetensors  the weights of the control
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import surgery
+from surgery import atlas, disk, models
+from surgery.anatomy import crossing
+from surgery.corpus import probes, splits
+from surgery.page import drawing
+from surgery.records import tables
+from surgery.stats import claims
+from surgery.training.loop import rate
+
+PARTS = ((0, 4), (4, 8), (8, 12))
+FAMILIES = ("swap", "skip", "parallel")
+CONTROLS = ("in three parts by training", "babel", "translation only", "untrained")
+COLUMNS = {
+    "model": "which model",
+    "kind": "kind of text",
+    **crossing.COLUMNS,
+    "p_adjusted": "p, corrected for the three families and the kinds of text of the model (Holm)",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/three_parts")
+    parser.add_argument("--atlas", help="folder of an atlas (studies/atlas.py); by default the bundled one")
+    parser.add_argument("--steps", type=int, default=600, help="of the control's training")
+    parser.add_argument("--prompts", type=int, default=120, help="Babel problems to damage")
+    parser.add_argument("--draws", type=int, default=crossing.DRAWS)
+    args = parser.parse_args()
+
+    folder, rows, swaps = disk.folder(args.out), [], {}
+    for name, kind, items in damaged(folder, args):
+        for family in FAMILIES:
+            damage, spans = atlas.damages(items, family)
+            n_layers = max(map(max, spans)) + (family == "swap")
+            usable = [n for n, (a, b) in enumerate(spans) if family == "swap" or b - a <= n_layers // 2]
+            found = crossing.parts(
+                damage[:, usable], [spans[n] for n in usable], family, n_layers, min_size=3, draws=args.draws
+            )
+            rows.append({"model": name, "kind": kind, **found})
+            if family == "swap":
+                swaps[name, kind] = damage.mean(0), spans, found
+        print("\n".join(map(sentence, rows[-3:])), flush=True)
+    frame = pd.DataFrame(rows)
+    frame["p_adjusted"] = frame.groupby("model")["p"].transform(lambda p: claims.holm(p.to_numpy()))
+    tables.write(frame, folder / "three_parts.csv", {"steps": args.steps, "draws": args.draws}, COLUMNS)
+    disk.save({folder / "three_parts.png": drawing.png(draw(swaps))})
+    print(f"\n{frame[['model', 'kind', 'family', 'ratio', 'p', 'p_adjusted', 'power']].round(3).to_string(index=False)}")
+
+
+def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Every model, kind of text, and what rewiring did there (rows of ``atlas.ITEMS``)."""
+    bundled = surgery.load("babel")
+    opened = (
+        lambda: partwise(bundled, folder / "partwise.safetensors", args.steps),
+        lambda: bundled,
+        lambda: surgery.load("babel-translation"),
+        lambda: models.untrained(bundled),
+    )
+    for name, of in zip(CONTROLS, opened, strict=True):
+        stack = surgery.Stack(of())
+        asked = probes.named("babel", args.prompts).encode(stack)
+        if name == "translation only":
+            asked = probes.babel(args.prompts, [0]).encode(stack)
+        out = folder / f"{name.replace(' ', '_')}.csv"
+        yield name, "answers", atlas.rewired(stack, asked, out, FAMILIES)[0]
+    for name in atlas.models(args.atlas):
+        if not name.startswith("babel"):
+            yield from ((name, kind, rows) for kind, rows in atlas.read(name, "items", args.atlas).groupby("kind"))
+
+
+def partwise(model, file: Path, steps: int, seed: int = 0):
+    """The model, trained further with its layers in random order within each of ``PARTS``; read from ``file`` if made."""
+    student = models.untrained(model)
+    plain = models.plain(student)
+    if file.exists():
+        plain.load_state_dict(load_file(file))
+        return student
+    plain.load_state_dict(models.plain(model).state_dict())
+    data, layers = splits.babel(20_000), list(plain.model.layers)
+    weight = splits.weigh_answers(data.corpus)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
+    for step in range(steps):
+        generator = np.random.default_rng((seed, step))
+        order = np.concatenate([generator.permutation(np.arange(*part)) for part in PARTS])
+        plain.model.layers = nn.ModuleList(layers[n] for n in order)
+        batch = torch.from_numpy(generator.choice(len(data.corpus), 64, replace=False))
+        ids, share = data.corpus.ids[batch], weight[batch]
+        logits = plain(ids, use_cache=False).logits
+        losses = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (losses * share[:, 1:]).sum() / share[:, 1:].sum()
+        optimizer.param_groups[0]["lr"] = rate(step, steps, 1e-3, 50, 0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"training the control: step {step} of {steps}, loss {loss:.3f}", flush=True)
+    plain.model.layers = nn.ModuleList(layers)
+    student.eval()
+    disk.save({file: save({name: tensor.contiguous() for name, tensor in plain.state_dict().items()})})
+    return student
+
+
+def sentence(row: dict) -> str:
+    """What one row says."""
+    where = f"{row['model']}, {row['kind']}, {row['family']}"
+    size = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] times"
+    places = f"layers {row['boundary_in']} and {row['boundary_out']}"
+    if row["p"] < 0.05:
+        return f"{where}: damage jumps before {places}, {size} as large across (p = {row['p']:.3f})"
+    return f"{where}: no boundary shown (best {places}, {size}, p = {row['p']:.2f}; power {row['power']:.2f})"
+
+
+def draw(swaps: dict) -> Figure:
+    """The damage of every swap as a map, a panel for each model, with the two best boundaries."""
+    count = len(swaps)
+    figure = Figure(figsize=(3.4 * min(4, count), 3.7 * -(-count // 4)), layout="constrained")
+    for place, ((name, kind), (damage, spans, found)) in enumerate(swaps.items(), start=1):
+        axes = figure.add_subplot(-(-count // 4), min(4, count), place)
+        n_layers = max(map(max, spans)) + 1
+        grid = np.full((n_layers, n_layers), np.nan)
+        for (i, j), value in zip(spans, damage, strict=True):
+            grid[i, j] = grid[j, i] = value
+        low, high = np.nanpercentile(grid, [2, 95])
+        axes.imshow(grid, cmap="magma_r", vmin=low, vmax=max(high, low + 1e-6))
+        sure = found["p"] < 0.05
+        for boundary in (found["boundary_in"], found["boundary_out"]):
+            style = {"color": drawing.BLUE, "linewidth": 1.6 if sure else 0.8, "linestyle": "-" if sure else ":"}
+            axes.axhline(boundary - 0.5, **style)
+            axes.axvline(boundary - 0.5, **style)
+        verdict = f"{found['ratio']:.1f} times across, p {found['p']:.3f}"
+        axes.set_title(f"{name} ({kind})\n{verdict}", loc="left", fontsize=9)
+    figure.supxlabel("layers swapped; dark: more loss; lines: best boundaries, solid where shown", fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    surgery.cli.script(main, "the files that are there are whole")

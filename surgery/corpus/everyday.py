@@ -1,0 +1,48 @@
+"""Texts that are on every machine: Python's own manual, and the parallel sentences. For whoever has no text at hand.
+
+The manual is read from the installed Python when it is asked for (``pydoc_data.topics``), so its wording differs a
+little between Python versions; manifests hold the hash of the tokens. It is English prose about syntax, with code in
+it: not what a model meets most, but nobody has to fetch it.
+"""
+
+import random
+from itertools import chain
+
+from surgery.corpus.parallel_sentences import LANGUAGES, TOPICS
+
+LEAST = 300  # characters of a paragraph: shorter ones are headings and lines of grammar
+
+
+def manual(count: int, seed: int = 0) -> list[str]:
+    """Draw ``count`` different paragraphs of Python's manual, each on one line.
+
+    Raises ValueError if there are not so many.
+
+    >>> len(set(manual(8))), manual(8) == manual(8), manual(8) == manual(8, seed=1)
+    (8, True, False)
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = chain.from_iterable(topics[name].split("\n\n") for name in sorted(topics))
+    usable = list(dict.fromkeys(" ".join(text.split()) for text in paragraphs if len(text) > LEAST))
+    if not 0 < count <= len(usable):
+        raise ValueError(f"Python's manual has {len(usable)} paragraphs of more than {LEAST} characters, not {count}")
+    return random.Random(f"manual {seed}").sample(usable, count)
+
+
+def sentences(count: int) -> list[str]:
+    """The first ``count`` of the parallel sentences, in turn in every language: 96 in all.
+
+    Raises ValueError if there are not so many.
+
+    >>> sentences(2)
+    ['The area of a circle is pi times the square of its radius.', 'Drei Äpfel und fünf Äpfel ergeben acht Äpfel.']
+    """
+    topics, n = list(TOPICS.values()), len(LANGUAGES)
+    turns = [topic[LANGUAGES[(place + turn) % n]] for turn in range(n) for place, topic in enumerate(topics)]
+    if not 0 < count <= len(turns):
+        raise ValueError(f"there are {len(turns)} parallel sentences, not {count}")
+    return turns[:count]
+
+
+KINDS = {"manual": manual, "sentences": sentences}
