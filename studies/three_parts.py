@@ -1,6 +1,6 @@
 """Input translation, reasoning, output translation: does damage jump where a rewiring crosses a boundary?
 
-    python studies/three_parts.py --out runs/three_parts      # five minutes on 2 cores, the training of a control included
+    python studies/three_parts.py --out runs/three_parts      # ten minutes on 2 cores, with the training of a control
 
 Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
 crosses one of two boundaries than what the layers and their distance account for? The positive control first: the
@@ -71,7 +71,9 @@ def main() -> None:
     frame["p_adjusted"] = frame.groupby("model")["p"].transform(lambda p: claims.holm(p.to_numpy()))
     tables.write(frame, folder / "three_parts.csv", {"steps": args.steps, "draws": args.draws}, COLUMNS)
     disk.save({folder / "three_parts.png": drawing.png(draw(swaps))})
-    print(f"\n{frame[['model', 'kind', 'family', 'ratio', 'p', 'p_adjusted', 'power']].round(3).to_string(index=False)}")
+    print(
+        f"\n{frame[['model', 'kind', 'family', 'ratio', 'p', 'p_adjusted', 'power']].round(3).to_string(index=False)}"
+    )
 
 
 def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -96,7 +98,7 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
 
 
 def partwise(model, file: Path, steps: int, seed: int = 0):
-    """The model, trained further with its layers in random order within each of ``PARTS``; read from ``file`` if made."""
+    """The model, trained further with its layers in random order within ``PARTS``; read from ``file`` if it is made."""
     student = models.untrained(model)
     plain = models.plain(student)
     if file.exists():

@@ -9,6 +9,7 @@ from . import reinitialise as reinitialise
 from . import say as say
 from . import size_study as size_study
 from . import study as study
+from . import unread as unread
 from . import walk as walk
 from . import walk_study as walk_study
 from .grafting import Graft as Graft

@@ -9,7 +9,7 @@ Held-out prompts are cut in two at random (``halves``). The first half says what
 * ``nearest``: distance to the nearest real activation of the walk's bank, over the same of the unwalked ones.
   d^2 alone does not see holes: noise of the right covariance may lie where no activation ever is.
 * ``entropy`` of the next-token prediction that the frozen layers from ``start`` on and the head make of it (nats), and
-  ``entropy_change`` from that of the unwalked prompt.
+  ``loss`` on the token that really follows; ``entropy_change`` and ``loss_change`` from those of the unwalked prompt.
 
 The control of each kind moves every activation as far, in any direction (``walk.Scattered``). A step is on the manifold
 if it passes all of these, not d^2 alone: a stationary walk keeps that by construction. Position 0 is left out, and so
@@ -48,6 +48,8 @@ MEASURES = {
     "nearest": "distance to the nearest real activation over that of unwalked activations",
     "entropy": "entropy of the next-token predictions (nats per token)",
     "entropy_change": "the same minus that of the unwalked activations (nats per token)",
+    "loss": "loss of the next-token predictions (nats per predicted token)",
+    "loss_change": "the same minus that of the unwalked activations (nats per predicted token)",
 }
 CHANGED = ("mahalanobis", "beyond_real", "nearest")
 CHANGES = {f"{name}_change": f"{name} minus that of the unwalked activations, paired" for name in CHANGED}
@@ -105,13 +107,16 @@ def report(
             for name, values in _measured(walk, limits, x, moved, context, mask).items():
                 totals.add((key, name), unit, values.double().sum(1))
             final = stack.execute(f"{start}:", moved, context)
-            totals.add((key, "entropy"), unit, _entropies(stack, final, mask).sum(1))
+            entropy, loss = _predictions(stack, final, mask, context.tokens)
+            totals.add((key, "entropy"), unit, entropy.sum(1))
+            totals.add((key, "loss"), unit, loss.sum(1))
         totals.add("tokens", unit, mask.double().sum(1))
+        totals.add("predicted", unit, (mask[:, :-1] & context.tokens.mask[:, 1:]).double().sum(1))
         first += len(unit)
     drawn = weights(ensemble.n_units, sampling.resamples if ensemble.n_units > 1 else 0, sampling.seed)
-    rows, count = [], drawn @ totals["tokens"]
+    rows, count, predicted = [], drawn @ totals["tokens"], drawn @ totals["predicted"]
     unwalked: dict[str, Tensor] = {}
-    real = {name: drawn @ totals[(REAL, False), name] for name in (*SUMMED, "entropy")}
+    real = {name: drawn @ totals[(REAL, False), name] for name in (*SUMMED, "entropy", "loss")}
     for name, control in steps:
         sums = {measure: drawn @ totals[(name, control), measure] for measure in real}
         row: dict[str, str | bool | float] = {"kind": name, "control": control, "n_prompts": len(second_half)}
@@ -123,6 +128,8 @@ def report(
             "nearest": ratio(sums["nearest"], real["nearest"]),
             "entropy": sums["entropy"] / count,
             "entropy_change": (sums["entropy"] - real["entropy"]) / count,
+            "loss": ratio(sums["loss"], predicted),
+            "loss_change": ratio(sums["loss"] - real["loss"], predicted),
         }
         unwalked = unwalked or measures
         measures |= {f"{name}_change": measures[name] - unwalked[name] for name in CHANGED}
@@ -179,13 +186,18 @@ def _limits(stack: Stack, walk: Walk, ensemble: Ensemble, start: int) -> list[tu
     return limits
 
 
-def _entropies(stack: Stack, x: Stream, mask: Mask) -> Float[Tensor, "prompt pos"]:
-    """Entropy of the predictions at the tokens of ``mask``, in nats; 0 elsewhere."""
-    rows = x[mask]
+def _predictions(
+    stack: Stack, x: Stream, mask: Mask, tokens: Tokens
+) -> tuple[Float[Tensor, "prompt pos"], Float[Tensor, "prompt pos"]]:
+    """Entropy of the predictions at the tokens of ``mask`` and, where one follows, their loss, in nats; 0 elsewhere."""
+    rows, following, real = x[mask], tokens.ids.roll(-1, 1)[mask], tokens.mask.roll(-1, 1)
+    entropies, losses = torch.zeros(2, *mask.shape, device=mask.device)
     parts = []
     for chunk in portions(stack, rows):
         log_p = log_probabilities(stack, rows[chunk])
-        parts.append(-(log_p.exp() * log_p).sum(1))
-    entropies = torch.zeros(mask.shape, device=mask.device)
-    entropies[mask] = torch.cat(parts).float()
-    return entropies
+        wanted = log_p.gather(1, following[chunk, None]).squeeze(1)
+        parts.append(torch.stack([-(log_p.exp() * log_p).sum(1), -wanted]))
+    entropies[mask], losses[mask] = torch.cat(parts, 1).float()
+    follows = mask & real
+    follows[:, -1] = False
+    return entropies, losses * follows

@@ -1,3 +1,4 @@
+from . import averaging as averaging
 from . import checkpoint as checkpoint
 from . import layout as layout
 from . import passes as passes

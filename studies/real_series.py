@@ -1,0 +1,146 @@
+"""Do the layers of a pretrained model work in series or in parallel, and how far back does each of them read?
+
+    python studies/real_series.py --out runs/real_series      # every model of the atlas: ten minutes on 2 cores
+    python studies/real_series.py --model smollm2 --model babel
+
+Reads from the atlas (``studies/atlas.py``) S of every window of layers beside untrained layers with updates of the same
+size, and what running it in parallel costs; measures the horizon: the loss of the model if each layer hears only the
+last k layers (``surgery.series.horizon``), beside as many others, and of the same architecture untrained.
+
+    real_series.csv   a row per model, kind of text and window: S, preference, cost in parallel
+    real_horizon.csv  a row per model, kind of text, k and choice of the layers heard
+    real_series.png   S and the cost of windows over depth, and the horizon
+"""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import surgery
+from surgery import atlas, disk, models
+from surgery.corpus import bundled, everyday
+from surgery.page import drawing
+from surgery.records import tables
+from surgery.records.manifest import manifest
+from surgery.series import horizon, window
+from surgery.stats.sampling import Sampling
+
+FREE = 0.01  # nats: what may be called free
+SHOWN = 3  # layers in the windows that are drawn
+NAMES = {"model": "which model; untrained: the same architecture with fresh weights", "kind": atlas.ITEMS["kind"]}
+COLUMNS = NAMES | window.COLUMNS | {name: atlas.WIRINGS[name] for name in ("loss", "loss_low", "loss_high", "p_max")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/real_series")
+    parser.add_argument("--atlas", help="folder of an atlas; by default the bundled one")
+    parser.add_argument("--model", action="append", help="of the atlas, by default all but the untrained ones")
+    parser.add_argument("--prompts", type=int, default=24, help="texts of each kind for the horizon")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    args = parser.parse_args()
+    names = args.model or [name for name in atlas.models(args.atlas) if not name.endswith("-untrained")]
+
+    folder, frames, horizons, about = disk.folder(args.out), [], [], {}
+    for name in names:
+        frames.append(side_by_side(name, args.atlas).assign(model=name))
+        stack = surgery.Stack(surgery.load(name))
+        fresh = surgery.Stack(models.untrained(stack.model))
+        for kind, texts in of_each_kind(name, args.prompts).items():
+            tokens = stack.tokens(texts, args.max_tokens)
+            about[f"{name}, {kind}"] = manifest(stack, tokens, seed=0)
+            for label, own in ((name, stack), ("untrained", fresh)):
+                frame = horizon.losses(own, tokens, sampling=Sampling(batch_size=12))
+                horizons.append(frame.assign(model=name if own is stack else f"{name} {label}", kind=kind))
+        print("\n".join(said(frames[-1], pd.concat(horizons), name)), flush=True)
+    windows, heard = pd.concat(frames, ignore_index=True), pd.concat(horizons, ignore_index=True)
+    tables.write(windows[[c for c in COLUMNS if c in windows]], folder / "real_series.csv", {"of": about}, COLUMNS)
+    tables.write(heard, folder / "real_horizon.csv", {"of": about}, NAMES | horizon.COLUMNS)
+    disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
+
+
+def of_each_kind(name: str, count: int) -> dict[str, list[str]]:
+    """Texts by kind, those of the atlas."""
+    if name in models.BUNDLED:
+        return {"babel": bundled.prompts(5 * count)}
+    return {kind: draw(count) for kind, draw in everyday.KINDS.items()}
+
+
+def side_by_side(name: str, folder: str | None) -> pd.DataFrame:
+    """Every window of a model: its S, and what running it in parallel costs."""
+    windows, wirings = (atlas.read(name, rows, folder) for rows in ("windows", "wirings"))
+    parallel = wirings[wirings["family"] == "parallel"]
+    cost = parallel[["kind", "start", "stop", "loss", "loss_low", "loss_high", "p_max"]]
+    return windows.merge(cost, on=["kind", "start", "stop"], how="left")
+
+
+def said(windows: pd.DataFrame, heard: pd.DataFrame, name: str) -> list[str]:
+    """What was found of one model, in sentences."""
+    lines = [f"\n{name}"]
+    for kind, rows in windows.groupby("kind"):
+        later = rows[rows["start"] > 0]
+        three = later[later["stop"] - later["start"] == SHOWN]
+        free = later[later["loss_high"] < FREE].sort_values(["stop", "start"])
+        longest = (free["stop"] - free["start"]).max() if len(free) else 0
+        named = ", ".join(f"{a} to {b - 1}" for a, b in free[["start", "stop"]].to_numpy()[:8])
+        more, less = (int((three[end] * sign > 0).sum()) for end, sign in (("S_excess_low", 1), ("S_excess_high", -1)))
+        slope = np.polyfit(three["start"], three["S_excess"], 1)[0] * (three["start"].max() - three["start"].min())
+        lines.append(
+            f"{kind}: windows of {SHOWN} layers have S = {three['S'].min():.2f} to {three['S'].max():.2f}, untrained "
+            f"layers with updates of that size {three['S_matched'].mean():.2f} on average; {more} of {len(three)} are "
+            f"more serial than those, {less} less; from the first to the last their excess changes by {slope:+.2f}. "
+            f"{len(free)} of {len(later)} windows from layer 1 on run in parallel for less than {FREE} nats"
+            + (f", the longest of {longest} layers: {named}." if len(free) else ".")
+        )
+        own = heard[(heard["model"] == name) & (heard["kind"] == kind)]
+        last = own[own["heard"] == "last"].set_index("k")
+        enough = last[last["loss_high"] < 0.1].index
+        other = own[own["heard"] != "last"].groupby(["heard", "k"])["loss"].mean()
+        k = int(enough.min()) if len(enough) else int(last.index.max())
+        beside = ", ".join(f"{other[h, k]:+.2f} if they hear {k} {h} ones" for h in ("first", "random"))
+        ends = f"[{last.loc[k, 'loss_low']:+.3f}, {last.loc[k, 'loss_high']:+.3f}]"
+        lines.append(
+            f"{kind}: the loss is within 0.1 nats of the whole model's if each layer hears the last {k} of "
+            f"{last.index.max()} ({last.loc[k, 'loss']:+.3f} {ends}; {beside})."
+        )
+    return lines
+
+
+def draw(windows: pd.DataFrame, heard: pd.DataFrame, names: list[str]) -> Figure:
+    """A column a model: S of windows over depth, what they cost in parallel, and the horizon."""
+    figure = Figure(figsize=(4.4 * len(names), 9), layout="constrained")
+    grid = figure.subplots(3, len(names), squeeze=False)
+    for column, name in enumerate(names):
+        kinds = windows[windows["model"] == name].groupby("kind", sort=False)
+        for colour, (kind, rows) in zip((drawing.ACCENT, drawing.BLUE), kinds):
+            three = rows[(rows["stop"] - rows["start"] == SHOWN) & (rows["start"] > 0)]
+            middle = three["start"] + (SHOWN - 1) / 2
+            ends = [three["S"] - three["S_low"], three["S_high"] - three["S"]]
+            grid[0, column].errorbar(middle, three["S"], yerr=ends, fmt="o-", color=colour, markersize=3, label=kind)
+            grid[0, column].plot(middle, three["S_matched"], ":", color=colour, label=f"{kind}, untrained of that size")
+            ends = [three["loss"] - three["loss_low"], three["loss_high"] - three["loss"]]
+            grid[1, column].errorbar(middle, three["loss"], yerr=ends, fmt="o-", color=colour, markersize=3)
+            own = heard[(heard["model"] == name) & (heard["kind"] == kind)]
+            for style, which in zip(("o-", "x--", "s:"), horizon.HEARD):
+                curve = own[own["heard"] == which].groupby("k")["loss"].mean()
+                label = f"{kind}: the {which} k" if which != "random" else f"{kind}: k at random"
+                grid[2, column].plot(curve.index + 1, curve, style, color=colour, markersize=3.5, label=label)
+        grid[0, column].set_title(name, loc="left")
+        grid[1, column].axhline(FREE, color=drawing.INK, linewidth=0.8, linestyle=":")
+        grid[1, column].set_yscale("symlog", linthresh=0.1)
+        grid[2, column].set_yscale("symlog", linthresh=0.1)
+        grid[2, column].set_xscale("log")
+        labels = f"S of windows of {SHOWN} layers", "cost in parallel (nats a token)", "loss added (nats a token)"
+        for row, label in enumerate(labels):
+            grid[row, column].set_ylabel(label if column == 0 else "")
+            grid[row, column].set_xlabel("layer" if row < 2 else "1 + layers heard, k")
+            grid[row, column].spines[["top", "right"]].set_visible(False)
+        for row in (0, 2):
+            grid[row, column].legend(frameon=False, fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    surgery.cli.script(main, "the files that are there are whole")
