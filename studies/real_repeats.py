@@ -1,12 +1,12 @@
-"""Does a pretrained model do better if some of its layers run twice, and does it have layers it would do better without?
+"""Does a pretrained model do better if some of its layers run twice, or if one of them is left out?
 
     python studies/real_repeats.py --model smollm2 --out runs/real_repeats          # an hour on 2 cores
 
 The best repeated spans on four kinds of questions (arithmetic, recall, tracking, running text), searched in rounds with
 half of the probes and measured again on the other half, with every control of ``surgery scan``: what they gain in
 likelihood, in right answers, and beside a temperature. Then every layer left out, and replaced by the mean of its
-neighbours' weights (``surgery.rebuild.averaging``): arXiv 2603.19348 reports that SmolLM2-135M gains by losing layers 14
-and 17 in that way, and that layer 11 multiplies its perplexity by 600, from ten sentences. If it is killed, the same
+neighbours' weights (``surgery.rebuild.averaging``): arXiv 2603.19348 reports that SmolLM2-135M gains by losing layers
+14 and 17 in that way, and that layer 11 multiplies its perplexity by 600, from ten sentences. If it is killed, the same
 command goes on where it was.
 
     <probes>/         a folder for each kind, as of ``surgery scan``
@@ -18,11 +18,10 @@ command goes on where it was.
 import argparse
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 import surgery
-from surgery import disk, models
+from surgery import disk
 from surgery.corpus import everyday, probes
 from surgery.graft import reinitialise
 from surgery.page import drawing
@@ -30,7 +29,6 @@ from surgery.rebuild import averaging
 from surgery.records import tables
 from surgery.records.manifest import manifest
 from surgery.scan import study as scan_study
-from surgery.stats.claims import holm
 from surgery.stats.sampling import Sampling
 
 SETS = {"arithmetic": "loglik", "recall": "loglik", "tracking": "loglik", "text": "loss"}
@@ -51,7 +49,9 @@ def main() -> None:
 
     folder = disk.folder(args.out)
     stack = surgery.Stack(surgery.load(args.model))
-    source = manifest(stack, stack.tokens(everyday.manual(args.prompts), 64), seed=0, count=args.count, share=args.share)
+    source = manifest(
+        stack, stack.tokens(everyday.manual(args.prompts), 64), seed=0, count=args.count, share=args.share
+    )
     found = []
     for name in args.sets:
         text = probes.text(everyday.manual(args.count // 2, seed=1), max_tokens=48)
@@ -88,10 +88,11 @@ def anti_layers(frame: pd.DataFrame) -> list[str]:
         )
         least = frame.nsmallest(1, name).iloc[0]
         most = frame.nlargest(1, name).iloc[0]
+        lowered = f"layers {named} lower" if len(gains) else "no layer lowers"
         lines.append(
-            f"{done}: {'layers ' + named + ' lower' if len(gains) else 'no layer lowers'} the loss; the least damage is "
-            f"that of layer {least['layer']:.0f}, {least[name]:+.3f} [{least[f'{name}_low']:+.3f}, "
-            f"{least[f'{name}_high']:+.3f}] nats a token, the most of layer {most['layer']:.0f}, {most[name]:+.2f}"
+            f"{done}: {lowered} the loss; the least damage is that of layer {least['layer']:.0f}, {least[name]:+.3f} "
+            f"[{least[f'{name}_low']:+.3f}, {least[f'{name}_high']:+.3f}] nats a token, the most that of layer "
+            f"{most['layer']:.0f}, {most[name]:+.2f}"
         )
     by_layer = frame.set_index("layer")
     for layer, claim in CLAIMED.items():

@@ -3,14 +3,15 @@
     python studies/three_parts.py --out runs/three_parts      # ten minutes on 2 cores, with the training of a control
 
 Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
-crosses one of two boundaries than what the layers and their distance account for? The positive control first: the
-bundled model, trained further with its layers in random order within the parts 0 to 3, 4 to 7 and 8 to 11 at every
-step, has three parts by construction, and must be found to. Beside it the bundled model, its twin that only translates,
-and the untrained one; then every pretrained model of the atlas. For the bundled ones ``answers`` is what is damaged.
+crosses one of two boundaries than what the layers and their distance account for? The positive control first: a model
+of the bundled one's size, trained on the same problems with one and the same layer as its layers 0 to 3, another as 4
+to 7 and a third as 8 to 11, has three parts by construction, and must be found to. Beside it the bundled model, its
+twin that only translates, and the untrained one; then every pretrained model of the atlas. For the bundled ones
+``answers`` is what is damaged.
 
     three_parts.csv       a row per model, kind of text and family: the best boundaries, how much larger, p, power
     three_parts.png       the damage of every swap, and the boundaries
-    partwise.safetensors  the weights of the control
+    in_parts.safetensors  the weights of the control
 """
 
 import argparse
@@ -32,11 +33,11 @@ from surgery.corpus import probes, splits
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.stats import claims
-from surgery.training.loop import rate
+from surgery.training.loop import optimizers, rate
 
 PARTS = ((0, 4), (4, 8), (8, 12))
 FAMILIES = ("swap", "skip", "parallel")
-CONTROLS = ("in three parts by training", "babel", "translation only", "untrained")
+CONTROLS = ("built in three parts", "babel", "translation only", "untrained")
 COLUMNS = {
     "model": "which model",
     "kind": "kind of text",
@@ -80,7 +81,7 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
     """Every model, kind of text, and what rewiring did there (rows of ``atlas.ITEMS``)."""
     bundled = surgery.load("babel")
     opened = (
-        lambda: partwise(bundled, folder / "partwise.safetensors", args.steps),
+        lambda: in_parts(bundled, folder / "in_parts.safetensors", args.steps),
         lambda: bundled,
         lambda: surgery.load("babel-translation"),
         lambda: models.untrained(bundled),
@@ -97,33 +98,42 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
             yield from ((name, kind, rows) for kind, rows in atlas.read(name, "items", args.atlas).groupby("kind"))
 
 
-def partwise(model, file: Path, steps: int, seed: int = 0):
-    """The model, trained further with its layers in random order within ``PARTS``; read from ``file`` if it is made."""
+def in_parts(model, file: Path, steps: int, seed: int = 0):
+    """The architecture of ``model`` with one layer throughout each of ``PARTS``, trained; from ``file`` if it is made."""
     student = models.untrained(model)
     plain = models.plain(student)
     if file.exists():
         plain.load_state_dict(load_file(file))
         return student
     plain.load_state_dict(models.plain(model).state_dict())
-    data, layers = splits.babel(20_000), list(plain.model.layers)
+    own = list(plain.model.layers)
+    shared = [(start + stop) // 2 for start, stop in PARTS]  # the layer that each part begins as
+    tied = [place for place, (start, stop) in zip(shared, PARTS) for _ in range(start, stop)]
+    plain.model.layers = nn.ModuleList(own[place] for place in tied)
+    matrices = [weight for place in shared for weight in own[place].parameters() if weight.ndim == 2]
+    known = {id(weight) for weight in matrices}
+    others = [weight for weight in plain.parameters() if id(weight) not in known]
+    data, together = splits.babel(20_000), optimizers(matrices, others, 0.1)
     weight = splits.weigh_answers(data.corpus)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     for step in range(steps):
-        generator = np.random.default_rng((seed, step))
-        order = np.concatenate([generator.permutation(np.arange(*part)) for part in PARTS])
-        plain.model.layers = nn.ModuleList(layers[n] for n in order)
-        batch = torch.from_numpy(generator.choice(len(data.corpus), 64, replace=False))
+        batch = torch.from_numpy(np.random.default_rng((seed, step)).choice(len(data.corpus), 64, replace=False))
         ids, share = data.corpus.ids[batch], weight[batch]
         logits = plain(ids, use_cache=False).logits
         losses = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (losses * share[:, 1:]).sum() / share[:, 1:].sum()
-        optimizer.param_groups[0]["lr"] = rate(step, steps, 1e-3, 50, 0.02)
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
+        for optimizer in together:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, steps, 2e-3, 50, 0.02)
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 100 == 0:
             print(f"training the control: step {step} of {steps}, loss {loss:.3f}", flush=True)
-    plain.model.layers = nn.ModuleList(layers)
+    for layer, place in zip(own, tied, strict=True):
+        if layer is not own[place]:
+            layer.load_state_dict(own[place].state_dict())
+    plain.model.layers = nn.ModuleList(own)
     student.eval()
     disk.save({file: save({name: tensor.contiguous() for name, tensor in plain.state_dict().items()})})
     return student

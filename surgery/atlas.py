@@ -46,7 +46,7 @@ WIRINGS: dict[str, str] = {name: ITEMS[name] for name in _OF_WIRING} | {
     "loss_low": "lower end of its 95 % interval over texts",
     "loss_high": "upper end of its 95 % interval",
     "p": "of a loss that differs from 0",
-    "p_max": "the same family-wise, over all wirings on this kind of text",
+    "p_max": "the same family-wise: over all wirings run in parallel, or all others, on this kind of text",
     "n_prompts": "texts",
 }
 FOLDER, TEXT = "atlas", "text"

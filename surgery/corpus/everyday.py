@@ -7,6 +7,7 @@ it: not what a model meets most, but nobody has to fetch it.
 
 import random
 from itertools import chain
+from typing import Any
 
 from surgery.corpus.parallel_sentences import LANGUAGES, TOPICS
 
@@ -28,6 +29,29 @@ def manual(count: int, seed: int = 0) -> list[str]:
     if not 0 < count <= len(usable):
         raise ValueError(f"Python's manual has {len(usable)} paragraphs of more than {LEAST} characters, not {count}")
     return random.Random(f"manual {seed}").sample(usable, count)
+
+
+def pieces(tokenizer: Any, longest: int, seed: int = 0) -> list[str]:
+    """The whole manual in pieces of some ``longest`` tokens, all different, in random order: to train on.
+
+    >>> import surgery
+    >>> isinstance(pieces(surgery.load("babel").tokenizer, 400)[0], str)
+    True
+    """
+    from pydoc_data.topics import topics
+
+    words = [word for name in sorted(topics) for word in topics[name].split()]
+    lengths = [len(ids) for ids in tokenizer(words, add_special_tokens=False)["input_ids"]]
+    made, taken, total = [], list[str](), 0
+    for word, length in zip(words, lengths, strict=True):
+        if taken and total + length > longest:
+            made.append(" ".join(taken))
+            taken, total = [], 0
+        taken.append(word)
+        total += length
+    distinct = list(dict.fromkeys([*made, " ".join(taken)]))
+    random.Random(f"pieces {seed}").shuffle(distinct)
+    return distinct
 
 
 def sentences(count: int) -> list[str]:

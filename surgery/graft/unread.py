@@ -1,9 +1,9 @@
 r"""Directions of the stream that the following layers hardly read, and walks confined to them.
 
-If layers [start, L) have the Jacobian J, a small displacement d moves the end by J d. The directions that are read least
-are the eigenvectors of E[J^T J] with the smallest eigenvalues, where the expectation is over tokens and J^T J of a token
-is estimated as g g^T, g = J^T v, with random signs v over all tokens behind it. A walk along them should leave the
-prediction alone; so it adds variety to activations without spoiling their labels. That is only as true as the first
+If layers [start, L) have the Jacobian J, a small displacement d moves the end by J d. The directions that are read
+least are the eigenvectors of E[J^T J] with the smallest eigenvalues, where the expectation is over tokens and J^T J of
+a token is estimated as g g^T, g = J^T v, with random signs v over all tokens behind it. A walk along them should leave
+the prediction alone; so it adds variety to activations without spoiling their labels. That is only as true as the first
 order: compare with a walk as long along the directions that are read most, and in any direction (``walk.Scattered``).
 
 >>> import surgery
@@ -22,12 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from surgery.graft.walk import Kind, Noise
-from surgery.training.regions import Region, Rows
 from surgery.instruments.ensemble import Ensemble
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
+from surgery.training.regions import Region, Rows
 
 
 @dataclass(frozen=True, eq=False)

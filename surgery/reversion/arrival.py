@@ -6,8 +6,8 @@ With J[t', t] the Jacobian of the last stream at token t' by the stream that lea
     whole   E_t  sum over t' >= t of tr J[t', t] / d  the same and what attention carries to later tokens
 
 A stack that writes nothing has 1. ``own`` is the limit of ``along`` (``surgery.reversion.returns``) for small random
-displacements followed to the end, found with gradients instead of finite ones: an outside check. ``whole`` is tr(J)/d of
-the Jacobian lens (Gurnee et al. 2026, ``transformer_lens.tools.analysis.JacobianLens``), whose exact fit takes d
+displacements followed to the end, found with gradients instead of finite ones: an outside check. ``whole`` is tr(J)/d
+of the Jacobian lens (Gurnee et al. 2026, ``transformer_lens.tools.analysis.JacobianLens``), whose exact fit takes d
 backward passes a prompt where this takes a few: traces are estimated with random signs (Hutchinson 1989). Below 1 a
 displacement is taken back or turned; only ``remaining`` tells which of the two.
 

@@ -1,0 +1,102 @@
+"""A fresh middle for a pretrained model: eight layers thrown away and trained anew on stored activations.
+
+    python studies/real_middle.py --model smollm2 --out runs/real_middle       # about an hour on 2 cores, resumable
+
+The activations between the frozen ends are harvested once, from Python's manual (or --text), cut into pieces. At equal
+operations, the harvest included: the middle trained on activations (``graft``) and on cross entropy alone; beside what
+needs no training (no middle, its mean update, the best linear map), and the graft healed with its junction unfrozen.
+
+    graft_methods.csv, graft_curves.csv, graft_ledger.csv, graft.png, report.html    as of ``surgery graft``
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import surgery
+from surgery import disk, graft, report
+from surgery.corpus import everyday, splits
+from surgery.graft import say, study
+from surgery.graft.grafting import Objective, Schedule
+from surgery.models.stack import Stack
+from surgery.rebuild import layout
+from surgery.records import manifest
+from surgery.training.ledger import Ledger
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", default="runs/real_middle")
+    parser.add_argument("--middle", type=int, nargs=2, default=(11, 19), metavar=("START", "STOP"))
+    parser.add_argument("--text", type=Path, help="texts to learn from, one a line; by default Python's manual")
+    parser.add_argument("--prompts", type=int, default=4000, help="pieces of text")
+    parser.add_argument("--max-tokens", type=int, default=48, help="of a piece")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--heal", type=int, default=40, help="steps of healing")
+    args = parser.parse_args()
+
+    folder, (start, stop) = disk.folder(args.out), args.middle
+    stack = Stack(surgery.load(args.model))
+    text = args.text or written(folder, stack, args.max_tokens)
+    data = splits.texts(stack, text, None, args.prompts, 96, args.max_tokens)
+    pairs = graft.latents(stack, data.corpus, start, stop, folder / "latents", dtype=torch.float16, say=print)
+    every = max(1, args.steps // 10)
+    schedule = Schedule(steps=args.steps, batch=args.batch, every=every, learning_rate=1e-3)
+    rows = study.maps(stack, pairs, data)
+    print(pd.DataFrame(rows)[["method", "damage", "unexplained"]].round(3).to_string(index=False), flush=True)
+
+    grafts, budget = {}, None
+    for name, objective in (("graft", Objective()), ("cross entropy only", Objective(latent=0, cross_entropy=1))):
+        student = layout.build_stack(stack, layout.middle(stack.n_layers, start, stop), 0)
+        spent, planned = (pairs.ledger(stack) if name == "graft" else Ledger()), schedule
+        if budget is not None:
+            step = study.step_operations(
+                stack, student, (start, stop), pairs, objective=objective, schedule=schedule, parts="middle"
+            )
+            steps = max(1, round(budget / step))
+            planned = replace(schedule, steps=steps, every=max(1, steps // 10))
+        grown = graft.fit(
+            stack,
+            student,
+            (start, stop),
+            pairs,
+            data.stop,
+            folder / name.replace(" ", "_"),
+            parts="middle",
+            objective=objective,
+            schedule=planned,
+            spent=spent,
+            progress=True,
+        )
+        budget = budget or grown.ledger.operations(teacher=True)
+        grafts[name, 0] = grown
+        if name == "graft" and args.heal:
+            last = replace(schedule, steps=args.heal, every=args.heal, learning_rate=2.5e-4)
+            healed = graft.heal(stack, grown, pairs, data.stop, folder / "healed", schedule=last, progress=True)
+            grafts["graft, healed", 0] = healed
+        for key in [key for key in grafts if key[0] not in {row["method"] for row in rows}]:
+            rows.append(study.row(key[0], 0, grafts[key], study.judge(stack, grafts[key], pairs, data)))
+            print(f"{key[0]}: {rows[-1]['damage']:+.3f} nats a token", flush=True)
+    methods = pd.DataFrame(rows)
+    sentences = say.methods(methods, stack.n_layers)
+    about = manifest.manifest(stack, data.heldout, seed=0, span=[start, stop], found=sentences, text=text.name)
+    study.write(folder, methods, grafts, about)
+    print("\n".join(["", *sentences, f"The page is {report.build(folder)}."]))
+
+
+def written(folder: Path, stack: Stack, longest: int) -> Path:
+    """The whole of Python's manual in a file, in pieces of at most ``longest`` tokens, in random order."""
+    place = folder / "manual.txt"
+    if not place.exists():
+        pieces = everyday.pieces(stack.tokenizer, longest)
+        disk.save({place: "\n".join(pieces).encode()})
+    return place
+
+
+if __name__ == "__main__":
+    surgery.cli.script(main, "the same command goes on where it was")

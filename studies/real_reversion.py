@@ -1,0 +1,124 @@
+"""Does the stream of a pretrained model revert to a mean, and how much of a displacement arrives at the end?
+
+    python studies/real_reversion.py --out runs/real_reversion     # both pretrained models: a quarter of an hour
+
+Everything that ``surgery study reversion`` measures, without tokens of massive activations and, for kappa, with them;
+and the share of a small random displacement that arrives at the end (``surgery.reversion.arrival``: the trace of the
+Jacobian lens, and that of the token itself), beside the same architecture untrained and displaced runs.
+
+    <model>/reversion_*.csv   as of surgery study
+    real_kappa.csv            kappa of every layer, massive tokens in and out
+    real_arrival.csv          a row per model and layer: what arrives of a displacement
+    real_reversion.png        both drawn
+"""
+
+import argparse
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import surgery
+from surgery import disk, models, reversion
+from surgery.corpus import bundled, everyday
+from surgery.page import drawing
+from surgery.records import tables
+from surgery.records.manifest import manifest
+from surgery.reversion import arrival, files, kappa, say, study
+from surgery.stats.sampling import Sampling
+
+NAME = {"model": "which model", "massive": "whether tokens of massive activations are measured: in or out"}
+KINDS = ("raw", "normalised", "principal")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="by default smollm2, gemma3-270m, babel")
+    parser.add_argument("--out", default="runs/real_reversion")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--draws", type=int, default=2)
+    args = parser.parse_args()
+
+    folder, kappas, shares, about = disk.folder(args.out), [], [], {}
+    for name in args.model or ["smollm2", "gemma3-270m", "babel"]:
+        stack = surgery.Stack(surgery.load(name))
+        fresh = surgery.Stack(models.untrained(stack.model))
+        texts = bundled.prompts(args.prompts) if name in models.BUNDLED else everyday.manual(args.prompts)
+        tokens = stack.tokens(texts, args.max_tokens)
+        about[name] = manifest(stack, tokens, seed=0)
+        place = disk.folder(folder / name.replace("/", "_"))
+        measured = study.measure(
+            stack, tokens, place, fresh, coordinates=KINDS, followed=4, draws=args.draws, batch_size=16, progress=True
+        )
+        kappas.append(measured[files.LAYERS].assign(model=name, massive="out"))
+        with_massive = Sampling(batch_size=16, skip_massive=False)
+        both = reversion.layers(stack, tokens, draws=args.draws, sampling=with_massive)
+        kappas.append(both.assign(model=name, massive="in"))
+        for label, own in ((name, stack), (f"{name}, untrained", fresh)):
+            shares.append(arrival.shares(own, tokens[:16]).assign(model=label, massive="out"))
+        print(f"\n{name}", *say.sentences(measured), *arrives(shares[-2], shares[-1]), sep="\n", flush=True)
+        print(*massive(kappas[-2], kappas[-1]), sep="\n", flush=True)
+    of_kappa, of_arrival = (pd.concat(part, ignore_index=True) for part in (kappas, shares))
+    tables.write(of_kappa, folder / "real_kappa.csv", {"of": about}, NAME | kappa.COLUMNS)
+    tables.write(of_arrival, folder / "real_arrival.csv", {"of": about}, NAME | arrival.COLUMNS)
+    disk.save({folder / "real_reversion.png": drawing.png(draw(of_kappa, of_arrival))})
+
+
+def arrives(own: pd.DataFrame, fresh: pd.DataFrame) -> list[str]:
+    """What arrives at the end of a displacement, in sentences."""
+    lines = []
+    for name, of in (("own", "at its own token"), ("whole", "at its and all later tokens (tr J/d)")):
+        first, last = own.iloc[len(own) // 3], own.iloc[-1]
+        ends = [f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for row in (first, last)]
+        lines.append(
+            f"of a small random displacement behind layer {first['layer']:.0f} there arrives {ends[0]} {of}, behind "
+            f"layer {last['layer']:.0f} {ends[1]}; untrained {fresh[name].iloc[len(own) // 3]:.3f} and "
+            f"{fresh[name].iloc[-1]:.3f}"
+        )
+    return lines
+
+
+def massive(without: pd.DataFrame, both: pd.DataFrame) -> list[str]:
+    """What massive tokens change."""
+    change = (both["kappa"] - without["kappa"]).abs()
+    return [
+        f"with massive tokens ({int(without['n_massive'].max())} of {int(both['n_tokens'].max())}) kappa differs by "
+        f"{change.median():.3f} in the median layer and {change.max():.2f} in layer {int(change.idxmax())}; layers that "
+        f"restore: {int((without['restoring'] == 'yes').sum())} without, {int((both['restoring'] == 'yes').sum())} with"
+    ]
+
+
+def draw(kappas: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """A column a model: kappa with massive tokens in and out; and what arrives of a displacement."""
+    names = list(dict.fromkeys(kappas["model"]))
+    figure = Figure(figsize=(4.4 * len(names), 6.6), layout="constrained")
+    grid = figure.subplots(2, len(names), squeeze=False)
+    for column, name in enumerate(names):
+        above, below = grid[:, column]
+        for which, colour, style in (("out", drawing.ACCENT, "o-"), ("in", drawing.BLUE, "s:")):
+            rows = kappas[(kappas["model"] == name) & (kappas["massive"] == which)].iloc[1:]
+            ends = [rows["kappa"] - rows["kappa_low"], rows["kappa_high"] - rows["kappa"]]
+            label = f"massive tokens {which}"
+            above.errorbar(rows["layer"], rows["kappa"], yerr=ends, fmt=style, color=colour, markersize=3, label=label)
+        null = kappas[(kappas["model"] == name) & (kappas["massive"] == "out")].iloc[1:]
+        above.plot(null["layer"], null["kappa"] - null["kappa_excess"], "--", color=drawing.INK, label="its nulls")
+        above.axhline(0, color=drawing.INK, linewidth=0.8)
+        above.set(title=name, ylabel="kappa" if column == 0 else "")
+        for label, style in ((name, "-"), (f"{name}, untrained", ":")):
+            rows = shares[shares["model"] == label]
+            for measure, colour in (("own", drawing.ACCENT), ("whole", drawing.BLUE)):
+                ends = [rows[measure] - rows[f"{measure}_low"], rows[f"{measure}_high"] - rows[measure]]
+                of = "own token" if measure == "own" else "own and later tokens"
+                shown = f"{of}{', untrained' * (style == ':')}"
+                below.errorbar(rows["layer"], rows[measure], yerr=ends, fmt=style, color=colour, label=shown)
+        below.axhline(1, color=drawing.INK, linewidth=0.8)
+        below.set(xlabel="layer", ylabel="share that arrives" if column == 0 else "")
+        below.set_yscale("symlog", linthresh=1)
+        for axes in (above, below):
+            axes.legend(frameon=False, fontsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    surgery.cli.script(main, "the files that are there are whole")
