@@ -81,10 +81,11 @@ def arrives(own: pd.DataFrame, fresh: pd.DataFrame) -> list[str]:
 def massive(without: pd.DataFrame, both: pd.DataFrame) -> list[str]:
     """What massive tokens change."""
     change = (both["kappa"] - without["kappa"]).abs()
+    restoring = [int((frame["restoring"] == "yes").sum()) for frame in (without, both)]
     return [
         f"with massive tokens ({int(without['n_massive'].max())} of {int(both['n_tokens'].max())}) kappa differs by "
-        f"{change.median():.3f} in the median layer and {change.max():.2f} in layer {int(change.idxmax())}; layers that "
-        f"restore: {int((without['restoring'] == 'yes').sum())} without, {int((both['restoring'] == 'yes').sum())} with"
+        f"{change.median():.3f} in the median layer and {change.max():.2f} in layer {int(change.idxmax())}; "
+        f"layers that restore: {restoring[0]} without, {restoring[1]} with"
     ]
 
 

@@ -99,7 +99,7 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
 
 
 def in_parts(model, file: Path, steps: int, seed: int = 0):
-    """The architecture of ``model`` with one layer throughout each of ``PARTS``, trained; from ``file`` if it is made."""
+    """The architecture of ``model``, trained with one layer throughout each of ``PARTS``, or from ``file``."""
     student = models.untrained(model)
     plain = models.plain(student)
     if file.exists():
