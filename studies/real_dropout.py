@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import surgery
 from surgery import disk, models
-from surgery.corpus import bundled, everyday
+from surgery.corpus import everyday
 from surgery.dropout import mask_ensemble, redundancy
 from surgery.page import drawing
 from surgery.records import tables
@@ -43,7 +43,7 @@ def main() -> None:
     folder, pairs, repairs, masks, about = disk.folder(args.out), [], [], [], {}
     for name in args.model or ["smollm2", "gemma3-270m", "babel"]:
         stack = surgery.Stack(surgery.load(name))
-        texts = bundled.prompts(args.prompts) if name in models.BUNDLED else everyday.manual(args.prompts)
+        texts = everyday.texts(name, args.prompts)
         tokens = stack.tokens(texts, args.max_tokens)
         about[name] = manifest(stack, tokens, seed=0)
         for label, own in ((name, stack), (f"{name}, untrained", surgery.Stack(models.untrained(stack.model)))):

@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 
 import surgery
-from surgery import disk, graft, report
-from surgery.corpus import everyday, splits
+from surgery import disk, graft, models, report
+from surgery.corpus import bundled, everyday, splits
 from surgery.graft import say, study
 from surgery.graft.grafting import Objective, Schedule
 from surgery.models.stack import Stack
@@ -42,7 +42,7 @@ def main() -> None:
 
     folder, (start, stop) = disk.folder(args.out), args.middle
     stack = Stack(surgery.load(args.model))
-    text = args.text or written(folder, stack, args.max_tokens)
+    text = args.text or written(folder, args.model, stack, args.max_tokens)
     data = splits.texts(stack, text, None, args.prompts, 96, args.max_tokens)
     pairs = graft.latents(stack, data.corpus, start, stop, folder / "latents", dtype=torch.float16, say=print)
     every = max(1, args.steps // 10)
@@ -89,11 +89,11 @@ def main() -> None:
     print("\n".join(["", *sentences, f"The page is {report.build(folder)}."]))
 
 
-def written(folder: Path, stack: Stack, longest: int) -> Path:
-    """The whole of Python's manual in a file, in pieces of at most ``longest`` tokens, in random order."""
-    place = folder / "manual.txt"
+def written(folder: Path, model: str, stack: Stack, longest: int) -> Path:
+    """Python's manual in a file, in pieces of ``longest`` tokens, in random order; for a Babel model its problems."""
+    place = folder / "texts.txt"
     if not place.exists():
-        pieces = everyday.pieces(stack.tokenizer, longest)
+        pieces = everyday.pieces(stack.tokenizer, longest) if model not in models.BUNDLED else bundled.prompts(600)
         disk.save({place: "\n".join(pieces).encode()})
     return place
 

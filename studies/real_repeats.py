@@ -50,11 +50,11 @@ def main() -> None:
     folder = disk.folder(args.out)
     stack = surgery.Stack(surgery.load(args.model))
     source = manifest(
-        stack, stack.tokens(everyday.manual(args.prompts), 64), seed=0, count=args.count, share=args.share
+        stack, stack.tokens(everyday.texts(args.model, args.prompts), 64), seed=0, count=args.count, share=args.share
     )
     found = []
     for name in args.sets:
-        text = probes.text(everyday.manual(args.count // 2, seed=1), max_tokens=48)
+        text = probes.text(everyday.texts(args.model, args.count // 2, seed=1), max_tokens=48)
         asked = text if name == "text" else probes.named(name, args.count, seed=7)
         result = scan_study.measure(
             stack, asked, folder / name, metric=SETS[name], share=args.share, precision="bf16", say=print, progress=True
@@ -66,8 +66,8 @@ def main() -> None:
 
     changed = stack, surgery.Stack(averaging.neighbours(stack.model))
     rows = []
-    for kind, draw_texts in everyday.KINDS.items():
-        tokens = stack.tokens(draw_texts(args.prompts), 64)
+    for kind, texts in everyday.of_each_kind(args.model, args.prompts).items():
+        tokens = stack.tokens(texts, 64)
         frame = reinitialise.layers(stack, tokens, initial=changed[1].model, sampling=Sampling(batch_size=16))
         rows.append(frame.assign(kind=kind))
         print("\n".join([f"\n{kind}", *anti_layers(frame)]), flush=True)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import surgery
 from surgery import disk, models, reversion
-from surgery.corpus import bundled, everyday
+from surgery.corpus import everyday
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.records.manifest import manifest
@@ -43,7 +43,7 @@ def main() -> None:
     for name in args.model or ["smollm2", "gemma3-270m", "babel"]:
         stack = surgery.Stack(surgery.load(name))
         fresh = surgery.Stack(models.untrained(stack.model))
-        texts = bundled.prompts(args.prompts) if name in models.BUNDLED else everyday.manual(args.prompts)
+        texts = everyday.texts(name, args.prompts)
         tokens = stack.tokens(texts, args.max_tokens)
         about[name] = manifest(stack, tokens, seed=0)
         place = disk.folder(folder / name.replace("/", "_"))
@@ -83,7 +83,7 @@ def massive(without: pd.DataFrame, both: pd.DataFrame) -> list[str]:
     change = (both["kappa"] - without["kappa"]).abs()
     restoring = [int((frame["restoring"] == "yes").sum()) for frame in (without, both)]
     return [
-        f"with massive tokens ({int(without['n_massive'].max())} of {int(both['n_tokens'].max())}) kappa differs by "
+        f"with {int(without['n_massive'].max())} massive tokens measured too, kappa differs by "
         f"{change.median():.3f} in the median layer and {change.max():.2f} in layer {int(change.idxmax())}; "
         f"layers that restore: {restoring[0]} without, {restoring[1]} with"
     ]

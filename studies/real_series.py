@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import surgery
 from surgery import atlas, disk, models
-from surgery.corpus import bundled, everyday
+from surgery.corpus import everyday
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.records.manifest import manifest
@@ -48,7 +48,7 @@ def main() -> None:
         frames.append(side_by_side(name, args.atlas).assign(model=name))
         stack = surgery.Stack(surgery.load(name))
         fresh = surgery.Stack(models.untrained(stack.model))
-        for kind, texts in of_each_kind(name, args.prompts).items():
+        for kind, texts in everyday.of_each_kind(name, args.prompts).items():
             tokens = stack.tokens(texts, args.max_tokens)
             about[f"{name}, {kind}"] = manifest(stack, tokens, seed=0)
             for label, own in ((name, stack), ("untrained", fresh)):
@@ -59,13 +59,6 @@ def main() -> None:
     tables.write(windows[[c for c in COLUMNS if c in windows]], folder / "real_series.csv", {"of": about}, COLUMNS)
     tables.write(heard, folder / "real_horizon.csv", {"of": about}, NAMES | horizon.COLUMNS)
     disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
-
-
-def of_each_kind(name: str, count: int) -> dict[str, list[str]]:
-    """Texts by kind, those of the atlas."""
-    if name in models.BUNDLED:
-        return {"babel": bundled.prompts(5 * count)}
-    return {kind: draw(count) for kind, draw in everyday.KINDS.items()}
 
 
 def side_by_side(name: str, folder: str | None) -> pd.DataFrame:

@@ -61,7 +61,7 @@ def main() -> None:
     stack = surgery.Stack(model)
     L = stack.n_layers
     start, stop = args.middle or (round(L / 3), round(2 * L / 3))
-    texts = everyday.manual(4 * args.prompts)
+    texts = everyday.texts(args.model, 4 * args.prompts)
     seen, judged = (stack.tokens(part, args.max_tokens) for part in (texts[args.prompts :], texts[: args.prompts]))
     source = manifest(stack, judged, seed=0, middle=[start, stop])
     present = {"mlp": "d_mlp", "heads": "n_heads", "stream": "d_model"}

@@ -4,8 +4,8 @@
 
 Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
 crosses one of two boundaries than what the layers and their distance account for? The positive control first: a model
-of the bundled one's size, trained on the same problems with one and the same layer as its layers 0 to 3, another as 4
-to 7 and a third as 8 to 11, has three parts by construction, and must be found to. Beside it the bundled model, its
+of 18 layers, trained on the bundled model's problems with one and the same layer as its layers 0 to 5, another as 6 to
+11 and a third as 12 to 17, has three parts by construction, and must be found to. Beside it the bundled model, its
 twin that only translates, and the untrained one; then every pretrained model of the atlas. For the bundled ones
 ``answers`` is what is damaged.
 
@@ -31,11 +31,12 @@ from surgery import atlas, disk, models
 from surgery.anatomy import crossing
 from surgery.corpus import probes, splits
 from surgery.page import drawing
+from surgery.rebuild import layout
 from surgery.records import tables
 from surgery.stats import claims
 from surgery.training.loop import optimizers, rate
 
-PARTS = ((0, 4), (4, 8), (8, 12))
+EACH = 6  # layers in a part of the control: with fewer the test has little power
 FAMILIES = ("swap", "skip", "parallel")
 CONTROLS = ("built in three parts", "babel", "translation only", "untrained")
 COLUMNS = {
@@ -99,18 +100,18 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
 
 
 def in_parts(model, file: Path, steps: int, seed: int = 0):
-    """The architecture of ``model``, trained with one layer throughout each of ``PARTS``, or from ``file``."""
-    student = models.untrained(model)
+    """Three layers of ``model``, each run as a part of ``EACH`` layers, trained together; or from ``file``."""
+    n_layers = model.cfg.n_layers
+    like = [(2 * part + 1) * n_layers // 6 for part in range(3)]
+    student = layout.build(model, [layout.Row(place) for place in np.repeat(like, EACH).tolist()])
     plain = models.plain(student)
     if file.exists():
         plain.load_state_dict(load_file(file))
         return student
-    plain.load_state_dict(models.plain(model).state_dict())
     own = list(plain.model.layers)
-    shared = [(start + stop) // 2 for start, stop in PARTS]  # the layer that each part begins as
-    tied = [place for place, (start, stop) in zip(shared, PARTS) for _ in range(start, stop)]
-    plain.model.layers = nn.ModuleList(own[place] for place in tied)
-    matrices = [weight for place in shared for weight in own[place].parameters() if weight.ndim == 2]
+    shared = own[::EACH]
+    plain.model.layers = nn.ModuleList(layer for layer in shared for _ in range(EACH))
+    matrices = [weight for layer in shared for weight in layer.parameters() if weight.ndim == 2]
     known = {id(weight) for weight in matrices}
     others = [weight for weight in plain.parameters() if id(weight) not in known]
     data, together = splits.babel(20_000), optimizers(matrices, others, 0.1)
@@ -130,9 +131,8 @@ def in_parts(model, file: Path, steps: int, seed: int = 0):
             optimizer.zero_grad()
         if step % 100 == 0:
             print(f"training the control: step {step} of {steps}, loss {loss:.3f}", flush=True)
-    for layer, place in zip(own, tied, strict=True):
-        if layer is not own[place]:
-            layer.load_state_dict(own[place].state_dict())
+    for place, layer in enumerate(own):
+        layer.load_state_dict(shared[place // EACH].state_dict())
     plain.model.layers = nn.ModuleList(own)
     student.eval()
     disk.save({file: save({name: tensor.contiguous() for name, tensor in plain.state_dict().items()})})

@@ -81,7 +81,7 @@ def read(
     frames = []
     for name in names:
         if rows == "items":
-            frame = pd.read_parquet(place / f"{name}_items.parquet")
+            frame = pd.read_parquet(place / f"{name}_items.parquet").astype({"kind": str, "family": str})
         else:
             frame = tables.read(place / f"{name}_{rows}.csv")
         frames.append(frame if model else frame.assign(model=name))

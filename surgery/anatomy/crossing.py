@@ -15,7 +15,8 @@ with rho and range by restricted maximum likelihood, with the boundaries and wit
 of the best two boundaries, against its values in draws of the process that fits without them; so the search over places
 is in it. beta comes as ``ratio``, exp(beta): how many times as large damage is across a boundary.
 
-Logs are taken as asinh(damage / scale), as some rewirings improve the loss; the scale is the median size of damages.
+Logs are taken as asinh(damage / scale), as some rewirings cost nothing or improve the loss; the scale is the median
+standard error of a damage over texts, below which none can be told from 0.
 
 That ``power`` is low says that a miss says little: it is how often a jump as large as the one that fits best would be
 found. First make sure that it finds the parts of a model that was trained to have some. What it finds in simulations
@@ -108,7 +109,7 @@ def parts(
     if not places:
         raise ValueError(f"{n_layers} layers do not divide into three parts of {min_size} or more")
     test = _Test(spans, family, n_layers, places)
-    scale = float(np.median(np.abs(damage.mean(0)))) or 1.0
+    scale = _scale(damage)
     logs = np.arcsinh(damage.mean(0) / scale)
     generator = np.random.default_rng((seed, 5))
     ratio, grid, place, beta = (part[0].item() for part in test.fit(logs[None]))
@@ -136,6 +137,12 @@ def parts(
         "n_prompts": len(damage),
     }
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+
+
+def _scale(damage: Float[np.ndarray, "item span"]) -> float:
+    """The median standard error of a damage, where damages differ between texts; else their median size."""
+    error = float(np.median(damage.std(0))) / len(damage) ** 0.5
+    return error or float(np.median(np.abs(damage.mean(0)))) or 1.0
 
 
 def _placements(n_layers: int, min_size: int) -> list[tuple[int, int]]:

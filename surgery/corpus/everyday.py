@@ -9,7 +9,9 @@ import random
 from itertools import chain
 from typing import Any
 
+from surgery.corpus import bundled
 from surgery.corpus.parallel_sentences import LANGUAGES, TOPICS
+from surgery.models.names import BUNDLED
 
 LEAST = 300  # characters of a paragraph: shorter ones are headings and lines of grammar
 
@@ -70,3 +72,23 @@ def sentences(count: int) -> list[str]:
 
 
 KINDS = {"manual": manual, "sentences": sentences}
+
+
+def of_each_kind(model: str, count: int) -> dict[str, list[str]]:
+    """``count`` texts of every kind that a model can read, by kind: a Babel model reads Babel problems alone.
+
+    >>> list(of_each_kind("babel", 2)), list(of_each_kind("smollm2", 2))
+    (['babel'], ['manual', 'sentences'])
+    """
+    if model in BUNDLED:
+        return {"babel": bundled.prompts(count)}
+    return {kind: draw(count) for kind, draw in KINDS.items()}
+
+
+def texts(model: str, count: int, seed: int = 0) -> list[str]:
+    """``count`` texts that a model can read: the manual's, or Babel problems for a Babel model.
+
+    >>> texts("babel", 1)[0].split()[-1]
+    'p7'
+    """
+    return bundled.prompts(count, seed) if model in BUNDLED else manual(count, seed)
