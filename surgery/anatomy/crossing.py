@@ -3,20 +3,19 @@ r"""Do layers fall into parts that an intervention can see: does damage jump whe
 Swapping two layers of one part should harm less than swapping layers of two parts; skipping, or running in parallel, a
 span should harm more than its layers account for where it reaches over a boundary. So damage is regressed on crossing,
 
-    log damage = what the layers cost + what the distance costs + beta [crosses a boundary] + residual,
+    rank of damage = what the layers cost + what the distance costs + beta [crosses a boundary] + residual,
 
-where every layer has a cost of its own (of a swap the two layers, of a span all that are in it) and so has every
-distance (length). Residuals of neighbouring pairs are alike, because layers change smoothly with depth; taken for
-independent they would find a boundary in anything. They are a Gaussian process over the two indices,
+where ranks are normal scores, because damages span orders of magnitude and some are nothing at all. Every layer has a
+cost of its own (of a swap the two layers, of a span all that are in it) and so has every distance (length). Residuals
+of neighbouring pairs are alike, because layers change smoothly with depth; taken for independent they would find a
+boundary in anything. They are a Gaussian process over the two indices,
 
     correlation = rho exp(-(|di| + |dj|) / range), and 1 for a pair with itself,
 
 with rho and range by restricted maximum likelihood, with the boundaries and without. The test is the likelihood ratio
 of the best two boundaries, against its values in draws of the process that fits without them; so the search over places
-is in it. beta comes as ``ratio``, exp(beta): how many times as large damage is across a boundary.
-
-Logs are taken as asinh(damage / scale), as some rewirings cost nothing or improve the loss; the scale is the median
-standard error of a damage over texts, below which none can be told from 0.
+is in it. ``ratio`` says how many times as large damage is across these boundaries, by the same regression on its
+logarithm: on asinh(damage / its median standard error), as some rewirings cost nothing or improve the loss.
 
 That ``power`` is low says that a miss says little: it is how often a jump as large as the one that fits best would be
 found. First make sure that it finds the parts of a model that was trained to have some. What it finds in simulations
@@ -40,6 +39,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.linalg import slogdet
 from scipy.linalg import solve_triangular
+from scipy.stats import norm, rankdata
 
 Spans = Sequence[tuple[int, int]]
 RHOS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
@@ -110,10 +110,10 @@ def parts(
         raise ValueError(f"{n_layers} layers do not divide into three parts of {min_size} or more")
     test = _Test(spans, family, n_layers, places)
     scale = _scale(damage)
-    logs = np.arcsinh(damage.mean(0) / scale)
+    scores = norm.ppf(rankdata(damage.mean(0)) / (1 + len(spans)))
     generator = np.random.default_rng((seed, 5))
-    ratio, grid, place, beta = (part[0].item() for part in test.fit(logs[None]))
-    null, spread = test.null(logs)
+    ratio, grid, place, beta = (part[0].item() for part in test.fit(scores[None]))
+    null, spread = test.null(scores)
     process = test.processes[null]
     simulated = test.fit(process.draw(draws, generator) * spread)[0]
     critical = np.quantile(simulated, 0.95)
@@ -125,7 +125,7 @@ def parts(
         "family": family,
         "boundary_in": places[place][0],
         "boundary_out": places[place][1],
-        "ratio": np.exp(beta),
+        "ratio": np.exp(test.slopes(np.arcsinh(damage.mean(0, keepdims=True) / scale), grid, place)[0]),
         "ratio_low": np.exp(low),
         "ratio_high": np.exp(high),
         "likelihood_ratio": ratio,
@@ -140,7 +140,7 @@ def parts(
 
 
 def _scale(damage: Float[np.ndarray, "item span"]) -> float:
-    """The median standard error of a damage, where damages differ between texts; else their median size."""
+    """The median standard error of a damage over texts; of one text the median size of damages."""
     error = float(np.median(damage.std(0))) / len(damage) ** 0.5
     return error or float(np.median(np.abs(damage.mean(0)))) or 1.0
 

@@ -1,0 +1,70 @@
+"""Boundaries that damage shows: found where they are, not found where layers only drift, and refused in words."""
+
+import numpy as np
+import pytest
+
+from surgery.anatomy import crossing
+
+L = 15
+PAIRS = crossing.pairs(L)
+
+
+def damages(seed: int, kind: str, ratio: float = 1.0) -> np.ndarray:
+    """Damage of every swap on twelve texts: layers and distances cost, times ``ratio`` across 5 and 10."""
+    generator = np.random.default_rng((seed, 11))
+    size = np.exp(0.5 * generator.standard_normal(L))
+    if kind == "drift":  # layers on a line that speeds up and slows down smoothly
+        speed = np.exp(0.5 * np.convolve(generator.standard_normal(L + 6), np.ones(7) / 7**0.5, "valid"))
+        place = speed.cumsum()
+        mean = np.array([np.log1p(abs(place[i] - place[j])) * size[i] * size[j] for i, j in PAIRS])
+    else:
+        mean = np.array([size[i] * size[j] * (j - i) ** 0.5 for i, j in PAIRS]) * generator.lognormal(
+            0, 0.4, len(PAIRS)
+        )
+    across = crossing.crosses(PAIRS, (5, 10), "swap")
+    return mean * np.where(across, ratio, 1) * generator.lognormal(0, 0.3, (12, len(PAIRS)))
+
+
+@pytest.mark.parametrize("kind", ["independent", "drift"])
+def test_without_boundaries_few_are_found(kind):
+    found = [crossing.parts(damages(seed, kind), PAIRS, "swap", L, draws=99)["p"] < 0.05 for seed in range(40)]
+    assert sum(found) <= 5  # of 40 at 5 %: more in 1.4 % of runs
+
+
+def test_boundaries_that_matter_are_found_where_they_are():
+    rows = [crossing.parts(damages(seed, "independent", 4.0), PAIRS, "swap", L, draws=99) for seed in range(12)]
+    assert sum(row["p"] < 0.05 for row in rows) >= 9
+    assert sum((row["boundary_in"], row["boundary_out"]) == (5, 10) for row in rows) >= 9
+    assert np.median([row["ratio"] for row in rows]) == pytest.approx(4, rel=0.3)
+    assert np.mean([row["power"] for row in rows]) > 0.5
+
+
+def test_given_boundaries_are_found_more_easily_and_wrong_ones_are_not():
+    right, wrong = (
+        [crossing.parts(damages(s, "independent", 2.0), PAIRS, "swap", L, at, draws=99)["p"] < 0.05 for s in range(12)]
+        for at in ((5, 10), (3, 12))
+    )
+    assert sum(right) >= 8 > sum(wrong)
+
+
+def test_the_scale_of_damages_changes_nothing():
+    damage = damages(0, "independent", 3.0)
+    one, other = (crossing.parts(factor * damage, PAIRS, "swap", L, draws=19) for factor in (1.0, 1000.0))
+    assert one == pytest.approx(other)
+
+
+def test_spans_cross_what_they_reach_over():
+    assert crossing.crosses([(0, 2), (0, 3), (3, 5)], [2], "skip").tolist() == [False, True, False]
+    assert crossing.crosses([(0, 1), (1, 2), (0, 4)], [2], "swap").tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("damage", "n_layers", "message"),
+    [
+        (np.full((3, len(PAIRS)), np.nan), L, "not a finite number"),
+        (np.ones((3, 6)), 4, "do not divide into three parts"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(damage, n_layers, message):
+    with pytest.raises(ValueError, match=message):
+        crossing.parts(damage, crossing.pairs(n_layers), "swap", n_layers)
