@@ -20,7 +20,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "validity.md"
-MODULES = ("series", "reversion", "luck", "halving", "anatomy", "redundancy", "graft")
+MODULES = ("series", "reversion", "luck", "halving", "anatomy", "crossing", "redundancy", "graft")
 KEYS = ("point", "case", "nominal", "before", "after")
 END = "<!-- end of table -->\n"
 

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", default="babel", help="a folder or name for surgery.load; -untrained: fresh weights")
     parser.add_argument("--out", default="runs/atlas")
     parser.add_argument("--text", action="append", default=[], metavar="KIND=FILE", help="texts of a kind, one a line")
-    parser.add_argument("--prompts", type=int, default=24, help="texts of each kind")
+    parser.add_argument("--prompts", type=int, default=24, help="texts of the manual; half as many sentences")
     parser.add_argument("--max-tokens", type=int, default=48, help="where texts are cut")
     parser.add_argument("--longest", type=int, default=12, help="layers in a window")
     parser.add_argument(
@@ -97,7 +97,8 @@ def of_each_kind(model: str, files: dict[str, str], count: int, longest: int) ->
         return {kind: probes.text(file, count, longest) for kind, file in files.items()}
     if model.removesuffix(UNTRAINED) in models.BUNDLED:
         return {"babel": probes.named("babel", 5 * count)}
-    return {kind: probes.text(draw(count), max_tokens=longest) for kind, draw in everyday.KINDS.items()}
+    texts = {"manual": everyday.manual(count), "sentences": everyday.sentences(max(2, count // 2))}
+    return {kind: probes.text(of_kind, max_tokens=longest) for kind, of_kind in texts.items()}
 
 
 def windows_of(stack: surgery.Stack, asked: Encoded, most: int) -> pd.DataFrame:

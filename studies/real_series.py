@@ -7,9 +7,10 @@ Reads from the atlas (``studies/atlas.py``) S of every window of layers beside u
 size, and what running it in parallel costs; measures the horizon: the loss of the model if each layer hears only the
 last k layers (``surgery.series.horizon``), beside as many others, and of the same architecture untrained.
 
-    real_series.csv   a row per model, kind of text and window: S, preference, cost in parallel
-    real_horizon.csv  a row per model, kind of text, k and choice of the layers heard
-    real_series.png   S and the cost of windows over depth, and the horizon
+    real_series.csv     a row per model, kind of text and window: S, preference, cost in parallel
+    real_sublayers.csv  a row per attention and MLP next to each other: S, preference
+    real_horizon.csv    a row per model, kind of text, k and choice of the layers heard
+    real_series.png     S and the cost of windows over depth, and the horizon
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import surgery
-from surgery import atlas, disk, models
+from surgery import atlas, disk, models, series
 from surgery.corpus import everyday
 from surgery.page import drawing
 from surgery.records import tables
@@ -43,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.model or [name for name in atlas.models(args.atlas) if not name.endswith("-untrained")]
 
-    folder, frames, horizons, about = disk.folder(args.out), [], [], {}
+    folder, frames, halves, horizons, about = disk.folder(args.out), [], [], [], {}
     for name in names:
         frames.append(side_by_side(name, args.atlas).assign(model=name))
         stack = surgery.Stack(surgery.load(name))
@@ -51,12 +52,18 @@ def main() -> None:
         for kind, texts in everyday.of_each_kind(name, args.prompts).items():
             tokens = stack.tokens(texts, args.max_tokens)
             about[f"{name}, {kind}"] = manifest(stack, tokens, seed=0)
+            pairs = series.windows(
+                stack, tokens, 2, damage=False, grain="sublayer", untrained=fresh, sampling=Sampling(batch_size=12)
+            )
+            halves.append(pairs.assign(model=name, kind=kind))
             for label, own in ((name, stack), ("untrained", fresh)):
                 frame = horizon.losses(own, tokens, sampling=Sampling(batch_size=12))
                 horizons.append(frame.assign(model=name if own is stack else f"{name} {label}", kind=kind))
-        print("\n".join(said(frames[-1], pd.concat(horizons), name)), flush=True)
+        print("\n".join([*said(frames[-1], pd.concat(horizons), name), *within(pd.concat(halves), name)]), flush=True)
     windows, heard = pd.concat(frames, ignore_index=True), pd.concat(horizons, ignore_index=True)
     tables.write(windows[[c for c in COLUMNS if c in windows]], folder / "real_series.csv", {"of": about}, COLUMNS)
+    sublayers = pd.concat(halves, ignore_index=True).dropna(axis=1, how="all")
+    tables.write(sublayers, folder / "real_sublayers.csv", {"of": about}, NAMES | window.COLUMNS)
     tables.write(heard, folder / "real_horizon.csv", {"of": about}, NAMES | horizon.COLUMNS)
     disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
 
@@ -98,6 +105,17 @@ def said(windows: pd.DataFrame, heard: pd.DataFrame, name: str) -> list[str]:
             f"{kind}: the loss is within 0.1 nats of the whole model's if each layer hears the last {k} of "
             f"{last.index.max()} ({last.loc[k, 'loss']:+.3f} {ends}; {beside})."
         )
+    return lines
+
+
+def within(pairs: pd.DataFrame, name: str) -> list[str]:
+    """What neighbouring sublayers do, in sentences."""
+    lines = []
+    for kind, rows in pairs[(pairs["model"] == name) & (pairs["start"] > 1)].groupby("kind"):
+        inside = rows["start"] % 2 == 0
+        means = [part[["S", "S_matched"]].mean() for part in (rows[inside], rows[~inside])]
+        of = [f"{mean['S']:.2f} (untrained of that size {mean['S_matched']:.2f})" for mean in means]
+        lines.append(f"{kind}: S of an attention and its own MLP is {of[0]}, of an MLP and the next attention {of[1]}.")
     return lines
 
 
