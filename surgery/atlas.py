@@ -141,7 +141,8 @@ def damages(items: pd.DataFrame, family: str) -> tuple[np.ndarray, list[tuple[in
     rows = items[items["family"] == family]
     rows = rows.assign(added=rows["loss"].astype(float) - rows["baseline"].astype(float))
     wide = rows.pivot(index="item", columns=["start", "stop"], values="added").sort_index(axis=1)
-    return wide.to_numpy(), [(int(start), int(stop) - (family == "swap")) for start, stop in wide.columns]
+    starts, stops = (wide.columns.get_level_values(name).astype(int).tolist() for name in ("start", "stop"))
+    return wide.to_numpy(), [(start, stop - (family == "swap")) for start, stop in zip(starts, stops)]
 
 
 def write(

@@ -15,7 +15,7 @@ from surgery.cli import app
 
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "data/README.md")),
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 ROOMS = [module.name for module in pkgutil.iter_modules(surgery.__path__)]
 FILE = re.compile(r"\.(py|pyi|csv|png|html|md|json|jsonl|safetensors|yaml|txt|toml)$")

@@ -1,0 +1,64 @@
+"""Does ``anatomy.crossing`` find boundaries that damage shows, and none where layers only drift?
+
+Damages of every swap of two layers, on sixteen texts: independent of each other, a rough field over both layers, or of
+layers that lie on a line that speeds up and slows down smoothly; as they are, and times a ratio where they cross two
+boundaries drawn at random.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from surgery.anatomy import crossing
+
+POINT = "crossing"
+KINDS = ("independent", "rough field", "smooth drift")
+
+
+def damage(
+    n_layers: int, kind: str, ratio: float, seed: int
+) -> tuple[np.ndarray, list[tuple[int, int]], tuple[int, int]]:
+    """Damages [text, swap], the swaps, and the boundaries."""
+    generator = np.random.default_rng((seed, n_layers, KINDS.index(kind)))
+    spans = crossing.pairs(n_layers)
+    index = np.array(spans)
+    size = np.exp(0.5 * generator.standard_normal(n_layers))
+    if kind == "smooth drift":
+        noise = generator.standard_normal(n_layers + 6)
+        place = np.exp(0.5 * np.convolve(noise, np.ones(7) / 7**0.5, "valid")).cumsum()
+        mean = np.log1p(np.abs(place[index[:, 0]] - place[index[:, 1]]))
+    elif kind == "rough field":
+        apart = np.abs(index[:, None] - index[None]).sum(-1)
+        root = np.linalg.cholesky(0.8 * np.exp(-apart / 6) + 0.2 * np.eye(len(spans)))
+        mean = np.exp(0.5 * root @ generator.standard_normal(len(spans)))
+    else:
+        mean = generator.lognormal(0, 0.5, len(spans))
+    low = int(generator.integers(3, n_layers - 5))
+    high = int(generator.integers(low + 3, n_layers - 2))
+    across = crossing.crosses(spans, (low, high), "swap")
+    mean = mean * size[index].prod(1) * np.where(across, ratio, 1)
+    return mean * generator.lognormal(0, 0.3, (16, len(spans))), spans, (low, high)
+
+
+def rows(quick: bool) -> Iterator[dict]:
+    for n_layers, count in ((12, 200), (18, 200), (30, 40)):
+        count = 8 if quick else count
+        for kind in KINDS:
+            for ratio in (1.0, 1.5, 3.0):
+                found, right = [], []
+                for seed in range(count):
+                    damages, spans, at = damage(n_layers, kind, ratio, seed)
+                    row = crossing.parts(damages, spans, "swap", n_layers, min_size=3, draws=99, seed=seed)
+                    found.append(row["p"] < 0.05)
+                    right.append(max(abs(row["boundary_in"] - at[0]), abs(row["boundary_out"] - at[1])) <= 1)
+                base = {"point": POINT, "before": "not there"}
+                said = f"{kind}, {n_layers} layers"
+                if ratio == 1:
+                    yield base | {"case": f"boundaries claimed, {said}", "nominal": 0.05, "after": np.mean(found)}
+                else:
+                    case = f"found, {ratio:g} times across, {said}"
+                    yield base | {"case": case, "nominal": "high", "after": np.mean(found)}
+                    if ratio == 3:
+                        both = np.mean(np.array(right)[np.array(found)]) if any(found) else float("nan")
+                        case = f"... of these both within a layer, {said}"
+                        yield base | {"case": case, "nominal": "high", "after": both}
