@@ -31,6 +31,7 @@ torch.set_num_threads(THREADS)
 LONGEST = (
     "rebuild/test_tape.py",
     "test_cli.py",
+    "test_cli_refusals.py",
     "rebuild/test_width.py",
     "series/test_window.py",
     "studies/test_mean_reversion.py",

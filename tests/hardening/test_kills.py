@@ -466,8 +466,8 @@ def formulas(count: int, folder: Path) -> Iterator[str | None]:
             yield None
 
 
-# What is not tried at all quickly has tests of its own: tests/test_disk.py, tests/test_cli.py, tests/scan/test_rows.py,
-# tests/training/test_activations.py and tests/graft/test_study.py.
+# What is not tried at all quickly has tests of its own: tests/test_disk.py, tests/test_cli_refusals.py,
+# tests/scan/test_rows.py, tests/training/test_activations.py and tests/graft/test_study.py.
 ATTACKS = [
     Attack("SIGKILL of a scan at random moments, resumed: the same table byte for byte", scans_killed, 0, 60),
     Attack("SIGKILL of a harvest and graft, resumed: the same weights bit for bit", grafts_killed, 0, 40),

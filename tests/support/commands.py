@@ -1,11 +1,15 @@
 """The command line run in this process, what a refusal looks like, and a study whose measurements take no time."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from support import fixtures, made_up
+from support.places import REPOSITORY
 from surgery import cli
 
 PROMPTS = [" ".join(f"w{(7 * i + 3 * j * j) % 90}" for j in range(4 + i % 5)) for i in range(8)]
@@ -35,3 +39,9 @@ def write_prompts(folder: Path) -> Path:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that take no time; what is opened and written is real."""
     made_up.replace_measures(fixtures.N_LAYERS, monkeypatch.setattr)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python as a process of its own, in which nothing is imported yet."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
