@@ -3,6 +3,8 @@ from . import budget as budget
 from . import machine as machine
 from . import parts as parts
 from . import plans as plans
+from . import remembered as remembered
+from . import sizes as sizes
 from .machine import Machine as Machine
 from .machine import Work as Work
 from .parts import Level as Level

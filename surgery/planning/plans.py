@@ -149,6 +149,7 @@ def choose(
     spent: float = 0.0,
     after: float = 0.0,
     left_out: Mapping[str, str] | None = None,
+    ladders: tuple[Sequence[int], Sequence[int]] = (PROMPTS, TOKENS),
 ) -> Plan:
     """The plan for ``parts``, the most important first.
 
@@ -157,12 +158,13 @@ def choose(
         asked: the most prompts and tokens.
         budget, memory: seconds and bytes to stay within; ``spent`` and ``after`` are the seconds before and after.
         left_out: parts that were asked for and cannot be measured, and why.
+        ladders: numbers of prompts and of tokens to take instead of those asked for; empty where they cannot be fewer.
     """
     time = math.inf if math.isinf(budget) else max(0.0, SHARE * (budget - spent - after))
     fits = partial(_fits, machine=machine, time=time, memory=memory)
     out, kept = dict(left_out or {}), list(parts)
     while True:
-        for prompts, tokens in _sizes(asked):
+        for prompts, tokens in _sizes(asked, ladders):
             shape = shape_of(prompts, tokens)
             levels = {part.name: part.levels(shape) for part in kept}
             fair = {name: _first_fair(of_part) for name, of_part in levels.items()}
@@ -194,11 +196,9 @@ def choose(
     )
 
 
-def _sizes(asked: tuple[int, int]) -> list[tuple[int, int]]:
+def _sizes(asked: tuple[int, int], ladders: tuple[Sequence[int], Sequence[int]]) -> list[tuple[int, int]]:
     """Numbers of prompts and of tokens to try, the most tokens first; of as many tokens the most prompts."""
-    prompts, tokens = (
-        [limit, *(step for step in ladder if step < limit)] for limit, ladder in zip(asked, (PROMPTS, TOKENS))
-    )
+    prompts, tokens = ([limit, *(step for step in ladder if step < limit)] for limit, ladder in zip(asked, ladders))
     return sorted(itertools.product(prompts, tokens), key=lambda size: (-size[0] * size[1], -size[0]))
 
 
