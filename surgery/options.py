@@ -49,6 +49,10 @@ Budget = Annotated[
     str | None,
     typer.Option(help="Time to stay within: 90s, 10m, 2h, or none for everything. By default 10m; babel: none."),
 ]
+Within = Annotated[
+    str | None,
+    typer.Option("--budget", help="Time to stay within: 90s, 10m, 2h, or none. By default nothing is cut."),
+]
 StudyCluster = Annotated[
     str | None, typer.Option("--cluster", help="Run the scan on Ray workers: local, auto, or an address.")
 ]

@@ -6,6 +6,7 @@ from . import execution as execution
 from . import halving as halving
 from . import harness as harness
 from . import kriging as kriging
+from . import levels as levels
 from . import metrics as metrics
 from . import own_ray as own_ray
 from . import packing as packing

@@ -33,7 +33,8 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
     """What the scan leaves open."""
     found = Baseline(**_settings(manifests)["baseline"])
-    return words.limits(tables[study.TABLE], tables[study.WINNERS], _effort(manifests)) if found.done else []
+    notes = words.limits(tables[study.TABLE], tables[study.WINNERS], _effort(manifests)) if found.done else []
+    return notes + words.planned(_settings(manifests).get("plan"))
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:

@@ -14,12 +14,14 @@ is on how many prompts the model, or a wiring, gives no finite number.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from surgery.page.phrases import value
+from surgery.planning.budget import told
 from surgery.scan.halving import Effort
 from surgery.scan.worth import LEAST, LEAST_GAIN, MOST_NOT_FINITE, Baseline
 from surgery.stats.comparisons import FEW, FEW_CLUSTERS, Luck
@@ -302,6 +304,12 @@ def limits(table: pd.DataFrame, winners: pd.DataFrame | None = None, effort: Eff
         if units < FEW_CLUSTERS:
             notes.append(f"{_count(units, 'cluster')} are too few to show much: fewer than {FEW_CLUSTERS}.")
     return notes
+
+
+def planned(plan: Mapping[str, Any] | None) -> list[str]:
+    """What was cut to fit into a budget of time, if anything was."""
+    sentence = told(plan["budget"], plan["cuts"]) if plan else ""
+    return [sentence] if sentence else []
 
 
 def _not_finite(tried: pd.DataFrame) -> list[str]:

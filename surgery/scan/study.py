@@ -11,13 +11,17 @@
 With a ``share`` below 1 the search half is not scanned whole but searched in rounds (``surgery.scan.halving``). Then
 the table holds estimates, and in place of the first file there is ``scan_rounds/round_1.csv`` and so on.
 
+With a ``budget`` of time the share, the precision of the search and, if need be, the number of probes are chosen so
+that all of it fits (``surgery.scan.levels``); ``scan_plan.json`` holds what was chosen.
+
 What holds a row per probe survives a kill: the same command goes on where it was. ``surgery.report.build`` makes the
 page of them: the findings in sentences, ``brain_scan.png`` (repeats), ``pareto.png``, ``group_bars.png``,
 ``painters.png``.
 """
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,12 +38,15 @@ from surgery.corpus.text_files import LINES
 from surgery.models.half_precision import named
 from surgery.models.loading import load
 from surgery.models.stack import Stack
+from surgery.planning.budget import seconds_of
+from surgery.planning.plans import Plan
 from surgery.records import tables
 from surgery.records.manifest import manifest
-from surgery.scan import controls, execution, halving, scanning, worth
+from surgery.scan import controls, execution, halving, levels, scanning, worth
 from surgery.scan import say as sentences
 from surgery.scan.cluster import Cluster, Pool, joined
 from surgery.scan.halving import Effort
+from surgery.scan.levels import SEARCHED, TOP
 from surgery.stats import comparisons
 from surgery.wiring import families
 from surgery.wiring.value import Wiring
@@ -54,7 +61,6 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     **families.EVERY,
     families.PAINTERS: lambda n_layers: controls.painters(n_layers)["wiring"].unique(),
 }
-SEARCHED = ("repeat", "skip")  # families whose wirings are spans, with neighbours
 FEWEST = 4  # probes: two to search with, two to measure again on
 MAX_TOKENS = 128  # where running text is cut
 BESIDE = (
@@ -103,6 +109,7 @@ class ScanResult:
         baseline: how well the unmodified model does the task, against chance.
         controls: what stands beside every confirmed repeat.
         effort: what a search in rounds ran; None after a full scan.
+        plan: the budget and what was cut to fit into it, see ``measure``; None without a budget.
     """
 
     table: pd.DataFrame
@@ -113,6 +120,7 @@ class ScanResult:
     baseline: worth.Baseline
     controls: pd.DataFrame
     effort: Effort | None = None
+    plan: Mapping[str, Any] | None = None
 
     @property
     def sentences(self) -> list[str]:
@@ -126,7 +134,8 @@ class ScanResult:
     @property
     def limits(self) -> list[str]:
         """What the scan leaves open."""
-        return sentences.limits(self.table, self.winners, self.effort) if self.baseline.done else []
+        notes = sentences.limits(self.table, self.winners, self.effort) if self.baseline.done else []
+        return notes + sentences.planned(self.plan)
 
 
 def run(
@@ -137,10 +146,11 @@ def run(
     *,
     metric: str | None = None,
     count: int = 256,
-    share: int | float = 1,
-    top: int = 10,
+    share: int | float | None = None,
+    top: int = TOP,
     seed: int = 0,
-    precision: str = "float32",
+    precision: str | None = None,
+    budget: str | None = None,
     memory: int | None = None,
     batch_size: int | None = None,
     device: "str | torch.device | None" = None,
@@ -160,26 +170,52 @@ def run(
         out: folder for the results, made if need be; the same one resumes a scan that was killed.
         metric: of ``surgery.scan.METRICS``; by default ``loss`` for running text, else ``loglik``.
         count: probes of a built-in set, both halves together.
-        share: of the layer executions of a full scan: below 1 the best are searched in rounds (``scan.halving``).
+        share: of the layer executions of a full scan: below 1 the best are searched in rounds (``scan.halving``). By
+            default 1, or what fits into the budget; with a budget, at most so much.
         top: how many winners to measure again.
         seed: of the built-in set, the halves and all resamples.
-        precision: of the search, as for ``scan.run``; the winners are always measured again in float32.
+        precision: of the search, as for ``scan.run``; the winners are always measured again in float32. By default
+            float32, or with a budget bf16 where the machine is faster in it.
+        budget: time to stay within, such as ``10m``; ``none`` or None for no limit. Then fewer probes may be asked,
+            spread over all of them. A scan that was begun in the folder goes on with its plan.
         memory, batch_size, cluster, progress: as for ``scan.run``.
         device, dtype, offload: as for ``surgery.load``.
         say: is called with a sentence when a step begins.
 
     Raises:
         ValueError: an unknown family, metric or probe set, none named for a model without its own, fewer than 4
-            different probes, or a share that is not above 0 and at most 1, or below 1 for a family without spans.
+            different probes, what is no budget or one into which nothing fits, or a share that is not above 0 and at
+            most 1, or below 1 for a family without spans.
         OSError: ``out`` cannot be written to.
     """
-    _check_family(family, share)
-    probe_set = _asked(model, questions, count, seed)
+    began, seconds = time.monotonic(), None if budget is None else seconds_of(budget)
+    _check_family(family, 1 if share is None else share)
+    probe_set, plan = _asked(model, questions, count, seed), None
     with disk.held(out) as folder:
         say(f"opening {model}")
         stack = Stack(load(model, device=device, dtype=dtype, offload=offload))
         if probe_set.max_tokens is not None:
             probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
+        if seconds is not None:
+            of_metric = metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik")
+            made, again = levels.plan(
+                stack,
+                probe_set,
+                tuple(_wirings(stack, family, None)),
+                folder,
+                family=family,
+                budget=seconds,
+                began=began,
+                share=share,
+                precision=precision,
+                top=top,
+                asked={"metric": of_metric, "seed": seed, "memory": memory, "batch_size": batch_size},
+            )
+            say(f"going on with the plan in {folder / levels.FILE}" if again else str(made))
+            fewer = _asked(model, questions, made.prompts, seed)
+            probe_set = replace(probe_set, probes=_spread(fewer.probes, made.prompts))
+            share, precision = (made.parts[0].settings[name] for name in ("share", "precision"))
+            plan = {"budget": seconds, "expected": made.seconds, "cuts": _cuts(made)}
         with nullcontext() if cluster is None else joined(cluster) as pool:  # one for both halves
             return measure(
                 stack,
@@ -187,13 +223,14 @@ def run(
                 folder,
                 family,
                 metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
-                share=share,
+                share=1 if share is None else share,
                 top=top,
                 seed=seed,
-                precision=precision,
+                precision=precision or "float32",
                 memory=memory,
                 batch_size=batch_size,
                 cluster=pool,
+                plan=plan,
                 say=say,
                 progress=progress,
             )
@@ -223,10 +260,13 @@ def measure(
     memory: int | None = None,
     batch_size: int | None = None,
     cluster: "Cluster | Pool | str | int | None" = None,
+    plan: Mapping[str, Any] | None = None,
     say: Callable[[str], Any] = lambda _: None,
     progress: bool = False,
 ) -> ScanResult:
     """Do what ``run`` does on an opened model; with ``longest``, only wirings of at most so many layers more.
+
+    ``plan`` is told in the manifest and among the limits: ``budget`` in seconds, ``cuts`` in words.
 
     Raises ValueError for an unknown family or metric, fewer than 4 different probes, and a ``share`` as ``run``.
     """
@@ -317,6 +357,7 @@ def measure(
             "luck": asdict(luck),
             "baseline": asdict(baseline),
             "effort": effort and asdict(effort),
+            **({} if plan is None else {"plan": dict(plan)}),
         }
         of_search, of_validation = (
             manifest(stack, half.tokens, seed=seed, precision=named(stack, numbers), **settings)
@@ -329,7 +370,7 @@ def measure(
         if family == families.PAINTERS:
             variants = controls.painters(stack.n_layers).merge(table, on="wiring")
             tables.write(variants, folder / PAINTERS, of_search, PAINTERS_COLUMNS)
-        return ScanResult(table, winners, groups, luck, metric, baseline, against, effort)
+        return ScanResult(table, winners, groups, luck, metric, baseline, against, effort, plan)
 
 
 def painters(
@@ -371,6 +412,18 @@ def _asked(model: str, questions: str | None, count: int, seed: int) -> ProbeSet
     if kind == TEXT:
         return probes.text(questions, count, MAX_TOKENS)
     return probes.load(questions) if kind in LINES else probes.named(questions, count, seed)
+
+
+def _spread(found: tuple[probes.Probe, ...], count: int) -> tuple[probes.Probe, ...]:
+    """``count`` probes spread evenly over all: a file may hold one kind after the other."""
+    return tuple(found[place * len(found) // count] for place in range(min(count, len(found))))
+
+
+def _cuts(made: Plan) -> list[str]:
+    """What the plan of a scan leaves out, in words."""
+    (part,) = made.parts
+    fewer = [f"{made.prompts} of {made.asked[0]} probes"] if made.prompts < made.asked[0] else []
+    return fewer + ([f"without {part.cut}"] if part.cut else [])
 
 
 def _check_family(name: str, share: int | float) -> None:
