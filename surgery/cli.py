@@ -29,6 +29,7 @@ from surgery.options import (
     PromptCount,
     Prompts,
     StudyCluster,
+    Within,
     Workers,
     choice,
 )
@@ -58,10 +59,16 @@ def require(model: str, device: str | None) -> None:
 def require_study(model: str, device: str | None, text: Path | None, prompts: int, budget: str | None) -> None:
     """Raise ValueError for what no study can be made of, before torch is imported."""
     from surgery.corpus.asked import require_prompts
-    from surgery.planning.budget import seconds_of
 
     require(model, device)
     require_prompts(model, text, prompts)
+    require_budget(budget)
+
+
+def require_budget(budget: str | None) -> None:
+    """Raise ValueError for what is no budget of time, before torch is imported."""
+    from surgery.planning.budget import seconds_of
+
     if budget is not None:
         seconds_of(budget)
 
@@ -271,8 +278,12 @@ def scan(
     ] = None,
     count: Annotated[int, typer.Option(min=4, help="How many probes of a built-in set, both halves together.")] = 256,
     share: Annotated[
-        float, typer.Option(max=1, help="Part of a full scan to run, such as 0.15: the best are searched in rounds.")
-    ] = 1,
+        float | None,
+        typer.Option(
+            max=1, help="Part of a full scan to run, such as 0.15: the best are searched in rounds. All if not given."
+        ),
+    ] = None,
+    budget: Within = None,
     top: Annotated[int, typer.Option(min=1, help="How many winners to measure again.")] = 10,
     memory: Annotated[int | None, typer.Option(min=1, help="MiB to stay within; half of what is free.")] = None,
     cluster: Annotated[
@@ -281,9 +292,13 @@ def scan(
     workers: Workers = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Probes run at once, at most.")] = None,
     precision: Annotated[
-        str,
-        typer.Option(**choice(PRECISIONS), help="Of the search: bf16 is twice as fast; winners are always in float32."),
-    ] = "float32",
+        str | None,
+        typer.Option(
+            **choice(PRECISIONS),
+            help="Of the search: bf16 is twice as fast; winners are always in float32. By default float32, or with a "
+            "budget the faster one.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = "float32",
     offload: Annotated[bool, typer.Option("--offload", help="Bring layers to the device only when they run.")] = False,
@@ -297,6 +312,7 @@ def scan(
 
     require(model, device)
     require_questions(model, probes, count)
+    require_budget(budget)
     require_free(out)
     with progress.task("starting"):
         import torch
@@ -313,6 +329,7 @@ def scan(
         metric=metric,
         count=count,
         share=share,
+        budget=budget,
         top=top,
         seed=seed,
         memory=None if memory is None else memory * 2**20,
@@ -395,6 +412,7 @@ def graft(
     unfrozen: Annotated[
         str, typer.Option(**choice(PARTS[1:]), help="In that phase: junction (one layer more) or all.")
     ] = "junction",
+    budget: Within = None,
     stored: Annotated[str, typer.Option(**choice(STORED), help="Activations on disk.")] = "float16",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(**choice(TRAINED), help="Number format of the weights.")] = "float32",
@@ -410,6 +428,7 @@ def graft(
 
     span = _span(middle)
     require(model, device)
+    require_budget(budget)
     require_prompts(model, text, prompts)
     if heldout is not None:
         require_prompts(model, heldout, judged)
@@ -448,6 +467,7 @@ def graft(
             ),
             heal=heal,
             parts=unfrozen,
+            budget=budget,
             dtype=getattr(torch, stored),
             weights=getattr(torch, dtype),
             device=device,
@@ -457,7 +477,8 @@ def graft(
         return Result("")
     page, place = build(out), out / "training" / "model"
     said = f"{place} holds the grafted model.\nThe page is {page}, the tables and the figure are beside it."
-    return Result(said, outcome.sentences, page, out, {"model": str(place)})
+    told = [outcome.plan.told] if outcome.plan and outcome.plan.cuts else []
+    return Result(said, outcome.sentences + told, page, out, {"model": str(place)})
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 from . import chapter as chapter
 from . import draw as draw
 from . import grafting as grafting
+from . import levels as levels
 from . import linear_maps as linear_maps
 from . import manifold as manifold
 from . import middle_chapter as middle_chapter

@@ -14,6 +14,7 @@ from surgery.graft import study
 from surgery.graft.study import CURVES, LEDGER, METHODS
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
 from surgery.page.parts import Cell, Section, Table, cell, count_cell, number_cell, rows, tabled
+from surgery.planning.budget import told
 
 LAYERS, BY_K, WIRING = "graft_layers.csv", "graft_by_k.csv", "graft_wiring.csv"
 
@@ -38,7 +39,9 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
             "Methods are compared with one schedule for all: learning rates were not searched for each, so small "
             "differences between methods may be due to them."
         )
-    return notes
+    plan = manifests[METHODS]["settings"].get("plan")
+    sentence = told(plan["budget"], plan["cuts"]) if plan else ""
+    return [*notes, sentence] if sentence else notes
 
 
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:

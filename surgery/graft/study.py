@@ -8,10 +8,13 @@
     graft_ledger.csv      operations, tokens and seconds by phase, the teacher's apart
     graft.png             the curves
 
-If it is killed, the same command goes on where it was. ``accelerate launch -m surgery graft ...`` trains on several
-GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on several CPU processes.
+With a ``budget`` of time fewer prompts are harvested and fewer steps made (``surgery.graft.levels``), and
+``graft_plan.json`` holds how many. If it is killed, the same command goes on where it was. ``accelerate launch -m
+surgery graft ...`` trains on several GPUs, ``torchrun --nproc_per_node 2 -m surgery graft --device cpu ...`` on
+several CPU processes.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,13 +29,16 @@ from surgery import disk
 from surgery.corpus.asked import require_prompts
 from surgery.corpus.babel import TRAINING_MIX
 from surgery.corpus.splits import Split, Weigh, babel, texts
-from surgery.graft import draw, grafting, linear_maps
+from surgery.corpus.text_files import read_prompts
+from surgery.graft import draw, grafting, levels, linear_maps
 from surgery.graft import say as words
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models import loading
 from surgery.models.stack import Stack
 from surgery.page import drawing
+from surgery.planning.budget import seconds_of
+from surgery.planning.sizes import Choice
 from surgery.records import manifest, tables
 from surgery.training import ledger
 from surgery.training.activations import Latents
@@ -61,12 +67,13 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class GraftResult:
-    """The last graft that was trained, a row per method, and what these say; the last two are empty but in the main
-    process."""
+    """The last graft that was trained, a row per method, and what these say; these two are empty but in the main
+    process. ``plan`` is what was chosen to fit into a budget."""
 
     graft: Graft
     methods: pd.DataFrame
     sentences: list[str]
+    plan: Choice | None = None
 
 
 def run(
@@ -88,6 +95,7 @@ def run(
     schedule: Schedule = Schedule(),
     heal: int = 0,
     parts: str = "junction",
+    budget: str | None = None,
     dtype: torch.dtype = torch.float16,
     device: str | None = None,
     weights: torch.dtype = torch.float32,
@@ -97,12 +105,15 @@ def run(
     """Harvest, train, heal, compare and write everything for one model and one seed.
 
     ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
-    prompts to learn from and to be judged on, with at most as many others to stop by (``corpus.splits``); ``dtype`` is
+    prompts to learn from and to be judged on, with at most as many others to stop by (``corpus.splits``). ``budget``,
+    such as ``30m``, is a time to stay within: these numbers are then the most of each, and a run that was begun in the
+    folder goes on with what was chosen for it; ``none`` and None cut nothing. ``dtype`` is
     that of the latents on disk, ``weights`` that of the model (single or double precision: half would lose updates, and
     ``schedule.precision`` mixes). The other settings are those of ``graft.train``. The model is proved once, and so is
     every graft. Raises as ``harvest.harvest``, ``graft.train`` and ``graft.heal`` do, and ValueError for a model
     without prompts and for a device that is not here.
     """
+    began, limit = time.monotonic(), None if budget is None else seconds_of(budget)
     if text is None:
         require_prompts(model, None)
     where = loading.available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -112,10 +123,40 @@ def run(
         speak = say if main else lambda _: None
         speak(f"opening {model}")
         stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
-        if text is None:
-            data = babel(count, judged, schedule.seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
-        else:
-            data = texts(stack, text, heldout, count, judged, max_tokens)
+        data, plan = _prompts(stack, model, text, heldout, count, judged, max_tokens, schedule.seed), None
+        if limit is not None:
+            given = count if text is None else len(read_prompts(text, count))
+            with accelerator.main_process_first():  # the other processes find the plan there
+                plan, again = levels.plan(
+                    stack,
+                    data.corpus,
+                    len(data.heldout),
+                    {"prompts": given, "judged": judged, "steps": schedule.steps, "heal": heal},
+                    folder,
+                    budget=limit,
+                    spent=time.monotonic() - began,
+                    depth=depth or span[1] - span[0],
+                    span=span,
+                    d_mlp=d_mlp,
+                    d_model=d_model,
+                    objective=objective,
+                    schedule=schedule,
+                    parts=parts,
+                    processes=accelerator.num_processes,
+                    settings={
+                        "tokens": manifest.tokens_hash(data.corpus),
+                        "heldout": manifest.tokens_hash(data.heldout),
+                        "span": list(span),
+                        "middle": [depth, d_mlp, n_heads, d_model, old, parts],
+                        "objective": asdict(objective),
+                        "schedule": asdict(schedule),
+                        "stored": str(dtype),
+                    },
+                )
+            speak(f"going on with the plan in {folder / levels.FILE}: {plan}" if again else str(plan))
+            heal, schedule = plan.sizes["heal"], replace(schedule, steps=plan.sizes["steps"])
+            count, judged = plan.sizes["prompts"], plan.sizes["judged"]
+            data = _prompts(stack, model, text, heldout, count, judged, max_tokens, schedule.seed)
         watched, unseen = data.stop.to(stack.device), data.heldout.to(stack.device)
         with accelerator.main_process_first():  # the other processes find the latents there
             pairs = grafting.latents(
@@ -144,6 +185,7 @@ def run(
             **options,
         )
         grafts = {"graft": grown}
+        told: dict[str, Any] = {} if plan is None else {"plan": plan.json() | {"cuts": plan.cuts}}
         mapped, judged_rows = maps(stack, pairs, data) if main else [], dict[str, dict[str, Any]]()
 
         def tell() -> tuple[pd.DataFrame, list[str]]:
@@ -164,6 +206,7 @@ def run(
                 objective=asdict(objective),
                 schedule=asdict(schedule),
                 latents=dict(pairs.source),
+                **told,
             )
             write(folder, methods, {(name, schedule.seed): graft for name, graft in grafts.items()}, source)
             return methods, sentences
@@ -177,7 +220,16 @@ def run(
             )
             methods, sentences = tell()
         accelerator.wait_for_everyone()
-        return GraftResult(list(grafts.values())[-1], methods, sentences)
+        return GraftResult(list(grafts.values())[-1], methods, sentences, plan)
+
+
+def _prompts(
+    stack: Stack, model: str, text: Path | None, heldout: Path | None, count: int, judged: int, longest: int, seed: int
+) -> Split:
+    """The prompts of a run: a bundled model's own problems, or texts."""
+    if text is None:
+        return babel(count, judged, seed, TRAINING_MIX if model == loading.REFERENCE else (1.0,))
+    return texts(stack, text, heldout, count, judged, longest)
 
 
 def write(
