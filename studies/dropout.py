@@ -2,6 +2,7 @@
 
     python studies/dropout.py --out results/dropout      # the shipped models: ten minutes on 2 cores
     python studies/dropout.py --full                     # retrains them first (--seeds), larger sweeps: an hour
+    python studies/dropout.py --budget 5m                # as many tables, the cheapest first, and problems as fit
 
 Small Babel models (6 layers, d 48) that differ in their dropout alone, p = 0, .1, .2 and .4, three seeds each, at
 matched steps and at matched held-out loss; then the effect of dropping at test time, how far the picture of 2^n
@@ -21,6 +22,7 @@ Training resumes where it was interrupted (--work), and existing tables are not 
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,50 @@ from surgery.dropout.files import CONFIRMATION, ENSEMBLE, MODELS, PERCEPTRONS, P
 from surgery.dropout.say import SENTENCES
 from surgery.dropout.trained import Recipe, TrainedModel
 from surgery.dropout.verdicts import FRESH_RATES, FRESH_SEEDS
+from surgery.planning import sizes
+from surgery.planning.machine import Work
+from surgery.planning.sizes import ShapeOf
 from surgery.records import manifest, tables
+
+CHEAPEST = (CONFIRMATION, STREAM, PROBES, ENSEMBLE, TOY, PERCEPTRONS, MODELS)  # in the order in which a budget has them
+STAGES = (
+    {"tables": 2, "problems": 60, "full": 0},  # fewer problems are too few tokens to fit a stream of 48 on
+    {"tables": len(CHEAPEST), "problems": 60},
+    {"problems": 240},
+    {"full": 1},
+)
+AFTER = 10.0  # seconds to draw the figures and write the page
+HELDOUT = 360
+ADDITIVE, HOOKED = 400, 4  # passes over the problems for a row of redundancy; times a pass, of one with masks
+# In tokens through a layer of these models, as many as run in the time of
+ROW, CODER = Work(forward=2e6), Work(forward=1.2e4)  # ... a row of the models, and a step of an autoencoder
+TOY_STEP, NETWORKS = Work(forward=2e3), Work(forward=5e6)  # ... a step of a toy sweep, and the smaller perceptrons
+TRAINING = Work(forward=5e7)  # ... the training of a model
+
+
+def work(size: dict[str, int], shape_of: ShapeOf, asked: Sequence[str], models: int, steps: int) -> Work:
+    """The tables, and with ``full`` the training of all models before them."""
+    full = bool(size["full"])
+    rows, fresh = 2 * models, 2 * len(FRESH_RATES) * len(FRESH_SEEDS)
+    layers, coder_steps = (5, 400) if full else (3, 200)
+    every = max(1, HELDOUT // size["problems"])  # of the held-out problems
+    one, probed = shape_of(-(-HELDOUT // every)), shape_of(120)
+    trained, per_pass = steps / Recipe.steps * TRAINING, HOOKED * (probed.forward + probed.readout)
+    costs = {
+        CONFIRMATION: full * (fresh // 2 * trained + fresh * (ADDITIVE * shape_of(360).forward + ROW)),
+        STREAM: Work(),
+        PROBES: rows * (6 * (8 if full else 4) + 1) * per_pass,
+        ENSEMBLE: (models if full else models // 4) * 65 * per_pass,
+        TOY: 2 * (5000 if full else 2000) * TOY_STEP,
+        PERCEPTRONS: (9 if full else 1) * NETWORKS,
+        MODELS: rows * (ADDITIVE * one.forward + ROW + layers * coder_steps * CODER),
+    }
+    return sum((costs[name] for name in tables_of(asked, size["tables"])), full * models * trained)
+
+
+def tables_of(asked: Sequence[str], count: int) -> list[str]:
+    """The ``count`` cheapest of the tables that were asked for."""
+    return [name for name in CHEAPEST if name in asked][:count]
 
 
 def main() -> None:
@@ -47,11 +92,13 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=240, help="number of held-out problems to measure on")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables to make")
     parser.add_argument("--full", action="store_true")
+    sizes.add_option(parser)
     args = parser.parse_args()
     if min(args.seeds, args.steps) < 1 or args.problems < 30:
         parser.error("--seeds and --steps are 1 or more, --problems 30 or more: ten of each k")
 
     folder = disk.folder(args.out)
+    plan = None if args.budget is None else fit(args, folder)
     models = train_models(args) if args.full else trained.load_shipped(args.models)
     if args.ship:
         trained.ship(models, args.ship)
@@ -70,6 +117,18 @@ def main() -> None:
     surgery.report.build(folder)
     for sentence in sentences:
         print(f"\n{sentence}")
+    sizes.tell(plan, print)
+
+
+def fit(args: argparse.Namespace, folder: Path) -> sizes.Choice | None:
+    """Choose tables, problems and whether to retrain for the budget, and put them into ``args``."""
+    models, alike = trained.load_shipped(args.models), trained.data().heldout
+    args.tables = len(args.only)
+    cost = partial(work, asked=args.only, models=len(models), steps=args.steps)
+    spread = alike[:: max(1, len(alike) // sizes.TIMED_ON)]
+    plan = sizes.settle(args, STAGES, cost, models[0].stack(), folder, spread, say=print, after=AFTER)
+    args.full, args.only = bool(args.full), tables_of(args.only, args.tables)
+    return plan
 
 
 def same(before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
     python studies/fresh_middle.py --out results/fresh_middle       # one seed, 300 steps: eight minutes on 2 cores
     python studies/fresh_middle.py --full                           # three seeds, 1,000 steps: an hour
+    python studies/fresh_middle.py --budget 20m                     # as many prompts, steps and seeds as fit
     python studies/fresh_middle.py --checkpoints runs/reference     # beside the whole model during its own training
 
 On the bundled model, layers 4 to 8 of 12. First every single layer is put back to random weights: which can be replaced
@@ -35,12 +36,15 @@ import surgery
 from surgery import disk, graft, models, report, reversion, series
 from surgery.corpus import splits
 from surgery.corpus.splits import Split
-from surgery.graft import reinitialise, say, study
+from surgery.graft import levels, reinitialise, say, study
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing, phrases
+from surgery.planning import sizes
+from surgery.planning.machine import Work
+from surgery.planning.sizes import ShapeOf
 from surgery.rebuild import layout
 from surgery.records import manifest, tables
 from surgery.stats.bootstrap import t_interval
@@ -58,6 +62,13 @@ METHODS = {  # name: what is trained, on what
     "distilled from scratch": (WHOLE, Objective(latent=0, kl=1)),
     "whole from scratch": (WHOLE, Objective(latent=0, cross_entropy=1)),
 }
+STAGES = (
+    {"prompts": 2000, "judged": 50, "steps": 20, "seeds": 1},
+    {"prompts": 20_000, "judged": 400, "steps": 300},
+    {"judged": 1000, "steps": 1000},
+    {"seeds": 3},
+)
+AFTER = 10.0  # seconds to draw the figures and write the page
 CHOSEN_BY = "chosen_by"
 BY_K = study.RUN | fidelity.COLUMNS | {"k": "steps that a problem asks for"}
 WIRING = study.RUN | {
@@ -66,6 +77,20 @@ WIRING = study.RUN | {
     "kappa": "mean over them of the part of a deviation that one layer takes back",
     "kappa_excess": "the same beyond random walks with updates of the same size",
 }
+
+
+def work(size: dict[str, int], shape_of: ShapeOf) -> Work:
+    """Single layers, the harvest, every method at equal operations, the graft healed, and how all of them are wired."""
+    prompt, steps = shape_of(1), size["steps"]
+    schedule, judged = Schedule(every=max(1, steps // 10)), 2 * size["judged"]
+    tried = (len(METHODS) - 1) * levels.training(prompt, 2, 16, SPAN, schedule=schedule)
+    trained = len(METHODS) * levels.training(prompt, steps, judged, SPAN, schedule=schedule)
+    healed = levels.training(prompt, max(1, steps // 10), judged, SPAN, objective=levels.HEALING, parts="junction")
+    harvest = levels.harvest(prompt, size["prompts"], SPAN)  # and as many operations more from scratch
+    few, wired = shape_of(200), shape_of(128)
+    layers = 4 * (few.n_layers + 3) / 2 * few.forward + 4 * few.n_layers * few.readout
+    wiring = (2 + size["seeds"] * (len(METHODS) + 1)) * 20 * wired.forward
+    return layers + harvest + size["seeds"] * (tried + trained + healed + harvest) + wiring
 
 
 def main() -> None:
@@ -77,22 +102,25 @@ def main() -> None:
     parser.add_argument("--judged", type=int, help="held-out problems; 400, and 1000 with --full")
     parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
     parser.add_argument("--full", action="store_true")
+    sizes.add_option(parser)
     args = parser.parse_args()
-    seeds, steps, judged = (
-        option if option is not None else (full if args.full else quick)
-        for option, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300), (args.judged, 1000, 400))
-    )
-    prompts = args.prompts
     snapshots = sorted(args.checkpoints.glob("step_*.safetensors")) if args.checkpoints else []
     if args.checkpoints and not snapshots:
         parser.error(
             f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
         )
-    if min(seeds, steps) < 1 or judged < 10:
+    least = ((args.seeds, 1), (args.steps, 1), (args.judged, 10))
+    if any(number is not None and number < smallest for number, smallest in least):
         parser.error("--seeds and --steps are 1 or more, --judged 10 or more: two problems of each k")
 
     folder = disk.folder(args.out)
     stack = Stack(surgery.load("babel"))
+    plan = sizes.settle(args, STAGES, work, stack, folder, say=print, after=AFTER)
+    seeds, steps, judged = (
+        option if option is not None else (full if args.full else quick)
+        for option, full, quick in ((args.seeds, 3, 1), (args.steps, 1000, 300), (args.judged, 1000, 400))
+    )
+    prompts = args.prompts
     data = splits.babel(prompts, heldout=judged)
     source = manifest.manifest(stack, data.heldout, seed=0, span=SPAN, seeds=seeds, steps=steps, prompts=prompts)
 
@@ -143,6 +171,7 @@ def main() -> None:
     for sentence in (*say.methods(methods[methods["seed"].fillna(0) == 0], stack.n_layers), *sentences):
         print(f"\n{sentence}")
     print(f"\nThe page is {page}, the numbers and figures are beside it.")
+    sizes.tell(plan, print)
 
 
 def every_method(stack: Stack, pairs: Latents, data: Split, folder: Path, schedule: Schedule):

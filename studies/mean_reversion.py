@@ -2,6 +2,7 @@
 
     python studies/mean_reversion.py --out results/mean_reversion                   # two minutes on 2 cores
     python studies/mean_reversion.py --full                                         # four times the prompts
+    python studies/mean_reversion.py --budget 90s                                   # as many prompts as fit
     python studies/mean_reversion.py --checkpoints runs/reference                   # 15 seconds a checkpoint more
     python studies/mean_reversion.py --model FOLDER --text prompts.txt
 
@@ -19,6 +20,7 @@ is called one. Intervals are over prompts; of models, wirings and training runs 
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -34,13 +36,19 @@ from surgery.corpus.text_files import read_prompts
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
 from surgery.page.phrases import interval, number
+from surgery.planning import sizes
+from surgery.planning.machine import Work
+from surgery.planning.sizes import ShapeOf
 from surgery.rebuild import tape
 from surgery.records import manifest, tables
 from surgery.reversion import cloud, files, say, study, trajectories
+from surgery.reversion.part import REVERSION_PART
 from surgery.stats import panels
 from surgery.stats.bootstrap import columns, described, pool, ratio
 from surgery.wiring.value import Wiring
 
+STAGES = ({"prompts": 16}, {"prompts": 512})
+PASSES, AFTER = 40, 10.0  # of a taped model or a checkpoint over the prompts; seconds that are the same for any number
 ANATOMY = {"babel": (4, 9)}  # first layer of the middle and first one behind it, as studies/anatomy.py finds them
 WALKS = ("rotated", "token_shuffled")
 CAUSAL = [f"kappa_causal_{kind}" for kind in ("difference", "random", "principal")]
@@ -86,6 +94,12 @@ WIRINGS = (
 SIZES = reversion.COLUMNS | {"size": "length of a displacement as a fraction of the stream's spread"}
 
 
+def work(size: dict[str, int], shape_of: ShapeOf, models: int) -> Work:
+    """The reversion part of a study, and displacements in ``models`` more: taped, another size, along the training."""
+    shape = shape_of(size["prompts"])
+    return REVERSION_PART.levels(shape)[-1].work + models * PASSES * shape.forward
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=models.REFERENCE, help="a folder or name for surgery.load")
@@ -102,6 +116,7 @@ def main() -> None:
     parser.add_argument("--wiring", action="append", help="how to tape layers together; babel ':9 6:', else the middle")
     parser.add_argument("--checkpoints", type=Path, help="folder of step_*.safetensors")
     parser.add_argument("--full", action="store_true")
+    sizes.add_option(parser)
     args = parser.parse_args()
     if not args.text and args.model not in models.BUNDLED:
         parser.error(f"{args.model} brings no prompts of its own: give a file with --text FILE, one prompt a line")
@@ -110,9 +125,8 @@ def main() -> None:
         parser.error(
             f"{args.checkpoints} has no step_*.safetensors: make some with studies/train_reference.py --snapshots"
         )
-    count = (512 if args.full else 128) if args.prompts is None else args.prompts
-    if count < 1:
-        parser.error(f"--prompts {count}: give at least 1, and 2 for intervals")
+    if args.prompts is not None and args.prompts < 1:
+        parser.error(f"--prompts {args.prompts}: give at least 1, and 2 for intervals")
 
     folder = disk.folder(args.out)
     model = surgery.load(args.model)
@@ -121,6 +135,13 @@ def main() -> None:
         parser.error(
             f"{stack.name} has {stack.n_layers} layers; to have a beginning, a middle and an end give 4 or more"
         )
+    alike = (
+        [text for _, text in read_prompts(args.text, sizes.TIMED_ON)] if args.text else bundled.prompts(sizes.TIMED_ON)
+    )
+    cost = partial(work, models=4 + len(args.wiring or [""]) + len(snapshots))
+    alike_tokens = stack.tokens(alike, stack.n_ctx)
+    plan = sizes.settle(args, STAGES, cost, stack, folder, alike_tokens, say=print, after=AFTER)
+    count = (512 if args.full else 128) if args.prompts is None else args.prompts
     texts = [text for _, text in read_prompts(args.text, count)] if args.text else bundled.prompts(count)
     tokens = stack.tokens(texts, stack.n_ctx)
     middle = ANATOMY.get(args.model, (round(stack.n_layers / 3), round(2 * stack.n_layers / 3)))
@@ -152,6 +173,7 @@ def main() -> None:
     *sentences, ends, answer = say.sentences(measured)
     print("\nThe model as it is\n", *sentences, sep="\n")
     print(f"\nIs reversion stronger in the ends than in the middle? {ends}\n\n{answer}")
+    sizes.tell(plan, print)
 
 
 def by_size(stack: surgery.Stack, tokens: Tokens, small: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Do layers work in series because a problem has several steps, or would they do so anyway?
 
     python studies/series_or_parallel.py --out results/series_or_parallel          # half a minute on 2 cores
+    python studies/series_or_parallel.py --budget 20s                              # as many problems as fit
 
 S and R/R rotated of every window of three layers, on problems with k = 0 (pure translation) to 4 (four functions in a
 row), for the bundled model, the same architecture untrained, and a twin of the same size trained on translation alone.
@@ -23,6 +24,9 @@ from surgery import disk, models
 from surgery.anatomy import ends_against_middle
 from surgery.corpus.babel import Babel
 from surgery.page import phrases
+from surgery.planning import sizes
+from surgery.planning.machine import Work
+from surgery.planning.sizes import ShapeOf
 from surgery.records import manifest, tables
 from surgery.series import window
 from surgery.stats.bootstrap import columns, interval, measure_columns
@@ -30,6 +34,8 @@ from surgery.stats.sampling import Sampling
 
 STEPS = range(5)
 PARTS = {"before layer 4": (1, 4), "4 to 8": (4, 9), "from 9 on": (9, 12)}  # windows that lie wholly in them
+STAGES = ({"prompts": 16}, {"prompts": 128})
+PASSES, AFTER = 4.5, 7.0  # of a model over its problems; seconds that are the same for any number of them
 SLOPES = {
     "model": "which model",
     "windows": "first layers of the windows averaged",
@@ -38,6 +44,10 @@ SLOPES = {
     f"slope{end}": f"change of the measure with each step more, k = 0 to 4{what}"
     for end, what in {"": "", "_low": ": lower end of its 95 % interval", "_high": ": upper end"}.items()
 }
+
+
+def work(size: dict[str, int], shape_of: ShapeOf) -> Work:
+    return 3 * len(STEPS) * PASSES * shape_of(size["prompts"]).forward
 
 
 def slope(values: Float[Tensor, "k resample"]) -> Float[Tensor, " resample"]:
@@ -62,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/series_or_parallel")
     parser.add_argument("--prompts", type=int, default=128, help="problems of each k")
     parser.add_argument("--length", type=int, default=3, choices=(2, 3), help="layers in a window")
+    sizes.add_option(parser)
     args = parser.parse_args()
 
     folder, corpus, bundled = disk.folder(args.out), Babel(), surgery.load("babel")
@@ -71,6 +82,7 @@ def main() -> None:
         "translation": surgery.load("babel-translation"),
     }
     stacks = {name: surgery.Stack(model) for name, model in opened.items()}
+    plan = sizes.settle(args, STAGES, work, stacks["babel"], folder, say=print, after=AFTER)
     rows: list[dict] = []
     slopes: list[dict] = []
     growth: dict[str, Tensor] = {}
@@ -136,6 +148,7 @@ def main() -> None:
     }
     tables.write(pd.DataFrame(rows), folder / "series_by_k.csv", provenance, meanings)
     tables.write(pd.DataFrame(slopes), folder / "slopes.csv", provenance, SLOPES)
+    sizes.tell(plan, print)
 
 
 if __name__ == "__main__":

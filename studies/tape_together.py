@@ -2,6 +2,7 @@
 
     python studies/tape_together.py --out results/tape_together                   # two to three minutes on 2 cores
     python studies/tape_together.py --out results/tape_together_full --full       # four times the problems: 10 minutes
+    python studies/tape_together.py --budget 90s                                  # as many problems as fit
 
 The model was trained on chains of k <= 4 functions. Every span of layers gets a second pass, whole or counting half,
 on problems of k = 0 to 7. The one with the most exact answers at k >= 5 is chosen on one half of the problems, and all
@@ -26,6 +27,9 @@ from surgery.corpus import probes
 from surgery.corpus.probes import ProbeSet
 from surgery.page import drawing
 from surgery.page.drawing import BLUE, PALE
+from surgery.planning import sizes
+from surgery.planning.machine import Work
+from surgery.planning.sizes import ShapeOf
 from surgery.records import tables
 from surgery.records.manifest import manifest
 from surgery.scan import controls, draw, halving, say, search, worth
@@ -38,16 +42,26 @@ FAR = ["k=5", "k=6", "k=7"]  # never trained
 METRICS = ("exact", "loglik")
 SMALL = 0.05  # a gain in exact answers that would not count as a longer reach
 
+STAGES = ({"count": 16}, {"count": 1280})
+PASSES, AFTER = 60, 10.0  # of the model over all problems; seconds that are the same for any number of them
+
+
+def work(size: dict[str, int], shape_of: ShapeOf) -> Work:
+    """All spans on one half of the problems, the search in rounds and by a beam, the winners on the other half."""
+    return PASSES * shape_of(5 * (size["count"] // 4) + 3 * size["count"]).forward
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/tape_together")
     parser.add_argument("--count", type=int, help="problems of each k >= 5; a quarter below")
     parser.add_argument("--full", action="store_true")
+    sizes.add_option(parser)
     args = parser.parse_args()
 
     folder = disk.folder(args.out)
     stack = surgery.Stack(surgery.load("babel"))
+    plan = sizes.settle(args, STAGES, work, stack, folder, say=print, after=AFTER)
     n_layers, spans = stack.n_layers, list(every_repeat(stack.n_layers))
     count = args.count or (1280 if args.full else 320)
     problems = probes.babel(count // 4, range(5)).probes + probes.babel(count, range(5, 8)).probes
@@ -133,6 +147,7 @@ def main() -> None:
             folder / "tape_together.png": drawing.png(reach_and_controls(validated, measured, best[0])),
         }
     )
+    sizes.tell(plan, print)
 
 
 def far(frame: pd.DataFrame) -> pd.DataFrame:
