@@ -1,6 +1,7 @@
 """How much of a graft fits into a budget: harvest, steps and healing cut together, and the same when it goes on."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,23 +64,28 @@ def test_more_of_anything_costs_more(prompt):
         assert seconds(prompt, {**ASKED, name: 2 * ASKED[name]}) > usual
 
 
+RUN = {"prompts": 60, "judged": 20, "steps": 8, "heal": 0}
+SCHEDULE = Schedule(steps=8, batch=8, every=4, warmup=2)
+
+
 def graft(folder, budget, monkeypatch, speed=1e-5, **options):
-    machine = Machine(speed, 2 * speed, speed, 1e-12)
+    machine = Machine(speed, 2 * speed, speed, 1e-7 * speed)
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: 0.0))  # however long it takes here
     monkeypatch.setattr(Machine, "of", classmethod(lambda *_: machine))
     said = []
-    schedule = Schedule(steps=8, batch=8, every=4, warmup=2)
-    options = {"count": 60, "judged": 20, "schedule": schedule, "device": "cpu"} | options
+    options = {"count": 60, "judged": 20, "schedule": SCHEDULE, "device": "cpu"} | options
     return study.run(out=folder, budget=budget, say=said.append, **options), said
 
 
-def test_a_graft_within_a_budget_says_what_it_cut_and_goes_on_with_its_plan(tmp_path, monkeypatch):
+def test_a_graft_within_a_budget_says_what_it_cut_and_goes_on_with_its_plan(prompt, tmp_path, monkeypatch):
     monkeypatch.setattr(levels, "LEAST", {"prompts": 20, "judged": 10, "steps": 1, "heal": 0})
     monkeypatch.setattr(levels, "OPENED", 0)
     monkeypatch.setattr(levels, "PAGE_SECONDS", 0)
-    outcome, said = graft(tmp_path, "60s", monkeypatch, speed=6e-4)
+    speed = 1.3 * 600 / Machine(1, 2, 1, 1e-7).seconds(levels.work(prompt, RUN, SPAN, schedule=SCHEDULE))
+    outcome, said = graft(tmp_path, "10m", monkeypatch, speed)
     plan = outcome.plan
     assert str(plan) in said
-    assert plan.asked == {"prompts": 60, "judged": 20, "steps": 8, "heal": 0}
+    assert plan.asked == RUN
     assert all(levels.LEAST[name] <= size <= plan.asked[name] for name, size in plan.sizes.items())
     assert plan.sizes["steps"] < 8
     manifest = tables.read_manifest(tmp_path / study.METHODS)
@@ -89,14 +95,14 @@ def test_a_graft_within_a_budget_says_what_it_cut_and_goes_on_with_its_plan(tmp_
     report.build(tmp_path)
     assert plan.told in (tmp_path / report.PAGE).read_text()
     monkeypatch.setattr(study.grafting.Task, "batch", lambda *_: pytest.fail("a step was made again"))
-    again, said = graft(tmp_path, "60s", monkeypatch, speed=6e-2)
+    again, said = graft(tmp_path, "10m", monkeypatch, 100 * speed)
     assert any(line.startswith("going on with the plan in ") for line in said)
     assert again.plan == plan
     assert again.methods.drop(columns="seconds").equals(outcome.methods.drop(columns="seconds"))
 
 
 def test_a_budget_that_holds_no_graft_or_is_none_is_refused_in_words(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"nothing fits into 1 s: the least \(prompts 200, judged 32, .* --budget"):
+    with pytest.raises(ValueError, match=r"nothing fits into 1 s: the least \(prompts 60, judged 20, .* --budget"):
         graft(tmp_path / "least", "1s", monkeypatch)
     with pytest.raises(ValueError, match="'soon' is no budget"):
         graft(tmp_path / "none", "soon", monkeypatch)

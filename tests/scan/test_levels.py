@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from surgery.records import tables
 from surgery.scan import levels, say, study
 
 QUICK = Machine(forward=1e-6, backward=3e-6, readouts=1e-6, products=1e-14, half=0.5)
+STOPPED = SimpleNamespace(monotonic=lambda: 0.0)  # a plan does not depend on how long it took to get there
 WIRINGS = levels.repeats(12, 12)
 SHAPE = Shape(
     n_layers=12,
@@ -44,7 +46,7 @@ def plan(babel, folder, monkeypatch, budget, speed=1e-6, **options):
     machine = Machine(speed, 3 * speed, speed, 1e-14, half=0.5)
     monkeypatch.setattr(Machine, "of", classmethod(lambda *_: machine))
     options = {"family": "repeat", "asked": {"seed": 0}} | options
-    monkeypatch.setattr(levels.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(levels, "time", STOPPED)
     return levels.plan(babel, probe_set(128), WIRINGS, folder, budget=budget, began=0.0, **options)
 
 
@@ -120,6 +122,8 @@ def questions(tmp_path_factory):
 def scan(model, questions, folder, speed, monkeypatch, **options):
     machine = Machine(speed, 3 * speed, speed, 1e-14, half=0.5)
     monkeypatch.setattr(Machine, "of", classmethod(lambda *_: machine))
+    for module in (levels, study):
+        monkeypatch.setattr(module, "time", STOPPED)
     said = []
     outcome = study.run(str(model), "repeat", str(questions), folder, top=2, say=said.append, **options)
     return outcome, said
