@@ -198,6 +198,23 @@ def table(
     return frame
 
 
+def rhos(full: Damages, measure: str = "margin", seed: int = 0, *, tolerance: float = 1e-9) -> pd.DataFrame:
+    """Return ``layer``, ``later`` and the estimate ``rho`` of every pair, without intervals and controls.
+
+    It is that of ``table``. Cost: no forward pass.
+
+    >>> chain = torch.ones(3, 8).double()
+    >>> rhos(Damages(((0,), (1,), (0, 1)), chain, chain)).values.tolist()
+    [[0.0, 1.0, 1.0]]
+    """
+    value, rows = _values(full, measure), []
+    draws, shown = _draws(value, 0, seed), _shown(value, seed)
+    for pair in _pairs(full):
+        _, rho = _rho(_damages(full, value, pair, tolerance) @ draws.T, shown[_rows(full, pair)])
+        rows.append({"layer": pair[0], "later": pair[1], "rho": float(rho[0])})
+    return pd.DataFrame(rows)
+
+
 def summary(
     full: Damages, measure: str = "margin", resamples: int = RESAMPLES, seed: int = 0, *, tolerance: float = 1e-9
 ) -> pd.DataFrame:

@@ -72,9 +72,14 @@ COLUMNS |= described(_MEASURES)
 
 @in_smaller_batches
 def exponents(
-    stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
+    stack: Stack,
+    tokens: Ensemble | Tokens | Tensor,
+    *,
+    start: int | None = None,
+    frozen: bool = True,
+    sampling: Sampling = Sampling(),
 ) -> pd.DataFrame:
-    """Measure the gate exponent of every window of two layers or more.
+    """Measure the gate exponent of every window of two layers or more, or of those alone that begin at ``start``.
 
     Columns: ``start``, ``stop``, ``n_prompts`` and, with intervals, ``kappa_g``, ``gate_series``, ``kappa_g_stream``. A
     last layer that writes the same for every token has none (NaN). A layer that reads all directions alike responds to
@@ -83,7 +88,8 @@ def exponents(
     layer 1 with the architecture untrained.
 
     Cost in a model of L layers: 2 F (with live norms 1 F less), 3 F to linearise the layers, and (L - 1)/2 F for the
-    derivatives along a vector. Memory: L streams of one batch, and 4 L^2 d_model numbers a prompt.
+    derivatives along a vector, from one ``start`` no more than 1 F. Memory: L streams of one batch, and 4 L^2 d_model
+    numbers a prompt.
 
     Raises ValueError for a model of one layer.
     """
@@ -94,18 +100,18 @@ def exponents(
     for visit in ensemble.visits(stack, "gate exponents"):
         if visit.layer == 0:
             state = stack.norm_state(visit.context) if frozen else None
-            entries: list[Tensor] = []
-            tangents: list[Tensor] = []  # d x / d eps of the windows from every start
+            entries: dict[int, Tensor] = {}
+            tangents: dict[int, Tensor] = {}  # d x / d eps of the windows from every start
         with stack.frozen(visit.context, state) if frozen else nullcontext():
             along = linearise(stack, visit.layer, visit.x, visit.context)
-            for start, tangent in enumerate(tangents):
+            for first, tangent in tangents.items():
                 response = along(tangent)
-                tangents[start] = tangent + visit.u + response
-                window, written = (start, visit.layer + 1), visit.x + visit.u - entries[start]
+                tangents[first] = tangent + visit.u + response
+                window, written = (first, visit.layer + 1), visit.x + visit.u - entries[first]
                 last[window] += [Moments.of(visit.u, b, visit.mask) for b in (None, response)]
-                whole[window] += [Moments.of(written, b, visit.mask) for b in (None, tangents[start])]
-        entries.append(visit.x)
-        tangents.append(visit.u)
+                whole[window] += [Moments.of(written, b, visit.mask) for b in (None, tangents[first])]
+        if start is None or visit.layer == start:
+            entries[visit.layer], tangents[visit.layer] = visit.x, visit.u
     draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
 
     def slope(parts: list[Moments]) -> Tensor:  # variances of what is written, and covariances with its derivative
@@ -114,11 +120,11 @@ def exponents(
 
     rows = []
     for window in sorted(last):
-        start, stop = window
+        first, stop = window
         kappa = 1 + slope(last[window])
-        measures = {"kappa_g": kappa, "gate_series": (kappa - 1) / (stop - start - 1)}
+        measures = {"kappa_g": kappa, "gate_series": (kappa - 1) / (stop - first - 1)}
         measures["kappa_g_stream"] = slope(whole[window])
-        rows.append({"start": start, "stop": stop, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
+        rows.append({"start": first, "stop": stop, "n_prompts": len(ensemble.tokens)} | measure_columns(measures))
     return ensemble.annotate(pd.DataFrame(rows), "start", "stop")
 
 

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from surgery.instruments import interactions, known_networks, similarity
+from surgery.instruments.ablation import damage
 from surgery.instruments.ensemble import Ensemble
 from surgery.models.engine import Engine
 from surgery.models.scopes import scope
@@ -83,12 +84,14 @@ class Measure:
 class Function:
     """How a frame is made, and its cost by its docstring, in F, as a function of the number of layers.
 
-    ``gradients`` are what it costs beside the layers that run ``forwards``.
+    ``gradients`` are what it costs beside the layers that run ``forwards``. ``read`` makes no more of the frame than
+    the measures need, without what comes before its argument ``start``.
     """
 
     run: Callable[..., pd.DataFrame]
     forwards: Callable[[int], float]
     gradients: Callable[[int], float] = lambda n: 0.0
+    read: Callable[..., pd.DataFrame] | None = None
 
     def formula(self, n_layers: int) -> float:
         """Return the whole cost."""
@@ -107,16 +110,25 @@ def _linearity(stack: Stack, ensemble: Ensemble, *, sampling: Sampling) -> pd.Da
     return similarity.linearity(stack, ensemble.tokens, sampling=sampling)  # it makes its own, of half of the prompts
 
 
+def _rhos(stack: Stack, ensemble: Ensemble, start: int, *, sampling: Sampling) -> pd.DataFrame:
+    damages = damage(stack, ensemble, interactions.sets(stack.n_layers), frozen=True, sampling=sampling)
+    return interactions.rhos(damages, seed=sampling.seed, tolerance=stack.tolerance)
+
+
+def _exponents(stack: Stack, ensemble: Ensemble, start: int, *, sampling: Sampling) -> pd.DataFrame:
+    return gates.exponents(stack, ensemble, start=start, sampling=sampling)
+
+
 FUNCTIONS: dict[str, Function] = {
-    "series.windows": Function(partial(window.windows, damage=False), lambda n: 2 * n + 2),
+    "series.windows": Function(partial(window.windows, damage=False), lambda n: 2 * n + 2, read=window.longest),
     "effects.matrix": Function(effects.matrix, lambda n: (n - 1) + 3),
     "interactions.pairs": Function(
-        interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3) + (n - 1) / 2 + 2
+        interactions.pairs, lambda n: 2 * ((n - 1) / 2 + (n - 1) * (n - 2) / 6 + 3) + (n - 1) / 2 + 2, read=_rhos
     ),
     "jacobians.pairs": Function(
         jacobians.pairs, lambda n: 3, lambda n: 2 + 1.2 * jacobians.NULLS * (n - 1) / n + (n - 1)
     ),
-    "gates.exponents": Function(gates.exponents, lambda n: 3, lambda n: 2 + (n - 1) / 2),
+    "gates.exponents": Function(gates.exponents, lambda n: 3, lambda n: 2 + (n - 1) / 2, _exponents),
     "gates.hessian": Function(
         gates.hessian, lambda n: 2 + 2 * (n - 1) / n, lambda n: 3 * (n - 1) / n + 3 * (n - 1) / 2
     ),
@@ -162,14 +174,19 @@ def readings(
 
     Where embeddings are small, everything from layer 0 reads 1: leave it out. A function that refuses these tokens (too
     short or too few) gives no frame, and its measures are NaN. ``costs`` gets a row of ``COST_COLUMNS`` for each
-    function that ran. Cost: the sum of the formulas of ``FUNCTIONS``, and massive tokens are looked for once.
+    function that ran; without them, frames have no more than the measures need. Cost: with ``costs`` the sum of the
+    formulas of ``FUNCTIONS``, else about half of it; massive tokens are looked for once.
     """
     sampling, frames = Sampling(resamples=0, seed=seed), {}
     ensemble = Ensemble.of(stack, tokens, sampling)
-    rows = _measured(stack, ensemble, sampling, tuple(FUNCTIONS), timed=costs is not None)
-    for name, frame, cost in rows:
-        frames[name] = _from(frame, first_layer)
-        if costs is not None:
+    if costs is None:
+        for name, function in FUNCTIONS.items():
+            run = function.run if function.read is None else partial(function.read, start=first_layer)
+            with suppress(ValueError):
+                frames[name] = _from(run(stack, ensemble, sampling=sampling), first_layer)
+    else:
+        for name, frame, cost in _measured(stack, ensemble, sampling, tuple(FUNCTIONS)):
+            frames[name] = _from(frame, first_layer)
             costs.append(cost)
     frame_of = {measure: frames.get(measure.function, _EMPTY) for measure in MEASURES}
     values = {measure.name: float(measure.of(f)) if len(f) else math.nan for measure, f in frame_of.items()}
@@ -177,12 +194,12 @@ def readings(
 
 
 def _measured(
-    stack: Stack, ensemble: Ensemble, sampling: Sampling, names: Sequence[str], *, timed: bool
+    stack: Stack, ensemble: Ensemble, sampling: Sampling, names: Sequence[str]
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
     """Yield name, frame and cost of every function that does not refuse these tokens."""
     tokens = ensemble.tokens
-    size = tokens.ids.numel() * stack.n_layers
-    forward = min(_seconds(lambda: stack.stream(tokens)) for _ in range(3)) if timed else math.nan
+    size = sum(batch.ids.numel() for batch in ensemble.portions()) * stack.n_layers
+    forward = min(_seconds(lambda: stack.stream(tokens.trimmed())) for _ in range(3))
     for name in names:
         function = FUNCTIONS[name]
         start = time.process_time()
@@ -242,7 +259,7 @@ def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FU
     """
     sampling = Sampling(skip_massive=False)
     ensemble = Ensemble.of(stack, tokens, sampling)
-    rows = [cost for _, _, cost in _measured(stack, ensemble, sampling, names, timed=True)]
+    rows = [cost for _, _, cost in _measured(stack, ensemble, sampling, names)]
     return pd.DataFrame(rows, columns=list(COST_COLUMNS))
 
 

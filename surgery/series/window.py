@@ -65,11 +65,20 @@ from surgery.instruments import losses, massive, similarity
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import predicting_positions
 from surgery.instruments.together import Together
-from surgery.instruments.windows import Reading, merged
+from surgery.instruments.windows import (
+    Reading,
+    Spans,
+    Sums,
+    Units,
+    merged,
+    record_entry_updates,
+    record_stream,
+    running_mean,
+)
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.series.recording import Recording
+from surgery.series.recording import Recording, check
 from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
@@ -183,6 +192,41 @@ def windows(
     )
     with progress.task("windows", recording.steps * len(recording.batches), sampling.progress) as advance:
         return table(recording, [recording.sums(prompts, advance) for prompts in recording.batches])
+
+
+@in_smaller_batches
+def longest(
+    stack: Stack, tokens: Ensemble | Tokens | Tensor, start: int = 0, *, sampling: Sampling = Sampling()
+) -> pd.DataFrame:
+    """Measure R, O and S alone, of the window from ``start`` to the last layer: a row with columns of ``windows``.
+
+    Cost: 2 F and ``(L - start - 1) / L`` F. Raises as ``windows``, and ValueError for a start that leaves no window.
+
+    >>> from surgery import Stack
+    >>> from surgery.instruments import known_networks
+    >>> longest(Stack(known_networks.serial_network()), known_networks.tokens())["S"].round(4).tolist()
+    [1.0]
+    """
+    units, ensemble, parts = Units.of(stack, "layer"), Ensemble.of(stack, tokens, sampling), []
+    check(units, ensemble.tokens, len(units), sampling)
+    if not 0 <= start < len(units) - 1:
+        raise ValueError(f"a window has at least two layers: start must be 0 to {len(units) - 2}, got {start}")
+    spans = Spans.of(len(units), len(units))
+    for _, context, mask in ensemble.batches(stack, "the longest window"):
+        stream, sums = units.stream(context), Sums(mask, spans, stack.dtype)
+        record_stream(stream, sums)
+        with stack.frozen(context):
+            for _ in record_entry_updates(
+                units, Together(stack, context), stream, "frozen", sums, range(start, start + 1)
+            ):
+                pass
+        parts.append(sums.tensors)
+    draws = weights(len(ensemble.tokens), sampling.resamples, sampling.seed)
+    reading = Reading(merged(parts), spans, draws, units.reads, stack.dtype)
+    weight, entry_read, output = reading.dependence("frozen", start, units.after(start, len(units)))
+    R = running_mean(entry_read, weight)[-1]
+    row = {"start": start, "stop": len(units), "n_prompts": len(ensemble.tokens)}
+    return pd.DataFrame([row | measure_columns({"R": R, "O": output[-1], "S": (R + output[-1]) / 2})])
 
 
 def table(recording: Recording, parts: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:

@@ -87,3 +87,20 @@ def test_costs_come_with_the_measures():
     counted = [row["counted"] for row in costs]
     assert counted[:-1] == pytest.approx(alone["counted"].tolist()[:-1])
     assert counted[-1] == pytest.approx(alone["counted"].iloc[-1] + 1)  # linearity looks for massive tokens by itself
+
+
+def test_without_costs_no_more_is_run_than_is_read():
+    stack, tokens = Stack(known_networks.random_network(4)), known_networks.tokens(12, 6)
+    with side_by_side.counted_layers() as whole:
+        of_all, _ = side_by_side.readings(stack, tokens, 1, costs=[])
+    with side_by_side.counted_layers() as count:
+        alone, _ = side_by_side.readings(stack, tokens, 1)
+    assert alone == pytest.approx(of_all, rel=1e-6)
+    assert count[0] < 0.8 * whole[0]
+
+
+def test_no_window_is_left_after_the_last_but_one_layer():
+    stack = Stack(known_networks.random_network(3))
+    values, frames = side_by_side.readings(stack, TOKENS, first_layer=2)
+    assert "series.windows" not in frames
+    assert values["S"] != values["S"]
