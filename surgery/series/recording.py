@@ -86,7 +86,7 @@ class Recording:
         """
         units = Units.of(stack, grain)
         longest = len(units) if max_length is None else max_length
-        _check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
+        check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
         if unknown := [form for form in forms if form not in FORMS]:
             raise ValueError(f"layers in parallel are put together by {' or '.join(FORMS)}, not by {unknown[0]!r}")
         ensemble = Ensemble.of(stack, tokens, sampling)
@@ -219,7 +219,7 @@ class _Parallel:
                 sums.put(f"{kind} {form}", len(self.recording.spans.pairs), row, values[None])
 
 
-def _check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
+def check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
     """Raise ValueError for what cannot be measured."""
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")

@@ -169,17 +169,18 @@ def readings(
     *,
     seed: int = 0,
     costs: list[dict[str, Any]] | None = None,
+    whole: bool = True,
 ) -> tuple[dict[str, float], Frames]:
     """Return every measure of one model, and the frames they are taken from, without layers before ``first_layer``.
 
     Where embeddings are small, everything from layer 0 reads 1: leave it out. A function that refuses these tokens (too
     short or too few) gives no frame, and its measures are NaN. ``costs`` gets a row of ``COST_COLUMNS`` for each
-    function that ran; without them, frames have no more than the measures need. Cost: with ``costs`` the sum of the
-    formulas of ``FUNCTIONS``, else about half of it; massive tokens are looked for once.
+    function that ran. Unless ``whole``, frames have no more than the measures need, and nothing is timed. Cost: the sum
+    of the formulas of ``FUNCTIONS``, or about half of it if not ``whole``; massive tokens are looked for once.
     """
     sampling, frames = Sampling(resamples=0, seed=seed), {}
     ensemble = Ensemble.of(stack, tokens, sampling)
-    if costs is None:
+    if not whole:
         for name, function in FUNCTIONS.items():
             run = function.run if function.read is None else partial(function.read, start=first_layer)
             with suppress(ValueError):
@@ -187,7 +188,8 @@ def readings(
     else:
         for name, frame, cost in _measured(stack, ensemble, sampling, tuple(FUNCTIONS)):
             frames[name] = _from(frame, first_layer)
-            costs.append(cost)
+            if costs is not None:
+                costs.append(cost)
     frame_of = {measure: frames.get(measure.function, _EMPTY) for measure in MEASURES}
     values = {measure.name: float(measure.of(f)) if len(f) else math.nan for measure, f in frame_of.items()}
     return values, frames
@@ -198,8 +200,8 @@ def _measured(
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
     """Yield name, frame and cost of every function that does not refuse these tokens."""
     tokens = ensemble.tokens
-    size = sum(batch.ids.numel() for batch in ensemble.portions()) * stack.n_layers
-    forward = min(_seconds(lambda: stack.stream(tokens.trimmed())) for _ in range(3))
+    size = tokens.ids.numel() * stack.n_layers
+    forward = min(_seconds(lambda: stack.stream(tokens)) for _ in range(3))
     for name in names:
         function = FUNCTIONS[name]
         start = time.process_time()
@@ -238,11 +240,13 @@ def calibrate(
     """Measure several networks on the same tokens: a row per measure and network.
 
     ``costs`` gets what every function took on the first of them, as rows of ``COST_COLUMNS``. Cost: ``readings`` of
-    each.
+    each, of all but the first not ``whole``.
     """
     rows = []
     for number, (name, stack) in enumerate(stacks.items()):
-        values, _ = readings(stack, tokens, first_layer, seed=seed, costs=None if number else costs)
+        timed = costs is not None and not number
+        own = costs if timed else None
+        values, _ = readings(stack, tokens, first_layer, seed=seed, costs=own, whole=timed)
         rows += [
             {"measure": measure.name, "about": measure.about, "network": name, "value": values[measure.name]}
             for measure in MEASURES
