@@ -10,7 +10,7 @@ one with ``rewired``; ``read`` reads the bundled one, or yours.
 
 >>> wirings = read("babel")
 >>> wirings[wirings["family"] == "swap"].nlargest(1, "loss")["wiring"].item()
-'10 1:10 0 11:'
+'8 1:8 0 9:'
 """
 
 from collections.abc import Mapping, Sequence

@@ -40,9 +40,9 @@ def damage(
     return mean * generator.lognormal(0, 0.3, (16, len(spans))), spans, (low, high)
 
 
-def rows(quick: bool) -> Iterator[dict]:
-    for n_layers, count in ((12, 200), (18, 200), (30, 40)):
-        count = 8 if quick else count
+def rows(quick: bool = False) -> Iterator[dict]:
+    for n_layers, count in ((12, 100), (18, 60), (30, 12)):
+        count = 6 if quick else count
         for kind in KINDS:
             for ratio in (1.0, 1.5, 3.0):
                 found, right = [], []

@@ -1,6 +1,7 @@
 from . import asked as asked
 from . import babel as babel
 from . import bundled as bundled
+from . import everyday as everyday
 from . import parallel_sentences as parallel_sentences
 from . import probe_files as probe_files
 from . import probes as probes

@@ -10,7 +10,7 @@ takes the largest that fits. So a larger budget never buys less of anything.
 >>> choose(rungs, machine, budget=20).sizes, choose(rungs, machine, budget=30).sizes
 ({'prompts': 128, 'seeds': 1}, {'prompts': 128, 'seeds': 2})
 >>> choose(rungs, machine, budget=5).cuts
-['prompts: 50 of 128', 'seeds: 1 of 3']
+['prompts: 42 of 128', 'seeds: 1 of 3']
 
 A script gets ``--budget`` by ``add_option``, and its sizes by ``settle``, which keeps them in ``FILE``.
 """

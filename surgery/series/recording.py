@@ -86,7 +86,8 @@ class Recording:
         """
         units = Units.of(stack, grain)
         longest = len(units) if max_length is None else max_length
-        check(units, tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens), longest, sampling)
+        prompts = tokens.tokens if isinstance(tokens, Ensemble) else Tokens.of(tokens)
+        require_measurable(units, prompts, longest, sampling.batch_size, sampling.skip_first)
         if unknown := [form for form in forms if form not in FORMS]:
             raise ValueError(f"layers in parallel are put together by {' or '.join(FORMS)}, not by {unknown[0]!r}")
         ensemble = Ensemble.of(stack, tokens, sampling)
@@ -219,18 +220,18 @@ class _Parallel:
                 sums.put(f"{kind} {form}", len(self.recording.spans.pairs), row, values[None])
 
 
-def check(units: Units, tokens: Tokens, longest: int, sampling: Sampling) -> None:
-    """Raise ValueError for what cannot be measured."""
+def require_measurable(units: Units, tokens: Tokens, longest: int, batch_size: int, skip_first: bool) -> None:
+    """Raise ValueError for what no window can be measured of."""
     if len(units) < 2:
         raise ValueError(f"{units.stack.name} has one layer; a window needs two")
     if longest < 2:
         raise ValueError(
             f"a window has at least two layers: max_length must be 2 to {len(units)} or None, got {longest}"
         )
-    if sampling.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {sampling.batch_size}")
-    if int(tokens.ensemble(sampling.skip_first).sum()) < 2:
-        first = ", each prompt's first left out" if sampling.skip_first else ""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if int(tokens.ensemble(skip_first).sum()) < 2:
+        first = ", each prompt's first left out" if skip_first else ""
         raise ValueError(
             f"there are fewer than two tokens to compare in these prompts{first}; give longer or more prompts"
         )

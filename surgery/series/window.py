@@ -78,7 +78,7 @@ from surgery.instruments.windows import (
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
-from surgery.series.recording import Recording, check
+from surgery.series.recording import Recording, require_measurable
 from surgery.stats.bootstrap import described, measure_columns, weights
 from surgery.stats.sampling import Sampling
 
@@ -208,7 +208,7 @@ def longest(
     [1.0]
     """
     units, ensemble, parts = Units.of(stack, "layer"), Ensemble.of(stack, tokens, sampling), []
-    check(units, ensemble.tokens, len(units), sampling)
+    require_measurable(units, ensemble.tokens, len(units), sampling.batch_size, sampling.skip_first)
     if not 0 <= start < len(units) - 1:
         raise ValueError(f"a window has at least two layers: start must be 0 to {len(units) - 2}, got {start}")
     spans = Spans.of(len(units), len(units))

@@ -48,7 +48,7 @@ def on_and_off() -> pd.DataFrame:
 NAMES = ["real", "stationary, relabelled", "stationary, unrelabelled", "longer", "more real"]
 
 
-AT_REST = {"mahalanobis": 1.0, "beyond_real": 0.05, "nearest": 1.0, "entropy": 1.0}
+AT_REST = {"mahalanobis": 1.0, "beyond_real": 0.05, "nearest": 1.0, "entropy": 1.0, "loss": 1.0}
 
 
 def moved(half: float = 0.004, **values: float) -> dict[str, float]:
@@ -59,6 +59,7 @@ def moved(half: float = 0.004, **values: float) -> dict[str, float]:
         "beyond_chi_squared": 0.1,
         "nearest": 1.0,
         "entropy": 1.0,
+        "loss": 1.0,
     } | values
     usual |= {f"{name}_change": usual[name] - at_rest for name, at_rest in AT_REST.items()}
     ends = {"": 0.0, "_low": -half, "_high": half}
