@@ -54,11 +54,15 @@ def rows(quick: bool = False) -> Iterator[dict]:
                 base = {"point": POINT, "before": "not there"}
                 said = f"{kind}, {n_layers} layers"
                 if ratio == 1:
-                    yield base | {"case": f"boundaries claimed, {said}", "nominal": 0.05, "after": np.mean(found)}
+                    yield base | {
+                        "case": f"boundaries claimed, {said}",
+                        "nominal": 0.05,
+                        "after": round(np.mean(found), 2),
+                    }
                 else:
                     case = f"found, {ratio:g} times across, {said}"
-                    yield base | {"case": case, "nominal": "high", "after": np.mean(found)}
+                    yield base | {"case": case, "nominal": "high", "after": round(np.mean(found), 2)}
                     if ratio == 3:
                         both = np.mean(np.array(right)[np.array(found)]) if any(found) else float("nan")
                         case = f"... of these both within a layer, {said}"
-                        yield base | {"case": case, "nominal": "high", "after": both}
+                        yield base | {"case": case, "nominal": "high", "after": round(float(both), 2)}
