@@ -258,11 +258,8 @@ def _shape(subject: Subject, prompts: int, longest: int, max_length: int | None,
     """What costs depend on, for the first ``prompts`` prompts, cut to ``longest`` tokens."""
     stack = subject.stack
     lengths = np.minimum(subject.tokens.mask.sum(1).cpu().numpy()[:prompts], longest)
-    shape = Shape(
-        n_layers=stack.n_layers,
-        d_model=stack.d_model,
-        d_mlp=getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model,
-        d_vocab=stack.d_vocab,
+    shape = Shape.of(
+        stack,
         prompts=len(lengths),
         longest=int(lengths.max()),
         tokens=int(lengths.sum()),

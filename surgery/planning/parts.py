@@ -50,6 +50,21 @@ class Shape:
     own: bool = False
     half: float = 1.0
 
+    @classmethod
+    def of(cls, stack: Stack, *, prompts: int, longest: int, tokens: int, batch_size: int, **others: Any) -> "Shape":
+        """The shape of a model and what it runs on; ``max_length`` is all layers unless ``others`` say so."""
+        return cls(
+            n_layers=stack.n_layers,
+            d_model=stack.d_model,
+            d_mlp=getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model,
+            d_vocab=stack.d_vocab,
+            prompts=prompts,
+            longest=longest,
+            tokens=tokens,
+            batch_size=batch_size,
+            **{"max_length": stack.n_layers} | others,
+        )
+
     @property
     def padded(self) -> int:
         """Tokens that run, padding included."""

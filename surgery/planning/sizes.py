@@ -204,15 +204,11 @@ def tell(choice: Choice | None, say: Callable[[str], Any]) -> None:
 def shape(stack: Stack, tokens: Tokens, count: int, batch_size: int = 64) -> Shape:
     """The shape of ``count`` prompts that are like ``tokens``."""
     lengths = tokens.mask.sum(1)
-    return Shape(
-        n_layers=stack.n_layers,
-        d_model=stack.d_model,
-        d_mlp=getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model,
-        d_vocab=stack.d_vocab,
+    return Shape.of(
+        stack,
         prompts=count,
         longest=int(lengths.max()),
         tokens=round(count * float(lengths.float().mean())),
-        max_length=stack.n_layers,
         batch_size=batch_size,
     )
 

@@ -177,15 +177,11 @@ def plan(
 def _shape(stack: Stack, encoded: Encoded, count: int, half: float) -> Shape:
     """The shape of ``count`` probes that are like these: what answers to one question share runs once."""
     tokens = Inputs.of(encoded).tokens
-    return Shape(
-        n_layers=stack.n_layers,
-        d_model=stack.d_model,
-        d_mlp=getattr(stack.model.cfg, "d_mlp", None) or 4 * stack.d_model,
-        d_vocab=stack.d_vocab,
+    return Shape.of(
+        stack,
         prompts=count,
         longest=int(tokens.ids.shape[1]),
         tokens=round(int(tokens.mask.sum()) * count / len(encoded.groups)),
-        max_length=stack.n_layers,
         batch_size=64,
         half=half,
     )
