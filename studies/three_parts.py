@@ -3,11 +3,11 @@
     python studies/three_parts.py --out runs/three_parts      # ten minutes on 2 cores, with the training of a control
 
 Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
-crosses one of two boundaries than what the layers and their distance account for? The positive control first: a model
-of 18 layers, trained on the bundled model's problems with one and the same layer as its layers 0 to 5, another as 6 to
-11 and a third as 12 to 17, has three parts by construction, and must be found to. Beside it the bundled model, its
-twin that only translates, and the untrained one; then every pretrained model of the atlas. For the bundled ones
-``answers`` is what is damaged.
+crosses one of two boundaries, or of one to four, than what the layers and their distance account for? The positive
+control first: a model of 18 layers, trained on the bundled model's problems with one and the same layer as its layers
+0 to 5, another as 6 to 11 and a third as 12 to 17, has three parts by construction, and must be found to. Beside it the
+bundled model, its twin that only translates, and the untrained one; then every pretrained model of the atlas. For the
+bundled ones ``answers`` is what is damaged.
 
     three_parts.csv       a row per model, kind of text and family: the best boundaries, how much larger, p, power
     three_parts.png       the damage of every swap, and the boundaries
@@ -37,13 +37,14 @@ from surgery.stats import claims
 from surgery.training.loop import optimizers, rate
 
 EACH = 6  # layers in a part of the control: with fewer the test has little power
+COUNTS = (2,), (1, 2, 3, 4)  # boundaries: three parts, and any number of them
 FAMILIES = ("swap", "skip", "parallel")
 CONTROLS = ("built in three parts", "babel", "translation only", "untrained")
 COLUMNS = {
     "model": "which model",
     "kind": "kind of text",
     **crossing.COLUMNS,
-    "p_adjusted": "p, corrected for the three families and the kinds of text of the model (Holm)",
+    "p_adjusted": "p, corrected (Holm) for the families and kinds of text of the model",
 }
 
 
@@ -62,20 +63,19 @@ def main() -> None:
             damage, spans = atlas.damages(items, family)
             n_layers = max(map(max, spans)) + (family == "swap")
             usable = [n for n, (a, b) in enumerate(spans) if family == "swap" or b - a <= n_layers // 2]
-            found = crossing.parts(
-                damage[:, usable], [spans[n] for n in usable], family, n_layers, min_size=3, draws=args.draws
-            )
-            rows.append({"model": name, "kind": kind, **found})
-            if family == "swap":
-                swaps[name, kind] = damage.mean(0), spans, found
-        print("\n".join(map(sentence, rows[-3:])), flush=True)
+            inside = damage[:, usable], [spans[n] for n in usable], family, n_layers
+            for counts in COUNTS:
+                found = crossing.parts(*inside, counts=counts, min_size=3, draws=args.draws)
+                rows.append({"model": name, "kind": kind, **found})
+                if family == "swap" and counts == COUNTS[0]:
+                    swaps[name, kind] = damage.mean(0), spans, found
+        print("\n".join(map(sentence, rows[-len(FAMILIES) * len(COUNTS) :])), flush=True)
     frame = pd.DataFrame(rows)
-    frame["p_adjusted"] = frame.groupby("model")["p"].transform(lambda p: claims.holm(p.to_numpy()))
+    frame["p_adjusted"] = frame.groupby(["model", "looked_for"])["p"].transform(lambda p: claims.holm(p.to_numpy()))
     tables.write(frame, folder / "three_parts.csv", {"steps": args.steps, "draws": args.draws}, COLUMNS)
     disk.save({folder / "three_parts.png": drawing.png(draw(swaps))})
-    print(
-        f"\n{frame[['model', 'kind', 'family', 'ratio', 'p', 'p_adjusted', 'power']].round(3).to_string(index=False)}"
-    )
+    shown = ["model", "kind", "family", "looked_for", "parts", "ratio", "p", "p_adjusted", "power"]
+    print(f"\n{frame[shown].round(3).to_string(index=False)}")
 
 
 def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -143,10 +143,9 @@ def sentence(row: dict) -> str:
     """What one row says."""
     where = f"{row['model']}, {row['kind']}, {row['family']}"
     size = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] times"
-    places = f"layers {row['boundary_in']} and {row['boundary_out']}"
-    if row["p"] < 0.05:
-        return f"{where}: damage jumps before {places}, {size} as large across (p = {row['p']:.3f})"
-    return f"{where}: no boundary shown (best {places}, {size}, p = {row['p']:.2f}; power {row['power']:.2f})"
+    looked_for = f"of {row['looked_for']} parts, {row['parts']} explain most"
+    shown = f"damage is {size} as large across their boundaries" if row["p"] < 0.05 else f"not shown ({size} as large)"
+    return f"{where}: {looked_for}: {shown}, p = {row['p']:.3f}, power {row['power']:.2f}"
 
 
 def draw(swaps: dict) -> Figure:
@@ -162,7 +161,7 @@ def draw(swaps: dict) -> Figure:
         low, high = np.nanpercentile(grid, [2, 95])
         axes.imshow(grid, cmap="magma_r", vmin=low, vmax=max(high, low + 1e-6))
         sure = found["p"] < 0.05
-        for boundary in (found["boundary_in"], found["boundary_out"]):
+        for boundary in crossing.boundaries(found["parts"]):
             style = {"color": drawing.BLUE, "linewidth": 1.6 if sure else 0.8, "linestyle": "-" if sure else ":"}
             axes.axhline(boundary - 0.5, **style)
             axes.axvline(boundary - 0.5, **style)

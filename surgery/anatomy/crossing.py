@@ -14,8 +14,9 @@ boundary in anything. They are a Gaussian process over the two indices,
 
 with rho and range by restricted maximum likelihood, with the boundaries and without. The test is the likelihood ratio
 of the best two boundaries, against its values in draws of the process that fits without them; so the search over places
-is in it. ``ratio`` says how many times as large damage is across these boundaries, by the same regression on its
-logarithm: on asinh(damage / its median standard error), as some rewirings cost nothing or improve the loss.
+is in it. With ``counts=(1, 2, 3, 4)`` it looks for two to five parts at once. ``ratio`` says how many times as large
+damage is across these boundaries, by the same regression on its logarithm: on asinh(damage / its median standard
+error), as some rewirings cost nothing or improve the loss.
 
 That ``power`` is low says that a miss says little: it is how often a jump as large as the one that fits best would be
 found. First make sure that it finds the parts of a model that was trained to have some. What it finds in simulations
@@ -27,12 +28,12 @@ with known answers is in ``docs/validity.md``. No model runs here; damages come 
 >>> crossed = np.array([part[i] != part[j] for i, j in spans])
 >>> noise = np.random.default_rng(0).lognormal(0, 0.2, (20, len(spans)))
 >>> found = parts(noise * np.where(crossed, 3.0, 1.0), spans, "swap", 12, draws=99)
->>> found["boundary_in"], found["boundary_out"], found["p"] < 0.05
-(4, 8, True)
+>>> found["parts"], boundaries(found["parts"]), found["p"] < 0.05
+(':4 4:8 8:', (4, 8), True)
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,13 @@ DRAWS = 499
 RESAMPLES = 300
 COLUMNS: dict[str, str] = {
     "family": "what was done: swap two layers, skip a span, or run it in parallel",
-    "boundary_in": "first layer of the middle, where crossing explains most",
-    "boundary_out": "first layer behind the middle",
+    "looked_for": "how many parts were looked for",
+    "parts": "the parts whose boundaries explain most, as spans of layers",
     "ratio": "how many times as large damage is where it crosses a boundary (1: no difference)",
     "ratio_low": "lower end of its 95 % interval over texts, at these boundaries",
     "ratio_high": "upper end of its 95 % interval",
-    "likelihood_ratio": "twice the gain in log likelihood from the two best boundaries",
-    "p": "share of processes without boundaries that two boundaries explain as well",
+    "likelihood_ratio": "twice the gain in log likelihood from the best boundaries",
+    "p": "share of processes without boundaries that boundaries explain as well",
     "power": "how often a jump of this size would be found (p < .05)",
     "rho": "share of the residual variance that neighbouring pairs have in common",
     "range": "over how many layers, in all, they do",
@@ -81,13 +82,23 @@ def crosses(spans: Spans, boundaries: Sequence[int], family: str) -> Bool[np.nda
     return np.any([(first < b) & (last >= b) for b in boundaries], axis=0)
 
 
+def boundaries(parts: str) -> tuple[int, ...]:
+    """The first layer of every part but the first.
+
+    >>> boundaries(":4 4:12 12:")
+    (4, 12)
+    """
+    return tuple(int(span.partition(":")[0]) for span in parts.split()[1:])
+
+
 def parts(
     damage: Float[np.ndarray, "item span"],
     spans: Spans,
     family: str,
     n_layers: int,
-    boundaries: tuple[int, int] | None = None,
+    at: Sequence[int] | None = None,
     *,
+    counts: Sequence[int] = (2,),
     min_size: int = 2,
     draws: int = DRAWS,
     seed: int = 0,
@@ -97,17 +108,19 @@ def parts(
     Args:
         spans: the two layers of each swap (``pairs``), or start and stop of each span.
         family: ``swap``, or else a family of spans.
-        boundaries: test these two alone, which must not have been read from the same damages; else the best two of all
+        at: test these boundaries alone, which must not have been read from the same damages; else the best of all
             places that leave ``min_size`` layers in each part are looked for.
+        counts: how many boundaries may divide the layers: two make three parts.
         draws: of the process without boundaries; half as many with them, for the power.
 
     Raises ValueError for damages that are not finite, too few layers to divide, or spans that leave nothing to test.
     """
     if not np.isfinite(damage).all():
         raise ValueError("a damage is not a finite number: leave out that wiring or text")
-    places = [boundaries] if boundaries else _placements(n_layers, min_size)
+    places = [tuple(at)] if at else [place for count in counts for place in _placements(n_layers, min_size, count)]
     if not places:
-        raise ValueError(f"{n_layers} layers do not divide into three parts of {min_size} or more")
+        least = min(counts) + 1
+        raise ValueError(f"{n_layers} layers do not divide into {least} parts of {min_size} layers or more")
     test = _Test(spans, family, n_layers, places)
     scale = _scale(damage)
     scores = norm.ppf(rankdata(damage.mean(0)) / (1 + len(spans)))
@@ -123,8 +136,8 @@ def parts(
     low, high = np.quantile(resampled, [0.025, 0.975]) if len(damage) > 1 else (np.nan, np.nan)
     row = {
         "family": family,
-        "boundary_in": places[place][0],
-        "boundary_out": places[place][1],
+        "looked_for": " or ".join(str(size) for size in sorted({len(one) + 1 for one in places})),
+        "parts": _spans(places[place]),
         "ratio": np.exp(test.slopes(np.arcsinh(damage.mean(0, keepdims=True) / scale), grid, place)[0]),
         "ratio_low": np.exp(low),
         "ratio_high": np.exp(high),
@@ -145,9 +158,18 @@ def _scale(damage: Float[np.ndarray, "item span"]) -> float:
     return error or float(np.median(np.abs(damage.mean(0)))) or 1.0
 
 
-def _placements(n_layers: int, min_size: int) -> list[tuple[int, int]]:
-    inner = range(min_size, n_layers - min_size + 1)
-    return [(a, b) for a, b in combinations(inner, 2) if b - a >= min_size]
+def _placements(n_layers: int, min_size: int, count: int) -> list[tuple[int, ...]]:
+    """Every ``count`` boundaries that leave ``min_size`` layers in each part."""
+    free = n_layers - (count + 1) * (min_size - 1)
+    return [
+        tuple(place + (n + 1) * (min_size - 1) for n, place in enumerate(places))
+        for places in combinations(range(1, free), count)
+    ]
+
+
+def _spans(places: Sequence[int]) -> str:
+    ends = ["", *map(str, places), ""]
+    return " ".join(f"{start}:{stop}" for start, stop in pairwise(ends))
 
 
 def _controls(spans: Spans, family: str, n_layers: int) -> Float[np.ndarray, "span column"]:
@@ -187,7 +209,7 @@ class _Process:
 class _Test:
     """Everything about the spans that does not depend on the damages."""
 
-    def __init__(self, spans: Spans, family: str, n_layers: int, places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, spans: Spans, family: str, n_layers: int, places: Sequence[tuple[int, ...]]) -> None:
         controls = _controls(spans, family, n_layers)
         left, sizes, _ = np.linalg.svd(controls, full_matrices=True)
         rank = int((sizes > 1e-9 * sizes[0]).sum())

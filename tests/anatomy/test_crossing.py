@@ -34,7 +34,7 @@ def test_without_boundaries_few_are_found(kind):
 def test_boundaries_that_matter_are_found_where_they_are():
     rows = [crossing.parts(damages(seed, "independent", 4.0), PAIRS, "swap", L, draws=99) for seed in range(12)]
     assert sum(row["p"] < 0.05 for row in rows) >= 9
-    assert sum((row["boundary_in"], row["boundary_out"]) == (5, 10) for row in rows) >= 9
+    assert sum(row["parts"] == ":5 5:10 10:" for row in rows) >= 9
     assert np.median([row["ratio"] for row in rows]) == pytest.approx(4, rel=0.3)
     assert np.mean([row["power"] for row in rows]) > 0.5
 
@@ -45,6 +45,25 @@ def test_given_boundaries_are_found_more_easily_and_wrong_ones_are_not():
         for at in ((5, 10), (3, 12))
     )
     assert sum(right) >= 8 > sum(wrong)
+
+
+def test_any_number_of_parts_is_looked_for_at_once():
+    four = crossing.crosses(PAIRS, (3, 7, 11), "swap")
+    for seed in range(4):
+        damage = damages(seed, "independent") * np.where(four, 5, 1)
+        found = crossing.parts(damage, PAIRS, "swap", L, counts=(1, 2, 3, 4), draws=99)
+        assert (found["parts"], found["looked_for"]) == (":3 3:7 7:11 11:", "2 or 3 or 4 or 5")
+        assert found["p"] < 0.05
+
+
+def test_a_search_for_more_parts_claims_no_more_where_there_are_none():
+    rows = [crossing.parts(damages(s, "drift"), PAIRS, "swap", L, counts=(1, 2, 3, 4), draws=99) for s in range(40)]
+    assert sum(row["p"] < 0.05 for row in rows) <= 5
+
+
+def test_boundaries_leave_enough_layers_in_each_part():
+    assert crossing._placements(7, 2, 2) == [(2, 4), (2, 5), (3, 5)]
+    assert crossing._placements(5, 2, 2) == []
 
 
 def test_the_scale_of_damages_changes_nothing():
@@ -62,7 +81,7 @@ def test_spans_cross_what_they_reach_over():
     ("damage", "n_layers", "message"),
     [
         (np.full((3, len(PAIRS)), np.nan), L, "not a finite number"),
-        (np.ones((3, 6)), 4, "do not divide into three parts"),
+        (np.ones((3, 6)), 4, "do not divide into 3 parts of 2 layers or more"),
     ],
 )
 def test_what_cannot_be_tested_is_refused(damage, n_layers, message):
