@@ -5,31 +5,46 @@
 
 Reads from the atlas (``studies/atlas.py``) S of every window of layers beside untrained layers with updates of the same
 size, and what running it in parallel costs; measures the horizon: the loss of the model if each layer hears only the
-last k layers (``surgery.series.horizon``), beside as many others, and of the same architecture untrained.
+last k layers (``surgery.series.horizon``), beside as many others, and of the same architecture untrained. Every two
+layers in a row are run side by side once more on texts that the atlas has not seen: as whole layers, and with the two
+MLPs reading what both attentions left.
 
     real_series.csv     a row per model, kind of text and window: S, preference, cost in parallel
     real_sublayers.csv  a row per attention and MLP next to each other: S, preference
+    real_pairs.csv      a row per model and two layers side by side: what that costs on fresh texts
     real_horizon.csv    a row per model, kind of text, k and choice of the layers heard
     real_series.png     S and the cost of windows over depth, and the horizon
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 import surgery
-from surgery import atlas, disk, models, series
-from surgery.corpus import everyday
+from surgery import atlas, disk, models, scan, series
+from surgery.corpus import everyday, probes
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.records.manifest import manifest
 from surgery.series import horizon, window
+from surgery.stats import comparisons
 from surgery.stats.sampling import Sampling
 
 FREE = 0.01  # nats: what may be called free
 SHOWN = 3  # layers in the windows that are drawn
+PAIRS = {
+    "model": "which model",
+    "form": "layers: both read the same stream; sublayers: both attentions do, then both MLPs",
+    "layer": "the first of the two",
+    "wiring": "in the notation of surgery.Wiring",
+    "loss": "loss added (nats per token; of the bundled model per answer)",
+    "loss_low": "lower end of its 95 % interval over texts, which holds for all rows of the model at once",
+    "loss_high": "upper end of its 95 % interval",
+    "n_prompts": "texts",
+}
 NAMES = {"model": "which model; untrained: the same architecture with fresh weights", "kind": atlas.ITEMS["kind"]}
 COLUMNS = NAMES | window.COLUMNS | {name: atlas.WIRINGS[name] for name in ("loss", "loss_low", "loss_high", "p_max")}
 
@@ -41,10 +56,11 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="of the atlas, by default all but the untrained ones")
     parser.add_argument("--prompts", type=int, default=24, help="texts of each kind for the horizon")
     parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--fresh", type=int, default=128, help="texts to run every two layers side by side on")
     args = parser.parse_args()
     names = args.model or [name for name in atlas.models(args.atlas) if not name.endswith("-untrained")]
 
-    folder, frames, halves, horizons, about = disk.folder(args.out), [], [], [], {}
+    folder, frames, halves, pairs, horizons, about = disk.folder(args.out), [], [], [], [], {}
     for name in names:
         frames.append(side_by_side(name, args.atlas).assign(model=name))
         stack = surgery.Stack(surgery.load(name))
@@ -52,18 +68,21 @@ def main() -> None:
         for kind, texts in everyday.of_each_kind(name, args.prompts).items():
             tokens = stack.tokens(texts, args.max_tokens)
             about[f"{name}, {kind}"] = manifest(stack, tokens, seed=0)
-            pairs = series.windows(
+            neighbours = series.windows(
                 stack, tokens, 2, damage=False, grain="sublayer", untrained=fresh, sampling=Sampling(batch_size=12)
             )
-            halves.append(pairs.assign(model=name, kind=kind))
+            halves.append(neighbours.assign(model=name, kind=kind))
             for label, own in ((name, stack), ("untrained", fresh)):
                 frame = horizon.losses(own, tokens, sampling=Sampling(batch_size=12))
                 horizons.append(frame.assign(model=name if own is stack else f"{name} {label}", kind=kind))
+        pairs.append(of_two(stack, name, args.fresh, args.max_tokens, folder / f"{name}_pairs.csv").assign(model=name))
+        print("\n".join(free(pairs[-1])), flush=True)
         print("\n".join([*said(frames[-1], pd.concat(horizons), name), *within(pd.concat(halves), name)]), flush=True)
     windows, heard = pd.concat(frames, ignore_index=True), pd.concat(horizons, ignore_index=True)
     tables.write(windows[[c for c in COLUMNS if c in windows]], folder / "real_series.csv", {"of": about}, COLUMNS)
     sublayers = pd.concat(halves, ignore_index=True).dropna(axis=1, how="all")
     tables.write(sublayers, folder / "real_sublayers.csv", {"of": about}, NAMES | window.COLUMNS)
+    tables.write(pd.concat(pairs, ignore_index=True), folder / "real_pairs.csv", {"of": about}, PAIRS)
     tables.write(heard, folder / "real_horizon.csv", {"of": about}, NAMES | horizon.COLUMNS)
     disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
 
@@ -74,6 +93,40 @@ def side_by_side(name: str, folder: str | None) -> pd.DataFrame:
     parallel = wirings[wirings["family"] == "parallel"]
     cost = parallel[["kind", "start", "stop", "loss", "loss_low", "loss_high", "p_max"]]
     return windows.merge(cost, on=["kind", "start", "stop"], how="left")
+
+
+def of_two(stack: surgery.Stack, name: str, count: int, longest: int, out: Path) -> pd.DataFrame:
+    """What it costs to run two layers side by side, for all of them but layer 0, on texts that the atlas has not."""
+    rows = []
+    for a in range(1, stack.n_layers - 1):
+        forms = {"layers": f"{{{a} | {a + 1}}}", "sublayers": f"{{{a}.attn | {a + 1}.attn}} {{{a}.mlp | {a + 1}.mlp}}"}
+        for form, both in forms.items():
+            wiring = stack.wiring(f":{a} {both} {f'{a + 2}:' if a + 2 < stack.n_layers else ''}")
+            rows.append({"form": form, "layer": a, "wiring": str(wiring)})
+    if name in models.BUNDLED:
+        asked, metric = probes.named("babel", count, seed=3), "loglik"
+    else:
+        asked, metric = probes.text(everyday.texts(name, count, seed=3), max_tokens=longest), "loss"
+    scanned = scan.run(stack, [row["wiring"] for row in rows], asked, out, metrics=(metric,), progress=True)
+    gains = comparisons.together(scanned, metric)
+    cost = {"loss": -gains["gain"], "loss_low": -gains["gain_high"], "loss_high": -gains["gain_low"]}
+    costs = pd.DataFrame({"wiring": gains["wiring"], **cost, "n_prompts": scanned["prompt"].nunique()})
+    return pd.DataFrame(rows).merge(costs, on="wiring")
+
+
+def free(pairs: pd.DataFrame) -> list[str]:
+    """Which two layers can run side by side, in sentences."""
+    lines = [""]
+    for form, rows in pairs.groupby("form"):
+        cheap = rows[rows["loss_high"] < FREE]
+        named = ", ".join(f"{row.layer} and {row.layer + 1} ({row.loss:+.3f})" for row in cheap.itertuples())
+        best = rows.loc[rows["loss"].idxmin()]
+        lines.append(
+            f"two {form} side by side cost less than {FREE} nats, shown on {best['n_prompts']} fresh texts: "
+            f"{named or 'none'}; cheapest {best['layer']} and {best['layer'] + 1}, {best['loss']:+.4f} "
+            f"[{best['loss_low']:+.4f}, {best['loss_high']:+.4f}]; median {rows['loss'].median():+.3f}"
+        )
+    return lines
 
 
 def said(windows: pd.DataFrame, heard: pd.DataFrame, name: str) -> list[str]:

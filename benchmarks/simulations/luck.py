@@ -140,6 +140,15 @@ def misses(noise: Noise, prompts: int, scans: int) -> float:
     return float(np.mean([((table["gain_low"] > 0) | (table["gain_high"] < 0)).mean() for table in tables]))
 
 
+def misses_together(noise: Noise, prompts: int, scans: int) -> float:
+    """The share of scans in which one of the intervals that should hold together leaves out the truth; nominal .05."""
+    tables = [
+        comparisons.together(scan(gains(np.random.default_rng(seed), noise, prompts)), "loglik", RESAMPLES)
+        for seed in range(scans)
+    ]
+    return float(np.mean([((table["gain_low"] > 0) | (table["gain_high"] < 0)).any() for table in tables]))
+
+
 def cases(scans: int) -> Iterator[tuple[str, float | str, Callable[[], float]]]:
     """Every case: its name, what it should read, and how it is read."""
     skewed = NOISE["skewed (exponential)"]
@@ -157,6 +166,9 @@ def cases(scans: int) -> Iterator[tuple[str, float | str, Callable[[], float]]]:
         yield f"survived without effect, skewed, {n} prompts", 0.025, lambda n=n: false_survivors(skewed, n, scans)
     for n in (32, 128):
         yield f"intervals that miss, skewed, {n} prompts", 0.05, lambda n=n: misses(skewed, n, scans // 4)
+    for n in (32, 128):
+        case = f"any interval that misses, of {WIRINGS} that should hold together, skewed, {n} prompts"
+        yield case, 0.05, lambda n=n: misses_together(skewed, n, scans)
     for name in ("normal", "skewed (exponential)"):
         for n, effect in ((32, 1.0), (64, 0.6), (128, 0.4), (256, 0.3)):
             yield (

@@ -196,6 +196,25 @@ def judged(
     return p, p_max
 
 
+def together(
+    frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, cluster: str | None = None
+) -> pd.DataFrame:
+    """Return the gain of every wiring with intervals that hold all at once: wiring, gain, gain_low, gain_high.
+
+    So they hold for whichever wiring is chosen by its result, where those of ``table`` hold for a wiring chosen before.
+    A wiring that is not finite on some prompt has the gain -inf and no interval, and takes no part in the others'.
+    """
+    wide = differences(frame, metric)
+    broken = (wide == -np.inf).any().to_numpy()
+    units = Units.of(wide.mask(wide == -np.inf, 0.0).to_numpy(), _labels(frame, wide, cluster))
+    drawn = studentised.draws(len(units), resamples, seed)
+    low, high = studentised.together(units.columns(np.flatnonzero(~broken)), drawn) if not broken.all() else ([], [])
+    result = pd.DataFrame({"wiring": wide.columns.astype(str), "gain": units.mean()})
+    result.loc[~broken, ["gain_low", "gain_high"]] = np.transpose([low, high])
+    result.loc[broken, "gain"] = -np.inf
+    return result
+
+
 def expected_best(
     frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, cluster: str | None = None
 ) -> Luck:

@@ -135,6 +135,28 @@ def interval(
     return mean - high * error, mean - low * error
 
 
+def together(
+    units: Units, drawn: Float[np.ndarray, "resample unit"], level: float = 0.95
+) -> tuple[Float[np.ndarray, " column"], Float[np.ndarray, " column"]]:
+    """Return the ends of intervals that hold every mean at once, with probability ``level``.
+
+    ``interval`` with the quantiles of the largest and the smallest ``t*`` of all columns: so whichever column is chosen
+    by its result, its interval holds. NaN with fewer than 2 units.
+
+    >>> d = np.random.default_rng(1).normal(size=(40, 30))
+    >>> low, high = together(Units.of(d), draws(40, 999))
+    >>> bool((low < 0).all() and (high > 0).all())
+    True
+    """
+    most, least = np.full(len(drawn), -np.inf), np.full(len(drawn), np.inf)
+    for chosen in portions(units.total.shape[1], len(drawn)):
+        t = null(units.columns(chosen), drawn, steady=1)
+        most, least = np.maximum(most, t.max(1)), np.minimum(least, t.min(1))
+    high, low = np.quantile(most, (1 + level) / 2), np.quantile(least, (1 - level) / 2)
+    ends = units.mean() - high * units.error(), units.mean() - low * units.error()
+    return tuple(np.where(units.present() < 2, np.nan, end) for end in ends)
+
+
 def tails(
     t: Float[np.ndarray, " column"],
     null: Callable[[Int[np.ndarray, " chosen"]], Float[np.ndarray, "resample chosen"]],

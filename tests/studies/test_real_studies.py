@@ -31,10 +31,15 @@ def test_the_atlas_is_tidy_and_reads_back(made):
 
 
 def test_series(made, tmp_path):
-    printed = run("real_series.py", "--atlas", made, "--model", "babel", "--prompts", "1", "--out", tmp_path)
+    printed = run(
+        "real_series.py", "--atlas", made, "--model", "babel", "--prompts", "1", "--fresh", "4", "--out", tmp_path
+    )
     assert "run in parallel for less than 0.01 nats" in printed
     heard = tables.read(tmp_path / "real_horizon.csv")
     assert heard[(heard.k == 11) & (heard.model == "babel")].loss.abs().max() < 1e-5
+    pairs = tables.read(tmp_path / "real_pairs.csv")
+    assert pairs.groupby("form").layer.agg(list).to_dict() == dict.fromkeys(["layers", "sublayers"], list(range(1, 11)))
+    assert (pairs.loss_low <= pairs.loss).all()
     assert (tmp_path / "real_series.png").exists()
 
 
@@ -42,7 +47,7 @@ def test_three_parts(made, tmp_path):
     options = ("--steps", "1", "--prompts", "2", "--draws", "9", "--atlas", made)
     printed = run("three_parts.py", *options, "--out", tmp_path)
     frame = tables.read(tmp_path / "three_parts.csv")
-    assert frame.groupby("model").size().tolist() == [3] * 4
+    assert frame.groupby("model").size().tolist() == [6] * 4
     assert "built in three parts" in printed
     assert (tmp_path / "in_parts.safetensors").exists()
 
