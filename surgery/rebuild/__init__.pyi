@@ -1,5 +1,6 @@
 from . import averaging as averaging
 from . import checkpoint as checkpoint
+from . import fuse as fuse
 from . import layout as layout
 from . import passes as passes
 from . import tape as tape

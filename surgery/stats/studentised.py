@@ -153,8 +153,8 @@ def together(
         t = null(units.columns(chosen), drawn, steady=1)
         most, least = np.maximum(most, t.max(1)), np.minimum(least, t.min(1))
     high, low = np.quantile(most, (1 + level) / 2), np.quantile(least, (1 - level) / 2)
-    ends = units.mean() - high * units.error(), units.mean() - low * units.error()
-    return tuple(np.where(units.present() < 2, np.nan, end) for end in ends)
+    mean, error = units.mean(), np.where(units.present() < 2, np.nan, units.error())
+    return mean - high * error, mean - low * error
 
 
 def tails(
