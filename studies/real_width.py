@@ -46,6 +46,7 @@ NARROWER = {
     "n_prompts": "number of prompts",
     **described({"loss": "loss added (nats per token)"}),
 }
+PARTS = {"wider": width.COLUMNS, "narrower": NARROWER, "walk": manifold.COLUMNS}
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--middle", type=int, nargs=2, metavar=("START", "STOP"), help="by default the middle third")
     parser.add_argument("--prompts", type=int, default=64, help="texts to judge by; three times as many to fit to")
     parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
     args = parser.parse_args()
 
     folder, model = disk.folder(args.out), surgery.load(args.model)
@@ -64,29 +66,44 @@ def main() -> None:
     texts = everyday.texts(args.model, 4 * args.prompts)
     seen, judged = (stack.tokens(part, args.max_tokens) for part in (texts[args.prompts :], texts[: args.prompts]))
     source = manifest(stack, judged, seed=0, middle=[start, stop])
+    measured = {"wider": wider, "narrower": narrower, "walk": walked}
+    for part in args.parts:
+        frame = measured[part](stack, (start, stop), seen, judged)
+        tables.write(frame, folder / f"real_{part}.csv", source, PARTS[part])
+    files = [folder / f"real_{part}.csv" for part in ("narrower", "walk")]
+    if all(file.exists() for file in files):
+        disk.save({folder / "real_width.png": drawing.png(draw(*map(tables.read, files), stack.name))})
+
+
+def wider(stack: surgery.Stack, span: tuple[int, int], seen: Tokens, judged: Tokens) -> pd.DataFrame:
+    """What widening every part changes: nothing."""
+    frame = width.exactness({stack.name: stack.model}, *span)
+    print(frame.to_string(index=False), flush=True)
+    return frame
+
+
+def narrower(stack: surgery.Stack, span: tuple[int, int], seen: Tokens, judged: Tokens) -> pd.DataFrame:
+    """The loss that every part costs at every size, by every criterion."""
     present = {"mlp": "d_mlp", "heads": "n_heads", "stream": "d_model"}
-    sizes = {part: int(getattr(model.cfg, name)) for part, name in present.items()}
-
-    wider = width.exactness({stack.name: model}, start, stop)
-    tables.write(wider, folder / "real_wider.csv", source, width.COLUMNS)
-    print(wider.to_string(index=False), flush=True)
-
     rows = []
-    for part, size in sizes.items():
+    for part, name in present.items():
+        size = int(getattr(stack.model.cfg, name))
         for share in SHARES if part != "heads" else (2 / 3, 1 / 3):
             for by in BY + (("pca",) if part == "stream" else ()):
                 left = max(1, round(share * size))
                 try:
-                    thin = width.narrow(model, start, stop, seen[:48], **{present[part]: left}, by=by)
+                    thin = width.narrow(stack.model, *span, seen[:48], **{name: left}, by=by)
                 except (ModelError, ValueError) as error:
                     print(f"{part}, {left} by {by}: {error}", flush=True)
                     continue
                 rows.append({"part": part, "size": left, "share": share, "by": by} | loss_added(stack, thin, judged))
                 print(f"{part}, {left} of {size} by {by}: {rows[-1]['loss']:+.3f} nats", flush=True)
-    narrower = pd.DataFrame(rows)
-    tables.write(narrower, folder / "real_narrower.csv", source, NARROWER)
+    return pd.DataFrame(rows)
 
-    step = walk.Stationary(0.9)
+
+def walked(stack: surgery.Stack, span: tuple[int, int], seen: Tokens, judged: Tokens) -> pd.DataFrame:
+    """How far walks lead from real activations, and what the following layers make of it."""
+    start, step = span[0], walk.Stationary(0.9)
     _, basis = unread.read_directions(stack, seen[:32], start)
     tenth = stack.d_model // 10
     kinds = {
@@ -97,12 +114,12 @@ def main() -> None:
     }
     context = stack.context(seen)
     entering = stack.execute(f":{start}", context.x0, context)
-    fitted = walk.fit(entering, seen.mask, positions=2, components=min(64, stack.d_model // 4))
-    walked = manifold.report(stack, fitted, kinds, judged, start, sampling=Sampling(batch_size=16))
-    tables.write(walked, folder / "real_walk.csv", source, manifold.COLUMNS)
-    disk.save({folder / "real_width.png": drawing.png(draw(narrower, walked, stack.name))})
+    components = min(64, stack.d_model // 4, len(seen) // 5)
+    fitted = walk.fit(entering, seen.mask, positions=2, components=components)
+    frame = manifold.report(stack, fitted, kinds, judged, start, sampling=Sampling(batch_size=16))
     shown = ["kind", "control", "moved", "nearest", "loss_change", "loss_change_low", "loss_change_high"]
-    print(walked[shown].round(3).to_string(index=False))
+    print(frame[shown].round(3).to_string(index=False), flush=True)
+    return frame
 
 
 def loss_added(stack: surgery.Stack, other, tokens: Tokens) -> dict[str, float]:
