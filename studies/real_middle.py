@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--heal", type=int, default=40, help="steps of healing")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 trains in half precision")
     args = parser.parse_args()
 
     folder, (start, stop) = disk.folder(args.out), args.middle
@@ -46,7 +47,7 @@ def main() -> None:
     data = splits.texts(stack, text, None, args.prompts, 96, args.max_tokens)
     pairs = graft.latents(stack, data.corpus, start, stop, folder / "latents", dtype=torch.float16, say=print)
     every = max(1, args.steps // 10)
-    schedule = Schedule(steps=args.steps, batch=args.batch, every=every, learning_rate=1e-3)
+    schedule = Schedule(steps=args.steps, batch=args.batch, every=every, learning_rate=1e-3, precision=args.precision)
     rows = study.maps(stack, pairs, data)
     print(pd.DataFrame(rows)[["method", "damage", "unexplained"]].round(3).to_string(index=False), flush=True)
 

@@ -30,7 +30,7 @@ from surgery.models.weights_hash import tensors_sha256
 from surgery.progress import task as progress_task
 from surgery.records import checked, tables
 from surgery.training.ledger import Counter, Ledger
-from surgery.training.muon import Muon
+from surgery.training.muon import Muon, of_precision
 from surgery.training.precisions import MIXED
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def fit(
     main = accelerator.is_main_process
     with disk.held(folder, main=main), ExitStack() as restoring, state.proved_frozen():
         restoring.enter_context(only_trained(task))
-        plain = optimizers(task.matrices, task.others, schedule.weight_decay)
+        plain = optimizers(task.matrices, task.others, schedule.weight_decay, of_precision(schedule.precision))
         state.load(plain, accelerator.scaler)
         student, *prepared = accelerator.prepare(task.student, *plain)
         counter, since_last = Counter(), Ledger()

@@ -49,3 +49,14 @@ def test_a_batch_gives_what_each_matrix_gives_alone(monkeypatch):
     values = torch.linalg.svdvals(muon.orthogonalised(torch.randn(3, 6, 9)))
     assert (values > 0.3).all()
     assert (values < 1.3).all()
+
+
+def test_in_half_precision_where_training_is_and_the_cpu_is_fast_in_it(monkeypatch):
+    half, _ = trained(muon.HalfMuon)
+    single, _ = trained(muon.Muon)
+    gaps = [float((a - b).detach().abs().max()) for a, b in zip(half, single, strict=True)]
+    assert 1e-5 < max(gaps) < 0.02
+    for tiles in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert muon.of_precision("bf16") is (muon.HalfMuon if tiles else muon.Muon)
+        assert muon.of_precision("no") is muon.Muon

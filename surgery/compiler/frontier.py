@@ -1,0 +1,148 @@
+"""The frontier: fewer layers in a row against the loss that this adds, searched on one half, measured on another.
+
+What a search finds is the best of hundreds and looks better than it is. So every division of the frontier is measured
+again on texts that took no part in the search, with intervals that hold for all of them at once
+(``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval does, whichever
+of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``), chosen on the same
+half and measured on the other: as many layers left out, a contiguous block of pairs, random pairs, and a span replaced by
+the best linear map, which was fitted on texts of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from surgery.compiler import rivals, search
+from surgery.corpus.probes import Encoded
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.scan import scanning
+from surgery.scan.scores import Scorer
+from surgery.stats import comparisons
+
+COLUMNS = search.COLUMNS | {
+    "saved": "layers in a row fewer than the model has",
+    "cost": "loss added on texts that took no part in the search (nats per token, or what the metric counts)",
+    "cost_low": "lower end of its 95 % interval over texts, which holds for all rows of a family at once",
+    "cost_high": "upper end of its 95 % interval",
+    "n_prompts": "of how many texts",
+}
+LINEAR = "linear map"
+ALLOWANCES = (0.01, 0.05, 0.1)  # nats per token
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Texts to choose by, texts to measure on, and texts to fit linear maps to: none is in another.
+
+    Attributes: ``metric``, what is lost: ``loss`` of running text, ``loglik`` or ``exact`` of answers.
+    """
+
+    chosen_by: Encoded
+    measured_on: Encoded
+    fitted_to: Tokens | None = None
+    metric: str = "loss"
+
+
+def measure(
+    stack: Stack,
+    halves: Halves,
+    folder: "str | Path | None" = None,
+    *,
+    families: Sequence[str] = tuple(search.FAMILIES),
+    shallowest: int | None = None,
+    limit: float = 1.0,
+    beam: int = 3,
+    screen: int = 8,
+    precision: str = "float32",
+) -> pd.DataFrame:
+    """Search, find the rivals, and measure all of them on the other half: ``COLUMNS``.
+
+    Args:
+        folder: where scans are kept, so that the same call goes on after a kill.
+        families: of ``search.FAMILIES``.
+        shallowest, limit, beam, screen: as of ``search.divisions``.
+        precision: of the search; what is found is measured in float32.
+
+    >>> import surgery
+    >>> stack = surgery.Stack(surgery.load("babel"))
+    >>> chosen_by, measured_on = surgery.corpus.probes.named("babel", 16).split(0)
+    >>> halves = Halves(chosen_by.encode(stack), measured_on.encode(stack), metric="loglik")
+    >>> frame = measure(stack, halves, families=["side by side"], shallowest=11)
+    >>> frame[frame["family"] == "side by side"]["saved"].tolist()
+    [0, 1]
+    """
+
+    def file(name: str) -> Path | None:
+        return None if folder is None else Path(folder) / f"{name}.csv"
+
+    options = {"metric": halves.metric, "precision": precision}
+    found = [
+        search.divisions(
+            stack,
+            halves.chosen_by,
+            family,
+            shallowest=shallowest,
+            limit=limit,
+            beam=beam,
+            screen=screen,
+            out=file("searched"),
+            **options,
+        )
+        for family in families
+    ]
+    saved = sorted({stack.n_layers - depth for frame in found for depth in frame["depth"]} - {0})
+    found.append(rivals.pairs(stack, halves.chosen_by, saved, out=file("searched"), **options))
+    frame = pd.concat(found, ignore_index=True)
+    wirings = list(dict.fromkeys(frame["wiring"]))
+    rows = scanning.run(stack, wirings, halves.measured_on, file("measured"), metrics=(halves.metric,))
+    if halves.fitted_to is not None:
+        spans = rivals.best_spans(stack, halves.chosen_by, saved, out=file("searched"), **options)
+        replaced = replaced_by_maps(stack, halves, list(spans.values()), rows)
+        rows = pd.concat([rows, replaced], ignore_index=True)
+        linear = [
+            {"family": LINEAR, "depth": stack.n_layers - count, "wiring": _named(span), "cost_search": float("nan")}
+            for count, span in spans.items()
+        ]
+        frame = pd.concat([frame, pd.DataFrame(linear)], ignore_index=True)
+    measured = [on_fresh(of, rows, halves.metric) for _, of in frame.groupby("family", sort=False)]
+    whole = pd.concat(measured, ignore_index=True).assign(n_prompts=rows["prompt"].nunique())
+    return whole.assign(saved=stack.n_layers - whole["depth"])[list(COLUMNS)]
+
+
+def on_fresh(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a family with what they cost on fresh texts, and intervals that hold for all of them at once."""
+    own = rows[rows["wiring"].isin(set(frame["wiring"]))]
+    gains = comparisons.together(own, metric)
+    cost = {"cost": -gains["gain"], "cost_low": -gains["gain_high"], "cost_high": -gains["gain_low"]}
+    return frame.merge(pd.DataFrame({"wiring": gains["wiring"]} | cost), on="wiring", how="left")
+
+
+def within(frame: pd.DataFrame, allowance: float, family: str = "side by side") -> pd.Series:
+    """The shallowest row of a family whose whole interval is below the allowance; the model itself if there is none."""
+    rows = frame[(frame["family"] == family) & ((frame["cost_high"] <= allowance) | (frame["saved"] == 0))]
+    return rows.sort_values("depth").iloc[0]
+
+
+def replaced_by_maps(
+    stack: Stack, halves: Halves, spans: Sequence[tuple[int, int]], rows: pd.DataFrame
+) -> pd.DataFrame:
+    """Rows, as of ``scan.run``, of spans replaced by the best linear map."""
+    assert halves.fitted_to is not None
+    scorer = Scorer(stack, halves.measured_on, (halves.metric,))
+    context, parts = scorer.context, []
+    baseline = rows.drop_duplicates("prompt").set_index("prompt")["baseline"]
+    for start, stop in spans:
+        affine = rivals.linear_map(stack, halves.fitted_to, start, stop)
+        x = affine(stack.execute(f":{start}", context.x0, context), context)
+        if stop < stack.n_layers:
+            x = stack.execute(f"{stop}:", x, context)
+        parts.append(scorer.rows(_named((start, stop)), x))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame.assign(baseline=frame["prompt"].map(baseline))[list(rows.columns)]
+
+
+def _named(span: tuple[int, int]) -> str:
+    return f"a linear map for {span[0]}:{span[1]}"

@@ -1,0 +1,120 @@
+"""What a search must beat: blocks of pairs chosen by hand, pairs at random, spans left out or replaced by one matrix.
+
+Each saves as many layers in a row as the division it stands beside.
+"""
+
+import random
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from surgery.compiler.search import COLUMNS, Groups, mean_gains, notation
+from surgery.corpus.probes import Encoded
+from surgery.graft import linear_maps
+from surgery.graft.linear_maps import Affine
+from surgery.models.stack import Stack
+from surgery.models.tokens import Tokens
+from surgery.training.activations import Moments
+
+
+def block(n_layers: int, start: int, pairs: int) -> Groups:
+    """LP's recipe (arXiv 2502.02790): a contiguous block of pairs, from layer ``start`` on.
+
+    >>> block(6, 1, 2)
+    ((0,), (1, 2), (3, 4), (5,))
+    """
+    stop = start + 2 * pairs
+    middle = tuple((layer, layer + 1) for layer in range(start, stop, 2))
+    return (*((layer,) for layer in range(start)), *middle, *((layer,) for layer in range(stop, n_layers)))
+
+
+def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
+    """As many pairs of neighbours, drawn at random.
+
+    >>> at_random(6, 2, seed=0)
+    ((0,), (1, 2), (3,), (4, 5))
+    """
+    generator = random.Random(f"pairs {n_layers} {pairs} {seed}")
+    units = [2] * pairs + [1] * (n_layers - 2 * pairs)
+    generator.shuffle(units)
+    first = [sum(units[:place]) for place in range(len(units))]
+    return tuple(tuple(range(start, start + size)) for start, size in zip(first, units, strict=True))
+
+
+def pairs(
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 4, **options
+) -> pd.DataFrame:
+    """The best contiguous block of pairs for every number of layers saved, and ``draws`` random sets of pairs.
+
+    The block is the best of all places on ``texts``, layer 0 left alone. Rows of ``search.COLUMNS``.
+    """
+    n_layers = stack.n_layers
+    blocks = {
+        (count, start): str(stack.wiring(notation(block(n_layers, start, count))))
+        for count in saved
+        for start in range(1, n_layers - 2 * count + 1)
+    }
+    drawn = {
+        (count, seed): str(stack.wiring(notation(at_random(n_layers, count, seed))))
+        for count in saved
+        if 2 * count <= n_layers
+        for seed in range(draws)
+    }
+    gains = mean_gains(stack, [*blocks.values(), *drawn.values()], texts, metric, **options)
+    rows = [
+        {"family": "random pairs", "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]}
+        for (count, _), name in drawn.items()
+    ]
+    for count in dict.fromkeys(count for count, _ in blocks):
+        name = max((name for (of, _), name in blocks.items() if of == count), key=lambda name: gains[name])
+        rows.append(
+            {"family": "block of pairs", "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]}
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def best_spans(
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", **options
+) -> dict[int, tuple[int, int]]:
+    """For every number of layers, the span of as many that can be left out for least; layer 0 stays."""
+    spans = {
+        (start, start + count): str(stack.wiring(f":{start} {start + count}:" if start + count < n else f":{start}"))
+        for n in [stack.n_layers]
+        for count in saved
+        for start in range(1, n - count + 1)
+    }
+    gains = mean_gains(stack, list(spans.values()), texts, metric, **options)
+    return {
+        count: max((span for span in spans if span[1] - span[0] == count), key=lambda span: gains[spans[span]])
+        for count in saved
+        if any(stop - start == count for start, stop in spans)
+    }
+
+
+@torch.no_grad()
+def linear_map(stack: Stack, tokens: Tokens, start: int, stop: int, batch_size: int = 16) -> Affine:
+    """The best linear map in the place of layers [start, stop), fitted to the tokens of three prompts in four.
+
+    The strength of its ridge is chosen on the others. Cost: ``stop / L`` F.
+    """
+    fitted = len(tokens) * 3 // 4
+    return linear_maps.linear(
+        _moments(stack, tokens[:fitted], start, stop, batch_size, skip_first=False),
+        _moments(stack, tokens[fitted:], start, stop, batch_size, skip_first=True),
+    )
+
+
+def _moments(stack: Stack, tokens: Tokens, start: int, stop: int, batch_size: int, *, skip_first: bool) -> Moments:
+    """The moments of a span, on real tokens."""
+    before, update = [], []
+    for batch in tokens.batches(batch_size):
+        context = stack.context(batch)
+        x = stack.execute(f":{start}", context.x0, context)
+        counted = batch.ensemble(skip_first=skip_first)
+        before.append(x[counted].double())
+        update.append((stack.execute(f"{start}:{stop}", x, context)[counted] - x[counted]).double())
+    x, u = torch.cat(before), torch.cat(update)
+    mean_x, mean_u = x.mean(0), u.mean(0)
+    x, u = x - mean_x, u - mean_u
+    return Moments(len(x), mean_x, mean_u, x.T @ x / len(x), x.T @ u / len(x), u.T @ u / len(x))

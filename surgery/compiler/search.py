@@ -1,0 +1,172 @@
+"""Search the wirings with the fewest layers in a row, and least loss.
+
+A division cuts the layers into groups that run side by side, each as one layer (``surgery.rebuild.fuse``): its depth is
+the number of groups. From the model as it is, every step makes one move: two groups that follow each other become one,
+or a layer is left out. The costs of all single moves are measured first; after that a state tries only the moves whose
+single costs are least (``screen``), and the ``beam`` best divisions of each depth go on. Damage of several moves is no
+sum of theirs, but that is what decides which are worth a try, not what is believed of them: every division that is kept
+was measured as a whole. All wirings of a depth run in one scan, which shares what they have in common.
+
+LP (Bhaskar et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand; ``surgery.compiler.rivals`` compares.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from surgery.corpus.probes import Encoded
+from surgery.models.stack import Stack
+from surgery.rebuild import fuse
+from surgery.scan import scanning
+from surgery.stats import comparisons
+
+Groups = tuple[tuple[int, ...], ...]
+COLUMNS = {
+    "family": "how layers were saved",
+    "depth": "layers in a row that are left",
+    "wiring": "the order in which they run",
+    "cost_search": "loss added on the texts that the search chose by (nats per token, or what the metric counts)",
+}
+MOST = 4  # layers in a group
+
+
+def notation(groups: Groups) -> str:
+    """The wiring of a division.
+
+    >>> notation(((0,), (1, 2), (3,)))
+    '0 {1.attn | 2.attn} {1.mlp | 2.mlp} 3'
+    """
+    return " ".join(map(fuse.group, groups))
+
+
+def merges(groups: Groups) -> "dict[tuple[str, int], Groups]":
+    """Every division in which two groups that follow each other have become one, by the layer where they met.
+
+    >>> list(merges(((0,), (1, 2), (3,))).values())
+    [((0, 1, 2), (3,)), ((0,), (1, 2, 3))]
+    """
+    return {
+        ("merge", groups[place + 1][0]): (
+            *groups[:place],
+            (*groups[place], *groups[place + 1]),
+            *groups[place + 2 :],
+        )
+        for place in range(len(groups) - 1)
+        if len(groups[place]) + len(groups[place + 1]) <= MOST
+    }
+
+
+def skips(groups: Groups) -> "dict[tuple[str, int], Groups]":
+    """Every division with one layer, that runs by itself, left out."""
+    return {
+        ("skip", group[0]): (*groups[:place], *groups[place + 1 :])
+        for place, group in enumerate(groups)
+        if len(group) == 1 and len(groups) > 1
+    }
+
+
+def both(groups: Groups) -> "dict[tuple[str, int], Groups]":
+    """The moves of ``merges`` and of ``skips``."""
+    return merges(groups) | skips(groups)
+
+
+FAMILIES: dict[str, Callable[[Groups], dict[tuple[str, int], Groups]]] = {
+    "side by side": merges,
+    "left out": skips,
+    "both": both,
+}
+
+
+def divisions(
+    stack: Stack,
+    texts: Encoded,
+    family: str = "side by side",
+    *,
+    metric: str = "loss",
+    shallowest: int | None = None,
+    limit: float = float("inf"),
+    beam: int = 3,
+    screen: int = 8,
+    out: "str | Path | None" = None,
+    precision: str = "float32",
+) -> pd.DataFrame:
+    """The best division of every depth that was found: ``COLUMNS``, deepest first.
+
+    Args:
+        texts: what to choose by; the costs that they show are too low, as they were chosen: measure on others.
+        shallowest: stop at this depth; half of the layers by default.
+        limit: stop where the best costs more.
+        beam: divisions that go on from each depth.
+        screen: moves that each of them tries.
+        out, precision: as of ``scan.run``; with ``out`` the search goes on after a kill.
+
+    Cost: the single moves, about L/2 F, and at most ``beam * screen`` wirings for every layer saved.
+
+    Raises ValueError for an unknown family, and as ``scan.run`` does.
+
+    >>> import surgery
+    >>> stack = surgery.Stack(surgery.load("babel"))
+    >>> asked = surgery.corpus.probes.named("babel", 8).encode(stack)
+    >>> divisions(stack, asked, metric="loglik", shallowest=10)["depth"].tolist()
+    [12, 11, 10]
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"layers are saved {', '.join(FAMILIES)}; not {family!r}")
+    moves = FAMILIES[family]
+    shallowest = stack.n_layers // 2 if shallowest is None else shallowest
+    whole: Groups = tuple((layer,) for layer in range(stack.n_layers))
+
+    def measured(candidates: Iterable[Groups]) -> dict[Groups, float]:
+        return costs(stack, candidates, texts, metric, out, precision)
+
+    states: dict[Groups, float] = {whole: 0.0}
+    rows = [{"depth": stack.n_layers, "wiring": str(stack.wiring(":")), "cost_search": 0.0}]
+    first = moves(whole)
+    of_division = measured(first.values())
+    alone = {move: of_division[groups] for move, groups in first.items()}
+    found = of_division
+    while found:
+        best = sorted(found, key=lambda groups: (found[groups], groups))[:beam]
+        states = {groups: found[groups] for groups in best}
+        cost = states[best[0]]
+        rows.append({"depth": len(best[0]), "wiring": str(stack.wiring(notation(best[0]))), "cost_search": float(cost)})
+        if not cost <= limit or len(best[0]) <= shallowest:
+            break
+        promising: dict[Groups, float] = {}
+        for groups, so_far in states.items():
+            expected = {after: so_far + alone.get(move, np.inf) for move, after in moves(groups).items()}
+            chosen = sorted(expected, key=lambda after: (expected[after], after))[:screen]
+            promising |= {after: expected[after] for after in chosen}
+        found = measured(promising)
+    return pd.DataFrame(rows).assign(family=family)[list(COLUMNS)]
+
+
+def costs(
+    stack: Stack,
+    candidates: Iterable[Groups],
+    texts: Encoded,
+    metric: str,
+    out: "str | Path | None" = None,
+    precision: str = "float32",
+) -> dict[Groups, float]:
+    """The mean loss that every division adds (what the metric loses); infinite where it is not finite."""
+    named = {groups: str(stack.wiring(notation(groups))) for groups in candidates}
+    if not named:
+        return {}
+    gains = mean_gains(stack, list(named.values()), texts, metric, out, precision)
+    return {groups: -float(gains[name]) for groups, name in named.items()}
+
+
+def mean_gains(
+    stack: Stack,
+    wirings: Sequence[str],
+    texts: Encoded,
+    metric: str,
+    out: "str | Path | None" = None,
+    precision: str = "float32",
+) -> pd.Series:
+    """The mean gain of every wiring over the texts, by its notation."""
+    rows = scanning.run(stack, wirings, texts, out, metrics=(metric,), precision=precision)
+    return comparisons.differences(rows, metric).mean()
