@@ -4,7 +4,8 @@
 
 Additivity A of pairs of layers, MLPs and heads (0: needed together, 1: independent, above 1: one does the work of the
 other), self-repair of direct effects, and predictions averaged over dropout masks beside dropout off; of each model and
-of the same architecture untrained (``surgery.dropout``).
+of the same architecture untrained (``surgery.dropout``). A model that was measured on the same texts before is not
+measured again.
 
     real_redundancy.csv   a row per model and grain
     real_repair.csv       a row per model
@@ -21,6 +22,7 @@ import surgery
 from surgery import disk, models
 from surgery.corpus import everyday
 from surgery.dropout import mask_ensemble, redundancy
+from surgery.models.tokens import Tokens
 from surgery.page import drawing
 from surgery.records import tables
 from surgery.records.manifest import manifest
@@ -29,6 +31,7 @@ from surgery.stats.sampling import Sampling
 GRAINS = ("layers", "mlps", "heads")
 P = 0.1
 NAME = {"model": "which model"}
+TABLES = {"redundancy": redundancy.COLUMNS, "repair": redundancy.COLUMNS, "masks": mask_ensemble.COLUMNS}
 
 
 def main() -> None:
@@ -40,28 +43,38 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60, help="pairs of each grain, drawn at random")
     args = parser.parse_args()
 
-    folder, pairs, repairs, masks, about = disk.folder(args.out), [], [], [], {}
+    folder = disk.folder(args.out)
+    files = {folder / f"real_{name}.csv": columns for name, columns in TABLES.items()}
+    frames, about = [pd.DataFrame()] * len(files), {}
+    if all(file.exists() for file in files):
+        frames, about = [tables.read(file) for file in files], tables.read_manifest(next(iter(files)))["of"]
     for name in args.model or ["smollm2", "gemma3-270m", "babel"]:
         stack = surgery.Stack(surgery.load(name))
-        texts = everyday.texts(name, args.prompts)
-        tokens = stack.tokens(texts, args.max_tokens)
-        about[name] = manifest(stack, tokens, seed=0)
-        for label, own in ((name, stack), (f"{name}, untrained", surgery.Stack(models.untrained(stack.model)))):
-            for grain in GRAINS:
-                row = redundancy.additivity(own, tokens, grain, draws=args.pairs)
-                pairs.append(row.assign(model=label))
-                print(f"{label}, {grain}: {said(row.iloc[0], 'additivity')}", flush=True)
-            repair = redundancy.self_repair(own, tokens)
-            repairs.append(repair.assign(model=label))
-        few = tokens[: min(len(tokens), 12)]
-        curve = mask_ensemble.curve(stack, few, written, P, (1, 4, 16), sampling=Sampling(batch_size=4))
-        masks.append(curve.assign(model=name))
-        print(curve[["way", "count", "cross_entropy", "excess", "kl"]].round(3).to_string(index=False), flush=True)
-    frames = [pd.concat(part, ignore_index=True) for part in (pairs, repairs, masks)]
-    meanings = (redundancy.COLUMNS, redundancy.COLUMNS, mask_ensemble.COLUMNS)
-    for file, frame, meaning in zip(("redundancy", "repair", "masks"), frames, meanings):
-        tables.write(frame, folder / f"real_{file}.csv", {"of": about}, NAME | meaning)
+        tokens = stack.tokens(everyday.texts(name, args.prompts), args.max_tokens)
+        source = manifest(stack, tokens, seed=0, pairs=args.pairs)
+        if name in about and all(about[name][part] == source[part] for part in ("model", "tokens", "settings")):
+            continue
+        new = measured(name, stack, tokens, args.pairs)
+        frames, about = [pd.concat(both, ignore_index=True) for both in zip(frames, new)], about | {name: source}
+        for frame, (file, columns) in zip(frames, files.items()):
+            tables.write(frame, file, {"of": about}, NAME | columns)
     disk.save({folder / "real_dropout.png": drawing.png(draw(frames[0], frames[2]))})
+
+
+def measured(name: str, stack: surgery.Stack, tokens: Tokens, count: int) -> list[pd.DataFrame]:
+    """Pairs, self-repair and averages of masks of one model, as of ``TABLES``."""
+    pairs, repairs = [], []
+    for label, own in ((name, stack), (f"{name}, untrained", surgery.Stack(models.untrained(stack.model)))):
+        for grain in GRAINS if own is stack else GRAINS[:1]:
+            row = redundancy.additivity(own, tokens, grain, draws=count)
+            pairs.append(row.assign(model=label))
+            print(f"{label}, {grain}: {said(row.iloc[0], 'additivity')}", flush=True)
+        repairs.append(redundancy.self_repair(own, tokens).assign(model=label))
+        print(f"{label}, self-repair of the median layer: {repairs[-1]['self_repair'].median():+.2f}", flush=True)
+    few = tokens[: min(len(tokens), 12)]
+    curve = mask_ensemble.curve(stack, few, written, P, (1, 4, 16), sampling=Sampling(batch_size=4))
+    print(curve[["way", "count", "cross_entropy", "excess", "kl"]].round(3).to_string(index=False), flush=True)
+    return [pd.concat(pairs), pd.concat(repairs), curve.assign(model=name)]
 
 
 def written(hook: str) -> bool:

@@ -3,14 +3,15 @@
 What a search finds is the best of hundreds and looks better than it is. So every division of the frontier is measured
 again on texts that took no part in the search, with intervals that hold for all of them at once
 (``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval does, whichever
-of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``), chosen on the same
-half and measured on the other: as many layers left out, a contiguous block of pairs, random pairs, and a span replaced by
-the best linear map, which was fitted on texts of its own.
+of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``), chosen on the
+same half and measured on the other: as many layers left out, a contiguous block of pairs, random pairs, and a span
+replaced by the best linear map, which was fitted on texts of its own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -78,7 +79,7 @@ def measure(
     def file(name: str) -> Path | None:
         return None if folder is None else Path(folder) / f"{name}.csv"
 
-    options = {"metric": halves.metric, "precision": precision}
+    options: dict[str, Any] = {"metric": halves.metric, "precision": precision}
     found = [
         search.divisions(
             stack,

@@ -5,6 +5,7 @@ Each saves as many layers in a row as the division it stands beside.
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -43,7 +44,7 @@ def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
 
 
 def pairs(
-    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 4, **options
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 4, **options: Any
 ) -> pd.DataFrame:
     """The best contiguous block of pairs for every number of layers saved, and ``draws`` random sets of pairs.
 
@@ -75,7 +76,7 @@ def pairs(
 
 
 def best_spans(
-    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", **options
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", **options: Any
 ) -> dict[int, tuple[int, int]]:
     """For every number of layers, the span of as many that can be left out for least; layer 0 stays."""
     spans = {

@@ -68,7 +68,8 @@ def orthogonalised(
 ) -> Float[Tensor, "matrix out in"]:
     """Bring the singular values of every matrix near 1, between .7 and 1.2, by Newton-Schulz iterations.
 
-    The coefficients are Jordan's (2024). On a GPU, and with ``half`` on any device, they run in bfloat16. Cost: ``steps`` times three products of the smaller side.
+    The coefficients are Jordan's (2024). On a GPU, and with ``half`` on any device, they run in bfloat16. Cost:
+    ``steps`` times three products of the smaller side.
 
     >>> torch.linalg.svdvals(orthogonalised(torch.randn(1, 8, 4))).max() < 1.3
     tensor(True)

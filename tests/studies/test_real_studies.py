@@ -73,6 +73,9 @@ def test_redundancy(tmp_path):
     run("real_dropout.py", *options)
     assert set(tables.read(tmp_path / "real_redundancy.csv").units) == {"layers", "mlps", "heads"}
     assert (tmp_path / "real_dropout.png").exists()
+    before = (tmp_path / "real_masks.csv").read_bytes()
+    assert "heads" not in run("real_dropout.py", *options)  # it is there already
+    assert (tmp_path / "real_masks.csv").read_bytes() == before
 
 
 def test_reversion_and_arrival(tmp_path):
