@@ -6,6 +6,9 @@ The activations between the frozen ends are harvested once, from Python's manual
 operations, the harvest included: the middle trained on activations (``graft``) and on cross entropy alone; beside what
 needs no training (no middle, its mean update, the best linear map), and the graft healed with its junction unfrozen.
 
+The middle begins behind layer 11 of SmolLM2, which writes an activation a hundred times the usual size into the first
+token of every text: that is one number to learn, all of the squared error, and 3 nats if it is missed.
+
     graft_methods.csv, graft_curves.csv, graft_ledger.csv, graft.png, report.html    as of ``surgery graft``
 """
 
@@ -31,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", default="runs/real_middle")
-    parser.add_argument("--middle", type=int, nargs=2, default=(11, 19), metavar=("START", "STOP"))
+    parser.add_argument("--middle", type=int, nargs=2, default=(12, 20), metavar=("START", "STOP"))
     parser.add_argument("--text", type=Path, help="texts to learn from, one a line; by default Python's manual")
     parser.add_argument("--prompts", type=int, default=4000, help="pieces of text")
     parser.add_argument("--max-tokens", type=int, default=48, help="of a piece")
