@@ -34,7 +34,7 @@ from transformer_lens import TransformerBridge
 
 from surgery.corpus.splits import Weigh
 from surgery.graft.parts import PARTS as PARTS
-from surgery.instruments import fidelity
+from surgery.instruments import fidelity, massive
 from surgery.models.identity import refuse_hooks
 from surgery.models.loading import plain, wrap
 from surgery.models.stack import Context, Stack
@@ -263,6 +263,8 @@ def fit(
         refuse_hooks(model, "a training that can be resumed")
     pairs.require(teacher)
     pairs.verify()
+    sample = pairs.batch(range(min(16, pairs.n_prompts)))
+    massive.warn_of_updates((sample.x_stop - sample.x_start)[sample.tokens.mask], pairs.start, pairs.stop)
     reads = objective.reads_out or parts == "all"
     if parts == "all" and objective.latent:
         objective = replace(objective, latent=0.0)

@@ -17,6 +17,7 @@ over prompts can be trusted: claims are withheld. The rule and its limits are ou
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,29 @@ class Spreads:
         dimension = ratio(variance.amax(1), whole).cpu()
         places = (len(self.centre) + 1) // 2
         return Concentration(token[:places], dimension[:places], token[places:], dimension[places:], self.count)
+
+
+class MassiveUpdateWarning(UserWarning):
+    """A span writes activations of another order of size into a few tokens."""
+
+
+def warn_of_updates(update: Float[Tensor, "token d_model"], start: int, stop: int, times: float = 50.0) -> None:
+    """Warn if layers [start, stop) write more than ``times`` the usual length into some of these tokens.
+
+    Whoever learns such a span learns one token: often the first, in which attention finds its sink. SmolLM2's layer 11
+    writes 170 times the usual length there; without it the loss is 3 nats higher.
+    """
+    size = update.norm(dim=-1)
+    largest, usual = float(size.max()), float(size.median())
+    if largest > times * usual:
+        few = int((size > times * usual).sum())
+        warnings.warn(
+            f"layers [{start}, {stop}) write {largest / usual:.0f} times the usual length into {few} of {len(size)} "
+            "tokens, often the first of every prompt, which attention needs as its sink: a middle that misses it breaks "
+            "the model, so begin it behind the layer that does this (surgery.series.profile shows the size of updates)",
+            MassiveUpdateWarning,
+            stacklevel=3,
+        )
 
 
 def decided_by_one(token_share: float, n_tokens: float = math.inf) -> bool:

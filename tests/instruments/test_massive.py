@@ -1,5 +1,7 @@
 """Which tokens are left out for massive activations, which are not, and what the others hold of the variance."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from support.exact_networks import network, ou_network, rng
 from surgery import Stack
 from surgery.instruments import known_networks
 from surgery.instruments.ensemble import Ensemble
-from surgery.instruments.massive import DECIDES, TIMES, Usual, decided_by_one
+from surgery.instruments.massive import DECIDES, TIMES, MassiveUpdateWarning, Usual, decided_by_one, warn_of_updates
 from surgery.models.tokens import Tokens
 from surgery.stats.sampling import Sampling
 
@@ -151,3 +153,13 @@ def test_what_does_not_vary_has_no_shares():
     silent = Stack(network([torch.zeros(8, 8)], torch.randn(256, 8, generator=rng(), dtype=torch.float64)))
     row = Ensemble.of(silent, known_networks.tokens(4, 6)).concentration.columns(updates=[0])
     assert str(row) == "{'n_tokens': 20, 'token_share': nan, 'dimension_share': nan}"
+
+
+def test_a_span_that_writes_the_sink_is_told():
+    update = torch.randn(40, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_updates(update, 3, 5)
+    update[[0, 20]] *= 200
+    with pytest.warns(MassiveUpdateWarning, match=r"layers \[3, 5\) write .* the usual length into 2 of 40 tokens"):
+        warn_of_updates(update, 3, 5)
