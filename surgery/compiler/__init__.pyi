@@ -1,6 +1,10 @@
+from . import chapter as chapter
+from . import draw as draw
+from . import files as files
 from . import frontier as frontier
 from . import rivals as rivals
+from . import say as say
 from . import search as search
 from . import speed as speed
+from . import study as study
 from .frontier import Halves as Halves
-from .frontier import measure as measure

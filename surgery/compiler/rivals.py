@@ -44,7 +44,7 @@ def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
 
 
 def pairs(
-    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 4, **options: Any
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 3, **options: Any
 ) -> pd.DataFrame:
     """The best contiguous block of pairs for every number of layers saved, and ``draws`` random sets of pairs.
 

@@ -165,8 +165,9 @@ def warn_of_updates(update: Float[Tensor, "token d_model"], start: int, stop: in
         few = int((size > times * usual).sum())
         warnings.warn(
             f"layers [{start}, {stop}) write {largest / usual:.0f} times the usual length into {few} of {len(size)} "
-            "tokens, often the first of every prompt, which attention needs as its sink: a middle that misses it breaks "
-            "the model, so begin it behind the layer that does this (surgery.series.profile shows the size of updates)",
+            "tokens, often the first of every prompt, which attention needs as its sink. A middle that misses it "
+            "breaks the model: begin it behind the layer that does this (surgery.series.profile shows how much each "
+            "layer writes)",
             MassiveUpdateWarning,
             stacklevel=3,
         )

@@ -1,0 +1,11 @@
+"""The tables that ``surgery compile`` leaves in a folder."""
+
+from surgery.compiler import frontier, speed
+
+FRONTIER, SPEED = "compile_frontier.csv", "compile_speed.csv"
+COLUMNS: dict[str, dict[str, str]] = {FRONTIER: frontier.COLUMNS, SPEED: speed.COLUMNS}
+CAPTION = (
+    "Left, the loss that saving layers in a row adds on fresh texts, by how they are saved; bars hold for all of a "
+    "family at once; dotted, what is allowed. Right, tokens a second as a multiple of the original's, beside the floor "
+    "that the number of layers, bytes and operations set."
+)

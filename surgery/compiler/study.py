@@ -1,0 +1,207 @@
+"""A model compiled from end to end: search, confirm on fresh texts, fuse, save, time. ``surgery compile``.
+
+compile_frontier.csv   every division that was found, and its rivals: what they cost on fresh texts
+compile_speed.csv      tokens a second, original, compiled, taped, and with as many layers left out
+compiled/              the fused model: surgery.load opens it
+searched.csv, measured.csv    the scans, so that the same command goes on after a kill
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformer_lens import TransformerBridge
+
+from surgery import disk
+from surgery.compiler import draw, files, frontier, say, speed
+from surgery.compiler.frontier import Halves
+from surgery.corpus import everyday, probes
+from surgery.corpus.asked import TEXT, require_named
+from surgery.corpus.text_files import LINES
+from surgery.models import names
+from surgery.models.errors import ModelError
+from surgery.models.loading import load, plain
+from surgery.models.stack import Stack
+from surgery.page import drawing
+from surgery.rebuild import fuse, layout, tape
+from surgery.records import tables
+from surgery.records.manifest import manifest
+from surgery.records.tables import manifest_path
+
+FUSABLE = ("side by side", "both")  # families whose divisions can be fused
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was found: the tables, the sentences, and the folder of the compiled model, if there is one."""
+
+    frontier: pd.DataFrame
+    speed: pd.DataFrame
+    sentences: list[str]
+    folder: Path | None = None
+    refused: str = field(default="")
+
+
+def run(
+    model: str,
+    out: "str | Path",
+    *,
+    asked: str | None = None,
+    allow: float = 0.01,
+    metric: str | None = None,
+    prompts: int = 192,
+    max_tokens: int = 48,
+    shallowest: int | None = None,
+    limit: float = 0.5,
+    beam: int = 3,
+    screen: int = 8,
+    precision: str = "float32",
+    rounds: int = 9,
+    speak: Callable[[str], None] = print,
+    **opened: Any,
+) -> Compiled:
+    """Open ``model`` and compile it into the folder ``out``; arguments as of ``measure``, ``opened`` of ``load``."""
+    stack = Stack(load(model, **opened))
+    halves = texts(stack, model, asked, prompts, max_tokens, metric)
+    return measure(
+        stack,
+        halves,
+        out,
+        allow=allow,
+        shallowest=shallowest,
+        limit=limit,
+        beam=beam,
+        screen=screen,
+        precision=precision,
+        rounds=rounds,
+        speak=speak,
+    )
+
+
+def texts(
+    stack: Stack, model: str, asked: str | None, prompts: int, max_tokens: int, metric: str | None = None
+) -> Halves:
+    """Texts or questions in parts: a sixth to choose by, half to measure on, the rest to fit linear maps to.
+
+    By default those that every machine has: Python's manual, or the problems that a Babel model can solve.
+
+    Raises ValueError for what is no set of questions or file of texts.
+    """
+    if asked is None:
+        if model in names.BUNDLED:
+            whole = probes.babel(prompts // 4, range(1, 5))
+        else:
+            whole = probes.text(everyday.texts(model, prompts, seed=5), max_tokens=max_tokens)
+    elif Path(asked).suffix.lower() == TEXT:
+        whole = probes.text(asked, prompts, max_tokens)
+    elif Path(asked).suffix.lower() in LINES:
+        whole = probes.load(asked)
+    else:
+        require_named(asked)
+        whole = probes.named(asked, prompts)
+    order = whole.probes
+    if len(order) < 12:
+        raise ValueError(f"{len(order)} texts are too few to search by some and measure on others: give 12 or more")
+    parts = [probes.ProbeSet(whole.name, tuple(order[place::6]), whole.joiner, whole.max_tokens) for place in range(6)]
+    fitted = tuple(probe for part in parts[4:] for probe in part.probes)
+    measured = tuple(probe for part in parts[1:4] for probe in part.probes)
+    cut = probes.ProbeSet(whole.name, measured, whole.joiner, whole.max_tokens)
+    fit_to = probes.ProbeSet(whole.name, fitted, whole.joiner, whole.max_tokens).encode(stack).tokens
+    kind = "loss" if all(not probe.prompt for probe in order) else "loglik"
+    return Halves(parts[0].encode(stack), cut.encode(stack), fit_to, metric or kind)
+
+
+def measure(
+    stack: Stack,
+    halves: Halves,
+    out: "str | Path",
+    *,
+    allow: float = 0.01,
+    shallowest: int | None = None,
+    limit: float = 0.5,
+    beam: int = 3,
+    screen: int = 8,
+    precision: str = "float32",
+    rounds: int = 9,
+    speak: Callable[[str], None] = print,
+) -> Compiled:
+    """Search, confirm, fuse, save and time.
+
+    Args:
+        halves: what to choose by and what to measure on (``texts``).
+        allow: loss that may be added (nats per token, or what the metric counts), with the whole of its interval.
+        shallowest, limit, beam, screen, precision: of the search (``frontier.measure``).
+        rounds: how often every model is timed; 0 times none.
+
+    Where no division keeps within ``allow``, nothing is saved, and the cheapest that saves a sixth of the layers is
+    timed instead, so that what there is to gain can be seen. Raises OSError for a folder that cannot be written.
+    """
+    folder = disk.folder(out)
+    speak("searching")
+    frame = frontier.measure(
+        stack,
+        halves,
+        folder,
+        shallowest=shallowest,
+        limit=limit,
+        beam=beam,
+        screen=screen,
+        precision=precision,
+    )
+    best = min((frontier.within(frame, allow, family) for family in FUSABLE), key=lambda row: row["depth"])
+    shown = best if best["saved"] else _cheap(frame, max(1, stack.n_layers // 6))
+    fused, refused = None, ""
+    try:
+        fused = fuse.together(stack.model, str(shown["wiring"]))
+    except ModelError as error:
+        refused = str(error)
+    saved = None
+    if fused is not None and best["saved"] and plain(fused) is not None:
+        saved = folder / "compiled"
+        if not saved.exists():
+            speak("saving the compiled model")
+            layout.save(fused, saved)
+    times = pd.DataFrame(columns=list(speed.COLUMNS))
+    if rounds and plain(stack.model) is not None:
+        speak("timing")
+        times = speed.measure(_timed(stack, frame, shown, fused), rounds=rounds, d_vocab=stack.d_vocab)
+    sentences = say.sentences(frame, times, allow, halves.metric, stack.n_layers, refused)
+    source = manifest(
+        stack,
+        halves.measured_on.tokens,
+        seed=0,
+        allow=allow,
+        metric=halves.metric,
+        refused=refused,
+        timed=str(shown["wiring"]),
+        chosen_by=len(halves.chosen_by.groups),
+        search_precision=precision,
+    )
+    tables.write(frame, folder / files.FRONTIER, source, frontier.COLUMNS)
+    if len(times):
+        tables.write(times, folder / files.SPEED, source, speed.COLUMNS)
+    else:
+        for stale in (folder / files.SPEED, manifest_path(folder / files.SPEED)):
+            stale.unlink(missing_ok=True)
+    disk.save({folder / "compile.png": drawing.png(draw.frontier(frame, times, allow, halves.metric))})
+    return Compiled(frame, times, sentences, saved, refused)
+
+
+def _cheap(frame: pd.DataFrame, saved: int) -> pd.Series:
+    """The division that saves so many layers, or the most that any does."""
+    rows = frame[(frame["family"] == FUSABLE[0]) & (frame["saved"] <= saved)]
+    return rows.sort_values("saved").iloc[-1]
+
+
+def _timed(stack: Stack, frame: pd.DataFrame, shown: pd.Series, fused: TransformerBridge | None) -> dict[str, Any]:
+    """The models to time: the original, the fused one or its wiring taped, and as many layers left out."""
+    models = {"original": plain(stack.model)}
+    if fused is not None:
+        models["compiled"] = plain(fused)
+    models["side by side, not fused"] = plain(tape.together(stack.model, str(shown["wiring"])))
+    left_out = frame[(frame["family"] == "left out") & (frame["saved"] == shown["saved"])]
+    if len(left_out):
+        models["as many layers left out"] = plain(tape.together(stack.model, str(left_out["wiring"].iloc[0])))
+    return {name: model for name, model in models.items() if model is not None}
