@@ -10,24 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from surgery.compiler.search import COLUMNS, Groups, mean_gains, notation
+from surgery.compiler.search import COLUMNS, Groups, blocks, mean_gains, notation
 from surgery.corpus.probes import Encoded
 from surgery.graft import linear_maps
 from surgery.graft.linear_maps import Affine
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.training.activations import Moments
-
-
-def block(n_layers: int, start: int, pairs: int) -> Groups:
-    """LP's recipe (arXiv 2502.02790): a contiguous block of pairs, from layer ``start`` on.
-
-    >>> block(6, 1, 2)
-    ((0,), (1, 2), (3, 4), (5,))
-    """
-    stop = start + 2 * pairs
-    middle = tuple((layer, layer + 1) for layer in range(start, stop, 2))
-    return (*((layer,) for layer in range(start)), *middle, *((layer,) for layer in range(stop, n_layers)))
 
 
 def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
@@ -51,10 +40,10 @@ def pairs(
     The block is the best of all places on ``texts``, layer 0 left alone. Rows of ``search.COLUMNS``.
     """
     n_layers = stack.n_layers
-    blocks = {
-        (count, start): str(stack.wiring(notation(block(n_layers, start, count))))
+    placed = {
+        (count, place): str(stack.wiring(notation(groups)))
         for count in saved
-        for start in range(1, n_layers - 2 * count + 1)
+        for place, groups in enumerate(blocks(n_layers, count))
     }
     drawn = {
         (count, seed): str(stack.wiring(notation(at_random(n_layers, count, seed))))
@@ -62,13 +51,13 @@ def pairs(
         if 2 * count <= n_layers
         for seed in range(draws)
     }
-    gains = mean_gains(stack, [*blocks.values(), *drawn.values()], texts, metric, **options)
+    gains = mean_gains(stack, [*placed.values(), *drawn.values()], texts, metric, **options)
     rows = [
         {"family": "random pairs", "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]}
         for (count, _), name in drawn.items()
     ]
-    for count in dict.fromkeys(count for count, _ in blocks):
-        name = max((name for (of, _), name in blocks.items() if of == count), key=lambda name: gains[name])
+    for count in dict.fromkeys(count for count, _ in placed):
+        name = max((name for (of, _), name in placed.items() if of == count), key=lambda name: gains[name])
         rows.append(
             {"family": "block of pairs", "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]}
         )

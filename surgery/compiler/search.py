@@ -7,7 +7,8 @@ single costs are least (``screen``), and the ``beam`` best divisions of each dep
 sum of theirs, but that is what decides which are worth a try, not what is believed of them: every division that is kept
 was measured as a whole. All wirings of a depth run in one scan, which shares what they have in common.
 
-LP (Bhaskar et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand; ``surgery.compiler.rivals`` compares.
+LP (Bhaskar et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand. A search that adds a pair at a time misses
+some of these, so every contiguous block of a depth is tried too.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,22 @@ def skips(groups: Groups) -> "dict[tuple[str, int], Groups]":
 def both(groups: Groups) -> "dict[tuple[str, int], Groups]":
     """The moves of ``merges`` and of ``skips``."""
     return merges(groups) | skips(groups)
+
+
+def block(n_layers: int, start: int, pairs: int) -> Groups:
+    """LP's recipe (arXiv 2502.02790): a contiguous block of pairs, from layer ``start`` on.
+
+    >>> block(6, 1, 2)
+    ((0,), (1, 2), (3, 4), (5,))
+    """
+    stop = start + 2 * pairs
+    middle = tuple((layer, layer + 1) for layer in range(start, stop, 2))
+    return (*((layer,) for layer in range(start)), *middle, *((layer,) for layer in range(stop, n_layers)))
+
+
+def blocks(n_layers: int, pairs: int) -> list[Groups]:
+    """Every ``block`` of so many pairs, layer 0 left alone."""
+    return [block(n_layers, start, pairs) for start in range(1, n_layers - 2 * pairs + 1)]
 
 
 FAMILIES: dict[str, Callable[[Groups], dict[tuple[str, int], Groups]]] = {
@@ -139,7 +156,8 @@ def divisions(
             expected = {after: so_far + alone.get(move, np.inf) for move, after in moves(groups).items()}
             chosen = sorted(expected, key=lambda after: (expected[after], after))[:screen]
             promising |= {after: expected[after] for after in chosen}
-        found = measured(promising)
+        by_hand = blocks(stack.n_layers, stack.n_layers - len(best[0]) + 1) if moves is not skips else []
+        found = measured([*promising, *by_hand])
     return pd.DataFrame(rows).assign(family=family)[list(COLUMNS)]
 
 
