@@ -23,7 +23,7 @@ def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
     """As many pairs of neighbours, drawn at random.
 
     >>> at_random(6, 2, seed=0)
-    ((0,), (1, 2), (3,), (4, 5))
+    ((0,), (1,), (2, 3), (4, 5))
     """
     generator = random.Random(f"pairs {n_layers} {pairs} {seed}")
     units = [2] * pairs + [1] * (n_layers - 2 * pairs)

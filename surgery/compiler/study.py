@@ -7,7 +7,7 @@ searched.csv, measured.csv    the scans, so that the same command goes on after 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Compiled:
     speed: pd.DataFrame
     sentences: list[str]
     folder: Path | None = None
-    refused: str = field(default="")
+    refused: str = ""
 
 
 def run(
@@ -83,7 +83,7 @@ def run(
 def texts(
     stack: Stack, model: str, asked: str | None, prompts: int, max_tokens: int, metric: str | None = None
 ) -> Halves:
-    """Texts or questions in parts: a sixth to choose by, half to measure on, the rest to fit linear maps to.
+    """Texts or questions in parts: a third to choose by, half to measure on, a sixth to fit linear maps to.
 
     By default those that every machine has: Python's manual, or the problems that a Babel model can solve.
 
@@ -104,13 +104,12 @@ def texts(
     order = whole.probes
     if len(order) < 12:
         raise ValueError(f"{len(order)} texts are too few to search by some and measure on others: give 12 or more")
-    parts = [probes.ProbeSet(whole.name, tuple(order[place::6]), whole.joiner, whole.max_tokens) for place in range(6)]
-    fitted = tuple(probe for part in parts[4:] for probe in part.probes)
-    measured = tuple(probe for part in parts[1:4] for probe in part.probes)
-    cut = probes.ProbeSet(whole.name, measured, whole.joiner, whole.max_tokens)
-    fit_to = probes.ProbeSet(whole.name, fitted, whole.joiner, whole.max_tokens).encode(stack).tokens
+    parts = [
+        replace(whole, probes=tuple(probe for place, probe in enumerate(order) if place % 6 in sixths)).encode(stack)
+        for sixths in ((0, 1), (2, 3, 4), (5,))
+    ]
     kind = "loss" if all(not probe.prompt for probe in order) else "loglik"
-    return Halves(parts[0].encode(stack), cut.encode(stack), fit_to, metric or kind)
+    return Halves(parts[0], parts[1], parts[2].tokens, metric or kind)
 
 
 def measure(
