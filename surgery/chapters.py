@@ -17,6 +17,7 @@ CHAPTERS = {
     "reversion": "surgery.reversion.chapter:CHAPTER",
     "scan": "surgery.scan.chapter:CHAPTER",
     "anatomy": "surgery.anatomy.chapter:CHAPTER",
+    "compile": "surgery.compiler.chapter:CHAPTER",
     "graft": "surgery.graft.chapter:CHAPTER",
     "middle": "surgery.graft.middle_chapter:CHAPTER",
     "dropout": "surgery.dropout.chapter:CHAPTER",

@@ -3,8 +3,6 @@
 What all commands share, such as ``--json`` and the exit codes, is in ``surgery.console``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +11,7 @@ import typer
 import surgery
 from surgery import progress
 from surgery.chapters import MEASURED
-from surgery.console import WHOLE, Commands, Result, command, is_first, one_line_errors, say
+from surgery.console import WHOLE, Commands, Result, command, one_line_errors, say
 from surgery.console import script as script
 from surgery.graft.parts import PARTS
 from surgery.models.precisions import PRECISIONS
@@ -34,6 +32,7 @@ from surgery.options import (
     choice,
 )
 from surgery.outside import shown
+from surgery.preconditions import page_when_interrupted, require, require_budget, require_free, require_study
 from surgery.scan.metrics import METRICS
 from surgery.training.precisions import MIXED, STORED, TRAINED
 from surgery.wiring import families
@@ -46,52 +45,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def require(model: str, device: str | None) -> None:
-    """Raise ModelError for a model or a device that cannot be, before torch is imported."""
-    from surgery.models import names
-
-    names.require(model)
-    names.require_device(device)
-
-
-def require_study(model: str, device: str | None, text: Path | None, prompts: int, budget: str | None) -> None:
-    """Raise ValueError for what no study can be made of, before torch is imported."""
-    from surgery.corpus.asked import require_prompts
-
-    require(model, device)
-    require_prompts(model, text, prompts)
-    require_budget(budget)
-
-
-def require_budget(budget: str | None) -> None:
-    """Raise ValueError for what is no budget of time, before torch is imported."""
-    from surgery.planning.budget import seconds_of
-
-    if budget is not None:
-        seconds_of(budget)
-
-
-def require_free(out: Path) -> None:
-    """Raise OSError for a folder that cannot be written to, or that somebody else writes to, before it matters."""
-    from surgery import disk
-
-    with disk.held(out, main=is_first()):
-        pass
-
-
-@contextmanager
-def page_when_interrupted(out: Path) -> Iterator[None]:
-    """Context manager: after Ctrl-C, write the page of what was measured until then, if there is any."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from surgery.report import build
-
-        with suppress(ValueError, OSError):
-            say(f"the page of what there is so far is {build(out)}")
-        raise
 
 
 def _version(wanted: bool) -> bool:
@@ -479,6 +432,82 @@ def graft(
     said = f"{place} holds the grafted model.\nThe page is {page}, the tables and the figure are beside it."
     told = [outcome.plan.told] if outcome.plan and outcome.plan.cuts else []
     return Result(said, outcome.sentences + told, page, out, {"model": str(place)})
+
+
+@app.command("compile")
+@command
+def compile_(
+    model: Model = "babel",
+    allow: Annotated[
+        float, typer.Option(min=0, help="Loss that may be added: nats per token of text, or what the metric counts.")
+    ] = 0.01,
+    out: Annotated[Path, typer.Option(help="Folder for everything; run again on the same one to resume.")] = Path(
+        "results/compile"
+    ),
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            help="What to judge by: a .txt file of running text, a .jsonl file of questions, or a built-in set. By "
+            "default Python's manual; babel brings its own."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(**choice(METRICS), help="What may be lost: loss of text, or loglik of answers.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=12, help="How many texts or questions, in all.")] = 192,
+    max_tokens: MaxTokens = 48,
+    shallowest: Annotated[
+        int | None, typer.Option(min=1, help="Stop at so few layers in a row; half of them by default.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=0, help="Stop where the best adds more than this.")] = 0.5,
+    beam: Annotated[int, typer.Option(min=1, help="Wirings that go on from each depth.")] = 3,
+    screen: Annotated[int, typer.Option(min=1, help="Moves that each of them tries.")] = 8,
+    precision: Annotated[
+        str, typer.Option(**choice(PRECISIONS), help="Of the search; what it finds is measured in float32.")
+    ] = "float32",
+    rounds: Annotated[int, typer.Option(min=0, help="How often every model is timed; 0 times none.")] = 9,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> Result:
+    """Run layers side by side where that costs little: search, confirm on fresh texts, fuse, save, time.
+
+    Example: surgery compile --model babel --allow 0.01 --out results/compile
+    """
+    from surgery.corpus.asked import require_questions
+
+    require(model, device)
+    if probes is not None:
+        require_questions(model, probes, prompts)
+    require_free(out)
+    with progress.task("starting"):
+        import torch
+
+        from surgery.compiler import study as compiler_study
+        from surgery.report import build
+
+    compiled = compiler_study.run(
+        model,
+        out,
+        asked=probes,
+        allow=allow,
+        metric=metric,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        shallowest=shallowest,
+        limit=limit,
+        beam=beam,
+        screen=screen,
+        precision=precision,
+        rounds=rounds,
+        speak=say,
+        device=device,
+        dtype=getattr(torch, dtype),
+    )
+    page = build(out)
+    where = f"{compiled.folder} holds the compiled model. " if compiled.folder else ""
+    said = f"{where}The page is {page}, the tables and the figure are beside it."
+    more = {"model": str(compiled.folder)} if compiled.folder else {}
+    return Result(said, compiled.sentences, page, out, more)
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -1,0 +1,123 @@
+"""A model compiled from end to end: files, sentences, a checkpoint that is the wiring; and what is refused."""
+
+import json
+
+import pandas as pd
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import surgery
+from support import fixtures
+from support.known_wirings import difference
+from surgery.compiler import files, say, speed, study
+from surgery.records import tables
+from surgery.report import build
+
+OPTIONS = {"prompts": 24, "shallowest": 10, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The bundled model, compiled on a few easy problems."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return study.run("babel", folder, allow=0.05, **OPTIONS), folder
+
+
+def test_the_checkpoint_is_the_wiring_that_the_sentence_names(compiled):
+    result, folder = compiled
+    wiring = json.loads((folder / "compile_frontier.manifest.json").read_text())["settings"]["timed"]
+    assert wiring in result.sentences[0]
+    model = surgery.Stack(surgery.load("babel"))
+    tokens = model.tokens(surgery.corpus.bundled.prompts(4))
+    opened = surgery.Stack(surgery.load(str(result.folder)))
+    assert opened.n_layers < 12
+    assert difference(opened.run(tokens)[tokens.mask], model.run(tokens, wiring)[tokens.mask]) < 1e-5
+
+
+def test_tables_figure_and_page_are_there(compiled):
+    result, folder = compiled
+    assert set(tables.read(folder / files.FRONTIER)["family"]) >= {"side by side", "left out", "both"}
+    times = tables.read(folder / files.SPEED)
+    assert times["model"].unique().tolist()[:3] == ["original", "compiled", "side by side, not fused"]
+    assert (times.loc[times["model"] == "original", "ratio"] == 1).all()
+    assert (folder / "compile.png").stat().st_size > 10_000
+    page = build(folder).read_text()
+    assert "From series to parallel" in page
+    assert result.sentences[0][:40] in page
+
+
+def test_the_same_command_again_measures_nothing_anew(compiled, monkeypatch):
+    result, folder = compiled
+    before = (folder / "measured.csv").read_bytes()
+    again = study.run("babel", folder, allow=0.05, **{**OPTIONS, "rounds": 0})
+    pd.testing.assert_frame_equal(again.frontier, result.frontier)
+    assert (folder / "measured.csv").read_bytes() == before
+    assert not (folder / files.SPEED).exists()
+
+
+def test_where_nothing_is_allowed_nothing_is_saved(tmp_path):
+    result = study.run("babel", tmp_path, allow=0.0, prompts=24, shallowest=11, rounds=0)
+    assert result.folder is None
+    assert "no wiring is shown to save a layer of 12" in result.sentences[0]
+
+
+def test_a_model_that_cannot_be_fused_is_told(load, tmp_path):
+    stack = surgery.Stack(load("gemma2"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{(i * j) % 80}" for j in range(1, 9)) for i in range(1, 25)))
+    halves = study.texts(stack, "gemma2", str(text), 24, 16)
+    assert halves.metric == "loss"
+    result = study.measure(stack, halves, tmp_path / "out", allow=10.0, shallowest=3, rounds=0)
+    assert "a norm behind what they write" in result.refused
+    assert result.folder is None
+    assert "It cannot be fused" in result.sentences[-1]
+
+
+def test_too_few_texts_are_refused(opened, tmp_path):
+    with pytest.raises(ValueError, match="give 12 or more"):
+        study.texts(opened("llama"), "babel", None, 8, 16)
+
+
+def test_questions_of_a_file_are_judged_by_their_answers(opened, tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"}) for i in range(24)))
+    halves = study.texts(opened("llama"), "llama", str(file), 24, 16)
+    assert halves.metric == "loglik"
+    assert len(halves.chosen_by.groups) == 8
+    assert len(halves.measured_on.groups) == 12
+
+
+def test_speed_is_told_side_by_side():
+    config = LlamaConfig(**fixtures._rope)
+    deep, shallow = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    shallow.model.layers = shallow.model.layers[:1]
+    shallow.config.num_hidden_layers = 1
+    frame = speed.measure({"deep": deep, "shallow": shallow}, batches=(2,), prompt=8, written=4, rounds=3, d_vocab=90)
+    assert frame["phase"].tolist() == ["prefill", "prefill", "decode", "decode"]
+    assert (frame.loc[frame["model"] == "deep", ["ratio", "floor"]] == 1).all(axis=None)
+    assert (frame.loc[frame["model"] == "shallow", "floor"] > 1).all()
+    assert (frame["ratio_low"] <= frame["ratio"]).all()
+    assert (frame["per_second"] > 0).all()
+
+
+def test_the_floor_is_layers_bytes_and_operations():
+    machine = speed.Machine(layer=1e-3, byte=1e-9, operation=1e-12)
+    floor = speed.Floor(layers=10, weights=1_000_000, machine=machine)
+    assert floor.seconds("decode", 1, 128) == pytest.approx(0.01 + 4e-3)
+    assert floor.seconds("prefill", 16, 1024) == pytest.approx(0.01 + 2 * 1e6 * 16 * 1024 * 1e-12)
+
+
+def test_sentences_name_the_allowance_and_the_rivals():
+    rows = [("side by side", 12, 0, 0.0, 0.0, 0.0), ("side by side", 11, 1, 0.002, 0.0, 0.004)]
+    rows += [("side by side", 10, 2, 0.03, 0.02, 0.04), ("left out", 10, 2, 0.3, 0.2, 0.4)]
+    rows += [
+        ("left out", 12, 0, 0.0, 0.0, 0.0),
+        ("random pairs", 10, 2, 0.5, 0.4, 0.6),
+        ("random pairs", 10, 2, 0.7, 0.4, 0.8),
+    ]
+    frame = pd.DataFrame(rows, columns=["family", "depth", "saved", "cost", "cost_low", "cost_high"])
+    frame = frame.assign(wiring=["w" + str(place) for place in range(len(frame))], n_prompts=40)
+    told = say.sentences(frame, pd.DataFrame(columns=list(speed.COLUMNS)), 0.01, "loss", 12)
+    assert told[0].startswith("On 40 fresh texts 1 of 12 layers in a row are saved for 0.01 nats a token, side by side")
+    assert "0.05: 2 side by side, 0 left out" in told[1]
+    assert "random pairs +0.500 to +0.700" in told[2]
