@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from surgery.models import stream_width
+from surgery.models import branch_norms, stream_width
 from surgery.models.errors import ModelError
 from surgery.outside import shown
 
@@ -20,7 +20,8 @@ class Size(NamedTuple):
     """Per-layer overrides of the configuration: MLP width, heads, width of the stream; None where it holds.
 
     In a run of layers whose stream has a width of its own, the layer that ``enters`` carries the map from the model's
-    stream, the layer that ``leaves`` the map back.
+    stream, the layer that ``leaves`` the map back. A layer of several ``branches`` is as many layers side by side whose
+    norms stay apart (``surgery.models.branch_norms``).
     """
 
     d_mlp: int | None = None
@@ -28,6 +29,7 @@ class Size(NamedTuple):
     d_model: int | None = None
     enters: bool = False
     leaves: bool = False
+    branches: int = 1
 
 
 CONFIGURED = Size()
@@ -132,7 +134,8 @@ def model_class(entries: Any, config: PreTrainedConfig, name: str) -> type[PreTr
 def _is_size(size: Size) -> bool:
     """Whether the fields have the types that they are declared with."""
     numbers = (value is None or (type(value) is int and value > 0) for value in size[:3])
-    return all(numbers) and all(type(value) is bool for value in size[3:])
+    flags = all(type(value) is bool for value in (size.enters, size.leaves))
+    return all(numbers) and flags and type(size.branches) is int and size.branches > 0
 
 
 def sized_class(base: type[PreTrainedModel], sizes: Sequence[Size]) -> type[PreTrainedModel]:
@@ -180,6 +183,8 @@ def place_layers(
                 stream_width.add_borders(
                     new, old, d_model(config), size.d_model, enters=size.enters, leaves=size.leaves
                 )
+            if size.branches > 1:
+                branch_norms.divide(new, size.branches)
             layers[place] = new
             setattr(new, SIZE_ATTRIBUTE, size)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import surgery
 from surgery import disk
 from surgery.models.errors import ModelError
+from surgery.models.layer_sizes import CONFIGURED, Size
 from surgery.models.loading import load, plain, quiet
 from surgery.wiring.value import Wiring
 
@@ -117,13 +118,10 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 """
 
 
-def layered_card(name: str, sizes: Sequence[Sequence[int | None]], sha256: str) -> str:
-    """The card of a model with layers of other sizes: the sizes of each, and how to open it.
-
-    ``sizes`` has MLP width, heads and width of the stream of every layer, None where the configuration holds.
-    """
-    sized = any(any(size) for size in sizes)
-    cells = [[str(i), *(str(n or "config") for n in size[:3])] for i, size in enumerate(sizes)]
+def layered_card(name: str, sizes: Sequence[Size], sha256: str) -> str:
+    """The card of a model with layers of other sizes: the sizes of each, and how to open it."""
+    sized = any(size != CONFIGURED for size in sizes)
+    cells = [[str(i), *(str(n or "config") for n in size[:3]), str(size.branches)] for i, size in enumerate(sizes)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     code = 'import surgery\n\nmodel = surgery.load("folder")'
     if not sized:
@@ -143,7 +141,7 @@ Weights: sha256 `{sha256}`.
 ```python
 {code}
 ```
-""" + (f"\n| layer | MLP width | heads | stream |\n|---|---|---|---|\n{table}\n" if sized else "")
+""" + (f"\n| layer | MLP width | heads | stream | branches |\n|---|---|---|---|---|\n{table}\n" if sized else "")
 
 
 def _without_code(saved: Any, *configs: Any) -> Any:

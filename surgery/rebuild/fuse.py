@@ -11,8 +11,10 @@ prompts, with and without a key-value cache, or is refused.
 
 What can be fused: groups of attentions followed by the group of the same layers' MLPs; of whole layers only where
 attention and MLP read the same stream (GPT-NeoX) or there is no MLP. Other layers stay, may be left out, repeated or in
-another order. What cannot: norms of queries and keys, or behind the output weights, with gains that differ between the
-layers (Gemma 2 and 3, Qwen 3, OLMo 2), experts, and heads in classes whose ``layout`` has no room for more of them.
+another order. Norms of each head's queries and keys, and of what is written (Qwen 3, Gemma 2 and 3), stay apart in the
+fused layer (``surgery.models.branch_norms``). What cannot be fused: norms over all heads at once (OLMo 2), experts,
+layers that get other masks or rotary tables (Gemma's local and global ones), and heads in classes whose ``layout`` has
+no room for more of them (GPT-2, OPT, GPT-NeoX).
 
 Layers in parallel by hand, without fusing: LP (Bhaskar et al. 2025, arXiv 2502.02790). Control: the same wiring taped
 (``tape.together``), which runs the layers of a group one after another.
@@ -28,6 +30,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from surgery.models import branch_norms, layer_sizes
 from surgery.models.errors import ModelError
 from surgery.models.exactness import probe_ids, require_same
 from surgery.models.loading import plain
@@ -64,10 +67,17 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
     writing = [dict(zip(present, layer, strict=True)) for layer in zip(*(writers(model, part) for part in present))]
     for place, group in enumerate(branches(whole)):
         size = {part: sum(writing[layer][part].count for layer in group) for part in present}
-        rows.append(Row(group[0], 0.0, size.get("mlp"), size["attn"]) if len(group) > 1 else Row(group[0], 0.0))
+        _require_one_kind(model, group)
+        apart = _apart(model, group)
+        wide = {"d_mlp": size.get("mlp"), "n_heads": size["attn"], "branches": len(group) if apart else None}
+        rows.append(Row(group[0], 0.0, **wide) if len(group) > 1 else Row(group[0], 0.0))
         units = [{part: of.shape[-1] for part, of in writing[layer].items()} for layer in group]
         beside = _Beside(stack.name, group, [of_layer[layer] for layer in group], units)
-        placed |= {f"{place}.{name}": beside.weight(name) for name in of_layer[group[0]]}
+        for name in of_layer[group[0]]:
+            if name in apart:
+                placed[f"{place}.{apart[name]}"] = partial(beside.gains, name)
+            else:
+                placed[f"{place}.{name}"] = beside.weight(name)
     path = layout.layers_path(model)
     try:
         fused = layout.shaped(model, rows, weights={f"{path}.{name}": weight for name, weight in placed.items()})
@@ -127,6 +137,22 @@ def _read(step: Step, part: str | None) -> Branches | None:
     return None
 
 
+def _require_one_kind(model: TransformerBridge, group: Branches) -> None:
+    """Raise ModelError for layers with other masks or rotary tables: a layer is called with one of each."""
+    kinds = getattr(layer_sizes.text_config(layout.config_of(model)), "layer_types", None)
+    if kinds and len({kinds[layer] for layer in group}) > 1:
+        shown = ", ".join(f"{layer} is {kinds[layer].replace('_', ' ')}" for layer in group)
+        raise ModelError(
+            f"layers of {model.cfg.model_name} of different kinds cannot be one layer: {shown}; fuse layers of one kind"
+        )
+
+
+def _apart(model: TransformerBridge, group: Branches) -> dict[str, str]:
+    """The norms of a group that stay apart, and where their gains go; none if it is one layer."""
+    source, path = layout.source_of(model), layout.layers_path(model)
+    return {} if len(group) == 1 else branch_norms.renamed(source.get_submodule(f"{path}.{group[0]}"))
+
+
 class _Beside:
     """Layers side by side as one: what each of its weights is made of."""
 
@@ -154,6 +180,11 @@ class _Beside:
         if first.tensor.ndim == 2:
             return partial(self._side_by_side, beside)
         return self._between(name, beside)
+
+    def gains(self, name: str, fresh: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+        """The gains of norms that stay apart, as many rows of each layer's as its share of ``fresh``."""
+        rows = [layer[name].tensor + offset(layer[name].owner) for layer in self.layers]
+        return torch.stack(rows).repeat_interleave(len(fresh) // len(rows), 0)
 
     def _norm(self, name: str, beside: Sequence[Weight]) -> Tensor:
         """A norm that only divides: its gain and shift are in the weights that read it."""

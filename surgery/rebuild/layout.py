@@ -60,6 +60,7 @@ class Row:
         d_mlp: MLP width (of each expert, where there are experts); None: that of ``like``.
         n_heads: attention heads, as wide and with as many queries per key as in ``like``; None: those of ``like``.
         d_model: width of the stream inside the run of layers that share it; None: that of ``like``.
+        branches: layers side by side whose norms stay apart (``surgery.rebuild.fuse``); None: as in ``like``.
 
     Raises:
         ValueError: ``old`` is outside [0, 1], or a size is below 1.
@@ -70,11 +71,12 @@ class Row:
     d_mlp: int | None = None
     n_heads: int | None = None
     d_model: int | None = None
+    branches: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.old <= 1:
             raise ValueError(f"old = {self.old}: it is the share of the old weights, from 0 (fresh) to 1 (kept)")
-        for name in ("d_mlp", "n_heads", "d_model"):
+        for name in ("d_mlp", "n_heads", "d_model", "branches"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} = {size}: give 1 or more, or None for that of layer {self.like}")
 
@@ -227,7 +229,10 @@ def save(
             "format": FORMAT,
             "open_with": "surgery.load(folder)",
             "surgery": surgery.__version__,
-            "rows": [size._asdict() for size in every_size],
+            "rows": [
+                {name: value for name, value in size._asdict().items() if name != "branches" or value > 1}
+                for size in every_size
+            ],  # what an earlier surgery reads, where it can
         }
         texts["surgery.json"] = json.dumps(entries, indent=1)
     folder = Path(folder).expanduser().resolve()
@@ -256,7 +261,9 @@ def _assemble(
         config.n_layers = len(rows)
     else:
         rewrite(config.get_text_config(), [row.like for row in rows], len(base_sizes))
-    if len(set(new_sizes)) == 1 and new_sizes[0].d_model is None:  # then the configuration can express it
+    if (
+        len(set(new_sizes)) == 1 and new_sizes[0].d_model is None and new_sizes[0].branches == 1
+    ):  # then the configuration can express it
         config, new_sizes = layer_sizes.resized(config, new_sizes[0]), [layer_sizes.CONFIGURED] * len(rows)
     with torch.random.fork_rng(), quiet(), building.quickly():
         torch.manual_seed(seed)
@@ -355,7 +362,15 @@ def _sizes_of(model: TransformerBridge, base_sizes: Sequence[Size], rows: Sequen
             return size
         return None if size == getattr(configured, name) else size
 
-    new_sizes = [Size(override(row, "d_mlp"), override(row, "n_heads"), override(row, "d_model")) for row in rows]
+    new_sizes = [
+        Size(
+            override(row, "d_mlp"),
+            override(row, "n_heads"),
+            override(row, "d_model"),
+            branches=base_sizes[row.like].branches if row.branches is None else row.branches,
+        )
+        for row in rows
+    ]
     entered, left = (
         [row.d_model is None and getattr(base_sizes[row.like], border) for row in rows]
         for border in ("enters", "leaves")

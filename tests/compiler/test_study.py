@@ -62,13 +62,13 @@ def test_where_nothing_is_allowed_nothing_is_saved(tmp_path):
 
 
 def test_a_model_that_cannot_be_fused_is_told(load, tmp_path):
-    stack = surgery.Stack(load("gemma2"))
+    stack = surgery.Stack(load("olmo2"))
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(f"w{(i * j) % 80}" for j in range(1, 9)) for i in range(1, 25)))
-    halves = study.texts(stack, "gemma2", str(text), 24, 16)
+    halves = study.texts(stack, "olmo2", str(text), 24, 16)
     assert halves.metric == "loss"
     result = study.measure(stack, halves, tmp_path / "out", allow=10.0, shallowest=3, rounds=0)
-    assert "a norm behind what they write" in result.refused
+    assert "norms all heads at once" in result.refused
     assert result.folder is None
     assert "It cannot be fused" in result.sentences[-1]
 

@@ -15,27 +15,29 @@ from surgery.rebuild import fuse, layout
 
 PAIR = ":1 {1.attn | 2.attn} {1.mlp | 2.mlp} 3:"
 WHOLE = ":1 {1 | 2} 3:"
+ODD = "0 2 {1.attn | 3.attn} {1.mlp | 3.mlp}"  # two layers of one kind, where kinds alternate
 FUSED = {
     "llama": PAIR,
     "mistral": PAIR,
     "qwen2": PAIR,
+    "qwen3": PAIR,
+    "gemma2": ODD,
+    "gemma3": ODD,
     "native-ln": PAIR,
     "native-rms": PAIR,
     "native-gated": PAIR,
     "native-attention-only": WHOLE,
 }
+APART = ("qwen3", "gemma2", "gemma3")  # whose norms stay apart
 REFUSED = {
     "gpt2": "divides d_model among its heads",
     "gptj": "no bias that could take it over",
     "gpt_neox": "divides d_model among its heads",
     "opt": "divides d_model among its heads",
-    "qwen3": "norm their queries and keys with gains of their own",
-    "gemma2": "a norm behind what they write",
-    "gemma3": "norm their queries and keys with gains of their own",
     "phi3": "cannot have layers with d_mlp 128, n_heads 8",
-    "olmo2": "norm their queries and keys with gains of their own",
+    "olmo2": "norms all heads at once",
     "mixtral": "have experts",
-    "qwen3_moe": "norm their queries and keys with gains of their own",
+    "qwen3_moe": "have experts",
 }
 
 
@@ -58,7 +60,8 @@ def test_a_fused_model_computes_the_wiring(opened, name):
     stack, before = opened(name), opened(name).run(TOKENS)
     fused = fuse.together(stack.model, FUSED[name])
     assert fused.cfg.n_layers == 3
-    assert layout.sizes(fused) == [Size(), Size(None if name.endswith("only") else 128, 8), Size()]
+    wide = Size(None if name.endswith("only") else 128, 8, branches=2 if name in APART else 1)
+    assert sorted(layout.sizes(fused), key=str) == sorted([Size(), wide, Size()], key=str)
     assert difference(fused(TOKENS), stack.run(TOKENS, FUSED[name])) < 1e-5
     assert difference(stack.run(TOKENS, FUSED[name]), before) > 1e-2
     assert torch.equal(stack.run(TOKENS), before)
@@ -66,12 +69,12 @@ def test_a_fused_model_computes_the_wiring(opened, name):
         assert difference(twin(TOKENS).logits, fused(TOKENS)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_in_double_precision_to_its_rounding(load, name):
     with fixtures.ThroughoutDouble():
         model = load(name, dtype=torch.float64)
-        fused = fuse.together(model, PAIR)
-        assert difference(fused(TOKENS), surgery.Stack(model).run(TOKENS, PAIR)) < 1e-10
+        fused = fuse.together(model, FUSED[name])
+        assert difference(fused(TOKENS), surgery.Stack(model).run(TOKENS, FUSED[name])) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -126,10 +129,18 @@ def test_a_fused_model_can_be_fused_again(opened):
     assert difference(twice(TOKENS), expected) < 1e-5
 
 
-def test_it_is_saved_and_opened_again(opened, tmp_path):
-    fused = fuse.together(opened("qwen2").model, PAIR)
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_it_is_saved_and_opened_again(opened, tmp_path, name):
+    fused = fuse.together(opened(name).model, FUSED[name])
     layout.save(fused, tmp_path / "fused")
-    assert torch.equal(surgery.load(str(tmp_path / "fused"))(TOKENS), fused(TOKENS))
+    again = surgery.load(str(tmp_path / "fused"))
+    assert torch.equal(again(TOKENS), fused(TOKENS))
+    assert layout.sizes(again) == layout.sizes(fused)
+
+
+def test_layers_of_different_kinds_are_refused_by_name(opened):
+    with pytest.raises(ModelError, match="1 is full attention, 2 is sliding attention; fuse layers of one kind"):
+        fuse.together(opened("gemma3").model, PAIR)
 
 
 def test_where_all_layers_are_of_one_shape_plain_hugging_face_opens_it(opened, tmp_path):
@@ -142,8 +153,9 @@ def test_where_all_layers_are_of_one_shape_plain_hugging_face_opens_it(opened, t
     assert difference(reopened(TOKENS).logits, stack.run(TOKENS, wiring)) < 1e-5
 
 
-def test_with_a_cache_it_writes_what_it_writes_without(opened):
-    fused = plain(fuse.together(opened("llama").model, PAIR))
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_with_a_cache_it_writes_what_it_writes_without(opened, name):
+    fused = plain(fuse.together(opened(name).model, FUSED[name]))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached, recomputed = (fused.generate(TOKENS, **options, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, recomputed)
