@@ -55,8 +55,8 @@ def measure(
     families: Sequence[str] = tuple(search.FAMILIES),
     shallowest: int | None = None,
     limit: float = 1.0,
-    beam: int = 3,
-    screen: int = 8,
+    beam: int = 2,
+    screen: int = 6,
     precision: str = "float32",
 ) -> pd.DataFrame:
     """Search, find the rivals, and measure all of them on the other half: ``COLUMNS``.
@@ -95,12 +95,12 @@ def measure(
         for family in families
     ]
     saved = sorted({stack.n_layers - depth for frame in found for depth in frame["depth"]} - {0})
-    found.append(rivals.pairs(stack, halves.chosen_by, saved, out=file("searched"), **options))
+    found.append(rivals.pairs(stack, halves.chosen_by, saved, out=file("searched"), screen=screen, **options))
     frame = pd.concat(found, ignore_index=True)
     wirings = list(dict.fromkeys(frame["wiring"]))
     rows = scanning.run(stack, wirings, halves.measured_on, file("measured"), metrics=(halves.metric,))
     if halves.fitted_to is not None:
-        spans = rivals.best_spans(stack, halves.chosen_by, saved, out=file("searched"), **options)
+        spans = rivals.best_spans(stack, halves.chosen_by, saved, out=file("searched"), screen=screen, **options)
         replaced = replaced_by_maps(stack, halves, list(spans.values()), rows)
         rows = pd.concat([rows, replaced], ignore_index=True)
         linear = [

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from surgery.compiler.search import COLUMNS, Groups, blocks, mean_gains, notation
+from surgery.compiler.search import COLUMNS, Groups, mean_gains, notation, promising_blocks, single_costs
 from surgery.corpus.probes import Encoded
 from surgery.graft import linear_maps
 from surgery.graft.linear_maps import Affine
@@ -33,17 +33,25 @@ def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
 
 
 def pairs(
-    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", draws: int = 3, **options: Any
+    stack: Stack,
+    texts: Encoded,
+    saved: Sequence[int],
+    *,
+    metric: str = "loss",
+    draws: int = 3,
+    screen: int = 6,
+    **options: Any,
 ) -> pd.DataFrame:
     """The best contiguous block of pairs for every number of layers saved, and ``draws`` random sets of pairs.
 
-    The block is the best of all places on ``texts``, layer 0 left alone. Rows of ``search.COLUMNS``.
+    The block is the best on ``texts`` of the ``screen`` whose pairs cost least by themselves, layer 0 left alone. Rows
+    of ``search.COLUMNS``.
     """
-    n_layers = stack.n_layers
+    n_layers, alone = stack.n_layers, single_costs(stack, texts, "merge", metric, **options)
     placed = {
         (count, place): str(stack.wiring(notation(groups)))
         for count in saved
-        for place, groups in enumerate(blocks(n_layers, count))
+        for place, groups in enumerate(promising_blocks(n_layers, count, alone, screen))
     }
     drawn = {
         (count, seed): str(stack.wiring(notation(at_random(n_layers, count, seed))))
@@ -65,15 +73,16 @@ def pairs(
 
 
 def best_spans(
-    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", **options: Any
+    stack: Stack, texts: Encoded, saved: Sequence[int], *, metric: str = "loss", screen: int = 6, **options: Any
 ) -> dict[int, tuple[int, int]]:
-    """For every number of layers, the span of as many that can be left out for least; layer 0 stays."""
-    spans = {
-        (start, start + count): str(stack.wiring(f":{start} {start + count}:" if start + count < n else f":{start}"))
-        for n in [stack.n_layers]
-        for count in saved
-        for start in range(1, n - count + 1)
-    }
+    """For every number of layers, the span of as many that can be left out for least, of the ``screen`` whose layers
+    cost least by themselves; layer 0 stays."""
+    n, alone = stack.n_layers, single_costs(stack, texts, "skip", metric, **options)
+    spans = {}
+    for count in saved:
+        every = [(start, start + count) for start in range(1, n - count + 1)]
+        for start, stop in sorted(every, key=lambda span: sum(alone[layer] for layer in range(*span)))[:screen]:
+            spans[start, stop] = str(stack.wiring(f":{start} {stop}:" if stop < n else f":{start}"))
     gains = mean_gains(stack, list(spans.values()), texts, metric, **options)
     return {
         count: max((span for span in spans if span[1] - span[0] == count), key=lambda span: gains[spans[span]])

@@ -8,10 +8,10 @@ sum of theirs, but that is what decides which are worth a try, not what is belie
 was measured as a whole. All wirings of a depth run in one scan, which shares what they have in common.
 
 LP (Bhaskar et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand. A search that adds a pair at a time misses
-some of these, so every contiguous block of a depth is tried too.
+some of these, so the most promising blocks of each depth are tried too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,15 @@ def blocks(n_layers: int, pairs: int) -> list[Groups]:
     return [block(n_layers, start, pairs) for start in range(1, n_layers - 2 * pairs + 1)]
 
 
+def promising_blocks(n_layers: int, pairs: int, alone: Mapping[int, float], most: int) -> list[Groups]:
+    """The ``most`` blocks whose pairs cost least, each by itself; ``alone`` is by the layer where a pair meets."""
+
+    def expected(groups: Groups) -> float:
+        return sum(alone[group[1]] for group in groups if len(group) == 2)
+
+    return sorted(blocks(n_layers, pairs), key=expected)[:most]
+
+
 FAMILIES: dict[str, Callable[[Groups], dict[tuple[str, int], Groups]]] = {
     "side by side": merges,
     "left out": skips,
@@ -104,8 +113,8 @@ def divisions(
     metric: str = "loss",
     shallowest: int | None = None,
     limit: float = float("inf"),
-    beam: int = 3,
-    screen: int = 8,
+    beam: int = 2,
+    screen: int = 6,
     out: "str | Path | None" = None,
     precision: str = "float32",
 ) -> pd.DataFrame:
@@ -156,9 +165,25 @@ def divisions(
             expected = {after: so_far + alone.get(move, np.inf) for move, after in moves(groups).items()}
             chosen = sorted(expected, key=lambda after: (expected[after], after))[:screen]
             promising |= {after: expected[after] for after in chosen}
-        by_hand = blocks(stack.n_layers, stack.n_layers - len(best[0]) + 1) if moves is not skips else []
-        found = measured([*promising, *by_hand])
+        merged = {layer: cost for (move, layer), cost in alone.items() if move == "merge"}
+        pairs = stack.n_layers - len(best[0]) + 1
+        found = measured([*promising, *(promising_blocks(stack.n_layers, pairs, merged, screen) if merged else [])])
     return pd.DataFrame(rows).assign(family=family)[list(COLUMNS)]
+
+
+def single_costs(
+    stack: Stack,
+    texts: Encoded,
+    move: str,
+    metric: str,
+    out: "str | Path | None" = None,
+    precision: str = "float32",
+) -> dict[int, float]:
+    """What every single ``merge`` or ``skip`` costs, by its layer."""
+    whole: Groups = tuple((layer,) for layer in range(stack.n_layers))
+    divided = (merges if move == "merge" else skips)(whole)
+    measured = costs(stack, divided.values(), texts, metric, out, precision)
+    return {layer: measured[groups] for (_, layer), groups in divided.items()}
 
 
 def costs(

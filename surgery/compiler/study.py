@@ -55,8 +55,8 @@ def run(
     max_tokens: int = 48,
     shallowest: int | None = None,
     limit: float = 0.5,
-    beam: int = 3,
-    screen: int = 8,
+    beam: int = 2,
+    screen: int = 6,
     precision: str = "float32",
     rounds: int = 9,
     speak: Callable[[str], None] = print,
@@ -83,7 +83,7 @@ def run(
 def texts(
     stack: Stack, model: str, asked: str | None, prompts: int, max_tokens: int, metric: str | None = None
 ) -> Halves:
-    """Texts or questions in parts: a third to choose by, half to measure on, a sixth to fit linear maps to.
+    """Texts or questions in parts: a sixth to choose by, half to measure on, a third to fit linear maps to.
 
     By default those that every machine has: Python's manual, or the problems that a Babel model can solve.
 
@@ -91,7 +91,7 @@ def texts(
     """
     if asked is None:
         if model in names.BUNDLED:
-            whole = probes.babel(prompts // 4, range(1, 5))
+            whole = probes.babel(prompts // 2, range(1, 5))  # short, and most are solved
         else:
             whole = probes.text(everyday.texts(model, prompts, seed=5), max_tokens=max_tokens)
     elif Path(asked).suffix.lower() == TEXT:
@@ -106,7 +106,7 @@ def texts(
         raise ValueError(f"{len(order)} texts are too few to search by some and measure on others: give 12 or more")
     parts = [
         replace(whole, probes=tuple(probe for place, probe in enumerate(order) if place % 6 in sixths)).encode(stack)
-        for sixths in ((0, 1), (2, 3, 4), (5,))
+        for sixths in ((0,), (1, 2, 3), (4, 5))
     ]
     kind = "loss" if all(not probe.prompt for probe in order) else "loglik"
     return Halves(parts[0], parts[1], parts[2].tokens, metric or kind)
@@ -120,8 +120,8 @@ def measure(
     allow: float = 0.01,
     shallowest: int | None = None,
     limit: float = 0.5,
-    beam: int = 3,
-    screen: int = 8,
+    beam: int = 2,
+    screen: int = 6,
     precision: str = "float32",
     rounds: int = 9,
     speak: Callable[[str], None] = print,

@@ -66,10 +66,12 @@ def test_a_search_goes_on_where_it_was_and_stops_where_it_costs_too_much(tmp_pat
     assert short["cost_search"].iloc[-1] > FREE
 
 
-def test_every_block_of_pairs_is_tried():
+def test_blocks_of_pairs():
     assert search.blocks(5, 2) == [((0,), (1, 2), (3, 4))]
     assert search.blocks(6, 1)[-1] == ((0,), (1,), (2,), (3,), (4, 5))
     assert search.blocks(4, 2) == []
+    alone = {1: 0, 2: 5, 3: 5, 4: 1, 5: 1}
+    assert search.promising_blocks(6, 1, alone, 2) == [search.block(6, 3, 1), search.block(6, 4, 1)]
 
 
 def test_groups_hold_four_layers_at_most():

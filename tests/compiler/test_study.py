@@ -83,7 +83,7 @@ def test_questions_of_a_file_are_judged_by_their_answers(opened, tmp_path):
     file.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"}) for i in range(24)))
     halves = study.texts(opened("llama"), "llama", str(file), 24, 16)
     assert halves.metric == "loglik"
-    assert len(halves.chosen_by.groups) == 8
+    assert len(halves.chosen_by.groups) == 4
     assert len(halves.measured_on.groups) == 12
 
 
