@@ -35,6 +35,7 @@ from surgery.stats.sampling import Sampling
 
 FREE = 0.01  # nats: what may be called free
 SHOWN = 3  # layers in the windows that are drawn
+PARTS = ("sublayers", "horizon", "pairs")
 PAIRS = {
     "model": "which model",
     "form": "layers: both read the same stream; sublayers: both attentions do, then both MLPs",
@@ -57,10 +58,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24, help="texts of each kind for the horizon")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--fresh", type=int, default=128, help="texts to run every two layers side by side on")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     args = parser.parse_args()
     names = args.model or [name for name in atlas.models(args.atlas) if not name.endswith("-untrained")]
 
-    folder, frames, halves, pairs, horizons, about = disk.folder(args.out), [], [], [], [], {}
+    folder, about = disk.folder(args.out), {}
+    frames, halves = list[pd.DataFrame](), list[pd.DataFrame]()
+    pairs, horizons = list[pd.DataFrame](), list[pd.DataFrame]()
     for name in names:
         frames.append(side_by_side(name, args.atlas).assign(model=name))
         stack = surgery.Stack(surgery.load(name))
@@ -68,23 +72,35 @@ def main() -> None:
         for kind, texts in everyday.of_each_kind(name, args.prompts).items():
             tokens = stack.tokens(texts, args.max_tokens)
             about[f"{name}, {kind}"] = manifest(stack, tokens, seed=0)
-            neighbours = series.windows(
-                stack, tokens, 2, damage=False, grain="sublayer", untrained=fresh, sampling=Sampling(batch_size=12)
-            )
-            halves.append(neighbours.assign(model=name, kind=kind))
-            for label, own in ((name, stack), ("untrained", fresh)):
-                frame = horizon.losses(own, tokens, sampling=Sampling(batch_size=12))
-                horizons.append(frame.assign(model=name if own is stack else f"{name} {label}", kind=kind))
-        pairs.append(of_two(stack, name, args.fresh, args.max_tokens, folder / f"{name}_pairs.csv").assign(model=name))
-        print("\n".join(free(pairs[-1])), flush=True)
-        print("\n".join([*said(frames[-1], pd.concat(horizons), name), *within(pd.concat(halves), name)]), flush=True)
-    windows, heard = pd.concat(frames, ignore_index=True), pd.concat(horizons, ignore_index=True)
+            if "sublayers" in args.parts:
+                neighbours = series.windows(
+                    stack, tokens, 2, damage=False, grain="sublayer", untrained=fresh, sampling=Sampling(batch_size=12)
+                )
+                halves.append(neighbours.assign(model=name, kind=kind))
+            if "horizon" in args.parts:
+                for label, own in ((name, stack), (f"{name} untrained", fresh)):
+                    frame = horizon.losses(own, tokens, sampling=Sampling(batch_size=12))
+                    horizons.append(frame.assign(model=label, kind=kind))
+        print("\n".join(said(frames[-1], pd.concat(horizons) if horizons else None, name)), flush=True)
+        if halves:
+            print("\n".join(within(pd.concat(halves), name)), flush=True)
+        if "pairs" in args.parts:
+            of_model = of_two(stack, name, args.fresh, args.max_tokens, folder / f"{name}_pairs.csv")
+            pairs.append(of_model.assign(model=name))
+            print("\n".join(free(of_model)), flush=True)
+    windows = pd.concat(frames, ignore_index=True)
     tables.write(windows[[c for c in COLUMNS if c in windows]], folder / "real_series.csv", {"of": about}, COLUMNS)
-    sublayers = pd.concat(halves, ignore_index=True).dropna(axis=1, how="all")
-    tables.write(sublayers, folder / "real_sublayers.csv", {"of": about}, NAMES | window.COLUMNS)
-    tables.write(pd.concat(pairs, ignore_index=True), folder / "real_pairs.csv", {"of": about}, PAIRS)
-    tables.write(heard, folder / "real_horizon.csv", {"of": about}, NAMES | horizon.COLUMNS)
-    disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
+    for part, measured, meaning in (
+        ("sublayers", halves, NAMES | window.COLUMNS),
+        ("pairs", pairs, PAIRS),
+        ("horizon", horizons, NAMES | horizon.COLUMNS),
+    ):
+        if measured:
+            frame = pd.concat(measured, ignore_index=True).dropna(axis=1, how="all")
+            tables.write(frame, folder / f"real_{part}.csv", {"of": about}, meaning)
+    if horizons:
+        heard = pd.concat(horizons, ignore_index=True)
+        disk.save({folder / "real_series.png": drawing.png(draw(windows, heard, names))})
 
 
 def side_by_side(name: str, folder: str | None) -> pd.DataFrame:
@@ -129,7 +145,7 @@ def free(pairs: pd.DataFrame) -> list[str]:
     return lines
 
 
-def said(windows: pd.DataFrame, heard: pd.DataFrame, name: str) -> list[str]:
+def said(windows: pd.DataFrame, heard: pd.DataFrame | None, name: str) -> list[str]:
     """What was found of one model, in sentences."""
     lines = [f"\n{name}"]
     for kind, rows in windows.groupby("kind"):
@@ -147,6 +163,8 @@ def said(windows: pd.DataFrame, heard: pd.DataFrame, name: str) -> list[str]:
             f"{len(free)} of {len(later)} windows from layer 1 on run in parallel for less than {FREE} nats"
             + (f", the longest of {longest} layers: {named}." if len(free) else ".")
         )
+        if heard is None:
+            continue
         own = heard[(heard["model"] == name) & (heard["kind"] == kind)]
         last = own[own["heard"] == "last"].set_index("k")
         enough = last[last["loss_high"] < 0.1].index

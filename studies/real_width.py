@@ -144,7 +144,8 @@ def draw(narrower: pd.DataFrame, walked: pd.DataFrame, name: str) -> Figure:
         for by, of in rows.groupby("by", sort=False):
             ends = [of["loss"] - of["loss_low"], of["loss_high"] - of["loss"]]
             place.errorbar(of["size"], of["loss"], yerr=ends, fmt="o-", label=by, markersize=4)
-        place.set(title=f"{part} of the middle", xlabel="left", ylabel="loss added (nats a token)")
+        place.set(title=f"{part} of the middle", xlabel="how many are left")
+        place.set_ylabel("loss added (nats a token)" if place is axes[0] else "")
         place.set_yscale("symlog", linthresh=0.1)
         place.legend(frameon=False, fontsize=8)
     own = walked[~walked["control"] & (walked["kind"] != "real")]
@@ -157,6 +158,7 @@ def draw(narrower: pd.DataFrame, walked: pd.DataFrame, name: str) -> Figure:
         axes[3].errorbar(rows["loss_change"], heights, xerr=ends, fmt="o", color=colour, label=label)
     axes[3].set_yticks(range(len(own)), list(own["kind"]))
     axes[3].axvline(0, color=drawing.INK, linewidth=0.8)
+    axes[3].set_ylim(-0.5, len(own) + 0.6)
     axes[3].set(title=f"walks, {name}", xlabel="loss added (nats a token)")
     axes[3].legend(frameon=False, fontsize=8)
     for place in axes:
