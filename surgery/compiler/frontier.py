@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from surgery import disk
 from surgery.compiler import rivals, search
 from surgery.corpus.probes import Encoded
 from surgery.models.stack import Stack
@@ -76,9 +77,7 @@ def measure(
     [0, 1]
     """
 
-    def file(name: str) -> Path | None:
-        return None if folder is None else Path(folder) / f"{name}.csv"
-
+    scans = None if folder is None else disk.folder(Path(folder) / "scans")
     options: dict[str, Any] = {"metric": halves.metric, "precision": precision}
     found = [
         search.divisions(
@@ -89,18 +88,20 @@ def measure(
             limit=limit,
             beam=beam,
             screen=screen,
-            out=file("searched"),
+            out=scans,
             **options,
         )
         for family in families
     ]
     saved = sorted({stack.n_layers - depth for frame in found for depth in frame["depth"]} - {0})
-    found.append(rivals.pairs(stack, halves.chosen_by, saved, out=file("searched"), screen=screen, **options))
+    found.append(rivals.pairs(stack, halves.chosen_by, saved, out=scans, screen=screen, **options))
     frame = pd.concat(found, ignore_index=True)
     wirings = list(dict.fromkeys(frame["wiring"]))
-    rows = scanning.run(stack, wirings, halves.measured_on, file("measured"), metrics=(halves.metric,))
+    rows = scanning.run(
+        stack, wirings, halves.measured_on, None if scans is None else scans / "measured.csv", metrics=(halves.metric,)
+    )
     if halves.fitted_to is not None:
-        spans = rivals.best_spans(stack, halves.chosen_by, saved, out=file("searched"), screen=screen, **options)
+        spans = rivals.best_spans(stack, halves.chosen_by, saved, out=scans, screen=screen, **options)
         replaced = replaced_by_maps(stack, halves, list(spans.values()), rows)
         rows = pd.concat([rows, replaced], ignore_index=True)
         linear = [

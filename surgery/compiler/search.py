@@ -11,6 +11,7 @@ LP (Bhaskar et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand. A s
 some of these, so the most promising blocks of each depth are tried too.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def divisions(
         limit: stop where the best costs more.
         beam: divisions that go on from each depth.
         screen: moves that each of them tries.
-        out, precision: as of ``scan.run``; with ``out`` the search goes on after a kill.
+        out: a folder for the scans, so that the same search goes on after a kill.
+        precision: as of ``scan.run``.
 
     Cost: the single moves, about L/2 F, and at most ``beam * screen`` wirings for every layer saved.
 
@@ -210,6 +212,8 @@ def mean_gains(
     out: "str | Path | None" = None,
     precision: str = "float32",
 ) -> pd.Series:
-    """The mean gain of every wiring over the texts, by its notation."""
-    rows = scanning.run(stack, wirings, texts, out, metrics=(metric,), precision=precision)
+    """The mean gain of every wiring over the texts, by its notation; ``out`` is a folder, with a file for each scan."""
+    name = hashlib.sha256("\n".join(sorted(wirings)).encode()).hexdigest()[:12]
+    file = None if out is None else Path(out) / f"{name}.csv"
+    rows = scanning.run(stack, wirings, texts, file, metrics=(metric,), precision=precision)
     return comparisons.differences(rows, metric).mean()

@@ -57,8 +57,10 @@ def test_a_search_goes_on_where_it_was_and_stops_where_it_costs_too_much(tmp_pat
     stack = planted(1, 0, 1, 1)
     options = {"metric": "kl", "shallowest": 1}
     once = search.divisions(stack, texts(), **options)
-    kept = search.divisions(stack, texts(), out=tmp_path / "searched.csv", **options)
-    again = search.divisions(stack, texts(), out=tmp_path / "searched.csv", **options)
+    kept = search.divisions(stack, texts(), out=tmp_path, **options)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.csv")}
+    again = search.divisions(stack, texts(), out=tmp_path, **options)
+    assert len(files) == 3  # a scan for every depth
     pd.testing.assert_frame_equal(once, kept)
     pd.testing.assert_frame_equal(kept, again)
     short = search.divisions(stack, texts(), limit=FREE, **options)

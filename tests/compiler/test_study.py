@@ -48,10 +48,10 @@ def test_tables_figure_and_page_are_there(compiled):
 
 def test_the_same_command_again_measures_nothing_anew(compiled, monkeypatch):
     result, folder = compiled
-    before = (folder / "measured.csv").read_bytes()
+    before = (folder / "scans" / "measured.csv").read_bytes()
     again = study.run("babel", folder, allow=0.05, **{**OPTIONS, "rounds": 0})
     pd.testing.assert_frame_equal(again.frontier, result.frontier)
-    assert (folder / "measured.csv").read_bytes() == before
+    assert (folder / "scans" / "measured.csv").read_bytes() == before
     assert not (folder / files.SPEED).exists()
 
 
