@@ -90,3 +90,13 @@ def test_a_fresh_middle(tmp_path):
     methods = tables.read(tmp_path / "graft_methods.csv").method.tolist()
     assert methods == ["skip", "mean update", "linear map", "graft", "graft, healed", "cross entropy only"]
     assert "The page is" in printed
+
+
+def test_compile(tmp_path):
+    options = ("--prompts", "24", "--shallowest", "11", "--rounds", "1", "--out", tmp_path)
+    printed = run("compile.py", *options)
+    assert "layers in a row" in printed or "no wiring is shown to save a layer" in printed
+    frame = tables.read(tmp_path / "compile.csv")
+    assert len(frame) == 9
+    assert (frame.cost_high <= frame.allowance)[frame.saved > 0].all()
+    assert (tmp_path / "babel" / "report.html").exists()
