@@ -1,4 +1,5 @@
 from . import chapter as chapter
+from . import draft as draft
 from . import draw as draw
 from . import files as files
 from . import frontier as frontier

@@ -14,6 +14,7 @@ def _say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     found = words.sentences(
         tables[files.FRONTIER],
         tables.get(files.SPEED, tables[files.FRONTIER].iloc[:0].assign(model=[])),
+        tables.get(files.DRAFT, tables[files.FRONTIER].iloc[:0]),
         settings["allow"],
         settings["metric"],
         n_layers,

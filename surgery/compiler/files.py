@@ -1,9 +1,9 @@
 """The tables that ``surgery compile`` leaves in a folder."""
 
-from surgery.compiler import frontier, speed
+from surgery.compiler import draft, frontier, speed
 
-FRONTIER, SPEED = "compile_frontier.csv", "compile_speed.csv"
-COLUMNS: dict[str, dict[str, str]] = {FRONTIER: frontier.COLUMNS, SPEED: speed.COLUMNS}
+FRONTIER, SPEED, DRAFT = "compile_frontier.csv", "compile_speed.csv", "compile_draft.csv"
+COLUMNS: dict[str, dict[str, str]] = {FRONTIER: frontier.COLUMNS, SPEED: speed.COLUMNS, DRAFT: draft.COLUMNS}
 CAPTION = (
     "Left, the loss that saving layers in a row adds on fresh texts, by how they are saved; bars hold for all of a "
     "family at once; dotted, what is allowed. Right, tokens a second as a multiple of the original's, beside the floor "

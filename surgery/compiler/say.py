@@ -17,7 +17,13 @@ OWN = "side by side"
 
 
 def sentences(
-    frame: pd.DataFrame, speed: pd.DataFrame, allow: float, metric: str, n_layers: int, refused: str = ""
+    frame: pd.DataFrame,
+    speed: pd.DataFrame,
+    drafts: pd.DataFrame,
+    allow: float,
+    metric: str,
+    n_layers: int,
+    refused: str = "",
 ) -> list[str]:
     """What the tables say; ``allow`` is what the user allows, ``refused`` why the model cannot be fused."""
     lines = [_allowed(frame, allow, metric, n_layers)]
@@ -26,7 +32,7 @@ def sentences(
     lines.append(_against(frame))
     if refused:
         lines.append(f"It cannot be fused, so it runs no faster: {refused}")
-    lines += _speeds(speed)
+    lines += _speeds(speed) + _drafts(drafts)
     return [line for line in lines if line]
 
 
@@ -84,6 +90,16 @@ def _speeds(speed: pd.DataFrame) -> list[str]:
         ]
         lines.append(f"Tokens a second beside the original, {name}: {', '.join(parts)}.")
     return lines
+
+
+def _drafts(drafts: pd.DataFrame) -> list[str]:
+    return [
+        f"As a draft for the original, {row['draft']} agrees with it on {row['agreement']:.0%} of tokens. In blocks of "
+        f"{row['block']} a step of the original keeps {row['per_step']:.2f} tokens (predicted "
+        f"{row['per_step_expected']:.2f}), so writing is {row['ratio']:.2f} times as fast (predicted "
+        f"{row['ratio_expected']:.2f}); {row['same']:.0%} of the texts are the original's."
+        for _, row in drafts.iterrows()
+    ]
 
 
 def _cost(row: pd.Series) -> str:

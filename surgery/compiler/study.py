@@ -15,7 +15,7 @@ import pandas as pd
 from transformer_lens import TransformerBridge
 
 from surgery import disk
-from surgery.compiler import draw, files, frontier, say, speed
+from surgery.compiler import draft, draw, files, frontier, say, speed
 from surgery.compiler.frontier import Halves
 from surgery.corpus import everyday, probes
 from surgery.corpus.asked import TEXT, require_named
@@ -30,6 +30,7 @@ from surgery.records import tables
 from surgery.records.manifest import manifest
 from surgery.records.tables import manifest_path
 
+LEFT_OUT = "as many layers left out"
 FUSABLE = ("side by side", "both")  # families whose divisions can be fused
 
 
@@ -162,11 +163,13 @@ def measure(
         if not saved.exists():
             speak("saving the compiled model")
             layout.save(fused, saved)
-    times = pd.DataFrame(columns=list(speed.COLUMNS))
+    times, drafts = pd.DataFrame(columns=list(speed.COLUMNS)), pd.DataFrame(columns=list(draft.COLUMNS))
     if rounds and plain(stack.model) is not None:
         speak("timing")
-        times = speed.measure(_timed(stack, frame, shown, fused), rounds=rounds, d_vocab=stack.d_vocab)
-    sentences = say.sentences(frame, times, allow, halves.metric, stack.n_layers, refused)
+        models = _timed(stack, frame, shown, fused)
+        times = speed.measure(models, rounds=rounds, d_vocab=stack.d_vocab)
+        drafts = _drafted(stack, frame, shown, halves, models, times)
+    sentences = say.sentences(frame, times, drafts, allow, halves.metric, stack.n_layers, refused)
     source = manifest(
         stack,
         halves.measured_on.tokens,
@@ -179,11 +182,12 @@ def measure(
         search_precision=precision,
     )
     tables.write(frame, folder / files.FRONTIER, source, frontier.COLUMNS)
-    if len(times):
-        tables.write(times, folder / files.SPEED, source, speed.COLUMNS)
-    else:
-        for stale in (folder / files.SPEED, manifest_path(folder / files.SPEED)):
-            stale.unlink(missing_ok=True)
+    for name, rows in ((files.SPEED, times), (files.DRAFT, drafts)):
+        if len(rows):
+            tables.write(rows, folder / name, source, files.COLUMNS[name])
+        else:
+            for stale in (folder / name, manifest_path(folder / name)):
+                stale.unlink(missing_ok=True)
     disk.save({folder / "compile.png": drawing.png(draw.frontier(frame, times, allow, halves.metric))})
     return Compiled(frame, times, sentences, saved, refused)
 
@@ -194,13 +198,34 @@ def _cheap(frame: pd.DataFrame, saved: int) -> pd.Series:
     return rows.sort_values("saved").iloc[-1]
 
 
+def _drafted(
+    stack: Stack, frame: pd.DataFrame, shown: pd.Series, halves: Halves, models: dict[str, Any], times: pd.DataFrame
+) -> pd.DataFrame:
+    """The timed models as drafts, on a few of the texts."""
+    tokens, left_out = halves.measured_on.tokens, _left_out(frame, shown)
+    wirings = {"compiled": str(shown["wiring"]), LEFT_OUT: left_out}
+    decode = times[(times["phase"] == "decode") & (times["batch"] == 1)].set_index("model")["ratio"]
+    drafts = {
+        name: (models[name], wiring, 1 / float(decode[name]))
+        for name, wiring in wirings.items()
+        if wiring and name in models
+    }
+    few = [tokens.ids[row : row + 1, tokens.mask[row]][:, :16] for row in range(min(8, len(tokens)))]
+    return draft.measure(stack, models["original"], drafts, tokens[: min(32, len(tokens))], few)
+
+
+def _left_out(frame: pd.DataFrame, shown: pd.Series) -> str:
+    """The wiring that leaves out as many layers as ``shown`` saves; empty if there is none."""
+    rows = frame[(frame["family"] == "left out") & (frame["saved"] == shown["saved"])]
+    return str(rows["wiring"].iloc[0]) if len(rows) else ""
+
+
 def _timed(stack: Stack, frame: pd.DataFrame, shown: pd.Series, fused: TransformerBridge | None) -> dict[str, Any]:
     """The models to time: the original, the fused one or its wiring taped, and as many layers left out."""
     models = {"original": plain(stack.model)}
     if fused is not None:
         models["compiled"] = plain(fused)
     models["side by side, not fused"] = plain(tape.together(stack.model, str(shown["wiring"])))
-    left_out = frame[(frame["family"] == "left out") & (frame["saved"] == shown["saved"])]
-    if len(left_out):
-        models["as many layers left out"] = plain(tape.together(stack.model, str(left_out["wiring"].iloc[0])))
+    if left_out := _left_out(frame, shown):
+        models[LEFT_OUT] = plain(tape.together(stack.model, left_out))
     return {name: model for name, model in models.items() if model is not None}

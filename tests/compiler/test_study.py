@@ -40,6 +40,9 @@ def test_tables_figure_and_page_are_there(compiled):
     times = tables.read(folder / files.SPEED)
     assert times["model"].unique().tolist()[:3] == ["original", "compiled", "side by side, not fused"]
     assert (times.loc[times["model"] == "original", "ratio"] == 1).all()
+    drafts = tables.read(folder / files.DRAFT)
+    assert drafts["draft"].tolist() == ["compiled", "as many layers left out"]
+    assert (drafts["same"] == 1).all()
     assert (folder / "compile.png").stat().st_size > 10_000
     page = build(folder).read_text()
     assert "From series to parallel" in page
@@ -74,8 +77,10 @@ def test_a_model_that_cannot_be_fused_is_told(load, tmp_path):
 
 
 def test_too_few_texts_are_refused(opened, tmp_path):
-    with pytest.raises(ValueError, match="give 12 or more"):
-        study.texts(opened("llama"), "babel", None, 8, 16)
+    text = tmp_path / "few.txt"
+    text.write_text("\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(8)))
+    with pytest.raises(ValueError, match="8 texts are too few .* give 12 or more"):
+        study.texts(opened("llama"), "llama", str(text), 192, 16)
 
 
 def test_questions_of_a_file_are_judged_by_their_answers(opened, tmp_path):
@@ -117,7 +122,7 @@ def test_sentences_name_the_allowance_and_the_rivals():
     ]
     frame = pd.DataFrame(rows, columns=["family", "depth", "saved", "cost", "cost_low", "cost_high"])
     frame = frame.assign(wiring=["w" + str(place) for place in range(len(frame))], n_prompts=40)
-    told = say.sentences(frame, pd.DataFrame(columns=list(speed.COLUMNS)), 0.01, "loss", 12)
+    told = say.sentences(frame, pd.DataFrame(columns=list(speed.COLUMNS)), pd.DataFrame(), 0.01, "loss", 12)
     assert told[0].startswith("On 40 fresh texts 1 of 12 layers in a row are saved for 0.01 nats a token, side by side")
     assert "0.05: 2 side by side, 0 left out" in told[1]
     assert "random pairs +0.500 to +0.700" in told[2]
