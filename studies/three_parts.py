@@ -1,17 +1,16 @@
 """Input translation, reasoning, output translation: does damage jump where a rewiring crosses a boundary?
 
-    python studies/three_parts.py --out runs/three_parts      # ten minutes on 2 cores, with the training of a control
+    python studies/three_parts.py --out runs/three_parts      # half an hour on 2 cores
 
 Swaps of two layers, skipped spans and spans run in parallel, by ``surgery.anatomy.crossing``: is damage larger where it
-crosses one of two boundaries, or of one to four, than what the layers and their distance account for? The positive
-control first: a model of 18 layers, trained on the bundled model's problems with one and the same layer as its layers
-0 to 5, another as 6 to 11 and a third as 12 to 17, has three parts by construction, and must be found to. Beside it the
-bundled model, its twin that only translates, and the untrained one; then every pretrained model of the atlas. For the
-bundled ones ``answers`` is what is damaged.
+crosses one of two boundaries, or of one to four, than what the layers and their distance account for? First a network
+wired in three parts, where the layers of each part read all that the part before wrote and not one another, which must
+be found, and one wired as a chain, which must not. Then the bundled model, its twin that only translates, and the
+untrained one; then every pretrained model of the atlas. For the bundled ones ``answers`` is what is damaged, for the
+networks the next-token distribution (KL).
 
-    three_parts.csv       a row per model, kind of text and family: the best boundaries, how much larger, p, power
+    three_parts.csv       a row per model, kind of text, family and number of parts: boundaries, ratio, p, power
     three_parts.png       the damage of every swap, and the boundaries
-    in_parts.safetensors  the weights of the control
 """
 
 import argparse
@@ -20,26 +19,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save
-from torch import nn
-from torch.nn.functional import cross_entropy
+from transformer_lens import TransformerBridge
 
 import surgery
-from surgery import atlas, disk, models
+from surgery import atlas, disk, models, scan
 from surgery.anatomy import crossing
-from surgery.corpus import probes, splits
+from surgery.corpus import probes
+from surgery.corpus.probes import Encoded
+from surgery.instruments import known_networks
+from surgery.models.tokens import Tokens
 from surgery.page import drawing
-from surgery.rebuild import layout
 from surgery.records import tables
 from surgery.stats import claims
-from surgery.training.loop import optimizers, rate
+from surgery.wiring import families
 
-EACH = 6  # layers in a part of the control: with fewer the test has little power
+WIRED = (6, 6, 6)  # layers in each part of the control: with fewer the test has little power
 COUNTS = (2,), (1, 2, 3, 4)  # boundaries: three parts, and any number of them
 FAMILIES = ("swap", "skip", "parallel")
-CONTROLS = ("built in three parts", "babel", "translation only", "untrained")
+BUNDLED = ("babel", "translation only", "untrained")
 COLUMNS = {
     "model": "which model",
     "kind": "kind of text",
@@ -52,7 +50,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/three_parts")
     parser.add_argument("--atlas", help="folder of an atlas (studies/atlas.py); by default the bundled one")
-    parser.add_argument("--steps", type=int, default=600, help="of the control's training")
     parser.add_argument("--prompts", type=int, default=120, help="Babel problems to damage")
     parser.add_argument("--draws", type=int, default=crossing.DRAWS)
     args = parser.parse_args()
@@ -72,7 +69,7 @@ def main() -> None:
         print("\n".join(map(sentence, rows[-len(FAMILIES) * len(COUNTS) :])), flush=True)
     frame = pd.DataFrame(rows)
     frame["p_adjusted"] = frame.groupby(["model", "looked_for"])["p"].transform(lambda p: claims.holm(p.to_numpy()))
-    tables.write(frame, folder / "three_parts.csv", {"steps": args.steps, "draws": args.draws}, COLUMNS)
+    tables.write(frame, folder / "three_parts.csv", {"draws": args.draws}, COLUMNS)
     disk.save({folder / "three_parts.png": drawing.png(draw(swaps))})
     shown = ["model", "kind", "family", "looked_for", "parts", "ratio", "p", "p_adjusted", "power"]
     print(f"\n{frame[shown].round(3).to_string(index=False)}")
@@ -80,14 +77,14 @@ def main() -> None:
 
 def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Every model, kind of text, and what rewiring did there (rows of ``atlas.ITEMS``)."""
+    for name, network in (
+        ("wired in three parts", known_networks.parted_network(WIRED)),
+        ("wired as a chain", known_networks.serial_network(n_layers=sum(WIRED))),
+    ):
+        yield name, "random tokens", of_network(network, args.prompts // 4)
     bundled = surgery.load("babel")
-    opened = (
-        lambda: in_parts(bundled, folder / "in_parts.safetensors", args.steps),
-        lambda: bundled,
-        lambda: surgery.load("babel-translation"),
-        lambda: models.untrained(bundled),
-    )
-    for name, of in zip(CONTROLS, opened, strict=True):
+    opened = (lambda: bundled, lambda: surgery.load("babel-translation"), lambda: models.untrained(bundled))
+    for name, of in zip(BUNDLED, opened, strict=True):
         stack = surgery.Stack(of())
         asked = probes.named("babel", args.prompts).encode(stack)
         if name == "translation only":
@@ -99,44 +96,23 @@ def damaged(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, str, 
             yield from ((name, kind, rows) for kind, rows in atlas.read(name, "items", args.atlas).groupby("kind"))
 
 
-def in_parts(model, file: Path, steps: int, seed: int = 0):
-    """Three layers of ``model``, each run as a part of ``EACH`` layers, trained together; or from ``file``."""
-    n_layers = model.cfg.n_layers
-    like = [(2 * part + 1) * n_layers // 6 for part in range(3)]
-    student = layout.build(model, [layout.Row(place) for place in np.repeat(like, EACH).tolist()])
-    plain = models.plain(student)
-    if file.exists():
-        plain.load_state_dict(load_file(file))
-        return student
-    own = list(plain.model.layers)
-    shared = own[::EACH]
-    plain.model.layers = nn.ModuleList(layer for layer in shared for _ in range(EACH))
-    matrices = [weight for layer in shared for weight in layer.parameters() if weight.ndim == 2]
-    known = {id(weight) for weight in matrices}
-    others = [weight for weight in plain.parameters() if id(weight) not in known]
-    data, together = splits.babel(20_000), optimizers(matrices, others, 0.1)
-    weight = splits.weigh_answers(data.corpus)
-    for step in range(steps):
-        batch = torch.from_numpy(np.random.default_rng((seed, step)).choice(len(data.corpus), 64, replace=False))
-        ids, share = data.corpus.ids[batch], weight[batch]
-        logits = plain(ids, use_cache=False).logits
-        losses = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * share[:, 1:]).sum() / share[:, 1:].sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
-        for optimizer in together:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, 2e-3, 50, 0.02)
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"training the control: step {step} of {steps}, loss {loss:.3f}", flush=True)
-    for place, layer in enumerate(own):
-        layer.load_state_dict(shared[place // EACH].state_dict())
-    plain.model.layers = nn.ModuleList(own)
-    student.eval()
-    disk.save({file: save({name: tensor.contiguous() for name, tensor in plain.state_dict().items()})})
-    return student
+def of_network(network: TransformerBridge, prompts: int) -> pd.DataFrame:
+    """What rewiring does to the next-token distribution of a network, on random tokens: rows of ``atlas.ITEMS``."""
+    stack, tokens = surgery.Stack(network), Tokens.of(known_networks.tokens(prompts, 12))
+    scored = tokens.mask.clone()
+    scored[:, 0] = False
+    rows = tuple(range(prompts))
+    asked = Encoded(tokens, scored, rows, (0,) * prompts, ("",) * prompts, "random tokens")
+    listed = pd.DataFrame(
+        [
+            {"family": family, "start": start, "stop": stop, "wiring": str(wiring)}
+            for family in FAMILIES
+            for (start, stop), wiring in families.spans(family, stack.n_layers)
+        ]
+    )
+    scanned = scan.run(stack, listed["wiring"].unique(), asked, metrics=("kl",))
+    values = scanned.rename(columns={"prompt": "item", "value": "loss"})[["wiring", "item", "loss"]]
+    return listed.merge(values.assign(baseline=0.0), on="wiring")
 
 
 def sentence(row: dict) -> str:

@@ -13,11 +13,13 @@ network               what it must read
                       parallel (sum) changes nothing
 ``serial_network``    ``share = 1``, each layer reads the one before and only it: R = O = S = 1 in every window
 ``mixed_network``     strictly in between and rising with ``share``
+``parted_network``    layers of a part read what the part before wrote, not one another: swapping two of one part
+                      changes nothing, swapping across a boundary does
 ``linear_network``    each layer rotates and scales the whole stream and prefers nothing: R equals its null N
 ``random_network``    an untrained transformer with attention: no structure to find, the null for everything
 ====================  ================================================================================================
 
-In the first three, as each layer writes where nothing was, ``kappa = 0``. With ``norm="RMS"`` a layer reads the stream
+In the first four, as each layer writes where nothing was, ``kappa = 0``. With ``norm="RMS"`` a layer reads the stream
 divided by its root mean square. Every layer moves that denominator and every later one reads it, so the constructed
 networks keep their values only while the denominators are frozen; what ``parallel_network(norm="RMS")`` reads live is
 the artefact of normalisation by itself. With ``norm="LN"`` embedding and writes have no mean, as the mean that
@@ -119,6 +121,35 @@ def mixed_network(
             weights[f"layers.{layer}.mlp.fc_out.bias"][written] -= weights[f"layers.{layer}.mlp.fc_out.bias"][
                 written
             ].mean()
+    return model
+
+
+@torch.no_grad()
+def parted_network(
+    sizes: Sequence[int] = (4, 4, 4), width: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> TransformerBridge:
+    """Build a network of parts of so many layers: each reads all that the part before wrote, the first the embedding.
+
+    Within a part layers are parallel, parts are in series: what an intervention must find if it finds parts.
+
+    Raises ValueError for no part, or one without a layer.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"sizes are numbers of layers, 1 or more, of one part or several, got {list(sizes)}")
+    n_layers, d_mlp = sum(sizes), 4 * width * max(sizes)
+    model = _boot(n_layers, (n_layers + 1) * width, d_mlp, "relu", None, dtype, seed)
+    weights, draw = _weights(model), torch.Generator().manual_seed(seed)
+    weights["tok_embed.weight"][:] = 0
+    weights["tok_embed.weight"][:, :width] = _normal(draw, D_VOCAB, width)
+    first, read = 0, slice(0, width)
+    for size in sizes:
+        for layer in range(first, first + size):
+            into, out = weights[f"layers.{layer}.mlp.fc_in.weight"], weights[f"layers.{layer}.mlp.fc_out.weight"]
+            weights[f"layers.{layer}.attn.o.weight"][:], into[:], out[:] = 0, 0, 0
+            into[:, read] = (_normal(draw, d_mlp, read.stop - read.start) / math.sqrt(read.stop - read.start)).to(dtype)
+            written = slice((layer + 1) * width, (layer + 2) * width)
+            out[written] = (GAIN * _normal(draw, width, d_mlp) / math.sqrt(d_mlp)).to(dtype)
+        read, first = slice((first + 1) * width, (first + size + 1) * width), first + size
     return model
 
 

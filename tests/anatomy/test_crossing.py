@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from surgery import Stack
 from surgery.anatomy import crossing
+from surgery.instruments import known_networks
+from surgery.models.tokens import Tokens
+from surgery.wiring import families
 
 L = 15
 PAIRS = crossing.pairs(L)
@@ -87,3 +92,28 @@ def test_spans_cross_what_they_reach_over():
 def test_what_cannot_be_tested_is_refused(damage, n_layers, message):
     with pytest.raises(ValueError, match=message):
         crossing.parts(damage, crossing.pairs(n_layers), "swap", n_layers)
+
+
+def test_a_network_wired_in_parts_is_found_and_one_layer_after_another_is_not():
+    sizes = (4, 4, 4)
+    for network, found in (
+        (known_networks.parted_network(sizes), True),
+        (known_networks.serial_network(n_layers=12), False),
+    ):
+        stack, prompts = Stack(network), Tokens.of(known_networks.tokens(12, 8))
+        wirings = [str(wiring) for _, wiring in families.spans("swap", 12)]
+        context = stack.context(prompts)
+        logits = {wiring: stack.run(context, wiring).log_softmax(-1) for wiring in (":", *wirings)}
+        whole = logits[":"]
+        kl = [(whole.exp() * (whole - logits[wiring])).sum(-1).mean(1) for wiring in wirings]
+        row = crossing.parts(torch.stack(kl, 1).numpy().astype(float), crossing.pairs(12), "swap", 12, draws=59)
+        assert (row["parts"] == ":4 4:8 8:" and row["p"] < 0.05 and row["ratio"] > 3) is found
+
+
+def test_layers_of_a_part_can_be_swapped_for_nothing():
+    stack, prompts = Stack(known_networks.parted_network((3, 3))), known_networks.tokens(6, 8)
+    whole = stack.run(prompts)
+    assert torch.allclose(stack.run(prompts, "2 1 0 3:"), whole, atol=1e-6)
+    assert not torch.allclose(stack.run(prompts, ":2 3 2 4:"), whole, atol=1e-3)
+    with pytest.raises(ValueError, match="numbers of layers, 1 or more"):
+        known_networks.parted_network((3, 0))

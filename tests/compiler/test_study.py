@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_fused_is_told(load, tmp_path):
 def test_too_few_texts_are_refused(opened, tmp_path):
     text = tmp_path / "few.txt"
     text.write_text("\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(8)))
-    with pytest.raises(ValueError, match="8 texts are too few .* give 12 or more"):
+    with pytest.raises(ValueError, match=r"8 texts are too few .* give 12 or more"):
         study.texts(opened("llama"), "llama", str(text), 192, 16)
 
 

@@ -44,12 +44,14 @@ def test_series(made, tmp_path):
 
 
 def test_three_parts(made, tmp_path):
-    options = ("--steps", "1", "--prompts", "2", "--draws", "9", "--atlas", made)
+    options = ("--prompts", "8", "--draws", "19", "--atlas", made)
     printed = run("three_parts.py", *options, "--out", tmp_path)
     frame = tables.read(tmp_path / "three_parts.csv")
-    assert frame.groupby("model").size().tolist() == [6] * 4
-    assert "built in three parts" in printed
-    assert (tmp_path / "in_parts.safetensors").exists()
+    assert frame.groupby("model").size().tolist() == [6] * 5
+    swaps = frame[frame.family == "swap"].set_index(["model", "looked_for"])
+    assert swaps.p["wired in three parts", "3"] == 0.05  # none of 19 draws
+    assert swaps.parts["wired in three parts", "3"] == ":6 6:12 12:"
+    assert "wired as a chain, random tokens, swap: of 3 parts" in printed
 
 
 def test_repeats_and_anti_layers(tmp_path):
