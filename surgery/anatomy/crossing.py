@@ -230,7 +230,9 @@ class _Test:
         index = np.array(spans)
         apart = np.abs(index[:, None] - index[None])
         settings = [(0.0, 1.0, "rough"), *product(RHOS, RANGES, KERNELS)]
-        self.processes = [_Process(*setting, apart, self.free, self.crossing) for setting in settings]
+        self.processes = [
+            _Process(rho, length, kernel, apart, self.free, self.crossing) for rho, length, kernel in settings
+        ]
 
     def fit(self, logs: Float[np.ndarray, "draw span"]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Likelihood ratio, process and placement with the best boundaries, and beta there, of every draw."""
