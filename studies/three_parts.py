@@ -120,7 +120,7 @@ def sentence(row: dict) -> str:
     where = f"{row['model']}, {row['kind']}, {row['family']}"
     size = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] times"
     looked_for = f"of {row['looked_for']} parts, {row['parts']} explain most"
-    shown = f"damage is {size} as large across their boundaries" if row["p"] < 0.05 else f"not shown ({size} as large)"
+    shown = f"damage is {size} as large across their boundaries" if row["shown"] else f"not shown ({size} as large)"
     return f"{where}: {looked_for}: {shown}, p = {row['p']:.3f}, power {row['power']:.2f}"
 
 
@@ -136,7 +136,7 @@ def draw(swaps: dict) -> Figure:
             grid[i, j] = grid[j, i] = value
         low, high = np.nanpercentile(grid, [2, 95])
         axes.imshow(grid, cmap="magma_r", vmin=low, vmax=max(high, low + 1e-6))
-        sure = found["p"] < 0.05
+        sure = found["shown"]
         for boundary in crossing.boundaries(found["parts"]):
             style = {"color": drawing.BLUE, "linewidth": 1.6 if sure else 0.8, "linestyle": "-" if sure else ":"}
             axes.axhline(boundary - 0.5, **style)

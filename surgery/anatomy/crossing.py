@@ -6,19 +6,21 @@ span should harm more than its layers account for where it reaches over a bounda
     rank of damage = what the layers cost + what the distance costs + beta [crosses a boundary] + residual,
 
 where ranks are normal scores, because damages span orders of magnitude and some are nothing at all. Every layer has a
-cost of its own (of a swap the two layers, of a span all that are in it) and so has every distance (length). Residuals
+cost of its own as the first of a span (or of two swapped layers) and one as the last, and so has every distance. (With
+one cost for both, chains of layers were found to have parts: there, damage follows from the first alone.) Residuals
 of neighbouring pairs are alike, because layers change smoothly with depth; taken for independent they would find a
 boundary in anything. They are a Gaussian process over the two indices,
 
     correlation = rho m(|di| / range) m(|dj| / range), and 1 for a pair with itself,
 
 with m rough, exp(-d), or smooth, (1 + d) exp(-d); m, rho and range are chosen by restricted maximum likelihood, with
-the boundaries and without. (With the rough one alone, a chain of layers, whose damages change smoothly and hold no
-noise, was found to have parts.) The test is the likelihood ratio
+the boundaries and without. The test is the likelihood ratio
 of the best two boundaries, against its values in draws of the process that fits without them; so the search over places
 is in it. With ``counts=(1, 2, 3, 4)`` it looks for two to five parts at once. ``ratio`` says how many times as large
 damage is across these boundaries, by the same regression on its logarithm: on asinh(damage / its median standard
 error), as some rewirings cost nothing or improve the loss.
+
+Parts are *shown* if p < .05 and damage is at least ``LEAST`` times as large across, with its whole interval.
 
 That ``power`` is low says that a miss says little: it is how often a jump as large as the one that fits best would be
 found. First make sure that it finds the parts of a model that was trained to have some. What it finds in simulations
@@ -51,6 +53,7 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rough": lambda d: np.exp(-d),
     "smooth": lambda d: (1 + d) * np.exp(-d),
 }
+LEAST = 1.5  # times
 DRAWS = 499
 RESAMPLES = 300
 COLUMNS: dict[str, str] = {
@@ -62,6 +65,7 @@ COLUMNS: dict[str, str] = {
     "ratio_high": "upper end of its 95 % interval",
     "likelihood_ratio": "twice the gain in log likelihood from the best boundaries",
     "p": "share of processes without boundaries that boundaries explain as well",
+    "shown": "whether parts are: p < .05, and damage at least 1.5 times as large across",
     "power": "how often a jump of this size would be found (p < .05)",
     "rho": "share of the residual variance that neighbouring pairs have in common",
     "range": "over how many layers they do",
@@ -141,6 +145,7 @@ def parts(
     weights = generator.multinomial(len(damage), np.full(len(damage), 1 / len(damage)), RESAMPLES) / len(damage)
     resampled = test.slopes(np.arcsinh(weights @ damage / scale), grid, place)
     low, high = np.quantile(resampled, [0.025, 0.975]) if len(damage) > 1 else (np.nan, np.nan)
+    p = (1 + (simulated >= ratio).sum()) / (1 + draws)
     row = {
         "family": family,
         "looked_for": " or ".join(str(size) for size in sorted({len(one) + 1 for one in places})),
@@ -149,7 +154,8 @@ def parts(
         "ratio_low": np.exp(low),
         "ratio_high": np.exp(high),
         "likelihood_ratio": ratio,
-        "p": (1 + (simulated >= ratio).sum()) / (1 + draws),
+        "p": p,
+        "shown": bool(p < 0.05 and np.exp(low) >= LEAST),
         "power": (planted > critical).mean(),
         "rho": process.rho,
         "range": process.range,
@@ -181,15 +187,12 @@ def _spans(places: Sequence[int]) -> str:
 
 
 def _controls(spans: Spans, family: str, n_layers: int) -> Float[np.ndarray, "span column"]:
-    """A column for every layer and one for every distance."""
+    """A column for every layer as the first of a span, one for every layer as the last, and one for every distance."""
     first, last = np.array(spans).T
-    layer = np.arange(n_layers)
-    if family == "swap":
-        inside = (layer == first[:, None]) | (layer == last[:, None])
-    else:
-        inside = (layer >= first[:, None]) & (layer < last[:, None])
-    distance = (last - first)[:, None] == np.unique(last - first)
-    return np.concatenate([inside, distance], axis=1).astype(float)
+    last = last - (family != "swap")
+    layer, distance = np.arange(n_layers), last - first
+    sides = [layer == side[:, None] for side in (first, last)]
+    return np.concatenate([*sides, distance[:, None] == np.unique(distance)], axis=1).astype(float)
 
 
 class _Process:

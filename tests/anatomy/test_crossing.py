@@ -94,20 +94,32 @@ def test_what_cannot_be_tested_is_refused(damage, n_layers, message):
         crossing.parts(damage, crossing.pairs(n_layers), "swap", n_layers)
 
 
-def test_a_network_wired_in_parts_is_found_and_one_layer_after_another_is_not():
-    sizes = (4, 4, 4)
-    for network, found in (
-        (known_networks.parted_network(sizes), True),
-        (known_networks.serial_network(n_layers=12), False),
-    ):
-        stack, prompts = Stack(network), Tokens.of(known_networks.tokens(12, 8))
-        wirings = [str(wiring) for _, wiring in families.spans("swap", 12)]
-        context = stack.context(prompts)
-        logits = {wiring: stack.run(context, wiring).log_softmax(-1) for wiring in (":", *wirings)}
-        whole = logits[":"]
-        kl = [(whole.exp() * (whole - logits[wiring])).sum(-1).mean(1) for wiring in wirings]
-        row = crossing.parts(torch.stack(kl, 1).numpy().astype(float), crossing.pairs(12), "swap", 12, draws=59)
-        assert (row["parts"] == ":4 4:8 8:" and row["p"] < 0.05 and row["ratio"] > 3) is found
+def damage_of(network, family):
+    """What every span of a network costs on random tokens: the divergence, [prompt, span], and the spans."""
+    stack, prompts = Stack(network), Tokens.of(known_networks.tokens(12, 8))
+    spans, wirings = zip(*families.spans(family, stack.n_layers))
+    whole = stack.run(prompts).log_softmax(-1)
+    context = stack.context(prompts)
+    changed = [stack.run(context, wiring).log_softmax(-1) for wiring in wirings]
+    kl = [(whole.exp() * (whole - one)).sum(-1).mean(1) for one in changed]
+    return torch.stack(kl, 1).numpy().astype(float), [(a, b - (family == "swap")) for a, b in spans]
+
+
+def test_a_network_wired_in_parts_is_found():
+    damage, spans = damage_of(known_networks.parted_network((5, 5, 5)), "parallel")
+    for counts in ((2,), (1, 2, 3, 4)):
+        row = crossing.parts(damage, spans, "parallel", 15, counts=counts, draws=59)
+        assert (row["parts"], row["shown"]) == (":5 5:10 10:", True)
+        assert row["ratio"] > 5
+
+
+@pytest.mark.parametrize("family", ["swap", "parallel"])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_chain_of_layers_has_no_parts(family, seed):
+    damage, spans = damage_of(known_networks.serial_network(n_layers=15, seed=seed), family)
+    row = crossing.parts(damage, spans, family, 15, counts=(1, 2, 3, 4), min_size=3, draws=59)
+    assert not row["shown"]
+    assert row["p"] > 0.05
 
 
 def test_layers_of_a_part_can_be_swapped_for_nothing():
