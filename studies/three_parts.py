@@ -64,7 +64,7 @@ def main() -> None:
             for counts in COUNTS:
                 found = crossing.parts(*inside, counts=counts, min_size=3, draws=args.draws)
                 rows.append({"model": name, "kind": kind, **found})
-                if family == "swap" and counts == COUNTS[0]:
+                if family == "swap" and counts == COUNTS[-1]:
                     swaps[name, kind] = damage.mean(0), spans, found
         print("\n".join(map(sentence, rows[-len(FAMILIES) * len(COUNTS) :])), flush=True)
     frame = pd.DataFrame(rows)
