@@ -42,7 +42,7 @@ def damage(
 
 
 def rows(quick: bool = False) -> Iterator[dict]:
-    for n_layers, count in ((12, 100), (18, 60), (30, 12)):
+    for n_layers, count in ((12, 60), (18, 24), (30, 5)):
         count = 6 if quick else count
         for kind in KINDS:
             for ratio in (1.0, 1.5, 3.0):
