@@ -29,7 +29,7 @@ COLUMNS = {
     "family": "how layers were saved",
     "depth": "layers in a row that are left",
     "wiring": "the order in which they run",
-    "cost_search": "loss added on the texts that the search chose by (nats per token, or what the metric counts)",
+    "cost_search": "what the search chose by, on its texts: divergence from the unmodified model (nats per token)",
 }
 MOST = 4  # layers in a group
 
