@@ -9,6 +9,10 @@ needs no training (no middle, its mean update, the best linear map), and the gra
 The middle begins behind layer 11 of SmolLM2, which writes an activation a hundred times the usual size into the first
 token of every text: that is one number to learn, all of the squared error, and 3 nats if it is missed.
 
+Whoever learns from text alone also learns what kind of text it is, and comes out below the original's loss on it. So
+every method is judged on text of another kind too, the parallel sentences in eight languages.
+
+    real_elsewhere.csv    a row per method: loss added on the parallel sentences
     graft_methods.csv, graft_curves.csv, graft_ledger.csv, graft.png, report.html    as of ``surgery graft``
 """
 
@@ -26,8 +30,11 @@ from surgery.graft import say, study
 from surgery.graft.grafting import Objective, Schedule
 from surgery.models.stack import Stack
 from surgery.rebuild import layout
-from surgery.records import manifest
+from surgery.records import manifest, tables
+from surgery.stats.bootstrap import described
 from surgery.training.ledger import Ledger
+
+ELSEWHERE = {"method": "how the middle came to be"} | described({"damage": "loss added on other text (nats per token)"})
 
 
 def main() -> None:
@@ -51,7 +58,11 @@ def main() -> None:
     pairs = graft.latents(stack, data.corpus, start, stop, folder / "latents", dtype=torch.float16, say=print)
     every = max(1, args.steps // 10)
     schedule = Schedule(steps=args.steps, batch=args.batch, every=every, learning_rate=1e-3, precision=args.precision)
-    rows = study.maps(stack, pairs, data)
+    rows, kind, elsewhere = study.maps(stack, pairs, data), "its own problems", data
+    if args.model not in models.BUNDLED:
+        kind, sentences = "sentences", stack.tokens(everyday.sentences(96), args.max_tokens)
+        elsewhere = replace(data, heldout=sentences, answers=None)
+    rows_elsewhere = study.maps(stack, pairs, elsewhere)
     print(pd.DataFrame(rows)[["method", "damage", "unexplained"]].round(3).to_string(index=False), flush=True)
 
     grafts, budget = {}, None
@@ -85,11 +96,17 @@ def main() -> None:
             grafts["graft, healed", 0] = healed
         for key in [key for key in grafts if key[0] not in {row["method"] for row in rows}]:
             rows.append(study.row(key[0], 0, grafts[key], study.judge(stack, grafts[key], pairs, data)))
-            print(f"{key[0]}: {rows[-1]['damage']:+.3f} nats a token", flush=True)
+            judged = study.judge(stack, grafts[key], pairs, elsewhere).iloc[0]
+            rows_elsewhere.append({"method": key[0]} | {str(name): judged[name] for name in judged.index})
+            both = f"{rows[-1]['damage']:+.3f} nats a token, on {kind} {judged['damage']:+.3f}"
+            print(f"{key[0]}: {both}", flush=True)
     methods = pd.DataFrame(rows)
     sentences = say.methods(methods, stack.n_layers)
     about = manifest.manifest(stack, data.heldout, seed=0, span=[start, stop], found=sentences, text=text.name)
     study.write(folder, methods, grafts, about)
+    there = pd.DataFrame(rows_elsewhere)[["method", "damage", "damage_low", "damage_high"]]
+    tables.write(there, folder / "real_elsewhere.csv", about, ELSEWHERE)
+    print(f"\non {kind}\n{there.round(3).to_string(index=False)}", flush=True)
     print("\n".join(["", *sentences, f"The page is {report.build(folder)}."]))
 
 

@@ -91,6 +91,7 @@ def test_a_fresh_middle(tmp_path):
     printed = run("real_middle.py", *options, "--max-tokens", "16", "--batch", "8", "--out", tmp_path)
     methods = tables.read(tmp_path / "graft_methods.csv").method.tolist()
     assert methods == ["skip", "mean update", "linear map", "graft", "graft, healed", "cross entropy only"]
+    assert tables.read(tmp_path / "real_elsewhere.csv").method.tolist() == methods
     assert "The page is" in printed
 
 
