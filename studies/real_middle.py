@@ -13,6 +13,7 @@ Whoever learns from text alone also learns what kind of text it is, and comes ou
 every method is judged on text of another kind too, the parallel sentences in eight languages.
 
     real_elsewhere.csv    a row per method: loss added on the parallel sentences
+    real_middle.png       the loss that every method adds, on both kinds of text
     graft_methods.csv, graft_curves.csv, graft_ledger.csv, graft.png, report.html    as of ``surgery graft``
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 import surgery
 from surgery import disk, graft, models, report
@@ -29,6 +31,7 @@ from surgery.corpus import bundled, everyday, splits
 from surgery.graft import say, study
 from surgery.graft.grafting import Objective, Schedule
 from surgery.models.stack import Stack
+from surgery.page import drawing
 from surgery.rebuild import layout
 from surgery.records import manifest, tables
 from surgery.stats.bootstrap import described
@@ -106,8 +109,27 @@ def main() -> None:
     study.write(folder, methods, grafts, about)
     there = pd.DataFrame(rows_elsewhere)[["method", "damage", "damage_low", "damage_high"]]
     tables.write(there, folder / "real_elsewhere.csv", about, ELSEWHERE)
+    disk.save({folder / "real_middle.png": drawing.png(draw(methods, there, kind))})
     print(f"\non {kind}\n{there.round(3).to_string(index=False)}", flush=True)
     print("\n".join(["", *sentences, f"The page is {report.build(folder)}."]))
+
+
+def draw(methods: pd.DataFrame, there: pd.DataFrame, kind: str) -> Figure:
+    """The loss that every method adds, on text like that which it learnt from and on other text."""
+    figure = Figure(figsize=(9, 0.6 * len(methods) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for shift, (frame, label, colour) in enumerate(
+        ((methods, "text like that which it learnt from", drawing.ACCENT), (there, f"other text: {kind}", drawing.BLUE))
+    ):
+        ends = [frame["damage"] - frame["damage_low"], frame["damage_high"] - frame["damage"]]
+        at = [-row - 0.25 * shift for row in range(len(frame))]
+        axes.errorbar(frame["damage"], at, xerr=ends, fmt="o", color=colour, label=label)
+    axes.set_yticks([-row - 0.125 for row in range(len(methods))], list(methods["method"]))
+    axes.axvline(0, color=drawing.INK, linewidth=0.8)
+    axes.set(xlabel="loss added (nats a token)")
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def written(folder: Path, model: str, stack: Stack, longest: int) -> Path:
