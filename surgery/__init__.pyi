@@ -1,6 +1,7 @@
 from . import anatomy as anatomy
 from . import atlas as atlas
 from . import cli as cli
+from . import compiler as compiler
 from . import corpus as corpus
 from . import dropout as dropout
 from . import graft as graft

@@ -284,7 +284,7 @@ def test_choices_are_those_of_the_library(command, option, choices, default):
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("surgery ", ["study", "plan", "check", "report", "scan", "tape", "graft"]),
+        ("surgery ", ["study", "plan", "check", "report", "scan", "tape", "graft", "compile"]),
         ("surgery study re", ["reversion"]),
         ("surgery scan --family s", ["skip", "swap"]),
         ("surgery graft --stored b", ["bfloat16"]),

@@ -69,7 +69,7 @@ class Drafted:
 
 @torch.no_grad()
 def generate(
-    original: Any, draft: Any, ids: Int[Tensor, "1 pos"], max_new_tokens: int = 32, *, block: int = 4
+    original: Any, draft: Any, ids: Int[Tensor, "prompt pos"], max_new_tokens: int = 32, *, block: int = 4
 ) -> Drafted:
     """Write the original's greedy text after ``ids``, drafted by ``draft``: two Hugging Face models of one vocabulary.
 

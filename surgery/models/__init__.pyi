@@ -1,3 +1,4 @@
+from . import branch_norms as branch_norms
 from . import building as building
 from . import chain as chain
 from . import conditions as conditions

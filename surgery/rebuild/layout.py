@@ -101,7 +101,7 @@ def middle(
         ValueError: the span is empty or the whole model, or ``depth`` is below 0.
 
     >>> [row.like for row in middle(6, 1, 5, depth=2)], middle(6, 1, 5, depth=2)[1]
-    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None))
+    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None, branches=None))
     """
     if not (0 <= start < stop <= n_layers and stop - start < n_layers):
         raise ValueError(

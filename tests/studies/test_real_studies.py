@@ -48,9 +48,9 @@ def test_three_parts(made, tmp_path):
     printed = run("three_parts.py", *options, "--out", tmp_path)
     frame = tables.read(tmp_path / "three_parts.csv")
     assert frame.groupby("model").size().tolist() == [6] * 5
-    swaps = frame[frame.family == "swap"].set_index(["model", "looked_for"])
-    assert swaps.p["wired in three parts", "3"] == 0.05  # none of 19 draws
-    assert swaps.parts["wired in three parts", "3"] == ":6 6:12 12:"
+    of_network = frame[frame.model == "wired in three parts"].set_index(["family", "looked_for"])
+    assert of_network.p["parallel", "3"] == 0.05  # none of 19 draws
+    assert (of_network.parts[["swap", "parallel"]] == ":6 6:12 12:").all()
     assert "wired as a chain, random tokens, swap: of 3 parts" in printed
 
 
