@@ -459,7 +459,7 @@ def compile_(
     shallowest: Annotated[
         int | None, typer.Option(min=1, help="Stop at so few layers in a row; half of them by default.")
     ] = None,
-    limit: Annotated[float, typer.Option(min=0, help="Stop where the best adds more than this.")] = 0.5,
+    limit: Annotated[float, typer.Option(min=0, help="Stop where the best diverges by more than this.")] = 0.5,
     beam: Annotated[int, typer.Option(min=1, help="Wirings that go on from each depth.")] = 2,
     screen: Annotated[int, typer.Option(min=1, help="Moves that each of them tries.")] = 6,
     precision: Annotated[

@@ -1,11 +1,11 @@
 """The frontier: fewer layers in a row against the loss that this adds, searched on one half, measured on another.
 
 What a search finds is the best of hundreds and looks better than it is. So every division of the frontier is measured
-again on texts that took no part in the search, with intervals that hold for all of them at once
-(``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval does, whichever
-of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``), chosen on the
-same half and measured on the other: as many layers left out, a contiguous block of pairs, random pairs, and a span
-replaced by the best linear map, which was fitted on texts of its own.
+again on texts that took no part in the search, with intervals that hold at once for all that was searched, however
+layers were saved (``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval
+does, whichever of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``),
+chosen on the same texts and measured on the others: as many layers left out, a contiguous block of pairs, random pairs,
+and a span replaced by the best linear map, which was fitted on texts of its own.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,13 @@ from surgery.stats import comparisons
 COLUMNS = search.COLUMNS | {
     "saved": "layers in a row fewer than the model has",
     "cost": "loss added on texts that took no part in the search (nats per token, or what the metric counts)",
-    "cost_low": "lower end of its 95 % interval over texts, which holds for all rows of a family at once",
+    "cost_low": "lower end of its 95 % interval over texts, which holds for all that was searched at once, and for all "
+    "rows of a rival",
     "cost_high": "upper end of its 95 % interval",
     "n_prompts": "of how many texts",
 }
 LINEAR = "linear map"
+FUSABLE = ("side by side", "both")  # families whose divisions can be one layer a group
 ALLOWANCES = (0.01, 0.05, 0.1)  # nats per token
 
 
@@ -113,13 +115,14 @@ def measure(
             for count, span in spans.items()
         ]
         frame = pd.concat([frame, pd.DataFrame(linear)], ignore_index=True)
-    measured = [on_fresh(of, rows, halves.metric) for _, of in frame.groupby("family", sort=False)]
+    together = frame["family"].where(~frame["family"].isin(list(search.FAMILIES)), "searched")
+    measured = [on_fresh(of, rows, halves.metric) for _, of in frame.groupby(together, sort=False)]
     whole = pd.concat(measured, ignore_index=True).assign(n_prompts=rows["prompt"].nunique())
     return whole.assign(saved=stack.n_layers - whole["depth"])[list(COLUMNS)]
 
 
 def on_fresh(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows of a family with what they cost on fresh texts, and intervals that hold for all of them at once."""
+    """The rows with what they cost on fresh texts, and intervals that hold for all of them at once."""
     own = rows[rows["wiring"].isin(set(frame["wiring"]))]
     gains = comparisons.together(own, metric)
     cost = {"cost": -gains["gain"], "cost_low": -gains["gain_high"], "cost_high": -gains["gain_low"]}
@@ -130,6 +133,12 @@ def within(frame: pd.DataFrame, allowance: float, family: str = "side by side") 
     """The shallowest row of a family whose whole interval is below the allowance; the model itself if there is none."""
     rows = frame[(frame["family"] == family) & ((frame["cost_high"] <= allowance) | (frame["saved"] == 0))]
     return rows.sort_values("depth").iloc[0]
+
+
+def best(frame: pd.DataFrame, allowance: float) -> pd.Series:
+    """The shallowest row within the allowance of the families that can be fused."""
+    present = [family for family in FUSABLE if (frame["family"] == family).any()]
+    return min((within(frame, allowance, family) for family in present), key=lambda row: row["depth"])
 
 
 def replaced_by_maps(

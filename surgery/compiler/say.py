@@ -37,10 +37,7 @@ def sentences(
 
 
 def _allowed(frame: pd.DataFrame, allow: float, metric: str, n_layers: int) -> str:
-    best = min(
-        (frontier.within(frame, allow, family) for family in FAMILIES if (frame["family"] == family).any()),
-        key=lambda row: row["depth"],
-    )
+    best = frontier.best(frame, allow)
     unit, n = UNITS[metric], int(frame["n_prompts"].iloc[0])
     if not best["saved"]:
         cheapest = frame[frame["family"].isin(list(FAMILIES)) & (frame["saved"] == 1)].sort_values("cost").iloc[0]
@@ -48,7 +45,7 @@ def _allowed(frame: pd.DataFrame, allow: float, metric: str, n_layers: int) -> s
             f"On {n} fresh texts no wiring is shown to save a layer of {n_layers} for {allow:g} {unit}: the cheapest, "
             f"{cheapest['wiring']}, adds {_cost(cheapest)}."
         )
-    how = {"side by side": "side by side", "left out": "leaving layers out", "both": "both ways"}[best["family"]]
+    how = {"side by side": "side by side", "both": "side by side and left out"}[best["family"]]
     return (
         f"On {n} fresh texts {best['saved']} of {n_layers} layers in a row are saved for {allow:g} {unit}, {how}: "
         f"{best['wiring']} adds {_cost(best)}."

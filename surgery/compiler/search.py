@@ -14,6 +14,7 @@ some of these, so the most promising blocks of each depth are tried too.
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -147,7 +148,7 @@ def divisions(
     whole: Groups = tuple((layer,) for layer in range(stack.n_layers))
 
     def measured(candidates: Iterable[Groups]) -> dict[Groups, float]:
-        return costs(stack, candidates, texts, metric, out, precision)
+        return costs(stack, candidates, texts, metric, out=out, precision=precision)
 
     states: dict[Groups, float] = {whole: 0.0}
     rows = [{"depth": stack.n_layers, "wiring": str(stack.wiring(":")), "cost_search": 0.0}]
@@ -173,34 +174,23 @@ def divisions(
     return pd.DataFrame(rows).assign(family=family)[list(COLUMNS)]
 
 
-def single_costs(
-    stack: Stack,
-    texts: Encoded,
-    move: str,
-    metric: str,
-    out: "str | Path | None" = None,
-    precision: str = "float32",
-) -> dict[int, float]:
-    """What every single ``merge`` or ``skip`` costs, by its layer."""
+def single_costs(stack: Stack, texts: Encoded, move: str, metric: str, **options: Any) -> dict[int, float]:
+    """What every single ``merge`` or ``skip`` costs, by its layer; ``options`` of ``costs``."""
     whole: Groups = tuple((layer,) for layer in range(stack.n_layers))
     divided = (merges if move == "merge" else skips)(whole)
-    measured = costs(stack, divided.values(), texts, metric, out, precision)
+    measured = costs(stack, divided.values(), texts, metric, **options)
     return {layer: measured[groups] for (_, layer), groups in divided.items()}
 
 
 def costs(
-    stack: Stack,
-    candidates: Iterable[Groups],
-    texts: Encoded,
-    metric: str,
-    out: "str | Path | None" = None,
-    precision: str = "float32",
+    stack: Stack, candidates: Iterable[Groups], texts: Encoded, metric: str, **options: Any
 ) -> dict[Groups, float]:
-    """The mean loss that every division adds (what the metric loses); infinite where it is not finite."""
+    """The mean loss that every division adds (what the metric loses); infinite where it is not finite. ``options`` are
+    those of ``mean_gains``."""
     named = {groups: str(stack.wiring(notation(groups))) for groups in candidates}
     if not named:
         return {}
-    gains = mean_gains(stack, list(named.values()), texts, metric, out, precision)
+    gains = mean_gains(stack, list(named.values()), texts, metric, **options)
     return {groups: -float(gains[name]) for groups, name in named.items()}
 
 

@@ -43,8 +43,7 @@ def measure(
 ) -> pd.DataFrame:
     """Time Hugging Face models side by side: a row (``COLUMNS``) per model, phase and batch, the first is the original.
 
-    Cost: every model reads ``prompt`` tokens twice and writes ``written``, for every batch and round, and once to warm
-    up.
+    Cost: every model reads ``prompt`` tokens and writes ``written``, for every batch and round, and once to warm up.
     """
     floors = {name: Floor.of(model) for name, model in models.items()}
     rows = []
@@ -127,10 +126,11 @@ class Floor:
     layers: int
     weights: int
     machine: Machine
+    size: int = 4  # bytes of a weight
 
     @classmethod
     def of(cls, model: Any) -> "Floor":
-        """Measure the machine on the model's own kind of layer; count its weights without the input embedding."""
+        """Measure the machine, in the model's data type; count its weights without the input embedding."""
         layers = model.config.get_text_config().num_hidden_layers
         head = model.get_output_embeddings()
         inside = {id(p): p for p in model.parameters()}
@@ -138,13 +138,13 @@ class Floor:
         weights = sum(p.numel() for p in inside.values())
         if head is not None and head.weight is model.get_input_embeddings().weight:
             weights += head.weight.numel()  # tied: read as a matrix all the same
-        return cls(layers, weights, machine(next(model.parameters()).device, next(model.parameters()).dtype))
+        one = next(model.parameters())
+        return cls(layers, weights, machine(one.device, one.dtype), one.element_size())
 
     def seconds(self, phase: str, batch: int, prompt: int) -> float:
         """The least time of one step: a token for each prompt, or the whole prompt of each."""
         tokens = batch * (prompt if phase == "prefill" else 1)
-        size = torch.finfo(torch.float32).bits // 8
-        work = max(self.weights * size * self.machine.byte, 2 * self.weights * tokens * self.machine.operation)
+        work = max(self.weights * self.size * self.machine.byte, 2 * self.weights * tokens * self.machine.operation)
         return self.layers * self.machine.layer + work
 
 

@@ -6,20 +6,20 @@ compiled/              the fused model: surgery.load opens it
 searched.csv, measured.csv    the scans, so that the same command goes on after a kill
 """
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from transformer_lens import TransformerBridge
 
 from surgery import disk
 from surgery.compiler import draft, draw, files, frontier, say, speed
 from surgery.compiler.frontier import Halves
 from surgery.corpus import everyday, probes
-from surgery.corpus.asked import TEXT, require_named
-from surgery.corpus.text_files import LINES
 from surgery.models import names
 from surgery.models.errors import ModelError
 from surgery.models.loading import load, plain
@@ -29,9 +29,11 @@ from surgery.rebuild import fuse, layout, tape
 from surgery.records import tables
 from surgery.records.manifest import manifest
 from surgery.records.tables import manifest_path
+from surgery.scan import study as scan_study
 
 LEFT_OUT = "as many layers left out"
-FUSABLE = ("side by side", "both")  # families whose divisions can be fused
+COMPILED = "compiled"  # the folder of the fused model
+FEWEST = 12  # texts
 
 
 @dataclass(frozen=True)
@@ -50,41 +52,25 @@ def run(
     out: "str | Path",
     *,
     asked: str | None = None,
-    allow: float = 0.01,
     metric: str | None = None,
     prompts: int = 192,
     max_tokens: int = 48,
-    shallowest: int | None = None,
-    limit: float = 0.5,
-    beam: int = 2,
-    screen: int = 6,
-    precision: str = "float32",
-    rounds: int = 9,
-    speak: Callable[[str], None] = print,
-    **opened: Any,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Compiled:
-    """Open ``model`` and compile it into the folder ``out``; arguments as of ``measure``, ``opened`` of ``load``."""
-    stack = Stack(load(model, **opened))
-    halves = texts(stack, model, asked, prompts, max_tokens, metric)
-    return measure(
-        stack,
-        halves,
-        out,
-        allow=allow,
-        shallowest=shallowest,
-        limit=limit,
-        beam=beam,
-        screen=screen,
-        precision=precision,
-        rounds=rounds,
-        speak=speak,
-    )
+    """Open ``model``, read what it is ``asked`` (``texts``), and compile it into the folder ``out``; ``options`` are
+    those of ``measure``."""
+    stack = Stack(load(model, device=device, dtype=dtype))
+    return measure(stack, texts(stack, model, asked, prompts, max_tokens, metric), out, **options)
 
 
 def texts(
     stack: Stack, model: str, asked: str | None, prompts: int, max_tokens: int, metric: str | None = None
 ) -> Halves:
-    """Texts or questions in parts: a sixth to choose by, half to measure on, a third to fit linear maps to.
+    """Texts or questions in parts: half to measure on, a quarter to choose by, a quarter to fit linear maps to.
+
+    Every group of questions is in each part; all copies of a text are in one.
 
     By default those that every machine has: Python's manual, or the problems that a Babel model can solve.
 
@@ -95,22 +81,15 @@ def texts(
             whole = probes.babel(prompts // 2, range(1, 5))  # short, and most are solved
         else:
             whole = probes.text(everyday.texts(model, prompts, seed=5), max_tokens=max_tokens)
-    elif Path(asked).suffix.lower() == TEXT:
-        whole = probes.text(asked, prompts, max_tokens)
-    elif Path(asked).suffix.lower() in LINES:
-        whole = probes.load(asked)
     else:
-        require_named(asked)
-        whole = probes.named(asked, prompts)
-    order = whole.probes
-    if len(order) < 12:
-        raise ValueError(f"{len(order)} texts are too few to search by some and measure on others: give 12 or more")
-    parts = [
-        replace(whole, probes=tuple(probe for place, probe in enumerate(order) if place % 6 in sixths)).encode(stack)
-        for sixths in ((0,), (1, 2, 3), (4, 5))
-    ]
-    kind = "loss" if all(not probe.prompt for probe in order) else "loglik"
-    return Halves(parts[0], parts[1], parts[2].tokens, metric or kind)
+        whole = scan_study.asked(model, asked, prompts, 0, max_tokens)
+    count = len(set(whole.probes))
+    if count < FEWEST:
+        raise ValueError(f"{count} texts are too few to search by some and measure on others: give {FEWEST} or more")
+    search, measured = whole.split()
+    chosen, fitted = search.split()
+    kind = "loss" if all(not probe.prompt for probe in whole.probes) else "loglik"
+    return Halves(chosen.encode(stack), measured.encode(stack), fitted.encode(stack).tokens, metric or kind)
 
 
 def measure(
@@ -150,7 +129,7 @@ def measure(
         screen=screen,
         precision=precision,
     )
-    best = min((frontier.within(frame, allow, family) for family in FUSABLE), key=lambda row: row["depth"])
+    best = frontier.best(frame, allow)
     shown = best if best["saved"] else _cheap(frame, max(1, stack.n_layers // 6))
     fused, refused = None, ""
     try:
@@ -158,8 +137,10 @@ def measure(
     except ModelError as error:
         refused = str(error)
     saved = None
+    if _kept(folder) != best["wiring"]:  # of an earlier run, with another allowance
+        shutil.rmtree(folder / COMPILED, ignore_errors=True)
     if fused is not None and best["saved"] and plain(fused) is not None:
-        saved = folder / "compiled"
+        saved = folder / COMPILED
         if not saved.exists():
             speak("saving the compiled model")
             layout.save(fused, saved)
@@ -178,6 +159,7 @@ def measure(
         metric=halves.metric,
         refused=refused,
         timed=str(shown["wiring"]),
+        compiled=str(best["wiring"]),
         chosen_by=len(halves.chosen_by.groups),
         search_precision=precision,
     )
@@ -192,9 +174,15 @@ def measure(
     return Compiled(frame, times, sentences, saved, refused)
 
 
+def _kept(folder: Path) -> str:
+    """The wiring that was compiled into the folder before; empty if none was."""
+    file = folder / files.FRONTIER
+    return str(tables.read_manifest(file)["settings"]["compiled"]) if file.exists() else ""
+
+
 def _cheap(frame: pd.DataFrame, saved: int) -> pd.Series:
     """The division that saves so many layers, or the most that any does."""
-    rows = frame[(frame["family"] == FUSABLE[0]) & (frame["saved"] <= saved)]
+    rows = frame[(frame["family"] == frontier.FUSABLE[0]) & (frame["saved"] <= saved)]
     return rows.sort_values("saved").iloc[-1]
 
 

@@ -190,7 +190,7 @@ def run(
     """
     began, seconds = time.monotonic(), None if budget is None else seconds_of(budget)
     _check_family(family, 1 if share is None else share)
-    probe_set, plan = _asked(model, questions, count, seed), None
+    probe_set, plan = asked(model, questions, count, seed), None
     with disk.held(out) as folder:
         say(f"opening {model}")
         stack = Stack(load(model, device=device, dtype=dtype, offload=offload))
@@ -212,7 +212,7 @@ def run(
                 asked={"metric": of_metric, "seed": seed, "memory": memory, "batch_size": batch_size},
             )
             say(f"going on with the plan in {folder / levels.FILE}" if again else str(made))
-            fewer = _asked(model, questions, made.prompts, seed)
+            fewer = asked(model, questions, made.prompts, seed)
             probe_set = replace(probe_set, probes=_spread(fewer.probes, made.prompts))
             share, precision = (made.parts[0].settings[name] for name in ("share", "precision"))
             plan = {"budget": seconds, "expected": made.seconds, "cuts": _cuts(made)}
@@ -403,14 +403,17 @@ def painters(
     return variants.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
 
 
-def _asked(model: str, questions: str | None, count: int, seed: int) -> ProbeSet:
-    """What the model is asked. Raises ValueError, in words, where nobody said so."""
+def asked(model: str, questions: str | None, count: int, seed: int, max_tokens: int = MAX_TOKENS) -> ProbeSet:
+    """What the model is asked: a built-in set, a file of questions, or running text, cut to ``max_tokens``.
+
+    Raises ValueError, in words, where nobody said so.
+    """
     if questions is None:
         require_questions(model, None)
         return probes.named("babel", count, seed)
     kind = Path(questions).suffix.lower()
     if kind == TEXT:
-        return probes.text(questions, count, MAX_TOKENS)
+        return probes.text(questions, count, max_tokens)
     return probes.load(questions) if kind in LINES else probes.named(questions, count, seed)
 
 

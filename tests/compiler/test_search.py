@@ -111,6 +111,27 @@ def test_only_a_whole_interval_within_the_allowance_counts():
     assert frontier.within(frame, 0.001)["wiring"] == ":"
 
 
+def test_the_best_can_be_fused():
+    rows = {"family": ["side by side"] * 2 + ["left out"] * 2, "depth": [4, 3, 4, 2], "saved": [0, 1, 0, 2]}
+    frame = pd.DataFrame(rows | {"cost_high": [0, 0.005, 0, 0.001], "wiring": [":", "a", ":", "b"]})
+    assert frontier.best(frame, 0.01)["wiring"] == "a"
+
+
+def test_intervals_hold_for_all_that_was_searched_at_once():
+    stack = planted(1, 0, 1, 1, 1)
+    halves = Halves(texts(), texts(16, seed=1), metric="kl")
+    alone = frontier.measure(stack, halves, families=["side by side"], shallowest=4)
+    every = frontier.measure(stack, halves, shallowest=4)
+    widths = [
+        frame[(frame["family"] == "side by side") & (frame["saved"] == 1)]
+        .iloc[0][["cost_low", "cost_high"]]
+        .diff()
+        .iloc[-1]
+        for frame in (alone, every)
+    ]
+    assert widths[1] >= widths[0]
+
+
 def test_a_linear_span_is_replaced_by_its_map():
     stack = Stack(known_networks.linear_network())
     tokens = Tokens.of(known_networks.tokens(400, 8))

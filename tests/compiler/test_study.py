@@ -88,8 +88,27 @@ def test_questions_of_a_file_are_judged_by_their_answers(opened, tmp_path):
     file.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"}) for i in range(24)))
     halves = study.texts(opened("llama"), "llama", str(file), 24, 16)
     assert halves.metric == "loglik"
-    assert len(halves.chosen_by.groups) == 4
+    assert len(halves.chosen_by.groups) == 6
     assert len(halves.measured_on.groups) == 12
+
+
+def test_every_group_of_questions_is_in_each_part(opened, tmp_path):
+    lines = [{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}", "group": "abc"[i % 3]} for i in range(36)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
+    halves = study.texts(opened("llama"), "llama", str(file), 36, 16)
+    parts = [{tuple(ids) for ids in part.tokens.ids.tolist()} for part in (halves.chosen_by, halves.measured_on)]
+    assert not parts[0] & parts[1], "all copies of a question are in one part"
+    for part in (halves.chosen_by, halves.measured_on):
+        assert set(part.groups) == set("abc")
+
+
+def test_another_allowance_replaces_the_compiled_model(tmp_path):
+    run = {"prompts": 24, "shallowest": 10, "rounds": 0}
+    loose = study.run("babel", tmp_path, allow=100.0, **run)
+    assert surgery.load(str(loose.folder)).cfg.n_layers == 10
+    assert study.run("babel", tmp_path, allow=0.0, **run).folder is None
+    assert not (tmp_path / "compiled").exists()
 
 
 def test_speed_is_told_side_by_side():
@@ -109,6 +128,8 @@ def test_the_floor_is_layers_bytes_and_operations():
     machine = speed.Machine(layer=1e-3, byte=1e-9, operation=1e-12)
     floor = speed.Floor(layers=10, weights=1_000_000, machine=machine)
     assert floor.seconds("decode", 1, 128) == pytest.approx(0.01 + 4e-3)
+    half = speed.Floor(layers=10, weights=1_000_000, machine=machine, size=2)
+    assert half.seconds("decode", 1, 128) == pytest.approx(0.01 + 2e-3)
     assert floor.seconds("prefill", 16, 1024) == pytest.approx(0.01 + 2 * 1e6 * 16 * 1024 * 1e-12)
 
 
