@@ -2,6 +2,7 @@
 
 from surgery.compiler import draw, files
 from surgery.compiler import say as words
+from surgery.compiler.rivals import BLOCK
 from surgery.compiler.search import FAMILIES
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
 from surgery.page.parts import Cell, Section, Table, cell, rows
@@ -42,7 +43,7 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
         "2502.02790), pairs at random, and a span replaced by the best linear map.",
     ]
     frame = tables[files.FRONTIER]
-    own = frame[frame["family"].isin(list(FAMILIES)) & (frame["saved"] > 0)]
+    own = frame[frame["family"].isin([*FAMILIES, BLOCK]) & (frame["saved"] > 0)]
     cells = [
         [Cell(str(row["family"])), Cell(str(row["saved"])), cell(row, "cost", 3), Cell(str(row["wiring"]))]
         for row in rows(own)

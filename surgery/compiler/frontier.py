@@ -1,8 +1,8 @@
 """The frontier: fewer layers in a row against the loss that this adds, searched on one half, measured on another.
 
 What a search finds is the best of hundreds and looks better than it is. So every division of the frontier is measured
-again on texts that took no part in the search, with intervals that hold at once for all that was searched, however
-layers were saved (``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval
+again on texts that took no part in the search, with intervals that hold at once for all that was searched, blocks of
+pairs included (``surgery.stats.comparisons.together``): a division *keeps within* an allowance if its whole interval
 does, whichever of the frontier one picks. Beside each stand its rivals of equal depth (``surgery.compiler.rivals``),
 chosen on the same texts and measured on the others: as many layers left out, a contiguous block of pairs, random pairs,
 and a span replaced by the best linear map, which was fitted on texts of its own.
@@ -33,7 +33,7 @@ COLUMNS = search.COLUMNS | {
     "n_prompts": "of how many texts",
 }
 LINEAR = "linear map"
-FUSABLE = ("side by side", "both")  # families whose divisions can be one layer a group
+FUSABLE = ("side by side", "both", rivals.BLOCK)  # families whose divisions can be one layer a group
 ALLOWANCES = (0.01, 0.05, 0.1)  # nats per token
 
 
@@ -115,7 +115,7 @@ def measure(
             for count, span in spans.items()
         ]
         frame = pd.concat([frame, pd.DataFrame(linear)], ignore_index=True)
-    together = frame["family"].where(~frame["family"].isin(list(search.FAMILIES)), "searched")
+    together = frame["family"].where(~frame["family"].isin([*search.FAMILIES, rivals.BLOCK]), "searched")
     measured = [on_fresh(of, rows, halves.metric) for _, of in frame.groupby(together, sort=False)]
     whole = pd.concat(measured, ignore_index=True).assign(n_prompts=rows["prompt"].nunique())
     return whole.assign(saved=stack.n_layers - whole["depth"])[list(COLUMNS)]
@@ -131,8 +131,8 @@ def on_fresh(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFra
 
 def within(frame: pd.DataFrame, allowance: float, family: str = "side by side") -> pd.Series:
     """The shallowest row of a family whose whole interval is below the allowance; the model itself if there is none."""
-    rows = frame[(frame["family"] == family) & ((frame["cost_high"] <= allowance) | (frame["saved"] == 0))]
-    return rows.sort_values("depth").iloc[0]
+    kept = frame[((frame["family"] == family) & (frame["cost_high"] <= allowance)) | (frame["saved"] == 0)]
+    return kept.sort_values("depth", kind="stable").iloc[0]
 
 
 def best(frame: pd.DataFrame, allowance: float) -> pd.Series:

@@ -18,6 +18,8 @@ from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.training.activations import Moments
 
+BLOCK = "block of pairs"
+
 
 def at_random(n_layers: int, pairs: int, seed: int) -> Groups:
     """As many pairs of neighbours, drawn at random.
@@ -66,9 +68,7 @@ def pairs(
     ]
     for count in dict.fromkeys(count for count, _ in placed):
         name = max((name for (of, _), name in placed.items() if of == count), key=lambda name: gains[name])
-        rows.append(
-            {"family": "block of pairs", "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]}
-        )
+        rows.append({"family": BLOCK, "depth": n_layers - count, "wiring": name, "cost_search": -gains[name]})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from surgery.compiler import frontier
+from surgery.compiler.rivals import BLOCK
 from surgery.compiler.search import FAMILIES
 
 UNITS = {
@@ -45,7 +46,9 @@ def _allowed(frame: pd.DataFrame, allow: float, metric: str, n_layers: int) -> s
             f"On {n} fresh texts no wiring is shown to save a layer of {n_layers} for {allow:g} {unit}: the cheapest, "
             f"{cheapest['wiring']}, adds {_cost(cheapest)}."
         )
-    how = {"side by side": "side by side", "both": "side by side and left out"}[best["family"]]
+    how = {"side by side": "side by side", "both": "side by side and left out", BLOCK: "as a block of pairs"}[
+        best["family"]
+    ]
     return (
         f"On {n} fresh texts {best['saved']} of {n_layers} layers in a row are saved for {allow:g} {unit}, {how}: "
         f"{best['wiring']} adds {_cost(best)}."
@@ -104,4 +107,4 @@ def _cost(row: pd.Series) -> str:
 
 
 def _families(frame: pd.DataFrame) -> list[str]:
-    return [family for family in FAMILIES if (frame["family"] == family).any()]
+    return [family for family in (*FAMILIES, BLOCK) if (frame["family"] == family).any()]

@@ -115,6 +115,11 @@ def test_the_best_can_be_fused():
     rows = {"family": ["side by side"] * 2 + ["left out"] * 2, "depth": [4, 3, 4, 2], "saved": [0, 1, 0, 2]}
     frame = pd.DataFrame(rows | {"cost_high": [0, 0.005, 0, 0.001], "wiring": [":", "a", ":", "b"]})
     assert frontier.best(frame, 0.01)["wiring"] == "a"
+    rows = {"family": ["block of pairs"] * 2, "depth": [3, 2], "saved": [1, 2]}
+    both = pd.concat([frame, pd.DataFrame(rows | {"cost_high": [0.2, 0.009], "wiring": ["c", "d"]})])
+    assert frontier.best(both, 0.01)["wiring"] == "d"
+    assert frontier.best(both, 0.001)["wiring"] == ":"
+    assert frontier.within(both, 0.001, "block of pairs")["saved"] == 0
 
 
 def test_intervals_hold_for_all_that_was_searched_at_once():
