@@ -1,11 +1,14 @@
+from . import branches as branches
 from . import chapter as chapter
 from . import draft as draft
 from . import draw as draw
 from . import files as files
 from . import frontier as frontier
+from . import ranking as ranking
 from . import rivals as rivals
 from . import say as say
 from . import search as search
 from . import speed as speed
 from . import study as study
 from .frontier import Halves as Halves
+from .ranking import Ranking as Ranking
