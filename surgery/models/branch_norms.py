@@ -7,6 +7,8 @@ what each branch writes and adds that up, and the places of the norms themselves
 matrices for all branches, and everything else of the layer's own code runs as it is.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
@@ -96,6 +98,19 @@ def divide(layer: nn.Module, branches: int) -> None:
         )
         _put(layer, path, made)
         _put(layer, old.rpartition(".")[0], nn.Identity())
+
+
+def add_biases(layer: nn.Module, names: Sequence[str]) -> None:
+    """Give the projections of these names in ``layer`` a bias, of zeros, that can take over the shift of a norm.
+
+    Raises ModelError for names of anything else.
+    """
+    modules = dict(layer.named_modules())
+    for name in names:
+        projection = modules.get(name)
+        if not isinstance(projection, nn.Linear) or projection.bias is not None:
+            raise ModelError(f"{type(layer).__name__} has no projection without bias at {name}")
+        projection.bias = nn.Parameter(projection.weight.new_zeros(projection.out_features))
 
 
 def _put(layer: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -21,7 +22,8 @@ class Size(NamedTuple):
 
     In a run of layers whose stream has a width of its own, the layer that ``enters`` carries the map from the model's
     stream, the layer that ``leaves`` the map back. A layer of several ``branches`` is as many layers side by side whose
-    norms stay apart (``surgery.models.branch_norms``).
+    norms stay apart (``surgery.models.branch_norms``). ``biases`` are the projections that have a bias though those of
+    their class have none, so that the shift of the norm before can be in it.
     """
 
     d_mlp: int | None = None
@@ -30,6 +32,7 @@ class Size(NamedTuple):
     enters: bool = False
     leaves: bool = False
     branches: int = 1
+    biases: tuple[str, ...] = ()
 
 
 CONFIGURED = Size()
@@ -114,7 +117,10 @@ def model_class(entries: Any, config: PreTrainedConfig, name: str) -> type[PreTr
     model's.
     """
     try:
-        file_format, rows = entries["format"], [Size(**row) for row in entries["rows"]]
+        file_format, rows = (
+            entries["format"],
+            [Size(**row)._replace(biases=tuple(row.get("biases", ()))) for row in entries["rows"]],
+        )
     except (LookupError, TypeError) as error:
         raise ModelError(f"{name}: surgery.json does not say the sizes of the layers: save the model again") from error
     if file_format != FORMAT:
@@ -135,7 +141,8 @@ def _is_size(size: Size) -> bool:
     """Whether the fields have the types that they are declared with."""
     numbers = (value is None or (type(value) is int and value > 0) for value in size[:3])
     flags = all(type(value) is bool for value in (size.enters, size.leaves))
-    return all(numbers) and flags and type(size.branches) is int and size.branches > 0
+    names = all(type(name) is str for name in size.biases)
+    return all(numbers) and flags and names and type(size.branches) is int and size.branches > 0
 
 
 def sized_class(base: type[PreTrainedModel], sizes: Sequence[Size]) -> type[PreTrainedModel]:
@@ -144,21 +151,59 @@ def sized_class(base: type[PreTrainedModel], sizes: Sequence[Size]) -> type[PreT
     class Shaped(base):
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
+            layers = layer_list(self, len(sizes))
+            divides = any(size.n_heads for size in sizes) and divides_stream(base, config, layers[0])
             resized_layers = {
-                size: layer_list(base(resized(config, size)), len(sizes))
+                size: _fresh(base, config, size, len(sizes), divides)
                 for size in dict.fromkeys(sizes)
                 if size != CONFIGURED
             }
-            layers = layer_list(self, len(sizes))
             place_layers(layers, resized_layers, sizes, config)
-            for layer in layers:
+            text = config.get_text_config()
+            for layer, size in zip(layers, sizes, strict=True):
                 for module in layer.modules():
                     if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                        module.config = config.get_text_config()
+                        module.config = text
+                if size.n_heads:
+                    keys = getattr(text_config(resized(config, size)), "num_key_value_heads", None)
+                    stream_width.own_heads(stream_width.attention(layer)[1], text, size.n_heads, keys)
             self.__class__ = base
 
     Shaped.__module__, Shaped.__name__ = base.__module__, base.__name__
     return Shaped
+
+
+def divides_stream(base: type[PreTrainedModel], config: PreTrainedConfig, layer: nn.Module) -> bool:
+    """Whether a class divides its stream among its heads, so that they are wider where it is; ``layer`` is its first.
+
+    Then no configuration can express more heads of the same width.
+    """
+    with torch.device("meta"):
+        wide = base(resized(config, Size(d_model=2 * d_model(config))))
+    return _head_widths(layer_list(wide, text_config(config).num_hidden_layers)[0]) != _head_widths(layer)
+
+
+def _fresh(
+    base: type[PreTrainedModel], config: PreTrainedConfig, size: Size, n_layers: int, divides: bool
+) -> nn.ModuleList:
+    """The layers of a new model of this size.
+
+    Where the class ``divides`` the stream among the heads, their attention is that of a model whose stream is wider by
+    as much as there are more heads, cut back to the stream of ``config``.
+    """
+    if not (divides and size.n_heads and size.d_model is None):
+        return layer_list(base(resized(config, size)), n_layers)
+    layers = layer_list(base(resized(config, Size(size.d_mlp))), n_layers)
+    inner = text_config(config)
+    stream = size.n_heads * (inner.hidden_size // inner.num_attention_heads)
+    with torch.device("meta"):  # only its attention is needed
+        wide = base(resized(config, Size(size.d_mlp, size.n_heads, stream)))
+    for layer, like in zip(layers, layer_list(wide, n_layers), strict=True):
+        inside = stream_width.attention(like)[1]
+        if (device := next(layer.parameters()).device).type != "meta":
+            inside.to_empty(device=device).apply(wide._init_weights)  # noqa: SLF001
+        stream_width.keep_heads(layer, like)
+    return layers
 
 
 def layer_list(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -185,6 +230,7 @@ def place_layers(
                 )
             if size.branches > 1:
                 branch_norms.divide(new, size.branches)
+            branch_norms.add_biases(new, size.biases)
             layers[place] = new
             setattr(new, SIZE_ATTRIBUTE, size)
 

@@ -35,6 +35,7 @@ from surgery.models.scopes import ForAll, scope
 HEAD_WIDTHS = ("head_dim", "head_size", "d_head")  # what attention modules call it
 OUTPUT_MATRICES = ("c_proj", "out_proj", "dense", "o_proj")  # what models call the matrix that attention writes with
 _WIDTH_ATTRIBUTE = "stream_width"  # where the modules of a layer with a stream of its own carry its width
+_HEADS_ATTRIBUTE = "own_heads"  # where attention with heads of its own carries how many
 
 
 def add_borders(layer: nn.Module, like: nn.Module, d_model: int, width: int, *, enters: bool, leaves: bool) -> None:
@@ -61,26 +62,55 @@ def add_borders(layer: nn.Module, like: nn.Module, d_model: int, width: int, *, 
 def keep_heads(layer: nn.Module, like: nn.Module) -> None:
     """Give ``layer`` the attention of ``like``, with matrices that read and write the stream of ``layer``.
 
-    For classes that divide the stream among the heads, so that a wider stream would make wider heads.
+    For classes that divide the stream among the heads, so that a wider stream would make wider heads, and more heads
+    narrower ones.
     """
-    name, inside = next((name, m) for name, m in like.named_children() if any(hasattr(m, key) for key in HEAD_WIDTHS))
+    name, inside = attention(like)
     for path, old in list(inside.named_modules()):
         if isinstance(old, nn.Linear | Conv1D):
-            weight = layer.get_parameter(f"{name}.{path}.weight")  # fresh, and larger than needed
-            stream = 0 if (path in OUTPUT_MATRICES) != isinstance(old, Conv1D) else 1
-            block = [slice(None) if axis == stream else slice(size) for axis, size in enumerate(old.weight.shape)]
-            old.weight = nn.Parameter(weight.detach()[tuple(block)].clone())
-            if path in OUTPUT_MATRICES and old.bias is not None:
-                old.bias = nn.Parameter(torch.zeros_like(weight[:, 0] if stream == 0 else weight[0]))
+            thinner = layer.get_parameter(f"{name}.{path}.weight")
+            weight = max(thinner, old.weight, key=Tensor.numel)  # fresh, and larger than needed
+            writes = path.rpartition(".")[2] in OUTPUT_MATRICES
+            stream = 0 if writes != isinstance(old, Conv1D) else 1
+            shape = [thinner.shape[axis] if axis == stream else size for axis, size in enumerate(old.weight.shape)]
+            old.weight = nn.Parameter(weight.detach()[tuple(map(slice, shape))].clone())
+            if writes and old.bias is not None:
+                old.bias = nn.Parameter(weight.new_zeros(shape[stream]))
             sizes = ("nx", "nf") if isinstance(old, Conv1D) else ("out_features", "in_features")
-            for key, size in zip(sizes, old.weight.shape, strict=True):
+            for key, size in zip(sizes, shape, strict=True):
                 setattr(old, key, size)
     setattr(layer, name, inside)
 
 
+def attention(layer: nn.Module) -> tuple[str, nn.Module]:
+    """The attention of a layer, and its name there."""
+    parts = ((name, part, part.modules()) for name, part in layer.named_children())
+    return next((name, part) for name, part, inside in parts if any(hasattr(m, k) for m in inside for k in HEAD_WIDTHS))
+
+
+class Overlaid:
+    """A configuration in which some entries are others, and all else is read from ``config`` as it is now."""
+
+    def __init__(self, config: Any, **entries: Any) -> None:
+        vars(self).update(_config=config, **entries)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in vars(self):  # while it is copied
+            raise AttributeError(name)
+        return getattr(vars(self)["_config"], name)
+
+
+def own_heads(inside: nn.Module, config: Any, heads: int, keys: int | None) -> None:
+    """Let an attention, and the bridge that will be built on it, count its own heads, not those of ``config``."""
+    for module in inside.modules():
+        if hasattr(module, "config"):
+            vars(module)["config"] = Overlaid(config, num_attention_heads=heads, num_key_value_heads=keys)
+    setattr(inside, _HEADS_ATTRIBUTE, {"n_heads": heads, "n_key_value_heads": keys})
+
+
 @contextmanager
 def split_by_own_width() -> Iterator[None]:
-    """Context manager: TransformerLens splits joint queries, keys and values by the width of their own stream."""
+    """Context manager: TransformerLens splits joint queries, keys and values by their own stream and own heads."""
     with scope() as opened:
         _splitting.until_closed(opened)
         yield
@@ -90,14 +120,21 @@ _original = JointQKVAttentionBridge.set_original_component
 
 
 def _by_own_width(self: JointQKVAttentionBridge, component: nn.Module) -> None:
-    config = getattr(getattr(self.split_qkv_matrix, "__self__", None), "cfg", None)
-    if config is None or not hasattr(component, _WIDTH_ATTRIBUTE):
-        return _original(self, component)
-    d_model, config.d_model = config.d_model, getattr(component, _WIDTH_ATTRIBUTE)
+    own = dict(getattr(component, _HEADS_ATTRIBUTE, {}))
+    if hasattr(component, _WIDTH_ATTRIBUTE):
+        own["d_model"] = getattr(component, _WIDTH_ATTRIBUTE)
+    shared: Any = self.config  # what every layer's attention and the adapter read
+    before = {name: getattr(shared, name) for name in own}
     try:
+        for name, size in own.items():
+            setattr(shared, name, size)
         _original(self, component)
     finally:
-        config.d_model = d_model
+        for name, size in before.items():
+            setattr(shared, name, size)
+    if "n_heads" in own:
+        self.config = Overlaid(shared, **getattr(component, _HEADS_ATTRIBUTE))
+        self.qkv_conversion_rule.n_heads = own["n_heads"]
 
 
 _splitting = ForAll(

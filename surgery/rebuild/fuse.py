@@ -13,8 +13,8 @@ What can be fused: groups of attentions followed by the group of the same layers
 attention and MLP read the same stream (GPT-NeoX) or there is no MLP. Other layers stay, may be left out, repeated or in
 another order. Norms of each head's queries and keys, and of what is written (Qwen 3, Gemma 2 and 3), stay apart in the
 fused layer (``surgery.models.branch_norms``). What cannot be fused: norms over all heads at once (OLMo 2), experts,
-layers that get other masks or rotary tables (Gemma's local and global ones), and heads in classes whose ``layout`` has
-no room for more of them (GPT-2, OPT, GPT-NeoX).
+and layers that get other masks or rotary tables (Gemma's local and global ones). The shift of a LayerNorm goes into the
+biases of what reads it, which are added where the class has none (GPT-J, StableLM, Nemotron).
 
 Layers in parallel by hand, without fusing: LP (Bhaskar et al. 2025, arXiv 2502.02790). Control: the same wiring taped
 (``tape.together``), which runs the layers of a group one after another.
@@ -22,6 +22,7 @@ Layers in parallel by hand, without fusing: LP (Bhaskar et al. 2025, arXiv 2502.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -61,7 +62,7 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
     """
     stack = Stack(model)
     whole = stack.wiring(wiring)
-    of_layer, rows = by_layer(model), list[Row]()
+    of_layer, sizes, rows = by_layer(model), layout.sizes(model), list[Row]()
     placed: dict[str, layout.Weight] = {}
     present = [part for part in PARTS if part in model.blocks[0].submodules]
     writing = [dict(zip(present, layer, strict=True)) for layer in zip(*(writers(model, part) for part in present))]
@@ -69,15 +70,19 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
         size = {part: sum(writing[layer][part].count for layer in group) for part in present}
         _require_one_kind(model, group)
         apart = _apart(model, group)
-        wide = {"d_mlp": size.get("mlp"), "n_heads": size["attn"], "branches": len(group) if apart else None}
-        rows.append(Row(group[0], 0.0, **wide) if len(group) > 1 else Row(group[0], 0.0))
         units = [{part: of.shape[-1] for part, of in writing[layer].items()} for layer in group]
         beside = _Beside(stack.name, group, [of_layer[layer] for layer in group], units)
-        for name in of_layer[group[0]]:
+        for name in beside.layers[0]:
             if name in apart:
                 placed[f"{place}.{apart[name]}"] = partial(beside.gains, name)
             else:
                 placed[f"{place}.{name}"] = beside.weight(name)
+        if len(group) > 1:
+            biases = tuple(sorted(beside.biases.union(*(sizes[layer].biases for layer in group))))
+            branching = len(group) if apart else None
+            rows.append(Row(group[0], 0.0, size.get("mlp"), size["attn"], branches=branching, biases=biases))
+        else:
+            rows.append(Row(group[0], 0.0))
     path = layout.layers_path(model)
     try:
         fused = layout.shaped(model, rows, weights={f"{path}.{name}": weight for name, weight in placed.items()})
@@ -139,7 +144,8 @@ def _read(step: Step, part: str | None) -> Branches | None:
 
 def _require_one_kind(model: TransformerBridge, group: Branches) -> None:
     """Raise ModelError for layers with other masks or rotary tables: a layer is called with one of each."""
-    kinds = getattr(layer_sizes.text_config(layout.config_of(model)), "layer_types", None)
+    config = layer_sizes.text_config(layout.config_of(model))
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # as GPT-Neo calls it
     if kinds and len({kinds[layer] for layer in group}) > 1:
         shown = ", ".join(f"{layer} is {kinds[layer].replace('_', ' ')}" for layer in group)
         raise ModelError(
@@ -159,7 +165,10 @@ class _Beside:
     def __init__(
         self, model: str, group: Branches, layers: Sequence[dict[str, Weight]], units: Sequence[dict[str, int]]
     ) -> None:
-        self.names, self.layers, self.units = f"layers {' and '.join(map(str, group))} of {model}", layers, units
+        self.names, self.units = f"layers {' and '.join(map(str, group))} of {model}", units
+        missing = [_missing_biases(layer) if len(layers) > 1 else {} for layer in layers]
+        self.layers = [layer | biases for layer, biases in zip(layers, missing, strict=True)]
+        self.biases = {name.removesuffix(".bias") for biases in missing for name in biases}
         self.norms = [{id(weight.before) for weight in layer.values()} for layer in layers]
 
     def weight(self, name: str) -> layout.Weight:
@@ -171,7 +180,7 @@ class _Beside:
         if len(beside) < len(self.layers) or any(weight.role != first.role for weight in beside):
             raise ModelError(f"{self.names} are not of one kind: {name} differs")
         if first.tensor.ndim > 2 or "expert" in name:
-            raise ModelError(f"{self.names} have experts, each of which reads tokens of its own")
+            raise ModelError(f"{self.names} have experts, and two routers, each with a choice of its own, are not one")
         if first.role in ("scale", "shift"):
             return self._norm(name, beside)
         if first.role == "writes":
@@ -195,16 +204,8 @@ class _Beside:
                 "is no sum of norms"
             )
         if first.role == "shift":
-            for layer in self.layers:
-                for other, weight in layer.items():
-                    if weight.before is first.owner and weight.role == "reads" and weight.tensor.ndim == 2:
-                        self._require_bias(layer, other)
             return torch.zeros_like(first.tensor)
         return torch.ones_like(first.tensor) - offset(first.owner)
-
-    def _require_bias(self, layer: dict[str, Weight], name: str) -> None:
-        if f"{name.removesuffix('weight')}bias" not in layer:
-            raise ModelError(f"{self.names} have norms with a shift, and {name} has no bias that could take it over")
 
     def _between(self, name: str, beside: Sequence[Weight]) -> layout.Weight:
         """A bias of what reads the stream; or a gain between it and the scores, which must be the same in all."""
@@ -221,9 +222,21 @@ class _Beside:
         new, units, done = torch.zeros_like(fresh), [of[part] for of in self.units], 0
         for weight, own in zip(beside, units, strict=True):
             places = weight.places(fresh.shape[axis], sum(units), torch.arange(done, done + own))
+            if len(places) != weight.tensor.shape[axis]:  # multi-query attention in one matrix (GPTBigCode)
+                raise ModelError(f"{self.names} share a key among all heads, and the class has no room for another one")
             new.index_copy_(axis, places.to(fresh.device), _on_bare_norm(weight))
             done += own
         return new
+
+
+def _missing_biases(layer: dict[str, Weight]) -> dict[str, Weight]:
+    """Biases of zeros for the projections without bias that read a norm with a shift, to take it over."""
+    return {
+        bias: replace(weight, tensor=weight.tensor.new_zeros(len(weight.tensor)))
+        for name, weight in layer.items()
+        if weight.role == "reads" and weight.tensor.ndim == 2 and getattr(weight.before, "bias", None) is not None
+        if (bias := f"{name.removesuffix('weight')}bias") not in layer
+    }
 
 
 def _on_bare_norm(weight: Weight) -> Tensor:

@@ -61,6 +61,7 @@ class Row:
         n_heads: attention heads, as wide and with as many queries per key as in ``like``; None: those of ``like``.
         d_model: width of the stream inside the run of layers that share it; None: that of ``like``.
         branches: layers side by side whose norms stay apart (``surgery.rebuild.fuse``); None: as in ``like``.
+        biases: projections that have a bias though those of their class have none; None: as in ``like``.
 
     Raises:
         ValueError: ``old`` is outside [0, 1], or a size is below 1.
@@ -72,6 +73,7 @@ class Row:
     n_heads: int | None = None
     d_model: int | None = None
     branches: int | None = None
+    biases: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.old <= 1:
@@ -101,7 +103,7 @@ def middle(
         ValueError: the span is empty or the whole model, or ``depth`` is below 0.
 
     >>> [row.like for row in middle(6, 1, 5, depth=2)], middle(6, 1, 5, depth=2)[1]
-    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None, branches=None))
+    ([0, 2, 4, 5], Row(like=2, old=0.0, d_mlp=None, n_heads=None, d_model=None, branches=None, biases=None))
     """
     if not (0 <= start < stop <= n_layers and stop - start < n_layers):
         raise ValueError(
@@ -230,7 +232,11 @@ def save(
             "open_with": "surgery.load(folder)",
             "surgery": surgery.__version__,
             "rows": [
-                {name: value for name, value in size._asdict().items() if name != "branches" or value > 1}
+                {
+                    name: value
+                    for name, value in size._asdict().items()
+                    if name in Size._fields[:5] or value != getattr(layer_sizes.CONFIGURED, name)
+                }
                 for size in every_size
             ],  # what an earlier surgery reads, where it can
         }
@@ -261,9 +267,7 @@ def _assemble(
         config.n_layers = len(rows)
     else:
         rewrite(config.get_text_config(), [row.like for row in rows], len(base_sizes))
-    if (
-        len(set(new_sizes)) == 1 and new_sizes[0].d_model is None and new_sizes[0].branches == 1
-    ):  # then the configuration can express it
+    if len(set(new_sizes)) == 1 and _expressible(new_sizes[0], config, source, f"{layers_path(model)}.0"):
         config, new_sizes = layer_sizes.resized(config, new_sizes[0]), [layer_sizes.CONFIGURED] * len(rows)
     with torch.random.fork_rng(), quiet(), building.quickly():
         torch.manual_seed(seed)
@@ -296,6 +300,15 @@ def _assemble(
                 f"{first_line(error)}; leave such sizes out"
             ) from error
     return stack
+
+
+def _expressible(size: Size, config: Any, source: nn.Module, layer: str) -> bool:
+    """Whether the configuration can give this size to all layers."""
+    if size != Size(size.d_mlp, size.n_heads):
+        return False
+    if size.n_heads is None or not isinstance(config, PreTrainedConfig):
+        return True
+    return not layer_sizes.divides_stream(type(source), config, source.get_submodule(layer))
 
 
 def _native(config: Any, new_sizes: Sequence[Size]) -> nn.Module:
@@ -368,6 +381,7 @@ def _sizes_of(model: TransformerBridge, base_sizes: Sequence[Size], rows: Sequen
             override(row, "n_heads"),
             override(row, "d_model"),
             branches=base_sizes[row.like].branches if row.branches is None else row.branches,
+            biases=base_sizes[row.like].biases if row.biases is None else row.biases,
         )
         for row in rows
     ]

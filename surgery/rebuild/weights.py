@@ -15,10 +15,12 @@ whose own scale becomes uniform.
 """
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import TransformerBridge
@@ -34,7 +36,8 @@ class Weight:
     """A tensor of a layer.
 
     Attributes: ``owner``, its module; ``part``, attn or mlp; ``role``, see above; ``before``, the norm whose output it
-    reads; ``centred``, whether the layer's norms subtract the mean.
+    reads; ``centred``, whether the layer's norms subtract the mean; ``blocks``, the shares of queries, keys and values
+    where they follow each other in one matrix.
     """
 
     tensor: Tensor
@@ -43,6 +46,7 @@ class Weight:
     role: str
     before: nn.Module | None
     centred: bool
+    blocks: tuple[int, ...] = (1,)
 
     @property
     def stream(self) -> int | None:
@@ -65,19 +69,19 @@ class Weight:
     def places(self, size: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
         """The indices of the ``chosen`` units on an axis of ``size`` entries that holds ``units`` of them."""
         if self.part == "mlp":
-            return places(size // units, 1, units, chosen)  # a gate and its neuron lie a block apart
-        blocks = 3 if isinstance(self.owner, Conv1D) and self.role == "reads" else 1  # GPT-2's queries, keys, values
-        return places(blocks, size // units // blocks, units, chosen)
+            return places([1] * (size // units), units, chosen)  # a gate and its neuron lie a block apart
+        return places([size // units * share // sum(self.blocks) for share in self.blocks], units, chosen)
 
 
-def places(blocks: int, each: int, units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
-    """The indices of the ``chosen`` units on an axis of ``blocks``, each with all ``units`` of ``each`` entries.
+def places(blocks: Sequence[int], units: int, chosen: Int[Tensor, " chosen"]) -> Int[Tensor, " place"]:
+    """The indices of the ``chosen`` units on an axis of ``blocks``: how many entries of every unit each of them holds.
 
-    >>> places(1, 2, 3, torch.tensor([0, 2])).tolist(), places(2, 1, 3, torch.tensor([0, 2])).tolist()
+    >>> places([2], 3, torch.tensor([0, 2])).tolist(), places([1, 1], 3, torch.tensor([0, 2])).tolist()
     ([0, 1, 4, 5], [0, 2, 3, 5])
     """
-    starts = torch.arange(blocks)[:, None, None] * units * each + chosen[:, None] * each
-    return rearrange(starts + torch.arange(each), "block chosen each -> (block chosen each)")
+    starts = [units * sum(blocks[:place]) for place in range(len(blocks))]
+    inside = [(chosen[:, None] * each + torch.arange(each)).flatten() for each in blocks]
+    return torch.cat([start + indices for start, indices in zip(starts, inside, strict=True)])
 
 
 def by_layer(model: TransformerBridge) -> list[dict[str, Weight]]:
@@ -98,6 +102,7 @@ def _of_layer(model: TransformerBridge, source: nn.Module, layer: int, width: in
     }
     norms = {name: norm for name, norm in norms.items() if next(norm.parameters(), None) is not None}
     centred = any(stream_width.centres(norm, width) for norm in norms.values())
+    joint, blocks = _in_blocks(block.attn)
 
     def weight(name: str, tensor: Tensor) -> Weight:
         owner = module.get_submodule(name.rpartition(".")[0])
@@ -113,9 +118,26 @@ def _of_layer(model: TransformerBridge, source: nn.Module, layer: int, width: in
         else:
             role = "reads"
         before = norms.get("ln1" if part == "attn" else "ln2", norms.get("ln1"))
-        return Weight(tensor.detach(), owner, part, role, before, centred)
+        return Weight(tensor.detach(), owner, part, role, before, centred, blocks if name.startswith(joint) else (1,))
 
     return {name: weight(name, tensor) for name, tensor in layout.tensors(module)}
+
+
+def _in_blocks(attention: Any) -> tuple[str, tuple[int, ...]]:
+    """The name of a layer's joint matrix of queries, keys and values, and their shares if they are in that order.
+
+    In other joint matrices (GPT-NeoX) each head's query, key and value are side by side.
+    """
+    matrix = attention.submodules.get("qkv")
+    if not isinstance(matrix, nn.Module):
+        return "no joint matrix", (1,)
+    weights: list[Tensor] = [part.weight for part in (attention.q, attention.k, attention.v)]
+    whole: Any = matrix.weight
+    joint = whole.T if isinstance(matrix.original_component, Conv1D) else whole
+    sizes = [len(weight) for weight in weights]
+    in_order = torch.equal(joint[: sizes[0]], weights[0]) and joint.shape[0] == sum(sizes)
+    shares = tuple(size // math.gcd(*sizes) for size in sizes) if in_order else (1,)
+    return f"{attention.name}.{matrix.name}.", shares
 
 
 def larger(weight: Weight, fresh: Tensor, units: int, more_units: int) -> Tensor:

@@ -100,7 +100,7 @@ def test_layers_of_their_own_width(opened, name):
     assert difference(surgery.Stack(wide).stream(TOKENS)[2], cache["blocks.1.hook_out"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "native-gated"])
+@pytest.mark.parametrize("name", ["llama", "native-gated", "phi3"])
 def test_layers_with_heads_of_their_own(opened, name):
     base = opened(name).model
     more = build(base, middle(4, 1, 3, n_heads=8))
@@ -162,6 +162,7 @@ def test_given_weights_in_a_given_shape(opened):
         ("gpt2", {}, False),  # tied embeddings
         ("qwen3_moe", {"depth": 3}, False),
         ("gpt_neox", {"d_mlp": 160, "depth": 1}, True),
+        ("gpt2", {"n_heads": 2}, True),
         ("gemma2", {"d_mlp": 160, "n_heads": 8, "depth": 3}, True),
         ("mixtral", {"d_mlp": 160, "n_heads": 2}, True),
     ],
@@ -231,6 +232,8 @@ def test_broken_folders(opened, tmp_path):
         (text.replace("160", "-160"), "each null or 1 and more"),
         (text.replace("160", "161"), "cannot open|wrong shape"),
         (text.replace("160", "null"), "cannot open|wrong shape"),
+        (text.replace('"d_mlp": 160', '"biases": ["mlp.act_fn"], "d_mlp": 160'), "no projection without bias at mlp.a"),
+        (text.replace('"d_mlp": 160', '"biases": [1], "d_mlp": 160'), "each null or 1 and more"),
     ):
         (folder / "surgery.json").write_text(broken)
         with pytest.raises(ModelError, match=message):
@@ -301,9 +304,8 @@ def test_bad_rows(opened):
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("gpt2", {"n_heads": 2}, "divides d_model among its heads"),
-        ("opt", {"n_heads": 8}, "divides d_model among its heads"),
-        ("phi3", {"n_heads": 8}, "cannot have layers with n_heads 8 of their own"),
+        ("gpt2", {"n_heads": 2, "d_model": 48}, "divides d_model among its heads"),
+        ("opt", {"n_heads": 8, "d_model": 48}, "divides d_model among its heads"),
         ("olmo2", {"n_heads": 8}, "cannot have layers with n_heads 8 of their own"),
         ("native-attention-only", {"d_mlp": 160}, "no MLP width to set"),
     ],

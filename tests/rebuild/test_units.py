@@ -38,7 +38,7 @@ def test_dead_units_go_without_loss_and_at_random_they_do_not(load, name):
     assert difference(by_chance(TOKENS), expected) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "d_mlp", "heads"), [("gpt2", 128, None), ("phi3", 64, None), ("llama", 64, 4)])
+@pytest.mark.parametrize(("name", "d_mlp", "heads"), [("gpt2", 128, 4), ("phi3", 64, 4), ("llama", 64, 4)])
 def test_all_units_are_the_model_again(opened, name, d_mlp, heads):
     model = opened(name).model
     again = width.narrow(model, 1, 3, TOKENS, d_mlp=d_mlp, n_heads=heads)
@@ -46,7 +46,7 @@ def test_all_units_are_the_model_again(opened, name, d_mlp, heads):
 
 
 @pytest.mark.parametrize(
-    ("name", "d_mlp", "heads"), [("gpt2", 128, None), ("gpt_neox", 64, None), ("phi3", 64, None), ("llama", 64, 4)]
+    ("name", "d_mlp", "heads"), [("gpt2", 128, 4), ("gpt_neox", 64, 4), ("phi3", 64, 4), ("llama", 64, 4)]
 )
 def test_what_widen_added_narrow_finds_and_removes(opened, name, d_mlp, heads):
     model = opened(name).model
