@@ -4,6 +4,8 @@ from . import draft as draft
 from . import draw as draw
 from . import files as files
 from . import frontier as frontier
+from . import heal as heal
+from . import heal_task as heal_task
 from . import ranking as ranking
 from . import rivals as rivals
 from . import say as say
