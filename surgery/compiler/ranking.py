@@ -9,9 +9,10 @@ another (``surgery.series.window``), and a price: the divergence and the loss th
 ``{7.attn | 8.attn} {7.mlp | 8.mlp}``. S is relative to what the layers write, and says nothing about how much the rest
 of the model needs that; the price is absolute. So a low S need not be cheap, and this is what is tested here.
 
-It ranks pairs moderately: over SmolLM2's 28 pairs on 24 texts, S has .62 [.27, .82] with the divergence, R/R_rot -.04
-[-.41, .35]; over 10 of the bundled model .41 [-.42, .87] and .59 [-.26, .92]. What S misses are pairs at the ends of
-the model: SmolLM2's last costs most and has a low S. Single prices cost about as much (L/2 F), so they stay the default.
+It ranks pairs moderately: over SmolLM2's 28 pairs after layer 0, on 24 texts, S has .62 [.27, .82] with the divergence
+and R/R_rot -.04 [-.41, .35]; over the bundled model's 10, on 48 problems, .41 [-.42, .87] and .59 [-.26, .92]. What S
+misses is what the rest of the model needs: SmolLM2's last pair costs most and has a low S. The prices of all pairs take
+about L/2 F, hardly more than S of all pairs (8 F), so they stay what a search is led by unless it is told otherwise.
 
 The interval of Spearman's correlation allows for both that the texts are a sample and that there are few windows: by
 Fisher's z, with the variance of Bonett and Wright (2000), ``(1 + rho^2 / 2) / (windows - 3)``, plus that over resampled
