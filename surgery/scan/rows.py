@@ -21,11 +21,14 @@ import pandas as pd
 
 from surgery import disk
 from surgery.corpus.probes import Encoded
+from surgery.meanings import with_meanings
 from surgery.models import identity as models
 from surgery.models.half_precision import named
 from surgery.models.stack import Stack
 from surgery.records import checked, tables
 from surgery.records.manifest import manifest, tokens_hash
+from surgery.scan.metrics import Metric, name_of
+from surgery.scan.metrics import identity as of_metric
 from surgery.wiring.value import Wiring
 
 FORMAT = "surgery rows 2"  # of a part: every line has a checksum
@@ -36,13 +39,13 @@ COLUMNS: dict[str, str] = {
     "wiring": "the order in which the layers ran",
     "prompt": "index of the probe in its set",
     "group": "group of the probe",
-    "metric": "what was measured: loglik, exact, credit, loss, kl or choice",
+    "metric": "what was measured: loglik, exact, credit, loss, kl or choice, or the name of a function of the user's",
     "value": "its value on this probe under this wiring",
     "baseline": "its value on this probe in the unmodified model",
 }
 
 
-def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str], precision: str = "float32") -> dict[str, Any]:
+def identity(stack: Stack, encoded: Encoded, metrics: Sequence[Metric], precision: str = "float32") -> dict[str, Any]:
     """What must be the same for a scan to go on in a file that is there. Raises ValueError while hooks listen."""
     models.refuse_hooks(stack, "a scan that can be resumed")
     scored = [row.nonzero().flatten().tolist() for row in encoded.scored.cpu()]
@@ -51,11 +54,12 @@ def identity(stack: Stack, encoded: Encoded, metrics: Sequence[str], precision: 
         "probe set": f"{encoded.name} {encoded.sha256[:16]}",
         "tokens": tokens_hash(encoded.tokens),  # the tokenizer may be another
         "scored": hashlib.sha256(json.dumps([scored, encoded.probe, encoded.choice]).encode()).hexdigest(),
-        "metrics": " ".join(metrics),
+        "metrics": " ".join(map(of_metric, metrics)),
         "precision": named(stack, precision),
     }
 
 
+@with_meanings(COLUMNS)
 def read_part(out: "str | Path") -> pd.DataFrame:
     """The rows that a scan into the file ``out`` has so far, with the columns of the file that it will be.
 
@@ -154,9 +158,11 @@ class ResumableTable:
             block = [list(row) for row in rows.itertuples(index=False)]
             self._write(_line(self._seal, json.dumps(block, default=float)) + b"\n")
 
-    def frame(self, wirings: Iterable[Wiring], unmodified: Wiring, metrics: Sequence[str]) -> pd.DataFrame:
+    @with_meanings(COLUMNS)
+    def frame(self, wirings: Iterable[Wiring], unmodified: Wiring, metrics: Sequence[Metric]) -> pd.DataFrame:
         """The rows of ``wirings`` with their ``baseline``, ordered as if all probes had been one portion."""
-        ordered = {text: _in_order(blocks, metrics) for text, blocks in self.blocks.items()}
+        names = [name_of(metric) for metric in metrics]
+        ordered = {text: _in_order(blocks, names) for text, blocks in self.blocks.items()}
         frame = pd.concat([ordered[str(wiring)] for wiring in wirings], ignore_index=True)
         reference = ordered[str(unmodified)].set_index(["prompt", "metric"])["value"]
         frame["baseline"] = reference.loc[pd.MultiIndex.from_frame(frame[["prompt", "metric"]])].to_numpy()

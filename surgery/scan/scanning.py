@@ -22,6 +22,7 @@ from surgery.models.half_precision import layers_of
 from surgery.models.stack import Stack
 from surgery.progress import task
 from surgery.scan import execution, rows
+from surgery.scan.metrics import Metric
 from surgery.scan.scores import Scorer, check_metrics
 from surgery.wiring.value import Wiring
 
@@ -42,7 +43,7 @@ def run(
     probes: "ProbeSet | Encoded",
     out: "str | Path | None" = None,
     *,
-    metrics: Sequence[str] = ("loglik", "exact"),
+    metrics: Sequence[Metric] = ("loglik", "exact"),
     precision: str = "float32",
     memory: int | None = None,
     batch_size: int | None = None,
@@ -61,7 +62,9 @@ def run(
         wirings: in any notation that ``stack.wiring`` takes.
         probes: what is asked; whoever scans the same probes several times encodes them once and hands that over.
         out: a CSV file to fill, with a manifest beside it; without it nothing is kept if the scan is interrupted.
-        metrics: which of ``surgery.scan.METRICS``.
+        metrics: which of ``surgery.scan.METRICS``, and functions of your own (``surgery.scan.metrics``): each takes
+            log-probabilities [token d_vocab] at the scored tokens of a probe's answer, and these tokens [token], and
+            returns a number. They are in the table, and in ``comparisons.table``, under their ``__name__``.
         precision: ``bf16`` runs the layers, of wirings and of the unmodified model alike, with their matrices in
             bfloat16 (``surgery.models.half_precision``): about twice as fast, good enough to rank wirings, not to
             measure a small gain. ``float32`` is the model as it was loaded.
@@ -72,8 +75,9 @@ def run(
             address, or more exactly a ``surgery.scan.cluster.Cluster``.
 
     Raises:
-        ValueError: an unknown metric, ``choice`` on probes without choices, or ``out`` holds a scan of another model,
-            probe set, choice of metrics or precision; ``bf16`` of a model with hooks, or loaded in another type.
+        ValueError: an unknown metric, a function without a name of its own or that returns no number, ``choice`` on
+            probes without choices, or ``out`` holds a scan of another model, probe set, choice of metrics (or source
+            of a function) or precision; ``bf16`` of a model with hooks, or loaded in another type.
 
     >>> from surgery import models
     >>> from surgery.corpus.probes import Probe

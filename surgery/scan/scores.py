@@ -11,34 +11,37 @@ kl        mean over the scored tokens of KL(unmodified || wiring), nats         
 choice    1 if the right choice has the highest loglik (probes with choices), else 0  higher
 ========  ==========================================================================  ========================
 
+Beside these a metric may be a function of your own (``surgery.scan.metrics``); higher is better.
+
 Where the logits of a probe are not finite numbers (a stream that overflowed, a broken weight), every metric of it is
-NaN, also those that only count first choices: the first choice among NaN is whatever comes first.
+NaN, also those that only count first choices: the first choice among NaN is whatever comes first. A function of your
+own is not called then.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from surgery.corpus.probes import Encoded
 from surgery.instruments import readout
 from surgery.models.half_precision import Layers
 from surgery.models.stack import Stack
-from surgery.scan.metrics import METRICS
+from surgery.scan import metrics as names
+from surgery.scan.metrics import Metric, name_of
 from surgery.scan.packing import Inputs
 from surgery.wiring.value import Wiring
 
 
-def check_metrics(metrics: Sequence[str], encoded: Encoded) -> None:
-    """Raise ValueError for a metric that there is none of, and for ``choice`` on probes without choices."""
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown:
-        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+def check_metrics(metrics: Sequence[Metric], encoded: Encoded) -> None:
+    """Raise ValueError as ``metrics.require``, and for ``choice`` on probes without choices."""
+    names.require(metrics)
     if "choice" in metrics and max(encoded.choice) == 0:
         raise ValueError("the metric 'choice' needs probes with choices, and these have none")
 
@@ -67,7 +70,7 @@ class Scorer:
     Cost of making one: the embedding of the portion; with ``kl`` 1 F without the head.
     """
 
-    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[str], layers: Layers | None = None) -> None:
+    def __init__(self, stack: Stack, encoded: Encoded, metrics: Sequence[Metric], layers: Layers | None = None) -> None:
         self.stack, self.encoded, self.metrics = stack, encoded, tuple(metrics)
         self.layers: Layers = stack if layers is None else layers
         inputs = Inputs.of(encoded)
@@ -81,6 +84,15 @@ class Scorer:
         self._targets = encoded.tokens.ids.cpu()[scored][order].to(stack.device)
         self._row = scored.nonzero()[:, 0][order]
         self._credit = share[scored].double()[order]
+        self._right = np.array(encoded.choice) == 0
+        by_row = scored.sum(1).tolist()
+        self._answers = [  # of every probe's right answer, in the order of its tokens: the places, and the tokens
+            answer
+            for answer, right in zip(
+                zip(inputs.place.split(by_row), encoded.tokens.ids.cpu()[scored].split(by_row)), self._right
+            )
+            if right
+        ]
         self._unmodified: Tensor | None = None
         if "kl" in self.metrics:
             self._unmodified = self.final(self.layers.execute(":", self.context.x0, self.context))
@@ -108,23 +120,27 @@ class Scorer:
 
     def tables(self, finals: "Sequence[tuple[Wiring | str, Float[Tensor, 'place d_model']]]") -> list[pd.DataFrame]:
         """The scores of several wirings, read out together, as of ``rows``."""
-        values = self._values(torch.stack([final for _, final in finals]))
+        streams = torch.stack([final for _, final in finals])
+        own = [metric for metric in self.metrics if not isinstance(metric, str)]
+        values = self._values(streams) if len(own) < len(self.metrics) else {}
+        values |= self._own_values(streams, own) if own else {}
+        metrics = [name_of(metric) for metric in self.metrics]
         fixed = {
-            "prompt": np.tile(np.array(self.prompts), len(self.metrics)),
-            "group": list(self.encoded.groups) * len(self.metrics),
-            "metric": np.repeat(self.metrics, len(self.prompts)),
+            "prompt": np.tile(np.array(self.prompts), len(metrics)),
+            "group": list(self.encoded.groups) * len(metrics),
+            "metric": np.repeat(metrics, len(self.prompts)),
         }
         return [
             pd.DataFrame(
                 {"wiring": str(wiring)}
                 | fixed
-                | {"value": np.concatenate([values[metric][place] for metric in self.metrics])}
+                | {"value": np.concatenate([values[metric][place] for metric in metrics])}
             )
             for place, (wiring, _) in enumerate(finals)
         ]
 
     def _values(self, finals: Float[Tensor, "wiring place d_model"]) -> dict[str, Float[np.ndarray, "wiring probe"]]:
-        """Every metric, a value per wiring and probe: that of its right answer."""
+        """Every built-in metric, a value per wiring and probe: that of its right answer."""
         parts = [self._read(finals, chunk, tokens) for chunk, tokens in self._chunks(len(finals))]
         log_p, missed, divergence = (torch.cat(part, 1).double().cpu() for part in zip(*parts, strict=True))
         n_rows = len(self.encoded.probe)
@@ -134,7 +150,6 @@ class Scorer:
 
         loglik, wrong = per_row(log_p), per_row(missed)
         count = torch.bincount(self._row, minlength=n_rows)
-        right = np.array(self.encoded.choice) == 0
         by_row = {
             "loglik": loglik,
             "exact": (wrong == 0).double().masked_fill(wrong.isnan(), math.nan),
@@ -142,9 +157,27 @@ class Scorer:
             "loss": -loglik / count,
             "kl": per_row(divergence) / count,
         }
-        values = {metric: of_rows.numpy()[:, right] for metric, of_rows in by_row.items()}
+        values = {metric: of_rows.numpy()[:, self._right] for metric, of_rows in by_row.items()}
         if "choice" in self.metrics:
             values["choice"] = self._right_choices(loglik.numpy())
+        return values
+
+    def _own_values(
+        self, finals: Float[Tensor, "wiring place d_model"], own: Sequence[Callable[..., Any]]
+    ) -> dict[str, Float[np.ndarray, "wiring probe"]]:
+        """The functions of the user, called for one wiring and probe at a time."""
+        values = {name_of(function): np.full((len(finals), len(self._answers)), np.nan) for function in own}
+        for probe, (places, targets) in enumerate(self._answers):
+            targets = targets.to(finals.device)
+            size = max(1, readout.at_once(self.stack) // len(places))
+            for first in range(0, len(finals), size):
+                some = finals[first : first + size, places.to(finals.device)]
+                read = readout.log_probabilities(self.stack, some.flatten(0, 1)).unflatten(0, some.shape[:2])
+                for wiring, log_p in enumerate(read, start=first):
+                    if log_p.isnan().any():
+                        continue
+                    for function in own:
+                        values[name_of(function)][wiring, probe] = _number(function, log_p, targets)
         return values
 
     def _chunks(self, n_wirings: int) -> Iterator[tuple[slice, slice]]:
@@ -192,3 +225,15 @@ class Scorer:
         own = loglik[:, ~wrong]
         alone = ~np.isin(probe[~wrong], probe[wrong])
         return np.where(np.isnan(own) | np.isnan(others.T), np.nan, (own > others.T) | alone)
+
+
+def _number(
+    function: Callable[..., Any], log_p: Float[Tensor, "token d_vocab"], targets: Int[Tensor, " token"]
+) -> float:
+    """What a metric of the user says of one answer. Raises ValueError where that is no number."""
+    value = function(log_p, targets)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"the metric {name_of(function)} must return one number for a probe, not {what}") from error
