@@ -25,6 +25,7 @@ import pandas as pd
 
 from surgery.compiler import branches
 from surgery.corpus.probes import Encoded
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.rebuild import fuse
 from surgery.scan import scanning
@@ -161,6 +162,7 @@ FAMILIES: dict[str, Family[Any]] = {
 FUSED = ("side by side", "left out", "both")  # families whose divisions a model can be built from, a layer a group
 
 
+@with_meanings(COLUMNS)
 def divisions(
     stack: Stack,
     texts: Encoded,
@@ -174,6 +176,7 @@ def divisions(
     ranking: Mapping[int, float] | None = None,
     out: "str | Path | None" = None,
     precision: str = "float32",
+    known: dict[str, float] | None = None,
 ) -> pd.DataFrame:
     """The best division of every depth that was found: ``COLUMNS``, deepest first.
 
@@ -187,6 +190,7 @@ def divisions(
             before (``surgery.compiler.ranking``); then no single move is measured, and moves are screened by it.
         out: a folder for the scans, so that the same search goes on after a kill.
         precision: as of ``scan.run``.
+        known: as of ``mean_gains``: what other families have measured on these texts.
 
     Cost: the single moves, about L/2 F (of ``branches``, 3 L F), unless there is a ``ranking``, and at most
     ``beam * screen`` wirings for every layer saved (of ``branches``, three times as many for every half).
@@ -211,7 +215,7 @@ def divisions(
 
     def measured(candidates: Iterable[Any]) -> dict[Any, float]:
         named = {division: kind.notation(division) for division in candidates}
-        return _costs(stack, named, texts, metric, out=out, precision=precision)
+        return _costs(stack, named, texts, metric, out=out, precision=precision, known=known)
 
     whole = kind.of_groups(tuple((layer,) for layer in range(n_layers)), n_layers)
     first = kind.moves(whole)
@@ -272,9 +276,16 @@ def mean_gains(
     metric: str,
     out: "str | Path | None" = None,
     precision: str = "float32",
+    known: dict[str, float] | None = None,
 ) -> pd.Series:
-    """The mean gain of every wiring over the texts, by its notation; ``out`` is a folder, with a file for each scan."""
-    name = hashlib.sha256("\n".join(sorted(wirings)).encode()).hexdigest()[:12]
-    file = None if out is None else Path(out) / f"{name}.csv"
-    rows = scanning.run(stack, wirings, texts, file, metrics=(metric,), precision=precision)
-    return comparisons.differences(rows, metric).mean()
+    """The mean gain of every wiring over the texts, by its notation; ``out`` is a folder, with a file for each scan.
+
+    What is in ``known`` is not measured again, and what is measured is put there: one for each model, texts and metric.
+    """
+    known, names = {} if known is None else known, [str(stack.wiring(wiring)) for wiring in wirings]
+    if new := [name for name in dict.fromkeys(names) if name not in known]:
+        short = hashlib.sha256("\n".join(sorted(new)).encode()).hexdigest()[:12]
+        file = None if out is None else Path(out) / f"{short}.csv"
+        rows = scanning.run(stack, new, texts, file, metrics=(metric,), precision=precision)
+        known |= comparisons.differences(rows, metric).mean().to_dict()
+    return pd.Series({name: known[name] for name in names})
