@@ -1,6 +1,8 @@
+from . import acceptance as acceptance
 from . import branches as branches
 from . import chapter as chapter
 from . import draft as draft
+from . import draft_speed as draft_speed
 from . import draw as draw
 from . import files as files
 from . import frontier as frontier
@@ -10,6 +12,7 @@ from . import ranking as ranking
 from . import rivals as rivals
 from . import say as say
 from . import search as search
+from . import shared_cache as shared_cache
 from . import speed as speed
 from . import study as study
 from .frontier import Halves as Halves

@@ -1,46 +1,40 @@
 r"""A compiled model drafts, the original verifies: the original's own text, perhaps faster.
 
 The draft writes ``block`` tokens, one after another; the original reads them all in one step and keeps as many as it
-would have written itself, and one more that it writes there (Leviathan et al. 2023, arXiv 2211.17192; here greedy, so
-what comes out is the original's greedy text, whatever the draft does: a poor one only costs time). A fused model is a
-draft with the original's vocabulary, and no training.
+would have written itself, and one more that it writes there (Leviathan et al. 2023, arXiv 2211.17192; here greedy).
+So what comes out is the original's greedy text, whatever the draft does: a poor one only costs time. A compiled model
+is a draft with the original's vocabulary, and no training. The layers that both begin with run once for both, and
+their keys and values are kept once (``surgery.compiler.shared_cache``).
 
-If the draft agrees at a share ``a`` of places, a step of the original keeps on average ``(1 - a^(block + 1)) / (1 -
-a)`` tokens; with a draft that takes ``c`` of the original's time a token, it is faster by that over ``block c + 1``
-(``expected``). ``agreement`` measures ``a`` beforehand, on running text. What text a model writes itself is easier to
-agree on than what others wrote, so the prediction is on the careful side.
+Which drafts there are, by the wiring:
 
-Control: the draft that is the original with its last layers left out (early exit), ``search.skips``.
+* ``":7 {7.attn | 8.attn} {7.mlp | 8.mlp} 9:"``, compiled: fused where that is possible, else taped;
+* ``":20"``, the plain early exit (LayerSkip, Elhoushi et al. 2024, arXiv 2404.16710): all of its layers are shared;
+* ``":7 9:"``, layers left out (Draft & Verify, Zhang et al. 2023, arXiv 2309.08168).
+
+Identical means: every token is the likeliest one after those before it, as the original computes it when it reads a
+block at once. By itself it reads one token a step, and sums in another order; so where two tokens are likeliest to
+within rounding (1e-5 of the logits in float32), the two ways may choose differently, as two machines may.
+
+What to expect, and how it is measured: ``surgery.compiler.acceptance``.
 """
 
-import statistics
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens import TransformerBridge
 
+from surgery.compiler.shared_cache import Ids, Pair, SharedCache
+from surgery.models.errors import ModelError
+from surgery.models.loading import plain
 from surgery.models.stack import Stack
-from surgery.models.tokens import Tokens
+from surgery.rebuild import fuse, tape
+from surgery.wiring.value import Wiring
 
-COLUMNS = {
-    "draft": "which model drafts",
-    "agreement": "share of tokens, on running text, on which it agrees with the original: measured beforehand",
-    "block": "tokens drafted for a step of the original, chosen for this agreement and time",
-    "per_step_expected": "tokens that a step of the original keeps, as the agreement predicts",
-    "per_step": "tokens that it keeps in texts that it writes",
-    "ratio_expected": "tokens a second beside the original alone, as agreement and time predict",
-    "ratio": "the same, measured (median over prompts)",
-    "ratio_low": "smallest of all prompts",
-    "ratio_high": "largest of all prompts",
-    "same": "share of prompts whose text is the original's to the last token",
-    "n_prompts": "prompts",
-}
+Model = Any  # a TransformerBridge, or a Hugging Face model
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,13 @@ class Drafted:
     """A text that was drafted and verified.
 
     Attributes: ``ids``, prompt and text; ``kept``, how many drafted tokens each step of the original kept; ``block``,
-    how many it was offered.
+    how many it was offered at most; ``n_shared``, how many layers ran once for both models.
     """
 
-    ids: Int[Tensor, "1 pos"]
+    ids: Ids
     kept: tuple[int, ...]
     block: int
+    n_shared: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -67,157 +62,107 @@ class Drafted:
         return sum(kept + 1 for kept in self.kept) / max(1, len(self.kept))
 
 
-@torch.no_grad()
 def generate(
-    original: Any, draft: Any, ids: Int[Tensor, "prompt pos"], max_new_tokens: int = 32, *, block: int = 4
+    original: Model,
+    draft: "Model | Wiring | str",
+    ids: Int[Tensor, "prompt pos"],
+    max_new_tokens: int = 32,
+    *,
+    block: int = 4,
 ) -> Drafted:
-    """Write the original's greedy text after ``ids``, drafted by ``draft``: two Hugging Face models of one vocabulary.
+    """Write the original's greedy text after ``ids``, drafted by another model.
+
+    Args:
+        original: a bridge (loaded, taped, built), or a Hugging Face model.
+        draft: a wiring of the original, or a model of the same vocabulary; what they share is found by comparison.
+        block: tokens drafted for a step of the original.
 
     Nothing stops it but ``max_new_tokens``. Cost: a step of the original for every ``per_step`` tokens, and ``block``
-    steps of the draft.
+    steps of the draft; shared layers read every token once. What ``pair`` costs comes first: for several texts make the
+    pair once and call ``write``.
 
-    Raises ValueError for more than one prompt, an empty one, a block below 1, and models of different vocabularies.
+    Raises as ``pair`` and ``write`` do.
 
     >>> import surgery
-    >>> from surgery.rebuild import fuse
     >>> model = surgery.load("babel")
-    >>> plain = surgery.models.plain
-    >>> small = plain(fuse.together(model, ":2 {2.attn | 3.attn} {2.mlp | 3.mlp} 4:"))
     >>> ids = model.tokenizer("p3 pf1 >other", return_tensors="pt")["input_ids"]
-    >>> generate(plain(model), small, ids, 3).ids.shape[1] - ids.shape[1]
-    3
+    >>> drafted = generate(model, ":8 {8.attn | 9.attn} {8.mlp | 9.mlp} 10:", ids, 3)
+    >>> drafted.ids.shape[1] - ids.shape[1], drafted.n_shared
+    (3, 8)
+    """
+    return write(pair(original, draft), ids, max_new_tokens, block=block)
+
+
+def pair(original: Model, draft: "Model | Wiring | str") -> Pair:
+    """The parts in which an original and its draft run (``shared_cache.Pair``), for any number of texts.
+
+    Changes that are made to the models later may not be heard. Cost: building the draft where it is a wiring
+    (``fuse.together``, ``tape.together``), a comparison of all weights, and a few F on a short prompt.
+
+    Raises ValueError for models of different vocabularies, and a wiring of a model that is no bridge; WiringError for
+    no wiring of the original; ModelError for a model without a Hugging Face form.
+    """
+    if isinstance(draft, str | Wiring):
+        if not isinstance(original, TransformerBridge):
+            raise ValueError(
+                f'"{draft}" is a wiring, and {type(original).__name__} is no bridge: give surgery.load(model) as the '
+                "original, or a model as the draft"
+            )
+        draft = compiled(original, draft)
+    return Pair(hugging_face(original), hugging_face(draft))
+
+
+def compiled(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBridge:
+    """The model of a wiring: fused where it has groups that can be, else taped, on the weights of ``model``.
+
+    Raises WiringError for no wiring of this model.
+    """
+    whole = Stack(model).wiring(wiring)
+    if not whole.is_serial:
+        try:
+            return fuse.together(model, whole)
+        except (ModelError, ValueError):  # it is a draft all the same
+            pass
+    return tape.together(model, whole)
+
+
+@torch.no_grad()
+def write(models: Pair, ids: Int[Tensor, "prompt pos"], max_new_tokens: int = 32, *, block: int = 4) -> Drafted:
+    """Write the original's greedy text after ``ids``, as ``generate`` does, with models that are paired already.
+
+    Raises ValueError for more than one prompt, an empty one, and a block below 1.
     """
     if ids.shape[0] != 1 or not ids.shape[1] or block < 1:
         raise ValueError(f"one prompt at a time, of one token or more, in blocks of 1 or more; got {tuple(ids.shape)}")
-    sizes = [model.config.get_text_config().vocab_size for model in (original, draft)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} words: a draft needs the same one")
-    writer, drafter = _Writer(original), _Writer(draft)
-    whole, wanted = ids, ids.shape[1] + max_new_tokens
-    if max_new_tokens > 0:
-        whole = torch.cat([whole, writer.next(whole, 1)], 1)
+    whole = ids.to(models.original.model.device)
+    cache, stop = SharedCache(models), ids.shape[1] + max_new_tokens
     kept: list[int] = []
-    while whole.shape[1] < wanted:
-        offered = min(block, wanted - whole.shape[1])
+    if max_new_tokens > 0:
+        whole = torch.cat([whole, _likeliest(cache, models.original, whole, 1)], 1)
+    while whole.shape[1] < stop:
+        offered = min(block, stop - whole.shape[1])
         drafted = whole
         for _ in range(offered):
-            drafted = torch.cat([drafted, drafter.next(drafted, 1)], 1)
-        own = writer.next(drafted, offered + 1)  # after the last token, and after every drafted one
+            drafted = torch.cat([drafted, _likeliest(cache, models.draft, drafted, 1)], 1)
+        own = _likeliest(cache, models.original, drafted, offered + 1)  # after the last token, and every drafted one
         agree = int((own[0, :offered] == drafted[0, -offered:]).cumprod(0).sum())
         whole = torch.cat([whole, own[:, : agree + 1]], 1)
         kept.append(agree)
-        for model in (writer, drafter):
-            model.forget(whole.shape[1] - 1)
-    return Drafted(whole[:, :wanted], tuple(kept), block)
+        cache.forget(whole.shape[1] - 1)
+    return Drafted(whole[:, :stop].to(ids.device), tuple(kept), block, models.n_shared)
 
 
-class _Writer:
-    """A model with its key-value cache, which is cut back to what is kept of a text."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.cache, self.read = model, None, 0
-
-    def next(self, ids: Int[Tensor, "1 pos"], count: int) -> Int[Tensor, "1 count"]:
-        """The likeliest tokens after each of the last ``count`` tokens."""
-        new = ids[:, self.read :].to(next(self.model.parameters()).device)
-        output = self.model(new, past_key_values=self.cache, use_cache=True)
-        self.cache, self.read = output.past_key_values, ids.shape[1]
-        return output.logits[:, -count:].argmax(-1).to(ids.device)
-
-    def forget(self, length: int) -> None:
-        """Keep the first ``length`` tokens at most."""
-        if self.cache is not None and self.read > length:
-            self.cache.crop(length - self.read)  # how many to remove, below 0
-            self.read = length
+def _likeliest(cache: SharedCache, part: Any, ids: Ids, count: int) -> Int[Tensor, "1 count"]:
+    return cache.logits(part, ids, count).argmax(-1)
 
 
-@torch.no_grad()
-def agreement(stack: Stack, wiring: str, tokens: Tokens, batch_size: int = 8) -> float:
-    """The share of tokens after which both have the same likeliest next one; the last of a prompt counts too.
-
-    Cost: 2 F and as many readouts.
-    """
-    same = total = 0
-    for batch in tokens.batches(batch_size):
-        mask = batch.mask
-        first = stack.run(batch).argmax(-1)[mask]
-        second = stack.run(batch, wiring).argmax(-1)[mask]
-        same, total = same + int((first == second).sum()), total + int(mask.sum())
-    return same / total
-
-
-def expected(agreement: float, block: int, cost: float) -> tuple[float, float]:
-    """Tokens for every step of the original, and how many times as fast writing is.
-
-    Args:
-        agreement: share of tokens on which draft and original agree.
-        cost: time of the draft for a token, as a share of the original's.
-
-    >>> [round(value, 2) for value in expected(0.8, 4, 0.5)]
-    [3.36, 1.12]
-    """
-    per_step = block + 1.0 if agreement >= 1 else (1 - agreement ** (block + 1)) / (1 - agreement)
-    return per_step, per_step / (block * cost + 1)
-
-
-def best_block(agreement: float, cost: float, most: int = 16) -> int:
-    """The block for which ``expected`` is fastest.
-
-    >>> best_block(0.9, 0.3), best_block(0.5, 0.9)
-    (5, 1)
-    """
-    return max(range(1, most + 1), key=lambda block: expected(agreement, block, cost)[1])
-
-
-def measure(
-    stack: Stack,
-    original: Any,
-    drafts: Mapping[str, tuple[Any, str, float]],
-    tokens: Tokens,
-    prompts: Sequence[Int[Tensor, "1 pos"]],
-    max_new_tokens: int = 24,
-) -> pd.DataFrame:
-    """Predict and measure every draft: a row (``COLUMNS``) each.
-
-    ``drafts`` has the model that drafts, its wiring, and its time for a token as a share of the original's; ``tokens``
-    are what agreement is measured on, ``prompts`` what is written on. Models take turns at every prompt.
-    """
-    rows = []
-    for name, (model, wiring, cost) in drafts.items():
-        shared = agreement(stack, wiring, tokens)
-        block = best_block(shared, cost)
-        per_step, speed = expected(shared, block, cost)
-        ratios, kept, same = [], list[int](), []
-        for ids in prompts:
-            start = time.perf_counter()
-            alone = _greedy(original, ids, max_new_tokens)
-            middle = time.perf_counter()
-            made = generate(original, model, ids, max_new_tokens, block=block)
-            ratios.append((middle - start) / (time.perf_counter() - middle))
-            kept += made.kept
-            same.append(torch.equal(made.ids, alone))
-        rows.append(
-            {
-                "draft": name,
-                "agreement": shared,
-                "block": block,
-                "per_step_expected": per_step,
-                "per_step": float(np.mean([count + 1 for count in kept])),
-                "ratio_expected": speed,
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "same": float(np.mean(same)),
-                "n_prompts": len(prompts),
-            }
+def hugging_face(model: Model) -> Any:
+    """The Hugging Face model behind a bridge; itself if it is one. Raises ModelError for a bridge without."""
+    if not isinstance(model, TransformerBridge):
+        return model
+    if (twin := plain(model)) is None:
+        raise ModelError(
+            f"{model.cfg.model_name} has no Hugging Face form, whose cache drafting needs: give a model that "
+            "surgery.load made from one"
         )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-@torch.no_grad()
-def _greedy(model: Any, ids: Int[Tensor, "1 pos"], count: int) -> Int[Tensor, "1 pos"]:
-    """The model's own greedy text."""
-    writer, whole = _Writer(model), ids
-    for _ in range(count):
-        whole = torch.cat([whole, writer.next(whole, 1)], 1)
-    return whole
+    return twin

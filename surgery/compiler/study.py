@@ -17,7 +17,7 @@ import torch
 from transformer_lens import TransformerBridge
 
 from surgery import disk
-from surgery.compiler import draft, draw, files, frontier, say, speed
+from surgery.compiler import draft_speed, draw, files, frontier, say, speed
 from surgery.compiler.frontier import Halves
 from surgery.corpus import everyday, probes
 from surgery.models import names
@@ -32,6 +32,7 @@ from surgery.records.tables import manifest_path
 from surgery.scan import study as scan_study
 
 LEFT_OUT = "as many layers left out"
+EARLY_EXIT = "early exit of the same depth"
 COMPILED = "compiled"  # the folder of the fused model
 FEWEST = 12  # texts
 
@@ -144,12 +145,12 @@ def measure(
         if not saved.exists():
             speak("saving the compiled model")
             layout.save(fused, saved)
-    times, drafts = pd.DataFrame(columns=list(speed.COLUMNS)), pd.DataFrame(columns=list(draft.COLUMNS))
+    times, drafts = pd.DataFrame(columns=list(speed.COLUMNS)), pd.DataFrame(columns=list(draft_speed.COLUMNS))
     if rounds and plain(stack.model) is not None:
         speak("timing")
         models = _timed(stack, frame, shown, fused)
         times = speed.measure(models, rounds=rounds, d_vocab=stack.d_vocab)
-        drafts = _drafted(stack, frame, shown, halves, models, times)
+        drafts = _drafted(stack, frame, shown, halves, models)
     sentences = say.sentences(frame, times, drafts, allow, halves.metric, stack.n_layers, refused)
     source = manifest(
         stack,
@@ -187,19 +188,16 @@ def _cheap(frame: pd.DataFrame, saved: int) -> pd.Series:
 
 
 def _drafted(
-    stack: Stack, frame: pd.DataFrame, shown: pd.Series, halves: Halves, models: dict[str, Any], times: pd.DataFrame
+    stack: Stack, frame: pd.DataFrame, shown: pd.Series, halves: Halves, models: dict[str, Any]
 ) -> pd.DataFrame:
-    """The timed models as drafts, on a few of the texts."""
-    tokens, left_out = halves.measured_on.tokens, _left_out(frame, shown)
-    wirings = {"compiled": str(shown["wiring"]), LEFT_OUT: left_out}
-    decode = times[(times["phase"] == "decode") & (times["batch"] == 1)].set_index("model")["ratio"]
-    drafts = {
-        name: (models[name], wiring, 1 / float(decode[name]))
-        for name, wiring in wirings.items()
-        if wiring and name in models
-    }
+    """The compiled model as a draft, and early exit and layers left out of equal depth, on a few of the texts."""
+    tokens, wiring, left_out = halves.measured_on.tokens, str(shown["wiring"]), _left_out(frame, shown)
+    exit_ = f":{shown['depth']}"
+    drafts = {COMPILED: (models.get(COMPILED, wiring), wiring), EARLY_EXIT: (exit_, exit_)}
+    if left_out:
+        drafts[LEFT_OUT] = (models.get(LEFT_OUT, left_out), left_out)
     few = [tokens.ids[row : row + 1, tokens.mask[row]][:, :16] for row in range(min(8, len(tokens)))]
-    return draft.measure(stack, models["original"], drafts, tokens[: min(32, len(tokens))], few)
+    return draft_speed.measure(stack, drafts, tokens[: min(32, len(tokens))], few)
 
 
 def _left_out(frame: pd.DataFrame, shown: pd.Series) -> str:

@@ -41,7 +41,8 @@ def test_tables_figure_and_page_are_there(compiled):
     assert times["model"].unique().tolist()[:3] == ["original", "compiled", "side by side, not fused"]
     assert (times.loc[times["model"] == "original", "ratio"] == 1).all()
     drafts = tables.read(folder / files.DRAFT)
-    assert drafts["draft"].tolist() == ["compiled", "as many layers left out"]
+    assert drafts["draft"].tolist() == ["compiled", "early exit of the same depth", "as many layers left out"]
+    assert (drafts["shared"] > 0).all()
     assert (drafts["same"] == 1).all()
     assert (folder / "compile.png").stat().st_size > 10_000
     page = build(folder).read_text()
