@@ -30,7 +30,7 @@ class Meanings(dict[str, str]):
 def put(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """The frame itself, with the meaning of each of its columns that ``columns``, or else the frame so far, knows."""
     known = {**frame.attrs.get("columns", {}), **columns}
-    frame.attrs["columns"] = Meanings({name: known[name] for name in frame if name in known})
+    frame.attrs["columns"] = Meanings({name: known[name] for name in map(str, frame) if name in known})
     return frame
 
 

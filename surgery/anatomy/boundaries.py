@@ -55,6 +55,7 @@ from surgery.anatomy.convergence import Convergence, Utterance
 from surgery.anatomy.ends_against_middle import Profile
 from surgery.instruments import lens
 from surgery.instruments.ensemble import Ensemble
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -331,6 +332,7 @@ def functional(
     return Features(("brain scan",) * 2, rearrange(np.array(skyline), "end layer resample -> resample layer end"))
 
 
+@with_meanings(DETECTORS_COLUMNS)
 def detectors(
     whole: Features, curve: Convergence | None = None, min_size: int = 2, drifts: int = 200, seed: int = 0
 ) -> pd.DataFrame:
@@ -349,6 +351,7 @@ def detectors(
     return pd.DataFrame(rows, columns=list(DETECTORS_COLUMNS))
 
 
+@with_meanings(AGREEMENT_COLUMNS)
 def agreement(whole: Features, min_size: int = 2, drifts: int = 200, seed: int = 0) -> pd.DataFrame:
     """Return how far apart the families put each boundary, ``AGREEMENT_COLUMNS``, every one by itself.
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, normalize
 
 from surgery.instruments.regression import halves
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -297,6 +298,7 @@ def activations(
     return recorded
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def within(
     stack: Stack,

@@ -37,6 +37,7 @@ from surgery import hooks
 from surgery.dropout.identities import require_off
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.fidelity import Answers, checked_answers
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -65,6 +66,7 @@ COLUMNS: dict[str, str] = {
 LogP = Float[Tensor, "token d_vocab"]
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def curve(
     stack: Stack,

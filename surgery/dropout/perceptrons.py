@@ -25,6 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from surgery.meanings import with_meanings
+
 COLUMNS: dict[str, str] = {
     "width": "units of a hidden layer; of a transformer d_model",
     "depth": "number of hidden layers; of a transformer its layers",
@@ -115,6 +117,7 @@ def require_rate(rate: float) -> None:
         raise ValueError(f"rate = {rate}: it is the probability of dropping a unit, from 0 (none) to below 1")
 
 
+@with_meanings(COLUMNS)
 def perceptrons(
     widths: Sequence[int] = (32, 64, 128),
     depths: Sequence[int] = (1, 2, 4),

@@ -44,6 +44,7 @@ from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage
 from surgery.instruments.ensemble import Ensemble, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
 from surgery.instruments.regression import LeastSquares, halves
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.errors import ModelError
 from surgery.models.stack import Stack
@@ -88,6 +89,7 @@ COLUMNS: dict[str, str] = {
 } | described(_MEASURES)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def across(
     stack: Stack,
@@ -129,6 +131,7 @@ def across(
     return pd.DataFrame([row])
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def mass(stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """Redundancy mass and mean rho of all pairs of layers: ``interactions.summary`` of their damages, norms frozen.
@@ -141,6 +144,7 @@ def mass(stack: Stack, tokens: Tokens | Tensor, kind: str = "mean", *, sampling:
     return interactions.summary(full, resamples=sampling.resamples, seed=sampling.seed, tolerance=stack.tolerance)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def additivity(
     stack: Stack,
@@ -181,6 +185,7 @@ def additivity(
     return frame
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def subsets(
     stack: Stack,
@@ -247,6 +252,7 @@ def random_subsets(n_layers: int, sizes: Sequence[int] | None, draws: int, seed:
     return subsets
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """How much of a layer's direct effect on the right next token is compensated when it is lost: a row per layer.
@@ -276,6 +282,7 @@ def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = S
     )
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def predictability(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = RIDGE, sampling: Sampling = Sampling()

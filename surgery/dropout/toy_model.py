@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from surgery.meanings import with_meanings
 from surgery.stats.bootstrap import t_interval, verdict
 
 SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
@@ -289,6 +290,7 @@ def measures(w: Float[Tensor, "cell hidden feature"]) -> dict[str, Float[Tensor,
     return dict(zip(_MEASURES, values, strict=True))
 
 
+@with_meanings(COLUMNS)
 def sweep(
     sparsities: Sequence[float] = SPARSITIES,
     rates: Sequence[float] = RATES,
@@ -348,6 +350,7 @@ def _matched(frame: pd.DataFrame, history: list[dict[str, Tensor]]) -> pd.DataFr
     return pd.DataFrame(rows, index=frame.index)
 
 
+@with_meanings(COLUMNS)
 def differences(frame: pd.DataFrame) -> pd.DataFrame:
     """Compare every rate with none, paired by sparsity and seed, in a sweep of one or several ``decay``.
 

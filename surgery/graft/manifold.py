@@ -31,6 +31,7 @@ from surgery.instruments import fidelity
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.readout import log_probabilities, portions
 from surgery.instruments.windows import Stream
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -61,6 +62,7 @@ COLUMNS = {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def report(
     stack: Stack, walk: Walk, kinds: Mapping[str, Kind], heldout: Tokens, start: int, *, sampling: Sampling = Sampling()

@@ -33,6 +33,7 @@ from transformer_lens import TransformerBridge
 
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.fidelity import ANSWERS, Answers, Ending, add_predictions, checked_answers, predictions, run
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.loading import untrained
 from surgery.models.stack import Stack
@@ -58,6 +59,7 @@ COLUMNS = {
 } | described(MEASURES)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def layers(
     stack: Stack,

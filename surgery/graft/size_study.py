@@ -24,6 +24,7 @@ from surgery.corpus.splits import Split
 from surgery.graft import draw, grafting, study
 from surgery.graft.grafting import Graft, Objective, Schedule
 from surgery.instruments import fidelity
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.page import drawing, phrases
 from surgery.rebuild import layout
@@ -72,6 +73,7 @@ class Cell:
         return f"{self.d_mlp}x{self.depth}_{self.steps}_{self.seed}"
 
 
+@with_meanings(COLUMNS)
 def run(
     teacher: Stack,
     pairs: Latents,

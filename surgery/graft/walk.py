@@ -43,6 +43,7 @@ from torch import Tensor
 
 from surgery.instruments.ensemble import REFERENCE
 from surgery.instruments.massive import Usual
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.training.activations import Latents, Moments, Pairs
@@ -192,6 +193,7 @@ class Walk:
         """The walk on another device."""
         return Walk(tuple(region.to(device) for region in self.regions))
 
+    @with_meanings(COLUMNS)
     def summary(self) -> pd.DataFrame:
         """A row per class of positions: ``COLUMNS``."""
         rows = [(i, r.n_tokens, r.components, r.variance, r.n_massive) for i, r in enumerate(self.regions)]

@@ -30,6 +30,7 @@ from surgery.corpus.splits import Split
 from surgery.graft import draw, grafting, manifold, study, walk
 from surgery.graft.grafting import Objective, Schedule
 from surgery.graft.walk import LONGER, MORE, REAL
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.page import drawing
@@ -129,6 +130,7 @@ def place(method: str, amount: int, seed: int) -> str:
     return f"{method.replace(',', '').replace(' ', '_')}_{amount}_{seed}"
 
 
+@with_meanings(COLUMNS[METHODS])
 def run(
     teacher: Stack,
     harvested: Harvested,

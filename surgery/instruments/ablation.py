@@ -45,6 +45,7 @@ from surgery import progress
 from surgery.instruments.components import Sites
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
@@ -98,6 +99,7 @@ class Damages:
         """Where a damage is not finite: nothing may be said of that set."""
         return ~(self.margin.isfinite() & self.loss.isfinite())
 
+    @with_meanings(COLUMNS)
     def frame(self, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
         """Return one row per set, with intervals over prompts: ``COLUMNS``."""
         n_prompts = self.margin.shape[1]
@@ -265,6 +267,7 @@ def damage(
     return damages
 
 
+@with_meanings(COLUMNS)
 def freezing(frozen: Damages, live: Damages, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Compare damages of the margin under frozen and live norms: a row per set, ``FREEZING``. Cost: no forward pass.
 

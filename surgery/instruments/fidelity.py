@@ -39,6 +39,7 @@ from torch import Tensor
 
 from surgery.instruments.ensemble import Ensemble, Totals
 from surgery.instruments.readout import log_probabilities, portions, predicting_positions
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
@@ -82,6 +83,7 @@ COLUMNS = {
 } | described(UNEXPLAINED | PREDICTIONS | ANSWERS)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def measure(
     stack: Stack,
@@ -126,6 +128,7 @@ def measure(
     return pd.DataFrame([{"start": start, "stop": stop} | row])
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def compare(
     teacher: Stack,

@@ -70,6 +70,7 @@ from torch import Tensor
 from surgery.instruments import massive
 from surgery.instruments.ablation import Damages, damage, freezing
 from surgery.instruments.ensemble import Ensemble
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -117,6 +118,7 @@ def sets(n_layers: int) -> list[tuple[int, ...]]:
     return [*combinations(range(n_layers), 1), *combinations(range(n_layers), 2)]
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def pairs(
     stack: Stack,
@@ -159,6 +161,7 @@ def pairs(
     return ensemble.annotate(frame, "layer", "later")
 
 
+@with_meanings(COLUMNS)
 def table(
     full: Damages,
     partial: Damages,
@@ -198,6 +201,7 @@ def table(
     return frame
 
 
+@with_meanings(COLUMNS)
 def rhos(full: Damages, measure: str = "margin", seed: int = 0, *, tolerance: float = 1e-9) -> pd.DataFrame:
     """Return ``layer``, ``later`` and the estimate ``rho`` of every pair, without intervals and controls.
 
@@ -215,6 +219,7 @@ def rhos(full: Damages, measure: str = "margin", seed: int = 0, *, tolerance: fl
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 def summary(
     full: Damages, measure: str = "margin", resamples: int = RESAMPLES, seed: int = 0, *, tolerance: float = 1e-9
 ) -> pd.DataFrame:

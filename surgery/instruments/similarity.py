@@ -41,6 +41,7 @@ from torch.nn.functional import cosine_similarity
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import LeastSquares, halves
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -72,6 +73,7 @@ COLUMNS = {
 COLUMNS |= described(_MEASURES)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def layers(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, *, sublayers: bool = False, sampling: Sampling = Sampling()
@@ -116,6 +118,7 @@ def readings(stack: Stack, ensemble: Ensemble, sublayers: bool = False) -> dict[
     return dict(sums)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def angles(
     stack: Stack, tokens: Tokens | Tensor, max_length: int | None = None, *, sampling: Sampling = Sampling()
@@ -139,6 +142,7 @@ def angles(
     return pd.DataFrame(rows, columns=["start", "stop", "n_prompts", "angle", "angle_low", "angle_high"])
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def linearity(
     stack: Stack, tokens: Tokens | Tensor, *, ridge: float = 0.01, sampling: Sampling = Sampling()
@@ -177,6 +181,7 @@ def linearity(
     return ensemble.annotate(pd.DataFrame(rows), "layer")
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def cka(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = Sampling()) -> pd.DataFrame:
     """Measure the centred kernel alignment of every two streams ``x_a``, ``x_b``, a <= b, from a random token a prompt.

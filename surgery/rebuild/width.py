@@ -32,6 +32,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 
 from surgery.instruments import similarity
+from surgery.meanings import with_meanings
 from surgery.models.errors import ModelError
 from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
 from surgery.models.stack import Stack
@@ -210,6 +211,7 @@ def drop(model: TransformerBridge, layers: Sequence[int]) -> TransformerBridge:
     return layout.build(model, [Row(layer) for layer in rest])
 
 
+@with_meanings(COLUMNS)
 def exactness(models: Mapping[str, TransformerBridge], start: int = 1, stop: int = 3) -> pd.DataFrame:
     """How far the logits move when a part of layers [start, stop) is doubled: a row (``COLUMNS``) per model and part.
 

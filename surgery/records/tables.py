@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 
-from surgery import disk
+from surgery import disk, meanings
 from surgery.outside import OutsideError, content, lacks, read_json, shown
 from surgery.records import checked
 
@@ -83,7 +83,7 @@ def write(
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """Read back the frame that ``write`` wrote, exact in every float.
+    """Read back the frame that ``write`` wrote, exact in every float; ``attrs["columns"]`` says what its columns mean.
 
     Raises ``ValueError`` if the file is missing, has no manifest, or is not the one that its manifest describes.
     """
@@ -94,7 +94,7 @@ def read(path: str | Path) -> pd.DataFrame:
             f"{path} is not the file its manifest describes: it was changed, or a run was interrupted; measure it again"
         )
     try:
-        return _typed(_cells(text, manifest), manifest["types"])
+        return meanings.put(_typed(_cells(text, manifest), manifest["types"]), manifest["columns"])
     except ValueError as error:
         raise ValueError(f"{path} is not a table that surgery wrote: {shown(str(error), 300)}") from error
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble, Totals
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -47,6 +48,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def shares(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, draws: int = 4, *, sampling: Sampling = Sampling(batch_size=8)

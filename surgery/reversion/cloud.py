@@ -53,6 +53,7 @@ from torch import Tensor
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble, Totals, partners
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -98,6 +99,7 @@ COLUMNS = described(_MEASURES) | {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def noise(
     stack: Stack,
@@ -143,6 +145,7 @@ def noise(
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def fit(
     stack: Stack,
@@ -186,6 +189,7 @@ def fit(
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def growth(
     stack: Stack,

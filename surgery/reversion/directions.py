@@ -62,6 +62,7 @@ from surgery.instruments import massive
 from surgery.instruments.displacement import Response, along, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, exchange, partners
 from surgery.instruments.memory import Memory
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -106,6 +107,7 @@ COLUMNS = {
 )
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def layers(
     stack: Stack,
@@ -160,6 +162,7 @@ def layers(
     return frame[[name for name in COLUMNS if name in frame]]
 
 
+@with_meanings(COLUMNS)
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Count for every layer how many directions revert, persist and grow, and how much of the stream varies along them.
 

@@ -60,6 +60,7 @@ from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map, mechanical
 from surgery.instruments.displacement import KINDS, responses
 from surgery.instruments.ensemble import Ensemble, Totals, Visit, exchange, partners
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -121,6 +122,7 @@ COLUMNS = {
 ROTATIONS = 4  # each serves for hundreds of resamples, see _rotated_kappa
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def layers(
     stack: Stack,

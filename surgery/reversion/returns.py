@@ -52,6 +52,7 @@ from torch import Tensor
 from surgery.instruments import massive
 from surgery.instruments.displacement import KINDS, displacements, principal_components
 from surgery.instruments.ensemble import Ensemble, Totals, Visit
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -90,6 +91,7 @@ HALF_WAY_COLUMNS = {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def curves(
     stack: Stack,
@@ -164,6 +166,7 @@ def curves(
     return frame[[name for name in COLUMNS if name in frame]]
 
 
+@with_meanings(HALF_WAY_COLUMNS)
 def half_way(frame: pd.DataFrame) -> pd.DataFrame:
     """Return where half of every displacement is back, and what is left in the end: ``HALF_WAY_COLUMNS``.
 

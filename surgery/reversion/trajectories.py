@@ -60,6 +60,7 @@ from surgery.instruments import massive
 from surgery.instruments.coordinates import Map, coordinate_map
 from surgery.instruments.ensemble import Ensemble, exchange, partners
 from surgery.instruments.massive import Concentration
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -228,6 +229,7 @@ def measure(
     return TrajectoryMoments(matrices, len(ensemble.tokens), ensemble.n_massive, ensemble.concentration, coordinates)
 
 
+@with_meanings(WINDOWS_COLUMNS)
 def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.DataFrame:
     """Return one row per window of up to ``max_length`` layers (any, if not given): ``WINDOWS_COLUMNS``.
 
@@ -253,6 +255,7 @@ def windows(moments: TrajectoryMoments, max_length: int | None = None) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+@with_meanings(PANEL_COLUMNS)
 def panel(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
     """Return phi of an autoregression over depth, a row per series (model or null) and span: ``PANEL_COLUMNS``.
 
@@ -288,6 +291,7 @@ def spans(n_layers: int, boundaries: tuple[int, int] | None = None, first_layer:
     return {name: (a, b) for name, (a, b) in parts.items() if b - a >= 2}
 
 
+@with_meanings(ENDS_COLUMNS)
 def ends(moments: TrajectoryMoments, boundaries: tuple[int, int] | None = None, first_layer: int = 1) -> pd.DataFrame:
     """Compare reversion in the ends with the middle: mean kappa of the layers before and behind, minus between.
 

@@ -49,6 +49,7 @@ from jaxtyping import Float, Int
 from scipy.stats import norm
 
 from surgery.corpus.probes import ProbeSet
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.scan import execution, kriging, scanning
 from surgery.scan.cluster import Cluster, Pool, joined
@@ -281,6 +282,7 @@ def estimates(
     return table.sort_values("gain", ascending=False, kind="stable", ignore_index=True), of_luck
 
 
+@with_meanings(COLUMNS)
 def recall(table: pd.DataFrame, full: pd.DataFrame, metric: str = "loglik", top: int = 10) -> pd.DataFrame:
     """Share of the true ``top`` spans among the best ``top``, 2 and 3 times ``top`` of a search: looked_at, recall.
 

@@ -25,6 +25,7 @@ from jaxtyping import Float
 
 from surgery.corpus.probes import Encoded, Probe, ProbeSet
 from surgery.instruments import readout
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.scan import controls, execution, scanning
 from surgery.scan.scores import Scorer, predicting
@@ -277,6 +278,7 @@ def judged(winners: pd.DataFrame, baseline: Baseline) -> pd.Series:
     return verdict
 
 
+@with_meanings(CONTROLS_COLUMNS)
 def beside(
     stack: Stack, winner: Wiring, encoded: Encoded, metric: str, *, seed: int = 0, memory: int | None = None
 ) -> pd.DataFrame:

@@ -39,6 +39,7 @@ from surgery.instruments.ablation import mean_updates
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions
 from surgery.instruments.together import Together
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -59,6 +60,7 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def effects(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()

@@ -38,6 +38,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from surgery.meanings import with_meanings
 from surgery.models.errors import ModelError
 from surgery.models.linear import require_plain
 from surgery.models.norms import FrozenNorm
@@ -62,6 +63,7 @@ COLUMNS = {
 Matrices = Float[Tensor, "_ _ _"]  # one matrix per head, or a single one for an MLP
 
 
+@with_meanings(COLUMNS)
 def compositions(stack: Stack, kinds: Sequence[str] = HEADS, *, draws: int = 1, seed: int = 0) -> pd.DataFrame:
     """Measure the composition of every two layers ``earlier < later``, by kind. Columns: ``COLUMNS``.
 

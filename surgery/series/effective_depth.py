@@ -28,6 +28,7 @@ from torch import Tensor
 
 from surgery.instruments import lens, massive, similarity
 from surgery.instruments.ensemble import Ensemble
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -46,6 +47,7 @@ COLUMNS = {
 COLUMNS |= described(_MEASURES) | massive.COLUMNS
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def effective(
     stack: Stack,
@@ -68,6 +70,7 @@ def effective(
     return grid(stack, tokens, cosine=[cosine], kl=[kl], overlap=[overlap], sampling=sampling)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def grid(
     stack: Stack,

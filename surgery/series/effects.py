@@ -46,6 +46,7 @@ from surgery.instruments import massive
 from surgery.instruments.ablation import CleanRun, clean_runs
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import portions
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
@@ -80,6 +81,7 @@ COLUMNS["l2_max"] = "the largest distance of the two distributions over tokens; 
 _LEAST = 1e-6  # updates smaller than this count as this large in the relative effect, as published
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def matrix(
     stack: Stack,
@@ -121,6 +123,7 @@ def matrix(
     return ensemble.annotate(tally.frame("T", "local"), "layer", "later")
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def future(
     stack: Stack,
@@ -159,6 +162,7 @@ def future(
     return ensemble.annotate(tally.frame("T"), "layer", "later")
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def future_output(
     stack: Stack,
@@ -193,6 +197,7 @@ def future_output(
     return ensemble.annotate(frame, "layer")
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def depth_score(
     stack: Stack,

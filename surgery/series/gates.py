@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, portions
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Context, Stack
@@ -70,6 +71,7 @@ _MEASURES = {
 COLUMNS |= described(_MEASURES)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def exponents(
     stack: Stack,
@@ -128,6 +130,7 @@ def exponents(
     return ensemble.annotate(pd.DataFrame(rows), "start", "stop")
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def hessian(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()
@@ -202,6 +205,7 @@ def _product(a: Stream, b: Stream) -> Float[Tensor, " batch"]:
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).detach().double().cpu()
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def path_lengths(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, *, frozen: bool = True, sampling: Sampling = Sampling()

@@ -32,6 +32,7 @@ from surgery.instruments.ablation import CleanRun, clean_runs
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import predicting_positions
 from surgery.instruments.together import Together
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.engine import Stream
 from surgery.models.stack import Stack
@@ -56,6 +57,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def losses(
     stack: Stack,

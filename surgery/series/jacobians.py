@@ -51,6 +51,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery.instruments import massive
 from surgery.instruments.ensemble import Ensemble, Visit
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Context, Stack
 from surgery.models.tokens import Tokens
@@ -131,6 +132,7 @@ def linearise(stack: Stack, layer: int, x: Stream, context: Context, cotangent: 
     return Derivative(x, update, cotangent, pulled)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def pairs(
     stack: Stack,

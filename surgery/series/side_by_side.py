@@ -46,6 +46,7 @@ from torch import Tensor
 from surgery.instruments import interactions, known_networks, similarity
 from surgery.instruments.ablation import damage
 from surgery.instruments.ensemble import Ensemble
+from surgery.meanings import with_meanings
 from surgery.models.engine import Engine
 from surgery.models.scopes import scope
 from surgery.models.stack import Stack
@@ -229,6 +230,7 @@ def networks(n_layers: int = 6, seed: int = 0) -> dict[str, Stack]:
     return {name: Stack(model) for name, model in models.items()}
 
 
+@with_meanings(COLUMNS)
 def calibrate(
     stacks: Mapping[str, Stack],
     tokens: Tokens | Tensor,
@@ -254,6 +256,7 @@ def calibrate(
     return pd.DataFrame(rows)
 
 
+@with_meanings(COST_COLUMNS)
 def costs(stack: Stack, tokens: Tokens | Tensor, names: Sequence[str] = tuple(FUNCTIONS)) -> pd.DataFrame:
     """Measure what every function costs on these tokens, in forward passes F: a row each, ``COST_COLUMNS``.
 

@@ -75,6 +75,7 @@ from surgery.instruments.windows import (
     record_stream,
     running_mean,
 )
+from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
@@ -136,6 +137,7 @@ COLUMNS = {
 }
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def windows(
     stack: Stack,
@@ -194,6 +196,7 @@ def windows(
         return table(recording, [recording.sums(prompts, advance) for prompts in recording.batches])
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def longest(
     stack: Stack, tokens: Ensemble | Tokens | Tensor, start: int = 0, *, sampling: Sampling = Sampling()
@@ -229,6 +232,7 @@ def longest(
     return pd.DataFrame([row | measure_columns({"R": R, "O": output[-1], "S": (R + output[-1]) / 2})])
 
 
+@with_meanings(COLUMNS)
 def table(recording: Recording, parts: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
     """Return the table of ``windows`` from the sums of its batches, in their order. Cost: no forward pass.
 
@@ -265,6 +269,7 @@ def table(recording: Recording, parts: Iterable[Mapping[str, Tensor]]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first_layer: int = 1) -> pd.DataFrame:
     """Average every measure over the windows of one length that lie wholly in a third of the model: one row per third.
 
@@ -301,6 +306,7 @@ def summary(frame: pd.DataFrame, n_layers: int, length: int | None = None, first
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 @in_smaller_batches
 def profile(
     stack: Stack, tokens: Tokens | Tensor, length: int | None = None, *, sampling: Sampling = Sampling()

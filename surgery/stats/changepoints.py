@@ -35,6 +35,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from surgery.meanings import with_meanings
+
 ALL = "all features"
 SURE = 0.05
 Path = Float[np.ndarray, "layer feature"]
@@ -138,6 +140,7 @@ def _search(paths: Paths, count: int, min_size: int) -> tuple[np.ndarray, np.nda
     return found, np.maximum(best[:, n_layers], 0)
 
 
+@with_meanings(COLUMNS)
 def posterior(placements: np.ndarray, names: Sequence[str] = ("in", "out")) -> pd.DataFrame:
     """Return ``boundary, layer, probability`` from the boundaries of every resample (``places``), without the estimate.
 
@@ -168,6 +171,7 @@ def drift_paths(path: Path, draws: int = 200, seed: int = 0) -> Float[np.ndarray
     return np.stack([curve + noise[0] @ around, (drift + noise[1] @ between).cumsum(1)])
 
 
+@with_meanings(COLUMNS)
 def drift_test(
     path: Path, families: Sequence[str], count: int = 2, min_size: int = 2, draws: int = 200, seed: int = 0
 ) -> pd.DataFrame:
@@ -231,6 +235,7 @@ def power(
     return float(np.mean(np.array(tests) < SURE))
 
 
+@with_meanings(COLUMNS)
 def heldout(
     halves: Sequence[tuple[Path, Path]],
     families: Sequence[str],

@@ -53,6 +53,7 @@ import pandas as pd
 from jaxtyping import Float
 from statsmodels.stats.multitest import multipletests
 
+from surgery.meanings import with_meanings
 from surgery.stats import studentised
 from surgery.stats.permutation import FLIPS, all_of_them, signs, standardised
 from surgery.stats.studentised import Units
@@ -130,6 +131,7 @@ def differences(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(d, index=index, columns=pd.Index(wirings, name="wiring")).dropna(how="all")
 
 
+@with_meanings(COLUMNS)
 def table(
     frame: pd.DataFrame,
     metric: str,
@@ -196,6 +198,7 @@ def judged(
     return p, p_max
 
 
+@with_meanings(COLUMNS)
 def together(
     frame: pd.DataFrame, metric: str, resamples: int = RESAMPLES, seed: int = 0, *, cluster: str | None = None
 ) -> pd.DataFrame:
@@ -248,6 +251,7 @@ def expected_best(
     return Luck(wirings, len(wide), int(worse.sum()), float(best.mean()), float(np.quantile(best, 0.95)))
 
 
+@with_meanings(COLUMNS)
 def winners(
     search: pd.DataFrame,
     validation: pd.DataFrame,
@@ -284,6 +288,7 @@ def winners(
     return confirmed(claimed, validation, metric, top, resamples, seed, cluster=cluster)
 
 
+@with_meanings(COLUMNS)
 def confirmed(
     claimed: pd.DataFrame,
     validation: pd.DataFrame,

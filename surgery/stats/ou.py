@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from surgery.meanings import with_meanings
 from surgery.stats.panels import Estimator, half_panel, nickell_corrected, pooled, sandwich, simulate, within
 
 Series = Float[Tensor, "series time"]
@@ -121,6 +122,7 @@ def andrews(series: Float[Tensor, "*series time"], draws: int = 20000, seed: int
     return phi, lowest, highest
 
 
+@with_meanings(COLUMNS)
 def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pd.DataFrame:
     """Return what the usual tests reject at 5 %, series by series: the share here, and where the truth is known.
 
@@ -153,6 +155,7 @@ def comparison(y: Series, n_series: int = 100, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@with_meanings(COLUMNS)
 def recovery(
     T: Sequence[int] = (12, 24, 48),
     phi: Sequence[float] = (0.3, 0.5, 0.9, 0.95, 1.0, 1.05),
