@@ -14,11 +14,12 @@ from typing import Any
 
 import lazy_loader
 
-from surgery import moved
+from surgery import moved, notebook
 
 __version__ = "0.1.0"
 _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 moved.put_up()
+notebook.show_figures()
 
 
 def __getattr__(name: str) -> Any:

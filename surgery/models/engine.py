@@ -66,6 +66,9 @@ class Context:
         """The stream that enters layer 0."""
         return self.recording.x0
 
+    def __repr__(self) -> str:
+        return f"Context({self.engine.name}, d_model {self.x0.shape[-1]}: {self.tokens.summary})"
+
 
 @dataclass(frozen=True)
 class Parts:

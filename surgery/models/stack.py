@@ -94,6 +94,11 @@ class Stack:
         self._hashed: tuple[bytes, str] | None = None
         self._in_turn(lambda _: self._settle())
 
+    def __repr__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        exact = f"checked to give the model's own logits within {self.tolerance:.0e}"
+        return f"Stack({shown(self.name, 60)}: {self.n_layers} layers, d_model {self.d_model}, {where}, {exact})"
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer as it was given to ``surgery.load`` (or set on the model since)."""

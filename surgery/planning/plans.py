@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from surgery import notebook
 from surgery.planning.machine import Machine
 from surgery.planning.parts import Level, Part, Shape
 from surgery.progress import duration
@@ -83,6 +84,17 @@ class Plan:
             )
         cuts += [f"{part.name}: {part.cut}" for part in self.parts if part.cut]
         return cuts + [f"{name}: left out, {why}" for name, why in self.left_out.items()]
+
+    def __repr__(self) -> str:
+        of = "no limit" if math.isinf(self.budget) else f"a budget of {duration(self.budget)}"
+        out = f", {len(self.left_out)} left out" if self.left_out else ""
+        size = f"{self.prompts} prompts of up to {self.max_tokens} tokens"
+        return f"Plan({len(self.parts)} parts{out}, about {duration(self.seconds)} of {of}, {size})"
+
+    def _repr_html_(self) -> str:
+        rows = [{"part": part.name, "about": duration(part.seconds), "without": part.cut} for part in self.parts]
+        out = [{"part": name, "about": "-", "without": f"left out: {why}"} for name, why in self.left_out.items()]
+        return notebook.table(repr(self), [*rows, *out])
 
     def __str__(self) -> str:
         limit = "no limit of time" if math.isinf(self.budget) else f"a budget of {duration(self.budget)}"

@@ -19,6 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from surgery import notebook
+from surgery.meanings import with_meanings
+
 Result = TypeVar("Result")
 COLUMNS = {
     "phase": "what the operations were spent on",
@@ -92,6 +95,14 @@ class Ledger:
 
     entries: dict[tuple[str, bool], Entry] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        phases = ", ".join(dict.fromkeys(phase for phase, _ in self.entries)) or "nothing spent"
+        tokens, seconds = (sum(getattr(e, key) for e in self.entries.values()) for key in ("tokens", "seconds"))
+        return f"Ledger({phases}: {tokens:,} tokens, {self.operations(teacher=True):.2e} operations, {seconds:.1f} s)"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(repr(self), self.frame().to_dict("records"))
+
     def add(self, phase: str, tokens: int, operations: int, seconds: float, *, teacher: bool = False) -> None:
         """Add to the entry of a phase."""
         entry = self.entries.setdefault((phase, teacher), Entry())
@@ -103,6 +114,7 @@ class Ledger:
         """Floating-point operations of all phases, those of the teacher included or not."""
         return sum(entry.operations for (_, of_teacher), entry in self.entries.items() if teacher or not of_teacher)
 
+    @with_meanings(COLUMNS)
     def frame(self) -> pd.DataFrame:
         """One row per entry: ``COLUMNS``."""
         rows = [{"phase": phase, "teacher": teacher} | asdict(e) for (phase, teacher), e in self.entries.items()]
