@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from surgery import notebook
 from surgery.corpus import questions
 from surgery.corpus.asked import require_named
 from surgery.corpus.babel import LANGUAGES
@@ -48,6 +49,7 @@ from surgery.corpus.questions import Probe as Probe
 from surgery.corpus.text_files import read_prompts
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
+from surgery.outside import shown
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,16 @@ class ProbeSet:
 
     def __len__(self) -> int:
         return len(self.probes)
+
+    def __repr__(self) -> str:
+        groups = list(dict.fromkeys(probe.group for probe in self.probes if probe.group))
+        listed = ", ".join([*(shown(group, 20) for group in groups[:6]), *["..."] * (len(groups) > 6)])
+        of = f" in {len(groups)} group{'s' * (len(groups) != 1)}: {listed}" if groups else ""
+        return f"ProbeSet({shown(self.name, 40)}: {len(self)} probe{'s' * (len(self) != 1)}{of})"
+
+    def _repr_html_(self) -> str:
+        rows = [{**asdict(probe), "choices": ", ".join(probe.choices)} for probe in self.probes[:5]]
+        return notebook.table(f"{self!r}; the first {len(rows)}:", rows)
 
     @cached_property
     def sha256(self) -> str:

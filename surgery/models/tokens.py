@@ -51,6 +51,19 @@ class Tokens:
         unpadded.__dict__["padded_left"] = False  # known without looking
         return unpadded
 
+    def __repr__(self) -> str:
+        return f"Tokens({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """How many prompts there are, how long they are, and on which side they are padded, in words."""
+        lengths = self.mask.sum(1).tolist() or [0]
+        low, high, total = min(lengths), max(lengths), sum(lengths)
+        each = f"{high} tokens" if low == high else f"{low} to {high} tokens, {total:,} in all"
+        side = "left" if self.padded_left else "right"
+        padding = f"padded on the {side} to {self.ids.shape[1]}" if total < self.mask.numel() else "no padding"
+        return f"{len(self)} prompt{'s' * (len(self) != 1)} of {each}, {padding}, on {self.ids.device}"
+
     def __len__(self) -> int:
         return len(self.ids)
 
