@@ -1,8 +1,10 @@
+from . import drawing as drawing
 from . import families as families
 from . import formats as formats
 from . import notation as notation
 from . import steps as steps
 from . import value as value
+from .drawing import Drawing as Drawing
 from .families import every_parallel as every_parallel
 from .families import every_repeat as every_repeat
 from .families import every_reverse as every_reverse

@@ -39,6 +39,7 @@ import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery.outside import shown
 from surgery.wiring import formats, notation
@@ -56,6 +57,9 @@ from surgery.wiring.steps import (
     repeat,
     require_layers,
 )
+
+if TYPE_CHECKING:
+    from surgery.wiring.drawing import Drawing
 
 __all__ = [
     "Chain",
@@ -140,6 +144,16 @@ class Wiring:
     def is_identity(self) -> bool:
         """Whether this is the model as it is."""
         return self.is_serial and self.layers == tuple(range(self.n_layers))
+
+    def draw(self) -> "Drawing":
+        """Return an SVG image of the wiring, which a notebook shows; its ``str`` is the text (see ``wiring.drawing``).
+
+        >>> Wiring.of(12).repeat(4, 8).draw().n_boxes
+        16
+        """
+        from surgery.wiring import drawing
+
+        return drawing.draw(self.steps, self.n_layers, str(self))
 
     def repeat(self, start: int, stop: int, times: int = 2) -> "Wiring":
         """Run the span ``times`` times in all: ``Wiring.of(80).repeat(45, 52)`` is ``":52 45:"`` (Ng's RYS)."""
