@@ -6,13 +6,13 @@ Two spans of equal depth that follow each other are put side by side in one of t
 ``beside``    each span reads the stream as it was before both, and what it wrote itself
 ``in step``   the first steps of both read one stream, then the second steps what both left, and so on
 
-===========================  ================================  =============================================
-spans                        beside                            in step
-===========================  ================================  =============================================
+===========================  =================================  ===============================================
+spans                        beside                             in step
+===========================  =================================  ===============================================
 ``7.mlp``, ``8.attn``        ``7.attn {7.mlp | 8.attn} 8.mlp``  the same
-``7``, ``8``                 ``{7 | 8}``                       ``{7.attn | 8.attn} {7.mlp | 8.mlp}``
-``7 8``, ``9 10``            ``{7 8 | 9 10}``                  ``{7.attn | 9.attn} {7.mlp | 9.mlp}`` and 8, 10
-===========================  ================================  =============================================
+``7``, ``8``                 ``{7 | 8}``                        ``{7.attn | 8.attn} {7.mlp | 8.mlp}``
+``7 8``, ``9 10``            ``{7 8 | 9 10}``                   ``{7.attn | 9.attn} {7.mlp | 9.mlp}`` and 8, 10
+===========================  =================================  ===============================================
 
 What is in step can be fused into one layer a group (``surgery.rebuild.fuse``) if it is made of whole layers. What is
 beside cannot, as no two branches read one stream: it pays only where branches run at the same time, on machines or

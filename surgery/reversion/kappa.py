@@ -142,25 +142,25 @@ def layers(
     nothing is displaced. Tokens of massive activations are left out, unless ``sampling.skip_massive`` is False. One row
     per layer:
 
-    ============================  =====================================================================================
-    ``kappa psi growth``          as above
-    ``variance_ratio_next``       variance of the stream that leaves over that which enters, ``1 - 2 kappa + growth^2``
-    ``half_life``                 layers like this until half of a deviation is gone; NaN unless 0 < kappa < 1
-    ``regime``                    in a word, see ``regime``
-    ``kappa_<null>``              of the four nulls, at equal size: times ``growth / growth_<null>`` where they differ
-    ``growth_<null>``             in ``order_shuffled`` and ``untrained``, where they do
-    ``kappa_excess_<null>``       kappa - kappa_<null>
-    ``kappa_excess``              the claim: the smaller excess of ``rotated`` and ``token_shuffled``, and the smaller
-                                  of each end of their intervals, so that above 0 is above both
-    ``kappa_causal_<kind>``       ``difference``, ``random``, ``principal``, with live normalisation
-    ``kappa_causal_<kind>_frozen``  with the norms' denominators kept at the clean run's; absent if they cannot be
-    ``remaining_<kind>``          how long the displacement is after the layer, beside before; 1 for a rotation
-    ``restoring``                 ``yes``, ``no`` or ``undecided``, see ``restoring``
-    ``kappa_mechanical``          in ``normalised`` coordinates: what an update of this size in any direction reads
-    ``kappa_corrected``           there: ``1 - phi / phi_mechanical``, the rest
-    ``n_prompts n_massive``       prompts, and tokens left out as massive
-    ``token_share`` ...           what the largest token and dimension hold of the variance of stream or update
-    ============================  =====================================================================================
+    ============================== =====================================================================================
+    ``kappa psi growth``           as above
+    ``variance_ratio_next``        variance of the stream that leaves over that which enters, ``1 - 2 kappa + growth^2``
+    ``half_life``                  layers like this until half of a deviation is gone; NaN unless 0 < kappa < 1
+    ``regime``                     in a word, see ``regime``
+    ``kappa_<null>``               of the four nulls, at equal size: times ``growth / growth_<null>`` where they differ
+    ``growth_<null>``              in ``order_shuffled`` and ``untrained``, where they do
+    ``kappa_excess_<null>``        kappa - kappa_<null>
+    ``kappa_excess``               the claim: the smaller excess of ``rotated`` and ``token_shuffled``, and the smaller
+                                   of each end of their intervals, so that above 0 is above both
+    ``kappa_causal_<kind>``        ``difference``, ``random``, ``principal``, with live normalisation
+    ``kappa_causal_<kind>_frozen`` with the norms' denominators kept at the clean run's; absent if they cannot be
+    ``remaining_<kind>``           how long the displacement is after the layer, beside before; 1 for a rotation
+    ``restoring``                  ``yes``, ``no`` or ``undecided``, see ``restoring``
+    ``kappa_mechanical``           in ``normalised`` coordinates: what an update of this size in any direction reads
+    ``kappa_corrected``            there: ``1 - phi / phi_mechanical``, the rest
+    ``n_prompts n_massive``        prompts, and tokens left out as massive
+    ``token_share`` ...            what the largest token and dimension hold of the variance of stream or update
+    ============================== =====================================================================================
 
     Every number has ``_low`` and ``_high``, the 95 % interval over resampled prompts, pooled over random draws if there
     are any: a null's interval is where one random draw may fall. One prompt has no interval (NaN).
