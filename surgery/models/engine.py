@@ -67,7 +67,7 @@ class Context:
         return self.recording.x0
 
     def __repr__(self) -> str:
-        return f"Context({self.engine.name}, d_model {self.x0.shape[-1]}: {self.tokens.summary})"
+        return f"Context({self.tokens.summary}; d_model {self.x0.shape[-1]}, {self.engine.name} engine)"
 
 
 @dataclass(frozen=True)
