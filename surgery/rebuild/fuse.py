@@ -88,7 +88,10 @@ def together(model: TransformerBridge, wiring: "Wiring | str") -> TransformerBri
         fused = layout.shaped(model, rows, weights={f"{path}.{name}": weight for name, weight in placed.items()})
     except ModelError as error:
         raise ModelError(f"{whole} of {stack.name} cannot be fused, tape it (tape.together): {error}") from error
-    _prove(fused, whole, stack)
+    try:
+        _prove(fused, whole, stack)
+    except ModelError as error:
+        raise ModelError(f"{error}{_other_form(stack, whole)}") from error
     fused.cfg.model_name = f"{stack.name} ({whole}, fused)"
     return fused
 
@@ -252,6 +255,16 @@ def _on_bare_norm(weight: Weight) -> Tensor:
         return tensor
     matrix = weight.owner.get_parameter("weight").detach()
     return tensor + shift.detach() @ (matrix if isinstance(weight.owner, Conv1D) else matrix.T)
+
+
+def _other_form(stack: Stack, wiring: Wiring) -> str:
+    """What to write instead, where layers are put side by side in the form that is not theirs; else nothing."""
+    sublayers = ".attn" in str(wiring)
+    if "mlp" not in stack.model.blocks[0].submodules or stack.parallel_sublayers != sublayers:
+        return ""
+    if sublayers:
+        return ". Its attention and MLP read one stream: write groups as {7 | 8}"
+    return ". Its MLPs read what its attentions have written: write groups as {7.attn | 8.attn} {7.mlp | 8.mlp}"
 
 
 @torch.no_grad()

@@ -114,9 +114,13 @@ def test_wirings_of_other_forms_are_refused(opened, wiring):
         fuse.together(opened("llama").model, wiring)
 
 
-def test_whole_layers_that_read_after_each_other_are_not_fused(opened):
-    with pytest.raises(ModelError, match="differs from running the wiring layer by layer"):
-        fuse.together(opened("llama").model, WHOLE)
+@pytest.mark.parametrize(
+    ("name", "wiring", "instead"), [("llama", WHOLE, "7.attn | 8.attn} {7.mlp"), ("gpt_neox", PAIR, "{7 | 8}")]
+)
+def test_groups_in_the_other_form_are_not_fused(opened, name, wiring, instead):
+    with pytest.raises(ModelError, match=r"differs from running .* layer by layer .* write groups as ") as error:
+        fuse.together(opened(name).model, wiring)
+    assert instead in str(error.value)
 
 
 def test_groups_repeats_and_other_orders_together(opened):
