@@ -25,6 +25,7 @@ from . import proof as proof
 from . import scopes as scopes
 from . import stack as stack
 from . import stream_width as stream_width
+from . import targets as targets
 from . import tokens as tokens
 from . import transfers as transfers
 from . import turns as turns
@@ -43,4 +44,5 @@ from .loading import untrained as untrained
 from .loading import wrap as wrap
 from .stack import Context as Context
 from .stack import Stack as Stack
+from .targets import Prompt as Prompt
 from .tokens import Tokens as Tokens

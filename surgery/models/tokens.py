@@ -114,6 +114,20 @@ class Tokens:
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
     @cached_property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Where each prompt's last real token is, whatever the side of the padding: its logits say what comes next.
+
+        ``logits[range(len(tokens)), tokens.last]`` [batch, d_vocab]. Raises ValueError for a prompt that is all padding.
+
+        >>> ids = torch.tensor([[5, 6, 7], [5, 6, 0]])
+        >>> Tokens(ids, ids > 0).last.tolist(), Tokens(ids.flip(1), ids.flip(1) > 0).last.tolist()
+        ([2, 1], [2, 2])
+        """
+        if not (real := self.mask.any(1)).all():
+            raise ValueError(f"prompt {int((~real).nonzero()[0]) + 1} is all padding, it has no last token")
+        return self.mask.long().cumsum(1).argmax(1)
+
+    @cached_property
     def padded_left(self) -> bool:
         """Whether any real token has padding before it; padding after it does not matter to a causal model."""
         return bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any())
@@ -177,6 +191,28 @@ def token_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [
         row[1:] if row[:2] == [bos, bos] and text.lstrip().startswith(mark) else row for row, text in zip(rows, texts)
     ]
+
+
+def unended_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """``token_rows`` of texts that go on: without the end mark that a tokenizer may add."""
+    rows = token_rows(tokenizer, texts)
+    end, mark = tokenizer.eos_token_id, tokenizer.eos_token or ""
+    return [row[:-1] if end in row[-1:] and not text.endswith(mark) else row for row, text in zip(rows, texts)]
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix of two token sequences.
+
+    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def joined(prompt: str, answer: str, joiner: str = " ") -> str:
+    """A prompt and its answer as one text, ``joiner`` between them unless there is white space at the seam already."""
+    apart = not prompt or prompt[-1].isspace() or answer[0].isspace()
+    return prompt + ("" if apart else joiner) + answer
 
 
 def has_unknown_words(tokenizer: Any, text: str, row: Sequence[int]) -> bool:

@@ -11,6 +11,7 @@ from surgery.instruments import known_networks, lens, readout
 from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.regression import halves
 from surgery.models.engine import Engine
+from surgery.models.targets import Prompt, Targets
 from surgery.models.tokens import Tokens
 from surgery.records import tables
 from surgery.stats.sampling import Sampling
@@ -154,3 +155,94 @@ def test_bad_input_is_refused_in_a_sentence():
         dict(broken.model.named_parameters())["tok_embed._original_component.weight"].fill_(float("inf"))
     with pytest.raises(ValueError, match="is not finite on these prompts"):
         lens.readings(broken, Ensemble(Tokens.of(TOKENS)), lens.logit(broken))
+
+
+# --- along the steps of a wiring ---
+
+
+def test_of_the_model_as_it_is_the_steps_are_the_layers():
+    stack, sampling = random_stack(), Sampling(resamples=20)
+    plain, steps = (lens.layers(stack, TOKENS, wiring, sampling=sampling) for wiring in (None, ":"))
+    assert steps["step"].tolist() == plain["layer"].tolist()
+    measures = list(plain.columns[3:])
+    assert list(steps.columns) == list(lens.WIRING_COLUMNS)
+    pd.testing.assert_frame_equal(steps[["lens", "n_prompts", *measures]], plain[["lens", "n_prompts", *measures]])
+
+
+@pytest.mark.parametrize("wiring", [":4 2:", ":1 {1:3|4} 0.5*(2:4) 5:", "::-1"])
+def test_every_stream_of_a_wiring_is_read_against_what_the_wiring_says(wiring):
+    stack, tokens = random_stack(), ragged("left")
+    sampling = Sampling(resamples=0, batch_size=5)
+    frame = lens.layers(stack, tokens, wiring, tuned=False, sampling=sampling)
+    recorded = stack.record(tokens, wiring)
+    assert frame["after"].tolist() == [name for name, _ in recorded]
+    assert frame["step"].tolist() == list(range(len(recorded)))
+    seen = frame["after"].tolist()
+    assert frame["pass"].tolist() == [0, *(seen[: n + 1].count(name) for n, name in enumerate(seen) if n)]
+    p = stack.run(tokens, wiring)[tokens.ensemble()].softmax(-1)
+    for row, (_, x) in zip(frame.itertuples(), recorded):
+        q = stack.readout(x[tokens.ensemble()]).softmax(-1)
+        assert row.kl_lens_final == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), abs=1e-12)
+
+
+def test_the_tuned_lens_of_a_wiring_predicts_its_own_end():
+    frame = lens.layers(random_stack(), TOKENS, ":4 2:", sampling=Sampling(resamples=0))
+    last = frame[frame["step"] == 8].set_index("lens")
+    assert np.allclose(last["kl_final_lens"], 0, atol=1e-12)
+    tuned, constant = frame[frame["lens"] == "tuned"], frame[frame["lens"] == "constant"]
+    assert (tuned["kl_final_lens"] < constant["kl_final_lens"].iloc[0]).all()
+
+
+# --- a logit difference through depth ---
+
+ASKED = [Prompt("w1 w2 w3", ("w4", "w5")), Prompt("w6", ("w7", "w8", "w9")), Prompt("w2 w2", ("w1", "w4"))]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_last_row_is_the_difference_of_the_models_own_logits(name, opened):
+    stack = opened(name)
+    wirings = [":", ":3 1:", ":1 {1|2} 3:"]
+    frame = lens.logit_difference(stack, ASKED, wirings, sampling=Sampling(resamples=20, batch_size=2))
+    assert list(frame.columns) == list(lens.DIFFERENCE_COLUMNS)
+    for wiring in wirings:
+        differences = []
+        for prompt in ASKED:
+            ids = stack.tokens(prompt.text).ids
+            run = stack.model(ids) if wiring == ":" else stack.run(ids, wiring)
+            words = [int(stack.tokens(f"{prompt.text} {target}").ids[0, -1]) for target in prompt.targets]
+            first, *others = run[0, -1, words].tolist()
+            differences.append(first - sum(others) / len(others))
+        last = frame[frame["wiring"] == str(stack.wiring(wiring))].iloc[-1]
+        assert last["logit_difference"] == pytest.approx(np.mean(differences), abs=1e-4)
+        assert last["logit_difference_low"] <= last["logit_difference"] <= last["logit_difference_high"]
+
+
+def by_ids(tokens: torch.Tensor) -> Targets:
+    ids = torch.stack([tokens[:, 0], (tokens[:, 0] + 1) % known_networks.D_VOCAB], 1)
+    return Targets(Tokens.of(tokens), ids, torch.tensor([[1.0, -1.0]]).expand(len(ids), 2))
+
+
+@pytest.mark.parametrize(("kind", "same"), [("parallel", True), ("serial", False)])
+def test_layers_beside_each_other_change_the_difference_only_where_they_read_each_other(kind, same):
+    stack = Stack(getattr(known_networks, f"{kind}_network")(dtype=torch.float64))
+    frame = lens.logit_difference(stack, by_ids(TOKENS), [":", "{*:}"], sampling=Sampling(resamples=0))
+    series, beside = (part["logit_difference"].iloc[-1] for _, part in frame.groupby("wiring", sort=False))
+    assert (abs(series - beside) < 1e-9) == same
+
+
+def test_every_row_is_a_difference_by_hand_and_does_not_depend_on_the_batches():
+    stack, targets = random_stack(), by_ids(TOKENS)
+    frame = lens.logit_difference(stack, targets, sampling=Sampling(resamples=30, batch_size=7))
+    whole = lens.logit_difference(stack, targets, sampling=Sampling(resamples=30))
+    pd.testing.assert_frame_equal(frame, whole)
+    for layer, x in enumerate(stack.stream(TOKENS)[:, :, -1]):
+        read = stack.readout(x).gather(1, targets.ids)
+        assert frame["logit_difference"][layer] == pytest.approx(float((read[:, 0] - read[:, 1]).mean()))
+        assert frame["first"][layer] == pytest.approx(float((read[:, 0] > read[:, 1]).double().mean()))
+
+
+def test_swapping_the_targets_turns_the_sign():
+    stack, targets = random_stack(), by_ids(TOKENS)
+    swapped = Targets(targets.tokens, targets.ids.flip(1), targets.weights)
+    ours, theirs = (lens.logit_difference(stack, t, sampling=Sampling(resamples=0)) for t in (targets, swapped))
+    assert np.allclose(ours["logit_difference"], -theirs["logit_difference"])
