@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
-.PHONY: setup real study test test-quick test-gpu lint harden bench clean
+.PHONY: setup real study test test-quick test-gpu lint harden bench notebooks clean
 
 setup: .venv/.ready
 
@@ -53,6 +53,10 @@ bench: setup
 	$(BIN)/python benchmarks/graft.py
 	$(BIN)/python benchmarks/superposition.py
 	$(BIN)/python benchmarks/width.py
+
+# Make notebooks/*.ipynb from the sources beside them, run them, and write them with what they show
+notebooks: setup
+	$(BIN)/python notebooks/build.py --run results/notebooks
 
 clean:
 	rm -rf results runs .venv
