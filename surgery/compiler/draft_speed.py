@@ -1,8 +1,8 @@
 r"""How much faster a drafted text is written: expected from agreement and time, then measured.
 
 If draft and original agree on a share ``a`` of tokens, each by itself, a step of the original keeps on average ``(1 -
-a^(n + 1)) / (1 - a)`` tokens in blocks of ``n`` (Leviathan et al. 2023, arXiv 2211.17192). What a model writes itself
-is easier to agree on than running text, so that is on the careful side.
+a^(n + 1)) / (1 - a)`` tokens in blocks of ``n`` (Leviathan et al. 2023, arXiv 2211.17192). ``a`` is measured on running
+text. What a model writes itself is often easier to agree on; not where it writes on beyond what it has learnt.
 
 Times are shares of the original's step on one token: ``c``, the draft's step with the shared layers; ``s``, the shared
 layers alone; ``g``, what each further token adds to a step of the original. A block takes
@@ -101,7 +101,9 @@ class Costs:
 
 @torch.no_grad()
 def costs(original: Any, models: Pair, ids: Ids, rounds: int = 7, several: int = 4) -> Costs:
-    """Measure what the parts of a pair take after the text ``ids``, in turn with the original itself (medians).
+    """Measure what the parts of a pair take after the text ``ids``, in turn with the original itself.
+
+    Each is the median of the ratios of a round.
 
     Cost: ``rounds`` steps of each, on one token and on ``several`` more.
     """
@@ -112,7 +114,6 @@ def costs(original: Any, models: Pair, ids: Ids, rounds: int = 7, several: int =
     original(ids, past_key_values=own, use_cache=True)
     for part in (models.draft, models.original):
         cache.logits(part, ids, 1)
-    spent: dict[str, list[float]] = {name: [] for name in ("original", "several", "shared", "draft")}
 
     def alone(count: int) -> None:
         original(longer[:, ids.shape[1] : ids.shape[1] + count], past_key_values=own, use_cache=True)
@@ -125,20 +126,15 @@ def costs(original: Any, models: Pair, ids: Ids, rounds: int = 7, several: int =
         if models.shared is not None:
             models.shared(longer[:, ids.shape[1] : ids.shape[1] + 1], cache.of[models.shared])
 
+    ways = (lambda: alone(1), lambda: alone(several + 1), draft, shared)
+    spent = np.empty((rounds + 1, len(ways)))
     for turn in range(rounds + 1):
-        for name, run in (
-            ("original", lambda: alone(1)),
-            ("several", lambda: alone(several + 1)),
-            ("draft", draft),
-            ("shared", shared),
-        ):
-            _, seconds = _timed(run, ids.device)
+        for place, way in enumerate(ways):
+            _, spent[turn, place] = _timed(way, ids.device)
             cache.forget(ids.shape[1])
-            if turn:  # the first warms up
-                spent[name].append(seconds)
-    middle = {name: statistics.median(times) for name, times in spent.items()}
-    one = middle["original"]
-    return Costs(middle["draft"] / one, middle["shared"] / one, max(0.0, (middle["several"] / one - 1) / several))
+    shares = spent[1:] / spent[1:, :1]  # the first round warms up
+    _, more, cost, once = np.median(shares, axis=0).tolist()
+    return Costs(cost, once if models.shared else 0.0, max(0.0, (more - 1) / several))
 
 
 def _timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

@@ -31,7 +31,7 @@ from surgery.scan import scanning
 from surgery.scan.scores import Scorer
 from surgery.stats import comparisons
 
-COLUMNS = search.COLUMNS | {
+COLUMNS: dict[str, str] = search.COLUMNS | {
     "sublayers": "attentions and MLPs in a row that are left, two for a layer",
     "saved": "layers in a row fewer than the model has",
     "cost": "loss added on texts that took no part in the search (nats per token, or what the metric counts)",
