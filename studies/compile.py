@@ -1,7 +1,8 @@
 """How many layers in a row can be saved, at what loss, and how much faster is that?
 
     python studies/compile.py --out runs/compile          # the bundled model; 3 minutes on 2 cores
-    python studies/compile.py --model smollm2 --model gemma3-270m --precision bf16    # an hour and more each
+    python studies/compile.py --model smollm2 --model gemma3-270m --prompts 128 --max-tokens 32 --shallowest 26
+        # an hour each and more; bf16 (--precision) where the CPU has it
 
 ``surgery compile`` of every model: the frontier of layers saved against loss on fresh texts, beside its rivals, the
 compiled model and its speed. Go on after a kill with the same command.
@@ -16,8 +17,8 @@ import pandas as pd
 
 import surgery
 from surgery import disk, report
-from surgery.compiler import frontier, study
-from surgery.compiler.search import FAMILIES
+from surgery.compiler import frontier, search, study
+from surgery.compiler.ways import WAYS
 from surgery.records import tables
 
 COLUMNS = {"model": "which model", "allowance": "loss that may be added, with its whole interval"} | frontier.COLUMNS
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--shallowest", type=int, help="stop at so few layers in a row; half of them by default")
+    parser.add_argument("--heal", action="append", choices=WAYS, help="heal what is compiled; can be given twice")
+    parser.add_argument("--branches", action="store_true", help="search whole layers and chains side by side too")
+    parser.add_argument("--torch-compile", action="store_true", help="time every model through torch.compile too")
     parser.add_argument("--rounds", type=int, default=9, help="how often every model is timed")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="of the search")
     args = parser.parse_args()
@@ -45,14 +49,17 @@ def main() -> None:
             prompts=args.prompts,
             max_tokens=args.max_tokens,
             shallowest=args.shallowest,
+            families=tuple(search.FAMILIES) if args.branches else search.FUSED,
+            ways=tuple(args.heal or ()),
             rounds=args.rounds,
+            torch_compile=args.torch_compile,
             precision=args.precision,
         )
         print("\n".join([f"\n{name}", *compiled.sentences, f"The page is {report.build(place)}."]), flush=True)
         for allowance in frontier.ALLOWANCES:
-            for family in FAMILIES:
+            for family in compiled.frontier["family"].unique():
                 best = frontier.within(compiled.frontier, allowance, family)
-                rows.append({"model": name, "allowance": allowance} | {str(key): best[key] for key in best.index})
+                rows.append(dict(best) | {"model": name, "allowance": allowance, "family": family})
         settings = {"allow": args.allow, "prompts": args.prompts, "max_tokens": args.max_tokens}
         tables.write(pd.DataFrame(rows), folder / "compile.csv", {"settings": settings}, COLUMNS)
     print(pd.DataFrame(rows)[["model", "allowance", "family", "saved", "cost", "cost_high"]].round(3).to_string())

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from surgery import progress
+from surgery.compiler.ways import WAYS
 from surgery.console import Result, say
 from surgery.models.precisions import PRECISIONS
 from surgery.options import Device, Dtype, MaxTokens, Model, choice
@@ -42,7 +43,18 @@ def compile_(
     precision: Annotated[
         str, typer.Option(**choice(PRECISIONS), help="Of the search; what it finds is measured in float32.")
     ] = "float32",
+    branches: Annotated[
+        bool, typer.Option(help="Search whole layers, chains and halves of layers side by side too; 4 times as long.")
+    ] = False,
+    heal: Annotated[
+        list[str] | None,
+        typer.Option(
+            **choice([way.replace(" ", "-") for way in WAYS]),
+            help="Heal what is compiled, on texts of its own; can be given twice.",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="How often every model is timed; 0 times none.")] = 9,
+    torch_compile: Annotated[bool, typer.Option(help="Time every model through torch.compile too.")] = False,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> Result:
@@ -59,6 +71,7 @@ def compile_(
     with progress.task("starting"):
         import torch
 
+        from surgery.compiler import search
         from surgery.compiler import study as compiler_study
         from surgery.report import build
 
@@ -75,7 +88,10 @@ def compile_(
         beam=beam,
         screen=screen,
         precision=precision,
+        families=tuple(search.FAMILIES) if branches else search.FUSED,
+        ways=tuple(way.replace("-", " ") for way in heal or ()),
         rounds=rounds,
+        torch_compile=torch_compile,
         speak=say,
         device=device,
         dtype=getattr(torch, dtype),

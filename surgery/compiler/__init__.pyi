@@ -5,6 +5,7 @@ from . import draft as draft
 from . import draft_speed as draft_speed
 from . import draw as draw
 from . import files as files
+from . import floor as floor
 from . import frontier as frontier
 from . import heal as heal
 from . import heal_task as heal_task
@@ -15,5 +16,6 @@ from . import search as search
 from . import shared_cache as shared_cache
 from . import speed as speed
 from . import study as study
+from . import ways as ways
 from .frontier import Halves as Halves
 from .ranking import Ranking as Ranking

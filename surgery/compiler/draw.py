@@ -3,7 +3,9 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from surgery.compiler.floor import Machine, pays
 from surgery.compiler.say import UNITS
+from surgery.compiler.speed import PLAIN
 from surgery.page.drawing import ACCENT, BLUE, COLOURS, INK
 
 
@@ -27,7 +29,7 @@ def frontier(frame: pd.DataFrame, speed: pd.DataFrame, allow: float, metric: str
     left.set(xlabel="layers in a row saved", ylabel=f"loss added, {UNITS[metric]}")
     left.legend(frameon=False, fontsize=8)
     if len(speed):
-        right = panels[1]
+        right, speed = panels[1], speed[speed["runs"] == PLAIN]
         others = [name for name in speed["model"].unique() if name != "original"]
         labels = [f"{phase}, batch {batch}" for phase, batch in dict.fromkeys(zip(speed["phase"], speed["batch"]))]
         for place, (name, colour) in enumerate(zip(others, (ACCENT, BLUE, *COLOURS[2:]))):
@@ -42,4 +44,25 @@ def frontier(frame: pd.DataFrame, speed: pd.DataFrame, allow: float, metric: str
         right.legend(frameon=False, fontsize=8)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def floor(machine: Machine) -> Figure:
+    """What a quarter of the layers saved gains at most, over the width of the model, by machine, phase and batch."""
+    frame = pays(machine)
+    names = list(frame["machine"].unique())
+    figure = Figure(figsize=(5.2 * len(names), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names):
+        of_machine = frame[frame["machine"] == name]
+        for (phase, batch), colour in zip(dict.fromkeys(zip(of_machine["phase"], of_machine["batch"])), COLOURS):
+            rows = of_machine[(of_machine["phase"] == phase) & (of_machine["batch"] == batch)]
+            label = f"{phase}, batch {batch}"
+            axes.plot(rows["d_model"], rows["ratio"], "o-", markersize=3, color=colour, label=label)
+        axes.axhline(1, color=INK, linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="d_model", title=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("speed, original = 1")
+    panels[-1].legend(frameon=False, fontsize=8)
     return figure

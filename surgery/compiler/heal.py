@@ -37,6 +37,8 @@ from transformer_lens import TransformerBridge
 
 from surgery.compiler.frontier import Halves, on_fresh
 from surgery.compiler.heal_task import Task
+from surgery.compiler.ways import WAYS as WAYS
+from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import fuse
@@ -49,7 +51,7 @@ from surgery.training.ledger import Counter, Ledger
 from surgery.training.loop import Schedule
 from surgery.wiring.value import Layer, Wiring
 
-WAYS = ("norms", "low rank")
+SCHEDULE = Schedule(steps=200, batch=16, learning_rate=3e-3, warmup=20, every=25, patience=8)
 COLUMNS = {
     "way": "what was trained: none, norms (and a scalar for each branch), or changes of low rank",
     "cost": "loss that the wiring adds to the original's on texts that nothing was trained on (nats per token, or what "
@@ -101,7 +103,7 @@ def together(
     rank: int = 8,
     stream: float = 1.0,
     kl: float = 0.0,
-    schedule: Schedule = Schedule(steps=200, batch=16, learning_rate=3e-3, warmup=20, every=25, patience=8),
+    schedule: Schedule = SCHEDULE,
     folder: "str | Path | None" = None,
     progress: bool = False,
 ) -> Healed:
@@ -165,6 +167,7 @@ def together(
     return Healed(healed, whole, sum(parameter.numel() for parameter in task.others), fit.curve, fit.ledger)
 
 
+@with_meanings(COLUMNS)
 def measure(
     stack: Stack,
     halves: Halves,
@@ -184,13 +187,7 @@ def measure(
 
     Raises ValueError as ``together`` does, for halves without texts to learn from.
     """
-    if halves.fitted_to is None:
-        raise ValueError("there is nothing to learn from: give Halves texts as fitted_to")
-    measured = set(_prompts(halves.measured_on.tokens))
-    fresh = [place for place, prompt in enumerate(_prompts(halves.fitted_to)) if prompt not in measured]
-    if not fresh:
-        raise ValueError("all texts to learn from are measured on: give Halves others as fitted_to")
-    learnt, whole = halves.fitted_to[torch.tensor(fresh)], stack.wiring(wiring)
+    learnt, whole = learnt_from(halves), stack.wiring(wiring)
     _, once = Counter()("forward", partial(stack.run, learnt[:1]))
     per_token = once / int(learnt[:1].mask.sum())
     scores = partial(scanning.run, wirings=[whole], probes=halves.measured_on, metrics=(halves.metric,))
@@ -213,6 +210,17 @@ def measure(
         shares = frame.index[1:], ["recovered", "recovered_low", "recovered_high"]
         frame.loc[shares] = _recovered(costs, studentised.draws(len(costs), resamples, seed))[1:]
     return frame.assign(passes=frame["operations"] / per_token, n_prompts=len(costs))[list(COLUMNS)]
+
+
+def learnt_from(halves: Halves) -> Tokens:
+    """Those of ``halves.fitted_to`` that nothing is measured on. Raises ValueError if there is none."""
+    if halves.fitted_to is None:
+        raise ValueError("there is nothing to learn from: give Halves texts as fitted_to")
+    measured = set(_prompts(halves.measured_on.tokens))
+    fresh = [place for place, prompt in enumerate(_prompts(halves.fitted_to)) if prompt not in measured]
+    if not fresh:
+        raise ValueError("all texts to learn from are measured on: give Halves others as fitted_to")
+    return halves.fitted_to[torch.tensor(fresh)]
 
 
 def changed(wiring: Wiring) -> tuple[int, int, Wiring]:

@@ -287,5 +287,6 @@ def mean_gains(
         short = hashlib.sha256("\n".join(sorted(new)).encode()).hexdigest()[:12]
         file = None if out is None else Path(out) / f"{short}.csv"
         rows = scanning.run(stack, new, texts, file, metrics=(metric,), precision=precision)
-        known |= comparisons.differences(rows, metric).mean().to_dict()
+        means = comparisons.differences(rows, metric).mean()
+        known |= {name: float(means[name]) for name in new}
     return pd.Series({name: known[name] for name in names})

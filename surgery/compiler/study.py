@@ -1,14 +1,15 @@
 """A model compiled from end to end: search, confirm on fresh texts, fuse, save, time. ``surgery compile``.
 
 compile_frontier.csv   every division that was found, and its rivals: what they cost on fresh texts
+compile_heal.csv       what healing the compiled model recovers, where it was asked for
 compile_speed.csv      tokens a second, original, compiled, taped, and with as many layers left out
 compiled/              the fused model: surgery.load opens it
 searched.csv, measured.csv    the scans, so that the same command goes on after a kill
 """
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ import torch
 from transformer_lens import TransformerBridge
 
 from surgery import disk
-from surgery.compiler import draft_speed, draw, files, frontier, say, speed
+from surgery.compiler import draft_speed, files, floor, frontier, heal, say, search, speed
 from surgery.compiler.frontier import Halves
 from surgery.corpus import everyday, probes
 from surgery.models import names
 from surgery.models.errors import ModelError
 from surgery.models.loading import load, plain
 from surgery.models.stack import Stack
-from surgery.page import drawing
 from surgery.rebuild import fuse, layout, tape
 from surgery.records import tables
 from surgery.records.manifest import manifest
@@ -42,6 +42,7 @@ class Compiled:
     """What was found: the tables, the sentences, and the folder of the compiled model, if there is one."""
 
     frontier: pd.DataFrame
+    healed: pd.DataFrame
     speed: pd.DataFrame
     sentences: list[str]
     folder: Path | None = None
@@ -104,19 +105,25 @@ def measure(
     beam: int = 2,
     screen: int = 6,
     precision: str = "float32",
+    families: Sequence[str] = search.FUSED,
+    ways: Sequence[str] = (),
     rounds: int = 9,
+    torch_compile: bool = False,
     speak: Callable[[str], None] = print,
 ) -> Compiled:
-    """Search, confirm, fuse, save and time.
+    """Search, confirm, heal, fuse, save and time.
 
     Args:
         halves: what to choose by and what to measure on (``texts``).
         allow: loss that may be added (nats per token, or what the metric counts), with the whole of its interval.
-        shallowest, limit, beam, screen, precision: of the search (``frontier.measure``).
+        families, shallowest, limit, beam, screen, precision: of the search (``frontier.measure``).
+        ways: how to heal what is compiled (``heal.WAYS``); it learns from ``halves.fitted_to``.
         rounds: how often every model is timed; 0 times none.
+        torch_compile: time every model through ``torch.compile`` too; minutes more.
 
-    Where no division keeps within ``allow``, nothing is saved, and the cheapest that saves a sixth of the layers is
-    timed instead, so that what there is to gain can be seen. Raises OSError for a folder that cannot be written.
+    Where no division keeps within ``allow``, the cheapest that saves a sixth of the layers is healed and timed instead,
+    so that what there is to gain can be seen; it is saved only if healing brings it within ``allow``. Raises OSError
+    for a folder that cannot be written, and as ``heal.measure`` does.
     """
     folder = disk.folder(out)
     speak("searching")
@@ -124,6 +131,7 @@ def measure(
         stack,
         halves,
         folder,
+        families=families,
         shallowest=shallowest,
         limit=limit,
         beam=beam,
@@ -132,15 +140,20 @@ def measure(
     )
     best = frontier.best(frame, allow)
     shown = best if best["saved"] else _cheap(frame, max(1, stack.n_layers // 6))
+    healed, way, model = pd.DataFrame(columns=list(heal.COLUMNS)), "", stack.model
+    if ways:
+        speak("healing")
+        healed, way, model = _healed(stack, halves, str(shown["wiring"]), folder / "healing", ways, allow)
+    kept = str(best["wiring"] if best["saved"] else shown["wiring"] if way else "")
     fused, refused = None, ""
     try:
-        fused = fuse.together(stack.model, str(shown["wiring"]))
+        fused = fuse.together(model, str(shown["wiring"]))
     except ModelError as error:
         refused = str(error)
     saved = None
-    if _kept(folder) != best["wiring"]:  # of an earlier run, with another allowance
+    if _kept(folder) != [kept, way]:  # of an earlier run, with another allowance or healing
         shutil.rmtree(folder / COMPILED, ignore_errors=True)
-    if fused is not None and best["saved"] and plain(fused) is not None:
+    if fused is not None and kept and plain(fused) is not None:
         saved = folder / COMPILED
         if not saved.exists():
             speak("saving the compiled model")
@@ -149,9 +162,10 @@ def measure(
     if rounds and plain(stack.model) is not None:
         speak("timing")
         models = _timed(stack, frame, shown, fused)
-        times = speed.measure(models, rounds=rounds, d_vocab=stack.d_vocab)
+        times = speed.measure(models, rounds=rounds, d_vocab=stack.d_vocab, compiled=torch_compile)
         drafts = _drafted(stack, frame, shown, halves, models)
-    sentences = say.sentences(frame, times, drafts, allow, halves.metric, stack.n_layers, refused)
+    parts = {files.FRONTIER: frame, files.HEAL: healed, files.SPEED: times, files.DRAFT: drafts}
+    sentences = say.sentences(parts, allow, halves.metric, stack.n_layers, refused)
     source = manifest(
         stack,
         halves.measured_on.tokens,
@@ -160,25 +174,47 @@ def measure(
         metric=halves.metric,
         refused=refused,
         timed=str(shown["wiring"]),
-        compiled=str(best["wiring"]),
+        compiled=[kept, way],
+        machine=asdict(floor.machine(stack.device, stack.dtype)) if rounds else None,
         chosen_by=len(halves.chosen_by.groups),
         search_precision=precision,
     )
-    tables.write(frame, folder / files.FRONTIER, source, frontier.COLUMNS)
-    for name, rows in ((files.SPEED, times), (files.DRAFT, drafts)):
+    for name, rows in parts.items():
         if len(rows):
             tables.write(rows, folder / name, source, files.COLUMNS[name])
         else:
             for stale in (folder / name, manifest_path(folder / name)):
                 stale.unlink(missing_ok=True)
-    disk.save({folder / "compile.png": drawing.png(draw.frontier(frame, times, allow, halves.metric))})
-    return Compiled(frame, times, sentences, saved, refused)
+    return Compiled(frame, healed, times, sentences, saved, refused)
 
 
-def _kept(folder: Path) -> str:
-    """The wiring that was compiled into the folder before; empty if none was."""
+def _healed(
+    stack: Stack,
+    halves: Halves,
+    wiring: str,
+    folder: Path,
+    ways: Sequence[str],
+    allow: float,
+) -> tuple[pd.DataFrame, str, TransformerBridge]:
+    """What healing recovers; the way that is taken, empty for none, and its model.
+
+    A way is taken if its whole interval is within the allowance, and below the cost without healing.
+    """
+    learnt = heal.learnt_from(halves)
+    schedule = replace(heal.SCHEDULE, batch=min(heal.SCHEDULE.batch, max(1, len(learnt) * 3 // 4)))
+    frame = heal.measure(stack, halves, wiring, folder, ways=ways, schedule=schedule)
+    before = float(frame["cost"].iloc[0])
+    good = frame[(frame["way"] != "none") & (frame["cost_high"] <= allow) & (frame["cost"] < before)]
+    if good.empty:
+        return frame, "", stack.model
+    way = str(good.sort_values("cost")["way"].iloc[0])
+    return frame, way, heal.together(stack, wiring, learnt, way, schedule=schedule, folder=folder).model
+
+
+def _kept(folder: Path) -> list[str]:
+    """The wiring that was compiled into the folder before, and how it was healed; empty if none was."""
     file = folder / files.FRONTIER
-    return str(tables.read_manifest(file)["settings"]["compiled"]) if file.exists() else ""
+    return list(tables.read_manifest(file)["settings"]["compiled"]) if file.exists() else []
 
 
 def _cheap(frame: pd.DataFrame, saved: int) -> pd.Series:

@@ -10,6 +10,7 @@ import surgery
 from support import fixtures
 from support.known_wirings import difference
 from surgery.compiler import files, say, speed, study
+from surgery.compiler import floor as floors
 from surgery.records import tables
 from surgery.report import build
 
@@ -20,7 +21,7 @@ OPTIONS = {"prompts": 24, "shallowest": 10, "rounds": 2}
 def compiled(tmp_path_factory):
     """The bundled model, compiled on a few easy problems."""
     folder = tmp_path_factory.mktemp("compiled")
-    return study.run("babel", folder, allow=0.05, **OPTIONS), folder
+    return study.run("babel", folder, allow=0.05, ways=("norms",), **OPTIONS), folder
 
 
 def test_the_checkpoint_is_the_wiring_that_the_sentence_names(compiled):
@@ -44,8 +45,12 @@ def test_tables_figure_and_page_are_there(compiled):
     assert drafts["draft"].tolist() == ["compiled", "early exit of the same depth", "as many layers left out"]
     assert (drafts["shared"] > 0).all()
     assert (drafts["same"] == 1).all()
-    assert (folder / "compile.png").stat().st_size > 10_000
+    healed = tables.read(folder / files.HEAL)
+    assert healed["way"].tolist() == ["none", "norms"]
+    assert healed["operations"].tolist()[0] == 0 < healed["operations"].tolist()[1]
     page = build(folder).read_text()
+    for figure in ("compile.png", "compile_floor.png"):
+        assert (folder / figure).stat().st_size > 10_000
     assert "From series to parallel" in page
     assert result.sentences[0][:40] in page
 
@@ -126,10 +131,10 @@ def test_speed_is_told_side_by_side():
 
 
 def test_the_floor_is_layers_bytes_and_operations():
-    machine = speed.Machine(layer=1e-3, byte=1e-9, operation=1e-12)
-    floor = speed.Floor(layers=10, weights=1_000_000, machine=machine)
+    machine = floors.Machine(layer=1e-3, byte=1e-9, operation=1e-12)
+    floor = floors.Floor(layers=10, weights=1_000_000, machine=machine)
     assert floor.seconds("decode", 1, 128) == pytest.approx(0.01 + 4e-3)
-    half = speed.Floor(layers=10, weights=1_000_000, machine=machine, size=2)
+    half = floors.Floor(layers=10, weights=1_000_000, machine=machine, size=2)
     assert half.seconds("decode", 1, 128) == pytest.approx(0.01 + 2e-3)
     assert floor.seconds("prefill", 16, 1024) == pytest.approx(0.01 + 2 * 1e6 * 16 * 1024 * 1e-12)
 
@@ -144,7 +149,7 @@ def test_sentences_name_the_allowance_and_the_rivals():
     ]
     frame = pd.DataFrame(rows, columns=["family", "depth", "saved", "cost", "cost_low", "cost_high"])
     frame = frame.assign(wiring=["w" + str(place) for place in range(len(frame))], n_prompts=40)
-    told = say.sentences(frame, pd.DataFrame(columns=list(speed.COLUMNS)), pd.DataFrame(), 0.01, "loss", 12)
+    told = say.sentences({files.FRONTIER: frame}, 0.01, "loss", 12, "")
     assert told[0].startswith("On 40 fresh texts 1 of 12 layers in a row are saved for 0.01 nats a token, side by side")
     assert "0.05: 2 side by side, 0 left out" in told[1]
     assert "random pairs +0.500 to +0.700" in told[2]
