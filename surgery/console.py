@@ -42,9 +42,23 @@ LACKING = (
     "weights of half the size (--dtype bfloat16), or a machine with more"
 )
 AGAIN = 1.0  # seconds: the same signal within so many is the same wish, from a process group and from its leader
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object: the page, the files and the verdicts.")]
+TELLING = "What is printed"  # the group of these options in the help of every command
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=TELLING, show_default=False)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.", rich_help_panel=TELLING)
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object: the page, files and verdicts.", rich_help_panel=TELLING),
+]
+OLD = {  # options of earlier versions, by command: what they are called now
+    ("scan", "--count"): "--prompts",
+    ("graft", "--old"): "--old-weights",
+    ("graft", "--judged"): "--heldout-prompts",
+    ("graft", "--latent"): "--update-loss",
+}
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -215,20 +229,49 @@ def command(function: Callable[..., Result]) -> Callable[..., None]:
 
 
 class Commands(TyperGroup):
-    """Commands whose wrong usage is a JSON object too where one is asked for."""
+    """Commands whose wrong usage is told in lines without a frame, or as a JSON object where one is asked for.
+
+    Options of earlier versions (``OLD``) go on working, with a note.
+    """
 
     def main(self, *args: Any, **options: Any) -> Any:
-        words = [*args, options.get("args")][0]
-        if "--json" not in (sys.argv[1:] if words is None else words) or not options.get("standalone_mode", True):
-            return super().main(*args, **options)
+        given = [*args, options.pop("args", None)][0]
+        words, notes = renamed(sys.argv[1:] if given is None else list(given))
+        if not options.pop("standalone_mode", True):
+            return super().main(words, standalone_mode=False, **options)
+        in_json = "--json" in words
+        if not in_json and not {"--quiet", "-q"} & set(words):
+            for note in notes:
+                complain(f"note: {note}")
         try:
-            code = super().main(*args, **options | {"standalone_mode": False})
+            code = super().main(words, standalone_mode=False, **options)
+        except typer.Abort:
+            raise SystemExit(1) from None
         except Exception as error:
             if not hasattr(error, "format_message"):  # click's own errors, whatever package they come in
                 raise
-            _write({"error": error.format_message()})
+            if in_json:
+                _write({"error": error.format_message()})
+            else:
+                error.show()  # type: ignore[attr-defined]
             code = error.exit_code  # type: ignore[attr-defined]
         raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def renamed(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command with today's names of its options, and a note for each that was called otherwise.
+
+    >>> renamed(["scan", "--count=8", "--model", "babel"])
+    (['scan', '--prompts=8', '--model', 'babel'], ['--count is called --prompts now'])
+    """
+    command, notes, now = words[0] if words else "", list[str](), list[str]()
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = OLD.get((command, option))
+        if name is not None:
+            notes.append(f"{option} is called {name} now")
+        now.append(word if name is None else f"{name}{equals}{value}")
+    return now, notes
 
 
 def script(main: Callable[[], None], interrupted: str = "the same command goes on where it was") -> None:

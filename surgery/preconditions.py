@@ -15,13 +15,29 @@ def require(model: str, device: str | None) -> None:
     names.require_device(device)
 
 
-def require_study(model: str, device: str | None, text: Path | None, prompts: int, budget: str | None) -> None:
+def require_study(
+    model: str, device: str | None, text: Path | None, prompts: int, budget: str | None, probes: str | None = None
+) -> None:
     """Raise ValueError for what no study can be made of, before torch is imported."""
-    from surgery.corpus.asked import require_prompts
+    from surgery.corpus.asked import require_prompts, require_questions
 
     require(model, device)
     require_prompts(model, text, prompts)
+    if probes is not None:
+        require_questions(model, probes, prompts)
     require_budget(budget)
+
+
+def require_asked(model: str, text: Path | None, probes: str | None, prompts: int) -> None:
+    """Raise ValueError where nobody said what a scan asks, or both ``--text`` and ``--probes`` do."""
+    from surgery.corpus.asked import require_prompts, require_questions
+
+    if text is None:
+        require_questions(model, probes, prompts)
+    elif probes is None:
+        require_prompts(model, text, prompts)
+    else:
+        raise ValueError("a scan asks --probes, or scores --text: give one of them")
 
 
 def require_budget(budget: str | None) -> None:

@@ -8,7 +8,8 @@
 With ``series`` come ``calibration.csv``, the same on networks whose answer is known and on the model untrained;
 ``measures.csv``, every other measure of series on all of these; and ``costs.csv``, what each of them costs. The scan
 asks the bundled model questions of its own kind; any other model, or the bundled one when a text is given, it asks
-every token of the prompts.
+every token of the prompts, unless ``probes`` are named. A measure of an installed package (``surgery.planning.own``) is
+measured where it is named.
 
 A study is planned first (``surgery.planning``): with a budget of time it takes fewer prompts, or less of some parts.
 ``study.json`` holds the plan and what is done. So the same command goes on after a kill, with the same plan; an
@@ -30,7 +31,7 @@ import psutil
 import torch
 
 import surgery
-from surgery import disk, memory, report
+from surgery import disk, memory, plugins, report
 from surgery.anatomy.part import ANATOMY_PART
 from surgery.chapters import MEASURED
 from surgery.corpus import bundled
@@ -45,12 +46,14 @@ from surgery.planning import plans
 from surgery.planning.agenda import Agenda, Done
 from surgery.planning.budget import seconds_of
 from surgery.planning.machine import Machine
+from surgery.planning.own import installed
 from surgery.planning.parts import NotMeasurableError, Part, Shape, Subject
 from surgery.planning.plans import Plan, Planned
+from surgery.plugins import PluginError
 from surgery.progress import duration, task
 from surgery.records.manifest import tokens_hash
 from surgery.reversion.part import REVERSION_PART
-from surgery.scan.part import SCAN_PART
+from surgery.scan.part import SCAN_PART, questions
 from surgery.series.part import CALIBRATION_PART, MEASURES_PART, WINDOWS_PART
 from surgery.stats.sampling import Sampling
 
@@ -77,6 +80,7 @@ def run(
     prompts: int = 256,
     max_tokens: int = 128,
     max_length: int | None = None,
+    probes: str | None = None,
     batch_size: int = Sampling().batch_size,
     budget: str | None = None,
     device: "str | torch.device | None" = None,
@@ -89,13 +93,15 @@ def run(
     """Measure ``model`` on ``prompts`` prompts and return the path of the report.
 
     Args:
-        names: which measurements, of ``MEASURED``.
+        names: which measurements, of ``MEASURED`` or of installed packages.
         model: what ``surgery.load`` takes.
         text: a file of prompts (see ``read_prompts``); None means the bundled model's own problems.
         out: the folder for the results, made if it is missing. A study of the same that was begun there goes on.
         prompts: how many prompts, the first ones of the file; fewer if the budget is small.
         max_tokens: prompts are cut to this many tokens, or fewer.
         max_length: the longest window of layers, and the longest span repeated; None means all.
+        probes: what the scan asks, as for ``surgery.scan.study.run``; by default the prompts as running text, or the
+            bundled model's own problems.
         batch_size: prompts run at once, at most.
         budget: time to stay within, such as ``10m``, or ``none`` for everything; by default ``BUDGET``, and ``none``
             for the bundled models.
@@ -114,19 +120,20 @@ def run(
     ValueError: there is no measurement 'sequel'; there are series, reversion, scan, anatomy
     """
     check(names, model, budget)
+    names, parts = _parts(names, say)
     began = time.monotonic()
     with disk.held(out) as folder:
         subject = opened(model, text, prompts, max_tokens, batch_size, device, dtype, seed, say)
-        subject = replace(subject, progress=progress, cluster=cluster)
-        agenda = _agenda(folder, subject, names, prompts, max_length, _seconds(budget, model), began)
+        subject = replace(subject, progress=progress, cluster=cluster, probes=probes)
+        agenda = _agenda(folder, subject, names, parts, prompts, max_length, _seconds(budget, model), began)
         subject = _cut(subject, agenda.plan)
         say(str(agenda.plan))
-        for part in PARTS:
+        for part in parts:
             if part.name in agenda.missing:
                 part.ready(subject, folder)
         agenda.write(folder)
         try:
-            _measure(folder, subject, agenda, alone=len(names) == 1)
+            _measure(folder, subject, agenda, parts, alone=len(names) == 1)
         except (KeyboardInterrupt, SystemExit):
             _page_of_what_there_is(folder, say)
             raise
@@ -142,6 +149,7 @@ def plan(
     prompts: int = 256,
     max_tokens: int = 128,
     max_length: int | None = None,
+    probes: str | None = None,
     batch_size: int = Sampling().batch_size,
     budget: str | None = None,
     device: "str | torch.device | None" = None,
@@ -154,17 +162,37 @@ def plan(
     Cost: opening the model, and about ten forward passes of 1,024 tokens.
     """
     check(names, model, budget)
+    names, parts = _parts(names, say)
     began = time.monotonic()
     subject = opened(model, text, prompts, max_tokens, batch_size, device, dtype, seed, say)
-    return _plan(subject, names, prompts, max_length, _seconds(budget, model), began)
+    return _plan(replace(subject, probes=probes), names, parts, prompts, max_length, _seconds(budget, model), began)
 
 
 def check(names: Sequence[str], model: str, budget: str | None) -> None:
     """Raise ValueError for a name that there is no measurement of, and for a budget that is none."""
-    for name in names:
-        if name not in MEASURED:
-            raise ValueError(f"there is no measurement {name!r}; there are {', '.join(MEASURED)}")
+    if not set(names) <= set(MEASURED):
+        every = plugins.names("measures", MEASURED)
+        for name in names:
+            if name not in every:
+                raise ValueError(f"there is no measurement {name!r}; there are {', '.join(every)}")
     _seconds(budget, model)
+
+
+def _parts(names: Sequence[str], say: Say) -> tuple[list[str], tuple[Part, ...]]:
+    """The names that can be measured, and all parts, those of installed packages last.
+
+    A package that cannot be used is named and left out. Raises ValueError if nothing else was asked for.
+    """
+    usable, own = list(names), list[Part]()
+    for name in dict.fromkeys(name for name in names if name not in MEASURED):
+        try:
+            own += [measure.part for measure in installed([name], MEASURED)]
+        except PluginError as error:
+            usable.remove(name)
+            if not usable:
+                raise
+            say(f"left out: {error}")
+    return usable, (*PARTS, *own)
 
 
 def opened(
@@ -227,9 +255,15 @@ def _seconds(budget: str | None, model: str) -> float:
 
 
 def _plan(
-    subject: Subject, names: Sequence[str], prompts: int, max_length: int | None, budget: float, began: float
+    subject: Subject,
+    names: Sequence[str],
+    parts: Sequence[Part],
+    prompts: int,
+    max_length: int | None,
+    budget: float,
+    began: float,
 ) -> Plan:
-    asked = [part for part in PARTS if part.question in names]
+    asked = [part for part in parts if part.question in names]
     refused = {part.name: reason for part in asked if (reason := part.refusal(subject))}
     if refused and len(names) == 1 and len(refused) == len(asked):
         raise ValueError(f"{names[0]} cannot be measured: {next(iter(refused.values()))}")
@@ -291,6 +325,7 @@ def _agenda(
     folder: Path,
     subject: Subject,
     names: Sequence[str],
+    parts: Sequence[Part],
     prompts: int,
     max_length: int | None,
     budget: float,
@@ -305,6 +340,7 @@ def _agenda(
         "batch_size": subject.batch_size,
         "budget": None if math.isinf(budget) else budget,
         "seed": subject.seed,
+        **({} if subject.probes is None else {"probes": _questions_hash(subject)}),
     }
     of_this = {
         "model": identity.digest(subject.stack),
@@ -319,15 +355,19 @@ def _agenda(
             f"going on with the study in {folder}: {len(before.done)} of {len(before.plan.parts)} parts are done"
         )
         return before
-    return Agenda(of_this, _plan(subject, names, prompts, max_length, budget, began), {})
+    return Agenda(of_this, _plan(subject, names, parts, prompts, max_length, budget, began), {})
+
+
+def _questions_hash(subject: Subject) -> str:
+    return questions(subject)[0].sha256
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measure(folder: Path, subject: Subject, agenda: Agenda, alone: bool) -> None:
+def _measure(folder: Path, subject: Subject, agenda: Agenda, every: Sequence[Part], alone: bool) -> None:
     """Measure what is planned and not done, and write the agenda after every part."""
-    parts = {part.name: part for part in PARTS}
+    parts = {part.name: part for part in every}
     names = [part.name for part in agenda.plan.parts]
     with task("study", len(names), subject.progress) as advance:
         for name in names:

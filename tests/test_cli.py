@@ -270,11 +270,12 @@ def test_version():
         ("graft", "--unfrozen", graft.PARTS[1:], "junction"),
     ],
 )
-def test_choices_are_those_of_the_library(command, option, choices, default):
+def test_choices_are_those_of_the_library(monkeypatch, command, option, choices, default):
     parameter = next(p for p in typer.main.get_command(cli.app).commands[command].params if option in p.opts)
     assert parameter.metavar == f"[{'|'.join(choices)}]"
     assert parameter.default == default
     assert default is None or default in choices
+    monkeypatch.setenv("COLUMNS", "200")
     assert f"{option} [{'|'.join(choices)}]" in " ".join(run(command, "--help").stdout.split())
     result = run(command, option, f"{choices[0]}x")
     assert result.exit_code == 2
@@ -284,10 +285,13 @@ def test_choices_are_those_of_the_library(command, option, choices, default):
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("surgery ", ["study", "plan", "check", "report", "scan", "tape", "graft", "compile"]),
+        ("surgery ", ["study", "plan", "check", "report", "scan", "tape", "graft", "compile", "list", "view"]),
         ("surgery study re", ["reversion"]),
         ("surgery scan --family s", ["skip", "swap"]),
         ("surgery graft --stored b", ["bfloat16"]),
+        ("surgery scan --probes in", ["induction"]),
+        ("surgery check --model sm", ["smollm2"]),
+        ("surgery list m", ["models", "metrics", "measures"]),
     ],
 )
 def test_the_shell_completes_commands_and_choices(words, completions):
@@ -304,7 +308,9 @@ def test_the_shell_completes_commands_and_choices(words, completions):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["report", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["study", "--help"], ["report", "-h"], ["--version"], ["list", "models"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     script = (
         "import sys\nfrom surgery import cli\n"
@@ -316,7 +322,75 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["study", "check", "report", "scan"])
+@pytest.mark.parametrize("command", list(typer.main.get_command(cli.app).commands))
+def test_options_are_in_groups(monkeypatch, command):
+    """All but the one that asks for help, and what belongs to one command alone."""
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    shared = {"--model", "--device", "--dtype", "--budget", "--batch-size", "--json", "--quiet", "--debug", "--seed"}
+    for parameter in parameters:
+        if shared & set(parameter.opts):
+            assert parameter.rich_help_panel, parameter.opts
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("--old", "--old-weights"), ("--judged", "--heldout-prompts"), ("--latent", "--update-loss")]
+)
+@pytest.mark.parametrize("equals", [False, True])
+def test_an_option_of_an_earlier_version_goes_on_working_with_a_note(tmp_path, old, new, equals):
+    """Its value is read as that of today's option, here refused for its range."""
+    result = run("graft", *([f"{old}=-3"] if equals else [old, -3]), "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"note: {old} is called {new} now" in result.stderr
+    assert f"Invalid value for '{new}'" in result.stderr
+    in_json = run("graft", old, -3, "--json")
+    assert f"'{new}'" in json.loads(in_json.stdout)["error"]
+    assert "note" not in in_json.stderr
+
+
+def test_the_prompts_of_a_scan_used_to_be_counted():
+    result = run("scan", "--count", 1)
+    assert "note: --count is called --prompts now" in result.stderr
+    assert "Invalid value for '--prompts'" in result.stderr
+    assert "No such option" in run("study", "--count", 1).stderr
+
+
+def test_a_study_and_a_scan_call_the_same_thing_the_same():
+    commands = typer.main.get_command(cli.app).commands
+    study_options, scan_options = (
+        {option for parameter in commands[name].params for option in parameter.opts} for name in ("study", "scan")
+    )
+    assert {"--text", "--probes", "--prompts", "--model", "--out", "--budget", "--seed"} <= study_options & scan_options
+
+
+def test_a_text_is_scanned_as_a_study_reads_it(model, tmp_path):
+    text = tmp_path / "prompts.jsonl"
+    text.write_text("\n".join(json.dumps({"text": prompt}) for prompt in PROMPTS))
+    options = ["--model", model, "--family", "swap", "--out", tmp_path / "r", "--top", 1]
+    result = run("scan", "--text", text, *options)
+    assert result.exit_code == 0, result.output
+    assert tables.read_manifest(tmp_path / "r" / "scan_table.csv")["settings"]["metric"] == "loss"
+    refused(run("scan", "--text", text, "--probes", "recall", *options), "asks --probes, or scores --text")
+
+
+def test_a_study_scans_the_probes_that_are_named(model, text, tmp_path):
+    probes = tmp_path / "mine.jsonl"
+    probes.write_text("\n".join(json.dumps({"prompt": f"w{i} w2", "answer": f"w{i + 3}"}) for i in range(8)))
+    options = ["study", "scan", "--model", model, "--text", text, "--max-length", 2, *WHOLE]
+    result = run(*options, "--probes", probes, "--out", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    manifest = tables.read_manifest(tmp_path / "r" / made_up.SCAN)
+    assert manifest["settings"]["metric"] == "loglik"
+    refused(run(*options, "--probes", "recal", "--out", tmp_path / "q"), "did you mean 'recall'?")
+
+
+def test_an_error_of_usage_has_no_frame():
+    said = run("scan", "--family", "repeats").stderr
+    assert said.startswith("Usage: ")
+    assert "did you mean 'repeat'? There are repeat, skip" in said
+    assert not set(said) & set("│╭╰")
+
+
+@pytest.mark.parametrize("command", ["study", "check", "report", "scan", "list", "view"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -4,6 +4,7 @@ from . import bundled as bundled
 from . import everyday as everyday
 from . import parallel_sentences as parallel_sentences
 from . import probe_files as probe_files
+from . import probe_sets as probe_sets
 from . import probes as probes
 from . import questions as questions
 from . import splits as splits

@@ -1,7 +1,9 @@
 """What a model is to be asked, looked at without torch: a missing or broken file is told before anything is opened."""
 
+import difflib
 from pathlib import Path
 
+from surgery import plugins
 from surgery.corpus.probe_files import read_probes
 from surgery.corpus.questions import NAMES
 from surgery.corpus.text_files import LINES, read_prompts
@@ -42,6 +44,8 @@ def require_questions(model: str, questions: str | None, most: int | None = None
 
 
 def require_named(name: str) -> None:
-    """Raise ValueError for a name that no built-in probe set has."""
-    if name not in NAMES:
-        raise ValueError(f"there is no probe set {name!r}; there are {', '.join(NAMES)}, or give a .jsonl file")
+    """Raise ValueError for a name that no probe set has, built in or of an installed package."""
+    if name not in NAMES and name not in (every := plugins.names("probes", NAMES)):
+        near = difflib.get_close_matches(name, every, n=1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"there is no probe set {name!r}{guess}; there are {', '.join(every)}, or give a .jsonl file")

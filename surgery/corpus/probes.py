@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from surgery import notebook
+from surgery import notebook, plugins
 from surgery.corpus import questions
 from surgery.corpus.asked import require_named
 from surgery.corpus.babel import LANGUAGES
@@ -48,7 +48,16 @@ from surgery.corpus.questions import NAMES as NAMES
 from surgery.corpus.questions import Probe as Probe
 from surgery.corpus.text_files import read_prompts
 from surgery.models.stack import Stack
-from surgery.models.tokens import Tokens, has_unknown_words, padded, require_known, token_rows
+from surgery.models.targets import Prompt as Prompt
+from surgery.models.tokens import (
+    Tokens,
+    common_prefix,
+    has_unknown_words,
+    joined,
+    padded,
+    require_known,
+    unended_rows,
+)
 from surgery.outside import shown
 
 
@@ -180,12 +189,12 @@ class ProbeSet:
         if tokenizer is None:
             raise ValueError(f"{stack.name} has no tokenizer, so it cannot be asked the probes of {self.name}")
         pairs = [(i, j) for i, probe in enumerate(self.probes) for j in range(len(probe.answers))]
-        prompts = _ids(tokenizer, [probe.prompt for probe in self.probes])
-        rows = _ids(tokenizer, [self._joined(self.probes[i], self.probes[i].answers[j]) for i, j in pairs])
+        prompts = unended_rows(tokenizer, [probe.prompt for probe in self.probes])
+        rows = unended_rows(tokenizer, [self._joined(self.probes[i], self.probes[i].answers[j]) for i, j in pairs])
         rows = [row if self.probes[i].prompt else row[: self.max_tokens] for row, (i, _) in zip(rows, pairs)]
         begins: dict[int, int] = {}  # probe -> its first scored token
         for row, (i, _) in zip(rows, pairs):
-            begin = max(1, _common_prefix(prompts[i], row)) if self.probes[i].prompt else 1
+            begin = max(1, common_prefix(prompts[i], row)) if self.probes[i].prompt else 1
             begins[i] = min(begins.get(i, begin), begin)
         for row, (i, j) in zip(rows, pairs):
             self._check(i, j, row, begins[i], stack)
@@ -206,8 +215,7 @@ class ProbeSet:
         )
 
     def _joined(self, probe: Probe, answer: str) -> str:
-        apart = not probe.prompt or probe.prompt[-1].isspace() or answer[0].isspace()
-        return probe.prompt + ("" if apart else self.joiner) + answer
+        return joined(probe.prompt, answer, self.joiner)
 
     def _check(self, i: int, j: int, row: list[int], begin: int, stack: Stack) -> None:
         probe, n_ctx = self.probes[i], stack.n_ctx
@@ -259,12 +267,6 @@ def text(source: "str | Path | Sequence[str]", most: int | None = None, max_toke
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    rows = token_rows(tokenizer, texts)
-    end, mark = tokenizer.eos_token_id, tokenizer.eos_token or ""
-    return [row[:-1] if end in row[-1:] and not original.endswith(mark) else row for row, original in zip(rows, texts)]
-
-
 def _credit(tokenizer: Any, ids: Tensor, scored: Tensor) -> Tensor:
     characters = torch.zeros(int(ids.max()) + 1)
     for token in ids[scored].unique().tolist():
@@ -274,22 +276,34 @@ def _credit(tokenizer: Any, ids: Tensor, scored: Tensor) -> Tensor:
     return torch.where(total > 0, credit / total, scored / scored.sum(1, keepdim=True))
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common prefix of two token sequences."""
-    return next((n for n, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-
-
 # --- generated -------------------------------------------------------------------------------------------------------
 
 
 def named(name: str, count: int = 128, seed: int = 0) -> ProbeSet:
     """Generate ``count`` probes of one of ``NAMES`` from a seed, its groups in turn (see ``surgery.corpus.questions``).
 
+    A set of an installed package (``surgery.plugins``) is made by what its entry point holds: a function of count and
+    seed that returns a ``ProbeSet`` or several ``Probe``. Raises ValueError if there is none of that name, or if the
+    package's cannot be used.
+
     >>> named("recall", 3).probes[2].group
     'pairs=8'
     """
     require_named(name)
-    return ProbeSet(name, _GENERATORS[name](count, seed))
+    return ProbeSet(name, _GENERATORS[name](count, seed)) if name in NAMES else _of_package(name, count, seed)
+
+
+def _of_package(name: str, count: int, seed: int) -> ProbeSet:
+    plugin = plugins.installed("probes", NAMES)[name]
+    made = plugin.load()
+    try:
+        made = made(count, seed)
+        made = made if isinstance(made, ProbeSet) else ProbeSet(name, tuple(made))
+    except Exception as error:  # a package of somebody else's can raise anything
+        raise plugin.error(error) from error
+    if odd := next((probe for probe in made.probes if not isinstance(probe, Probe)), None):
+        raise plugin.error(f"it gives a {type(odd).__name__} among its probes")
+    return replace(made, name=name)
 
 
 def babel(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from surgery.corpus.babel import LANGUAGES, Babel, Problem
+from surgery.corpus.probe_sets import NAMES as NAMES
 from surgery.outside import shown
 
 T = TypeVar("T")
@@ -31,7 +32,6 @@ _THINGS = (
     "hat horse house key knife lamp leaf moon paper ring river road ship snow star stone sun tree"
 )
 WORDS = tuple(_THINGS.split())
-NAMES = ("babel", "babel-pairs", "arithmetic", "tracking", "recall", "copying", "induction")  # of built-in probe sets
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class GraftResult:
 
 def run(
     model: str = "babel",
-    span: tuple[int, int] = (4, 9),
+    span: tuple[int, int] | None = (4, 9),
     out: "str | Path" = "results/graft",
     *,
     text: Path | None = None,
@@ -104,6 +104,7 @@ def run(
 ) -> GraftResult:
     """Harvest, train, heal, compare and write everything for one model and one seed.
 
+    ``span`` is the middle, (4, 9) of 12 layers; None takes the same part of a model of any depth (``middle_of``).
     ``heal`` is the number of steps of a last phase that trains ``parts``; ``count`` and ``judged`` are the numbers of
     prompts to learn from and to be judged on, with at most as many others to stop by (``corpus.splits``). ``budget``,
     such as ``30m``, is a time to stay within: these numbers are then the most of each, and a run that was begun in the
@@ -123,6 +124,7 @@ def run(
         speak = say if main else lambda _: None
         speak(f"opening {model}")
         stack = Stack(loading.load(model, device=accelerator.device, dtype=weights))
+        span = span or middle_of(stack.n_layers)
         data, plan = _prompts(stack, model, text, heldout, count, judged, max_tokens, schedule.seed), None
         if limit is not None:
             given = count if text is None else len(read_prompts(text, count))
@@ -270,6 +272,16 @@ def maps(stack: Stack, pairs: Latents, data: Split) -> list[dict[str, Any]]:
         )
         rows.append({"method": name, "seed": float("nan"), "parameters": float(affine.n_parameters)} | _first(measured))
     return rows
+
+
+def middle_of(n_layers: int) -> tuple[int, int]:
+    """The layers from a third to three quarters of the depth, at least one.
+
+    >>> middle_of(12), middle_of(30), middle_of(2)
+    ((4, 9), (10, 22), (0, 1))
+    """
+    start = n_layers // 3
+    return start, max(start + 1, 3 * n_layers // 4)
 
 
 def judge(teacher: Stack, grown: Graft, pairs: Latents, data: Split) -> pd.DataFrame:

@@ -106,6 +106,7 @@ def _read(
 ) -> tuple[list[int], tuple[int, ...]]:
     """The tokens of one prompt that its targets follow, and the first token of each."""
     where = f"prompt {number} ({shown(prompt.text, 40)!r})"
+    assert stack.tokenizer is not None
     texts = [joined(prompt.text, target, joiner) for target in prompt.targets]
     rows = unended_rows(stack.tokenizer, texts)
     begins = [common_prefix(alone, row) for row in rows]

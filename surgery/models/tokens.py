@@ -117,7 +117,7 @@ class Tokens:
     def last(self) -> Int[Tensor, " batch"]:
         """Where each prompt's last real token is, whatever the side of the padding: its logits say what comes next.
 
-        ``logits[range(len(tokens)), tokens.last]`` [batch, d_vocab]. Raises ValueError for a prompt that is all padding.
+        ``logits[range(len(tokens)), tokens.last]`` [batch, d_vocab]. ValueError for a prompt that is all padding.
 
         >>> ids = torch.tensor([[5, 6, 7], [5, 6, 0]])
         >>> Tokens(ids, ids > 0).last.tolist(), Tokens(ids.flip(1), ids.flip(1) > 0).last.tolist()

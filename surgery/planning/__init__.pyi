@@ -1,6 +1,7 @@
 from . import agenda as agenda
 from . import budget as budget
 from . import machine as machine
+from . import own as own
 from . import parts as parts
 from . import plans as plans
 from . import remembered as remembered

@@ -122,7 +122,9 @@ class Level:
 class Subject:
     """What is measured: the opened model, its prompts, and the settings that all parts share.
 
-    ``whole_scan`` says that this study scans every repeated span, so that its other parts may read that.
+    ``probes`` is what the scan asks (a probe set or a file of questions); None asks the model's own problems, or the
+    prompts as running text. ``whole_scan`` says that this study scans every repeated span, so that its other parts may
+    read that.
     """
 
     stack: Stack
@@ -135,6 +137,7 @@ class Subject:
     progress: bool = False
     cluster: Any = None
     whole_scan: bool = False
+    probes: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     say: Say = lambda _: None
 

@@ -12,7 +12,12 @@ from surgery.scan.levels import TOP
 
 
 def questions(subject: Subject) -> tuple[probes.ProbeSet, str]:
-    """The questions and the metric of the scan: the bundled model's own problems, or the prompts as text."""
+    """What the scan asks, and its metric: what was named, the bundled model's own problems, or the prompts as text."""
+    if subject.probes is not None:
+        asked = scan_study.asked(
+            subject.stack.name, subject.probes, len(subject.prompts), subject.seed, subject.max_tokens
+        )
+        return asked, scan_study.metric_of(asked)
     if subject.own:
         return probes.named("babel", len(subject.prompts), subject.seed), "loglik"
     return probes.text([prompt for _, prompt in subject.prompts], max_tokens=subject.max_tokens), "loss"

@@ -30,7 +30,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from surgery import disk
+from surgery import disk, plugins
 from surgery.corpus import probes
 from surgery.corpus.asked import TEXT, require_questions
 from surgery.corpus.probes import Encoded, ProbeSet
@@ -144,6 +144,7 @@ def run(
     questions: str | None = None,
     out: "str | Path" = "results",
     *,
+    text: "str | Path | None" = None,
     metric: str | None = None,
     count: int = 256,
     share: int | float | None = None,
@@ -164,9 +165,10 @@ def run(
 
     Args:
         model: what ``surgery.load`` takes.
-        family: which wirings, of ``FAMILIES``.
-        questions: a built-in probe set (``surgery.corpus.probes.named``), a JSONL file of questions, or a ``.txt`` file
-            of running text, one text a line. The bundled models are asked ``babel`` by default; others have none.
+        family: which wirings, of ``FAMILIES`` or of an installed package (``surgery.plugins``).
+        questions: a probe set (``surgery.corpus.probes.named``), a JSONL file of questions, or a ``.txt`` file of
+            running text, one text a line. The bundled models are asked ``babel`` by default; others have none.
+        text: in place of ``questions``, running text from a file as of ``surgery study``.
         out: folder for the results, made if need be; the same one resumes a scan that was killed.
         metric: of ``surgery.scan.METRICS``; by default ``loss`` for running text, else ``loglik``.
         count: probes of a built-in set, both halves together.
@@ -190,14 +192,14 @@ def run(
     """
     began, seconds = time.monotonic(), None if budget is None else seconds_of(budget)
     _check_family(family, 1 if share is None else share)
-    probe_set, plan = asked(model, questions, count, seed), None
+    probe_set, plan = asked(model, questions, count, seed, text=text), None
     with disk.held(out) as folder:
         say(f"opening {model}")
         stack = Stack(load(model, device=device, dtype=dtype, offload=offload))
         if probe_set.max_tokens is not None:
             probe_set = replace(probe_set, max_tokens=min(probe_set.max_tokens, stack.n_ctx))
         if seconds is not None:
-            of_metric = metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik")
+            of_metric = metric or metric_of(probe_set)
             made, again = levels.plan(
                 stack,
                 probe_set,
@@ -212,7 +214,7 @@ def run(
                 asked={"metric": of_metric, "seed": seed, "memory": memory, "batch_size": batch_size},
             )
             say(f"going on with the plan in {folder / levels.FILE}" if again else str(made))
-            fewer = asked(model, questions, made.prompts, seed)
+            fewer = asked(model, questions, made.prompts, seed, text=text)
             probe_set = replace(probe_set, probes=_spread(fewer.probes, made.prompts))
             share, precision = (made.parts[0].settings[name] for name in ("share", "precision"))
             plan = {"budget": seconds, "expected": made.seconds, "cuts": _cuts(made)}
@@ -222,7 +224,7 @@ def run(
                 probe_set,
                 folder,
                 family,
-                metric=metric or ("loss" if worth.measure_of(probe_set) == "loss" else "loglik"),
+                metric=metric or metric_of(probe_set),
                 share=1 if share is None else share,
                 top=top,
                 seed=seed,
@@ -403,11 +405,27 @@ def painters(
     return variants.merge(comparisons.table(rows, metric, seed=seed), on="wiring")
 
 
-def asked(model: str, questions: str | None, count: int, seed: int, max_tokens: int = MAX_TOKENS) -> ProbeSet:
+def metric_of(probe_set: ProbeSet) -> str:
+    """The metric that probes are scanned in unless another is asked for: ``loss`` of running text, else ``loglik``."""
+    return "loss" if worth.measure_of(probe_set) == "loss" else "loglik"
+
+
+def asked(
+    model: str,
+    questions: str | None,
+    count: int,
+    seed: int,
+    max_tokens: int = MAX_TOKENS,
+    text: "str | Path | None" = None,
+) -> ProbeSet:
     """What the model is asked: a built-in set, a file of questions, or running text, cut to ``max_tokens``.
 
-    Raises ValueError, in words, where nobody said so.
+    Raises ValueError, in words, where nobody said so, or both ``questions`` and ``text`` do.
     """
+    if text is not None:
+        if questions is not None:
+            raise ValueError(f"a scan asks questions ({questions}) or scores running text ({text}): give one of them")
+        return probes.text(text, count, max_tokens)
     if questions is None:
         require_questions(model, None)
         return probes.named("babel", count, seed)
@@ -430,8 +448,8 @@ def _cuts(made: Plan) -> list[str]:
 
 
 def _check_family(name: str, share: int | float) -> None:
-    if name not in FAMILIES:
-        raise ValueError(f"there is no family {name!r}; there are {', '.join(FAMILIES)}")
+    if name not in (every := plugins.names("families", FAMILIES)):
+        raise ValueError(f"there is no family {name!r}; there are {', '.join(every)}")
     if not 0 < share <= 1:
         raise ValueError(f"share is the part of a full scan to run, above 0 and at most 1, got {share}")
     if share < 1 and name not in SEARCHED:
@@ -441,7 +459,19 @@ def _check_family(name: str, share: int | float) -> None:
         )
 
 
+def _members(family: str, n_layers: int) -> list[Wiring | str]:
+    """The wirings of a family, built in or of an installed package."""
+    if family in FAMILIES:
+        return list(FAMILIES[family](n_layers))
+    plugin = plugins.installed("families", FAMILIES)[family]
+    every = plugin.load()
+    try:
+        return list(every(n_layers))
+    except Exception as error:  # a package of somebody else's can raise anything
+        raise plugin.error(error) from error
+
+
 def _wirings(stack: Stack, family: str, longest: int | None) -> list[Wiring]:
     """The wirings of a family, parsed, that run at most ``longest`` layers more than the model."""
-    wirings = execution.distinct(stack, FAMILIES[family](stack.n_layers))
+    wirings = execution.distinct(stack, _members(family, stack.n_layers))
     return [wiring for wiring in wirings if longest is None or wiring.depth <= stack.n_layers + longest]

@@ -237,7 +237,10 @@ def test_what_cannot_be_asked_is_named(word_stack):
         (lambda: probes.text(["a b", " "]), "the text is empty"),
         (lambda: probes.text(["a b"], max_tokens=1), "at least 2"),
         (lambda: ProbeSet("one", (Probe("a", "b"),) * 3).split(), "one probe only"),
-        (lambda: probes.named("babble"), "no probe set 'babble'; there are babel, babel-pairs, arithmetic"),
+        (
+            lambda: probes.named("babble"),
+            "no probe set 'babble' .did you mean 'babel'.*; there are babel, babel-pairs, arithmetic",
+        ),
         (lambda: probes.named("babel", 0), "at least 1"),
         (lambda: probes.babel(2, [1], targets=["latin"]), "no language 'latin'; there are plain"),
         (lambda: probes.babel(2, [1], group="length"), "'k', 'pair' or 'both'"),
