@@ -12,7 +12,7 @@ and width learns that from stored pairs: its target is the update ``u = x_stop -
 the unexplained share of a whitened update. ``W`` divides each dimension, or each principal component, by its standard
 deviation, with a floor; a token whose update is far larger than usual counts as ``cap`` times the usual. Cross entropy,
 or the divergence from the original's logits, both through the frozen decoder, can be added. Layers before and behind
-never change, which is proved bit for bit. Blockwise distillation of this kind is an old idea (Wang et al.
+never change, which is proved bit for bit. Blockwise distillation of this kind is an old idea (Li et al.
 2019, arXiv 1911.13053; Xu et al. 2020, 2002.02925; Bercovich et al. 2024, 2411.19146); what this adds is a ledger, from
 which its cost can be read against that of training the whole.
 

@@ -16,8 +16,8 @@ fused layer (``surgery.models.branch_norms``). What cannot be fused: norms over 
 and layers that get other masks or rotary tables (Gemma's local and global ones). The shift of a LayerNorm goes into the
 biases of what reads it, which are added where the class has none (GPT-J, StableLM, Nemotron).
 
-Layers in parallel by hand, without fusing: LP (Bhaskar et al. 2025, arXiv 2502.02790). Control: the same wiring taped
-(``tape.together``), which runs the layers of a group one after another.
+Layers in parallel by hand, without fusing: LP (Calvo González et al. 2025, arXiv 2502.02790). Control: the same wiring
+taped (``tape.together``), which runs the layers of a group one after another.
 """
 
 import math
