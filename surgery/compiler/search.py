@@ -9,7 +9,7 @@ each depth go on. Damage of several moves is no sum of theirs, but that is what 
 is believed of them: every division that is kept was measured as a whole. All wirings of a depth run in one scan, which
 shares what they have in common.
 
-LP (Calvo González et al. 2025, arXiv 2502.02790) pairs a contiguous block by hand. A search that adds a pair at a time misses
+LP (Calvo González et al. 2025, arXiv 2502.02790) pairs a block by hand. A search that adds a pair at a time misses
 some of these, so the most promising blocks of each depth are tried too.
 """
 
