@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
 unexport PYTHONDONTWRITEBYTECODE  # else every process compiles every library again: 7 s a start instead of 3
 
-.PHONY: setup real study test test-quick test-gpu lint harden bench notebooks clean
+.PHONY: setup real study test test-quick test-gpu lint docs harden bench notebooks clean
 
 setup: .venv/.ready
 
@@ -40,6 +40,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The site, from docs/ and docstrings: site/html/index.html (Python 3.11 or later). A warning is an error
+docs: setup
+	$(BIN)/python docs/build.py
+
 # Every attack at its full size, about an hour; make test tries them at quick sizes
 harden: setup
 	$(BIN)/python tests/hardening/harden.py --write
@@ -59,4 +63,4 @@ notebooks: setup
 	$(BIN)/python notebooks/build.py --run results/notebooks
 
 clean:
-	rm -rf results runs .venv
+	rm -rf results runs site .venv

@@ -93,6 +93,48 @@ def test_every_name_that_is_documented_is_there(page):
     assert missing == []
 
 
+def test_every_paper_that_is_named_is_in_the_list_of_references():
+    texts = [*(REPOSITORY / "surgery").rglob("*.py"), *(REPOSITORY / "studies").glob("*.py"), *PAGES]
+    named = {number for path in texts for number in re.findall(r"arXiv[ \n:]+(\d{4}\.\d{4,5})", path.read_text())}
+    listed = set(re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", (REPOSITORY / "docs/references.md").read_text()))
+    assert len(named) > 30
+    assert named - listed == set()
+
+
+def test_every_figure_is_in_the_gallery():
+    figures = {path.relative_to(REPOSITORY / "docs").as_posix() for path in (REPOSITORY / "docs").rglob("*.png")}
+    assert figures == set(re.findall(r"\]\(([^)]+\.png)\)", (REPOSITORY / "docs/gallery.md").read_text()))
+
+
+def test_every_wiring_that_the_site_draws_is_one():
+    drawn = [
+        (wiring, int(n_layers))
+        for page in PAGES
+        for n_layers, body in re.findall(r"^```\{wiring\} (\d+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        for wiring in body.splitlines()
+    ]
+    assert len(drawn) > 10
+    assert all(surgery.Wiring.parse(*case).draw().n_boxes for case in drawn)
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    docs = REPOSITORY / "docs"
+    listed = set(re.findall(r"^([\w/]+)$", (docs / "index.md").read_text(), flags=re.MULTILINE))
+    pages = {page.relative_to(docs).with_suffix("").as_posix() for page in docs.rglob("*.md")}
+    assert pages - {"index"} == {name for name in listed if (docs / f"{name}.md").exists()}
+
+
+def test_a_page_is_carried_to_the_site_with_links_that_still_lead_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "docs"))
+    build = importlib.import_module("build")
+    build.carry(REPOSITORY / "CONTRIBUTING.md", tmp_path / "CONTRIBUTING.md", tmp_path)
+    text = (tmp_path / "CONTRIBUTING.md").read_text()
+    assert "](extending.md#rooms)" in text
+    assert "](CHANGELOG.md)" in text
+    build.carry(REPOSITORY / "docs/findings/parts.md", tmp_path / "findings/parts.md", tmp_path)
+    assert "](../data/atlas.md)" in (tmp_path / "findings/parts.md").read_text()
+
+
 def test_a_name_that_is_not_there_would_be_found():
     assert resolves("series.windows")
     assert resolves("scan.search")
