@@ -9,52 +9,73 @@ from surgery import progress
 from surgery.compiler.ways import WAYS
 from surgery.console import Result, say
 from surgery.models.precisions import PRECISIONS
-from surgery.options import Device, Dtype, MaxTokens, Model, choice
+from surgery.options import EFFORT, INPUT, MACHINE, Device, Dtype, MaxTokens, Model, Out, choice, complete_probes, group
 from surgery.preconditions import require, require_free
 from surgery.scan.metrics import METRICS
+
+SEARCH, HEALING, TIMING = "The search", "Healing", "Timing"  # groups of its own options in the help
 
 
 def compile_(
     model: Model = "babel",
     allow: Annotated[
-        float, typer.Option(min=0, help="Loss that may be added: nats per token of text, or what the metric counts.")
+        float,
+        typer.Option(
+            min=0, help="Loss that may be added: nats per token of text, or what the metric counts.", **group[EFFORT]
+        ),
     ] = 0.01,
-    out: Annotated[Path, typer.Option(help="Folder for everything; run again on the same one to resume.")] = Path(
-        "results/compile"
-    ),
+    out: Out = Path("results/compile"),
     probes: Annotated[
         str | None,
         typer.Option(
             help="What to judge by: a .txt file of running text, a .jsonl file of questions, or a built-in set. By "
-            "default Python's manual; babel brings its own."
+            "default Python's manual; babel brings its own.",
+            autocompletion=complete_probes,
+            **group[INPUT],
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(**choice(METRICS), help="What may be lost: loss of text, or loglik of answers.")
+        str | None,
+        typer.Option(**choice(METRICS), help="What may be lost: loss of text, or loglik of answers.", **group[INPUT]),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=12, help="How many texts or questions, in all.")] = 192,
+    prompts: Annotated[int, typer.Option(min=12, help="How many texts or questions, in all.", **group[EFFORT])] = 192,
     max_tokens: MaxTokens = 48,
     shallowest: Annotated[
-        int | None, typer.Option(min=1, help="Stop at so few layers in a row; half of them by default.")
+        int | None,
+        typer.Option(min=1, help="Stop at so few layers in a row; half of them by default.", rich_help_panel=SEARCH),
     ] = None,
-    limit: Annotated[float, typer.Option(min=0, help="Stop where the best diverges by more than this.")] = 0.5,
-    beam: Annotated[int, typer.Option(min=1, help="Wirings that go on from each depth.")] = 2,
-    screen: Annotated[int, typer.Option(min=1, help="Moves that each of them tries.")] = 6,
+    limit: Annotated[
+        float, typer.Option(min=0, help="Stop where the best diverges by more than this.", rich_help_panel=SEARCH)
+    ] = 0.5,
+    beam: Annotated[int, typer.Option(min=1, help="Wirings that go on from each depth.", rich_help_panel=SEARCH)] = 2,
+    screen: Annotated[int, typer.Option(min=1, help="Moves that each of them tries.", rich_help_panel=SEARCH)] = 6,
     precision: Annotated[
-        str, typer.Option(**choice(PRECISIONS), help="Of the search; what it finds is measured in float32.")
+        str,
+        typer.Option(
+            **choice(PRECISIONS), help="Of the search; what it finds is measured in float32.", **group[MACHINE]
+        ),
     ] = "float32",
     branches: Annotated[
-        bool, typer.Option(help="Search whole layers, chains and halves of layers side by side too; 4 times as long.")
+        bool,
+        typer.Option(
+            help="Search whole layers, chains and halves of layers side by side too; 4 times as long.",
+            rich_help_panel=SEARCH,
+        ),
     ] = False,
     heal: Annotated[
         list[str] | None,
         typer.Option(
             **choice([way.replace(" ", "-") for way in WAYS]),
             help="Heal what is compiled, on texts of its own; can be given twice.",
+            rich_help_panel=HEALING,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=0, help="How often every model is timed; 0 times none.")] = 9,
-    torch_compile: Annotated[bool, typer.Option(help="Time every model through torch.compile too.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="How often every model is timed; 0 times none.", rich_help_panel=TIMING)
+    ] = 9,
+    torch_compile: Annotated[
+        bool, typer.Option(help="Time every model through torch.compile too.", rich_help_panel=TIMING)
+    ] = False,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> Result:
