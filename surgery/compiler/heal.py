@@ -16,7 +16,7 @@ read a stream divided by its size; the divergence of the logits can be added. Wh
 of a copy: scalars into what writes, adapters into their matrices. So the healed model is a model of the same class and
 size, whose wiring is proven to give what was trained.
 
-LP (Bhaskar et al. 2025, arXiv 2502.02790) trains all weights of its pairs instead. Control: a wiring that changes
+LP (Calvo González et al. 2025, arXiv 2502.02790) trains all weights of its pairs. Control: a wiring that changes
 nothing (``known_networks.parallel_network``), of which nothing is to be healed.
 """
 
@@ -52,7 +52,7 @@ from surgery.training.loop import Schedule
 from surgery.wiring.value import Layer, Wiring
 
 SCHEDULE = Schedule(steps=200, batch=16, learning_rate=3e-3, warmup=20, every=25, patience=8)
-COLUMNS = {
+COLUMNS: dict[str, str] = {
     "way": "what was trained: none, norms (and a scalar for each branch), or changes of low rank",
     "cost": "loss that the wiring adds to the original's on texts that nothing was trained on (nats per token, or what "
     "the metric counts)",
