@@ -29,6 +29,9 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests sta
 torch.set_num_threads(THREADS)
 
 LONGEST = (
+    "test_notebooks.py",
+    "compiler/test_study.py",
+    "compiler/test_search.py",
     "rebuild/test_tape.py",
     "test_cli.py",
     "test_cli_refusals.py",
