@@ -23,6 +23,7 @@ from . import training as training
 from . import wiring as wiring
 from .models.loading import load as load
 from .models.stack import Stack as Stack
+from .page.charts import plot as plot
 from .stats.sampling import Sampling as Sampling
 from .wiring.value import Wiring as Wiring
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from surgery.page.chapters import Chapter
 
 CHAPTERS = {
-    "calibration": "surgery.series.chapter:CALIBRATION",
-    "measures": "surgery.series.chapter:MEASURES",
     "series": "surgery.series.chapter:CHAPTER",
     "reversion": "surgery.reversion.chapter:CHAPTER",
     "scan": "surgery.scan.chapter:CHAPTER",
@@ -21,6 +19,8 @@ CHAPTERS = {
     "graft": "surgery.graft.chapter:CHAPTER",
     "middle": "surgery.graft.middle_chapter:CHAPTER",
     "dropout": "surgery.dropout.chapter:CHAPTER",
+    "calibration": "surgery.series.chapter:CALIBRATION",
+    "measures": "surgery.series.chapter:MEASURES",
 }
 MEASURED: tuple[str, ...] = (
     "series",

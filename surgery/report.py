@@ -1,9 +1,9 @@
 """Turn the files of a measurement into one self-contained page, ``report.html``, that can be read without the code.
 
 ``build(folder)`` reads the CSV files of all chapters (``CHAPTERS``) that a folder holds, checks them against their
-manifests, draws the figures beside them as PNG and writes the page: what was found, in sentences made from the numbers;
-what was measured; a section for each chapter; limits and undecided questions; every column explained; and where it all
-came from.
+manifests, draws the figures beside them as PNG and writes the page: on top a table of answers, then a section for each
+chapter, with its headline, a chart to touch, and the rest folded: all findings, how they are measured, tables, what
+stays open. At the end what was measured, every column explained, and where it all came from.
 """
 
 import json
@@ -111,27 +111,44 @@ def build(folder: str | Path) -> Path:
     measured = Measured.read(folder)
     agenda = Agenda.read(folder)
     sections = [
-        _findings(measured),
+        _found(measured),
+        *(measured.of(chapter, chapter.on_page) for chapter in measured.chapters),
         _measurements(measured),
         *([_planned(agenda)] if agenda is not None else []),
-        *(measured.of(chapter, chapter.on_page) for chapter in measured.chapters),
-        _limits(measured),
         _columns(measured),
         _provenance(measured),
     ]
     disk.save({folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures})
     first = measured.of_model[0]
-    subtitle = f"{first['tokens']['prompts']} prompts, {first['time'][:10]}, surgery {first['versions']['surgery']}"
+    subtitle = (
+        f"{first['model']['n_layers']} layers, d_model {first['model']['d_model']}; "
+        f"{first['tokens']['prompts']} prompts, {first['tokens']['tokens']} tokens; {first['time'][:10]}, surgery "
+        f"{first['versions']['surgery']}, weights {first['model']['weights_sha256'][:12]}"
+    )
     return write_page(folder / PAGE, f"Layer surgery on {model_name(first)}", subtitle, sections)
 
 
 def summary(folder: str | Path) -> list[str]:
     """The sentences of "What was found" about the files in ``folder``. Raises ``ValueError`` as ``build`` does."""
-    return list(_findings(Measured.read(Path(folder))).findings)
+    measured = Measured.read(Path(folder))
+    sentences = _warnings(measured)
+    for chapter in measured.chapters:
+        sentences += [sentence.text for sentence in measured.of(chapter, chapter.say) if sentence.headline]
+    return sentences
 
 
-def _findings(measured: Measured) -> Section:
-    sentences = []
+def _found(measured: Measured) -> Section:
+    """The table of answers, and what holds for all of them."""
+    answers = [answer for chapter in measured.chapters for answer in measured.of(chapter, chapter.answered)]
+    held = (
+        "Bars are 95 % intervals over prompts, grey what is measured without an effect. All of it holds for these "
+        "prompts and this model."
+    )
+    return Section("found", "Answers", answers=answers, headline=" ".join(_warnings(measured)), paragraphs=[held])
+
+
+def _warnings(measured: Measured) -> list[str]:
+    """Why the files should not be read together, if they should not."""
     models = {manifest["model"].get("identity", manifest["model"]["weights_sha256"]) for manifest in measured.of_model}
     prompts = {
         measured.manifests[chapter.requires[0]]["tokens"]["sha256"]
@@ -139,34 +156,37 @@ def _findings(measured: Measured) -> Section:
         if chapter.same_prompts
     }
     if len(models) > 1 or len(prompts) > 1:
-        sentences.append(
-            "These files were not measured on the same model and the same prompts: do not read them together."
-        )
-    for chapter in measured.chapters:
-        chapter_sentences = measured.of(chapter, chapter.say)
-        sentences += [sentence.text for sentence in chapter_sentences if sentence.headline]
-    return Section("found", "What was found", findings=sentences)
+        return ["These files were not measured on the same model and the same prompts: do not read them together."]
+    return []
 
 
 def _measurements(measured: Measured) -> Section:
-    rows = [
-        [
-            Cell(manifest["file"]),
-            Cell(model_name(manifest)),
-            Cell(f"{manifest['model']['n_layers']} layers, d_model {manifest['model']['d_model']}"),
-            Cell(f"{manifest['tokens']['prompts']} prompts, {manifest['tokens']['tokens']} tokens"),
-            Cell(manifest["model"]["weights_sha256"][:12]),
-            Cell(manifest["tokens"]["sha256"][:12]),
-        ]
-        for manifest in measured.of_model
-    ]
+    """What the files were measured on: in one line what they share, else a row for each group that shares it."""
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for manifest in measured.of_model:
+        model, tokens = manifest["model"], manifest["tokens"]
+        key = (
+            model_name(manifest),
+            f"{model['n_layers']} layers, d_model {model['d_model']}",
+            f"{tokens['prompts']} prompts, {tokens['tokens']} tokens",
+            model["weights_sha256"][:12],
+            tokens["sha256"][:12],
+        )
+        shared.setdefault(key, []).append(manifest["file"])
     paragraphs = [
         "Every expectation is over all prompts and all their positions but the first and tokens of massive "
         "activations. Intervals are 95 % percentile intervals of a bootstrap over prompts: the prompt is the "
         "independent unit, the token is not."
     ]
-    heads = ["file", "model", "size", "input", "weights (sha256)", "tokens (sha256)"]
-    return Section("what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)])
+    heads = ["model", "size", "input", "weights (sha256)", "tokens (sha256)", "files"]
+    if len(shared) == 1:
+        ((name, size, given, weights, texts),) = shared
+        paragraphs.insert(0, f"All files: {name}, {size}; {given}; sha256 of weights {weights}, of tokens {texts}.")
+        return Section("what", "What was measured", paragraphs=paragraphs, aside=True)
+    rows = [[*map(Cell, key), Cell(", ".join(names))] for key, names in shared.items()]
+    return Section(
+        "what", "What was measured", paragraphs=paragraphs, tables=[Table("", heads, rows, words=True)], aside=True
+    )
 
 
 def _planned(agenda: Agenda) -> Section:
@@ -188,17 +208,12 @@ def _planned(agenda: Agenda) -> Section:
     if agenda.missing:
         said.append(f"Not measured yet: {', '.join(agenda.missing)}. The same command goes on with that.")
     return Section(
-        "plan", "What was planned, and what was cut", paragraphs=said, tables=[Table("", heads, rows, words=True)]
+        "plan",
+        "What was planned, and what was cut",
+        paragraphs=said,
+        tables=[Table("", heads, rows, words=True)],
+        aside=True,
     )
-
-
-def _limits(measured: Measured) -> Section:
-    notes = [note for chapter in measured.chapters for note in measured.of(chapter, chapter.untold)]
-    notes.append(
-        "All of this holds for these prompts and for whole layers; attention and MLP inside a layer are not "
-        "distinguished."
-    )
-    return Section("untold", "Limits and undecided questions", points=list(dict.fromkeys(notes)))
 
 
 def _columns(measured: Measured) -> Section:
@@ -214,7 +229,10 @@ def _columns(measured: Measured) -> Section:
     ]
     caption = "A column a with an interval has a_low and a_high beside it."
     return Section(
-        "columns", "Columns of the CSV files", tables=[Table(caption, ["column", "meaning"], rows, words=True)]
+        "columns",
+        "Columns of the CSV files",
+        tables=[Table(caption, ["column", "meaning"], rows, words=True)],
+        aside=True,
     )
 
 
@@ -232,7 +250,7 @@ def _provenance(measured: Measured) -> Section:
         Table("The files", ["file", "rows", "sha256"], files, words=True),
         Table("How they were made", ["", ""], sorted(rows, key=lambda row: row[0].value), words=True),
     ]
-    return Section("provenance", "Where the numbers come from", tables=contents)
+    return Section("provenance", "Where the numbers come from", tables=contents, aside=True)
 
 
 def _text(value: Any) -> str:

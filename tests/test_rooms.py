@@ -53,7 +53,7 @@ def test_no_private_name_is_imported_across_modules(folder):
 
 
 def test_a_user_finds_the_rooms_and_little_else():
-    tools = {"atlas", "cli", "hooks", "report", "study", "tape"}
+    tools = {"atlas", "cli", "hooks", "plot", "report", "study", "tape"}
     assert set(dir(surgery)) == {*ROOMS, *VALUES, *tools}
     assert all(getattr(surgery, name) is not None for name in dir(surgery))
 

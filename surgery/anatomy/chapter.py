@@ -1,8 +1,16 @@
 """The anatomy on the page: where the parts begin and end, and the ends against the middle."""
 
-from surgery.anatomy import draw, files, say
+import math
+from typing import Any
+
+import pandas as pd
+
+from surgery.anatomy import draw, ends_against_middle, files, say
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
+from surgery.page.phrases import ends
 
 
 def _say(tables: Tables, manifests: Manifests) -> list[Sentence]:
@@ -49,6 +57,44 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
     return Section("anatomy", "Where the parts begin and end", paragraphs=paragraphs, tables=[table])
 
 
+def _answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Are there parts, where do they meet, and are the ends more parallel?"""
+    segments = tables[files.SEGMENTS]
+    two = segments[segments["breaks"] == 2].iloc[0]
+    first = tables[files.BOUNDARIES].sort_values("probability", ascending=False).drop_duplicates("boundary")
+    where = " and ".join(str(int(layer)) for layer in sorted(first["layer"]))
+    word = "not shown"
+    if two["p_drift"] < say.SURE:
+        word = f"before layers {where}"
+    elif two["power"] >= say.STABLE:
+        word = "no parts"
+    share = (float(two["gain"]), math.nan, math.nan)
+    drift = (float(two["gain_drift"]),) * 2
+    borders = "Where do translation and reasoning meet?"
+    measure = "share of how layers differ that three parts explain:"
+    contrast = tables[files.ENDS].iloc[0]
+    words = {"supported": "yes", "contradicted": "no, more serial"}
+    word_ends = words.get(ends_against_middle.verdict(contrast), UNDECIDED)
+    numbers = ends(contrast, "D")
+    parallel = "Are the translation blocks wired more in parallel?"
+    return [
+        Answer(borders, word, measure, share, drift, "of smooth drift"),
+        Answer(parallel, word_ends, "D, S of the ends minus S of the middle:", numbers, (0.0, 0.0), "alike", digits=3),
+    ]
+
+
+def _charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """How stable every boundary is."""
+    frame = tables[files.BOUNDARIES]
+    names = [f"{name}, before layer {layer:g}" for name, layer in zip(frame["boundary"], frame["layer"])]
+    shares = pd.DataFrame({"boundary": names, "share": frame["probability"]})
+    told = (
+        "Share of resampled prompts that put each boundary (in: where the middle begins, out: where it ends) before "
+        "that layer: how stable it is, not whether it exists"
+    )
+    return {"anatomy": plot(shares[shares["share"] > 0.02], "share", told=told)}
+
+
 def _n_layers(manifests: Manifests) -> int:
     return int(manifests[files.ENDS]["model"]["n_layers"])
 
@@ -59,5 +105,7 @@ CHAPTER = Chapter(
     _section,
     _say,
     draw=_draw,
+    answers=_answers,
+    charts=_charts,
     requires=(files.ENDS, files.BOUNDARIES, files.SEGMENTS, files.DETECTORS, files.AGREEMENT, files.BY_KIND),
 )

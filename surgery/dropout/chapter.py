@@ -1,14 +1,19 @@
 """Dropout on the page: the tables that ``studies/dropout.py`` leaves in a folder, as one section."""
 
+from typing import Any
+
 import pandas as pd
 
 from surgery.dropout.draw import CAPTIONS, FIGURES
 from surgery.dropout.files import COLUMNS, CONFIRMATION, MODELS
 from surgery.dropout.say import SENTENCES
-from surgery.dropout.verdicts import verdicts
+from surgery.dropout.verdicts import ACROSS, WITHIN, verdicts
 from surgery.page import parts
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, number_cell
+from surgery.page.phrases import ends
 from surgery.stats import bootstrap
 
 _HEADLINES = {MODELS: 2, CONFIRMATION: 1}  # how many of a table's sentences stand at the top of the page
@@ -53,6 +58,38 @@ def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     }
 
 
+QUESTIONS = {
+    WITHIN: "Does dropout reduce superposition within a component?",
+    ACROSS: "Does dropout raise redundancy across components?",
+}
+
+
+def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Both halves of the prediction, each by the measure that decides it."""
+    if MODELS not in tables:
+        return []
+    judged, found = verdicts(tables[MODELS]), []
+    for half, question in QUESTIONS.items():
+        main = judged[judged["half"] == half].head(2)
+        said = set(main["verdict"])  # at matched steps and at matched loss
+        word = {("confirmed",): "yes", ("refuted",): "no, the opposite"}.get(tuple(said), UNDECIDED)
+        row = main.iloc[-1]
+        measure = f"change of {row['phrase']} at matched {row['matched']}:"
+        found.append(Answer(question, word, measure, ends(row, "change"), (0.0, 0.0), "no dropout", digits=3))
+    return found
+
+
+def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """The change of every measure along the rates."""
+    if MODELS not in tables:
+        return {}
+    frame = verdicts(tables[MODELS])
+    names = [f"{row['measure']}, matched {row['matched']}" for row in parts.rows(frame)]
+    columns = ["name", "change", "change_low", "change_high", "half", "verdict"]
+    told = "How every measure changes from no dropout to the most, seed by seed, with its 95 % interval"
+    return {"dropout": plot(frame.assign(name=names)[columns], "change", told=told)}
+
+
 def section(tables: Tables, manifests: Manifests) -> Section:
     """What within and across mean, and the table of changes."""
     shown = [_changes(tables[MODELS])] if MODELS in tables else []
@@ -77,4 +114,4 @@ def _changes(frame: pd.DataFrame) -> Table:
     return Table("Mean over seeds [95 %] at every rate of dropout, and the change along them", header, rows)
 
 
-CHAPTER = Chapter("dropout", COLUMNS, section, say, untold, draw)
+CHAPTER = Chapter("dropout", COLUMNS, section, say, untold, draw, answers, charts)

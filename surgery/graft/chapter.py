@@ -5,6 +5,7 @@ layers put back to random weights, answers by the steps they take, how the middl
 """
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -12,10 +13,13 @@ from surgery.graft import draw as figures
 from surgery.graft import say as words
 from surgery.graft import study
 from surgery.graft.study import CURVES, LEDGER, METHODS
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, cell, count_cell, number_cell, rows, tabled
 from surgery.planning.budget import told
 
+ALIKE = 0.01  # nats a token: a middle that adds less stands in for the layers
 LAYERS, BY_K, WIRING = "graft_layers.csv", "graft_by_k.csv", "graft_wiring.csv"
 
 
@@ -26,7 +30,8 @@ def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     first = trained[trained["seed"] == trained["seed"].iloc[0]] if len(trained) else trained
     top = words.methods(first, n_layers) if len(first) else []
     stored = manifest["settings"].get("found") or words.methods(methods[methods["seed"].fillna(0) == 0], n_layers)
-    return [Sentence(text, headline=text in top) for text in dict.fromkeys((*stored, *top))]
+    lead = top[1] if len(top) > 1 else ""
+    return [Sentence(text, headline=text in top, leads=text == lead) for text in dict.fromkeys((*stored, *top))]
 
 
 def untold(tables: Tables, manifests: Manifests) -> list[str]:
@@ -47,6 +52,37 @@ def untold(tables: Tables, manifests: Manifests) -> list[str]:
 def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """The curves of training."""
     return {"graft": Drawing(figures.curves(tables[CURVES], tables[METHODS]), figures.CURVES_CAPTION)}
+
+
+def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Can a middle trained on stored activations stand in for the layers, and is that better than a linear map?"""
+    methods, trained = tables[METHODS], _trained(tables)
+    scored = trained.dropna(subset=["damage"])
+    if scored.empty:
+        return []
+    best = scored.nsmallest(1, "damage").iloc[0]
+    linear = methods[methods["method"].str.contains("linear") & methods["seed"].isna()]["damage"]
+    null = (float(linear.iloc[0]),) * 2 if len(linear) else (math.nan, math.nan)
+    layers = f"{int(best['start'])}:{int(best['stop'])}"
+    question = f"Can a fresh middle stand in for layers {layers}?"
+    low, high = float(best.get("damage_low", math.nan)), float(best.get("damage_high", math.nan))
+    word = UNDECIDED  # also where there is no interval
+    if high <= ALIKE:
+        word = "yes"
+    elif low > ALIKE:
+        word = "in part" if high < null[0] else "no"
+    measure = f"loss added by the best ({_method(best)}), nats a token:"
+    return [Answer(question, word, measure, (float(best["damage"]), low, high), null, "a linear map", digits=3)]
+
+
+def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """What every method costs on held-out prompts."""
+    frame = tables[METHODS].assign(method=[_method(row) for row in rows(tables[METHODS])])
+    if frame["damage"].isna().all():
+        return {}
+    told = "Loss that every method of making a middle adds on held-out prompts, nats a token"
+    columns = ["method", "damage", "damage_low", "damage_high", "unexplained", "exact", *study.SPENT]
+    return {"graft": plot(frame[[name for name in columns if name in frame]], "damage", told=told)}
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
@@ -138,5 +174,7 @@ CHAPTER = Chapter(
     say,
     untold,
     draw,
+    answers,
+    charts,
     requires=(METHODS, CURVES, LEDGER),
 )

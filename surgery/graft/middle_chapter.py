@@ -4,8 +4,11 @@ That is ``width_of_thought.csv`` (``surgery.graft.size_study``), ``walk_manifold
 (``surgery.graft.walk_study``); those that are there are shown.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from surgery.graft import draw as figures
@@ -14,9 +17,13 @@ from surgery.graft import say as words
 from surgery.graft.size_study import SIZES
 from surgery.graft.walk_study import MANIFOLD, METHODS
 from surgery.page import phrases
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, count_cell, number_cell, rows, tabled
 from surgery.stats.bootstrap import t_interval
+from surgery.stats.claims import ABOVE, Effect, sides
+from surgery.stats.claims import UNDECIDED as UNDECIDED_SIDE
 
 SCORES = (
     "on held-out prompts, mean over seeds [95 %]: unexplained, share of the update's variance; damage, nats per token; "
@@ -71,6 +78,66 @@ def draw(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
         for file, (figure, caption) in drawn.items()
         if file in tables
     }
+
+
+def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Is another width or depth better, and does a walk help more than it costs?"""
+    found = []
+    if SIZES in tables:
+        ratios = words.ratios(tables[SIZES], _usual(manifests))
+        question, measure = "Is a wider or narrower middle better?", "times as small a loss"
+        found.append(_answer(question, measure, ratios, words.TIMES, "the usual size", as_ratio=True))
+    if METHODS in tables:
+        question, measure = "Does walking in the input space help training?", "share of the update's variance"
+        found.append(_answer(question, measure, words.gains(tables[METHODS]), words.GAINED, "real data alone"))
+    return [answer for answer in found if answer]
+
+
+def _answer(
+    question: str, measure: str, effects: Mapping[str, Effect], least: float, null: str, *, as_ratio: bool = False
+) -> Answer | None:
+    """Whether any of several effects is surely more than the least that matters, and the largest of them."""
+    defined = {name: effect for name, effect in effects.items() if not math.isnan(effect.value)}
+    if not defined:
+        return None
+    claims = sides([*effects.values()], np.log(least) if as_ratio else least)
+    word = "yes" if ABOVE in claims else UNDECIDED if UNDECIDED_SIDE in claims else "no"
+    name = max(defined, key=lambda one: defined[one].value)
+    ends = [defined[name].value, defined[name].low, defined[name].high]
+    value, low, high = (float(np.exp(end)) for end in ends) if as_ratio else ends
+    none = (1.0, 1.0) if as_ratio else (0.0, 0.0)
+    return Answer(question, word, f"{name[0].lower()}{name[1:]}, {measure}:", (value, low, high), none, null, digits=3)
+
+
+def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """What every size and every walk reached, mean over seeds."""
+    drawn = {}
+    if SIZES in tables:
+        whole = tables[SIZES][tables[SIZES]["k"].isna()]
+        frame = _means(whole, ["budget", "d_mlp", "depth"], "unexplained")
+        names = [f"{row['d_mlp']} x {row['depth']}, equal {row['budget']}" for row in rows(frame)]
+        told = "What middles (MLP width x layers) leave unexplained, mean over seeds with its 95 % interval"
+        drawn["sizes"] = plot(frame.assign(size=names)[["size", *_ENDS]], "unexplained", told=told)
+    if METHODS in tables:
+        frame = _means(tables[METHODS], ["real_tokens", "method"], "unexplained")
+        names = [f"{row['method']}, {row['real_tokens'] / 1000:g}k" for row in rows(frame)]
+        told = (
+            "What every method leaves unexplained by thousands of real tokens, mean over seeds with its 95 % interval"
+        )
+        drawn["walks"] = plot(frame.assign(how=names)[["how", *_ENDS]], "unexplained", told=told)
+    return drawn
+
+
+_ENDS = ["unexplained", "unexplained_low", "unexplained_high"]
+
+
+def _means(frame: pd.DataFrame, by: list[str], name: str) -> pd.DataFrame:
+    """The mean of a column over seeds, with its t interval, a row per group."""
+    found = [
+        dict(zip(by, group)) | dict(zip((name, f"{name}_low", f"{name}_high"), t_interval(part[name].to_numpy())))
+        for group, part in frame.groupby(by, sort=False)
+    ]
+    return pd.DataFrame(found)
 
 
 def section(tables: Tables, manifests: Manifests) -> Section:
@@ -177,4 +244,6 @@ def _methods(frame: pd.DataFrame) -> Table:
     return Table(caption, ["real tokens", "method", *names, "steps", "operations", "harvested"], cells)
 
 
-CHAPTER = Chapter("middle", {SIZES: size_study.COLUMNS} | walk_study.COLUMNS, section, say, untold, draw)
+CHAPTER = Chapter(
+    "middle", {SIZES: size_study.COLUMNS} | walk_study.COLUMNS, section, say, untold, draw, answers, charts
+)

@@ -61,8 +61,15 @@ def sizes(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
     Compared are ratios of held-out losses: seeds in pairs, a t interval of their logarithms. A ratio matters from
     ``TIMES`` on, and all sizes are one family.
     """
+    found = ratios(frame, usual)
+    claims = phrases.claims([*found.values()], np.log(TIMES), f"less than {TIMES} times", "better", "worse")
+    return [f"{name}: {_times(ratio)}; {claim}." for (name, ratio), claim in zip(found.items(), claims, strict=True)]
+
+
+def ratios(frame: pd.DataFrame, usual: tuple[int, int]) -> dict[str, Effect]:
+    """The logarithm of how many times as small a loss each budget and size has as the ``usual`` one, over seeds."""
     loss = "cross_entropy_answers" if "cross_entropy_answers" in frame else "cross_entropy"
-    whole, ratios = frame[frame["k"].isna()], dict[str, Effect]()
+    whole, found = frame[frame["k"].isna()], dict[str, Effect]()
     for budget, of_budget in whole.groupby("budget", sort=False):
         losses = {
             size: np.log(of_size.set_index("seed")[loss])  # they span orders of magnitude
@@ -70,9 +77,8 @@ def sizes(frame: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
         }
         for size in (size for size in losses if size != usual and usual in losses):
             name = f"At equal {budget}, width {size[0]} and {size[1]} layers"
-            ratios[name] = Effect.of_seeds(losses[usual] - losses[size])
-    claims = phrases.claims([*ratios.values()], np.log(TIMES), f"less than {TIMES} times", "better", "worse")
-    return [f"{name}: {_times(ratio)}; {claim}." for (name, ratio), claim in zip(ratios.items(), claims, strict=True)]
+            found[name] = Effect.of_seeds(losses[usual] - losses[size])
+    return found
 
 
 def sizes_by_k(compared: pd.DataFrame, usual: tuple[int, int]) -> list[str]:
@@ -136,15 +142,20 @@ def walked_activations(frame: pd.DataFrame) -> list[str]:
 
 def walks(frame: pd.DataFrame) -> list[str]:
     """Every method of ``walk_methods.csv`` against the real pairs alone, then ``walks_for_their_price``."""
-    gains = {
+    found = gains(frame)
+    claims = _claims([*found.values()], "helps", "harms")
+    sentences = [f"{name}: {said}." for name, said in zip(found, claims, strict=True)]
+    return sentences + walks_for_their_price(frame)
+
+
+def gains(frame: pd.DataFrame) -> dict[str, Effect]:
+    """How much more of the update's variance each method explains than the real pairs alone, over seeds."""
+    return {
         f"{amount:,.0f} real tokens, {name}": Effect.of_seeds(unexplained[REAL] - unexplained[name])
         for amount, unexplained in _unexplained(frame)
         for name in unexplained.columns
         if name != REAL
     }
-    claims = _claims([*gains.values()], "helps", "harms")
-    sentences = [f"{name}: {said}." for name, said in zip(gains, claims, strict=True)]
-    return sentences + walks_for_their_price(frame)
 
 
 def walks_for_their_price(frame: pd.DataFrame) -> list[str]:

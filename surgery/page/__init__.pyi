@@ -1,7 +1,11 @@
+from . import answers as answers
 from . import chapters as chapters
+from . import charts as charts
 from . import drawing as drawing
 from . import parts as parts
 from . import phrases as phrases
+from .answers import Answer as Answer
+from .charts import plot as plot
 from .parts import PAGE as PAGE
 from .parts import Cell as Cell
 from .parts import Picture as Picture

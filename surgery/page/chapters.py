@@ -11,8 +11,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from surgery.page.answers import Answer
+from surgery.page.charts import copied, embedded
 from surgery.page.drawing import png
-from surgery.page.parts import Picture, Section
+from surgery.page.parts import Chart, Picture, Section
 
 Tables = Mapping[str, pd.DataFrame]
 Manifests = Mapping[str, Mapping[str, Any]]
@@ -20,10 +22,12 @@ Manifests = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Sentence:
-    """One finding in words. A ``headline`` is repeated at the top of the page; every sentence stands in its chapter."""
+    """One finding in words. A ``headline`` is printed when a study ends; the one that ``leads`` stands on top of its
+    chapter, or the first headline if none does."""
 
     text: str
     headline: bool = False
+    leads: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -52,6 +56,16 @@ def no_limits(tables: Tables, manifests: Manifests) -> list[str]:
     return []
 
 
+def no_answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """The ``answers`` of a chapter that no reader asks for first."""
+    return []
+
+
+def no_charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """The ``charts`` of a chapter without any."""
+    return {}
+
+
 def no_drawings(tables: Tables, manifests: Manifests) -> dict[str, Drawing]:
     """The ``draw`` of a chapter of words and tables only."""
     return {}
@@ -70,6 +84,8 @@ class Chapter:
         draw: the figures, by the names of their PNG files.
         requires: the chapter appears if the first of these files is there, and then needs the others too; if it
             requires none, any of ``files`` makes it appear.
+        answers: the question as a reader asks it, and its answer in a word and a number; on top of the page.
+        charts: Altair charts by name (``surgery.page.charts.plot``), to be touched.
         of_model: whether it was measured on the user's model, not on networks for comparison.
         same_prompts: whether it is read beside others that must have been measured on the same prompts.
     """
@@ -80,6 +96,8 @@ class Chapter:
     say: Callable[[Tables, Manifests], list[Sentence]] = no_sentences
     untold: Callable[[Tables, Manifests], list[str]] = no_limits
     draw: Callable[[Tables, Manifests], dict[str, Drawing]] = no_drawings
+    answers: Callable[[Tables, Manifests], list[Answer]] = no_answers
+    charts: Callable[[Tables, Manifests], dict[str, Any]] = no_charts
     requires: tuple[str, ...] = ()
     of_model: bool = True
     same_prompts: bool = False
@@ -92,12 +110,31 @@ class Chapter:
         return [*dict.fromkeys((*self.requires, *existing))]
 
     def on_page(self, tables: Tables, manifests: Manifests) -> Section:
-        """The whole section: ``section`` with the sentences of ``say`` and the pictures of ``draw``."""
+        """The whole section: ``section`` with sentences, answers, charts, pictures and limits."""
+        sentences, drawings = self.say(tables, manifests), self.draw(tables, manifests)
+        ranked = sorted(sentences, key=lambda sentence: (not sentence.leads, not sentence.headline))
+        first = str(ranked[0]) if ranked and (ranked[0].leads or ranked[0].headline) else ""
+        section = self.section(tables, manifests)
+        meanings = {name: text for file in self.present([*tables]) for name, text in self.files[file].items()}
         return replace(
-            self.section(tables, manifests),
-            findings=[str(sentence) for sentence in self.say(tables, manifests)],
-            pictures=[
-                Picture(name, drawing.caption, png(drawing.figure))
-                for name, drawing in self.draw(tables, manifests).items()
+            section,
+            tables=[replace(table, meanings=meanings | dict(table.meanings)) for table in section.tables],
+            headline=first,
+            findings=[str(sentence) for sentence in sentences if str(sentence) != first],
+            points=self.untold(tables, manifests),
+            charts=[
+                Chart(name, _told(chart), embedded(chart), copied(chart))
+                for name, chart in self.charts(tables, manifests).items()
             ],
+            pictures=[Picture(name, drawing.caption, png(drawing.figure)) for name, drawing in drawings.items()],
+            files=self.present([*tables]),
         )
+
+    def answered(self, tables: Tables, manifests: Manifests) -> list[Answer]:
+        """The ``answers``, each with a link to this chapter."""
+        return [replace(answer, anchor=self.name) for answer in self.answers(tables, manifests)]
+
+
+def _told(chart: Any) -> str:
+    """What a chart shows, in words."""
+    return str(chart.to_dict().get("description", ""))

@@ -87,6 +87,26 @@ def line(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour:
     axes.plot(layers, frame[name], "o-", color=colour, markersize=4, linewidth=1.6, label=f"{label} (95 % interval)")
 
 
+def unsquashed(axes: Axes, values: pd.Series) -> None:
+    """Make an axis logarithmic beyond where most values lie, if a few are so far out that they would squash the others.
+
+    >>> axes = Figure().subplots()
+    >>> unsquashed(axes, pd.Series([0.1, 0.1, 0.2, 0.1, 9.0]))
+    >>> axes.get_yscale()
+    'symlog'
+    """
+    if linear := linear_up_to(values):
+        axes.set_yscale("symlog", linthresh=linear)
+
+
+def linear_up_to(values: pd.Series) -> float | None:
+    """Three quarters of the values, if the largest is ten times beyond them; None if none is."""
+    sizes = values[np.isfinite(values.astype(float))].abs()
+    if len(sizes) > 3 and sizes.max() > 10 * (most := max(float(sizes.quantile(0.75)), 1e-6)):
+        return most
+    return None
+
+
 def band(axes: Axes, layers: np.ndarray, frame: pd.DataFrame, name: str, colour: str, label: str) -> None:
     """Shade the interval of a null by layer."""
     low, high = (frame.get(f"{name}_{end}", frame[name]) for end in ("low", "high"))

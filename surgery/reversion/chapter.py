@@ -1,7 +1,12 @@
 """Mean reversion on the page."""
 
+from typing import Any
+
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
+from surgery.page.charts import plot
 from surgery.page.parts import Section, rows, tabled
+from surgery.page.phrases import ends
 from surgery.reversion import draw, files, say
 
 
@@ -44,6 +49,41 @@ def _section(tables: Tables, manifests: Manifests) -> Section:
     return Section("reversion", "Mean reversion", paragraphs=paragraphs, tables=[table])
 
 
+def _answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Does any layer pull the stream back to its mean?"""
+    frame = say.after_first(tables[files.LAYERS])
+    question, silent = "Does the stream revert to its mean?", bool(say.nothing_to_say(tables[files.LAYERS]))
+    defined = frame.dropna(subset=["kappa_excess"])
+    if silent or defined.empty:
+        return [Answer(question, UNDECIDED)]
+    best = defined.nlargest(1, "kappa_excess").iloc[0]
+    directions = tables.get(files.DIRECTIONS)
+    turned = {} if directions is None else say.reverting_directions(directions)
+    restoring = int((frame["restoring"] == "yes").sum()) if "restoring" in frame else 0
+    word = UNDECIDED if say.left_open(frame) else "no"
+    if restoring or turned:
+        word = f"in {restoring} of {len(frame)} layers" if restoring else "in some directions"
+    measure = f"largest kappa beyond its nulls, layer {int(best['layer'])}:"
+    return [Answer(question, word, measure, ends(best, "kappa_excess"), (0.0, 0.0), "a walk at random", digits=3)]
+
+
+def _charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """kappa by layer, above its null."""
+    told = "kappa of every layer with its 95 % interval: what a layer writes against a token's deviation from the mean"
+    return {
+        "reversion": plot(tables[files.LAYERS], "kappa", told=f"{told}; grey, the same of updates turned at random")
+    }
+
+
 CHAPTER = Chapter(
-    "reversion", files.COLUMNS, _section, _say, _untold, _draw, requires=(files.LAYERS,), same_prompts=True
+    "reversion",
+    files.COLUMNS,
+    _section,
+    _say,
+    _untold,
+    _draw,
+    _answers,
+    _charts,
+    requires=(files.LAYERS,),
+    same_prompts=True,
 )

@@ -31,6 +31,7 @@ from surgery.page.drawing import (
     line,
     plain,
     triangle,
+    unsquashed,
     whiskers,
 )
 from surgery.reversion import files
@@ -98,6 +99,7 @@ def coordinates(frame: pd.DataFrame) -> Figure:
                 layers, part["kappa_mechanical"], "--", color=INK, linewidth=1, label="mechanical: 1 - 1/√(1 + r²)"
             )
         line(axes, layers, part, "kappa", ACCENT, "kappa of the model")
+        unsquashed(axes, part["kappa"])
         axes.set_title(plain(f"{name}: {TITLES.get(name, '')}", 80), loc="left", fontsize=10)
         axes.set_ylabel("kappa")
         _finish(axes)
@@ -219,10 +221,12 @@ def by_layer(frame: pd.DataFrame) -> Figure:
             x = layers + offset * (place - 1)
             whiskers(above, x, shown, name, marker=marker, color=PINK, label=f"by intervention: {label}", size=4)
     line(above, layers, shown, "kappa", ACCENT, "kappa of the model")
+    unsquashed(above, shown["kappa"])
     above.axhline(0, color=INK, linewidth=0.8)
     above.set_ylabel("kappa (fraction of a deviation\nundone by one layer)")
     above.set_title("Mean reversion by depth: kappa, with what the nulls give shaded", loc="left")
     line(below, layers, shown, "psi", BLUE, "psi of the model")
+    unsquashed(below, shown["psi"])
     below.axhline(0, color=INK, linewidth=0.8, label="0: random walk")
     below.axhline(1, color=INK, linewidth=0.8, linestyle="--", label="1: variance stationary")
     below.set_ylabel("psi (2 kappa / r²)")

@@ -63,7 +63,8 @@ def sentences(tables: Mapping[str, pd.DataFrame]) -> list[Sentence]:
     if files.ENDS in tables and not silent:
         every += headlines([ends(tables[files.ENDS].iloc[0], raw)])
     if files.DIRECTIONS in tables:
-        every += headlines([answer(raw, tables[files.DIRECTIONS], tables.get(files.RETURNS))])
+        told = answer(raw, tables[files.DIRECTIONS], tables.get(files.RETURNS))
+        every.append(Sentence(told, headline=True, leads=True))
     return every
 
 
@@ -73,7 +74,7 @@ def nothing_to_say(frame: pd.DataFrame) -> str:
     >>> nothing_to_say(pd.DataFrame({"layer": [1], "kappa": 0.3, "kappa_low": math.nan, "n_prompts": 1}))
     'one prompt has no intervals'
     """
-    frame = _later(frame)
+    frame = after_first(frame)
     if frame["kappa"].isna().all():
         return "the stream does not vary, so that kappa is undefined"
     if frame["kappa_low"].isna().all():
@@ -89,7 +90,7 @@ def by_layer(frame: pd.DataFrame) -> list[str]:
     why = nothing_to_say(frame)
     if why:
         return [f"Nothing can be said of mean reversion: {why}."]
-    frame = _later(frame)
+    frame = after_first(frame)
     defined = [effect.defined for effect in _slopes(frame, 1)]
     undefined, frame = frame[[not known for known in defined]], frame[defined]
     against, along, unclear = (
@@ -147,8 +148,8 @@ def limits(frame: pd.DataFrame) -> list[str]:
             "The untrained copy of the model was not measured, so what its architecture does by itself is not known."
         )
     else:
-        later = _later(frame)
-        short = _where(later, _slopes(later, 1))
+        rows = after_first(frame)
+        short = _where(rows, _slopes(rows, 1))
         short = short[~(short["kappa_excess_untrained_low"] > 0)]
         if len(short):
             notes.append(f"In {layers(short['layer'])} kappa does not exceed that of the same architecture untrained.")
@@ -159,7 +160,7 @@ def coordinates(frame: pd.DataFrame) -> list[str]:
     """One sentence for every coordinate but the raw one: where kappa exceeds its nulls (``reversion.layers``)."""
     texts = []
     for name in (name for name in SEEN if name in set(frame["coordinates"])):
-        part = _later(frame[frame["coordinates"] == name])
+        part = after_first(frame[frame["coordinates"] == name])
         above = _where(part, _slopes(part, 1))["layer"]
         where = f" ({layers(above)})" if len(above) else ""
         where = f"{_of_layers(len(above), len(part))}{where}"
@@ -229,7 +230,7 @@ def panel(frame: pd.DataFrame) -> list[str]:
 
 def directions(frame: pd.DataFrame) -> list[str]:
     """How many directions come out shorter, longer, or turned (``directions.layers``); do more than by any map?"""
-    shown = _later(frame)
+    shown = after_first(frame)
     shown = shown[shown["decay_low"].notna()]
     if shown.empty:
         return []
@@ -256,16 +257,12 @@ def reverting_directions(frame: pd.DataFrame) -> dict[int, tuple[int, float]]:
     Only of layers whose balance of reverting and growing exceeds that of the same map turned at random, in all layers
     at once (``directions.layers``).
     """
-    later = _later(frame)
-    one_each = later.drop_duplicates("layer")
+    found = after_first(frame)
+    one_each = found.drop_duplicates("layer")
     balanced = _where(one_each, [beyond(row, "balance_excess", least=0.0) for row in _rows(one_each)])["layer"]
-    later = later[(later["verdict"] == "reverts") & later["layer"].isin(balanced)]
-    layers_found = sorted(later["layer"].unique().tolist())
-    return {
-        int(layer): (len(part), float(part["share"].sum()))
-        for layer in layers_found
-        for part in [later[later["layer"] == layer]]
-    }
+    found = found[(found["verdict"] == "reverts") & found["layer"].isin(balanced)]
+    parts = [part for _, part in found.groupby("layer")]
+    return {int(part["layer"].iloc[0]): (len(part), float(part["share"].sum())) for part in parts}
 
 
 def _along_directions(found: Mapping[int, tuple[int, float]]) -> str:
@@ -333,7 +330,9 @@ def ends(row: pd.Series, raw: pd.DataFrame) -> str:
         if judged([weakest([beyond(row, name, sign=sign) for name in both])]) == ["yes"]:
             if row[f"kappa_{place}_high"] < 0:
                 return f"Deviations grow in the {place} too, though less than in the {other}: {values}."
-            if _forces(_later(raw)) & {layer for layer in raw["layer"] if (layer in inside) == (place == "middle")}:
+            if _forces(after_first(raw)) & {
+                layer for layer in raw["layer"] if (layer in inside) == (place == "middle")
+            }:
                 return f"Reversion is stronger in the {place}: {values}."
             return f"kappa is higher in the {place}, but no layer there is shown to restore: {values}."
     if judged([beyond(row, "difference", sign=sign) for sign in (1, -1)]) == ["no", "no"]:
@@ -380,7 +379,7 @@ def answer(raw: pd.DataFrame, drift: pd.DataFrame, back: pd.DataFrame | None = N
     why = nothing_to_say(raw)
     if why:
         return f"{begin} nothing can be said of reversion to a mean: {why}."
-    later = _later(raw)
+    later = after_first(raw)
     forces, along = _forces(later), reverting_directions(drift)
     over = None if back is None or _at_the_end(back).empty else _shortened(back)
     if len(forces) == len(later) and over in (None, True):
@@ -392,10 +391,7 @@ def answer(raw: pd.DataFrame, drift: pd.DataFrame, back: pd.DataFrame | None = N
         parts += [f"in {_along_directions(along)}"] if along else []
         more = "" if over is not False else "; that displacements leave the model shorter is not shown"
         return f"{begin} the stream reverts to a mean only in part: {'; '.join(parts)}{more}."
-    if "restoring" in later:
-        left = set(later[later["restoring"] != "no"]["layer"])
-    else:
-        left = set(later[~(later["kappa_high"] < LEAST)]["layer"])
+    left = left_open(later)
     if not left:
         return (
             f"{begin} the stream does not revert to a mean: in no layer does kappa reach {LEAST:g} while displacements "
@@ -405,6 +401,12 @@ def answer(raw: pd.DataFrame, drift: pd.DataFrame, back: pd.DataFrame | None = N
     if len(left) == len(later):
         return f"{begin} it could not be decided whether the stream reverts to a mean: no reversion was shown."
     return f"{begin} no reversion to a mean was shown, but in {layers(left)} it is not ruled out either."
+
+
+def left_open(frame: pd.DataFrame) -> set[int]:
+    """The layers in which a restoring force is not ruled out."""
+    open_ = frame["restoring"] != "no" if "restoring" in frame else ~(frame["kappa_high"] < LEAST)
+    return set(frame[open_]["layer"])
 
 
 def _slopes(frame: pd.DataFrame, sign: int) -> list[Effect]:
@@ -433,7 +435,7 @@ def _shortened(frame: pd.DataFrame) -> bool:
     return judged([weakest([beyond(row, "remaining", origin=1, sign=-1) for row in _rows(first)])]) == ["yes"]
 
 
-def _later(frame: pd.DataFrame) -> pd.DataFrame:
+def after_first(frame: pd.DataFrame) -> pd.DataFrame:
     """All but layer 0, which starts from the bare embedding, unless there is no other."""
     return frame[frame["layer"] > 0] if frame["layer"].max() > 0 else frame
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import pandas as pd
 
-from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.answers import UNDECIDED, Answer
+from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, cell, number_cell, rows
 from surgery.scan import draw as figures
 from surgery.scan import say as words
@@ -18,11 +20,11 @@ from surgery.stats.comparisons import Luck
 def say(tables: Tables, manifests: Manifests) -> list[Sentence]:
     """What the scan found, then by group of probes, and the reorderings of Sun et al."""
     luck, found = Luck(**_settings(manifests)["luck"]), Baseline(**_settings(manifests)["baseline"])
-    sentences = headlines(
-        words.findings(
-            tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS], _effort(manifests)
-        )
+    told = words.findings(
+        tables[study.TABLE], tables[study.WINNERS], luck, found, tables[study.CONTROLS], _effort(manifests)
     )
+    worth = told[-1:] if not found.done else words.validation(tables[study.WINNERS], found.metric)[-1:]
+    sentences = [Sentence(text, headline=True, leads=text in worth) for text in told]
     groups = tables[study.GROUPS].fillna({"group": ""})  # a CSV file has no empty text
     sentences += map(Sentence, words.best_groups(groups, found))
     if study.PAINTERS in tables and found.done:
@@ -94,6 +96,40 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     return Section("scan", "What rewiring does", paragraphs=paragraphs, tables=[table])
 
 
+def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Does any rewiring help on fresh probes?"""
+    found, winners = Baseline(**_settings(manifests)["baseline"]), tables[study.WINNERS]
+    question = "Does it help to run layers again, or in another order?"
+    if not found.sound or not found.done:
+        return [Answer(question, "not asked: the model cannot do the task")]
+    judged = winners.dropna(subset=["gain_validation"])
+    if judged.empty:
+        return [Answer(question, "no")]
+    confirmed = judged[judged["verdict"].isin(["survived", "survived in part"])]
+    best = (confirmed if len(confirmed) else judged).nlargest(1, "gain_validation").iloc[0]
+    word = "not shown" if UNDECIDED in set(winners["verdict"]) else "no"
+    if len(confirmed):
+        word = f"yes: {len(confirmed)} of {len(tables[study.TABLE])}"
+    effect = (float(best["gain_validation"]), float(best["gain_low_validation"]), float(best["gain_high_validation"]))
+    measure = f"best on fresh probes, {best['wiring']}, {figures.UNITS[found.metric]}:"
+    return [Answer(question, word, measure, effect, (0.0, 0.0), "the model as it is")]
+
+
+def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """The winners on fresh probes."""
+    named = {f"{end}_validation": end for end in ("gain", "gain_low", "gain_high")}
+    frame = tables[study.WINNERS].rename(columns=named)
+    if frame["gain"].isna().all():
+        return {}
+    told = f"What the largest gains of the search half are worth on fresh probes, {figures.UNITS[_metric(manifests)]}"
+    columns = ["wiring", "gain", "gain_low", "gain_high", "gain_search", "answers", "by_temperature", "verdict"]
+    return {"scan": plot(frame[[name for name in columns if name in frame]], "gain", told=told)}
+
+
+def _metric(manifests: Manifests) -> str:
+    return str(_settings(manifests)["metric"])
+
+
 def _gain_cell(row: pd.Series, half: str) -> Cell:
     return number_cell(row[f"gain_{half}"], row[f"gain_low_{half}"], row[f"gain_high_{half}"], 3)
 
@@ -120,5 +156,7 @@ CHAPTER = Chapter(
     say,
     untold,
     draw,
+    answers,
+    charts,
     requires=(study.TABLE, study.WINNERS, study.GROUPS, study.CONTROLS),
 )

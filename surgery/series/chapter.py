@@ -1,12 +1,19 @@
 """Series or parallel on the page: every window, the networks whose answer is known, and all measures side by side."""
 
+import math
+from typing import Any
+
 import pandas as pd
 
+from surgery.page.answers import UNDECIDED, Answer
 from surgery.page.chapters import Chapter, Drawing, Manifests, Sentence, Tables, headlines
+from surgery.page.charts import plot
 from surgery.page.parts import Cell, Section, Table, model_name, number_cell, rows, spread_cell, tabled
+from surgery.page.phrases import ends
 from surgery.series import draw as figures
 from surgery.series import say as words
 from surgery.series import side_by_side, window
+from surgery.stats.claims import ABOVE, BELOW, WITHIN
 
 WINDOWS, NETWORKS = "series_windows.csv", "calibration.csv"
 MEASURES_FILE, COSTS_FILE = "measures.csv", "costs.csv"
@@ -73,8 +80,42 @@ def section(tables: Tables, manifests: Manifests) -> Section:
     return Section("series", "Series or parallel", paragraphs=paragraphs, tables=shown)
 
 
+def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
+    """Do layers work in series, beside untrained ones; and what does running them side by side cost?"""
+    row = words.main(tables[WINDOWS])
+    reason, found = words.withheld(row, "S"), words.sides_of(row)
+    word = {ABOVE: "in series", BELOW: "in parallel", WITHIN: "as untrained layers do"}.get(
+        found.get("S", ""), UNDECIDED
+    )
+    null = ends(row, "S_matched")[1:] if "S_matched" in row else (math.nan, math.nan)
+    question = "Do the layers work in series or in parallel?"
+    measure = f"S of layers {words.span(row)}:"
+    result = [Answer(question, UNDECIDED if reason else word, measure, ends(row, "S"), null, "untrained layers")]
+    if "loss_parallel_sum" in row:
+        word = words.priced(row)
+        measure = f"loss of layers {words.span(row)} side by side, nats a token:"
+        cost = ends(row, "loss_parallel_sum")
+        result.append(Answer("Can they all run side by side?", word, measure, cost, (0.0, 0.0), "no loss"))
+    return result
+
+
+def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    """S of every window."""
+    told = "S of every window of layers: 0 parallel, 1 serial; first layer across, last layer up"
+    return {"series": plot(tables[WINDOWS], "S", told=told)}
+
+
 CHAPTER = Chapter(
-    "series", {WINDOWS: window.COLUMNS}, section, say, untold, draw, requires=(WINDOWS,), same_prompts=True
+    "series",
+    {WINDOWS: window.COLUMNS},
+    section,
+    say,
+    untold,
+    draw,
+    answers,
+    charts,
+    requires=(WINDOWS,),
+    same_prompts=True,
 )
 
 
@@ -113,12 +154,31 @@ def _networks_section(tables: Tables, manifests: Manifests) -> Section:
     return Section("calibration", "Networks whose answer is known", paragraphs=paragraphs, tables=[table])
 
 
+def _answers_networks(tables: Tables, manifests: Manifests) -> list[Answer]:
+    grouped = tables[NETWORKS].groupby("network", sort=False)["S"]
+    built = {str(name): (float(S.median()), float(S.min()), float(S.max())) for name, S in grouped}
+    word = "yes" if words.sound(tables[NETWORKS]) else "no"
+    question = "Does S read what it must on networks whose answer is known?"
+    return [
+        Answer(question, word, "S of the serial one:", built["serial"], built["parallel"][1:], "of the parallel one")
+    ]
+
+
+def _charts_networks(tables: Tables, manifests: Manifests) -> dict[str, Any]:
+    grouped = tables[NETWORKS].groupby("network", sort=False)["S"]
+    frame = grouped.agg(S="median", S_low="min", S_high="max").reset_index()
+    told = "S of networks of known structure: median over windows, and the smallest and largest"
+    return {"calibration": plot(frame, "S", told=told)}
+
+
 CALIBRATION = Chapter(
     "calibration",
     {NETWORKS: NETWORKS_COLUMNS},
     _networks_section,
     _say_networks,
     draw=_draw_networks,
+    answers=_answers_networks,
+    charts=_charts_networks,
     requires=(NETWORKS,),
     of_model=False,
 )

@@ -2,19 +2,19 @@
 
 Each sentence is a rule, with the least effect that it calls one, its correction, and what it says instead:
 
-===============  =========================================  ===================================  ======================
-sentence         claims that                                only if                              else
-===============  =========================================  ===================================  ======================
-``dependence``   a window is closer to serial, or to        S differs by ``LEAST_S``             "as serial as they",
-                 parallel, than untrained layers with                                            "undecided", or why
-                 updates of the same size                                                        nothing can be told
-``preference``   its layers respond more, or less, to what  the ratio differs from 1 by          the same
-                 it wrote than to the same turned at random ``LEAST_PREFERENCE``
-``ranking``      a window is the most serial, or parallel   clear of all windows of its length   how many are not told
-                                                            by ``LEAST_S``                       apart
-``price``        running it in parallel costs or gains      ``LEAST_NATS``                       "no difference that
-                                                                                                 matters", "undecided"
-===============  =========================================  ===================================  ======================
+===============  ===========================================  ===================================  =====================
+sentence         claims that                                  only if                              else
+===============  ===========================================  ===================================  =====================
+``dependence``   a window is closer to serial, or to          S differs by ``LEAST_S``             "as serial as they",
+                 parallel, than untrained layers with                                              "undecided", or why
+                 updates of the same size                                                          nothing can be told
+``preference``   its layers respond more, or less, to what    the ratio differs from 1 by          the same
+                 it wrote than to the same turned at random   ``LEAST_PREFERENCE``
+``ranking``      a window is the most serial, or parallel     clear of all windows of its length   how many are not
+                                                              by ``LEAST_S``                       told apart
+``price``        running it in parallel costs or gains        ``LEAST_NATS``                       "no difference that
+                                                                                                   matters", "undecided"
+===============  ===========================================  ===================================  =====================
 
 The first two are corrected for each other (Holm). They answer different questions and may go different ways: a layer
 that attends to few directions depends little on others, and may yet prefer what they wrote among all it might read.
@@ -48,15 +48,15 @@ def thirds(frame: pd.DataFrame) -> list[pd.Series]:
 
 def windows(frame: pd.DataFrame) -> list[str]:
     """Summarise ``series_windows``: how serial, against the nulls, where in depth, and at what price in parallel."""
-    main = _main(frame)
-    sentences = [dependence(main)]
-    if "preference" in main and not withheld(main, "S"):
-        sentences.append(preference(main))
+    row = main(frame)
+    sentences = [dependence(row)]
+    if "preference" in row and not withheld(row, "S"):
+        sentences.append(preference(row))
     peers = _peers(frame)
     if len(peers) > 1:
         sentences.append(ranking(peers))
-    if "loss_parallel_sum" in main:
-        sentences.append(price(main))
+    if "loss_parallel_sum" in row:
+        sentences.append(price(row))
     return sentences
 
 
@@ -80,7 +80,7 @@ def sides_of(row: pd.Series) -> dict[str, str]:
 
 def dependence(row: pd.Series) -> str:
     """Say how much the layers of a window depend on one another, beside untrained ones with updates of their size."""
-    opening = f"Layers {_span(row)} together read S = {number(row, 'S')}, from 0 (parallel) to 1 (serial)"
+    opening = f"Layers {span(row)} together read S = {number(row, 'S')}, from 0 (parallel) to 1 (serial)"
     if reason := withheld(row, "S"):
         undefined = "no layer after the first writes anything that varies"
         return f"{opening}; nothing is claimed: {undefined if pd.isna(row['S']) else reason}."
@@ -117,9 +117,9 @@ def preference(row: pd.Series) -> str:
 def ranking(peers: pd.DataFrame) -> str:
     """Say which of all windows of one length is the most serial and which the most parallel, if any is."""
     length, count = int(peers.iloc[0]["stop"] - peers.iloc[0]["start"]), len(peers)
-    shown = "; ".join(f"{number(part, 'S')} in {_span(part)}" for part in thirds(peers))
+    shown = "; ".join(f"{number(part, 'S')} in {span(part)}" for part in thirds(peers))
     opening = f"Windows of {length} layers read S = {shown}. Of all {count} of them from layer 1 on, "
-    effects = {_span(row): Effect.of_row(row, "S") for _, row in peers.iterrows()}
+    effects = {span(row): Effect.of_row(row, "S") for _, row in peers.iterrows()}
     if any(withheld(row, "S") for _, row in peers.iterrows()):
         return (
             opening
@@ -143,21 +143,29 @@ def ranking(peers: pd.DataFrame) -> str:
 def price(row: pd.Series) -> str:
     """Say what running a window in parallel does to the loss."""
     change = f"{number(row, 'loss_parallel_sum', signed=True)} nats per token"
-    opening = f"Run in parallel (updates summed), layers {_span(row)} change the loss by {change}"
+    opening = f"Run in parallel (updates summed), layers {span(row)} change the loss by {change}"
     if reason := withheld(row, "loss_parallel_sum"):
         return f"{opening}; nothing is claimed: {reason}."
     effect = Effect.of_row(row, "loss_parallel_sum")
     return f"{opening}: {claims([effect], LEAST_NATS, '0.01 nats', 'it rises', 'it falls')[0]}."
 
 
+def priced(row: pd.Series) -> str:
+    """Whether a window can run in parallel at no loss: yes, no or undecided."""
+    if withheld(row, "loss_parallel_sum"):
+        return UNDECIDED
+    side = sides([Effect.of_row(row, "loss_parallel_sum")], [LEAST_NATS])[0]
+    return {ABOVE: "no", UNDECIDED: UNDECIDED}.get(side, "yes")
+
+
 def limits(frame: pd.DataFrame) -> list[str]:
     """State what ``series_windows`` leaves undecided, and what must not be read into it."""
-    main = _main(frame)
+    row = main(frame)
     notes = []
-    if "layernorm_share" in main and pd.notna(main["layernorm_share"]):
+    if "layernorm_share" in row and pd.notna(row["layernorm_share"]):
         notes.append(
-            f"With the normalisation live, layers {_span(main)} read S = {number(main, 'S_live')}; the difference of "
-            f"{main['layernorm_share']:+.2f} is rescaling by the normalisation, not reading, and is not counted above."
+            f"With the normalisation live, layers {span(row)} read S = {number(row, 'S_live')}; the difference of "
+            f"{row['layernorm_share']:+.2f} is rescaling by the normalisation, not reading, and is not counted above."
         )
     first, later = frame[frame["start"] == 0], frame[frame["start"] > 0]
     if later.empty:
@@ -205,19 +213,24 @@ def known_networks(networks: pd.DataFrame) -> list[str]:
     S = networks.groupby("network", sort=False)["S"]
     lowest, middle, highest = S.min(), S.median(), S.max()
     mixed = [name for name in middle.index if name.startswith("mixed")]
-    sound = (
-        highest["parallel"] < 1e-5 and lowest["serial"] > 1 - 1e-5 and list(middle[mixed]) == sorted(set(middle[mixed]))
-    )
     values = ", ".join(f"{middle[name]:.2f}" for name in mixed)
     return [
         f"On networks built so that the answer is known, S reads at most {highest['parallel']:.6f} where no layer "
         f"reads another, at least {lowest['serial']:.6f} where each layer reads only the one before, and {values} "
         "(medians) in between: "
-        f"{'the measure reads what it must' if sound else 'the measure fails, and the numbers below must not be used'}."
+        + ("the measure reads what it must." if sound(networks) else "the measure fails: do not use the numbers below.")
     ]
 
 
-def _main(frame: pd.DataFrame) -> pd.Series:
+def sound(networks: pd.DataFrame) -> bool:
+    """Whether S is 0 on the parallel network, 1 on the serial one, and rises in between."""
+    S = networks.groupby("network", sort=False)["S"]
+    middle = S.median()
+    mixed = list(middle[[name for name in middle.index if name.startswith("mixed")]])
+    return bool(S.max()["parallel"] < 1e-5 and S.min()["serial"] > 1 - 1e-5 and mixed == sorted(set(mixed)))
+
+
+def main(frame: pd.DataFrame) -> pd.Series:
     """Return the window to speak of: all layers but the first, else the middle one of ``thirds``, else the last."""
     whole, parts = whole_window(frame), thirds(frame)
     if whole is not None:
@@ -238,5 +251,5 @@ def _windows(count: int) -> str:
     return f"{count} window{'s' * (count != 1)}"
 
 
-def _span(row: pd.Series) -> str:
+def span(row: pd.Series) -> str:
     return f"{int(row['start'])} to {int(row['stop']) - 1}"

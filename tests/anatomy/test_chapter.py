@@ -15,7 +15,7 @@ MANIFESTS = dict.fromkeys(files.COLUMNS, made_up.manifest())
 
 def test_the_section_has_the_sentences_the_figures_and_the_contrast():
     section = CHAPTER.on_page(TABLES, MANIFESTS)
-    assert section.findings == [str(sentence) for sentence in say.sentences(made_up_anatomy.tables(), 6)]
+    assert [section.headline, *section.findings] == [*map(str, say.sentences(made_up_anatomy.tables(), 6))]
     assert [picture.name for picture in section.pictures] == ["anatomy_boundaries", "anatomy_ends"]
     (table,) = section.tables
     (row,) = table.rows

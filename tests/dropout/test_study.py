@@ -155,7 +155,8 @@ def test_the_page_has_a_section_with_figures_table_and_sentences(tmp_path):
     for name in ("dropout_models", "dropout_probes"):
         assert imread(tmp_path / f"{name}.png").shape[0] > 300
     shown = section(source, "dropout")
-    said = [html.unescape(text) for text in re.findall(r'<p class="finding">(.*?)</p>', shown)]
+    marked = re.findall(r'<p class="(?:finding|headline)">(.*?)</p>', shown)
+    said = [html.unescape(re.sub("<[^>]*>", "", text)) for text in marked]
     assert said == [*say.models(frame)[:2], *say.probes(probes)]
     assert shown.count("<tr>") == 1 + 2 * len(MEASURES)
     assert "nan" not in shown

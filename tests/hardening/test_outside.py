@@ -267,7 +267,8 @@ def said(folder: Path, draw: bool) -> None:
     """Everything on the page but, mostly, the figures."""
     measured = report.Measured.read(folder)
     for chapter in measured.chapters:
-        for part in (chapter.say, chapter.untold, chapter.section, *([chapter.draw] if draw else [])):
+        words = (chapter.say, chapter.untold, chapter.section, chapter.answers, chapter.charts)
+        for part in (*words, *([chapter.draw] if draw else [])):
             measured.of(chapter, part)
 
 

@@ -11,6 +11,8 @@ import transformers
 from typer.testing import CliRunner
 
 import surgery
+from support.pages import section as part
+from support.pages import words
 from support.places import SHARED
 from surgery import report, scan
 from surgery.cli import app
@@ -118,13 +120,13 @@ def test_on_the_command_line(tmp_path):
 
 def test_the_page_of_a_scan_says_what_the_scan_says(scanned):
     folder, result = scanned
-    page = html.unescape((folder / "report.html").read_text())
+    page = (folder / "report.html").read_text()
     for sentence in result.sentences:
-        assert sentence in page
+        assert sentence in words(page)
     assert report.summary(folder) == result.sentences[: len(report.summary(folder))]
-    section = page[page.index('id="scan"') : page.index('id="untold"')]
+    section = html.unescape(part(page, "scan"))
     for row in result.winners.itertuples():
-        assert f"<td>{row.wiring}</td><td>{row.gain_search:.3f}" in section
+        assert f"<td><code>{row.wiring}</code></td><td>{row.gain_search:.3f}" in section
         assert f"{row.gain_validation:.3f}" in section
         assert f"<td>{row.verdict}</td>" in section
 
@@ -240,7 +242,7 @@ def test_a_share_of_a_scan_is_searched_in_rounds(tmp_path):
     written = tables.read_manifest(tmp_path / study.TABLE)
     assert written["settings"]["effort"] == asdict(result.effort)
     assert written["columns"]["gain"].startswith("what a full scan of the search half would read")
-    page = html.unescape(report.build(tmp_path).read_text())
+    page = words(report.build(tmp_path).read_text())
     said = [sentence for sentence in result.sentences if "successive halving" in sentence]
     assert len(said) == 1
     assert said[0].split(" The largest")[0] in page
