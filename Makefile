@@ -1,6 +1,9 @@
 # Everything from a fresh clone: `make study` and `make test` do their own set-up in .venv
 PYTHON ?= python3
 BIN := .venv/bin
+# TORCH=cpu takes PyTorch from its CPU index where that can be reached, else from pip's own; TORCH=cuda always from pip's
+TORCH ?= cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export WANDB_MODE = disabled
@@ -12,7 +15,10 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	@index=; \
+	if [ "$(TORCH)" = cpu ] && $(PYTHON) -c "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)" $(TORCH_INDEX)/torch/ 2>/dev/null; \
+	then index="--index-url $(TORCH_INDEX)"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $$index torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
