@@ -18,7 +18,6 @@ whatever it agrees on. Controls: the early exit of the same depth, and as many l
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ from transformers.cache_utils import DynamicCache
 
 from surgery.compiler import acceptance
 from surgery.compiler import draft as drafting
+from surgery.compiler.floor import now
 from surgery.compiler.shared_cache import Ids, Pair, SharedCache
 from surgery.meanings import with_meanings
 from surgery.models.stack import Stack
@@ -139,9 +139,9 @@ def costs(original: Any, models: Pair, ids: Ids, rounds: int = 7, several: int =
 
 def _timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     """What ``run`` returns, and its seconds."""
-    start = _now(device)
+    start = now(device)
     result = run()
-    return result, _now(device) - start
+    return result, now(device) - start
 
 
 @with_meanings(COLUMNS)
@@ -239,9 +239,3 @@ def greedy(original: Any, ids: Ids, count: int) -> Int[Tensor, "1 pos_and_count"
         new, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
         whole = torch.cat([whole, new], 1)
     return whole.to(ids.device)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
