@@ -5,8 +5,8 @@ Layers side by side go wrong where one reads the other, which is what ``S`` of a
 which the model with that pair alone side by side names another next token. ``predict`` fits ``log d = b + k log S`` to
 the pairs that are *not* in a wiring, reads off ``d_p`` for those that are, and adds them in quadrature, ``a = 1 -
 sqrt(sum_p d_p^2)``: pairs move the logits in unrelated directions, so the sizes of what they do add like that, and the
-share of tokens whose two best change places grows in proportion to that size while it is small. The interval is that of the
-regression, with the scatter of single pairs around it.
+share of tokens whose two best change places grows in proportion to that size while it is small. The interval is that
+of the regression, with the scatter of single pairs around it.
 
 ``S`` says what a pair gets wrong of its own updates, not what the rest of the model makes of it, so the scatter is
 wide: read ``rank`` first. Controls: ``combined``, the same from the measured ``d_p``, and ``independent``, ``a = prod_p
