@@ -38,7 +38,7 @@ class Linked(SphinxTransform):
 
     def apply(self, **options: Any) -> None:
         for node in list(self.document.findall(nodes.literal)):
-            where = place_of(node.astext())
+            where = place_of(node.astext().removesuffix("()"))
             if where and not isinstance(node.parent, (nodes.reference, pending_xref)):
                 link = pending_xref("", refdomain="py", reftype="obj", reftarget=where, refdoc=self.env.docname)
                 node.replace_self(link)

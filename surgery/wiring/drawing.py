@@ -285,7 +285,7 @@ def _size(node: Node) -> tuple[float, float]:
             return LETTER * len(node.words) + 6, LOW
         case Group(branches):
             widths, heights = zip(*map(_extent, branches))
-            return max(widths) + BEND + _joint(node), sum(heights) + SPACE * (len(branches) - 1)
+            return max(widths) + BEND + SPACE + _joint(node), sum(heights) + SPACE * (len(branches) - 1)
         case Frame(_, body):
             width, high = _extent(body)
             return max(width + 2 * SPACE, LETTER * len(node.words) + 8), high + 2 * SPACE + 16
