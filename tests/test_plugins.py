@@ -9,7 +9,7 @@ import torch
 
 from support import made_up, package
 from support.commands import python, refused, run, write_prompts
-from surgery import Stack, catalogue, plugins, study
+from surgery import Stack, catalogue, chapters, plugins, report, study
 from surgery.chapters import MEASURED
 from surgery.corpus import probes
 from surgery.models.names import BUNDLED, WHEELS
@@ -92,6 +92,20 @@ def test_its_measure_is_part_of_a_study(ends, model, tmp_path, monkeypatch):
     section = measure.chapter.on_page({"sizes.csv": frame}, {})
     assert section.paragraphs == ["How large the stream is that enters each layer."]
     assert [cell.value for cell in section.tables[0].rows[2]] == ["2", f"{frame['size'][2]:.4g}"]
+
+
+def test_the_page_of_a_study_has_a_chapter_of_its_measure(ends, model, tmp_path, monkeypatch):
+    broken = "[surgery.measures]\nodd = other_package:ODD\n"
+    monkeypatch.syspath_prepend(str(package.write(tmp_path / "other", broken, "ODD = 3\n", "other_package")))
+    with pytest.warns(UserWarning, match="the measure odd of other_package 1.2 cannot be used"):
+        every = [*chapters.every_chapter(), *own.chapters(MEASURED)]
+    monkeypatch.setattr(report, "every_chapter", lambda: every)
+    text, out = write_prompts(tmp_path), tmp_path / "r"
+    result = run("study", "sizes", "--model", model, "--text", text, "--out", out)
+    assert result.exit_code == 0, result.output
+    page = (out / PAGE).read_text()
+    assert 'id="sizes"' in page
+    assert "How large is it?" in page
 
 
 def test_a_broken_measure_is_named_and_left_out(ends, model, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ as the rooms of surgery do.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,17 @@ def installed(names: Iterable[str], built_in: Iterable[str]) -> "list[Measure]":
     """
     found = plugins.installed("measures", built_in)
     return [_loaded(found[name]) for name in names if name in found]
+
+
+def chapters(built_in: Iterable[str]) -> list[Chapter]:
+    """The chapters of all measures that packages add, for the page; one that cannot be used is told in a warning."""
+    found = []
+    for plugin in plugins.installed("measures", built_in).values():
+        try:
+            found.append(_loaded(plugin).chapter)
+        except plugins.PluginError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return found
 
 
 def _loaded(plugin: plugins.Plugin) -> Measure:

@@ -450,6 +450,8 @@ def _cuts(made: Plan) -> list[str]:
 def _check_family(name: str, share: int | float) -> None:
     if name not in (every := plugins.names("families", FAMILIES)):
         raise ValueError(f"there is no family {name!r}; there are {', '.join(every)}")
+    if name not in FAMILIES:
+        plugins.installed("families", FAMILIES)[name].load()  # before a model is opened
     if not 0 < share <= 1:
         raise ValueError(f"share is the part of a full scan to run, above 0 and at most 1, got {share}")
     if share < 1 and name not in SEARCHED:
