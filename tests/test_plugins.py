@@ -60,10 +60,9 @@ def test_what_is_listed_is_what_there_is():
 
 def test_its_family_is_scanned_by_name(ends, model, tmp_path):
     text = write_prompts(tmp_path)
-    options = ["--model", model, "--text", text, "--out", tmp_path / "r", "--top", 1]
-    result = run("scan", "--family", "ends", *options)
-    assert result.exit_code == 0, result.output
-    assert set(tables.read(tmp_path / "r" / "scan_table.csv")["wiring"]) == {"1:", ":3"}
+    options = ["--model", model, "--text", text, "--out", tmp_path / "r"]
+    table = scan_study.run(str(model), "ends", text=text, out=tmp_path / "r", top=1).table
+    assert set(table["wiring"]) == {"1:", ":3"}
     refused(run("scan", "--family", "broken", *options), "the family broken of ends_package 1.2 cannot be used")
     assert "did you mean 'ends'?" in run("scan", "--family", "end", *options).stderr
 
