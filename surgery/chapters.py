@@ -36,5 +36,7 @@ def chapter(name: str) -> "Chapter":
 
 
 def every_chapter() -> list["Chapter"]:
-    """All chapters, in the order of the page."""
-    return [chapter(name) for name in CHAPTERS]
+    """All chapters, in the order of the page, those of packages of the user's own last."""
+    from surgery.planning import own  # which imports torch
+
+    return [*(chapter(name) for name in CHAPTERS), *own.chapters(MEASURED)]
