@@ -80,7 +80,7 @@ def test_every_chapter_has_a_chart_that_says_what_it_shows_and_links_to_its_file
     charts = [place for place in parsed.all("div") if place.get("class") == "chart"]
     assert [place["id"] for place in charts] == ["chart-series", "chart-reversion", "chart-calibration"]
     assert charts[0]["aria-label"].startswith("S of every window of layers: 0 parallel, 1 serial;")
-    assert charts[0]["aria-label"].endswith("From 0.65 in 0 to 1 to 0.65 in 0 to 1")
+    assert charts[0]["aria-label"].endswith("From 0.65 (layers 0 to 1) to 0.65 (layers 0 to 1)")
     linked = [link["href"] for link in parsed.all("a") if link["href"].endswith(".csv")]
     assert linked == [made_up.SERIES, made_up.REVERSION, made_up.CALIBRATION]
 

@@ -269,8 +269,8 @@ def _range(frame: pd.DataFrame, measure: str) -> str:
 
 def _place(row: pd.Series) -> str:
     if {"start", "stop"} <= set(row.index):
-        return f" in {row['start']:g} to {row['stop'] - 1:g}"
-    return f" in layer {row['layer']:g}" if "layer" in row.index else ""
+        return f" (layers {row['start']:g} to {row['stop'] - 1:g})"
+    return f" (layer {row['layer']:g})" if "layer" in row.index else ""
 
 
 def _field(name: object) -> str:

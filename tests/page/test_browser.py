@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from support.made_up_page import write_every_chapter
 from surgery import report
+from surgery.page import chapters, drawing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (390, 768, 1400)
@@ -47,7 +49,10 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     )
     if CHROMIUM is None:
         pytest.skip("no chromium on the PATH, so the page was not tried in a browser: apt-get install chromium")
-    path = report.build(write_every_chapter(tmp_path_factory.mktemp("page")))
+    wide = drawing.png(Figure(figsize=(13, 3)))  # drawing all figures takes longer than the rest of this file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapters, "png", lambda figure: wide)
+        path = report.build(write_every_chapter(tmp_path_factory.mktemp("page")))
     assert path.stat().st_size < 5_000_000
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
