@@ -1,5 +1,6 @@
 """What the documents say runs, and what runs is documented."""
 
+import doctest
 import importlib
 import inspect
 import pkgutil
@@ -133,6 +134,12 @@ def test_a_page_is_carried_to_the_site_with_links_that_still_lead_there(tmp_path
     assert "](CHANGELOG.md)" in text
     build.carry(REPOSITORY / "docs/findings/parts.md", tmp_path / "findings/parts.md", tmp_path)
     assert "](../data/atlas.md)" in (tmp_path / "findings/parts.md").read_text()
+
+
+def test_docstrings_and_names_become_what_the_site_can_read(monkeypatch):
+    pytest.importorskip("sphinx")  # Python 3.11
+    monkeypatch.syspath_prepend(str(REPOSITORY / "docs"))
+    assert doctest.testmod(importlib.import_module("sphinx_extension")) == (0, 2)
 
 
 def test_a_name_that_is_not_there_would_be_found():
