@@ -9,6 +9,7 @@ from . import part as part
 from . import returns as returns
 from . import rules as rules
 from . import say as say
+from . import say_walks as say_walks
 from . import study as study
 from . import trajectories as trajectories
 from .kappa import COLUMNS as COLUMNS
