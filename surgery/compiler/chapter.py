@@ -100,9 +100,14 @@ def _answers(tables: Tables, manifests: Manifests) -> list[Answer]:
     best = frontier.best(frame, allow)
     own = frame[frame["family"].isin([*FAMILIES, BLOCK]) & (frame["saved"] > 0)]
     row = best if best["saved"] or own.empty else own.sort_values("cost").iloc[0]
+    saved, healed = best["saved"], ""
+    if not saved and files.HEAL in tables and (way := settings["compiled"][1]):
+        saved = frame.loc[frame["wiring"] == settings["timed"], "saved"].iloc[0]
+        healed, row = ", healed", tables[files.HEAL].set_index("way").loc[way].copy()
+        row["wiring"] = settings["timed"]
     question = "Can layers run side by side, so that fewer wait?"
-    word = f"yes: {best['saved']:g} of {n_layers} layers" if best["saved"] else "not at that loss"
-    measure = f"loss of {row['wiring']}, {words.UNITS[settings['metric']]}:"
+    word = f"yes{healed}: {saved:g} of {n_layers} layers" if saved else "not at that loss"
+    measure = f"loss of {row['wiring']}{healed}, {words.UNITS[settings['metric']]}:"
     return [Answer(question, word, measure, ends(row, "cost"), (0.0, allow), "allowed", digits=3)]
 
 

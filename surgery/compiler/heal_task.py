@@ -6,7 +6,7 @@ that was learnt in its weights.
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,28 +23,12 @@ from surgery.models.loading import plain
 from surgery.models.stack import Context, Stack
 from surgery.rebuild import layout
 from surgery.rebuild.weights import Weight, by_layer
-from surgery.training.activations import Latents, Pairs
+from surgery.training.activations import Batch, Latents, Pairs
 from surgery.training.loop import Schedule
 from surgery.wiring.value import Layer, Parallel, Wiring
 
 INSTALL = "pip install 'surgery[heal]', or heal norms"
 STOP_SHARE = 8  # one text in so many is not trained on: the weights that are kept do best on these
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs, and the original's logits where they are needed."""
-
-    pairs: Pairs
-    logits: Float[Tensor, "prompt pos d_vocab"] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.pairs.tokens.ids.shape)
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.pairs.tokens.mask.sum())
 
 
 class Student(nn.Module):

@@ -33,6 +33,7 @@ from torch import Tensor
 from surgery.compiler import search
 from surgery.corpus.probes import Encoded
 from surgery.instruments.windows import Reading, merged
+from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
 from surgery.scan import scanning
 from surgery.series.recording import Recording
@@ -76,6 +77,7 @@ class Ranking:
         return {int(stop) - 1: float(value) for stop, value in zip(pairs["stop"], pairs[measure], strict=True)}
 
 
+@in_smaller_batches
 def measure(
     stack: Stack,
     texts: Encoded,

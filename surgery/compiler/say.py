@@ -30,7 +30,7 @@ def sentences(tables: Mapping[str, pd.DataFrame], allow: float, metric: str, n_l
     others = [_allowance(frame, limit) for limit in frontier.ALLOWANCES if limit != allow]
     lines.append(f"For {', '.join(others)}." if others else "")
     lines.append(_against(frame))
-    lines += _healing(tables[files.HEAL], UNITS[metric]) if files.HEAL in tables else []
+    lines += _healing(tables[files.HEAL], allow, UNITS[metric]) if files.HEAL in tables else []
     if refused:
         lines.append(f"It cannot be fused, so it runs no faster: {refused}")
     for file, say in ((files.SPEED, _speeds), (files.DRAFT, _drafts)):
@@ -79,8 +79,8 @@ def _against(frame: pd.DataFrame) -> str:
     return f"Saving {saved:g} layers adds: {'; '.join(parts)}."
 
 
-def _healing(healed: pd.DataFrame, unit: str) -> list[str]:
-    """What healing recovers, at what price."""
+def _healing(healed: pd.DataFrame, allow: float, unit: str) -> list[str]:
+    """What healing recovers, at what price, and whether that is within what is allowed."""
     if healed.empty:
         return []
     before, lines = healed.iloc[0], []
@@ -90,8 +90,8 @@ def _healing(healed: pd.DataFrame, unit: str) -> list[str]:
             share = f"{interval(*ends(row, 'recovered'))} of the loss is recovered"
         lines.append(
             f"Healed by {row['way']} ({int(row['parameters']):,} numbers), it adds {_cost(row)} {unit} where it added "
-            f"{_cost(before)}: {share}, for {row['operations']:.1e} operations, as many as {row['passes']:,.0f} tokens "
-            "through the original."
+            f"{_cost(before)}, {'within' if row['cost_high'] <= allow else 'not within'} what is allowed: {share}, for "
+            f"{row['operations']:.1e} operations, as many as {row['passes']:,.0f} tokens through the original."
         )
     return lines
 

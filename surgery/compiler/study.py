@@ -1,12 +1,13 @@
-"""A model compiled from end to end: search, confirm on fresh texts, fuse, save, time. ``surgery compile``.
+"""A model compiled from end to end: search, confirm on fresh texts, heal, fuse, save, time. ``surgery compile``.
 
 compile_frontier.csv   every division that was found, and its rivals: what they cost on fresh texts
 compile_heal.csv       what healing the compiled model recovers, where it was asked for
 compile_speed.csv      tokens a second, original, compiled, taped, and with as many layers left out
 compiled/              the fused model: surgery.load opens it
-searched.csv, measured.csv    the scans, so that the same command goes on after a kill
+scans/, healing/       scans, activations and trainings, so that the same command goes on after a kill
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -201,6 +202,7 @@ def _healed(
     A way is taken if its whole interval is within the allowance, and below the cost without healing.
     """
     learnt = heal.learnt_from(halves)
+    folder = folder / hashlib.sha256(wiring.encode()).hexdigest()[:12]  # activations are those of one wiring
     schedule = replace(heal.SCHEDULE, batch=min(heal.SCHEDULE.batch, max(1, len(learnt) * 3 // 4)))
     frame = heal.measure(stack, halves, wiring, folder, ways=ways, schedule=schedule)
     before = float(frame["cost"].iloc[0])
@@ -228,7 +230,7 @@ def _drafted(
 ) -> pd.DataFrame:
     """The compiled model as a draft, and early exit and layers left out of equal depth, on a few of the texts."""
     tokens, wiring, left_out = halves.measured_on.tokens, str(shown["wiring"]), _left_out(frame, shown)
-    exit_ = f":{shown['depth']}"
+    exit_ = f":{int(shown['depth'])}"
     drafts = {COMPILED: (models.get(COMPILED, wiring), wiring), EARLY_EXIT: (exit_, exit_)}
     if left_out:
         drafts[LEFT_OUT] = (models.get(LEFT_OUT, left_out), left_out)

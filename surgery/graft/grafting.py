@@ -46,7 +46,7 @@ from surgery.records import manifest
 from surgery.stats.drift import NEGLIGIBLE
 from surgery.stats.sampling import Sampling
 from surgery.training import loop
-from surgery.training.activations import Latents, Moments, Pairs
+from surgery.training.activations import Batch, Latents, Moments, Pairs
 from surgery.training.harvest import harvest as latents
 from surgery.training.ledger import Ledger
 from surgery.training.loop import Schedule
@@ -104,20 +104,10 @@ class Graft:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Pairs, the weight of every token as a prediction target, and the teacher's logits where they are needed."""
+class _Batch(Batch):
+    """A batch with the weight of every token as a prediction target."""
 
-    pairs: Pairs
-    weights: Float[Tensor, "prompt pos"]
-    logits: Float[Tensor, "prompt pos d_vocab"] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.pairs.tokens.ids.shape)
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.pairs.tokens.mask.sum())
+    weights: Float[Tensor, "prompt pos"] = field(kw_only=True)
 
 
 def train(
@@ -429,7 +419,7 @@ class Task:
         pairs = self.pairs.batch(prompts)
         device = self.stack.device
         pairs = Pairs(pairs.tokens.to(device), send(pairs.x_start, device), send(pairs.x_stop, device))
-        return _Batch(pairs, self.weigh(pairs.tokens))
+        return _Batch(pairs, weights=self.weigh(pairs.tokens))
 
     def with_teacher(self, batch: _Batch) -> _Batch:
         if not self.objective.kl:

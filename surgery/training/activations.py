@@ -84,6 +84,22 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Pairs, and the teacher's logits where they are needed: what ``training.loop`` trains on."""
+
+    pairs: Pairs
+    logits: Float[Tensor, "prompt pos d_vocab"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pairs.tokens.ids.shape)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.pairs.tokens.mask.sum())
+
+
+@dataclass(frozen=True)
 class Moments:
     """First and second moments of ``x = x_start`` and ``u = x_stop - x_start`` over tokens, ``c(a) = a - E a``."""
 

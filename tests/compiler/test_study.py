@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 from support import fixtures
 from support.known_wirings import difference
-from surgery.compiler import files, say, speed, study
+from surgery.compiler import files, say, search, speed, study
 from surgery.compiler import floor as floors
 from surgery.records import tables
 from surgery.report import build
@@ -80,6 +80,49 @@ def test_a_model_that_cannot_be_fused_is_told(load, tmp_path):
     assert "norms all heads at once" in result.refused
     assert result.folder is None
     assert "It cannot be fused" in result.sentences[-1]
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A file of running text that a model of the matrix can read."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{(i * j) % 80}" for j in range(1, 9)) for i in range(1, 49)))
+    return str(text)
+
+
+def test_branches_and_healing_stand_on_the_page_and_another_wiring_is_healed_anew(opened, words, tmp_path):
+    stack = opened("llama")
+    halves = study.texts(stack, "llama", words, 48, 16)
+    run = {"ways": ("norms",), "families": tuple(search.FAMILIES), "rounds": 1, "shallowest": stack.n_layers - 2}
+    out = tmp_path / "out"
+    loose = study.measure(stack, halves, out, allow=10.0, **run)
+    frame = tables.read(out / files.FRONTIER)
+    assert (frame["saved"] % 1 != 0).any(), "branches save halves of layers"
+    assert set(tables.read(out / files.DRAFT)["draft"]) >= {"compiled", "early exit of the same depth"}
+    assert "Healed by norms" in "".join(loose.sentences)
+    assert "What healing recovers" in build(out).read_text()
+    tight = study.measure(stack, halves, out, allow=1e-9, **{**run, "shallowest": stack.n_layers - 1})
+    assert tight.healed["way"].tolist() == ["none", "norms"]
+    assert tight.folder is None
+
+
+def test_a_healed_model_within_the_allowance_is_saved_and_is_the_answer(opened, words, tmp_path, monkeypatch):
+    stack = opened("llama")
+    halves = study.texts(stack, "llama", words, 48, 16)
+    measured = study.heal.measure
+
+    def well(*args, **options):
+        frame = measured(*args, **options)
+        return frame.assign(cost=[1e-3, 1e-5], cost_low=[5e-4, 0.0], cost_high=[2e-3, 2e-5])
+
+    monkeypatch.setattr(study.heal, "measure", well)
+    monkeypatch.setattr(study.frontier, "best", lambda frame, allow: frame[frame["saved"] == 0].iloc[0])
+    result = study.measure(
+        stack, halves, tmp_path, allow=1e-4, ways=("norms",), rounds=0, shallowest=stack.n_layers - 1
+    )
+    assert result.folder is not None
+    assert surgery.load(str(result.folder)).cfg.n_layers == stack.n_layers - 1
+    assert f"yes, healed: 1 of {stack.n_layers} layers" in build(tmp_path).read_text()
 
 
 def test_too_few_texts_are_refused(opened, tmp_path):
