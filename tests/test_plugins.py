@@ -107,6 +107,7 @@ def test_the_page_of_a_study_has_a_chapter_of_its_measure(ends, model, tmp_path,
     assert "How large is it?" in page
 
 
+@pytest.mark.filterwarnings("default:the measure odd")
 def test_a_broken_measure_is_named_and_left_out(ends, model, tmp_path, monkeypatch):
     made_up.replace_measures(4, monkeypatch.setattr)
     monkeypatch.syspath_prepend(

@@ -11,7 +11,7 @@ MANIFESTS = dict.fromkeys(files.COLUMNS, made_up.manifest())
 
 def test_layers_alone_make_a_section_with_their_sentences_figure_and_table():
     section = CHAPTER.on_page({files.LAYERS: LAYERS}, MANIFESTS)
-    assert section.findings == say.by_layer(LAYERS)
+    assert [section.headline, *section.findings] == say.by_layer(LAYERS)
     assert [(picture.name, picture.caption) for picture in section.pictures] == [
         ("reversion", files.CAPTIONS["reversion"])
     ]
