@@ -189,7 +189,7 @@ def _list(frame: pd.DataFrame, measure: str) -> Any:
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=alt.X(f"{measure}:Q", scale=scale, title=measure, axis=alt.Axis(tickCount=6))
     )
-    return alt.layer(*parts, dots, _zero("x")).properties(height=alt.Step(18))
+    return alt.layer(*parts, dots, _zero("x")).properties(height=18 * max(1, rows[name].nunique()))
 
 
 def _whole(column: pd.Series) -> Any:

@@ -4,6 +4,9 @@ import json
 
 import pandas as pd
 import pytest
+import torch
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -171,6 +174,26 @@ def test_speed_is_told_side_by_side():
     assert (frame.loc[frame["model"] == "shallow", "floor"] > 1).all()
     assert (frame["ratio_low"] <= frame["ratio"]).all()
     assert (frame["per_second"] > 0).all()
+
+
+def test_every_step_that_is_timed_as_compiled_is_compiled(monkeypatch):
+    traced, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        traced.append(len(graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model: torch_compile(model, backend=backend))  # no minutes of C++
+    models = {name: LlamaForCausalLM(LlamaConfig(**fixtures._rope)).eval() for name in ("one", "two")}
+    timed = {"batches": (1, 2), "prompt": 8, "written": 12, "rounds": 2, "d_vocab": 90, "compiled": True}
+    frame = speed.measure(models, **timed)
+    assert frame.groupby("runs").size().to_dict() == {"plain": 8, "torch.compile": 8}
+    assert 0 < len(traced) <= 2 * 2 * 2, "models, batches and phases: none for a later token"
+    torch._dynamo.reset()
+    monkeypatch.setattr(speed, "_ONLY_COMPILED", dynamo.patch(recompile_limit=1, fail_on_recompile_limit_hit=True))
+    with pytest.raises(FailOnRecompileLimitHit):
+        speed.measure(models, **timed)
+    torch._dynamo.reset()
 
 
 def test_the_floor_is_layers_bytes_and_operations():
