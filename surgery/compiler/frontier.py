@@ -137,7 +137,8 @@ def on_fresh(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFra
     """The rows with what they cost on fresh texts, and intervals that hold for all of them at once."""
     own = rows[rows["wiring"].isin(set(frame["wiring"]))]
     gains = counted(own, metric) if metric in COUNTS else comparisons.together(own, metric)
-    cost = {"cost": 0.0 - gains["gain"], "cost_low": 0.0 - gains["gain_high"], "cost_high": 0.0 - gains["gain_low"]}  # no -0
+    ends = (("cost", "gain"), ("cost_low", "gain_high"), ("cost_high", "gain_low"))
+    cost = {name: 0.0 - gains[end] for name, end in ends}  # of the original 0, not -0
     return frame.merge(pd.DataFrame({"wiring": gains["wiring"]} | cost), on="wiring", how="left")
 
 
