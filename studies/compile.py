@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--shallowest", type=int, help="stop at so few layers in a row; half of them by default")
-    parser.add_argument("--heal", action="append", choices=WAYS, help="heal what is compiled; can be given twice")
+    ways = {way.replace(" ", "-"): way for way in WAYS}
+    parser.add_argument("--heal", action="append", choices=ways, help="heal what is compiled; can be given twice")
     parser.add_argument("--branches", action="store_true", help="search whole layers and chains side by side too")
     parser.add_argument("--torch-compile", action="store_true", help="time every model through torch.compile too")
     parser.add_argument("--rounds", type=int, default=9, help="how often every model is timed")
@@ -50,7 +51,7 @@ def main() -> None:
             max_tokens=args.max_tokens,
             shallowest=args.shallowest,
             families=tuple(search.FAMILIES) if args.branches else search.FUSED,
-            ways=tuple(args.heal or ()),
+            ways=tuple(ways[way] for way in args.heal or ()),
             rounds=args.rounds,
             torch_compile=args.torch_compile,
             precision=args.precision,

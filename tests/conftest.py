@@ -4,6 +4,8 @@ once per run as Hugging Face folders."""
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
+# A thread each where tests run side by side, for numpy, which is imported below, and for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import functools
 import gc
@@ -24,9 +26,7 @@ import surgery  # noqa: E402
 from support import fixtures  # noqa: E402
 from support.places import SHARED, TESTS  # noqa: E402
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # a thread each where tests run side by side
-os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes that tests start
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = (
     "test_notebooks.py",

@@ -45,6 +45,7 @@ from jaxtyping import Bool, Float
 from numpy.linalg import slogdet
 from scipy.linalg import solve_triangular
 from scipy.stats import norm, rankdata
+from threadpoolctl import threadpool_limits
 
 Spans = Sequence[tuple[int, int]]
 RHOS = (0.3, 0.6, 0.8, 0.95, 0.99, 0.999)  # and 0
@@ -102,6 +103,7 @@ def boundaries(parts: str) -> tuple[int, ...]:
     return tuple(int(span.partition(":")[0]) for span in parts.split()[1:])
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # small matrices: with threads it takes up to 16 times as long
 def parts(
     damage: Float[np.ndarray, "item span"],
     spans: Spans,
