@@ -77,9 +77,10 @@ def _answers(tables: Tables, manifests: Manifests) -> list[Answer]:
     word_ends = words.get(ends_against_middle.verdict(contrast), UNDECIDED)
     numbers = ends(contrast, "D")
     parallel = "Are the translation blocks wired more in parallel?"
+    difference = f"D, S of the ends minus S of the middle (p {contrast['p_windows']:.3f} with windows shuffled):"
     return [
         Answer(borders, word, measure, share, drift, "of smooth drift"),
-        Answer(parallel, word_ends, "D, S of the ends minus S of the middle:", numbers, (0.0, 0.0), "alike", digits=3),
+        Answer(parallel, word_ends, difference, numbers, (0.0, 0.0), "alike", digits=3),
     ]
 
 

@@ -112,7 +112,11 @@ def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
         word = f"yes: {len(confirmed)} of {len(tables[study.TABLE])}"
     effect = (float(best["gain_validation"]), float(best["gain_low_validation"]), float(best["gain_high_validation"]))
     measure = f"best on fresh probes, {best['wiring']}, {figures.UNITS[found.metric]}:"
-    return [Answer(question, word, measure, effect, (0.0, 0.0), "the model as it is")]
+    if best["verdict"] == "as a temperature":  # held to what it is not shown to exceed
+        null, name = (float(best["by_temperature"]),) * 2, "one temperature for all logits"
+    else:
+        null, name = (0.0, 0.0), "the model as it is"
+    return [Answer(question, word, measure, effect, null, name)]
 
 
 def charts(tables: Tables, manifests: Manifests) -> dict[str, Any]:

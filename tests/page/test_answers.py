@@ -163,3 +163,15 @@ def test_the_number_of_a_scan_is_that_of_a_confirmed_wiring():
     (answer,) = scanned("as a temperature", "survived")
     assert ":3 1:" in answer.measure, "not the larger gain that a temperature explains"
     assert answer.effect == pytest.approx((0.175, 0.125, 0.225))
+
+
+def test_what_gains_no_more_than_a_temperature_is_held_to_it():
+    (answer,) = scanned("as a temperature", "vanished")
+    assert answer.held_to == "one temperature for all logits: 0.05"
+    (answer,) = scanned("undecided", "vanished")
+    assert answer.held_to == "the model as it is: 0.00"
+
+
+def test_ends_that_differ_no_more_than_shuffled_windows_say_so():
+    answer = of_anatomy(p_windows=0.5)[-1]
+    assert (answer.verdict, "(p 0.500 with windows shuffled)" in answer.measure) == (UNDECIDED, True)
