@@ -17,7 +17,7 @@ from surgery.compiler import floor as floors
 from surgery.records import tables
 from surgery.report import build
 
-OPTIONS = {"prompts": 24, "shallowest": 10, "rounds": 2}
+OPTIONS = {"prompts": 24, "shallowest": 10, "rounds": 1}
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_repeats_and_anti_layers(tmp_path):
 
 
 def test_width_and_walks(tmp_path):
-    run("real_width.py", "--model", "babel", "--prompts", "40", "--out", tmp_path)
+    run("real_width.py", "--model", "babel", "--prompts", "16", "--max-tokens", "16", "--out", tmp_path)
     walked, narrower = (tables.read(tmp_path / f"real_{name}.csv") for name in ("walk", "narrower"))
     assert set(walked.kind) >= {"along what is read least", "along what is read most"}
     assert set(narrower.part) == {"mlp", "heads", "stream"}
@@ -97,7 +97,7 @@ def test_a_fresh_middle(tmp_path):
 
 
 def test_compile(tmp_path):
-    options = ("--prompts", "24", "--shallowest", "11", "--rounds", "1", "--out", tmp_path)
+    options = ("--prompts", "24", "--shallowest", "11", "--rounds", "0", "--heal", "low-rank", "--out", tmp_path)
     printed = run("compile.py", *options)
     assert "layers in a row" in printed or "no wiring is shown to save a layer" in printed
     frame = tables.read(tmp_path / "compile.csv")
