@@ -141,8 +141,8 @@ def _found(measured: Measured) -> Section:
     """The table of answers, and what holds for all of them."""
     answers = [answer for chapter in measured.chapters for answer in measured.of(chapter, chapter.answered)]
     held = (
-        "Bars are 95 % intervals over prompts (seeds, where models were trained), grey what is measured without an effect. All of it holds for these "
-        "prompts and this model."
+        "Bars are 95 % intervals over prompts (seeds, where models were trained), grey what is measured without an "
+        "effect. All of it holds for these prompts and this model."
     )
     return Section("found", "Answers", answers=answers, headline=" ".join(_warnings(measured)), paragraphs=[held])
 
