@@ -28,7 +28,7 @@ def sentences(tables: Mapping[str, pd.DataFrame], allow: float, metric: str, n_l
     frame = tables[files.FRONTIER]
     lines = [_allowed(frame, allow, metric, n_layers)]
     others = [_allowance(frame, limit) for limit in frontier.ALLOWANCES if limit != allow]
-    lines.append(f"For {', '.join(others)}." if others else "")
+    lines.append(f"Layers saved within {'; within '.join(others)}." if others else "")
     lines.append(_against(frame))
     lines += _healing(tables[files.HEAL], allow, UNITS[metric]) if files.HEAL in tables else []
     if refused:
