@@ -30,7 +30,7 @@ from torch import Tensor
 
 from surgery.instruments.ensemble import Visit
 from surgery.models.engine import Context
-from surgery.models.exactness import tolerance
+from surgery.models.exactness import rerun_tolerance
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 
@@ -88,9 +88,7 @@ def _together(
     with nullcontext() if state is None else _frozen(stack, visit, context, prompt, branches, state):
         written = stack.update(visit.layer, x, context)[:, -branches.shape[1] :]
     clean = visit.u[prompt, last]
-    # Many models take the softmax in single precision whatever their weights; a mask not obeyed shows far above that.
-    allowed = max(stack.tolerance, tolerance(torch.float32, 1))
-    if not (written[:, -1] - clean).abs().max() <= allowed * clean.abs().max():  # nor NaN
+    if not (written[:, -1] - clean).abs().max() <= rerun_tolerance(stack) * clean.abs().max():  # nor NaN
         return None
     return written[:, :-1].transpose(0, 1).double() - visit.u[prompt, place].double()
 

@@ -49,8 +49,8 @@ def _growth(depth: int) -> float:
     return max(1.0, depth / 12)
 
 
-def rebuilt_tolerance(stack: StackLike, depth: int = 0) -> float:
-    """How far a rebuilt model, ``depth`` layers deep, may differ from the wiring that it was built from.
+def rerun_tolerance(stack: StackLike, depth: int = 0) -> float:
+    """How far the same layers, run in another way, may differ: rebuilt as a model ``depth`` deep, or on more tokens.
 
     That is the stack's tolerance, but at least that of single precision: many models compute norms or softmax in it
     whatever their weights, and not every way of running them does so alike.
@@ -76,8 +76,8 @@ def probe_ids(stack: StackLike, spare: int = 0, length: int = 8) -> Int[Tensor, 
 
 
 def require_same(actual: Tensor, expected: Tensor, stack: StackLike, what: str, depth: int = 0) -> None:
-    """Raise ``ModelError`` unless ``actual`` (named by ``what``) is within ``rebuilt_tolerance`` of ``expected``."""
-    difference, allowed = relative_difference(actual, expected), rebuilt_tolerance(stack, depth)
+    """Raise ``ModelError`` unless ``actual`` (named by ``what``) is within ``rerun_tolerance`` of ``expected``."""
+    difference, allowed = relative_difference(actual, expected), rerun_tolerance(stack, depth)
     if not difference <= allowed:
         raise ModelError(
             f"{stack.name}: {what} differs from running the wiring layer by layer by {difference:.1e} of the logits' "

@@ -39,7 +39,7 @@ import surgery
 from surgery.models import building, layer_sizes, stream_width
 from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError, first_line
-from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
+from surgery.models.exactness import probe_ids, relative_difference, rerun_tolerance
 from surgery.models.layer_sizes import FORMAT, SIZE_ATTRIBUTE, Size, place_layers, sized_class
 from surgery.models.loading import plain, quiet, wrap
 from surgery.models.stack import Stack
@@ -424,7 +424,7 @@ def layers_path(model: TransformerBridge) -> str:
 
 
 def _agree(actual: Tensor, expected: Tensor, stack: Stack) -> bool:
-    return relative_difference(actual, expected) <= rebuilt_tolerance(stack)
+    return relative_difference(actual, expected) <= rerun_tolerance(stack)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from surgery.models import building
 from surgery.models.configs import rewrite
 from surgery.models.errors import ModelError
-from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference, require_same
+from surgery.models.exactness import probe_ids, relative_difference, require_same, rerun_tolerance
 from surgery.models.loading import load, plain
 from surgery.models.opening import bridge_engine, plain_engine
 from surgery.models.stack import Stack
@@ -145,7 +145,7 @@ def save(
     stack = Stack(taped)
     probe = probe_ids(stack)
     logits = hugging_face(probe).logits.detach()
-    if not relative_difference(logits, taped(probe)) <= rebuilt_tolerance(stack):
+    if not relative_difference(logits, taped(probe)) <= rerun_tolerance(stack):
         raise ValueError(
             f"the bridge of {stack.name} was edited or processed where its Hugging Face model does not see it: edit "
             "plain(model) instead, then tape and save"
@@ -247,7 +247,7 @@ def _prove(taped: TransformerBridge, wiring: Wiring, stack: Stack) -> None:
     require(taped(probe), expected, what=f"{wiring} taped together")
     ways = [("the bridge", taped.original_model), ("the plain twin", plain(taped))]
     twin = plain(stack.model)
-    if twin is not None and not relative_difference(twin(probe).logits, stack.run(probe)) <= rebuilt_tolerance(stack):
+    if twin is not None and not relative_difference(twin(probe).logits, stack.run(probe)) <= rerun_tolerance(stack):
         ways.pop()  # the bridge was edited where its twin does not see it: the bridge counts
     for name, model in ways:
         if model is None:

@@ -34,7 +34,7 @@ from transformer_lens import TransformerBridge
 from surgery.instruments import similarity
 from surgery.meanings import with_meanings
 from surgery.models.errors import ModelError
-from surgery.models.exactness import probe_ids, rebuilt_tolerance, relative_difference
+from surgery.models.exactness import probe_ids, relative_difference, rerun_tolerance
 from surgery.models.stack import Stack
 from surgery.models.tokens import Tokens
 from surgery.rebuild import layout, weights
@@ -347,7 +347,7 @@ def _proved(model: TransformerBridge, built: TransformerBridge, change: str) -> 
     """``built``, if it has the logits of ``model``; otherwise raises ModelError."""
     probe = probe_ids(stack := Stack(model))
     difference = relative_difference(built(probe), model(probe))
-    if not difference <= rebuilt_tolerance(stack):
+    if not difference <= rerun_tolerance(stack):
         raise ModelError(
             f"{stack.name} made {change} gives logits that differ by {difference:.1e} of their size: it has weights or "
             "norms that do not follow the rules of surgery.rebuild.weights, so this size cannot be changed"
