@@ -63,6 +63,7 @@ bench: setup
 	$(BIN)/python benchmarks/graft.py
 	$(BIN)/python benchmarks/superposition.py
 	$(BIN)/python benchmarks/width.py
+	$(BIN)/python benchmarks/side_by_side.py
 
 # Make notebooks/*.ipynb from the sources beside them, run them, and write them with what they show
 notebooks: setup
