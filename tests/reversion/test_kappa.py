@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -15,9 +14,9 @@ from surgery.instruments.massive import DECIDES
 from surgery.models.engine import Engine
 from surgery.models.tokens import Tokens
 from surgery.reversion import kappa
-from surgery.reversion.kappa import layers, restoring
+from surgery.reversion.kappa import layers
 from surgery.stats.bootstrap import interval, rotation, weights
-from surgery.stats.drift import Step, half_life, regime
+from surgery.stats.drift import Step
 from surgery.stats.sampling import Sampling
 
 MEASURES = ("kappa", "psi", "growth", "variance_ratio_next")
@@ -383,109 +382,6 @@ def test_prompts_without_a_token_in_the_ensemble_add_nothing(transformer):
     )
     np.testing.assert_allclose(with_empty.kappa, without.kappa, rtol=1e-12)
     assert np.isfinite(with_empty[CAUSAL]).all(axis=None)
-
-
-# --- the pure parts ---------------------------------------------------------------------------------------------------
-
-
-def test_step_ignores_what_padding_holds():
-    x, u = torch.randn(2, 4, 6, 3, generator=rng())
-    mask = torch.arange(6) < torch.tensor([[3], [6], [2], [5]])
-    clean = Step.of(x, u, mask)
-    dirty = Step.of(x.masked_fill(~mask.unsqueeze(-1), math.nan), u.masked_fill(~mask.unsqueeze(-1), math.inf), mask)
-    for field in dataclasses.fields(Step):
-        assert torch.equal(getattr(clean, field.name), getattr(dirty, field.name))
-    parts = Step.concatenate([Step.of(x[:1], u[:1], mask[:1]), Step.of(x[1:], u[1:], mask[1:])])
-    assert torch.equal(parts.drift(weights(4, 10)).kappa, clean.drift(weights(4, 10)).kappa)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_step_of_a_stream_that_does_not_vary_is_undefined(seed):
-    constant, u = torch.randn(1, 1, 5, generator=rng(seed)), torch.randn(40, 3, 5, generator=rng(seed))
-    drift = Step.of(constant.expand(40, 3, 5), u).drift(weights(40, 10))
-    assert all(getattr(drift, name).isnan().all() for name in MEASURES)
-
-
-@pytest.mark.parametrize(
-    ("kappa", "expected"),
-    [
-        (0.5, 1.0),
-        (0.75, 0.5),
-        (1e-9, math.log(2) * 1e9),
-        (0.0, None),
-        (-0.1, None),
-        (1.0, None),
-        (1.2, None),
-        (math.nan, None),
-    ],
-)
-def test_half_life(kappa, expected):
-    assert math.isnan(half_life(kappa)) if expected is None else half_life(kappa) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("kappa", "low", "high", "growth", "expected"),
-    [
-        (0.2, 0.1, 0.3, 0.5, "opposing"),
-        (1.2, 0.9, 1.4, 1.5, "opposing"),
-        (1.2, 1.1, 1.4, 1.5, "overshooting"),
-        (-0.2, -0.3, -0.1, 0.5, "carrying"),
-        (0.1, -0.1, 0.3, 0.5, "undecided"),
-        (1e-8, 5e-9, 2e-8, 0.5, "undecided"),
-        (-1e-8, -2e-8, -5e-9, 0.5, "undecided"),
-        (0.1, math.nan, math.nan, 0.5, "undecided"),
-        (0.0, 0.0, 0.0, 0.0, "still"),
-        (math.nan, math.nan, math.nan, math.nan, "undefined"),
-    ],
-)
-def test_regime(kappa, low, high, growth, expected):
-    assert regime(kappa, low, high, growth, rounding=1e-7) == expected
-
-
-@pytest.mark.parametrize(
-    ("slope", "excess", "left", "expected"),
-    [
-        ((0.2, 0.4), (0.1, 0.3), (0.7, 0.9), "yes"),
-        ((0.2, 0.4), (0.1, 0.3), (0.97, 0.99), "no"),  # shortened by less than is spoken of
-        ((0.2, 0.4), (0.1, 0.3), (1.0, 1.0), "no"),  # only turned
-        ((0.2, 0.4), (0.1, 0.3), (0.7, 1.2), "undecided"),  # too noisy to tell
-        ((0.2, 0.4), (0.1, 0.3), (1.1, 1.3), "no"),
-        ((0.2, 0.4), (-0.1, 0.3), (0.7, 0.9), "undecided"),  # not above the nulls
-        ((0.0009, 0.0011), (0.0009, 0.0011), (0.7, 0.9), "no"),  # surely above 0, and nothing
-        ((-0.4, -0.2), (-0.4, -0.2), (0.7, 0.9), "no"),
-        ((-0.2, 0.2), (-0.2, 0.2), (0.7, 0.9), "undecided"),
-        ((math.nan, math.nan), (math.nan, math.nan), (0.7, 0.9), "undecided"),
-        ((math.nan, math.nan), (math.nan, math.nan), (1.1, 1.3), "no"),  # whatever the slope is
-    ],
-)
-def test_restoring(slope, excess, left, expected):
-    assert restoring(one_layer(slope, excess, left)) == [expected]
-
-
-def one_layer(slope, excess, left, **more):
-    intervals = {"kappa": slope, "remaining_random": left, "remaining_difference": (0.7, 0.8)}
-    intervals |= {
-        "remaining_principal": (0.7, 0.8),
-        "kappa_excess_rotated": excess,
-        "kappa_excess_token_shuffled": excess,
-    }
-    row = {
-        f"{name}{end}": value
-        for name, (low, high) in intervals.items()
-        for end, value in (("", (low + high) / 2), ("_low", low), ("_high", high))
-    }
-    return pd.DataFrame([row | more])
-
-
-def test_restoring_is_corrected_for_the_number_of_layers():
-    barely = one_layer((0.06, 0.26), (0.06, 0.26), (0.7, 0.8))  # by itself just above the least effect
-    assert restoring(barely) == ["yes"]
-    assert restoring(pd.concat([barely] * 6)) == ["undecided"] * 6
-
-
-def test_nothing_is_claimed_where_one_token_holds_the_variance():
-    frame = pd.concat([one_layer((0.2, 0.4), (0.1, 0.3), (0.7, 0.9), token_share=share) for share in (0.02, 0.4)])
-    assert restoring(frame) == ["yes", "undecided"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
