@@ -5,6 +5,7 @@ from . import files as files
 from . import identities as identities
 from . import mask_ensemble as mask_ensemble
 from . import perceptrons as perceptrons
+from . import predictability as predictability
 from . import redundancy as redundancy
 from . import say as say
 from . import stability as stability

@@ -28,22 +28,23 @@ Controls: the architecture untrained (damages inside noise, no A), and ``predict
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import combinations
 from math import comb
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from surgery.dropout.predictability import MEASURES
+from surgery.dropout.predictability import mean as mean_predictability
+from surgery.dropout.predictability import predictability as predictability
 from surgery.instruments import interactions
 from surgery.instruments.ablation import CleanRun, Damages, clean_runs, damage
-from surgery.instruments.ensemble import Ensemble, partners
+from surgery.instruments.ensemble import Ensemble
 from surgery.instruments.readout import frozen_head, logits, portions, predicting_positions
-from surgery.instruments.regression import LeastSquares, halves
 from surgery.meanings import with_meanings
 from surgery.memory import in_smaller_batches
 from surgery.models.errors import ModelError
@@ -52,12 +53,7 @@ from surgery.models.tokens import Tokens
 from surgery.stats.bootstrap import Moments, columns, described, ratio, weights
 from surgery.stats.sampling import Sampling
 
-RIDGE = 0.01  # in units of the predictors' variances
-_ROUNDING = 1e-10  # share of a stream's squares: an update that varies less does so by rounding alone
-_LEAST = 1e-4  # share of an update's variance: a smaller residual comes from rounding and ridge alone
-
 Resampled = Float[Tensor, " resample"]
-Squares = Float[Tensor, "kind 2 prompt"]  # of targets and of residuals, by kind of predictability
 
 _A = "additivity A of pairs of {}, mean ablation, margin: 0 chain, 1 independent, above 1 backup"
 _MEASURES = {
@@ -72,9 +68,7 @@ _MEASURES = {
     "self_repair": "share of a lost direct effect compensated: 1 all, 0 nothing, below 0 later layers lose more",
     "norm_repair": "the part of self_repair due to the new denominators of the final norm",
     "norm_share": "norm_repair over self_repair, where the interval of that lies above 0",
-    "predictability": "held-out R^2 of the later layer's output on the earlier one's input, its linear part removed",
-    "predictability_actual": "the same of the later layer's update in the model: a chain is predictable too",
-    "predictability_shuffled": "predictability from another token's update: the null",
+    **MEASURES,
 }
 COLUMNS: dict[str, str] = {
     "units": "what was taken out: layers, mlps or heads",
@@ -127,7 +121,7 @@ def across(
     }
     moments = _repair_moments(stack, tokens, sampling)
     row |= _slopes([moments[layer] for layer in range(max(stack.n_layers - 1, 1))], _draws(len(tokens), sampling))
-    row |= _mean_r_squared(_squares_of_pairs(stack, tokens, RIDGE, sampling), sampling)
+    row |= mean_predictability(stack, tokens, sampling=sampling)
     return pd.DataFrame([row])
 
 
@@ -282,43 +276,6 @@ def self_repair(stack: Stack, tokens: Tokens | Tensor, *, sampling: Sampling = S
     )
 
 
-@with_meanings(COLUMNS)
-@in_smaller_batches
-def predictability(
-    stack: Stack, tokens: Tokens | Tensor, *, ridge: float = RIDGE, sampling: Sampling = Sampling()
-) -> pd.DataFrame:
-    """Does one layer's update predict what another computes from the same input? Held-out R^2, a row per pair.
-
-    For layers i < j, ``u_i = f_i(x_i)`` is the update of i and ``p_j = f_j(x_i)`` the output of j on the stream that
-    enters i. The linear part in x_i is removed from both, then p_j is regressed on u_i by ridge, on one half of the
-    prompts, and evaluated on the other: 1 if j computes what i does, 0 if it computes something else, below 0 if the
-    fit does not generalise, NaN if p_j is linear in x_i or constant. Different functions of a few numbers are somewhat
-    alike: independent layers with the same 8 inputs (``known_networks.parallel_network``) have .25, an untrained
-    transformer about .05. ``predictability_actual`` takes ``u_j = f_j(x_j)`` instead: it is high where j does the same
-    as i, but also where j reads i, and it misses a backup that is silent as long as i works. With fewer than ten tokens
-    per dimension to fit on, all are biased downwards, as ``predictability_shuffled`` shows: compare at equal numbers.
-
-    Cost in a model of L layers: ``(L - 1)/2 + 1`` F. Memory: the streams of all prompts, and d_model numbers per token
-    and pair of the same i.
-
-    Raises ValueError for a single prompt, where the tokens to fit on are no more than twice d_model, and for outputs
-    that are not finite.
-
-    >>> from surgery.instruments import known_networks
-    >>> tokens = known_networks.tokens(60, 8)
-    >>> frame = predictability(Stack(known_networks.serial_network(n_layers=2)), tokens, sampling=Sampling(resamples=0))
-    >>> frame[["predictability"]].isna().values.tolist()  # the later layer reads nothing that enters the first
-    [[True]]
-    """
-    rows = []
-    for (layer, later), sums in _squares_of_pairs(stack, Tokens.of(tokens), ridge, sampling).items():
-        row: dict[str, float] = {"layer": layer, "later": later, "n_prompts": sums.shape[-1]}
-        for name, values in _r_squared(sums, _draws(sums.shape[-1], sampling)).items():
-            row |= columns(name, values)
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def _additivity(stack: Stack, tokens: Tokens, kind: str, sampling: Sampling) -> dict[str, float]:
     """A of MLPs and of heads."""
     row: dict[str, float] = {}
@@ -415,99 +372,3 @@ def _slopes(layers: Sequence[dict[str, Moments]], draws: Float[Tensor, "resample
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(values)).sum(0)
-
-
-# --- predictability ---
-
-
-def _squares_of_pairs(stack: Stack, tokens: Tokens, ridge: float, sampling: Sampling) -> dict[tuple[int, int], Squares]:
-    """Squares of the targets and of the residuals in every held-out prompt, by pair of layers."""
-    measured, fitted = (half.to(stack.device) for half in halves(tokens, sampling.seed))
-    chosen = [Ensemble.of(stack, half, sampling.but(progress=False)).mask for half in (fitted, measured)]
-    if (count := int(chosen[0].sum())) <= 2 * stack.d_model:
-        raise ValueError(
-            f"half of the prompts give {count} tokens to fit on, and {stack.name} has a stream of {stack.d_model}: "
-            f"give prompts with more than {4 * stack.d_model} tokens beyond the first of each"
-        )
-    both = Tokens(torch.cat([fitted.ids, measured.ids]), torch.cat([fitted.mask, measured.mask]))
-    owner = chosen[1].nonzero()[:, 0].cpu()
-    generator = np.random.default_rng((sampling.seed, 3))
-    partner = torch.cat([partners(chosen[0], generator), count + partners(chosen[1], generator)])
-    pairs = {}
-    for layer, x, u, outputs in _updates(stack, both, torch.cat(chosen), sampling.batch_size):
-        u = _residual(x, u, count)
-        for later, (same_input, actual) in outputs.items():
-            target, actual = _nonlinear(x, same_input, count), _nonlinear(x, actual, count)
-            kinds = ((u, target), (u, actual), (u[partner], target))
-            squares = torch.stack([_squares(predictor, y, count, ridge) for predictor, y in kinds])
-            sums = torch.zeros(3, 2, len(measured), dtype=torch.float64)
-            pairs[layer, later] = sums.index_add(2, owner, squares)
-    return pairs
-
-
-def _updates(
-    stack: Stack, tokens: Tokens, chosen: Bool[Tensor, "prompt pos"], batch_size: int
-) -> Iterator[tuple[int, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]]:
-    """Yield every layer but the last with x, u and the outputs of each later layer on x and on its own input.
-
-    At the ``chosen`` tokens.
-    """
-    contexts = [stack.context(batch) for batch in tokens.batches(batch_size)]
-    masks = chosen.split([len(context.tokens) for context in contexts])
-    streams = [stack.stream(context) for context in contexts]
-
-    def stacked(values: Iterable[Tensor]) -> Float[Tensor, "token d_model"]:
-        return torch.cat([value[mask].double() for value, mask in zip(values, masks, strict=True)]).cpu()
-
-    def outputs(layer: int, later: int) -> Float[Tensor, "token d_model"]:
-        found = stacked(stack.update(later, stream[layer], context) for stream, context in zip(streams, contexts))
-        if not found.isfinite().all():
-            raise ValueError(f"what layer {later} writes on the stream that enters layer {layer} is not finite")
-        return found
-
-    written = [stacked(stream[layer + 1] - stream[layer] for stream in streams) for layer in range(stack.n_layers)]
-    for layer in range(stack.n_layers - 1):
-        yield (
-            layer,
-            stacked(stream[layer] for stream in streams),
-            written[layer],
-            {later: (outputs(layer, later), written[later]) for later in range(layer + 1, stack.n_layers)},
-        )
-
-
-def _residual(
-    x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int, ridge: float = 1e-9
-) -> Float[Tensor, "token d_model"]:
-    """The residual of y after a linear map of x that is fitted to the first ``count`` tokens."""
-    fit = LeastSquares(x.shape[1])
-    fit.add(x[:count], y[:count])
-    matrix, bias = fit.solve(ridge)
-    return y - (x @ matrix + bias)
-
-
-def _nonlinear(x: Float[Tensor, "token d_model"], y: Float[Tensor, "token d_model"], count: int) -> Tensor:
-    """The part of y that is not linear in x, or 0 where rounding and the fit leave as much."""
-    residual, size = _residual(x, y, count), (y - y.mean(0)).square().sum()
-    real = (size > _ROUNDING * x.square().sum()) & (residual.square().sum() > _LEAST * size)
-    return torch.where(real, residual, 0)
-
-
-def _squares(
-    predictor: Float[Tensor, "token d_model"], target: Float[Tensor, "token d_model"], count: int, ridge: float
-) -> Float[Tensor, "2 held_out"]:
-    """Squares of the target and of its residual, at the tokens after the first ``count``."""
-    return torch.stack([y[count:].square().sum(1) for y in (target, _residual(predictor, target, count, ridge))])
-
-
-def _r_squared(sums: Squares, draws: Float[Tensor, "resample prompt"]) -> dict[str, Resampled]:
-    names = ("predictability", "predictability_actual", "predictability_shuffled")
-    return {name: 1 - ratio(draws @ missed, draws @ size) for name, (size, missed) in zip(names, sums, strict=True)}
-
-
-def _mean_r_squared(pairs: dict[tuple[int, int], Squares], sampling: Sampling) -> dict[str, float]:
-    draws = _draws(next(iter(pairs.values())).shape[-1], sampling)
-    each = [_r_squared(sums, draws) for sums in pairs.values()]
-    row: dict[str, float] = {}
-    for name in each[0]:
-        row |= columns(name, torch.stack([values[name] for values in each]).nanmean(0))
-    return row
