@@ -113,7 +113,7 @@ def answers(tables: Tables, manifests: Manifests) -> list[Answer]:
     effect = (float(best["gain_validation"]), float(best["gain_low_validation"]), float(best["gain_high_validation"]))
     measure = f"best on fresh probes, {best['wiring']}, {figures.UNITS[found.metric]}:"
     if best["verdict"] == "as a temperature":  # held to what it is not shown to exceed
-        null, name = (float(best["by_temperature"]),) * 2, "one temperature for all logits"
+        null, name = (float(best["temperature"]),) * 2, "one temperature for all logits"
     else:
         null, name = (0.0, 0.0), "the model as it is"
     return [Answer(question, word, measure, effect, null, name)]

@@ -167,7 +167,7 @@ def test_the_number_of_a_scan_is_that_of_a_confirmed_wiring():
 
 def test_what_gains_no_more_than_a_temperature_is_held_to_it():
     (answer,) = scanned("as a temperature", "vanished")
-    assert answer.held_to == "one temperature for all logits: 0.05"
+    assert answer.held_to == "one temperature for all logits: 0.01", "its gain, not its share of the wiring's"
     (answer,) = scanned("undecided", "vanished")
     assert answer.held_to == "the model as it is: 0.00"
 
