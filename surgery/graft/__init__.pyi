@@ -9,6 +9,7 @@ from . import parts as parts
 from . import reinitialise as reinitialise
 from . import say as say
 from . import size_study as size_study
+from . import steps as steps
 from . import study as study
 from . import unread as unread
 from . import walk as walk

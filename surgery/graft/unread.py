@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from surgery.graft.walk import Kind, Noise
+from surgery.graft.steps import Kind, Noise
 from surgery.instruments.ensemble import Ensemble
 from surgery.memory import in_smaller_batches
 from surgery.models.stack import Stack
